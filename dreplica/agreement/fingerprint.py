@@ -1,0 +1,99 @@
+"""128 bits over one tensor's name, dtype, shape and raw bytes.
+
+Never over values: equal digests mean equal bits. So NaN is stable (the same NaN bits have the same digest) and -0.0
+differs from +0.0. The bytes are taken in logical (row-major) order, so the memory layout (strides, channels_last) does
+not matter. The hash is XXH3's 128-bit variant (https://github.com/Cyan4973/xxHash), run over the tensor's own memory:
+a contiguous CPU tensor is not copied.
+"""
+
+import logging
+from collections.abc import Mapping
+from functools import lru_cache
+from typing import TYPE_CHECKING, cast
+
+import numpy
+import torch
+import xxhash
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from typing_extensions import Buffer
+
+log = logging.getLogger(__name__)
+
+ALGORITHM = "xxh3-128/1"
+"""Names the function in every trace: digests of different algorithms are never compared."""
+
+ABSENT = b"\0" * 16
+"""The digest of something that is not there (a gradient that is None)."""
+
+_NUMPY_HAS = {
+    torch.float32,
+    torch.float64,
+    torch.float16,
+    torch.complex64,
+    torch.complex128,
+    torch.bool,
+    torch.uint8,
+    torch.int8,
+    torch.int16,
+    torch.int32,
+    torch.int64,
+}
+
+
+def fingerprint(tensors: Mapping[str, Tensor]) -> dict[str, str]:
+    """The fingerprint of each tensor: name to 32 hex digits.
+
+    Any shape, dtype, device and memory layout (strided or sparse COO). Raises TypeError for a tensor without bytes
+    (on the meta device) or in another layout.
+    """
+    return {name: digest_tensor(name, tensor).hex() for name, tensor in tensors.items()}
+
+
+def digest_tensor(name: str, tensor: Tensor) -> bytes:
+    """16 bytes over name, dtype, shape and raw bytes of `tensor`."""
+    if tensor.layout is torch.sparse_coo:
+        whole = tensor.detach().coalesce()
+        parts = _content(whole.indices()) + _content(whole.values())
+        return xxhash.xxh3_128_digest(_header(name, tensor.dtype, tensor.shape, "sparse_coo") + parts)
+    return xxhash.xxh3_128_digest(_header(name, tensor.dtype, tensor.shape) + _content(tensor))
+
+
+def digest_bytes(name: str, data: bytes) -> bytes:
+    """16 bytes over `name` and `data`, for state that is not a tensor."""
+    return xxhash.xxh3_128_digest(name.encode() + b"\0bytes\0" + xxhash.xxh3_128_digest(data))
+
+
+def _content(tensor: Tensor) -> bytes:
+    """16 bytes over the tensor's elements in row-major order."""
+    if tensor.layout is not torch.strided or tensor.is_meta:
+        raise TypeError(f"a fingerprint needs a strided or sparse COO tensor with memory, not {_describe(tensor)}")
+    return xxhash.xxh3_128_digest(cast("Buffer", _as_array(tensor.detach())))
+
+
+def _as_array(tensor: Tensor) -> numpy.ndarray:
+    """The tensor's elements as a C-contiguous array: a view of its memory if that is contiguous and on the CPU."""
+    if tensor.device.type != "cpu":
+        _warn_of_copy(tensor.device.type)
+        tensor = tensor.cpu()
+    if tensor.is_conj() or tensor.is_neg():
+        tensor = tensor.resolve_conj().resolve_neg()
+    tensor = tensor.contiguous()
+    if tensor.dtype not in _NUMPY_HAS:
+        tensor = tensor.reshape(-1).view(torch.uint8)
+    return tensor.numpy()
+
+
+@lru_cache(maxsize=65536)
+def _header(name: str, dtype: torch.dtype, shape: torch.Size, layout: str = "strided") -> bytes:
+    return f"{name}\0{dtype}\0{tuple(shape)}\0{layout}\0".encode()
+
+
+@lru_cache
+def _warn_of_copy(device_type: str) -> None:
+    log.warning("fingerprints of tensors on %s are taken through a copy to the CPU, which is slow", device_type)
+
+
+def _describe(tensor: Tensor) -> str:
+    return f"one with layout {tensor.layout} on {tensor.device}"

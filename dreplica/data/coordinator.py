@@ -1,0 +1,83 @@
+"""The coordinator: rank 0 draws the order of samples and sends it to all, a window of batches at a time."""
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from dreplica.world.channel import Channel
+
+WINDOW = 256
+"""Batches in a window. The next one is sent when a window is begun, so a loader may run that far ahead."""
+
+
+class IndexStream:
+    """The index batches of one pass over a data set, the same on every replica.
+
+    As a batch sampler it is read ahead by the loader's workers, at a pace that may differ between replicas; the windows
+    are sent at the pace of the training loop (`consumed`), which is the same on all. Creating it and `consumed` are
+    collectives.
+    """
+
+    def __init__(self, channel: Channel, order: Tensor | None, num_samples: int, batch_size: int) -> None:
+        assert (order is None) == (channel.rank != 0), "rank 0 draws the order, and only rank 0"
+        self.batch_size = batch_size
+        self.num_samples = num_samples
+        self._channel = channel
+        self._order = order
+        self._indices = torch.empty(num_samples, dtype=torch.int64)
+        self._received = 0
+        self._receive()
+        self._receive()
+
+    def __len__(self) -> int:
+        return -(-self.num_samples // self.batch_size)
+
+    def __iter__(self) -> Iterator[list[int]]:
+        return (self.batch(number).tolist() for number in range(len(self)))
+
+    def batch(self, number: int) -> Tensor:
+        """The sample indices of batch `number` (from 0), int64."""
+        start, end = number * self.batch_size, min((number + 1) * self.batch_size, self.num_samples)
+        assert end <= self._received, f"batch {number} was read before its window was sent"
+        return self._indices[start:end]
+
+    def consumed(self, number: int) -> None:
+        """The loop has begun batch `number`: at the first of a window, receives the next window."""
+        if number % WINDOW == 0 and number > 0:
+            self._receive()
+
+    def _receive(self) -> None:
+        start, end = self._received, min(self._received + WINDOW * self.batch_size, self.num_samples)
+        if start == end:
+            return
+        window = self._indices[start:end]
+        if self._order is not None:
+            window.copy_(self._order[start:end])
+        self._channel.broadcast(window)
+        self._received = end
+
+
+class Coordinator:
+    """Draws on rank 0, for all replicas, from `seed` and the epoch alone."""
+
+    def __init__(self, channel: Channel, seed: int) -> None:
+        self.seed = seed
+        self._channel = channel
+
+    def training_batches(self, num_samples: int, batch_size: int, epoch: int) -> IndexStream:
+        """A new permutation each epoch (from 1); the last batch may be smaller. A collective."""
+        order = None
+        if self._channel.rank == 0:
+            order = torch.randperm(num_samples, generator=epoch_generator(self.seed, epoch))
+        return IndexStream(self._channel, order, num_samples, batch_size)
+
+    def evaluation_batches(self, num_samples: int, batch_size: int) -> IndexStream:
+        """All samples in their own order. A collective."""
+        order = torch.arange(num_samples) if self._channel.rank == 0 else None
+        return IndexStream(self._channel, order, num_samples, batch_size)
+
+
+def epoch_generator(seed: int, epoch: int) -> torch.Generator:
+    """A generator of its own for one epoch, so that an epoch's draws do not depend on how it was reached."""
+    return torch.Generator().manual_seed((seed * 1_000_003 + epoch) % 2**63)

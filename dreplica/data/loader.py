@@ -1,0 +1,65 @@
+"""Loads exactly the samples that the coordinator sent."""
+
+import signal
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from dreplica.data.coordinator import WINDOW, IndexStream, epoch_generator
+
+_PREFETCH = 2
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One batch, on the replica's device."""
+
+    indices: Tensor
+    """(batch,) int64, on the CPU: which samples, as the coordinator sent them."""
+    inputs: Tensor
+    """(batch, ...)."""
+    labels: Tensor
+    """(batch,) int64."""
+
+
+def load_batches(
+    dataset: Dataset[Any],
+    stream: IndexStream,
+    device: torch.device,
+    num_workers: int,
+    seed: int,
+    epoch: int,
+    memory_format: torch.memory_format = torch.preserve_format,
+) -> Iterator[Batch]:
+    """The stream's batches, loaded by `num_workers` processes and moved to `device`.
+
+    Workers are seeded from (seed, epoch); the training process's own generators are not drawn from.
+    """
+    assert num_workers * _PREFETCH <= WINDOW, "workers must not read past the window that was sent"
+    loader: DataLoader[Any] = DataLoader(
+        dataset,
+        batch_sampler=stream,
+        num_workers=num_workers,
+        prefetch_factor=_PREFETCH if num_workers else None,
+        pin_memory=device.type == "cuda",
+        generator=epoch_generator(seed, epoch),
+        worker_init_fn=_reset_signals,
+    )
+    for number, (inputs, labels) in enumerate(loader):
+        stream.consumed(number)
+        yield Batch(
+            stream.batch(number),
+            inputs.to(device, non_blocking=True, memory_format=memory_format),
+            labels.to(device, non_blocking=True),
+        )
+
+
+def _reset_signals(_worker_id: int) -> None:
+    """A worker inherits the trainer's signal handlers, which only set a flag; it must end when it is told to."""
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.signal(signal.SIGUSR2, signal.SIG_IGN)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)

@@ -1,0 +1,208 @@
+"""Names the cause of a finding where no replay is needed; `unexplained` where the evidence does not suffice."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from dreplica.agreement.verdict import Verdict
+from dreplica.diagnosis.causes import CAUSES
+from dreplica.replica.wiring import WiringError
+from dreplica.world.manifest import Difference
+from dreplica.world.roll_call import Lost
+
+
+@dataclass(frozen=True)
+class BuildFacts:
+    """How one replica's build went."""
+
+    seed: int
+    """The seed its generators were given."""
+    seed_after: int
+    """`torch.initial_seed()` after the build: another one if the build seeded again."""
+    rng_before: bytes
+    """Digest of all generators just before the build."""
+    rng_after: bytes
+    """And just after."""
+
+
+@dataclass
+class RunFacts:
+    """What is known of a run besides the comparison itself."""
+
+    num_replicas: int
+    seeded: bool = True
+    """Whether `seed.model` gives a seed."""
+    shared_seed: bool = True
+    """Whether it gives all replicas the same."""
+    overrides: Mapping[int, Mapping[str, Any]] = field(default_factory=dict)
+    differences: Sequence[Difference] = ()
+    """Manifest fields on which replicas differ."""
+    builds: Sequence[BuildFacts] = ()
+    """One per replica, once built."""
+
+
+def conclude(found: Verdict, facts: RunFacts) -> Verdict:
+    """The verdict on a divergence: the finding with cause, evidence and remedy."""
+    verdict = found
+    if verdict.remedy:
+        return verdict  # concluded where it was found
+    if found.step == 0 and found.cause == "unexplained":
+        verdict = _conclude_build(found, facts)
+    declared = [f"replica {replica_id} declares {_dotted(partial)}" for replica_id, partial in facts.overrides.items()]
+    environment = [f"differs, allowed: {difference}" for difference in facts.differences]
+    if not verdict.suspects and found.classes:
+        verdict = verdict.with_(suspects=_singled_out(found.classes, facts.overrides))
+    return _with_remedy(verdict.with_(evidence=[*verdict.evidence, *declared, *environment]))
+
+
+def agreed(facts: RunFacts, steps_checked: int, independent: bool) -> Verdict:
+    """The verdict on a run in which nothing was found."""
+    replicas = f"{facts.num_replicas} replica{'s' * (facts.num_replicas > 1)}"
+    what = "same samples in the same order, states independent" if independent else "bit-identical"
+    if steps_checked == 0:
+        what = "nothing compared (agreement.every 0)" if independent else "only the final state compared: bit-identical"
+    if facts.num_replicas == 1:
+        what = "recorded (one replica has nothing to agree with)"
+    classes = (
+        [[replica_id] for replica_id in range(facts.num_replicas)] if independent else [list(range(facts.num_replicas))]
+    )
+    return Verdict(True, "none", f"{replicas}, {steps_checked} steps: {what}", classes=classes)
+
+
+def wiring_fault(error: WiringError, replica_ids: list[int], num_replicas: int) -> Verdict:
+    """The verdict on a replica whose parts do not belong together; `replica_ids`: where it was found."""
+    others = [replica_id for replica_id in range(num_replicas) if replica_id not in replica_ids]
+    return Verdict(
+        agreed=False,
+        cause=error.cause,
+        summary=str(error),
+        step=0,
+        stage="optimizer" if error.cause != "storage-shared" else "weights",
+        tensor=error.tensor,
+        suspects=replica_ids,
+        classes=[ids for ids in (others, replica_ids) if ids],
+        evidence=[f"found by identity checks on replicas {replica_ids} before the first step"],
+        remedy=list(error.remedy),
+    )
+
+
+def config_differs(differences: Sequence[Difference], classes: list[list[int]], suspects: list[int]) -> Verdict:
+    """The verdict on replicas that were given different configs; `differences`: the keys with their values."""
+    verdict = Verdict(
+        False,
+        "config-differs",
+        f"replicas were started with different configs: {differences[0]}",
+        suspects=suspects,
+        classes=classes,
+        evidence=[str(item) for item in differences],
+    )
+    return _with_remedy(verdict)
+
+
+def environment_differs(differences: Sequence[Difference], classes: list[list[int]], suspects: list[int]) -> Verdict:
+    """The verdict on manifest fields that must match and do not."""
+    verdict = Verdict(
+        False,
+        "environment-differs",
+        f"replicas run on different things: {differences[0]}",
+        suspects=suspects,
+        classes=classes,
+        evidence=[str(item) for item in differences],
+    )
+    return _with_remedy(verdict)
+
+
+def replica_lost(lost: Sequence[Lost], step: int | None, noticed: str) -> Verdict:
+    """The verdict on replicas that are gone; `noticed`: what the survivor saw."""
+    evidence = [f"replica {item.replica_id}: {item.reason}" for item in lost] + [f"noticed as: {noticed}"]
+    names = ", ".join(str(item.replica_id) for item in lost) or "unknown"
+    when = "before the first step" if step is None else f"in step {step + 1}"
+    first = f": {lost[0].reason}" if lost else ""
+    verdict = Verdict(
+        False,
+        "replica-lost",
+        f"replica {names} was lost {when}{first}",
+        step=None if step is None else step + 1,
+        suspects=[item.replica_id for item in lost],
+        evidence=evidence,
+    )
+    return _with_remedy(verdict)
+
+
+def not_learning(step: int, epoch: int, replica_ids: list[int], evidence: list[str]) -> Verdict:
+    """The verdict on replicas whose weights did not change over a whole epoch. They may agree all the same."""
+    names = ", ".join(map(str, replica_ids))
+    summary = f"no trainable weight of replica {names} has changed in {step} steps"
+    verdict = Verdict(
+        True,
+        "not-learning",
+        summary,
+        step=step,
+        epoch=epoch,
+        stage="weights",
+        suspects=replica_ids,
+        classes=[replica_ids],
+        evidence=evidence,
+    )
+    return _with_remedy(verdict)
+
+
+def _conclude_build(found: Verdict, facts: RunFacts) -> Verdict:
+    seeds = [build.seed for build in facts.builds]
+    reseeded = [i for i, build in enumerate(facts.builds) if build.seed_after != build.seed]
+    if not facts.seeded:
+        evidence = [f"seed.model is null; the seeds drawn were {seeds}"]
+        return _name(found, "build-not-seeded", evidence)
+    if not facts.shared_seed:
+        return _name(found, "declared-override", [f"seed.model gives the replicas different seeds: {seeds}"])
+    if reseeded and len({facts.builds[i].seed_after for i in range(len(seeds))}) > 1:
+        after = [build.seed_after for build in facts.builds]
+        evidence = [
+            f"the build seeded torch again on replicas {reseeded}: torch.initial_seed() was {seeds} before the "
+            f"build and {after} after it"
+        ]
+        return _name(found, "build-not-seeded", evidence)
+    before = {build.rng_before for build in facts.builds}
+    after_build = {build.rng_after for build in facts.builds}
+    if facts.builds and len(before) > 1:
+        return _name(found, "build-rng-differs", ["the generators already differed when the build began"])
+    if facts.builds and len(after_build) > 1:
+        evidence = [
+            "the generators were equal when the build began and differ after it: a build drew other or more "
+            "random numbers than another"
+        ]
+        return _name(found, "build-rng-differs", evidence)
+    return found.with_(
+        evidence=[
+            *found.evidence,
+            "the generators were equal before and after the build on all "
+            "replicas: what differs was not drawn from them",
+        ]
+    )
+
+
+def _name(found: Verdict, cause: str, evidence: list[str]) -> Verdict:
+    return found.with_(cause=cause, evidence=[*found.evidence, *evidence])
+
+
+def _with_remedy(verdict: Verdict) -> Verdict:
+    cause = CAUSES[verdict.cause]
+    return verdict.with_(
+        summary=f"{verdict.cause}: {verdict.summary}",
+        evidence=[cause.explanation, *verdict.evidence],
+        remedy=verdict.remedy or list(cause.remedy),
+    )
+
+
+def _singled_out(classes: list[list[int]], overrides: Mapping[int, Any]) -> list[int]:
+    """Without a majority, the replicas that declare a difference, if they are exactly one of the two classes."""
+    declared = sorted(overrides)
+    return declared if len(classes) == 2 and declared in [sorted(ids) for ids in classes] else []
+
+
+def _dotted(partial: Mapping[str, Any], prefix: str = "") -> str:
+    parts = []
+    for key, value in partial.items():
+        nested = isinstance(value, Mapping)
+        parts.append(_dotted(value, f"{prefix}{key}.") if nested else f"{prefix}{key}={value!r}")
+    return ", ".join(parts)

@@ -1,0 +1,85 @@
+"""Seeds and the global generators. Model, data order and augmentation draw from streams of their own."""
+
+import random
+from typing import Annotated, Any, Literal
+
+import numpy
+import torch
+from pydantic import Field
+
+from dreplica.errors import UsageError
+from dreplica.section import Lockstep, Section
+
+DISTINCT_BASE = 42
+_MAX_SEED = 2**63 - 1
+
+Seed = Annotated[int, Field(ge=0, le=_MAX_SEED)]
+
+
+class SeedConfig(Section):
+    """Where randomness comes from."""
+
+    model: Annotated[Seed | list[Seed] | Literal["distinct"] | None, Lockstep()] = 42
+    """An int: shared by all replicas; a list: one per replica; `distinct`: 42 plus the replica id; null: unseeded, each
+    replica draws a fresh one."""
+    data: Annotated[Seed | None, Lockstep()] = 0
+    """Seed of the order of samples, drawn by rank 0 for all; null: a fresh one each run, recorded."""
+
+
+def check_model_seeds(config: SeedConfig, num_replicas: int) -> None:
+    """Raises UsageError if `seed.model` is a list that does not have one seed per replica."""
+    if isinstance(config.model, list) and len(config.model) != num_replicas:
+        raise UsageError(
+            f"seed.model: {config.model} has {len(config.model)} seeds for {num_replicas} replicas. "
+            "Give one seed per replica, one int for all, or 'distinct'."
+        )
+
+
+def shares_model_seed(config: SeedConfig, num_replicas: int) -> bool:
+    """Whether all replicas are meant to be built alike. Unseeded ones are: that they differ is then the finding."""
+    if isinstance(config.model, list):
+        return len(set(config.model)) == 1
+    return config.model != "distinct" or num_replicas == 1
+
+
+def model_seed(config: SeedConfig, replica_id: int) -> int | None:
+    """The seed of one replica's build; None if unseeded."""
+    if config.model == "distinct":
+        return DISTINCT_BASE + replica_id
+    return config.model[replica_id] if isinstance(config.model, list) else config.model
+
+
+def seed_generators(seed: int | None) -> int:
+    """Seeds Python, NumPy, torch on the CPU and on every GPU; returns the seed used.
+
+    With None, a fresh seed comes from the operating system. (A process that never seeds torch does not draw at random:
+    torch's default generator starts from the constant 67280421310721, so replicas would agree by accident.)
+    """
+    if seed is None:
+        seed = fresh_seed()
+    random.seed(seed)
+    numpy.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+    return seed
+
+
+def get_rng_state() -> dict[str, Any]:
+    """The state of all global generators of this process; `set_rng_state` restores it."""
+    state = {"python": random.getstate(), "numpy": numpy.random.get_state(), "torch": torch.get_rng_state()}
+    if torch.cuda.is_initialized():
+        state["cuda"] = torch.cuda.get_rng_state()
+    return state
+
+
+def set_rng_state(state: dict[str, Any]) -> None:
+    """Restores what `get_rng_state` returned."""
+    random.setstate(state["python"])
+    numpy.random.set_state(state["numpy"])
+    torch.set_rng_state(state["torch"])
+    if "cuda" in state:
+        torch.cuda.set_rng_state(state["cuda"])
+
+
+def fresh_seed() -> int:
+    """A seed from the operating system's entropy; no generator is touched."""
+    return random.SystemRandom().randrange(_MAX_SEED)

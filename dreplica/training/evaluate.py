@@ -1,0 +1,81 @@
+"""Evaluation: the whole validation set, in eval mode, on every replica."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from dreplica.data.coordinator import Coordinator
+from dreplica.data.loader import load_batches
+from dreplica.replica.replica import Replica
+from dreplica.training.step import TrainConfig, forward
+
+
+@dataclass
+class Tally:
+    """Counts over the samples seen so far, kept on the replica's device: reading them waits for it."""
+
+    correct: Tensor
+    """0-dim int64: an integer, so that it does not depend on the order of summation."""
+    loss_sum: Tensor
+    """0-dim float64."""
+    count: int = 0
+
+    @classmethod
+    def zero(cls, device: torch.device) -> "Tally":
+        """An empty tally."""
+        dtype = torch.float32 if device.type == "mps" else torch.float64
+        return cls(torch.zeros((), dtype=torch.int64, device=device), torch.zeros((), dtype=dtype, device=device))
+
+    def add(self, loss: Tensor, logits: Tensor, labels: Tensor) -> None:
+        """Adds a batch: its mean loss (0-dim), logits (batch, num_classes) and labels (batch,)."""
+        self.correct += (logits.argmax(dim=1) == labels).sum()
+        self.loss_sum += loss.detach().double() * len(labels)
+        self.count += len(labels)
+
+    @property
+    def accuracy(self) -> float:
+        """Correct predictions over samples."""
+        return self.correct.item() / self.count
+
+    @property
+    def loss(self) -> float:
+        """Mean over samples."""
+        return self.loss_sum.item() / self.count
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What one replica predicts for the validation set."""
+
+    tally: Tally
+    logits: Tensor
+    """(samples, num_classes), on the CPU, in the data set's order."""
+    labels: Tensor
+    """(samples,) int64."""
+
+
+@torch.no_grad()
+def evaluate(
+    replica: Replica,
+    dataset: Dataset,
+    coordinator: Coordinator,
+    device: torch.device,
+    batch_size: int,
+    num_workers: int,
+    config: TrainConfig,
+) -> Evaluation:
+    """Evaluates in eval mode and puts every module back into the mode it was in. A collective."""
+    modes = {module: module.training for module in replica.model.modules()}
+    replica.model.eval()
+    tally, logits, labels = Tally.zero(device), [], []
+    stream = coordinator.evaluation_batches(len(dataset), batch_size)  # type: ignore[arg-type]
+    for batch in load_batches(dataset, stream, device, num_workers, seed=0, epoch=0):
+        loss, batch_logits = forward(replica, batch.inputs, batch.labels, config)
+        tally.add(loss, batch_logits, batch.labels)
+        logits.append(batch_logits.cpu())
+        labels.append(batch.labels.cpu())
+    for module, training in modes.items():
+        module.training = training
+    return Evaluation(tally, torch.cat(logits), torch.cat(labels))

@@ -1,0 +1,50 @@
+"""How far independent replicas differ: how much of a result is seed noise."""
+
+import statistics
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dreplica.training.evaluate import Evaluation
+from dreplica.world.channel import Channel
+
+
+@dataclass(frozen=True)
+class Spread:
+    """Validation results of independent replicas."""
+
+    n: int
+    accuracy_mean: float
+    accuracy_std: float | None
+    """Sample standard deviation (n - 1); None for one replica."""
+    disagreement: list[list[float]]
+    """Replica by replica: the part of the validation samples on which the two predict different classes."""
+    ensemble_accuracy: float
+    """Of the mean of all replicas' softmax probabilities."""
+
+    def as_dict(self) -> dict[str, Any]:
+        """JSON values."""
+        return vars(self).copy()
+
+
+def measure_spread(evaluation: Evaluation, channel: Channel) -> Spread:
+    """Compares the last evaluations of all replicas. A collective."""
+    predicted = evaluation.logits.argmax(dim=1)
+    rows = torch.zeros(channel.size, len(predicted), dtype=torch.int64)
+    rows[channel.rank] = predicted
+    rows = channel.sum(rows)
+    probabilities = channel.sum(evaluation.logits.double().softmax(dim=1))
+    accuracies = [_accuracy(row, evaluation.labels) for row in rows]
+    return Spread(
+        n=channel.size,
+        accuracy_mean=statistics.fmean(accuracies),
+        accuracy_std=statistics.stdev(accuracies) if len(accuracies) > 1 else None,
+        disagreement=[[(one != other).double().mean().item() for other in rows] for one in rows],
+        ensemble_accuracy=_accuracy(probabilities.argmax(dim=1), evaluation.labels),
+    )
+
+
+def _accuracy(predicted: Tensor, labels: Tensor) -> float:
+    return (predicted == labels).sum().item() / len(labels)

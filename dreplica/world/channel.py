@@ -1,0 +1,124 @@
+"""The collectives that control traffic needs: kilobytes of CPU data over gloo, and no wait without an end."""
+
+import pickle
+import time
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, cast
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from dreplica.world.roll_call import ReplicaLost, RollCall
+
+_NAP_SECONDS = (0.00002, 0.002)
+
+
+@dataclass(frozen=True)
+class Posted:
+    """A collective under way: its tensor must not be read before `Channel.wait`."""
+
+    tensor: Tensor
+    work: dist.Work | None
+
+
+class Channel:
+    """All replicas of a process group, or this process alone when there is none.
+
+    Every method is a collective: all replicas must call it, in the same order. With a roll call, waiting ends as soon
+    as any replica raises the alarm; without, when a peer closes its connection or `timeout` (seconds) is over.
+    """
+
+    def __init__(
+        self,
+        group: dist.ProcessGroup | None = None,
+        roll_call: RollCall | None = None,
+        timeout: float = 300.0,
+    ) -> None:
+        self.group = group
+        self.roll_call = roll_call
+        self.timeout = timeout
+        self.rank = dist.get_rank(group) if dist.is_initialized() else 0
+        self.size = dist.get_world_size(group) if dist.is_initialized() else 1
+
+    def post_max(self, tensor: Tensor) -> Posted:
+        """Starts the element-wise maximum of `tensor` (CPU) over all replicas, in place; `wait` completes it."""
+        work = None
+        if self.size > 1:
+            try:
+                work = dist.all_reduce(tensor, op=dist.ReduceOp.MAX, group=self.group, async_op=True)
+            except RuntimeError as error:
+                raise ReplicaLost(_first_line(error)) from error
+        return Posted(tensor, work)
+
+    def wait(self, posted: Posted) -> Tensor:
+        """The result of a posted collective. Raises `ReplicaLost` if it cannot be completed."""
+        work = posted.work
+        if work is None:
+            return posted.tensor
+        end = time.monotonic() + self.timeout
+        nap, longest_nap = _NAP_SECONDS
+        if self.roll_call is not None:
+            self.roll_call.waiting = True
+        while not work.is_completed():
+            if self.roll_call is not None and self.roll_call.alarm.is_set():
+                raise ReplicaLost("another replica raised the alarm")
+            if time.monotonic() > end:
+                raise ReplicaLost(f"no answer for {self.timeout:g} s (world.timeout)")
+            time.sleep(nap)
+            nap = min(2 * nap, longest_nap)
+        try:
+            work.wait()
+        except RuntimeError as error:
+            raise ReplicaLost(_first_line(error)) from error
+        if self.roll_call is not None:
+            self.roll_call.waiting = False
+        return posted.tensor
+
+    def broadcast(self, tensor: Tensor) -> Tensor:
+        """Rank 0's `tensor` (CPU, same shape and dtype everywhere), in place, on every replica."""
+        if self.size > 1:
+            source = dist.get_global_rank(self.group, 0) if self.group is not None else 0
+            self.wait(Posted(tensor, self._start(dist.broadcast, tensor, src=source)))
+        return tensor
+
+    def sum(self, tensor: Tensor) -> Tensor:
+        """The sum of `tensor` (CPU) over all replicas, in place."""
+        if self.size > 1:
+            self.wait(Posted(tensor, self._start(dist.all_reduce, tensor)))
+        return tensor
+
+    def gather(self, value: Any) -> list[Any]:
+        """Every replica's `value` (picklable), in the order of ranks, on every replica."""
+        if self.size == 1:
+            return [value]
+        payload = torch.frombuffer(bytearray(pickle.dumps(value)), dtype=torch.uint8)
+        longest = torch.tensor([payload.numel()])
+        sizes = torch.zeros(self.size, dtype=torch.int64)
+        sizes[self.rank] = payload.numel()
+        self.wait(self.post_max(sizes))
+        longest = sizes.max()
+        padded = torch.zeros(int(longest), dtype=torch.uint8)
+        padded[: payload.numel()] = payload
+        rows = [torch.empty_like(padded) for _ in range(self.size)]
+        self.wait(Posted(padded, self._start(dist.all_gather, rows, padded)))
+        return [pickle.loads(row[:size].numpy().tobytes()) for row, size in zip(rows, sizes.tolist(), strict=True)]
+
+    def _start(self, collective: Any, *args: Any, **kwargs: Any) -> dist.Work:
+        try:
+            return collective(*args, group=self.group, async_op=True, **kwargs)
+        except RuntimeError as error:
+            raise ReplicaLost(_first_line(error)) from error
+
+
+def gloo_channel(timeout: float = 300.0) -> Channel:
+    """A channel over the default process group if that is gloo, otherwise over a gloo group of its own (collective)."""
+    group: dist.ProcessGroup | None = None
+    if dist.is_initialized() and "gloo" not in dist.get_backend():
+        group = cast(dist.ProcessGroup, dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout)))
+    return Channel(group, timeout=timeout)
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).splitlines()[0] if str(error) else type(error).__name__

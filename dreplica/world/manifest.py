@@ -1,0 +1,142 @@
+"""What each replica runs on and with: recorded, exchanged before the first step, and compared."""
+
+import importlib.metadata
+import platform
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy
+import torch
+import xxhash
+
+from dreplica.world.determinism import numerics_flags
+from dreplica.world.process_group import Device, World
+
+# A field of these may differ between replicas without an error; it stays in the record as a suspect.
+_MAY_DIFFER = ("host", "cpu.model", "device.index", "device.name", "device.uuid", "device.shared", "seed")
+# A field of these follows from a config section, so a replica whose `overrides` name the section may differ in it.
+_FOLLOWS_FROM = {"numerics": "determinism", "device": "world"}
+
+
+@dataclass(frozen=True)
+class Difference:
+    """One manifest field on which replicas do not have the same value."""
+
+    field: str
+    values: tuple[Any, ...]
+    """One value per replica."""
+    allowed: bool
+    """Whether replicas may differ in it: a fact to remember, not an error."""
+
+    def __str__(self) -> str:
+        groups: dict[str, list[int]] = {}
+        for replica_id, value in enumerate(self.values):
+            groups.setdefault(repr(value), []).append(replica_id)
+        sides = (
+            f"{value} on replica{'s' * (len(ids) > 1)} {', '.join(map(str, ids))}" for value, ids in groups.items()
+        )
+        return f"{self.field}: {'; '.join(sides)}"
+
+
+def collect_manifest(world: World, device: Device, seed: int | None, data_digest: str) -> dict[str, Any]:
+    """This replica's manifest; JSON values only. `seed`: the model seed; `data_digest`: of the data set as loaded."""
+    return {
+        "host": world.host,
+        "seed": seed,
+        "code": source_digest(),
+        "python": platform.python_version(),
+        "packages": {name: _version(name) for name in ("dreplica", "torch", "torchvision", "numpy")},
+        "cpu": {"capability": torch.backends.cpu.get_cpu_capability(), "model": _cpu_model()},
+        "device": _describe_device(device),
+        "numerics": numerics_flags(),
+        "data": data_digest,
+    }
+
+
+def compare_values(rows: Sequence[Mapping[str, Any]]) -> list[Difference]:
+    """The fields (dotted) on which replicas' mappings differ, none of them allowed to."""
+    flat = [_flatten(row) for row in rows]
+    columns = {field: tuple(row.get(field) for row in flat) for field in sorted(set().union(*flat))}
+    return [
+        Difference(field, values, allowed=False)
+        for field, values in columns.items()
+        if any(value != values[0] for value in values)
+    ]
+
+
+def compare_manifests(
+    manifests: Sequence[Mapping[str, Any]], declared: Mapping[int, Mapping[str, Any]]
+) -> list[Difference]:
+    """The fields on which replicas differ. `declared`: the config's `overrides`, which excuse what follows."""
+    return [replace(item, allowed=_is_allowed(item, declared)) for item in compare_values(manifests)]
+
+
+def _is_allowed(difference: Difference, declared: Mapping[int, Mapping[str, Any]]) -> bool:
+    if any(difference.field == name or difference.field.startswith(f"{name}.") for name in _MAY_DIFFER):
+        return True
+    section = _FOLLOWS_FROM.get(difference.field.split(".", 1)[0])
+    undeclared = {
+        value for replica_id, value in enumerate(difference.values) if section not in declared.get(replica_id, {})
+    }
+    return len(undeclared) <= 1
+
+
+@cache
+def source_digest() -> str:
+    """32 hex digits over dreplica's own source files: which code runs, whatever its version says."""
+    package = Path(__file__).parents[1]
+    digest = xxhash.xxh3_128()
+    for path in sorted(package.rglob("*.py")):
+        digest.update(str(path.relative_to(package)).encode() + b"\0" + path.read_bytes() + b"\0")
+    return digest.hexdigest()
+
+
+def _describe_device(device: Device) -> dict[str, Any]:
+    if device.device.type != "cuda":
+        return {"type": device.device.type, "name": device.device.type}
+    properties = torch.cuda.get_device_properties(device.device)
+    return {
+        "type": "cuda",
+        "index": device.device.index,
+        "name": properties.name,
+        "uuid": str(properties.uuid),
+        "capability": f"{properties.major}.{properties.minor}",
+        "shared": device.shared,
+        "cuda": torch.version.cuda,
+        "cudnn": torch.backends.cudnn.version(),
+    }
+
+
+def _version(package: str) -> str | None:
+    if package == "torch":
+        return str(torch.__version__)
+    if package == "numpy":
+        return numpy.__version__
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+@cache
+def _cpu_model() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        return platform.processor()
+    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), "")
+
+
+def _flatten(value: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, item in value.items():
+        if isinstance(item, Mapping):
+            flat |= _flatten(item, f"{prefix}{key}.")
+        elif isinstance(item, list):
+            flat[f"{prefix}{key}"] = tuple(item)
+        else:
+            flat[f"{prefix}{key}"] = item
+    return flat

@@ -1,0 +1,136 @@
+"""The processes of a run: joined at the start, left at the end, and one place where all of them fail together."""
+
+import logging
+import os
+import socket
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Annotated, Literal, TypeVar
+
+import torch
+import torch.distributed as dist
+from pydantic import Field
+
+from dreplica.errors import UsageError
+from dreplica.section import Lockstep, Section
+from dreplica.world.channel import Channel
+from dreplica.world.roll_call import RollCall
+
+log = logging.getLogger(__name__)
+T = TypeVar("T")
+
+_JOIN_SECONDS = 600.0
+
+
+class WorldConfig(Section):
+    """Where replicas run, and how long a silent one is waited for."""
+
+    device: Literal["auto", "cuda", "cpu"] = "auto"
+    """`auto`: a GPU of its own for each replica where there are enough, otherwise GPUs shared (with a warning),
+    otherwise CPU; `cuda`: a GPU of its own or an error; `cpu`."""
+    timeout: Annotated[float, Lockstep()] = Field(300.0, gt=0)
+    """Seconds until a silent replica counts as lost."""
+
+
+@dataclass(frozen=True)
+class Device:
+    """The device of one replica; `shared` when replicas on this node share a GPU."""
+
+    device: torch.device
+    shared: bool = False
+
+
+@dataclass(frozen=True)
+class World:
+    """This process among all. `replica_id` is the global rank; rank 0 is the coordinator."""
+
+    replica_id: int
+    num_replicas: int
+    channel: Channel
+    roll_call: RollCall | None
+    host: str
+
+    @property
+    def is_coordinator(self) -> bool:
+        """Whether this is rank 0."""
+        return self.replica_id == 0
+
+    def together(self, action: Callable[[], T]) -> T:
+        """Runs `action` here; a `UsageError` on any replica is raised on all of them, so that none is left waiting."""
+        result, problem = None, None
+        try:
+            result = action()
+        except UsageError as error:
+            problem = str(error)
+        problems = self.channel.gather(problem)
+        if any(text is not None for text in problems):
+            blamed = [replica for replica, text in enumerate(problems) if text is not None]
+            text = str(problems[blamed[0]])
+            raise UsageError(text if len(blamed) == len(problems) else f"replica {blamed[0]}: {text}")
+        return result  # type: ignore[return-value]  # None only where T is
+
+
+def env_rank() -> int:
+    """This process's global rank as the launcher set it; 0 without a launcher."""
+    return int(os.environ.get("RANK", "0"))
+
+
+def env_num_replicas() -> int:
+    """The number of replicas as the launcher set it; 1 without a launcher."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def bind_device(config: WorldConfig) -> Device:
+    """Picks and binds this process's device; call it before the process group is initialised.
+
+    Raises UsageError where `world.device` is `cuda` and this node has fewer GPUs than replicas.
+    """
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    local_size = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    num_gpus = torch.cuda.device_count() if config.device != "cpu" else 0
+    if config.device == "cuda" and num_gpus < local_size:
+        raise UsageError(
+            f"world.device: 'cuda' wants a GPU for each of the {local_size} replicas on this node, but torch sees "
+            f"{num_gpus}. Start {num_gpus or 'no'} replicas here, or use --world.device auto "
+            "(shares GPUs, or runs on the CPU if there are none)."
+        )
+    if num_gpus == 0:
+        return Device(torch.device("cpu"))
+    device = torch.device("cuda", local_rank % num_gpus)
+    torch.cuda.set_device(device)
+    return Device(device, shared=num_gpus < local_size)
+
+
+@contextmanager
+def open_world(timeout: float) -> Iterator[World]:
+    """Joins the replicas that the launcher started (or stands alone without one), and leaves them at the end.
+
+    `timeout`: seconds until a silent replica counts as lost. Every exception inside is told to the other replicas, so
+    that they end with `replica-lost` naming this one instead of waiting.
+    """
+    replica_id, num_replicas, host = env_rank(), env_num_replicas(), socket.gethostname()
+    if "RANK" not in os.environ or num_replicas == 1:
+        yield World(0, 1, Channel(), None, host)
+        return
+    store, _, _ = next(dist.rendezvous("env://", timeout=timedelta(seconds=_JOIN_SECONDS)))
+    roll_call = RollCall(store, replica_id, num_replicas)
+    # The channel does its own waiting; gloo's limit only has to be the longer of the two.
+    dist.init_process_group(
+        "gloo",
+        store=dist.PrefixStore("gloo", store),
+        rank=replica_id,
+        world_size=num_replicas,
+        timeout=timedelta(seconds=timeout + 60),
+    )
+    try:
+        yield World(replica_id, num_replicas, Channel(None, roll_call, timeout), roll_call, host)
+    except UsageError:
+        raise  # raised on all replicas by `together`
+    except BaseException as error:
+        roll_call.report_failure(f"it raised {type(error).__name__}: {error}")
+        raise
+    finally:
+        roll_call.close()
+        dist.destroy_process_group()
