@@ -1,0 +1,25 @@
+"""The main job, whole, as torchrun starts it."""
+
+import json
+
+from tests.fixtures import SMALL
+from tests.harness import torchrun
+
+
+def test_two_replicas_agree_and_leave_the_run_folder() -> None:
+    job = torchrun(*SMALL)
+    assert job.returncode == 0, job.output
+    report = job.report
+    assert report["verdict"]["agreed"] is True
+    assert report["verdict"]["cause"] == "none"
+    assert report["steps_checked"] == 10
+    for epoch in report["epochs"]:
+        for part in (epoch["train"], epoch["val"]):
+            assert part["accuracy"][0] == part["accuracy"][1]
+            assert part["loss"][0] == part["loss"][1]
+    one, two = report["fingerprints"]
+    assert one["weights"] == two["weights"]
+    names = {path.name for path in job.folder.iterdir()}
+    assert names >= {"config.yaml", "manifest.json", "metrics.jsonl", "trace.jsonl", "report.json"}
+    steps = [json.loads(line) for line in job.trace[1:]]
+    assert [line["step"] for line in steps if "weights" in line["digests"]] == list(range(11))

@@ -1,0 +1,36 @@
+"""Small models and data that jobs under test name in their configs."""
+
+import torch
+from torch import nn
+
+from dreplica.data.datasets import DataConfig, TensorImages
+
+SMALL = (
+    "--data.name=tests.fixtures:tiny_images",
+    "--model.factory=tests.fixtures:tiny_model",
+    "--data.batch_size=16",
+    "--train.epochs=2",
+    "--schedule={}",
+)
+"""Arguments of a job that trains in a second."""
+
+
+def tiny_images(config: DataConfig) -> tuple[TensorImages, TensorImages, int]:
+    """Five classes of noisy 8x8 images: 80 to train on, 40 to validate on."""
+    generator = torch.Generator().manual_seed(0)
+    centers = torch.randn(5, 3, 8, 8, generator=generator)
+    labels = torch.arange(120) % 5
+    images = centers[labels] + 0.5 * torch.randn(120, 3, 8, 8, generator=generator)
+    return TensorImages(images[:80], labels[:80]), TensorImages(images[80:], labels[80:]), 5
+
+
+def tiny_model(num_classes: int) -> nn.Module:
+    """A convolution, batch norm, dropout and a head."""
+    return nn.Sequential(
+        nn.Conv2d(3, 8, 3, padding=1),
+        nn.BatchNorm2d(8),
+        nn.ReLU(),
+        nn.Flatten(),
+        nn.Dropout(0.1),
+        nn.Linear(8 * 8 * 8, num_classes),
+    )

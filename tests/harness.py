@@ -1,0 +1,137 @@
+"""Bodies run on N gloo processes, and whole torchrun jobs."""
+
+import json
+import multiprocessing
+import os
+import pickle
+import subprocess
+import sys
+import tempfile
+import traceback
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+
+REPOSITORY = Path(__file__).parents[1]
+
+_CONTEXT = multiprocessing.get_context("forkserver")
+_CONTEXT.set_forkserver_preload(["torch", "tests.harness", "dreplica"])
+
+
+def run_replicas(body: Callable[..., Any], num_replicas: int, *args: Any, timeout: float = 60.0) -> list[Any]:
+    """What `body(world, *args)` returns on each of `num_replicas` gloo processes, by replica id.
+
+    `body` is a module-level function. An exception is returned in place of a result; None for a process that was killed
+    or did not end within `timeout` seconds (it is killed then).
+    """
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    processes, pipes = [], []
+    for replica_id in range(num_replicas):
+        ours, theirs = _CONTEXT.Pipe(duplex=False)
+        process = _CONTEXT.Process(
+            target=_enter, args=(theirs, body, replica_id, num_replicas, store.port, args), daemon=True
+        )
+        process.start()
+        theirs.close()
+        processes.append(process)
+        pipes.append(ours)
+    results = [_receive(pipe, timeout) for pipe in pipes]
+    for process in processes:
+        process.join(5)
+        process.kill()
+    return results
+
+
+def _enter(
+    pipe: Connection, body: Callable[..., Any], replica_id: int, num_replicas: int, port: int, args: Sequence[Any]
+) -> None:
+    import torch
+
+    from dreplica.world.process_group import open_world
+
+    torch.set_num_threads(1)
+    os.environ |= {
+        "RANK": str(replica_id),
+        "WORLD_SIZE": str(num_replicas),
+        "LOCAL_RANK": str(replica_id),
+        "LOCAL_WORLD_SIZE": str(num_replicas),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "TORCHELASTIC_USE_AGENT_STORE": "True",  # the store is the parent's and outlives rank 0, as under torchrun
+    }
+    try:
+        with open_world(timeout=30) as world:
+            result = body(world, *args)
+            world.channel.gather(None)
+        pipe.send_bytes(pickle.dumps(result))
+    except BaseException as error:
+        traceback.print_exc()
+        pipe.send_bytes(pickle.dumps(error))
+        os._exit(1)
+
+
+def _receive(pipe: Connection, timeout: float) -> Any:
+    try:
+        return pickle.loads(pipe.recv_bytes()) if pipe.poll(timeout) else None
+    except EOFError:
+        return None
+
+
+@dataclass(frozen=True)
+class Job:
+    """A torchrun job that has ended."""
+
+    returncode: int
+    """torchrun's own: it collapses every failure to 1."""
+    exitcodes: dict[int, int]
+    """Each worker's own exit code by rank, negative for a signal; only of those that failed."""
+    stdout: str
+    stderr: str
+    folder: Path
+
+    @property
+    def output(self) -> str:
+        """All that was printed."""
+        return self.stdout + self.stderr
+
+    @property
+    def report(self) -> dict[str, Any]:
+        """report.json."""
+        return json.loads((self.folder / "report.json").read_text())
+
+    @property
+    def trace(self) -> list[str]:
+        """The lines of trace.jsonl."""
+        return (self.folder / "trace.jsonl").read_text().splitlines()
+
+
+def torchrun(*arguments: str, num_replicas: int = 2, root: Path | None = None, timeout: float = 120.0) -> Job:
+    """Runs train.py under torchrun with a small fast job unless `arguments` say otherwise; the run is named `job`.
+
+    `root`: where the run folder goes; a fresh temporary folder by default.
+    """
+    root = root or Path(tempfile.mkdtemp(prefix="dreplica-"))
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={num_replicas}"]
+    command = [*launcher, str(REPOSITORY / "train.py"), f"--run.root={root}", "--run.name=job", *arguments]
+    environment = os.environ | {"PYTHONPATH": str(REPOSITORY), "PYTHONUNBUFFERED": "1"}
+    process = subprocess.run(
+        command, capture_output=True, text=True, timeout=timeout, cwd=REPOSITORY, env=environment, check=False
+    )
+    return Job(process.returncode, _exitcodes(process.stderr), process.stdout, process.stderr, root / "job")
+
+
+def _exitcodes(stderr: str) -> dict[int, int]:
+    """Read off torchrun's closing summary: `rank : 1 (local_rank: 1)` and `exitcode : 3 (pid: 77)`."""
+    codes: dict[int, int] = {}
+    rank = None
+    for line in stderr.splitlines():
+        key, _, value = line.partition(":")
+        if key.strip() == "rank":
+            rank = int(value.split("(")[0])
+        elif key.strip() == "exitcode" and rank is not None:
+            codes[rank] = int(value.split("(")[0])
+    return codes
