@@ -4,12 +4,14 @@ import argparse
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import yaml
 from pydantic import BaseModel, Field, ValidationError, model_validator
+from pydantic.fields import FieldInfo
 
 from dreplica.agreement.agreement import AgreementConfig
+from dreplica.cases.inject import FaultConfig
 from dreplica.data.datasets import DataConfig
 from dreplica.errors import UsageError
 from dreplica.replica.build import ModelConfig, ReplicaConfig
@@ -39,6 +41,8 @@ class RunConfig(Section):
     train: TrainConfig = TrainConfig()
     determinism: DeterminismConfig = DeterminismConfig()
     agreement: AgreementConfig = AgreementConfig()
+    inject: list[FaultConfig] = Field(default_factory=list)
+    """Faults to inject: a list of {replica, step, target, tensor, bits, repeat, seed}."""
     overrides: dict[int, dict[str, Any]] = Field(default_factory=dict)
     """Replica id to a partial config: a declared difference between replicas, to compare two settings in lock-step."""
 
@@ -54,11 +58,11 @@ class RunConfig(Section):
         partial = self.overrides.get(replica_id)
         if not partial:
             return self
-        merged = merge(self.model_dump(exclude={"overrides"}), partial)
+        merged = _without_empty_sections(merge(self.model_dump(exclude={"overrides"}), partial))
         try:
             return RunConfig.model_validate(merged)
         except ValidationError as error:
-            raise describe_errors(error.errors(), RunConfig, f"overrides.{replica_id}") from None
+            raise describe_errors(error.errors(), RunConfig, lambda _: f"overrides.{replica_id}.") from None
 
     def check_replicas(self, num_replicas: int) -> None:
         """Raises UsageError if an override or a seed names a replica that does not exist, or one lacks a seed."""
@@ -67,6 +71,11 @@ class RunConfig(Section):
                 raise UsageError(
                     f"overrides.{replica_id}: there is no such replica; the {num_replicas} count from 0. "
                     f"Start more with --nproc_per_node={replica_id + 1}, or override another."
+                )
+        for fault in self.inject:
+            if fault.replica >= num_replicas:
+                raise UsageError(
+                    f"inject: there is no replica {fault.replica}; the {num_replicas} count from 0. Choose another."
                 )
         check_model_seeds(self.seed, num_replicas)
 
@@ -77,16 +86,21 @@ class RunConfig(Section):
 
 def load_config(argv: Sequence[str], num_replicas: int) -> RunConfig:
     """The config that command-line arguments ask for. Raises UsageError, naming key, value and remedy."""
-    given = vars(_parser(argv).parse_args(argv))
-    path = Path(given.pop("config"))
+    given = _split_arguments(argv)
+    path = Path(given.pop("config", str(DEFAULT_CONFIG)))
     values = read_yaml(path)
+    partial: dict[Any, Any] = {}
     for dotted, text in given.items():
-        values = merge(values, _nest(dotted, text))
+        value = _load(text, f"--{dotted}")
+        if "." in dotted:
+            _set(partial, dotted, value)
+        else:
+            values[dotted] = value  # a whole section replaces the file's
+    values = merge(values, partial)
     try:
-        config = RunConfig.model_validate(values)
+        config = RunConfig.model_validate(_without_empty_sections(values))
     except ValidationError as error:
-        source = str(path) if not given else f"{path} and the command line"
-        raise describe_errors(error.errors(), RunConfig, source) from None
+        raise describe_errors(error.errors(), RunConfig, lambda key: _source(key, given, path)) from None
     if config.run.name is None:
         config = config.model_copy(update={"run": config.run.model_copy(update={"name": path.stem})})
     config.check_replicas(num_replicas)
@@ -95,7 +109,18 @@ def load_config(argv: Sequence[str], num_replicas: int) -> RunConfig:
 
 def format_help(prog: str) -> str:
     """The help text: every field with its docstring and default."""
-    return _parser([], prog).format_help()
+    parser = argparse.ArgumentParser(prog, add_help=False, usage=f"{prog} [--config FILE] [--section.key VALUE ...]")
+    parser.description = "Train replicas in lock-step and compare every bit. VALUE is read as YAML: null, true, [1, 2]."
+    parser.add_argument("--config", metavar="FILE", help="a YAML file (default: configs/digits.yaml)")
+    for section, field in RunConfig.model_fields.items():
+        model = field.annotation
+        if not (isinstance(model, type) and issubclass(model, BaseModel)):
+            _add_field(parser, section, field)
+            continue
+        group = parser.add_argument_group(section, model.__doc__)
+        for key, item in model.model_fields.items():
+            _add_field(group, f"{section}.{key}", item)
+    return parser.format_help()
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
@@ -103,14 +128,17 @@ def read_yaml(path: Path) -> dict[str, Any]:
     try:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
-        raise UsageError(f"--config: there is no file {str(path)!r} (from {Path.cwd()}).") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"--config: {str(path)!r} cannot be read: {error}.") from None
+        raise UsageError(f"--config: there is no file {str(path)!r} (from {Path.cwd()}). Correct the path.") from None
+    except OSError as error:
+        raise UsageError(f"--config: {str(path)!r} cannot be read ({error.strerror}). Name a YAML file.") from None
+    except UnicodeDecodeError:
+        raise UsageError(f"--config: {str(path)!r} is not text. Name a YAML file.") from None
     values = _load(text, str(path))
     if values is None:
         return {}
     if not isinstance(values, dict):
-        raise UsageError(f"{path}: expected sections such as `train:`, found {type(values).__name__}.")
+        found = "a list" if isinstance(values, list) else repr(values)
+        raise UsageError(f"{path}: expected sections such as `train:`, found {found}.")
     return values
 
 
@@ -134,14 +162,22 @@ class _Loader(yaml.SafeLoader):
     yaml_implicit_resolvers: dict[str, list[tuple[str, re.Pattern[str]]]] = {}  # noqa: RUF012 (PyYAML's own attribute)
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        mapping = super().construct_mapping(node, deep)
-        if len(mapping) < len(node.value):
-            keys = [self.construct_object(key) for key, _ in node.value]
-            twice = next(key for key in keys if keys.count(key) > 1)
-            raise yaml.constructor.ConstructorError(None, None, f"the key {twice!r} stands twice", node.start_mark)
-        return mapping
+        seen = set()
+        for key_node, _ in node.value:
+            key = (key_node.tag, str(key_node.value))
+            if key in seen:
+                problem = f"the key {key_node.value!r} stands twice; keep one"
+                raise yaml.constructor.ConstructorError(None, None, problem, key_node.start_mark)
+            seen.add(key)
+        return super().construct_mapping(node, deep)
+
+    def construct_int(self, node: yaml.ScalarNode) -> int:
+        """PyYAML's own reads 010 as 8 and fails on 08; in YAML 1.2 both are decimal."""
+        text = self.construct_scalar(node)
+        return int(text, 0) if text[:2] in {"0o", "0x"} else int(text)
 
 
+_Loader.add_constructor("tag:yaml.org,2002:int", _Loader.construct_int)
 for _tag, _pattern, _first in (
     ("bool", r"true|True|TRUE|false|False|FALSE", "tTfF"),
     ("int", r"[-+]?[0-9]+|0o[0-7]+|0x[0-9a-fA-F]+", "-+0123456789"),
@@ -158,53 +194,62 @@ for _tag, _pattern, _first in (
 def _load(text: str, source: str) -> Any:
     try:
         return yaml.load(text, _Loader)
-    except yaml.YAMLError as error:
+    except yaml.reader.ReaderError as error:
+        line, column = text.count("\n", 0, error.position), error.position - text.rfind("\n", 0, error.position)
+        problem = f"there is a character that no text has, {chr(error.character)!r}"
+        where = f" line {line + 1}, column {column}"
+    except (yaml.YAMLError, ValueError) as error:
         problem = getattr(error, "problem", None) or str(error)
         mark = getattr(error, "problem_mark", None)
         where = f" line {mark.line + 1}, column {mark.column + 1}" if mark is not None else ""
-        raise UsageError(f"{source}:{where} this is not YAML: {problem}.") from None
+    raise UsageError(f"{source}:{where}: this cannot be read as YAML: {problem}.")
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise UsageError(f"command line: {message}. See --help.")
+def _split_arguments(argv: Sequence[str]) -> dict[str, str]:
+    """`--section.key VALUE` and `--section.key=VALUE` by name. Raises UsageError for anything else."""
+    given: dict[str, str] = {}
+    rest = iter(argv)
+    for token in rest:
+        name, equals, value = token.removeprefix("--").partition("=")
+        if not token.startswith("--") or not name:
+            raise UsageError(f"command line: {token!r} belongs to no option. Write --section.key VALUE. See --help.")
+        if not equals:
+            following = next(rest, None)
+            if following is None or following.startswith("--"):
+                raise UsageError(f"command line: --{name} has no value. Write --{name} VALUE. See --help.")
+            value = following
+        if name in given:
+            raise UsageError(f"command line: --{name} stands twice, with {given[name]!r} and {value!r}. Keep one.")
+        given[name] = value
+    return given
 
 
-def _parser(argv: Sequence[str], prog: str = "train.py") -> argparse.ArgumentParser:
-    """All declared fields as `--section.key VALUE`; what else `argv` has of that form is taken too, for validation."""
-    parser = _Parser(prog, argument_default=argparse.SUPPRESS, allow_abbrev=False, add_help=False)
-    parser.description = "Train replicas in lock-step and compare every bit. VALUE is read as YAML: null, true, [1, 2]."
-    parser.add_argument("--config", default=str(DEFAULT_CONFIG), help="a YAML file (default: configs/digits.yaml)")
-    known = {"config"}
-    for section, field in RunConfig.model_fields.items():
-        model = field.annotation
-        if not (isinstance(model, type) and issubclass(model, BaseModel)):
-            parser.add_argument(f"--{section}", metavar="VALUE", help=field.description)
-            known.add(section)
-            continue
-        group = parser.add_argument_group(section, model.__doc__)
-        for key, item in model.model_fields.items():
-            help_text = f"{item.description} (default: {_show(item.default)})".replace("%", "%%")
-            group.add_argument(f"--{section}.{key}", metavar="VALUE", help=help_text)
-            known.add(f"{section}.{key}")
-    for token in argv:
-        name = token.removeprefix("--").split("=", 1)[0]
-        if token.startswith("--") and name not in known and re.fullmatch(r"[\w.]+", name):
-            parser.add_argument(f"--{name}", help=argparse.SUPPRESS)
-            known.add(name)
-    return parser
+def _set(mapping: dict[Any, Any], dotted: str, value: Any) -> None:
+    """Sets `a.b` in nested mappings, made as needed."""
+    *sections, last = (int(key) if key.isdecimal() else key for key in dotted.split("."))
+    for key in sections:
+        if not isinstance(mapping.get(key), dict):
+            mapping[key] = {}
+        mapping = mapping[key]
+    mapping[last] = value
 
 
-def _show(value: Any) -> str:
-    return yaml.safe_dump(value, default_flow_style=True).removesuffix("\n").removesuffix("\n...")
+def _without_empty_sections(values: Mapping[str, Any]) -> dict[str, Any]:
+    """A section of which the file only has the name keeps its defaults."""
+    return {key: value for key, value in values.items() if value is not None or key not in RunConfig.model_fields}
 
 
-def _nest(dotted: str, text: str) -> dict[Any, Any]:
-    """`a.b` and `1e-3` as {"a": {"b": 0.001}}."""
-    value = _load(text, f"--{dotted}")
-    for key in reversed(dotted.split(".")):
-        value = {int(key) if key.isdigit() else key: value}
-    return value
+def _source(key: str, given: Mapping[str, str], path: Path) -> str:
+    """How a message about `key` begins, so that the user knows where to mend it."""
+    on_command_line = any(f"{key}.".startswith(f"{name}.") or name.startswith(f"{key}.") for name in given)
+    return "command line: " if on_command_line else f"{path}: "
+
+
+def _add_field(parser: argparse._ActionsContainer, name: str, field: FieldInfo) -> None:
+    default = yaml.safe_dump(field.get_default(call_default_factory=True), default_flow_style=True)
+    default = default.removesuffix("\n").removesuffix("\n...")
+    help_text = f"{field.description} (default: {default})".replace("%", "%%")
+    parser.add_argument(f"--{name}", metavar="VALUE", help=help_text)
 
 
 def _check_override(replica_id: int, partial: Mapping[str, Any]) -> None:

@@ -18,3 +18,7 @@ class UsageError(ValueError):
 
     The message names the key and the value and ends with a hint.
     """
+
+
+class SharedUsageError(UsageError):
+    """A `UsageError` that every replica raises at the same point, so that nobody waits for anybody."""

@@ -2,9 +2,11 @@
 
 import difflib
 import importlib
+import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any
+from types import UnionType
+from typing import Annotated, Any, Union, cast, get_args, get_origin
 
 from pydantic import BaseModel, ConfigDict
 from pydantic_core import ErrorDetails
@@ -35,9 +37,11 @@ def nearest(word: str, valid: Iterable[str]) -> str:
     folded: dict[str, str] = {}
     for name in names:
         folded.setdefault(name.lower(), name)
-    close = difflib.get_close_matches(word.lower(), folded, n=1, cutoff=0.6)
+    close = difflib.get_close_matches(word.lower(), folded, n=5, cutoff=0.6)
     if close:
-        return f"Did you mean {folded[close[0]]!r}?"
+        # difflib finds Adma closer to Adamax than to Adam: a swap costs it twice, an addition nothing.
+        best = max(close, key=lambda name: _similarity(word.lower(), name))
+        return f"Did you mean {folded[best]!r}?"
     if len(names) > 20:
         return f"Valid are for instance: {', '.join(names[:20])}, …"
     return f"Valid are: {', '.join(names)}."
@@ -45,17 +49,17 @@ def nearest(word: str, valid: Iterable[str]) -> str:
 
 def import_function(key: str, path: str) -> Callable[..., Any]:
     """The function that `path`, as `package.module:function`, names. Raises UsageError naming `key`."""
+    if not _FUNCTION.fullmatch(path):
+        raise UsageError(f"{key}: {path!r} is not of the form package.module:function. Write it so.")
     module_name, _, function_name = path.partition(":")
-    if not module_name or not function_name:
-        raise UsageError(f"{key}: {path!r} is not of the form package.module:function.")
     try:
         module = importlib.import_module(module_name)
     except ModuleNotFoundError as error:
-        if error.name is None or not module_name.startswith(error.name):
-            raise
+        if not f"{module_name}.".startswith(f"{error.name}."):
+            raise  # the module is there; one that it imports is not
         raise UsageError(
-            f"{key}: {path!r}: there is no module {error.name!r}. Start from the folder that holds it, or "
-            "put that folder on PYTHONPATH."
+            f"{key}: {path!r}: there is no module {error.name!r}. Put the folder that holds it on PYTHONPATH, "
+            "or correct the name."
         ) from None
     function = getattr(module, function_name, None)
     if not callable(function):
@@ -66,40 +70,104 @@ def import_function(key: str, path: str) -> Callable[..., Any]:
     return function
 
 
-def describe_error(error: ErrorDetails, root: type[BaseModel]) -> str:
-    """One line for one pydantic error: key, value, what is wrong, and the nearest valid key if it is unknown."""
-    location = [part for part in error["loc"] if not _is_union_branch(part)]
-    key = ".".join(str(part) for part in location)
+def describe_errors(errors: Iterable[ErrorDetails], root: type[BaseModel], source: Callable[[str], str]) -> UsageError:
+    """All of a ValidationError in one `UsageError`: a line for each key, with value and remedy.
+
+    `source`: where the value of a key (dotted) was given, as text to begin its line with.
+    """
+    by_key: dict[str, list[str]] = {}
+    for error in errors:
+        key, problem = _describe(error, root)
+        by_key.setdefault(key, []).append(problem)
+    lines = []
+    for key, problems in by_key.items():
+        if any(other.startswith(f"{key}.") for other in by_key):
+            continue  # a union: the branch that got furthest says it best
+        head, tail = problems[0], ""
+        if all(_EXPECTED in problem for problem in problems):
+            head, _, _ = head.partition(_EXPECTED)
+            expected = dict.fromkeys(problem.partition(_EXPECTED)[2] for problem in problems)
+            tail = f"{_EXPECTED}{' or '.join(expected)}."
+        lines.append(f"{source(key)}{head}{tail}")
+    return UsageError("\n  ".join(lines))
+
+
+_FUNCTION = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*")
+_EXPECTED = " will not do: it should be "
+
+
+def _describe(error: ErrorDetails, root: type[BaseModel]) -> tuple[str, str]:
+    """The key (dotted) and one line for one pydantic error; the line names key, value and what would do."""
+    keys, parent = _follow(error["loc"], root)
+    key = ".".join(keys)
     if error["type"] == "extra_forbidden":
-        parent = _model_at(root, location[:-1])
-        return f"{key}: unknown key. {nearest(str(location[-1]), parent.model_fields)}"
+        hint = nearest(keys[-1], parent.model_fields)
+        if not hint.startswith("Did you mean"):
+            hint = _where_it_belongs(keys[-1], root) or hint
+        return key, f"{key}: unknown key. {hint}"
     if error["type"] == "value_error":
         cause = error.get("ctx", {}).get("error")
-        return str(cause) if isinstance(cause, UsageError) else f"{key}: {cause}"
-    message = error["msg"][0].lower() + error["msg"][1:]
-    return f"{key}: {error['input']!r} will not do: {message}."
+        if isinstance(cause, UsageError):
+            return str(cause).split(":", 1)[0], str(cause)
+        return key, f"{key}: {cause}"
+    message = error["msg"].removeprefix("Input should be ")
+    if error["type"] == "model_type":
+        message = f"keys with values, such as {key}.{next(iter(_follow([*error['loc'], ''], root)[1].model_fields))}"
+    elif error["type"] in {"list_type", "dict_type"}:
+        message = "a list, such as [1, 2]" if error["type"] == "list_type" else "keys with values, such as {a: 1}"
+    return key, f"{key}: {_show(error['input'])}{_EXPECTED}{message}"
 
 
-def describe_errors(errors: Iterable[ErrorDetails], root: type[BaseModel], source: str) -> UsageError:
-    """All of a ValidationError in one `UsageError`, a line per key; a key tried as several types gets one line."""
-    by_key: dict[str, str] = {}
-    for error in errors:
-        line = describe_error(error, root)
-        key = line.split(":", 1)[0]
-        by_key[key] = f"{by_key[key]} Or: {line.split('will not do: ', 1)[-1]}" if key in by_key else line
-    return UsageError(f"{source}: " + "\n  ".join(by_key.values()))
+def _follow(location: Iterable[int | str], root: type[BaseModel]) -> tuple[list[str], type[BaseModel]]:
+    """The keys a user would write for pydantic's `location`, and the section that the last of them stands in.
 
-
-def _is_union_branch(part: int | str) -> bool:
-    """Pydantic puts the tried branch of a union into the location (`int`, `list[int]`, `literal[...]`)."""
-    return isinstance(part, str) and (part in {"int", "str", "float", "bool"} or "[" in part)
-
-
-def _model_at(root: type[BaseModel], location: Iterable[int | str]) -> type[BaseModel]:
-    model = root
+    Pydantic puts the branch of a union that it tried into the location (`int`, `constrained-int`, `literal[...]`).
+    """
+    keys: list[str] = []
+    parent, annotation = root, cast(Any, root)
     for part in location:
-        field = model.model_fields.get(str(part))
-        if field is None or not isinstance(field.annotation, type) or not issubclass(field.annotation, BaseModel):
-            break
+        origin, arguments = get_origin(annotation), get_args(annotation)
+        while origin is Annotated:
+            annotation = arguments[0]
+            origin, arguments = get_origin(annotation), get_args(annotation)
+        branches = [branch for branch in arguments if branch is not type(None)]
+        if origin in {Union, UnionType} and len(branches) > 1:
+            annotation = next((branch for branch in branches if str(part).startswith(_name(branch))), None)
+            continue
+        if origin in {Union, UnionType}:
+            annotation = branches[0]
+            origin, arguments = get_origin(annotation), get_args(annotation)
+        if part != "[key]":  # pydantic's mark for a mapping's key rather than its value
+            keys.append(str(part))
+        if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+            parent = annotation
+            field = parent.model_fields.get(str(part))
+            annotation = None if field is None else field.annotation
+        else:
+            annotation = arguments[-1] if origin in {list, dict} else None
+    return keys, parent
+
+
+def _name(branch: Any) -> str:
+    """How pydantic begins the name of a union's branch: `list` for list[int]."""
+    while get_origin(branch) is Annotated:
+        branch = get_args(branch)[0]
+    return getattr(get_origin(branch) or branch, "__name__", "")
+
+
+def _where_it_belongs(key: str, root: type[BaseModel]) -> str:
+    """A hint for `epochs` where `train.epochs` is meant."""
+    for section, field in root.model_fields.items():
         model = field.annotation
-    return model
+        if isinstance(model, type) and issubclass(model, BaseModel) and key in model.model_fields:
+            return f"Did you mean {section}.{key}?"
+    return ""
+
+
+def _similarity(word: str, name: str) -> float:
+    return difflib.SequenceMatcher(None, name, word).ratio() - 0.03 * abs(len(name) - len(word))
+
+
+def _show(value: Any) -> str:
+    text = {"None": "null", "True": "true", "False": "false"}.get(repr(value), repr(value))
+    return text if len(text) <= 80 else f"{text[:77]}..."

@@ -1,14 +1,38 @@
 """One worker: what torchrun starts, once per replica."""
 
 import os
+import signal
 import sys
+import traceback
+from collections.abc import Callable
+from typing import NoReturn
 
 from torch.distributed.elastic.multiprocessing.errors import record
 
+from dreplica.errors import ExitCode
 
-@record
-def main() -> None:
+
+def main() -> NoReturn:
     """Runs one replica with this process's command line and exits with its exit code."""
+    run_process(_work)
+
+
+def run_process(work: Callable[[], ExitCode]) -> NoReturn:
+    """Runs `work` as the whole of a worker process, and ends the process with the exit code it returns."""
+    try:
+        code = record(work)()
+        assert code is not None, "sys.exit(0) was called, which is no way for a run to end"
+    except BaseException:
+        traceback.print_exc()
+        sys.stderr.flush()
+        # gloo's threads may still wait for other replicas, and a normal exit would wait for them.
+        os._exit(ExitCode.FAILED)
+    # The launcher ends the rest as soon as one worker has failed; each is to end with its own code.
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    sys.exit(int(code))
+
+
+def _work() -> ExitCode:
     from dreplica.config import format_help
     from dreplica.run import run_worker
 
@@ -16,8 +40,8 @@ def main() -> None:
     if "--help" in argv or "-h" in argv:
         if os.environ.get("RANK", "0") == "0":
             print(format_help("train.py"))
-        return
-    sys.exit(int(run_worker(argv)))
+        return ExitCode.AGREED
+    return run_worker(argv)
 
 
 if __name__ == "__main__":

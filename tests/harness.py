@@ -110,18 +110,28 @@ class Job:
 
 
 def torchrun(*arguments: str, num_replicas: int = 2, root: Path | None = None, timeout: float = 120.0) -> Job:
-    """Runs train.py under torchrun with a small fast job unless `arguments` say otherwise; the run is named `job`.
+    """Runs train.py under torchrun; the run is named `job`. Of `--key=value` given twice, the later one counts.
 
     `root`: where the run folder goes; a fresh temporary folder by default.
     """
     root = root or Path(tempfile.mkdtemp(prefix="dreplica-"))
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={num_replicas}"]
-    command = [*launcher, str(REPOSITORY / "train.py"), f"--run.root={root}", "--run.name=job", *arguments]
-    environment = os.environ | {"PYTHONPATH": str(REPOSITORY), "PYTHONUNBUFFERED": "1"}
+    command = torchrun_command(*arguments, num_replicas=num_replicas, root=root)
     process = subprocess.run(
-        command, capture_output=True, text=True, timeout=timeout, cwd=REPOSITORY, env=environment, check=False
+        command, capture_output=True, text=True, timeout=timeout, cwd=REPOSITORY, env=environment(), check=False
     )
     return Job(process.returncode, _exitcodes(process.stderr), process.stdout, process.stderr, root / "job")
+
+
+def environment() -> dict[str, str]:
+    """That of the processes of a job."""
+    return os.environ | {"PYTHONPATH": str(REPOSITORY), "PYTHONUNBUFFERED": "1"}
+
+
+def torchrun_command(*arguments: str, root: Path, num_replicas: int = 2) -> list[str]:
+    """The command of `torchrun`."""
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={num_replicas}"]
+    given = {token.split("=", 1)[0]: token for token in (f"--run.root={root}", "--run.name=job", *arguments)}
+    return [*launcher, str(REPOSITORY / "train.py"), *given.values()]
 
 
 def _exitcodes(stderr: str) -> dict[int, int]:

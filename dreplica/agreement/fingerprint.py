@@ -45,19 +45,19 @@ _NUMPY_HAS = {
 def fingerprint(tensors: Mapping[str, Tensor]) -> dict[str, str]:
     """The fingerprint of each tensor: name to 32 hex digits.
 
-    Any shape, dtype, device and memory layout (strided or sparse COO). Raises TypeError for a tensor without bytes
-    (on the meta device) or in another layout.
+    Any shape, dtype and device; strided in any memory layout, or sparse COO. Raises TypeError, naming the tensor, for
+    one without memory (on the meta device), a quantized one, or one in another layout.
     """
     return {name: digest_tensor(name, tensor).hex() for name, tensor in tensors.items()}
 
 
 def digest_tensor(name: str, tensor: Tensor) -> bytes:
-    """16 bytes over name, dtype, shape and raw bytes of `tensor`."""
+    """16 bytes over name, dtype, shape and raw bytes of `tensor`. Raises TypeError as `fingerprint` does."""
     if tensor.layout is torch.sparse_coo:
         whole = tensor.detach().coalesce()
-        parts = _content(whole.indices()) + _content(whole.values())
+        parts = _content(name, whole.indices()) + _content(name, whole.values())
         return xxhash.xxh3_128_digest(_header(name, tensor.dtype, tensor.shape, "sparse_coo") + parts)
-    return xxhash.xxh3_128_digest(_header(name, tensor.dtype, tensor.shape) + _content(tensor))
+    return xxhash.xxh3_128_digest(_header(name, tensor.dtype, tensor.shape) + _content(name, tensor))
 
 
 def digest_bytes(name: str, data: bytes) -> bytes:
@@ -65,10 +65,20 @@ def digest_bytes(name: str, data: bytes) -> bytes:
     return xxhash.xxh3_128_digest(name.encode() + b"\0bytes\0" + xxhash.xxh3_128_digest(data))
 
 
-def _content(tensor: Tensor) -> bytes:
+def num_bytes(tensor: Tensor) -> int:
+    """How many raw bytes the digest of `tensor` covers."""
+    if tensor.layout is torch.sparse_coo:
+        return tensor._indices().nbytes + tensor._values().nbytes
+    return tensor.nbytes
+
+
+def _content(name: str, tensor: Tensor) -> bytes:
     """16 bytes over the tensor's elements in row-major order."""
-    if tensor.layout is not torch.strided or tensor.is_meta:
-        raise TypeError(f"a fingerprint needs a strided or sparse COO tensor with memory, not {_describe(tensor)}")
+    if tensor.layout is not torch.strided or tensor.is_meta or tensor.is_quantized:
+        raise TypeError(
+            f"{name!r}: a fingerprint needs a strided or sparse COO tensor with memory, not one of layout "
+            f"{tensor.layout} and dtype {tensor.dtype} on {tensor.device}"
+        )
     return xxhash.xxh3_128_digest(cast("Buffer", _as_array(tensor.detach())))
 
 
@@ -93,7 +103,3 @@ def _header(name: str, dtype: torch.dtype, shape: torch.Size, layout: str = "str
 @lru_cache
 def _warn_of_copy(device_type: str) -> None:
     log.warning("fingerprints of tensors on %s are taken through a copy to the CPU, which is slow", device_type)
-
-
-def _describe(tensor: Tensor) -> str:
-    return f"one with layout {tensor.layout} on {tensor.device}"

@@ -7,7 +7,8 @@ the one to report.
 import random
 import struct
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import numpy
@@ -15,10 +16,13 @@ import torch
 import xxhash
 from torch import Tensor, nn
 
-from dreplica.agreement.fingerprint import ABSENT, digest_bytes, digest_tensor
+from dreplica.agreement.fingerprint import ABSENT, digest_bytes, digest_tensor, num_bytes
 
 STAGES = ("indices", "batch", "buffers", "output", "gradients", "optimizer", "weights", "rng", "predictions")
 """In the causal order within a step: of several that differ, the first is the one to report."""
+
+Entry = tuple[str, Tensor | bytes | None]
+"""A name, and what is hashed under it; None: something that could be there and is not."""
 
 
 @dataclass(frozen=True)
@@ -26,10 +30,13 @@ class Stage:
     """The digests of one stage on one replica."""
 
     names: tuple[str, ...]
+    """Distinct."""
     digests: bytes
     """16 bytes for each name, in order."""
+    num_bytes: int = field(default=0, compare=False)
+    """How many bytes of tensors were hashed."""
 
-    @property
+    @cached_property
     def digest(self) -> bytes:
         """16 bytes over all names and digests."""
         return xxhash.xxh3_128_digest(b"\0".join(name.encode() for name in self.names) + b"\1" + self.digests)
@@ -39,19 +46,17 @@ class Stage:
         return {name: self.digests[16 * i : 16 * i + 16] for i, name in enumerate(self.names)}
 
 
-def _stage(entries: Iterable[tuple[str, bytes]]) -> Stage:
-    pairs = list(entries)
-    return Stage(tuple(name for name, _ in pairs), b"".join(digest for _, digest in pairs))
-
-
 def tensors_stage(tensors: Mapping[str, Tensor]) -> Stage:
     """Named tensors, in their order."""
-    return _stage((name, digest_tensor(name, tensor)) for name, tensor in tensors.items())
+    return _stage(tensors.items())
 
 
 def batch_stage(batch: Tensor | Mapping[str, Any] | Sequence[Any]) -> Stage:
-    """A batch as it reaches the model: a tensor, or tensors in dicts, lists and tuples. Raises TypeError otherwise."""
-    return tensors_stage(_named(batch, ""))
+    """A batch as it reaches the model: a tensor, or tensors in dicts, lists and tuples.
+
+    NumPy arrays, numbers and strings count too. Raises TypeError for anything else, naming its place.
+    """
+    return _stage(_batch_entries("", batch))
 
 
 def weights_stage(model: nn.Module) -> Stage:
@@ -66,75 +71,118 @@ def buffers_stage(model: nn.Module) -> Stage:
 
 def gradients_stage(model: nn.Module) -> Stage:
     """The gradients of all parameters, last layer first: the order in which the backward pass makes them."""
-    return _stage(
-        (name, ABSENT if parameter.grad is None else digest_tensor(name, parameter.grad))
-        for name, parameter in reversed(list(model.named_parameters()))
-    )
+    return _stage((name, parameter.grad) for name, parameter in reversed(list(model.named_parameters())))
 
 
 def optimizer_stage(model: nn.Module, optimizer: torch.optim.Optimizer, *others: Any) -> Stage:
-    """The optimizer's settings (lr, momentum, …) and its state per parameter; `others`: a scheduler, a GradScaler."""
+    """The optimizer's settings (lr, momentum, …) and its state per parameter; `others`: a scheduler, a GradScaler.
+
+    Parameters that are not the model's (`group0.params.3`: a loss's own, say) are compared here with their values,
+    since no other stage holds them. Functions count by name and other objects by type, because their `repr` may hold
+    an address.
+    """
     return _stage(_optimizer_entries(model, optimizer, others))
 
 
 def rng_stage() -> Stage:
     """The global generators of Python, NumPy, torch on the CPU and, once CUDA is in use, torch on this GPU."""
-    entries = [
-        ("python", digest_bytes("python", _python_state())),
-        ("numpy", digest_bytes("numpy", _numpy_state())),
-        ("torch.cpu", digest_tensor("torch.cpu", torch.get_rng_state())),
+    entries: list[Entry] = [
+        ("python", _python_state()),
+        ("numpy", _numpy_state()),
+        ("torch.cpu", torch.get_rng_state()),
     ]
     if torch.cuda.is_initialized():
-        entries.append(("torch.cuda", digest_tensor("torch.cuda", torch.cuda.get_rng_state())))
+        entries.append(("torch.cuda", torch.cuda.get_rng_state()))
     return _stage(entries)
+
+
+def _stage(entries: Iterable[Entry]) -> Stage:
+    digests: dict[str, bytes] = {}
+    total = 0
+    for given, value in entries:
+        name = given if given not in digests else _unused(given, digests)
+        if isinstance(value, Tensor):
+            digests[name] = digest_tensor(name, value)
+            total += num_bytes(value)
+        else:
+            digests[name] = ABSENT if value is None else digest_bytes(name, value)
+    return Stage(tuple(digests), b"".join(digests.values()), total)
+
+
+def _unused(name: str, taken: Mapping[str, bytes]) -> str:
+    """Two schedulers of one class, say, must not hide each other: `StepLR.last_epoch`, `StepLR.last_epoch#2`."""
+    number = 2
+    while f"{name}#{number}" in taken:
+        number += 1
+    return f"{name}#{number}"
 
 
 def _optimizer_entries(
     model: nn.Module, optimizer: torch.optim.Optimizer, others: tuple[Any, ...]
-) -> Iterable[tuple[str, bytes]]:
+) -> Iterable[tuple[str, Tensor | bytes]]:
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     for index, group in enumerate(optimizer.param_groups):
         yield from _leaves(f"group{index}", {key: value for key, value in group.items() if key != "params"})
-    for group in optimizer.param_groups:
-        for parameter in group["params"]:
-            name = names.get(id(parameter), f"unnamed{tuple(parameter.shape)}")
+    visited = set()
+    for index, group in enumerate(optimizer.param_groups):
+        for position, parameter in enumerate(group["params"]):
+            visited.add(id(parameter))
+            name = names.get(id(parameter))
+            if name is None:
+                name = f"group{index}.params.{position}"
+                yield name, parameter
             yield from _leaves(name, optimizer.state.get(parameter, {}))
+    for number, (key, state) in enumerate(optimizer.state.items()):
+        if id(key) not in visited:
+            yield from _leaves(f"state.{key if isinstance(key, str) else number}", state)
     for other in others:
         if other is not None:
             yield from _leaves(type(other).__name__, other.state_dict())
 
 
-def _leaves(name: str, value: Any) -> Iterable[tuple[str, bytes]]:
+def _leaves(name: str, value: Any) -> Iterable[tuple[str, Tensor | bytes]]:
     if isinstance(value, Tensor):
-        yield name, digest_tensor(name, value)
+        yield name, value
     elif isinstance(value, Mapping):
         for key, item in value.items():
             yield from _leaves(f"{name}.{key}", item)
     elif isinstance(value, list | tuple):
         for index, item in enumerate(value):
             yield from _leaves(f"{name}.{index}", item)
-    elif isinstance(value, int | float | complex | str | bytes | None):
-        yield name, digest_bytes(name, repr(value).encode())  # repr of a float is exact
-    else:  # a function or object: its repr may hold an address, so only its type counts
-        yield name, digest_bytes(name, f"{type(value).__module__}.{type(value).__qualname__}".encode())
+    elif _is_plain(value):
+        yield name, _plain_bytes(value)
+    else:
+        named = value if hasattr(value, "__qualname__") else type(value)
+        yield name, f"{named.__module__}.{named.__qualname__}".encode()
 
 
-def _named(value: Any, prefix: str) -> dict[str, Tensor]:
+def _batch_entries(name: str, value: Any) -> Iterable[tuple[str, Tensor | bytes]]:
     if isinstance(value, Tensor):
-        return {prefix or "inputs": value}
-    if isinstance(value, Mapping):
-        pairs: Iterable[tuple[Any, Any]] = value.items()
-    elif isinstance(value, list | tuple):
-        pairs = zip(("inputs", "labels"), value, strict=True) if len(value) == 2 and not prefix else enumerate(value)
+        yield name or "inputs", value
+    elif isinstance(value, Mapping | list | tuple):
+        pairs: Iterable[tuple[Any, Any]] = value.items() if isinstance(value, Mapping) else enumerate(value)
+        if not name and isinstance(value, list | tuple) and len(value) == 2:
+            pairs = zip(("inputs", "labels"), value, strict=True)
+        for key, item in pairs:
+            yield from _batch_entries(f"{name}.{key}" if name else str(key), item)
+    elif _is_plain(value):
+        yield name or "inputs", _plain_bytes(value)
     else:
         raise TypeError(
-            f"batch: expected tensors in dicts, lists or tuples, found {type(value).__name__} at {prefix!r}"
+            f"batch: cannot compare the {type(value).__name__} at {name!r}; pass tensors, in dicts, lists or tuples"
         )
-    tensors: dict[str, Tensor] = {}
-    for key, item in pairs:
-        if item is not None:
-            tensors |= _named(item, f"{prefix}.{key}" if prefix else str(key))
-    return tensors
+
+
+def _is_plain(value: Any) -> bool:
+    if isinstance(value, numpy.ndarray | numpy.generic):
+        return not value.dtype.hasobject
+    return isinstance(value, int | float | complex | str | bytes | torch.dtype | None)
+
+
+def _plain_bytes(value: Any) -> bytes:
+    if isinstance(value, numpy.ndarray | numpy.generic):
+        return f"{value.dtype}{value.shape}".encode() + value.tobytes()
+    return repr(value).encode()  # exact for a float
 
 
 def _python_state() -> bytes:

@@ -37,8 +37,11 @@ class Divergence(Exception):
     """Replicas do not hold the same state. `verdict` has the fields of the report's verdict."""
 
     def __init__(self, verdict: Verdict) -> None:
-        super().__init__(verdict.summary)
+        super().__init__(verdict)  # the arguments that unpickling calls it with again
         self.verdict = verdict
+
+    def __str__(self) -> str:
+        return self.verdict.summary
 
 
 def split_into_classes(digests: Sequence[bytes]) -> list[list[int]]:

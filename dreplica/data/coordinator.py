@@ -2,13 +2,14 @@
 
 from collections.abc import Iterator
 
+import numpy
 import torch
 from torch import Tensor
 
 from dreplica.world.channel import Channel
 
 WINDOW = 256
-"""Batches in a window. The next one is sent when a window is begun, so a loader may run that far ahead."""
+"""Batches in a window. The next one is sent when a window is begun, so a loader may read ahead less than that far."""
 
 
 class IndexStream:
@@ -42,6 +43,11 @@ class IndexStream:
         assert end <= self._received, f"batch {number} was read before its window was sent"
         return self._indices[start:end]
 
+    @property
+    def num_received(self) -> int:
+        """How many batches have been sent so far."""
+        return self._received // self.batch_size
+
     def consumed(self, number: int) -> None:
         """The loop has begun batch `number`: at the first of a window, receives the next window."""
         if number % WINDOW == 0 and number > 0:
@@ -69,8 +75,13 @@ class Coordinator:
         """A new permutation each epoch (from 1); the last batch may be smaller. A collective."""
         order = None
         if self._channel.rank == 0:
-            order = torch.randperm(num_samples, generator=epoch_generator(self.seed, epoch))
+            order = draw_order(num_samples, self.seed, epoch)
         return IndexStream(self._channel, order, num_samples, batch_size)
+
+    def redraw(self, num_samples: int, batch_size: int, epoch: int, number: int) -> Tensor:
+        """The sample indices (int64) of batch `number` of an epoch, drawn again on this rank. No collective."""
+        start = number * batch_size
+        return draw_order(num_samples, self.seed, epoch)[start : start + batch_size]
 
     def evaluation_batches(self, num_samples: int, batch_size: int) -> IndexStream:
         """All samples in their own order. A collective."""
@@ -78,6 +89,18 @@ class Coordinator:
         return IndexStream(self._channel, order, num_samples, batch_size)
 
 
+def draw_order(num_samples: int, seed: int, epoch: int) -> Tensor:
+    """A permutation of the sample indices, int64, for one epoch of one seed; the global generators are not touched.
+
+    An epoch's order does not depend on how it was reached. Drawn with NumPy, whose SeedSequence takes in seed and epoch
+    whole (https://numpy.org/doc/stable/reference/random/bit_generators/generated/numpy.random.SeedSequence.html):
+    torch's CPU generator keeps only 32 bits of a seed, so different (seed, epoch) would share an order.
+    """
+    generator = numpy.random.default_rng(numpy.random.SeedSequence((seed, epoch)))
+    return torch.from_numpy(generator.permutation(num_samples))
+
+
 def epoch_generator(seed: int, epoch: int) -> torch.Generator:
-    """A generator of its own for one epoch, so that an epoch's draws do not depend on how it was reached."""
-    return torch.Generator().manual_seed((seed * 1_000_003 + epoch) % 2**63)
+    """A generator of its own for what an epoch's loader draws (its workers' seeds)."""
+    (word,) = numpy.random.SeedSequence((seed, epoch)).generate_state(1)
+    return torch.Generator().manual_seed(int(word))

@@ -30,11 +30,11 @@ class DataConfig(Section):
     section, which returns (training set, validation set, number of classes)."""
     batch_size: Annotated[int, Lockstep()] = Field(64, ge=1)
     """Samples per step, on each replica."""
-    num_workers: int = Field(0, ge=0)
+    num_workers: int = Field(0, ge=0, le=100)
     """Loader processes per replica; 0: load in the training process."""
     val_fraction: Annotated[float, Lockstep()] = Field(0.2, gt=0, lt=1)
     """Part of the samples held out for validation."""
-    split_seed: Annotated[int, Lockstep()] = 0
+    split_seed: Annotated[int, Lockstep()] = Field(0, ge=0, le=2**32 - 1)
     """Seed of the split into training and validation samples."""
 
 
@@ -75,7 +75,8 @@ def load_data(config: DataConfig) -> DataSets:
 
 
 def _digits(config: DataConfig) -> DataSets:
-    """scikit-learn's digits: 8x8 grey images, scaled to 32x32, three equal channels, mean 0 and deviation 1."""
+    """scikit-learn's digits: 8x8 grey images, scaled to 32x32, three equal channels. Mean 0; deviation 1 before the
+    scaling, which smooths."""
     from sklearn.datasets import load_digits  # imported when used: it takes a second
 
     bunch: Any = load_digits()

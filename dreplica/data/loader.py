@@ -1,7 +1,7 @@
 """Loads exactly the samples that the coordinator sent."""
 
 import signal
-from collections.abc import Iterator
+from collections.abc import Generator
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,12 +34,12 @@ def load_batches(
     seed: int,
     epoch: int,
     memory_format: torch.memory_format = torch.preserve_format,
-) -> Iterator[Batch]:
-    """The stream's batches, loaded by `num_workers` processes and moved to `device`.
+) -> Generator[Batch, None, None]:
+    """The stream's batches, loaded by `num_workers` processes and moved to `device`; close it to end them early.
 
     Workers are seeded from (seed, epoch); the training process's own generators are not drawn from.
     """
-    assert num_workers * _PREFETCH <= WINDOW, "workers must not read past the window that was sent"
+    assert num_workers * _PREFETCH < WINDOW, "workers must not read past the window that was sent"
     loader: DataLoader[Any] = DataLoader(
         dataset,
         batch_sampler=stream,
@@ -56,6 +56,18 @@ def load_batches(
             inputs.to(device, non_blocking=True, memory_format=memory_format),
             labels.to(device, non_blocking=True),
         )
+
+
+def load_again(
+    dataset: Dataset[Any],
+    indices: Tensor,
+    device: torch.device,
+    memory_format: torch.memory_format = torch.preserve_format,
+) -> Batch:
+    """One batch of the given samples, loaded in this process, as `load_batches` would."""
+    loader: DataLoader[Any] = DataLoader(dataset, batch_sampler=[indices.tolist()], generator=torch.Generator())
+    inputs, labels = next(iter(loader))
+    return Batch(indices, inputs.to(device, memory_format=memory_format), labels.to(device))
 
 
 def _reset_signals(_worker_id: int) -> None:

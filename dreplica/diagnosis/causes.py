@@ -86,6 +86,21 @@ _ALL = (
             "with model.parameters() of this very model",
         ),
     ),
+    Cause(
+        "nondeterministic-operator",
+        "An operator gives different results for the same inputs on one and the same replica.",
+        ("--determinism.mode strict",),
+    ),
+    Cause(
+        "transient-fault",
+        "A replica computed or kept something wrong once: replaying the step does not reproduce it.",
+        ("run again; if the same replica's host or GPU is named twice, take it out of service",),
+    ),
+    Cause(
+        "persistent-fault",
+        "A replica computes or keeps something wrong each time, with the same settings as the others.",
+        ("take that replica's host or GPU out of service and test its memory",),
+    ),
     Cause("structure-differs", "Replicas do not have the same tensors."),
     Cause(
         "replica-lost",

@@ -44,10 +44,6 @@ class RunFacts:
 def conclude(found: Verdict, facts: RunFacts) -> Verdict:
     """The verdict on a divergence: the finding with cause, evidence and remedy."""
     verdict = found
-    if verdict.remedy:
-        return verdict  # concluded where it was found
-    if found.step == 0 and found.cause == "unexplained":
-        verdict = _conclude_build(found, facts)
     declared = [f"replica {replica_id} declares {_dotted(partial)}" for replica_id, partial in facts.overrides.items()]
     environment = [f"differs, allowed: {difference}" for difference in facts.differences]
     if not verdict.suspects and found.classes:
@@ -147,7 +143,10 @@ def not_learning(step: int, epoch: int, replica_ids: list[int], evidence: list[s
     return _with_remedy(verdict)
 
 
-def _conclude_build(found: Verdict, facts: RunFacts) -> Verdict:
+def conclude_build(found: Verdict, facts: RunFacts) -> Verdict:
+    """The cause of a difference at the build, as far as seeds and generators tell it."""
+    if found.cause != "unexplained":
+        return found
     seeds = [build.seed for build in facts.builds]
     reseeded = [i for i, build in enumerate(facts.builds) if build.seed_after != build.seed]
     if not facts.seeded:

@@ -1,14 +1,23 @@
 """Builds one replica from scratch, under its own seed."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Literal
 
 import torch
 import torchvision
 from pydantic import Field
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 from dreplica.errors import UsageError
-from dreplica.replica.components import build_criterion, build_optimizer, build_scheduler
+from dreplica.replica.components import (
+    build_criterion,
+    build_optimizer,
+    build_scheduler,
+    check_criterion,
+    check_schedule,
+)
 from dreplica.replica.replica import Replica
 from dreplica.replica.rng import get_rng_state, set_rng_state
 from dreplica.section import Section, import_function, nearest
@@ -44,30 +53,26 @@ class ReplicaConfig(Section):
 def build_replica(config: "RunConfig", num_classes: int, device: torch.device) -> Replica:
     """A replica on `device`, built under the global generators as they are: seed them first.
 
-    Draws happen on the CPU, so the build does not depend on the device. Raises UsageError for what the config asks and
-    torch cannot build.
+    `num_classes`: the data set's. Draws happen on the CPU, so the build does not depend on the device. Raises
+    UsageError for what the config asks and torch cannot build, or cannot train on this data set.
     """
-    num_classes = config.model.num_classes or num_classes
+    num_outputs = _num_outputs(config, num_classes)
     if config.replica.factory is not None:
-        replica = import_function("replica.factory", config.replica.factory)(config, num_classes, device)
-        if not isinstance(replica, Replica):
-            raise UsageError(
-                f"replica.factory: {config.replica.factory!r} returned {type(replica).__name__}. "
-                "Return dreplica.Replica(model=, criterion=, optimizer=, scheduler=)."
-            )
+        replica = import_function("replica.factory", config.replica.factory)(config, num_outputs, device)
+        _check_factory(config.replica.factory, replica)
         return replica
-    model = build_model(config.model, num_classes)
-    model = model.to(device)
+    model = build_model(config.model, num_outputs)
+    _check_initialized("model.factory", model)
+    criterion = build_criterion(config.criterion)
+    check_criterion(criterion, num_outputs)
+    check_schedule(config.schedule, config.train.epochs)
+    model, criterion = model.to(device), criterion.to(device)
     if config.model.channels_last:
         model = model.to(memory_format=torch.channels_last)
-    criterion = build_criterion(config.criterion).to(device)
-    try:
+    with _naming(f"optim: {config.optim.name} cannot train this model"):
         optimizer = build_optimizer(config.optim, model)
+    with _naming(f"schedule: {config.schedule.name} cannot drive {config.optim.name}"):
         scheduler = build_scheduler(config.schedule, optimizer)
-    except (ValueError, TypeError) as error:
-        if isinstance(error, UsageError):
-            raise
-        raise UsageError(f"optim: {config.optim.name} cannot train this model: {error}") from None
     return Replica(model, criterion, optimizer, scheduler)
 
 
@@ -83,14 +88,76 @@ def build_model(config: ModelConfig, num_classes: int) -> nn.Module:
         raise UsageError(
             f"model.name: torchvision has no classification model {config.name!r}. {nearest(config.name, names)}"
         )
-    return torchvision.models.get_model(config.name, weights=None, num_classes=num_classes)
+    return torchvision.models.get_model(
+        config.name, weights=None, num_classes=num_classes, **_ARGUMENTS.get(config.name, {})
+    )
+
+
+_ARGUMENTS = {name: {"aux_logits": False, "init_weights": True} for name in ("googlenet", "inception_v3")}
+"""Without auxiliary heads, with which these two would return several logits in training."""
 
 
 def broadcast_state(model: nn.Module, channel: Channel, with_rng: bool) -> None:
-    """Gives every replica rank 0's parameters and buffers, and with `with_rng` rank 0's generators. A collective."""
+    """Gives every replica rank 0's parameters and buffers, and with `with_rng` rank 0's generators. A collective.
+
+    Where replicas do not have the same tensors nothing is sent: the comparison of the build names what differs.
+    """
+    tensors = [*model.named_parameters(), *model.named_buffers()]
+    described = channel.gather([(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors])
+    if any(row != described[0] for row in described):
+        return
     with torch.no_grad():
-        for tensor in [*model.parameters(), *model.buffers()]:
-            sent = channel.broadcast(tensor.detach().cpu().contiguous())
+        for _, tensor in tensors:
+            # As bytes, since gloo does not take every dtype; through a copy, since a tensor may not be contiguous.
+            sent = tensor.detach().cpu().contiguous()
+            channel.broadcast(sent.view(-1).view(torch.uint8))
             tensor.copy_(sent)
     if with_rng:
         set_rng_state(channel.gather(get_rng_state())[0])
+
+
+def _num_outputs(config: "RunConfig", num_classes: int) -> int:
+    """`model.num_classes`, by default the data set's. Raises UsageError if labels would fall outside the logits."""
+    wanted = config.model.num_classes
+    if wanted is not None and wanted < num_classes:
+        raise UsageError(
+            f"model.num_classes: {wanted} is fewer than the {num_classes} classes of the data set "
+            f"{config.data.name!r} (data.name). Set it to null to take the data set's, or to {num_classes} or more."
+        )
+    return wanted or num_classes
+
+
+def _check_factory(path: str, replica: object) -> None:
+    """Raises UsageError for what a `replica.factory` returned and the trainer cannot train."""
+    if not isinstance(replica, Replica):
+        raise UsageError(
+            f"replica.factory: {path!r} returned {type(replica).__name__}. "
+            "Return dreplica.Replica(model=, criterion=, optimizer=, scheduler=)."
+        )
+    _check_initialized("replica.factory", replica.model)
+    if isinstance(replica.scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau):
+        raise UsageError(
+            f"replica.factory: the scheduler that {path!r} returned is a ReduceLROnPlateau, which waits for a metric; "
+            "schedules are stepped once an epoch without one. Use another, CosineAnnealingLR for instance."
+        )
+
+
+def _check_initialized(key: str, model: nn.Module) -> None:
+    """Raises UsageError for lazy parameters: they have no values to compare, and their draws would come later."""
+    lazy = [name for name, tensor in [*model.named_parameters(), *model.named_buffers()] if is_lazy(tensor)]
+    if lazy:
+        raise UsageError(
+            f"{key}: {lazy[0]!r} of the model is not initialized yet (a lazy module). Run a dummy batch through the "
+            "model in your function, before its optimizer is made."
+        )
+
+
+@contextmanager
+def _naming(what: str) -> Iterator[None]:
+    """Turns what torch objects to into a UsageError that begins with `what`."""
+    try:
+        yield
+    except UsageError:
+        raise
+    except (ValueError, TypeError) as error:
+        raise UsageError(f"{what}: {error}") from None

@@ -1,13 +1,14 @@
 """torch's own classes by name, their keyword arguments checked against their signatures."""
 
 import inspect
+import warnings
 from collections.abc import Callable, Mapping
 from types import ModuleType
-from typing import Any
+from typing import Any, Optional
 
 import torch
 from pydantic import ConfigDict, Field, model_validator
-from torch import nn
+from torch import Tensor, nn
 
 from dreplica.errors import UsageError
 from dreplica.section import Section, nearest
@@ -47,7 +48,7 @@ class OptimConfig(_Component):
 
     @model_validator(mode="after")
     def _check(self) -> "OptimConfig":
-        _try("optim", self.name, self.arguments, lambda: build_optimizer(self, _any_model()))
+        _try("optim", self.name, self.arguments, lambda: _step_once(build_optimizer(self, _any_model())))
         return self
 
 
@@ -61,26 +62,43 @@ class ScheduleConfig(_Component):
     @model_validator(mode="after")
     def _check(self) -> "ScheduleConfig":
         if self.name is not None or self.arguments:
-            _try("schedule", str(self.name), self.arguments, lambda: build_scheduler(self, _any_optimizer()))
+            _try("schedule", str(self.name), self.arguments, lambda: _run_schedule(self, 1))
         return self
 
 
 def build_criterion(config: CriterionConfig) -> nn.Module:
-    """Raises UsageError if there is no such class or it has no such argument."""
+    """The loss; a list of numbers given for an argument that is a tensor (`weight`) becomes float32.
+
+    Raises UsageError if there is no such class or it has no such argument.
+    """
     names = [name for name in dir(nn) if name.endswith("Loss")]
-    return _construct("criterion", nn, config.name, names, config.arguments)
+    return _construct("criterion", nn, config.name, names, _NOT_LOSSES_OF_LOGITS, config.arguments)
+
+
+def check_criterion(criterion: nn.Module, num_classes: int) -> None:
+    """Raises UsageError unless it takes logits (batch, num_classes) and labels (batch,) and returns one number."""
+    name = type(criterion).__name__
+    if getattr(criterion, "reduction", "mean") == "none":
+        raise UsageError(
+            "criterion.reduction: 'none' leaves a loss for each sample, and a step needs one. Use 'mean' or 'sum'."
+        )
+    num_samples = num_classes + 1  # not num_classes, at which MSELoss would broadcast one against the other
+    try:
+        with warnings.catch_warnings(action="ignore"):
+            criterion(torch.zeros(num_samples, num_classes), torch.zeros(num_samples, dtype=torch.int64))
+    except (TypeError, ValueError, RuntimeError, IndexError) as error:
+        raise UsageError(
+            f"criterion: {name} does not take logits (batch, {num_classes}) with class labels (batch,): "
+            f"{_first_line(error)}. CrossEntropyLoss does, with one weight per class if any; for another pairing, "
+            "return a criterion of yours from replica.factory."
+        ) from None
 
 
 def build_optimizer(config: OptimConfig, model: nn.Module) -> torch.optim.Optimizer:
     """An optimizer over all parameters that require a gradient. Raises UsageError as `build_criterion`."""
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    if config.name == "LBFGS":
-        raise UsageError(
-            "optim.name: 'LBFGS' wants a closure that evaluates the loss several times in a step, which "
-            "this trainer does not give it. Use another optimizer, SGD for instance."
-        )
     names = _classes(torch.optim, torch.optim.Optimizer)
-    return _construct("optim", torch.optim, config.name, names, config.arguments, parameters)
+    return _construct("optim", torch.optim, config.name, names, _NOT_OPTIMIZERS_OF_A_STEP, config.arguments, parameters)
 
 
 def build_scheduler(config: ScheduleConfig, optimizer: torch.optim.Optimizer) -> Any:
@@ -93,53 +111,123 @@ def build_scheduler(config: ScheduleConfig, optimizer: torch.optim.Optimizer) ->
             )
         return None
     schedulers = torch.optim.lr_scheduler
-    names = [name for name in _classes(schedulers, schedulers.LRScheduler) if name not in _SCHEDULERS_OF_OBJECTS]
-    return _construct("schedule", schedulers, config.name, names, config.arguments, optimizer)
+    names = _classes(schedulers, schedulers.LRScheduler)
+    return _construct(
+        "schedule", schedulers, config.name, names, _NOT_SCHEDULERS_OF_VALUES, config.arguments, optimizer
+    )
 
 
-_SCHEDULERS_OF_OBJECTS = {"ChainedScheduler", "SequentialLR", "LambdaLR", "MultiplicativeLR", "ReduceLROnPlateau"}
-"""They take functions, other schedulers or a metric, none of which a config can express: use `replica.factory`."""
+def check_schedule(config: ScheduleConfig, epochs: int) -> None:
+    """Raises UsageError if the schedule cannot be stepped once an epoch: OneCycleLR ends after `total_steps`."""
+    try:
+        _run_schedule(config, epochs)
+    except ValueError as error:
+        raise UsageError(
+            f"schedule: {config.name} cannot be stepped for train.epochs = {epochs} epochs: {_first_line(error)}. "
+            "It is stepped once an epoch, not once a batch."
+        ) from None
+
+
+_THREE = (
+    "compares more than two tensors, and the trainer gives it (outputs, labels). Use CrossEntropyLoss, or return a "
+    "criterion of two arguments from replica.factory."
+)
+_OWN_WEIGHTS = (
+    "has trainable weights of its own, which the optimizer would not hold. Put them into the model, and return "
+    "both from replica.factory."
+)
+_NOT_LOSSES_OF_LOGITS = {
+    "AdaptiveLogSoftmaxWithLoss": _OWN_WEIGHTS,
+    "LinearCrossEntropyLoss": _OWN_WEIGHTS,
+    "CTCLoss": _THREE,
+    "CosineEmbeddingLoss": _THREE,
+    "GaussianNLLLoss": _THREE,
+    "MarginRankingLoss": _THREE,
+    "TripletMarginLoss": _THREE,
+    "TripletMarginWithDistanceLoss": _THREE,
+}
+_NOT_OPTIMIZERS_OF_A_STEP = {
+    "LBFGS": "wants a closure that evaluates the loss several times in a step, which this trainer does not give it. "
+    "Use another optimizer, SGD for instance.",
+    "SparseAdam": "takes only the sparse gradients of embedding layers. Use Adam, or build it in a replica.factory.",
+}
+_FUNCTION = "takes a function, which a config cannot hold. Build it in a replica.factory."
+_NOT_SCHEDULERS_OF_VALUES = {
+    "LambdaLR": _FUNCTION,
+    "MultiplicativeLR": _FUNCTION,
+    "ChainedScheduler": "takes other schedulers, which a config cannot hold. Build it in a replica.factory.",
+    "SequentialLR": "takes other schedulers, which a config cannot hold. Build it in a replica.factory.",
+    "ReduceLROnPlateau": "waits for a metric, and schedules are stepped once an epoch without one. Use another, "
+    "CosineAnnealingLR for instance.",
+}
+"""Classes of torch's that a config cannot build, why, and what to do instead."""
 
 
 def _construct(
-    section: str, module: ModuleType, name: str, names: list[str], arguments: Mapping[str, Any], *first: Any
+    section: str,
+    module: ModuleType,
+    name: str,
+    names: list[str],
+    excluded: Mapping[str, str],
+    arguments: Mapping[str, Any],
+    *first: Any,
 ) -> Any:
+    if name in excluded and name in names:
+        raise UsageError(f"{section}.name: {name} {excluded[name]}")
     if name not in names:
-        raise UsageError(
-            f"{section}.name: {module.__name__} has no {name!r} that a config can build. {nearest(name, names)}"
-        )
+        valid = [other for other in names if other not in excluded]
+        raise UsageError(f"{section}.name: {module.__name__} has no {name!r}. {nearest(name, valid)}")
     cls = getattr(module, name)
     parameters = inspect.signature(cls.__init__).parameters
     takes = [
-        key for key in list(parameters)[1 + len(first) :] if parameters[key].kind is not parameters[key].VAR_KEYWORD
+        key
+        for key in list(parameters)[1 + len(first) :]
+        if parameters[key].kind not in {inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL}
     ]
     for key in arguments:
         if key not in takes:
             raise UsageError(f"{section}.{key}: {name} has no argument {key!r}. {nearest(key, takes)}")
-    missing = [
-        key
-        for key in takes
-        if key not in arguments
-        and parameters[key].default is inspect.Parameter.empty
-        and parameters[key].kind is not inspect.Parameter.VAR_POSITIONAL
-    ]
+    missing = [key for key in takes if key not in arguments and parameters[key].default is inspect.Parameter.empty]
     if missing:
         raise UsageError(
             f"{section}.{missing[0]}: {name} needs a value for it. Set it in the config or with "
             f"--{section}.{missing[0]} VALUE."
         )
-    return cls(*first, **arguments)
+    values = {
+        key: _as_tensor(f"{section}.{key}", value) if parameters[key].annotation in _TENSOR else value
+        for key, value in arguments.items()
+    }
+    return cls(*first, **values)
+
+
+_TENSOR = (Tensor, Tensor | None, Optional[Tensor])  # noqa: UP045 (as an older torch annotates it)
+
+
+def _as_tensor(key: str, value: Any) -> Any:
+    """A list of numbers as float32 (YAML has no tensors); null as it is. Raises UsageError for anything else."""
+    if value is None:
+        return None
+    numbers = isinstance(value, list) and all(
+        isinstance(number, int | float) and not isinstance(number, bool) for number in value
+    )
+    if not numbers:
+        raise UsageError(f"{key}: {value!r} will not do: give a list of numbers, one per class: [1.0, 0.5, 2.0].")
+    return torch.tensor(value, dtype=torch.float32)
 
 
 def _try(section: str, name: str, arguments: Mapping[str, Any], build: Callable[[], Any]) -> None:
-    """Builds once to have the class itself judge its arguments; the global generators are not touched."""
+    """Builds and steps once to have the class itself judge its arguments; the global generators are not touched."""
     try:
         build()
     except UsageError:
         raise
-    except (TypeError, ValueError, RuntimeError, AssertionError) as error:
+    except (TypeError, ValueError, RuntimeError, AssertionError, ArithmeticError, LookupError) as error:
         given = ", ".join(f"{section}.{key} = {value!r}" for key, value in arguments.items())
-        raise UsageError(f"{section}: {name} does not take {given}: {str(error).splitlines()[0]}") from None
+        raise UsageError(f"{section}: {name} does not take {given}: {_first_line(error)}") from None
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0].removesuffix(".")
 
 
 def _classes(module: ModuleType, base: type) -> list[str]:
@@ -153,3 +241,21 @@ def _any_model() -> nn.Module:
 
 def _any_optimizer() -> torch.optim.Optimizer:
     return torch.optim.SGD(_any_model().parameters(), lr=0.1, momentum=0.9)
+
+
+def _step_once(optimizer: torch.optim.Optimizer) -> None:
+    """Some arguments are first looked at in a step."""
+    (group,) = optimizer.param_groups
+    if group.get("capturable"):  # only on a GPU
+        return
+    for parameter in group["params"]:
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+
+
+def _run_schedule(config: ScheduleConfig, epochs: int) -> None:
+    optimizer = _any_optimizer()
+    scheduler = build_scheduler(config, optimizer)
+    for _ in range(epochs if scheduler is not None else 0):
+        optimizer.step()  # does nothing; a scheduler warns if there was none
+        scheduler.step()

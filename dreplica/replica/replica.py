@@ -12,7 +12,7 @@ class Replica:
     """One model with what trains it: what a `replica.factory` returns.
 
     `criterion` is called as `criterion(outputs, labels)`; `scheduler`, if any, steps once an epoch. `scaler` is the
-    fp16 GradScaler, which the trainer adds.
+    fp16 GradScaler, which the trainer adds. `steps_done` counts training steps.
     """
 
     model: nn.Module
@@ -20,3 +20,4 @@ class Replica:
     optimizer: torch.optim.Optimizer
     scheduler: Any = None
     scaler: torch.amp.GradScaler | None = None
+    steps_done: int = 0

@@ -11,7 +11,8 @@ from dreplica.errors import UsageError
 from dreplica.section import Lockstep, Section
 
 DISTINCT_BASE = 42
-_MAX_SEED = 2**63 - 1
+_MAX_SEED = 2**32 - 1
+"""torch's CPU generator and NumPy's use 32 bits of a seed: 0 and 2**32 would build the same weights."""
 
 Seed = Annotated[int, Field(ge=0, le=_MAX_SEED)]
 
@@ -52,13 +53,14 @@ def model_seed(config: SeedConfig, replica_id: int) -> int | None:
 def seed_generators(seed: int | None) -> int:
     """Seeds Python, NumPy, torch on the CPU and on every GPU; returns the seed used.
 
-    With None, a fresh seed comes from the operating system. (A process that never seeds torch does not draw at random:
-    torch's default generator starts from the constant 67280421310721, so replicas would agree by accident.)
+    With None, a fresh seed comes from the operating system, so that it is on record and differs between replicas even
+    where their processes are forks of one. (A torch.Generator() of one's own that is never seeded does not draw at
+    random: it starts from a constant, so replicas agree by accident.)
     """
     if seed is None:
         seed = fresh_seed()
     random.seed(seed)
-    numpy.random.seed(seed % 2**32)
+    numpy.random.seed(seed)
     torch.manual_seed(seed)
     return seed
 
@@ -82,4 +84,4 @@ def set_rng_state(state: dict[str, Any]) -> None:
 
 def fresh_seed() -> int:
     """A seed from the operating system's entropy; no generator is touched."""
-    return random.SystemRandom().randrange(_MAX_SEED)
+    return random.SystemRandom().randrange(_MAX_SEED + 1)

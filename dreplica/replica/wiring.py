@@ -2,11 +2,12 @@
 
 from collections import Counter
 from collections.abc import Iterator
-from itertools import pairwise
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 
 class WiringError(ValueError):
@@ -49,7 +50,7 @@ def _check_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer) -> None
         raise WiringError(
             "optimizer-not-bound",
             f"{len(orphans)} of the {len(held)} parameters in the {kind} optimizer are not parameters of this model, "
-            f"so stepping it does not train the model. {_guess_origin(model, orphans)}",
+            f"so stepping it does not train the model. {_guess_origin(model, held, orphans)}",
             None,
             [
                 f"optimizer = torch.optim.{kind}(model.parameters(), ...)  # after the model is final",
@@ -82,15 +83,17 @@ def _check_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer) -> None
         )
 
 
-def _guess_origin(model: nn.Module, orphans: list[Tensor]) -> str:
+def _guess_origin(model: nn.Module, held: list[Tensor], orphans: list[Tensor]) -> str:
+    if len(orphans) < len(held):
+        return "The rest are: a layer of the model was replaced or added to after the optimizer was made."
     own = Counter(tuple(parameter.shape) for parameter in model.parameters())
-    if not Counter(tuple(parameter.shape) for parameter in orphans) - own:
-        return (
-            "They have the shapes of this model's: the optimizer belongs to another instance of the model, or was "
-            "deep-copied by itself. copy.deepcopy(optimizer) copies the parameters too, so the copy's parameters "
-            "belong to no model at all and nobody learns."
-        )
-    return "The model was changed after the optimizer was made, or the optimizer was made for another model."
+    if Counter(tuple(parameter.shape) for parameter in orphans) - own:
+        return "Their shapes are not this model's: the optimizer was made for another model."
+    return (
+        "They have the shapes of this model's: the optimizer belongs to another instance of the model, or the model or "
+        "the optimizer was deep-copied by itself. copy.deepcopy(optimizer) copies the parameters too, so the copy's "
+        "belong to no model at all and nobody learns."
+    )
 
 
 def _check_scheduler(optimizer: torch.optim.Optimizer, scheduler: Any) -> None:
@@ -113,28 +116,69 @@ def _scheduler_parts(scheduler: Any) -> Iterator[Any]:
         yield from _scheduler_parts(part)
 
 
+@dataclass(frozen=True)
+class _Span:
+    """The stretch of memory from a tensor's first byte to its last."""
+
+    device: str
+    start: int
+    end: int
+    name: str
+    tensor: Tensor
+
+    @property
+    def is_dense(self) -> bool:
+        """Whether the tensor fills it: then every other tensor that reaches into it shares memory."""
+        filled = self.tensor.numel() * self.tensor.element_size()
+        return self.end - self.start == filled and 0 not in self.tensor.stride()
+
+
 def _check_storage(model: nn.Module) -> None:
-    spans = []
+    pending: list[_Span] = []
+    for span in sorted(_spans(model), key=lambda span: (span.device, span.start, span.end)):
+        pending = [other for other in pending if other.device == span.device and other.end > span.start]
+        for other in pending:
+            if _share_bytes(other, span):
+                raise WiringError(
+                    "storage-shared",
+                    f"{other.name!r} and {span.name!r} are different tensors in the same memory: an update of one "
+                    "changes the other behind its optimizer's back.",
+                    span.name,
+                    [
+                        f"# to tie them: register one parameter under both names ({span.name} = {other.name})",
+                        f"# to keep them apart: initialise {span.name} with .detach().clone()",
+                    ],
+                )
+        pending.append(span)
+
+
+def _spans(model: nn.Module) -> Iterator[_Span]:
+    """Of every parameter and buffer that has memory; a tensor under several names once."""
+    seen = set()
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
-        if tensor.layout is torch.strided and not tensor.is_meta and tensor.numel() and _is_dense(tensor):
+        if id(tensor) in seen or is_lazy(tensor) or tensor.layout is not torch.strided or tensor.is_meta:
+            continue
+        seen.add(id(tensor))
+        if tensor.numel():
             start = tensor.data_ptr()
-            spans.append((str(tensor.device), start, start + tensor.numel() * tensor.element_size(), name))
-    spans.sort()
-    for (device, _, end, name), (next_device, start, _, next_name) in pairwise(spans):
-        if device == next_device and start < end:
-            raise WiringError(
-                "storage-shared",
-                f"{name!r} and {next_name!r} are different tensors in the same memory: an update of one changes the "
-                "other behind its optimizer's back.",
-                next_name,
-                [
-                    f"# to tie them: register one parameter under both names ({next_name} = {name})",
-                    f"# to keep them apart: initialise {next_name} with .detach().clone()",
-                ],
-            )
+            yield _Span(str(tensor.device), start, start + _extent(tensor) * tensor.element_size(), name, tensor)
 
 
-def _is_dense(tensor: Tensor) -> bool:
-    """Whether the elements fill one stretch of memory, in some order of dimensions: then its span is exact."""
-    span = 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
-    return span == tensor.numel()
+def _extent(tensor: Tensor) -> int:
+    """Elements from the first to the last in memory, gaps included."""
+    return 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+
+
+def _share_bytes(one: _Span, other: _Span) -> bool:
+    """Whether two tensors whose spans overlap have a byte in common: columns of one matrix, interleaved, do not."""
+    if one.is_dense and other.is_dense:
+        return True
+    start, end = min(one.start, other.start), max(one.end, other.end)
+    taken = torch.zeros(2, end - start, dtype=torch.bool)
+    for row, span in zip(taken, (one, other), strict=True):
+        size = span.tensor.element_size()
+        bytes_of_elements = row[span.start - start : span.end - start].view(-1, size)
+        bytes_of_elements.as_strided((*span.tensor.shape, size), (*(s * size for s in span.tensor.stride()), 1)).fill_(
+            1
+        )
+    return bool(taken.all(dim=0).any())

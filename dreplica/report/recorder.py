@@ -2,6 +2,7 @@
 
 import logging
 import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,11 +10,12 @@ from rich.console import Console
 
 from dreplica.agreement.verdict import Verdict
 from dreplica.diagnosis.conclude import replica_lost
+from dreplica.errors import UsageError
 from dreplica.report.run_report import RunReport, append_metrics, write_json
 from dreplica.report.terminal import print_report
 from dreplica.training.loop import EpochDone
 from dreplica.world.process_group import World
-from dreplica.world.roll_call import Lost, ReplicaLost
+from dreplica.world.roll_call import Lost, ReplicaLost, describe_failure
 from dreplica.world.run_folder import create_run_folder
 
 log = logging.getLogger(__name__)
@@ -22,10 +24,11 @@ log = logging.getLogger(__name__)
 class Recorder:
     """The record of one run. Every replica keeps the report, since any may have to write it."""
 
-    def __init__(self, world: World, console: Console) -> None:
+    def __init__(self, world: World, console: Console, root: str, name: str, expect: str, config_yaml: str) -> None:
         self.report: RunReport | None = None
         self._world = world
         self._console = console
+        self._root, self._name, self._expect, self._config_yaml = root, name, expect, config_yaml
         self._started = time.monotonic()
 
     @property
@@ -34,29 +37,39 @@ class Recorder:
         assert self.report is not None, "open() comes first"
         return self.report.folder
 
-    def open(self, root: str, name: str, expect: str, config_yaml: str, manifests: list[dict[str, Any]]) -> None:
-        """Rank 0 makes the run folder and puts config and manifests in. A collective; raises UsageError on all."""
-        make = self._world.together(lambda: create_run_folder(root, name) if self._world.is_coordinator else None)
+    def open(self, manifests: Sequence[Mapping[str, Any]]) -> None:
+        """Rank 0 makes the run folder and puts config and manifests in. A collective.
+
+        `manifests`: one per replica; none if the run ends before they are known. Raises SharedUsageError.
+        """
+        make = self._world.together(self._make_folder if self._world.is_coordinator else lambda: None)
         folder: Path = self._world.channel.gather(make)[0]
-        replicas = [
-            {
-                "replica": replica_id,
-                "host": manifest["host"],
-                "device": manifest["device"]["name"],
-                "seed": manifest["seed"],
-            }
-            for replica_id, manifest in enumerate(manifests)
+        self._begin(folder, manifests)
+        if self._world.is_coordinator:
+            self._write_inputs(manifests)
+
+    def _make_folder(self) -> Path:
+        return create_run_folder(self._root, self._name)
+
+    def _begin(self, folder: Path, manifests: Sequence[Mapping[str, Any]]) -> None:
+        replicas: list[dict[str, Any]] = [
+            {"replica": replica_id, "host": None, "device": None, "seed": None}
+            for replica_id in range(self._world.num_replicas)
         ]
-        self.report = RunReport(name, folder, expect, replicas)
+        for row, manifest in zip(replicas, manifests, strict=False):
+            row |= {"host": manifest["host"], "device": manifest["device"]["name"], "seed": manifest["seed"]}
+        self.report = RunReport(self._name, folder, self._expect, replicas)
         if any(manifest["device"].get("shared") for manifest in manifests):
             self.report.warnings.append("replicas share a GPU: a fault of that GPU can reach all of them alike")
-            log.warning(self.report.warnings[-1])
-        if self._world.is_coordinator:
-            (folder / "config.yaml").write_text(config_yaml, encoding="utf-8")
-            write_json(
-                folder / "manifest.json", [row | manifest for row, manifest in zip(replicas, manifests, strict=True)]
-            )
-            log.info("run folder: %s", folder)
+            if self._world.is_coordinator:
+                log.warning(self.report.warnings[-1])
+
+    def _write_inputs(self, manifests: Sequence[Mapping[str, Any]]) -> None:
+        assert self.report is not None
+        (self.folder / "config.yaml").write_text(self._config_yaml, encoding="utf-8")
+        rows = [{"replica": replica_id, **manifest} for replica_id, manifest in enumerate(manifests)]
+        write_json(self.folder / "manifest.json", rows)
+        log.info("run folder: %s", self.folder)
 
     def epoch(self, done: EpochDone) -> None:
         """Keeps an epoch's results."""
@@ -74,7 +87,13 @@ class Recorder:
             self._write(verdict, steps_checked)
         self._world.channel.gather(None)
 
-    def conclude_without(self, error: Exception, steps_done: int | None, steps_checked: int) -> None:
+    def conclude_without(
+        self,
+        error: BaseException,
+        manifests: Sequence[Mapping[str, Any]],
+        steps_done: int | None,
+        steps_checked: int,
+    ) -> None:
         """Ends the record when this replica fails with `error` or (`ReplicaLost`) another is gone.
 
         The first survivor writes the report, naming who was lost; rank 0 does when there is none. No collective.
@@ -82,20 +101,24 @@ class Recorder:
         lost = self._who_is_lost(error)
         gone = {item.replica_id for item in lost}
         survivors = [replica_id for replica_id in range(self._world.num_replicas) if replica_id not in gone]
-        if self._world.replica_id == min(survivors, default=0):
-            verdict = replica_lost(lost, steps_done, str(error))
-            if self.report is None:
-                log.error(verdict.summary)
-            else:
-                self._write(verdict, steps_checked)
+        if self._world.replica_id != min(survivors, default=0):
+            return
+        verdict = replica_lost(lost, steps_done, str(error))
+        if self.report is None:
+            try:
+                self._begin(self._make_folder(), manifests)
+            except UsageError as problem:
+                log.error("%s; not reported, because of %s", verdict.summary, problem)
+                return
+            self._write_inputs(manifests)
+        self._write(verdict, steps_checked)
 
-    def _who_is_lost(self, error: Exception) -> list[Lost]:
+    def _who_is_lost(self, error: BaseException) -> list[Lost]:
         roll_call = self._world.roll_call
-        reason = f"it raised {type(error).__name__}: {error}"
         if roll_call is None:
-            return [Lost(0, reason)]
+            return [Lost(0, describe_failure(error))]
         if not isinstance(error, ReplicaLost):
-            roll_call.report_failure(reason)
+            roll_call.report_failure(describe_failure(error))
         return roll_call.take()
 
     def _write(self, verdict: Verdict, steps_checked: int) -> None:

@@ -27,6 +27,8 @@ class RunReport:
     epochs: list[EpochDone] = field(default_factory=list)
     fingerprints: list[dict[str, str]] = field(default_factory=list)
     spread: Spread | None = None
+    distance: list[dict[str, Any]] = field(default_factory=list)
+    """Epoch by epoch, how far replicas that have parted are from replica 0."""
     warnings: list[str] = field(default_factory=list)
 
     def as_dict(self) -> dict[str, Any]:
@@ -43,6 +45,7 @@ class RunReport:
                 {"replica": replica_id, **digests} for replica_id, digests in enumerate(self.fingerprints)
             ],
             "spread": None if self.spread is None else self.spread.as_dict(),
+            "distance": self.distance,
             "warnings": self.warnings,
         }
 

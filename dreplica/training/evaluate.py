@@ -9,7 +9,7 @@ from torch.utils.data import Dataset
 from dreplica.data.coordinator import Coordinator
 from dreplica.data.loader import load_batches
 from dreplica.replica.replica import Replica
-from dreplica.training.step import TrainConfig, forward
+from dreplica.training.step import TrainConfig, forward, reduction_of
 
 
 @dataclass
@@ -28,10 +28,10 @@ class Tally:
         dtype = torch.float32 if device.type == "mps" else torch.float64
         return cls(torch.zeros((), dtype=torch.int64, device=device), torch.zeros((), dtype=dtype, device=device))
 
-    def add(self, loss: Tensor, logits: Tensor, labels: Tensor) -> None:
-        """Adds a batch: its mean loss (0-dim), logits (batch, num_classes) and labels (batch,)."""
+    def add(self, loss: Tensor, logits: Tensor, labels: Tensor, reduction: str = "mean") -> None:
+        """Adds a batch: its loss (0-dim; `reduction`: mean or sum), logits (batch, num_classes), labels (batch,)."""
         self.correct += (logits.argmax(dim=1) == labels).sum()
-        self.loss_sum += loss.detach().double() * len(labels)
+        self.loss_sum += loss.detach().double() * (1 if reduction == "sum" else len(labels))
         self.count += len(labels)
 
     @property
@@ -73,7 +73,7 @@ def evaluate(
     stream = coordinator.evaluation_batches(len(dataset), batch_size)  # type: ignore[arg-type]
     for batch in load_batches(dataset, stream, device, num_workers, seed=0, epoch=0):
         loss, batch_logits = forward(replica, batch.inputs, batch.labels, config)
-        tally.add(loss, batch_logits, batch.labels)
+        tally.add(loss, batch_logits, batch.labels, reduction_of(replica.criterion))
         logits.append(batch_logits.cpu())
         labels.append(batch.labels.cpu())
     for module, training in modes.items():

@@ -1,7 +1,8 @@
 """The training loop."""
 
 import time
-from collections.abc import Iterator
+from collections.abc import Generator
+from contextlib import closing
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +14,9 @@ from dreplica.data.datasets import DataSets
 from dreplica.data.loader import load_batches
 from dreplica.replica.replica import Replica
 from dreplica.training.evaluate import Evaluation, Tally, evaluate
-from dreplica.training.step import training_step
+from dreplica.training.history import History, StepEntry
+from dreplica.training.smallest_part import check_smallest_part
+from dreplica.training.step import reduction_of, training_step
 from dreplica.world.process_group import World
 from dreplica.world.signals import StopRequest
 
@@ -73,42 +76,52 @@ def train(
     world: World,
     device: torch.device,
     stop_request: StopRequest,
-) -> Iterator[StepDone | EpochDone | Stopped]:
+    history: History,
+) -> Generator[StepDone | EpochDone | Stopped, None, None]:
     """Trains, step by step, and yields what has been done. A collective: replicas advance it in lock-step.
 
     Raises `Divergence` when replicas part and `ReplicaLost` when one is gone.
     """
     batch_size, num_workers = config.data.batch_size, config.data.num_workers
     memory_format = torch.channels_last if config.model.channels_last else torch.preserve_format
+    replica.model.train()
+    world.together(lambda: check_smallest_part(replica.model, data.train, config, device))
     for epoch in range(1, config.train.epochs + 1):
         started = time.perf_counter()
         tally = Tally.zero(device)
         replica.model.train()
         stream = coordinator.training_batches(len(data.train), batch_size, epoch)  # type: ignore[arg-type]
         batches = load_batches(data.train, stream, device, num_workers, coordinator.seed, epoch, memory_format)
-        for number, batch in enumerate(batches, start=1):
-            output = training_step(replica, batch, config.train)
-            stop = agreement.step(
-                indices=batch.indices,
-                batch=(batch.inputs, batch.labels),
-                outputs=output.logits,
-                loss=output.loss,
-                epoch=epoch,
-                stop=bool(stop_request),
-            )
-            tally.add(output.loss, output.logits, batch.labels)
-            if world.roll_call is not None:
-                world.roll_call.step = agreement.steps_done
-            yield StepDone(agreement.steps_done, epoch, number, len(stream), tally)
-            if stop:
-                agreement.finish()
-                yield Stopped(agreement.steps_done, epoch)
-                return
-            if agreement.steps_done == config.train.max_steps:
-                break
+        with closing(batches):  # ends the loader's workers at once, also in mid-epoch
+            for number, batch in enumerate(batches, start=1):
+                output = training_step(replica, batch, config.train)
+                stop = agreement.step(
+                    indices=batch.indices,
+                    batch=(batch.inputs, batch.labels),
+                    outputs=output.logits,
+                    loss=output.loss,
+                    epoch=epoch,
+                    stop=bool(stop_request),
+                )
+                history.step(
+                    StepEntry(agreement.steps_done, epoch, number - 1, batch.indices, agreement.last_word),
+                    agreement.agreed_until,
+                )
+                tally.add(output.loss, output.logits, batch.labels, reduction_of(replica.criterion))
+                if world.roll_call is not None:
+                    world.roll_call.step = agreement.steps_done
+                yield StepDone(agreement.steps_done, epoch, number, len(stream), tally)
+                if stop:
+                    agreement.finish()
+                    yield Stopped(agreement.steps_done, epoch)
+                    return
+                if agreement.steps_done == config.train.max_steps:
+                    break
         trained = time.perf_counter()
-        if replica.scheduler is not None:
-            replica.scheduler.step()
+        if number == len(stream):  # not if max_steps cut the epoch short
+            if replica.scheduler is not None:
+                replica.scheduler.step()
+            history.epoch_end(epoch)
         evaluation = evaluate(replica, data.val, coordinator, device, batch_size, num_workers, config.train)
         agreement.evaluation({"logits": evaluation.logits}, epoch)
         yield _gather_epoch(epoch, agreement.steps_done, tally, evaluation, started, trained, world)

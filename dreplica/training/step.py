@@ -26,7 +26,8 @@ class TrainConfig(Section):
     grad_clip: float | None = Field(None, gt=0)
     """Largest norm of all gradients together; null: not clipped."""
     accumulate: int = Field(1, ge=1)
-    """Split each batch into so many parts and accumulate their gradients: the same step with less memory."""
+    """Split each batch into so many parts and accumulate their gradients: the same step with less memory, up to
+    rounding; only BatchNorm sees each part by itself."""
 
 
 @dataclass(frozen=True)
@@ -34,7 +35,7 @@ class StepOutput:
     """What a step leaves besides the replica's own state; detached, on the replica's device."""
 
     loss: Tensor
-    """0-dim: the mean over the batch."""
+    """0-dim: the batch's, as the criterion reduces it (mean or sum)."""
     logits: Tensor
     """(batch, num_classes)."""
 
@@ -46,7 +47,7 @@ def training_step(replica: Replica, batch: Batch, config: TrainConfig) -> StepOu
     parts = min(config.accumulate, len(batch.labels))
     for inputs, labels in zip(batch.inputs.chunk(parts), batch.labels.chunk(parts), strict=True):
         part_loss, part_logits = forward(replica, inputs, labels, config)
-        part_loss = part_loss * _share(replica.criterion, len(labels), len(batch.labels))
+        part_loss = part_loss * _share(replica.criterion, labels, batch.labels)
         (part_loss if replica.scaler is None else replica.scaler.scale(part_loss)).backward()
         losses.append(part_loss.detach())
         logits.append(part_logits.detach())
@@ -56,6 +57,7 @@ def training_step(replica: Replica, batch: Batch, config: TrainConfig) -> StepOu
     else:
         replica.scaler.step(replica.optimizer)
         replica.scaler.update()
+    replica.steps_done += 1
     return StepOutput(torch.stack(losses).sum() if len(losses) > 1 else losses[0], torch.cat(logits))
 
 
@@ -73,9 +75,26 @@ def make_scaler(config: TrainConfig, device: torch.device) -> torch.amp.GradScal
     return torch.amp.GradScaler(device.type) if config.amp == "fp16" else None
 
 
-def _share(criterion: nn.Module, part: int, whole: int) -> float:
-    """What a part's mean loss counts in the batch's; a sum counts whole."""
-    return 1.0 if getattr(criterion, "reduction", "mean") == "sum" else part / whole
+def reduction_of(criterion: nn.Module) -> str:
+    """How the criterion makes one loss of a batch: `mean`, unless it says otherwise."""
+    return getattr(criterion, "reduction", "mean")
+
+
+def _share(criterion: nn.Module, part: Tensor, whole: Tensor) -> float | Tensor:
+    """What a part's mean loss counts in the batch's, from their labels; a sum counts whole."""
+    if reduction_of(criterion) == "sum" or len(part) == len(whole):
+        return 1.0
+    if not isinstance(criterion, nn.CrossEntropyLoss | nn.NLLLoss):
+        return len(part) / len(whole)
+    if criterion.weight is None and criterion.ignore_index < 0:
+        return len(part) / len(whole)
+    # These two divide by the weights of the labels that they do not ignore.
+    return _weight_of(criterion, part) / _weight_of(criterion, whole)
+
+
+def _weight_of(criterion: nn.CrossEntropyLoss | nn.NLLLoss, labels: Tensor) -> Tensor:
+    weight = torch.ones((), device=labels.device) if criterion.weight is None else criterion.weight[labels.clamp(min=0)]
+    return (weight * (labels != criterion.ignore_index)).sum()
 
 
 def _clip(replica: Replica, max_norm: float | None) -> None:

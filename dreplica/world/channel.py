@@ -94,12 +94,10 @@ class Channel:
         if self.size == 1:
             return [value]
         payload = torch.frombuffer(bytearray(pickle.dumps(value)), dtype=torch.uint8)
-        longest = torch.tensor([payload.numel()])
         sizes = torch.zeros(self.size, dtype=torch.int64)
         sizes[self.rank] = payload.numel()
         self.wait(self.post_max(sizes))
-        longest = sizes.max()
-        padded = torch.zeros(int(longest), dtype=torch.uint8)
+        padded = torch.zeros(int(sizes.max()), dtype=torch.uint8)
         padded[: payload.numel()] = payload
         rows = [torch.empty_like(padded) for _ in range(self.size)]
         self.wait(Posted(padded, self._start(dist.all_gather, rows, padded)))

@@ -23,7 +23,7 @@ class DeterminismConfig(Section):
 
     mode: Literal["strict", "warn", "off"] = "strict"
     """`strict`: an operator without a deterministic implementation raises; `warn`: it warns; `off`: anything goes."""
-    threads: int = Field(1, ge=1)
+    threads: int = Field(1, ge=1, le=1024)
     """Threads of one CPU operator; another number rounds differently, so it is fixed here and not left to the
     machine."""
     cudnn_benchmark: bool = False
@@ -44,16 +44,12 @@ class DeterminismConfig(Section):
 
 def set_environment(config: DeterminismConfig) -> None:
     """Sets what the CUDA libraries read once at their start. Never overwrites a user's own variable."""
-    wanted = config.cublas_workspace_config
-    present = os.environ.get("CUBLAS_WORKSPACE_CONFIG")
-    if wanted is None or config.mode == "off":
+    if config.cublas_workspace_config is None or config.mode == "off":
         return
-    if present is None:
-        os.environ["CUBLAS_WORKSPACE_CONFIG"] = wanted
-    elif present not in _DETERMINISTIC_WORKSPACES:
+    present = os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", config.cublas_workspace_config)
+    if present not in _DETERMINISTIC_WORKSPACES:
         log.warning(
-            "CUBLAS_WORKSPACE_CONFIG=%s is set in the environment and was left as it is; cuBLAS is deterministic only "
-            "with one of %s.",
+            "CUBLAS_WORKSPACE_CONFIG is %s and is left so; cuBLAS is deterministic only with one of %s.",
             present,
             ", ".join(sorted(_DETERMINISTIC_WORKSPACES)),
         )

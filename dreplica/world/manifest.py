@@ -1,7 +1,9 @@
 """What each replica runs on and with: recorded, exchanged before the first step, and compared."""
 
 import importlib.metadata
+import os
 import platform
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
@@ -16,9 +18,48 @@ from dreplica.world.determinism import numerics_flags
 from dreplica.world.process_group import Device, World
 
 # A field of these may differ between replicas without an error; it stays in the record as a suspect.
-_MAY_DIFFER = ("host", "cpu.model", "device.index", "device.name", "device.uuid", "device.shared", "seed")
-# A field of these follows from a config section, so a replica whose `overrides` name the section may differ in it.
-_FOLLOWS_FROM = {"numerics": "determinism", "device": "world"}
+_MAY_DIFFER = {
+    "host",
+    "cpu.model",
+    "device.index",
+    "device.name",
+    "device.uuid",
+    "device.capability",
+    "device.driver",
+    "device.shared",
+    "seed",
+}
+_MAY_ROUND = {"cpu.model", "device.name", "device.capability", "device.driver"}
+# A field that follows from config keys: a replica whose `overrides` name one of the keys may differ in it.
+_FOLLOWS_FROM = {
+    "numerics.deterministic_algorithms": ("determinism.mode",),
+    "numerics.deterministic_warn_only": ("determinism.mode",),
+    "numerics.fill_uninitialized_memory": ("determinism.fill_uninitialized_memory",),
+    "numerics.threads": ("determinism.threads",),
+    "numerics.cudnn_benchmark": ("determinism.cudnn_benchmark",),
+    "numerics.cudnn_deterministic": ("determinism.cudnn_deterministic", "determinism.mode"),
+    "numerics.cudnn_tf32": ("determinism.tf32",),
+    "numerics.matmul_tf32": ("determinism.tf32",),
+    "numerics.float32_matmul_precision": ("determinism.tf32",),
+    "numerics.matmul_fp16_reduced_precision": ("determinism.reduced_precision_reduction",),
+    "numerics.matmul_bf16_reduced_precision": ("determinism.reduced_precision_reduction",),
+    "numerics.onednn": ("determinism.onednn",),
+    "numerics.cublas_workspace_config": ("determinism.cublas_workspace_config", "determinism.mode"),
+    "device.type": ("world.device",),
+    "device.cuda": ("world.device",),
+    "device.cudnn": ("world.device",),
+}
+# Variables by which the libraries beneath torch change how they round, whatever torch's own flags say.
+_VARIABLES = (
+    "ATEN_CPU_CAPABILITY",
+    "CUBLASLT_WORKSPACE_SIZE",
+    "DNNL_MAX_CPU_ISA",
+    "MKL_CBWR",
+    "MKL_ENABLE_INSTRUCTIONS",
+    "NVIDIA_TF32_OVERRIDE",
+    "ONEDNN_MAX_CPU_ISA",
+    "TORCH_ALLOW_TF32_CUBLAS_OVERRIDE",
+)
 
 
 @dataclass(frozen=True)
@@ -30,6 +71,11 @@ class Difference:
     """One value per replica."""
     allowed: bool
     """Whether replicas may differ in it: a fact to remember, not an error."""
+
+    @property
+    def may_round(self) -> bool:
+        """Whether hardware that differs in it may round differently, without being at fault."""
+        return self.field in _MAY_ROUND
 
     def __str__(self) -> str:
         groups: dict[str, list[int]] = {}
@@ -52,6 +98,7 @@ def collect_manifest(world: World, device: Device, seed: int | None, data_digest
         "cpu": {"capability": torch.backends.cpu.get_cpu_capability(), "model": _cpu_model()},
         "device": _describe_device(device),
         "numerics": numerics_flags(),
+        "variables": {name: os.environ.get(name) for name in _VARIABLES},
         "data": data_digest,
     }
 
@@ -75,13 +122,15 @@ def compare_manifests(
 
 
 def _is_allowed(difference: Difference, declared: Mapping[int, Mapping[str, Any]]) -> bool:
-    if any(difference.field == name or difference.field.startswith(f"{name}.") for name in _MAY_DIFFER):
+    if difference.field in _MAY_DIFFER:
         return True
-    section = _FOLLOWS_FROM.get(difference.field.split(".", 1)[0])
-    undeclared = {
-        value for replica_id, value in enumerate(difference.values) if section not in declared.get(replica_id, {})
-    }
-    return len(undeclared) <= 1
+    keys = {tuple(key.split(".")) for key in _FOLLOWS_FROM.get(difference.field, ())}
+    undeclared = [
+        value
+        for replica_id, value in enumerate(difference.values)
+        if not any(key in (declared.get(replica_id, {}).get(section) or {}) for section, key in keys)
+    ]
+    return all(value == undeclared[0] for value in undeclared)
 
 
 @cache
@@ -105,6 +154,7 @@ def _describe_device(device: Device) -> dict[str, Any]:
         "uuid": str(properties.uuid),
         "capability": f"{properties.major}.{properties.minor}",
         "shared": device.shared,
+        "driver": _driver_version(),
         "cuda": torch.version.cuda,
         "cudnn": torch.backends.cudnn.version(),
     }
@@ -119,6 +169,16 @@ def _version(package: str) -> str | None:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
         return None
+
+
+@cache
+def _driver_version() -> str | None:
+    try:
+        text = Path("/proc/driver/nvidia/version").read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return None
+    found = re.search(r"\d+\.\d+(\.\d+)?", text)
+    return found and found.group()
 
 
 @cache

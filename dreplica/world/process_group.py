@@ -13,10 +13,10 @@ import torch
 import torch.distributed as dist
 from pydantic import Field
 
-from dreplica.errors import UsageError
+from dreplica.errors import SharedUsageError, UsageError
 from dreplica.section import Lockstep, Section
 from dreplica.world.channel import Channel
-from dreplica.world.roll_call import RollCall
+from dreplica.world.roll_call import ReplicaLost, RollCall, describe_failure
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -30,8 +30,8 @@ class WorldConfig(Section):
     device: Literal["auto", "cuda", "cpu"] = "auto"
     """`auto`: a GPU of its own for each replica where there are enough, otherwise GPUs shared (with a warning),
     otherwise CPU; `cuda`: a GPU of its own or an error; `cpu`."""
-    timeout: Annotated[float, Lockstep()] = Field(300.0, gt=0)
-    """Seconds until a silent replica counts as lost."""
+    timeout: Annotated[float, Lockstep()] = Field(300.0, gt=0, le=86400)
+    """Seconds until a silent replica counts as lost; a day at most."""
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,10 @@ class World:
         return self.replica_id == 0
 
     def together(self, action: Callable[[], T]) -> T:
-        """Runs `action` here; a `UsageError` on any replica is raised on all of them, so that none is left waiting."""
+        """Runs `action` here and returns its result. A collective.
+
+        Raises `SharedUsageError` on all replicas if `action` raises `UsageError` on any, so that none is left waiting.
+        """
         result, problem = None, None
         try:
             result = action()
@@ -68,7 +71,7 @@ class World:
         if any(text is not None for text in problems):
             blamed = [replica for replica, text in enumerate(problems) if text is not None]
             text = str(problems[blamed[0]])
-            raise UsageError(text if len(blamed) == len(problems) else f"replica {blamed[0]}: {text}")
+            raise SharedUsageError(text if len(blamed) == len(problems) else f"replica {blamed[0]}: {text}")
         return result  # type: ignore[return-value]  # None only where T is
 
 
@@ -79,7 +82,7 @@ def env_rank() -> int:
 
 def env_num_replicas() -> int:
     """The number of replicas as the launcher set it; 1 without a launcher."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
+    return int(os.environ.get("WORLD_SIZE", "1")) if "RANK" in os.environ else 1
 
 
 def bind_device(config: WorldConfig) -> Device:
@@ -93,8 +96,9 @@ def bind_device(config: WorldConfig) -> Device:
     if config.device == "cuda" and num_gpus < local_size:
         raise UsageError(
             f"world.device: 'cuda' wants a GPU for each of the {local_size} replicas on this node, but torch sees "
-            f"{num_gpus}. Start {num_gpus or 'no'} replicas here, or use --world.device auto "
-            "(shares GPUs, or runs on the CPU if there are none)."
+            f"{num_gpus}. "
+            + (f"Start no more than {num_gpus} replicas here, or use" if num_gpus else "Use")
+            + " --world.device auto (shares GPUs, or runs on the CPU if there are none)."
         )
     if num_gpus == 0:
         return Device(torch.device("cpu"))
@@ -108,29 +112,40 @@ def open_world(timeout: float) -> Iterator[World]:
     """Joins the replicas that the launcher started (or stands alone without one), and leaves them at the end.
 
     `timeout`: seconds until a silent replica counts as lost. Every exception inside is told to the other replicas, so
-    that they end with `replica-lost` naming this one instead of waiting.
+    that they end with `replica-lost` naming this one instead of waiting. After such an exception the process group is
+    left as it is, since taking it down waits for what the lost replica never sends, and so does the interpreter's own
+    end: end the process with `os._exit`.
     """
     replica_id, num_replicas, host = env_rank(), env_num_replicas(), socket.gethostname()
-    if "RANK" not in os.environ or num_replicas == 1:
+    if num_replicas == 1:
         yield World(0, 1, Channel(), None, host)
         return
     store, _, _ = next(dist.rendezvous("env://", timeout=timedelta(seconds=_JOIN_SECONDS)))
-    roll_call = RollCall(store, replica_id, num_replicas)
-    # The channel does its own waiting; gloo's limit only has to be the longer of the two.
-    dist.init_process_group(
-        "gloo",
-        store=dist.PrefixStore("gloo", store),
-        rank=replica_id,
-        world_size=num_replicas,
-        timeout=timedelta(seconds=timeout + 60),
-    )
+    roll_call = RollCall(store, replica_id, num_replicas, holds_store=replica_id == 0 and not _launcher_holds_store())
     try:
+        # The channel does its own waiting; gloo's limit only has to be the longer of the two.
+        dist.init_process_group(
+            "gloo",
+            store=dist.PrefixStore("gloo", store),
+            rank=replica_id,
+            world_size=num_replicas,
+            timeout=timedelta(seconds=timeout + 60),
+        )
         yield World(replica_id, num_replicas, Channel(None, roll_call, timeout), roll_call, host)
-    except UsageError:
-        raise  # raised on all replicas by `together`
-    except BaseException as error:
-        roll_call.report_failure(f"it raised {type(error).__name__}: {error}")
-        raise
-    finally:
+    except (SharedUsageError, ReplicaLost) as error:
+        # Either all replicas raise it, or it is another that is gone: this one has nothing to tell.
         roll_call.close()
-        dist.destroy_process_group()
+        if isinstance(error, SharedUsageError):
+            dist.destroy_process_group()
+        raise
+    except BaseException as error:
+        roll_call.report_failure(describe_failure(error))
+        roll_call.close()
+        raise
+    roll_call.close()
+    dist.destroy_process_group()
+
+
+def _launcher_holds_store() -> bool:
+    """Whether the store that replicas meet at is torchrun's, and outlives rank 0."""
+    return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == str(True)

@@ -10,6 +10,8 @@ import json
 import logging
 import threading
 import time
+from collections.abc import Iterable
+from concurrent.futures import Future
 from dataclasses import dataclass
 
 import torch.distributed as dist
@@ -32,54 +34,58 @@ class Lost:
     reason: str
 
 
-class RollCall:
-    """The alarm and the roll over a `torch.distributed` store that outlives the replicas (torchrun's own)."""
+def describe_failure(error: BaseException) -> str:
+    """What the other replicas are told of `error`."""
+    return f"it raised {type(error).__name__}: {error}".removesuffix(": ")
 
-    def __init__(self, store: dist.Store, replica_id: int, num_replicas: int) -> None:
+
+class RollCall:
+    """The alarm and the roll over a `torch.distributed` store.
+
+    `holds_store`: whether this process serves the store itself (rank 0 without torchrun, whose store outlives all
+    replicas); it then stays until the others have read what they need.
+    """
+
+    def __init__(self, store: dist.Store, replica_id: int, num_replicas: int, holds_store: bool = False) -> None:
         self.replica_id = replica_id
         self.num_replicas = num_replicas
         self.alarm = threading.Event()
         self.step: int | None = None
         self.waiting = False
         self._store = store.clone()
+        self._holds_store = holds_store
         self._closed = threading.Event()
         self._thread = threading.Thread(target=self._listen, name="dreplica-roll-call", daemon=True)
         self._thread.start()
 
-    def report_failure(self, reason: str) -> None:
-        """Tells the others that this replica is failing, and why, before it ends."""
+    def report_failure(self, reason: str) -> bool:
+        """Tells the others that this replica is failing, and why, before it ends. Returns whether it is the first."""
         try:
             self._store.set(f"roll_call/failed/{self.replica_id}", reason)
+            first = self._store.add("roll_call/failures", 1) == 1
             self._store.set("roll_call/alarm", "1")
         except RuntimeError as error:
             log.debug("the store is gone: %s", error)
+            return True
+        return first
 
     def take(self) -> list[Lost]:
         """Raises the alarm, waits a few seconds for the answers, and returns who is lost."""
+        result: Future[list[Lost]] = Future()
+        # In a thread, because a store whose process stands still keeps whoever asks it waiting for good.
+        threading.Thread(target=self._take, args=(result,), name="dreplica-roll", daemon=True).start()
         try:
-            self._store.set("roll_call/alarm", "1")
-            answers = self._collect()
+            return result.result(2 * _ANSWER_SECONDS + 1)
+        except TimeoutError:
+            return [Lost(0, "it holds the store that all replicas meet at, and the store does not respond")]
         except RuntimeError as error:
-            return [Lost(0, f"it held the store that all replicas meet at, and the store is gone ({error})")]
-        lost = []
-        for replica_id in range(self.num_replicas):
-            failed = self._read(f"roll_call/failed/{replica_id}")
-            if failed is not None:
-                lost.append(Lost(replica_id, failed))
-            elif replica_id not in answers:
-                lost.append(Lost(replica_id, "it ended without a word or does not respond (killed, or its host is)"))
-        if lost:
-            return lost
-        return [
-            Lost(replica_id, f"it is alive but stuck after step {answer['step']} while the others wait for it")
-            for replica_id, answer in answers.items()
-            if not answer["waiting"]
-        ]
+            reason = str(error).partition("\n")[0]
+            return [Lost(0, f"it held the store that all replicas meet at, and the store is gone ({reason})")]
 
     def close(self) -> None:
         """Ends the thread."""
         self._closed.set()
-        self._thread.join()
+        self._thread.join(_ANSWER_SECONDS)
 
     def _listen(self) -> None:
         while not self._closed.wait(_POLL_SECONDS):
@@ -93,19 +99,41 @@ class RollCall:
             self.alarm.set()
             return
 
-    def _collect(self) -> dict[int, dict]:
-        answers: dict[int, dict] = {}
-        end = time.monotonic() + _ANSWER_SECONDS
-        while time.monotonic() < end:
-            for replica_id in range(self.num_replicas):
-                answer = self._read(f"roll_call/answer/{replica_id}")
-                if answer is not None:
-                    answers[replica_id] = json.loads(answer)
-            failed = {r for r in range(self.num_replicas) if self._read(f"roll_call/failed/{r}") is not None}
-            if len(answers.keys() | failed) == self.num_replicas:
-                break
-            time.sleep(_POLL_SECONDS / 2)
-        return answers
+    def _take(self, result: "Future[list[Lost]]") -> None:
+        try:
+            self._store.set("roll_call/alarm", "1")
+            answers, failed = self._collect()
+            self._store.set(f"roll_call/done/{self.replica_id}", "1")
+            if self._holds_store:
+                self._wait_for_readers(answers.keys() | failed.keys())
+        except RuntimeError as error:
+            result.set_exception(error)
+            return
+        everyone = range(self.num_replicas)
+        silent = "it ended without a word or does not respond (killed, or its host is)"
+        lost = [Lost(i, failed.get(i, silent)) for i in everyone if i in failed or i not in answers]
+        stuck = [
+            Lost(i, f"it is alive but stuck after step {answers[i]['step']} while the others wait for it")
+            for i in answers
+            if not answers[i]["waiting"]
+        ]
+        result.set_result(lost or stuck)
 
-    def _read(self, key: str) -> str | None:
-        return self._store.get(key).decode() if self._store.check([key]) else None
+    def _collect(self) -> tuple[dict[int, dict], dict[int, str]]:
+        """The answers, and the failures reported, by replica id."""
+        end = time.monotonic() + _ANSWER_SECONDS
+        while True:
+            answers = {i: json.loads(text) for i, text in self._read("answer").items()}
+            failed = self._read("failed")
+            if len(answers.keys() | failed.keys()) == self.num_replicas or time.monotonic() > end:
+                return answers, failed
+            time.sleep(_POLL_SECONDS / 2)
+
+    def _wait_for_readers(self, present: Iterable[int]) -> None:
+        end = time.monotonic() + _ANSWER_SECONDS
+        while set(present) - self._read("done").keys() and time.monotonic() < end:
+            time.sleep(_POLL_SECONDS / 2)
+
+    def _read(self, kind: str) -> dict[int, str]:
+        keys = {i: f"roll_call/{kind}/{i}" for i in range(self.num_replicas)}
+        return {i: self._store.get(key).decode() for i, key in keys.items() if self._store.check([key])}

@@ -36,7 +36,7 @@ def create_run_folder(root: str, name: str) -> Path:
         except OSError as error:
             raise UsageError(
                 f"run.root: the run folder {str(folder)!r} cannot be made ({error.strerror}). "
-                "Name a folder that you can write to with --run.root."
+                "Name a folder that you can write to with --run.root, or another run with --run.name."
             ) from None
         else:
             return folder

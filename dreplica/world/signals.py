@@ -1,13 +1,16 @@
 """A request to stop is a flag that the loop reads; it never interrupts a step."""
 
 import signal
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
+_SAME_INTERRUPT_SECONDS = 3.0
+
 
 class StopRequest:
-    """Set by SIGTERM, SIGINT or SIGUSR2; carried to all replicas by the agreement message."""
+    """Set by SIGTERM, SIGINT, SIGHUP or SIGUSR2; carried to all replicas by the agreement message."""
 
     def __init__(self) -> None:
         self.signal_name: str | None = None
@@ -18,15 +21,25 @@ class StopRequest:
 
 @contextmanager
 def stop_signals() -> Iterator[StopRequest]:
-    """Turns SIGTERM, SIGINT and SIGUSR2 into a `StopRequest`; a second SIGINT interrupts at once."""
+    """Turns SIGTERM, SIGINT, SIGHUP and SIGUSR2 into a `StopRequest`; a second Ctrl-C interrupts at once.
+
+    One Ctrl-C reaches a worker twice: from the terminal, and passed on by torchrun. So the second SIGINT only counts
+    when it comes some seconds later.
+    """
     request = StopRequest()
+    interrupted_at: float | None = None
 
     def handle(number: int, _frame: FrameType | None) -> None:
-        if request and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        request.signal_name = signal.Signals(number).name
+        nonlocal interrupted_at
+        if number == signal.SIGINT:
+            if interrupted_at is not None and time.monotonic() - interrupted_at > _SAME_INTERRUPT_SECONDS:
+                raise KeyboardInterrupt
+            interrupted_at = interrupted_at or time.monotonic()
+        request.signal_name = request.signal_name or signal.Signals(number).name
 
-    numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2)
+    numbers = [signal.SIGTERM, signal.SIGINT, signal.SIGUSR2]
+    if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # nohup has it ignored
+        numbers.append(signal.SIGHUP)
     before = {number: signal.signal(number, handle) for number in numbers}
     try:
         yield request

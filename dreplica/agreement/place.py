@@ -1,0 +1,106 @@
+"""Where replicas part first, and the verdict as far as the comparison alone can tell."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from dreplica.agreement.stages import STAGES, Stage
+from dreplica.agreement.verdict import Verdict, split_into_classes, suspects_of
+
+_CAUSE_OF_STAGE = {"indices": "indices-differ", "batch": "batch-differs", "predictions": "evaluation-differs"}
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where replicas part first, and the classes they fall into there."""
+
+    step: int
+    """The step compared; where replicas are at different steps, the earliest."""
+    stage: str | None
+    """The first differing stage in causal order; None if replicas are at different steps."""
+    tensor: str | None
+    """The stage's first entry that differs or that some replica lacks; None if there is none, that is, if replicas have
+    the same entries in different orders, or an empty stage against none."""
+    classes: list[list[int]]
+    num_differing: int
+    """How many of the stage's entries differ, or are missing somewhere."""
+    num_entries: int
+    """How many entries the stage has on all replicas together."""
+    differing_stages: list[str]
+    only_on: dict[str, list[int]]
+    """The stage's entries that only some replicas have, and which."""
+
+    @property
+    def is_structural(self) -> bool:
+        """Whether replicas differ in what there is to compare, rather than in its values."""
+        return self.tensor is None or bool(self.only_on)
+
+
+def first_difference(steps: Sequence[int], stages: Sequence[Mapping[str, Stage]]) -> Place:
+    """Where replicas part first, given what each of them compared, by replica id."""
+    step = min(steps)
+    if len(set(steps)) > 1:
+        return Place(step, None, None, split_into_classes([str(each).encode() for each in steps]), 0, 0, [], {})
+    digests = {name: [row[name].digest if name in row else b"" for row in stages] for name in STAGES}
+    differing_stages = [name for name in STAGES if len(set(digests[name])) > 1]
+    assert differing_stages, "the words differ, so some stage does"
+    stage = differing_stages[0]
+    rows = [row[stage].entries() if stage in row else {} for row in stages]
+    everything = list(dict.fromkeys(name for row in rows for name in row))
+    differing = [name for name in everything if len({row.get(name) for row in rows}) > 1]
+    owners = {name: [replica for replica, row in enumerate(rows) if name in row] for name in differing}
+    return Place(
+        step=step,
+        stage=stage,
+        tensor=differing[0] if differing else None,
+        classes=split_into_classes(digests[stage]),
+        num_differing=len(differing),
+        num_entries=len(everything),
+        differing_stages=differing_stages,
+        only_on={name: replicas for name, replicas in owners.items() if len(replicas) < len(rows)},
+    )
+
+
+def describe(place: Place, epoch: int | None, num_replicas: int) -> Verdict:
+    """The verdict as far as the comparison alone can tell: where, and who; the cause only where the stage says it."""
+    suspects = suspects_of(place.classes)
+    evidence = _evidence(place)
+    if not suspects:
+        evidence.append(f"{num_replicas} replicas without a majority: the comparison alone cannot say who is wrong")
+    where = ", ".join(part for part in (place.stage, place.tensor) if part) or "the number of steps taken"
+    when = "at the build (step 0)" if place.step == 0 else f"at step {place.step}"
+    cause = _CAUSE_OF_STAGE.get(place.stage or "", "unexplained")
+    return Verdict(
+        agreed=False,
+        cause="structure-differs" if place.is_structural else cause,
+        summary=f"replicas parted {when}: {where}; classes {place.classes}",
+        step=place.step,
+        epoch=epoch,
+        stage=place.stage,
+        tensor=place.tensor,
+        module=_module_of(place.stage, place.tensor),
+        suspects=suspects,
+        classes=place.classes,
+        evidence=evidence,
+    )
+
+
+def _evidence(place: Place) -> list[str]:
+    if place.stage is None:
+        return ["replicas compare different steps: some took a step, or an evaluation, that others did not"]
+    count = f"{place.num_differing} of {place.num_entries} entries of {place.stage} differ"
+    if place.tensor is not None:
+        evidence = [f"{count}, first {place.tensor}"]
+    else:
+        evidence = [f"{count}: they come in different orders, or some replicas have no such stage"]
+    evidence.append(f"differing stages: {', '.join(place.differing_stages)}")
+    if place.only_on:
+        some = [f"{name} only on replicas {ids}" for name, ids in list(place.only_on.items())[:5]]
+        evidence.append(f"{len(place.only_on)} entries exist on some replicas only: {'; '.join(some)}")
+    return evidence
+
+
+def _module_of(stage: str | None, tensor: str | None) -> str | None:
+    """The module path that a parameter's or buffer's name begins with."""
+    if tensor is None or stage not in {"weights", "gradients", "buffers"} or "." not in tensor:
+        return None
+    return tensor.rpartition(".")[0]

@@ -1,0 +1,204 @@
+"""`dreplica bench`: what the trainer and its checks cost per step, on the user's own config.
+
+Three loops take the same steps in alternating rounds: (a) a bare PyTorch loop, (b) this trainer without checks, (c)
+this trainer with every stage compared at every step. Ratios are taken within a round, so that a machine whose speed
+drifts moves both sides alike; the median over the rounds is what to quote.
+"""
+
+import argparse
+import itertools
+import statistics
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch.distributed.elastic.multiprocessing.errors import record
+from torch.utils.data import DataLoader
+
+from dreplica.agreement.agreement import Agreement
+from dreplica.config import RunConfig
+from dreplica.data.coordinator import Coordinator
+from dreplica.data.datasets import DataSets, load_data
+from dreplica.errors import ExitCode, UsageError
+from dreplica.replica.build import build_replica
+from dreplica.replica.replica import Replica
+from dreplica.replica.rng import model_seed, seed_generators
+from dreplica.run import AGREEMENT_LAG, Prepared, meet
+from dreplica.training.evaluate import Tally
+from dreplica.training.history import History
+from dreplica.training.loop import StepDone, train
+from dreplica.training.step import forward, make_scaler
+from dreplica.world.process_group import World
+from dreplica.world.signals import StopRequest
+
+LOOPS = {"a": "bare PyTorch loop", "b": "trainer, no checks", "c": "trainer, every stage at every step"}
+RATIOS = (("b", "a"), ("c", "b"), ("c", "a"))
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What a benchmark has found."""
+
+    seconds: dict[str, list[float]]
+    """Per loop, a time per step for each round: the slowest replica's."""
+    bytes_per_step: int
+    """Hashed by each replica for each step."""
+
+    def ratios(self, one: str, other: str) -> list[float]:
+        """Time of loop `one` over that of loop `other`, round by round."""
+        return [a / b for a, b in zip(self.seconds[one], self.seconds[other], strict=True)]
+
+
+class Bench:
+    """The three loops on one replica of one process; all replicas go through them together."""
+
+    def __init__(self, config: RunConfig, world: World, device: torch.device, steps: int) -> None:
+        train = config.train.model_copy(update={"max_steps": None})
+        self.config, self.world, self.device = config.model_copy(update={"train": train}), world, device
+        self.data: DataSets = world.together(lambda: load_data(config.data))
+        seed_generators(model_seed(config.seed, world.replica_id))
+        self.replica: Replica = world.together(lambda: build_replica(config, self.data.num_classes, device))
+        self.replica.scaler = make_scaler(config.train, device)
+        self.steps = steps
+        self.bytes_per_step = 0
+        num_batches = -(-len(self.data.train) // config.data.batch_size)  # type: ignore[arg-type]
+        if steps >= num_batches:
+            raise UsageError(
+                f"--steps: {steps} timed steps and one before them do not fit into an epoch of {num_batches} batches, "
+                f"and an evaluation in between would be timed too. Use --steps {max(1, num_batches - 1)}"
+                " or a smaller --data.batch_size."
+            )
+
+    def measure(self, rounds: int) -> Measured:
+        """Times every loop in every round, after one round that does not count. A collective."""
+        seconds: dict[str, list[float]] = {name: [] for name in LOOPS}
+        orders = itertools.cycle(itertools.permutations(LOOPS))
+        for number, order in zip(range(rounds + 1), orders, strict=False):
+            for name in order:
+                self.world.channel.gather(None)  # all begin together
+                own = self.time_steps(self.loop(name, self.steps + 1), self.steps)
+                slowest = max(self.world.channel.gather(own))
+                if number > 0:
+                    seconds[name].append(slowest)
+        return Measured(seconds, self.bytes_per_step)
+
+    def time_steps(self, loop: Iterator[None], steps: int) -> float:
+        """Seconds per step over `steps` steps, after a first one that starts the loader."""
+        next(loop)
+        self.synchronize()
+        started = time.perf_counter()
+        for _ in range(steps):
+            next(loop)
+        self.synchronize()
+        seconds = (time.perf_counter() - started) / steps
+        for _ in loop:
+            pass
+        return seconds
+
+    def loop(self, name: str, steps: int) -> Iterator[None]:
+        """Loop a, b or c; yields after each of `steps` steps, then ends tidily."""
+        return self.bare(steps) if name == "a" else self.trainer(steps, every=int(name == "c"))
+
+    def bare(self, steps: int) -> Iterator[None]:
+        """What one would write by hand."""
+        replica, data = self.replica, self.config.data
+        loader = DataLoader(
+            self.data.train, data.batch_size, shuffle=True, num_workers=data.num_workers, pin_memory=self.on_gpu
+        )
+        memory_format = torch.channels_last if self.config.model.channels_last else torch.preserve_format
+        replica.model.train()
+        tally = Tally.zero(self.device)
+        batches = itertools.chain.from_iterable(itertools.repeat(loader))
+        for inputs, labels in itertools.islice(batches, steps):
+            inputs = inputs.to(self.device, non_blocking=True, memory_format=memory_format)
+            labels = labels.to(self.device, non_blocking=True)
+            replica.optimizer.zero_grad()
+            loss, logits = forward(replica, inputs, labels, self.config.train)
+            if replica.scaler is None:
+                loss.backward()
+                replica.optimizer.step()
+            else:
+                replica.scaler.scale(loss).backward()
+                replica.scaler.step(replica.optimizer)
+                replica.scaler.update()
+            tally.add(loss, logits, labels)
+            yield
+
+    def trainer(self, steps: int, every: int) -> Iterator[None]:
+        """The training loop itself."""
+        agreement = Agreement(
+            self.replica.model,
+            self.replica.optimizer,
+            others=[self.replica.scheduler, self.replica.scaler],
+            every=every,
+            on_divergence="continue",  # replicas from distinct seeds are compared in full here, too
+            lag=AGREEMENT_LAG,
+            channel=self.world.channel,
+        )
+        coordinator = Coordinator(self.world.channel, seed=0)
+        history = History(self.replica, every * self.config.agreement.snapshot_every)
+        stop_request = StopRequest()
+        epochs = train(
+            self.replica, self.data, coordinator, agreement, self.config, self.world, self.device, stop_request, history
+        )
+        done = (event for event in epochs if isinstance(event, StepDone))
+        for _ in itertools.islice(done, steps):
+            yield
+        epochs.close()
+        agreement.finish()
+        self.bytes_per_step = max(self.bytes_per_step, agreement.bytes_per_step)
+
+    @property
+    def on_gpu(self) -> bool:
+        """Whether kernels run behind the program's back."""
+        return self.device.type == "cuda"
+
+    def synchronize(self) -> None:
+        """Waits for the device."""
+        if self.on_gpu:
+            torch.cuda.synchronize()
+
+
+def print_measured(console: Console, measured: Measured, world: World, rounds: int, steps: int) -> None:
+    """The two tables: time per step and ratios."""
+    table = Table(
+        title=f"{world.num_replicas} replicas, {rounds} alternating rounds of {steps} steps", title_justify="left"
+    )
+    for column in ("loop", "ms per step: median", "min", "max"):
+        table.add_column(column, justify="left" if column == "loop" else "right")
+    for name, text in LOOPS.items():
+        values = [1000 * value for value in measured.seconds[name]]
+        table.add_row(f"({name}) {text}", *(f"{f(values):.1f}" for f in (statistics.median, min, max)))
+    console.print(table)
+    for one, other in RATIOS:
+        ratios = measured.ratios(one, other)
+        console.print(
+            f"({one})/({other}) = {statistics.median(ratios):.3f}  (rounds: {min(ratios):.3f} to {max(ratios):.3f})",
+            highlight=False,
+        )
+    console.print(f"hashed by each replica: {measured.bytes_per_step / 1e6:.1f} MB per step", highlight=False)
+
+
+@record
+def main() -> None:
+    """One worker of the benchmark."""
+    parser = argparse.ArgumentParser(allow_abbrev=False, add_help=False)
+    parser.add_argument("--rounds", type=int, default=12)
+    parser.add_argument("--steps", type=int, default=4)
+    known, settings = parser.parse_known_args()
+
+    def conduct(prepared: Prepared, world: World, _stop_request: StopRequest) -> ExitCode:
+        measured = Bench(prepared.own, world, prepared.device.device, known.steps).measure(known.rounds)
+        if world.is_coordinator:
+            print_measured(Console(), measured, world, known.rounds, known.steps)
+        return ExitCode.AGREED
+
+    sys.exit(int(meet(settings, conduct)))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,68 @@
+"""Small data sets, one sound and the others each with a trap; for `data.name`."""
+
+import numpy
+import torch
+from torch import Tensor
+
+from dreplica.data.datasets import DataConfig, Sample, TensorImages
+from dreplica.world.process_group import env_rank
+
+Sets = tuple[TensorImages, TensorImages, int]
+
+
+def tiny_images(config: DataConfig) -> Sets:
+    """Nothing wrong: five classes of noisy 8x8 images, 80 to train on, 40 to validate on."""
+    return _noisy_images(80, 40, 8)
+
+
+def larger_images(config: DataConfig) -> Sets:
+    """Nothing wrong: five classes of noisy 32x32 images, 64 to train on, 32 to validate on."""
+    return _noisy_images(64, 32, 32)
+
+
+def altered_file(config: DataConfig) -> Sets:
+    """One pixel of one training image is another on replica 1, as in a file that was copied badly to one node.
+
+    Number and shapes of the images are the same everywhere, so a count of files finds nothing.
+    """
+    train, val, num_classes = tiny_images(config)
+    if env_rank() == 1:
+        train.images[7, 0, 3, 3] += 1.0
+    return train, val, num_classes
+
+
+class _NoisyFromGlobal(TensorImages):
+    """Adds noise drawn from NumPy's global generator."""
+
+    def __getitem__(self, index: int) -> Sample:
+        image, label = super().__getitem__(index)
+        noise: Tensor = torch.from_numpy(numpy.random.standard_normal(image.shape)).to(image.dtype)
+        return image + 0.1 * noise, label
+
+
+def noise_from_global_generator(config: DataConfig) -> Sets:
+    """Augmentation draws from the generator of whatever process loads the sample.
+
+    So what a sample looks like depends on the number of loader workers, and on which of them gets it when.
+    """
+    train, val, num_classes = tiny_images(config)
+    return _NoisyFromGlobal(train.images, train.labels), val, num_classes
+
+
+def threads_changed(config: DataConfig) -> Sets:
+    """Sets the number of threads on replica 1 while loading, as libraries for images do when they are imported."""
+    if env_rank() == 1:
+        torch.set_num_threads(2)
+    return tiny_images(config)
+
+
+def _noisy_images(num_train: int, num_val: int, size: int) -> Sets:
+    generator = torch.Generator().manual_seed(0)
+    centers = torch.randn(5, 3, size, size, generator=generator)
+    labels = torch.arange(num_train + num_val) % 5
+    images = centers[labels] + 0.5 * torch.randn(len(labels), 3, size, size, generator=generator)
+    train, val = (
+        TensorImages(images[:num_train], labels[:num_train]),
+        TensorImages(images[num_train:], labels[num_train:]),
+    )
+    return train, val, 5

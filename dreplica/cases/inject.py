@@ -1,0 +1,193 @@
+"""Fault injection: flips bits of a replica's state at a chosen step, as a faulty memory cell or processor would.
+
+The flips are invisible to autograd and to operator tracing. A fault with `repeat` strikes at every step from its own
+on, replays included; without, it strikes once.
+"""
+
+import random
+from collections.abc import Callable, Sequence
+from typing import Annotated, Any, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+from torch.utils._python_dispatch import _disable_current_modes
+
+from dreplica.data.coordinator import Coordinator, IndexStream
+from dreplica.errors import UsageError
+from dreplica.replica.replica import Replica
+from dreplica.section import Section, nearest
+from dreplica.world.channel import Channel
+
+_INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+_MT19937_STATE = slice(24, 24 + 624 * 8)
+"""Bytes of torch's CPU generator state that hold its 624 words, each in 8 bytes of which the low 4 count."""
+
+
+class FaultConfig(Section):
+    """One fault."""
+
+    replica: int = Field(ge=0)
+    """Replica id."""
+    step: int = Field(ge=1)
+    """The step at which it strikes."""
+    target: Literal["weights", "gradients", "buffers", "optimizer", "batch", "indices", "activation", "rng"]
+    """What is struck: `gradients` before the optimizer's step, `batch` before the forward pass, `activation` the output
+    of a module, the others at the end of the step."""
+    tensor: str | None = None
+    """Name of a parameter, buffer or (for `activation`) module; null: drawn."""
+    bits: int = Field(1, ge=1, le=4096)
+    """How many bits flip, in one tensor."""
+    repeat: bool = False
+    """Strike at every step from this one on, and in replays."""
+    seed: Annotated[int, Field(ge=0)] = 0
+    """What is not chosen (the tensor, the bits) is drawn from it."""
+
+    def __str__(self) -> str:
+        bits = f"{self.bits} bit{'s' * (self.bits > 1)} of {self.tensor or 'a tensor'}"
+        when = f"from step {self.step} on" if self.repeat else f"at step {self.step}"
+        return f"{bits} in {self.target} on replica {self.replica} {when}"
+
+
+class Injector:
+    """The faults of one replica, waiting for their steps. `close` takes its hooks away."""
+
+    def __init__(self, faults: Sequence[FaultConfig], replica_id: int, replica: Replica) -> None:
+        self._replica = replica
+        self._waiting = [fault for fault in faults if fault.replica == replica_id]
+        self._handles: list[Any] = []
+        for fault in self._waiting:
+            self._attach(fault)
+
+    def indices(self, step: int, indices: Tensor, num_samples: int) -> None:
+        """Strikes the index batch of `step` (int64, in place); indices stay within the data set."""
+        for fault in self._due("indices", step):
+            draw = _draw(fault, step)
+            position, width = draw.randrange(len(indices)), max(1, (num_samples - 1).bit_length())
+            mask = sum(1 << bit for bit in draw.sample(range(width), min(fault.bits, width)))
+            indices[position] = (int(indices[position]) ^ mask) % num_samples
+
+    def close(self) -> None:
+        """Removes all hooks."""
+        for handle in self._handles:
+            handle.remove()
+
+    def _attach(self, fault: FaultConfig) -> None:
+        model, optimizer = self._replica.model, self._replica.optimizer
+        if fault.target == "batch":
+            self._handles.append(model.register_forward_pre_hook(lambda _, args: self._strike(fault, list(args))))
+        elif fault.target == "activation":
+            module = _choose(fault, dict(_leaf_modules(model)), "module")
+            self._handles.append(module.register_forward_hook(lambda _m, _a, output: self._strike(fault, [output])))
+        elif fault.target == "gradients":
+            self._handles.append(optimizer.register_step_pre_hook(lambda *_: self._strike_named(fault, _gradients)))
+        elif fault.target == "rng":
+            self._handles.append(optimizer.register_step_post_hook(lambda *_: self._strike_rng(fault)))
+        elif fault.target != "indices":
+            tensors = {"weights": _weights, "buffers": _buffers, "optimizer": _optimizer_state}[fault.target]
+            self._handles.append(optimizer.register_step_post_hook(lambda *_: self._strike_named(fault, tensors)))
+
+    def _is_due(self, fault: FaultConfig, step: int) -> bool:
+        """Whether it strikes now; a fault that strikes once is then spent."""
+        if fault not in self._waiting or not (step == fault.step or (fault.repeat and step > fault.step)):
+            return False
+        if not fault.repeat:
+            self._waiting.remove(fault)
+        return True
+
+    def _due(self, target: str, step: int) -> list[FaultConfig]:
+        return [fault for fault in list(self._waiting) if fault.target == target and self._is_due(fault, step)]
+
+    @property
+    def _step(self) -> int:
+        return self._replica.steps_done + 1
+
+    def _strike(self, fault: FaultConfig, tensors: list[Tensor]) -> None:
+        if self._replica.model.training and torch.is_grad_enabled() and self._is_due(fault, self._step):
+            flip_bits(tensors[0], fault.bits, _draw(fault, self._step))
+
+    def _strike_named(self, fault: FaultConfig, tensors: Callable[[Replica], dict[str, Tensor]]) -> None:
+        if self._is_due(fault, self._step):
+            flip_bits(_choose(fault, tensors(self._replica), "tensor"), fault.bits, _draw(fault, self._step))
+
+    def _strike_rng(self, fault: FaultConfig) -> None:
+        if self._is_due(fault, self._step):
+            with _disable_current_modes():
+                state = torch.get_rng_state()
+                words = state[_MT19937_STATE].view(torch.int64)
+                draw = _draw(fault, self._step)
+                for place in draw.sample(range(len(words) * 32), fault.bits):
+                    words[place // 32] ^= 1 << (place % 32)
+                torch.set_rng_state(state)
+
+
+class FaultyCoordinator(Coordinator):
+    """A coordinator on whose replica the received indices are struck."""
+
+    def __init__(self, channel: Channel, seed: int, injector: Injector) -> None:
+        super().__init__(channel, seed)
+        self._injector = injector
+        self._steps_before = 0
+
+    def training_batches(self, num_samples: int, batch_size: int, epoch: int) -> IndexStream:
+        """As the coordinator's, then struck. Only batches of the first two windows of an epoch can be."""
+        stream = super().training_batches(num_samples, batch_size, epoch)
+        for number in range(min(len(stream), stream.num_received)):
+            self._injector.indices(self._steps_before + number + 1, stream.batch(number), num_samples)
+        self._steps_before += len(stream)
+        return stream
+
+
+def flip_bits(tensor: Tensor, bits: int, draw: random.Random) -> None:
+    """Flips `bits` different bits of `tensor` in place, unseen by autograd, version counters and dispatch modes."""
+    with _disable_current_modes(), torch.no_grad():
+        data = tensor.data
+        flat = data.view(_INTEGERS[data.element_size()]) if data.dtype is not torch.bool else data.view(torch.uint8)
+        width = 1 if data.dtype is torch.bool else 8 * data.element_size()
+        for place in draw.sample(range(flat.numel() * width), min(bits, flat.numel() * width)):
+            index = torch.unravel_index(torch.tensor(place // width), flat.shape) if flat.dim() else ()
+            bit = place % width
+            # The highest bit of a signed integer cannot be written as a positive number of its dtype.
+            mask = -(1 << bit) if bit == 8 * flat.element_size() - 1 and flat.dtype is not torch.uint8 else 1 << bit
+            flat[index] = flat[index] ^ mask
+
+
+def _draw(fault: FaultConfig, step: int) -> random.Random:
+    return random.Random(f"{fault.seed} {fault.replica} {fault.target} {step}")
+
+
+def _choose(fault: FaultConfig, named: dict[str, Any], what: str) -> Any:
+    if fault.tensor is None:
+        candidates = [name for name, value in named.items() if not isinstance(value, Tensor) or value.numel()]
+        if not candidates:
+            raise UsageError(f"inject: there is no {what} in {fault.target} to strike. Choose another target.")
+        return named[random.Random(f"{fault.seed} {fault.replica} {fault.target}").choice(candidates)]
+    if fault.tensor not in named:
+        raise UsageError(f"inject: {fault.target} has no {what} {fault.tensor!r}. {nearest(fault.tensor, named)}")
+    return named[fault.tensor]
+
+
+def _leaf_modules(model: nn.Module) -> list[tuple[str, nn.Module]]:
+    return [(name, module) for name, module in model.named_modules() if name and not list(module.children())]
+
+
+def _weights(replica: Replica) -> dict[str, Tensor]:
+    return dict(replica.model.named_parameters())
+
+
+def _buffers(replica: Replica) -> dict[str, Tensor]:
+    return dict(replica.model.named_buffers())
+
+
+def _gradients(replica: Replica) -> dict[str, Tensor]:
+    return {name: p.grad for name, p in replica.model.named_parameters() if p.grad is not None}
+
+
+def _optimizer_state(replica: Replica) -> dict[str, Tensor]:
+    names: dict[Tensor, str] = {parameter: name for name, parameter in replica.model.named_parameters()}
+    return {
+        f"{names.get(parameter, 'unnamed')}.{key}": value
+        for parameter, state in replica.optimizer.state.items()
+        for key, value in state.items()
+        if isinstance(value, Tensor)
+    }

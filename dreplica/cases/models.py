@@ -1,0 +1,153 @@
+"""Small models, one sound and the others each with a trap in its forward pass; for `model.factory`."""
+
+import numpy
+import torch
+from torch import Tensor, nn
+
+from dreplica.cases.operators import racy_sum
+from dreplica.world.process_group import env_rank
+
+
+def tiny_cnn(num_classes: int) -> nn.Sequential:
+    """Nothing wrong: convolution, BatchNorm, dropout and a head, for images (3, 8, 8)."""
+    return nn.Sequential(
+        nn.Conv2d(3, 8, 3, padding=1),
+        nn.BatchNorm2d(8),
+        nn.ReLU(),
+        nn.Flatten(),
+        nn.Dropout(0.1),
+        nn.Linear(8 * 8 * 8, num_classes),
+    )
+
+
+class _Wrapped(nn.Module):
+    """`tiny_cnn` inside a model whose forward pass does something else, too."""
+
+    def __init__(self, num_classes: int) -> None:
+        super().__init__()
+        self.body = tiny_cnn(num_classes)
+        self.replica_id = env_rank()
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.body(images)
+
+
+class RacySum(nn.Module):
+    """Pools (N, C, H, W) to (N, C) with an operator that adds in order of arrival."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        """The sum over height and width."""
+        return racy_sum(images)
+
+
+def racy_pooling(num_classes: int) -> nn.Module:
+    """Pools with a non-deterministic operator: no seed helps, and no two runs are the same."""
+    return nn.Sequential(
+        nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(), RacySum(), nn.Linear(8, num_classes)
+    )
+
+
+class _DetachedLogits(_Wrapped):
+    def forward(self, images: Tensor) -> Tensor:
+        # requires_grad_() is what people add when torch says that the loss does not require a gradient.
+        return self.body(images).detach().requires_grad_()
+
+
+def detached_logits(num_classes: int) -> nn.Module:
+    """Cuts the graph at the logits: backward() succeeds, no gradient arrives, nothing learns.
+
+    BatchNorm's statistics move all the same, as they do in every training-mode forward pass, so the state_dict changes
+    from step to step and looks alive.
+    """
+    return _DetachedLogits(num_classes)
+
+
+class _BranchesByRank(_Wrapped):
+    def forward(self, images: Tensor) -> Tensor:
+        logits = self.body(images)
+        return logits.clamp(-0.5, 0.5) if self.replica_id == 1 else logits
+
+
+def branches_by_rank(num_classes: int) -> nn.Module:
+    """An `if` on the rank in the forward pass: replica 1 runs one operator more than the others."""
+    return _BranchesByRank(num_classes)
+
+
+class _StaysInTraining(_Wrapped):
+    def train(self, mode: bool = True) -> "_StaysInTraining":
+        super().train(mode or self.replica_id == 1)
+        return self
+
+
+def stays_in_training(num_classes: int) -> nn.Module:
+    """On replica 1, eval() does nothing: it is evaluated with batch statistics and dropout.
+
+    Weights and buffers agree when the evaluation begins; the predictions do not.
+    """
+    return _StaysInTraining(num_classes)
+
+
+class _Fails(_Wrapped):
+    def __init__(self, num_classes: int) -> None:
+        super().__init__(num_classes)
+        self.num_forwards = 0
+
+    def forward(self, images: Tensor) -> Tensor:
+        self.num_forwards += self.training
+        if self.replica_id == 1 and self.num_forwards == 3:
+            raise RuntimeError("out of memory, say")
+        return self.body(images)
+
+
+def fails_on_third_step(num_classes: int) -> nn.Module:
+    """Replica 1 raises in the forward pass of its third training step; the others are left waiting for it."""
+    return _Fails(num_classes)
+
+
+def own_random_weights(num_classes: int) -> nn.Module:
+    """Draws a layer's weights from a NumPy generator of its own, which nobody seeded.
+
+    The global generators are seeded and stay equal on all replicas, so that nothing they record gives a reason.
+    """
+    model = tiny_cnn(num_classes)
+    generator = numpy.random.default_rng()
+    with torch.no_grad():
+        weights = model.get_parameter("0.weight")
+        weights.copy_(torch.from_numpy(generator.normal(0.0, 0.2, tuple(weights.shape))))
+    return model
+
+
+def wide_cnn(num_classes: int) -> nn.Module:
+    """Nothing wrong; its convolutions are large enough for the CPU to share them out among threads."""
+    return nn.Sequential(
+        nn.Conv2d(3, 64, 3, padding=1),
+        nn.BatchNorm2d(64),
+        nn.ReLU(),
+        nn.Conv2d(64, 64, 3, padding=1),
+        nn.BatchNorm2d(64),
+        nn.ReLU(),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(64, num_classes),
+    )
+
+
+def flag_changed(num_classes: int) -> nn.Module:
+    """Sets a numerics flag on replica 1 while building, as a library that is imported on one node may."""
+    if env_rank() == 1:
+        torch.set_float32_matmul_precision("medium")
+    return tiny_cnn(num_classes)
+
+
+class _ReseedsEveryStep(_Wrapped):
+    def forward(self, images: Tensor) -> Tensor:
+        torch.manual_seed(0)
+        return self.body(images)
+
+
+def reseeds_every_step(num_classes: int) -> nn.Module:
+    """Seeds torch in every forward pass, "so that runs reproduce": whatever draws from it afterwards is frozen.
+
+    Dropout's mask is the same in every step, and a sampler over the global generator would draw one order for ever.
+    """
+    return _ReseedsEveryStep(num_classes)

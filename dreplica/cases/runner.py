@@ -1,0 +1,215 @@
+"""Runs cases, each as a real job under torchrun, and compares what is found with what must be."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from dreplica.cases.case import Case, find_cases
+from dreplica.errors import ExitCode, UsageError
+
+_PLACE = ("step", "stage", "tensor", "operator", "suspects")
+"""What the table shows of a verdict besides its cause."""
+_SHUTDOWN_SECONDS = 5
+_TAIL_LINES = 15
+
+
+@dataclass(frozen=True)
+class Result:
+    """What came of one case."""
+
+    case: Case
+    found: Mapping[str, Any]
+    """The verdict of report.json, and what was observed besides; empty if there is no report."""
+    seconds: float
+    problem: str
+    """Why there is no report, with the end of what the run printed; empty if there is one."""
+
+    @property
+    def mismatches(self) -> list[str]:
+        """The expected fields that came out otherwise."""
+        return [name for name, value in self.case.expected.items() if self.found.get(name) != value]
+
+    def as_dict(self) -> dict[str, Any]:
+        """JSON values."""
+        return {
+            "case": self.case.name,
+            "replicas": self.case.num_replicas,
+            "expected": dict(self.case.expected),
+            "found": dict(self.found) or None,
+            "as_expected": not self.mismatches,
+            "mismatches": self.mismatches,
+            "seconds": round(self.seconds, 1),
+            "problem": self.problem or None,
+        }
+
+
+def run_cases(
+    names: Sequence[str], as_json: bool = False, keep: Path | None = None, timeout: float = 120.0
+) -> ExitCode:
+    """Runs the cases of these names, or all, and prints a table; `as_json`: a list of results to stdout instead.
+
+    Run folders go to `keep`, otherwise to a temporary folder. A case that takes longer than `timeout` seconds is ended
+    and counts as failed. Returns `FAILED` unless all come out as expected. Raises UsageError for an unknown name, and
+    for a `keep` that cannot be used.
+    """
+    cases = find_cases(names)
+    progress = Console(stderr=True)
+    results = []
+    with _run_root(keep, cases) as root:
+        for number, case in enumerate(cases, start=1):
+            result = run_case(case, root, timeout)
+            results.append(result)
+            mark = "[red]not as expected[/]" if result.mismatches else "as expected"
+            progress.print(f"{number} of {len(cases)}  {case.name}  {mark}  {result.seconds:.1f} s", highlight=False)
+    if as_json:
+        print(json.dumps([result.as_dict() for result in results], indent=1))
+    else:
+        _print(results, Console())
+    return ExitCode.FAILED if any(result.mismatches for result in results) else ExitCode.AGREED
+
+
+def run_case(case: Case, root: Path, timeout: float = 120.0) -> Result:
+    """Runs one case in processes of its own; its run folder goes into `root`."""
+    started = time.monotonic()
+    output, ended = _torchrun(case, root, timeout)
+    seconds = time.monotonic() - started
+    folder = root / case.name
+    try:
+        report = json.loads((folder / "report.json").read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        tail = "\n".join(output.splitlines()[-_TAIL_LINES:])
+        reason = "it ended without a report" if ended else f"it did not end within {timeout:.0f} seconds"
+        return Result(case, {}, seconds, f"{reason}:\n{tail}")
+    if not ended:
+        return Result(case, {}, seconds, f"it wrote a report but did not end within {timeout:.0f} seconds")
+    found = dict(report["verdict"])
+    found |= {name: _OBSERVE[name](report, folder) for name in case.expected if name in _OBSERVE}
+    return Result(case, found, seconds, "")
+
+
+def _torchrun(case: Case, root: Path, timeout: float) -> tuple[str, bool]:
+    """What the run printed, and whether it ended by itself in time."""
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    launcher += [f"--nproc_per_node={case.num_replicas}", f"--shutdown-timeout={_SHUTDOWN_SECONDS}"]
+    arguments = [f"--config={case.path}", f"--run.root={root}", f"--run.name={case.name}"]
+    package_root = str(Path(__file__).parents[2])
+    path = os.pathsep.join(filter(None, [package_root, os.environ.get("PYTHONPATH")]))
+    process = subprocess.Popen(
+        [*launcher, "--module", case.module, *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env=os.environ | {"PYTHONPATH": path},
+        start_new_session=True,  # a Ctrl-C is for this process, which then ends the launcher in order
+    )
+    try:
+        return process.communicate(timeout=timeout)[0], True
+    except subprocess.TimeoutExpired:
+        return _end(process), False
+    except BaseException:
+        _end(process)
+        raise
+
+
+def _end(process: "subprocess.Popen[str]") -> str:
+    """Ends launcher and workers, and returns what they printed. Workers are in sessions of their own: the launcher ends
+    them."""
+    process.terminate()
+    try:
+        return process.communicate(timeout=2 * _SHUTDOWN_SECONDS)[0]
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        return process.communicate()[0]
+
+
+@contextmanager
+def _run_root(keep: Path | None, cases: Sequence[Case]) -> Iterator[Path]:
+    if keep is None:
+        with tempfile.TemporaryDirectory(prefix="dreplica-cases-") as folder:
+            yield Path(folder)
+        return
+    taken = [case.name for case in cases if (keep / case.name).exists()]
+    if taken:  # the run would go to a folder with a suffix, and the old report would be read
+        raise UsageError(f"--keep: {str(keep)!r} has a folder {taken[0]!r} already. Name a fresh folder.")
+    try:
+        keep.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(f"--keep: {str(keep)!r} cannot be made ({error.strerror}). Name another folder.") from None
+    yield keep.resolve()
+
+
+def _equal(values: Sequence[Any]) -> bool:
+    return all(value == values[0] for value in values)
+
+
+def _val_accuracy(report: Mapping[str, Any], _folder: Path) -> str | None:
+    epochs = [_equal(epoch["val"]["accuracy"]) for epoch in report["epochs"]]
+    if not epochs:
+        return None
+    return "equal" if all(epochs) else "unequal"
+
+
+def _weights(report: Mapping[str, Any], _folder: Path) -> str | None:
+    digests = [row["weights"] for row in report["fingerprints"]]
+    if not digests:
+        return None
+    return "equal" if _equal(digests) else "unequal"
+
+
+def _orders(_report: Mapping[str, Any], folder: Path) -> str:
+    lines = [json.loads(line) for line in (folder / "trace.jsonl").read_text(encoding="utf-8").splitlines()[1:]]
+    digests = [line["digests"]["indices"] for line in lines if "indices" in line["digests"]]
+    return "distinct" if len(set(digests)) == len(digests) else "repeated"
+
+
+_OBSERVE: Mapping[str, Callable[[Mapping[str, Any], Path], str | None]] = {
+    "val_accuracy": _val_accuracy,
+    "weights": _weights,
+    "orders": _orders,
+}
+
+
+def _print(results: Sequence[Result], console: Console) -> None:
+    table = Table()
+    for column in ("case", "expected", "found", "where", "seconds"):
+        table.add_column(column, justify="right" if column == "seconds" else "left", overflow="fold")
+    for result in results:
+        found = str(result.found["cause"]) if result.found else "no report"
+        table.add_row(
+            escape(result.case.name),
+            escape(str(result.case.expected["cause"])),
+            f"[red]✗ {escape(found)}[/]" if result.mismatches else f"[green]✓[/] {escape(found)}",
+            escape(_where(result)),
+            f"{result.seconds:.1f}",
+        )
+    console.print(table)
+    for result in results:
+        for name in result.mismatches if result.found else ():
+            line = f"{result.case.name}: {name} should be {result.case.expected[name]!r}, is {result.found.get(name)!r}"
+            console.print(f"[red]{escape(line)}[/]", highlight=False, soft_wrap=True)
+        if result.problem:
+            console.print(f"[red]{escape(result.case.name)}: {escape(result.problem)}[/]", highlight=False)
+    wrong = sum(bool(result.mismatches) for result in results)
+    total = f"{len(results)} case{'s' * (len(results) != 1)}"
+    verdict = f"{wrong} of {total} not as expected" if wrong else f"{total}, all as expected"
+    console.print(f"{verdict}, {sum(result.seconds for result in results):.0f} s", highlight=False)
+
+
+def _where(result: Result) -> str:
+    """Step, stage and so on as far as the verdict has them, and what was observed."""
+    names = [*_PLACE, *(name for name in result.case.expected if name in _OBSERVE)]
+    present = {name: result.found.get(name) for name in names}
+    return " ".join(f"{name}={value}" for name, value in present.items() if value not in (None, []))

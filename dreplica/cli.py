@@ -1,0 +1,81 @@
+"""The `dreplica` command."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from dreplica.config import format_help
+from dreplica.errors import ExitCode, UsageError
+
+_SETTINGS = "[--config FILE] [--section.key VALUE ...]"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs a `dreplica` command and returns its exit code."""
+    parser = argparse.ArgumentParser("dreplica", description="Train replicas in lock-step and compare every bit.")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    train = _add_command(commands, "train", "train replicas on this machine: torchrun without typing it")
+    train.set_defaults(module="dreplica.worker")
+
+    bench = _add_command(commands, "bench", "measure what the trainer and its checks cost on a config")
+    bench.add_argument("--rounds", type=_positive, default=12, help="alternating rounds (default: 12)")
+    bench.add_argument("--steps", type=_positive, default=4, help="timed steps of each loop in a round (default: 4)")
+    bench.set_defaults(module="dreplica.bench")
+
+    text = "run the known causes of disagreement and check what is found"
+    cases = commands.add_parser("cases", help=text, description=text, allow_abbrev=False)
+    cases.add_argument("names", nargs="*", metavar="NAME", help="files in configs/cases, without .yaml (default: all)")
+    cases.add_argument("--json", action="store_true", help="print results as JSON instead of a table")
+    cases.add_argument("--keep", type=Path, metavar="FOLDER", help="keep the run folders there")
+    cases.add_argument("--timeout", type=_positive, default=120, help="seconds until a case is ended (default: 120)")
+    cases.set_defaults(help=False)
+
+    argv = sys.argv[1:] if argv is None else argv
+    known, settings = parser.parse_known_args(argv)
+    if known.help:
+        print(f"usage: dreplica {known.command} [--replicas N] {_SETTINGS}\n")
+        print(commands.choices[known.command].format_help().split("\n\n", 1)[1])
+        print(format_help("dreplica"))
+        return ExitCode.AGREED
+    if known.command == "cases":
+        if settings:
+            cases.error(f"unrecognized arguments: {' '.join(settings)}")
+        from dreplica.cases.runner import run_cases
+
+        try:
+            return run_cases(known.names, known.json, known.keep, known.timeout)
+        except UsageError as error:
+            print(f"error: {error}", file=sys.stderr)
+            return ExitCode.UNUSABLE
+    if known.command == "bench":
+        settings = [f"--rounds={known.rounds}", f"--steps={known.steps}", *settings]
+
+    from dreplica.launcher import launch  # it configures torchrun's logging when imported
+
+    try:
+        return launch(known.module, settings, known.replicas)
+    except UsageError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return ExitCode.UNUSABLE
+
+
+def _add_command(
+    commands: "argparse._SubParsersAction[argparse.ArgumentParser]", name: str, text: str
+) -> argparse.ArgumentParser:
+    command = commands.add_parser(name, help=text, description=text, add_help=False, allow_abbrev=False)
+    command.add_argument("-h", "--help", action="store_true", help="show this help, and every config field")
+    command.add_argument("--replicas", type=_positive, default=2, metavar="N", help="how many replicas (default: 2)")
+    return command
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text} will not do: expected a positive number")
+    return value
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,158 @@
+"""From the place where replicas part to the verdict, through replays of the step."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import Tensor
+from torch.utils.data import Dataset, default_collate
+
+from dreplica.agreement.stages import Stage, batch_stage, tensors_stage
+from dreplica.agreement.verdict import Verdict
+from dreplica.diagnosis.arbitrate import arbitrate
+from dreplica.diagnosis.conclude import RunFacts
+from dreplica.diagnosis.decide import Decision, Witness, decide, first_difference
+from dreplica.diagnosis.elements import compare_elements
+from dreplica.diagnosis.operators import Captured
+from dreplica.diagnosis.replay import Replayed, Replayer
+from dreplica.replica.rng import seed_generators
+from dreplica.training.history import History, StepEntry
+from dreplica.world.channel import Channel
+
+
+def can_replay(found: Verdict, history: History) -> bool:
+    """Whether the step at which replicas parted is one that the history can run again."""
+    if found.step is None or history.snapshot is None or found.stage == "predictions":
+        return False
+    return any(isinstance(entry, StepEntry) and entry.step == found.step for entry in history.entries)
+
+
+def diagnose(
+    found: Verdict,
+    original: Mapping[str, Stage],
+    replayer: Replayer,
+    dataset: Dataset[Any],
+    channel: Channel,
+    facts: RunFacts,
+) -> Verdict:
+    """The verdict on a divergence at a training step. A collective; the replica is left as it was found.
+
+    Args:
+        found: what the comparison says.
+        original: this replica's stages at that step, as compared.
+        replayer: over the history that holds the step.
+        dataset: the training set, to tell different data from data that was changed afterwards.
+        channel: between all replicas.
+        facts: what else is known of the run.
+    """
+    assert found.step is not None
+    try:
+        step = _approach(found.step, replayer, channel)
+        indices = replayer.indices()
+        first, second = replayer.again(indices), replayer.again(indices)
+        own = _witness(
+            original, first, second, indices, digest_samples(dataset, indices), step if step < found.step else None
+        )
+        decision = decide(channel.gather(own), facts.overrides, facts.differences)
+        evidence = [*decision.evidence, *_compare_in_full(decision, replayer, indices, channel)]
+        if decision.positions:
+            evidence.append(f"first such sample: index {int(indices[decision.positions[0]])}")
+        verdict = _as_verdict(found, decision, evidence)
+        if step < found.step:
+            verdict = verdict.with_(evidence=[*verdict.evidence, f"already step {step} is not reproducible"])
+        return verdict
+    finally:
+        replayer.close()
+
+
+def _approach(step: int, replayer: Replayer, channel: Channel) -> int:
+    """Brings every replica to just before `step`, or before an earlier step that some replica does not reproduce."""
+    stumbled = [at for at in channel.gather(replayer.approach(step)) if at is not None]
+    if not stumbled:
+        return step
+    earlier = min(stumbled)
+    replayer.approach(earlier)
+    return earlier
+
+
+def _witness(
+    original: Mapping[str, Stage],
+    first: Replayed,
+    second: Replayed,
+    indices: Tensor,
+    samples: Sequence[bytes],
+    unreproduced: int | None,
+) -> Witness:
+    return Witness(
+        original={name: stage.digest for name, stage in original.items()},
+        first={name: stage.digest for name, stage in first.stages.items()},
+        second={name: stage.digest for name, stage in second.stages.items()},
+        records=first.tracer.records,
+        contents=first.contents,
+        generator=first.generator,
+        indices_intact=first.stages["indices"].digest == tensors_stage({"indices": indices}).digest,
+        against_itself=first_difference(first.tracer.records, second.tracer.records),
+        sample_digests=list(samples),
+        unreproduced=unreproduced,
+    )
+
+
+def _compare_in_full(decision: Decision, replayer: Replayer, indices: Tensor, channel: Channel) -> list[str]:
+    """Runs the operator in question once more where it matters, and compares the two results element by element."""
+    place = decision.operator
+    if place is None or not place.made_here:
+        return []
+    replica_id = decision.replica_against_itself
+    if replica_id is not None:
+        text = ""
+        if channel.rank == replica_id:
+            one, other = (replayer.again(indices, place.index).tracer.captured for _ in range(2))
+            text = _describe_outputs(one.outputs, other.outputs) if one and other else ""
+        text = channel.gather(text)[replica_id]
+        return [text] if text else []
+    if decision.sides is None:
+        return []
+    captured = replayer.again(indices, place.index).tracer.captured if channel.rank in decision.sides else None
+    outputs = channel.gather(captured.outputs if captured else None)
+    evidence = [_describe_outputs(*(outputs[side] for side in decision.sides))]
+    if decision.cause == "persistent-fault" and not decision.suspects:
+        evidence += _arbitrate(captured, outputs, decision.sides, channel)
+    return evidence
+
+
+def _arbitrate(
+    captured: Captured | None, outputs: Sequence[Any], sides: tuple[int, int], channel: Channel
+) -> list[str]:
+    result = None
+    if captured is not None:
+        result = arbitrate(captured, [outputs[side] for side in sides], sides)
+    return next((r.evidence for r in channel.gather(result) if r is not None), ["no error bound for this operator"])
+
+
+def _describe_outputs(one: Sequence[Tensor], other: Sequence[Tensor]) -> str:
+    for number, (a, b) in enumerate(zip(one, other, strict=False)):
+        if a.shape != b.shape or a.dtype != b.dtype:
+            return f"output {number}: {a.dtype} {tuple(a.shape)} on one side, {b.dtype} {tuple(b.shape)} on the other"
+        difference = compare_elements(a, b)
+        if difference is not None:
+            return f"output {number}: {difference}"
+    return "run once more, the operator gave the same on both sides"
+
+
+def digest_samples(dataset: Dataset[Any], indices: Tensor) -> list[bytes]:
+    """16 bytes for each sample, loaded by itself; the global generators are seeded first, so they play no part."""
+    seed_generators(0)
+    return [batch_stage(default_collate([dataset[int(index)]])).digest for index in indices]
+
+
+def _as_verdict(found: Verdict, decision: Decision, evidence: list[str]) -> Verdict:
+    place = decision.operator
+    record = None if place is None else place.record
+    return found.with_(
+        cause=decision.cause,
+        suspects=decision.suspects,
+        classes=decision.classes or found.classes,
+        module=record.module if record else found.module,
+        operator=record.name if record else None,
+        phase=record.phase if record else None,
+        evidence=[*found.evidence, *evidence],
+    )

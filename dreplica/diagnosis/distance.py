@@ -1,0 +1,72 @@
+"""How far replicas that have parted are from each other, stage by stage."""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from dreplica.diagnosis.elements import compare_elements
+from dreplica.replica.replica import Replica
+from dreplica.world.channel import Channel
+
+Distance = dict[str, dict[str, list[float | int | None]]]
+"""Stage to {"max_ulp": one per replica, "l2": one per replica}, each against replica 0."""
+
+
+def measure_distance(replica: Replica, channel: Channel) -> Distance:
+    """The distance of every replica's weights, buffers and optimizer state from replica 0's. A collective.
+
+    `max_ulp`: the largest distance of two elements in units in the last place (None where a NaN is involved); `l2`: the
+    Euclidean norm of the difference. Floating-point tensors only. Empty if replicas do not hold the same tensors.
+    """
+    stages = {"weights": _weights(replica), "buffers": _buffers(replica), "optimizer": _optimizer_state(replica)}
+    described = {
+        stage: [(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()]
+        for stage, tensors in stages.items()
+    }
+    rows = channel.gather(described)
+    if any(row != rows[0] for row in rows):
+        return {}
+    own = {stage: _distance_from_first(tensors, channel) for stage, tensors in stages.items() if tensors}
+    gathered = channel.gather(own)
+    return {
+        stage: {"max_ulp": [row[stage][0] for row in gathered], "l2": [row[stage][1] for row in gathered]}
+        for stage in own
+    }
+
+
+def _distance_from_first(tensors: Mapping[str, Tensor], channel: Channel) -> tuple[int | None, float]:
+    largest: int | None = 0
+    squares = 0.0
+    for tensor in tensors.values():
+        own = tensor.detach().cpu().contiguous()
+        first = channel.broadcast(own.clone())
+        difference = compare_elements(first, own)
+        if difference is None:
+            continue
+        squares += float((first.double() - own.double()).square().sum())
+        largest = None if largest is None or difference.max_ulp is None else max(largest, difference.max_ulp)
+    return largest, squares**0.5
+
+
+def _weights(replica: Replica) -> dict[str, Tensor]:
+    return _floating(dict(replica.model.named_parameters()))
+
+
+def _buffers(replica: Replica) -> dict[str, Tensor]:
+    return _floating(dict(replica.model.named_buffers()))
+
+
+def _optimizer_state(replica: Replica) -> dict[str, Tensor]:
+    names: dict[Tensor, str] = {parameter: name for name, parameter in replica.model.named_parameters()}
+    state = {
+        f"{names.get(parameter, '')}.{key}": value
+        for parameter, values in replica.optimizer.state.items()
+        for key, value in values.items()
+        if isinstance(value, torch.Tensor)
+    }
+    return _floating(state)
+
+
+def _floating(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor for name, tensor in sorted(tensors.items()) if tensor.is_floating_point()}

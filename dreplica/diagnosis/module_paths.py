@@ -1,0 +1,104 @@
+"""Which module an operator belongs to: in the forward pass, and in the backward pass of what the forward pass made.
+
+`torch.utils.module_tracker.ModuleTracker` keeps a set of the modules entered, which does not say which of them is the
+innermost, and in the backward pass it needs gradients to flow through a module's every input and output. Here the
+backward pass is looked up instead: autograd numbers its nodes in the order in which the forward pass creates them, so
+a node belongs to the module that was running when the counter stood at its number.
+"""
+
+import threading
+from bisect import bisect_right
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
+
+
+class ModulePaths:
+    """A context that follows which module is running, in the thread that enters it and in autograd's.
+
+    Paths are those of `model.named_modules()`; of a module that is no part of `model`, those beneath the first module
+    called. With `torch.utils.checkpoint` in its re-entrant form on a GPU, whose graph is numbered in a thread of its
+    own, paths in the backward pass are not reliable.
+    """
+
+    def __init__(self, model: nn.Module | None = None) -> None:
+        self._names: dict[int, str] = {}
+        self._owners: dict[int, str] = {}
+        self._named: list[nn.Module] = []
+        self._running: list[tuple[int, str]] = []
+        self._numbers: list[int] = []
+        self._paths: list[str] = []
+        self._handles: list[Any] = []
+        self._thread = threading.get_ident()
+        self.backward_seen = False
+        """Whether a backward pass has run since a module was last called in the forward pass."""
+        if model is not None:
+            self._name(model)
+
+    def __enter__(self) -> "ModulePaths":
+        self._thread = threading.get_ident()
+        self._handles = [
+            register_module_forward_pre_hook(self._enter_module),
+            register_module_forward_hook(self._leave_module, always_call=True),
+        ]
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._named.clear()
+
+    @property
+    def in_module(self) -> bool:
+        """Whether a module's forward is running."""
+        return bool(self._running)
+
+    def current(self) -> str:
+        """Path of the innermost module whose forward, or whose backward, is running; empty outside of modules."""
+        if self._running:
+            return self._running[-1][1]
+        node = torch._C._current_autograd_node()
+        if node is None:
+            return ""
+        variable = getattr(node, "variable", None)
+        if variable is not None:
+            return self._owners.get(id(variable), "")
+        position = bisect_right(self._numbers, node._sequence_nr()) - 1
+        return self._paths[position] if position >= 0 else ""
+
+    def in_backward(self) -> bool:
+        """Whether autograd is running a backward pass."""
+        running = torch._C._current_graph_task_id() != -1
+        self.backward_seen |= running
+        return running
+
+    def _enter_module(self, module: nn.Module, _: Any) -> None:
+        if not self.in_backward():
+            self.backward_seen = False
+        if id(module) not in self._names:
+            self._name(module)
+        self._running.append((id(module), self._names[id(module)]))
+        self._note()
+
+    def _leave_module(self, module: nn.Module, *_: Any) -> None:
+        # Modules left by an exception (a checkpoint stops its recomputation with one) may not have said so.
+        while self._running and self._running.pop()[0] != id(module):
+            pass
+        self._note()
+
+    def _note(self) -> None:
+        if threading.get_ident() == self._thread:
+            self._numbers.append(torch.autograd._get_sequence_nr())
+            self._paths.append(self._running[-1][1] if self._running else "")
+
+    def _name(self, root: nn.Module) -> None:
+        self._named.append(root)  # keeps the ids valid
+        for path, module in root.named_modules():
+            self._names.setdefault(id(module), path)
+            for parameter in module.parameters(recurse=False):
+                self._owners.setdefault(id(parameter), path)

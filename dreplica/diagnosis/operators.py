@@ -1,0 +1,314 @@
+"""Records every operator of a step: name, module, phase, and digests of what went in and came out.
+
+A record holds digests, never tensors, so the memory it takes does not grow with the model's.
+"""
+
+import os
+import random
+import sys
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map
+
+from dreplica.agreement.fingerprint import ABSENT, digest_tensor
+from dreplica.diagnosis.module_paths import ModulePaths
+
+_UNINITIALIZED = {
+    "aten.empty",
+    "aten.empty_like",
+    "aten.empty_permuted",
+    "aten.empty_strided",
+    "aten.new_empty",
+    "aten.new_empty_strided",
+    "aten.resize_",
+}
+"""Operators whose result is whatever was in memory: no digest says anything about them."""
+
+_OVERWRITES = {
+    *(f"aten.{name}_" for name in ("copy", "fill", "zero", "random", "bernoulli", "uniform", "normal", "exponential")),
+    *(f"aten.{name}_" for name in ("log_normal", "cauchy", "geometric", "_foreach_copy", "_foreach_zero")),
+}
+"""Operators that overwrite their first argument without reading it: what it held before, maybe nothing that was ever
+written, is no input."""
+
+_UNDECLARED_WRITES = {
+    "aten.native_batch_norm": (3, 4),
+    "aten.cudnn_batch_norm": (3, 4),
+    "aten.miopen_batch_norm": (3, 4),
+}
+"""Arguments (running mean and variance) that an operator updates although its schema does not say so."""
+
+_SAME_VIEWS = {"aten.detach.default", "aten.alias.default"}
+"""Views that show all of their input as it is."""
+
+_TORCH = str(Path(torch.__file__).parent) + os.sep
+_OWN_ROOMS = tuple(str(Path(__file__).parents[1] / room) + os.sep for room in ("diagnosis", "training"))
+
+
+@dataclass(frozen=True)
+class OpRecord:
+    """One operator of one step."""
+
+    name: str
+    """As in `aten.convolution.default`."""
+    module: str
+    """Path of the innermost module whose forward (or whose backward) it belongs to; empty outside of modules."""
+    phase: str
+    """`forward`; `backward`, recomputed activations included; or `optimizer`: everything after the backward pass and
+    outside of modules, from unscaling and clipping the gradients to the optimizer's step."""
+    inputs: bytes
+    """16 bytes for each tensor that is read; for a view, which computes nothing, the shapes instead."""
+    outputs: bytes
+    """16 bytes for each tensor result and each argument written to; for a view, the shapes instead."""
+    source: str
+    """`file:line` of the user's code that called it; empty if torch (as in most of the backward pass) or the training
+    step did."""
+    scalars: str = ""
+    """Its other arguments, numbers and dtypes, in the order of the call."""
+    shows: bytes = b""
+    """For a view, 16 bytes for the tensor viewed and for each result: not compared, but to follow contents by."""
+
+    def __str__(self) -> str:
+        where = f" in {self.module}" if self.module else ""
+        return f"{self.name}{where} ({self.phase})"
+
+    def same_operator(self, other: "OpRecord") -> bool:
+        """Whether the two are the same operator at the same place."""
+        return (self.name, self.module, self.phase) == (other.name, other.module, other.phase)
+
+
+@dataclass(frozen=True)
+class Captured:
+    """The tensors of one operator, kept for a comparison in full; on the CPU."""
+
+    inputs: list[Tensor]
+    outputs: list[Tensor]
+    function: str
+    arguments: tuple[tuple[Any, ...], dict[str, Any]]
+    """Positional and keyword arguments as called, tensors replaced by copies."""
+    device_type: str = "cpu"
+    """Where the operator ran: `cpu` or `cuda`."""
+
+
+@dataclass(frozen=True)
+class _Signature:
+    """What the tracer has to know of an operator, from its schema."""
+
+    name: str
+    recorded: bool
+    is_view: bool
+    draws: bool
+    """Whether it draws from a generator."""
+    writes: tuple[tuple[int, str], ...]
+    """Position and name of each argument written to."""
+    unread: frozenset[str]
+    """Names of those that are overwritten without being read."""
+
+
+class OpTracer(TorchDispatchMode):
+    """A context in which every operator is recorded; with `capture`, the tensors of that one operator are kept instead.
+
+    Args:
+        optimizer: its step is the phase `optimizer`, even before any backward pass.
+        capture: the number of an operator in `records` of a run that takes the same course.
+        generators: also record that Python's or NumPy's global generator was drawn from between two operators.
+        model: whose module paths to use; without it, paths begin beneath the first module called.
+    """
+
+    def __init__(
+        self,
+        optimizer: torch.optim.Optimizer | None = None,
+        capture: int | None = None,
+        model: nn.Module | None = None,
+        generators: bool = False,
+    ) -> None:
+        super().__init__()
+        self.records: list[OpRecord] = []
+        self.captured: Captured | None = None
+        self._generators = _generator_states() if generators else None
+        self._capture = capture
+        self._count = 0
+        self._optimizer = optimizer
+        self._in_optimizer = False
+        self._modules = ModulePaths(model)
+        self._handles: list[Any] = []
+
+    def __enter__(self) -> "OpTracer":
+        if self._optimizer is not None:
+            self._handles = [
+                self._optimizer.register_step_pre_hook(lambda *_: self._set_in_optimizer(True)),
+                self._optimizer.register_step_post_hook(lambda *_: self._set_in_optimizer(False)),
+            ]
+        self._modules.__enter__()
+        super().__enter__()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        super().__exit__(kind, error, traceback)
+        self._modules.__exit__(kind, error, traceback)
+        for handle in self._handles:
+            handle.remove()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        signature = _signature(func)
+        if not signature.recorded:
+            return func(*args, **kwargs)
+        number, self._count = self._count, self._count + 1
+        if self._capture is not None:
+            return self._call_and_capture(number, func, args, kwargs)
+        if self._generators is not None:
+            self._record_draws(self._generators)
+        digests = _shapes if signature.is_view else _digests
+        inputs = digests(_read_arguments(signature, args, kwargs))
+        if signature.draws:
+            inputs += _generator_digest(args, kwargs)
+        result = func(*args, **kwargs)
+        record = OpRecord(
+            name=signature.name,
+            module=self._modules.current(),
+            phase=self._phase(),
+            inputs=inputs,
+            outputs=digests(_outputs(signature, result, args, kwargs)),
+            source=_user_source(),
+            scalars=_scalars((args, kwargs)),
+            shows=_digests([args[0], result]) if signature.is_view and signature.name not in _SAME_VIEWS else b"",
+        )
+        self.records.append(record)
+        return result
+
+    def _call_and_capture(self, number: int, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if number != self._capture:
+            return func(*args, **kwargs)
+        copies = tree_map(lambda leaf: _to_cpu(leaf) if isinstance(leaf, Tensor) else leaf, (args, kwargs))
+        result = func(*args, **kwargs)
+        outputs = _outputs(_signature(func), result, args, kwargs)
+        devices = {tensor.device.type for tensor in [*outputs, *_tensors((args, kwargs))]} - {"cpu"}
+        self.captured = Captured(
+            _tensors(copies), [_to_cpu(tensor) for tensor in outputs], str(func), copies, min(devices, default="cpu")
+        )
+        return result
+
+    def _record_draws(self, before: dict[str, int]) -> None:
+        """Python's and NumPy's generators are not torch's: that one was drawn from shows in its state, afterwards."""
+        self._generators = _generator_states()
+        for name, state in self._generators.items():
+            if state != before[name]:
+                self.records.append(OpRecord(f"{name} was drawn from", "", self._phase(), b"", b"", _user_source()))
+
+    def _phase(self) -> str:
+        if self._modules.in_backward():
+            return "backward"
+        if self._modules.in_module:
+            return "forward"
+        return "optimizer" if self._in_optimizer or self._modules.backward_seen else "forward"
+
+    def _set_in_optimizer(self, value: bool) -> None:
+        self._in_optimizer = value
+
+
+@cache
+def _signature(func: Any) -> _Signature:
+    name = str(func)
+    packet = name.rpartition(".")[0]
+    arguments = func._schema.arguments
+    aliased = [argument for argument in arguments if argument.alias_info is not None]
+    undeclared = _UNDECLARED_WRITES.get(packet, ())
+    writes = tuple(
+        (position, argument.name)
+        for position, argument in enumerate(arguments)
+        if position in undeclared or (argument.alias_info is not None and argument.alias_info.is_write)
+    )
+    unread = {argument.name for argument in arguments if argument.is_out}
+    if packet in _OVERWRITES:
+        unread.add(arguments[0].name)
+    return _Signature(
+        name=name,
+        recorded=func.namespace != "profiler" and packet not in _UNINITIALIZED,
+        is_view=bool(aliased) and not any(argument.alias_info.is_write for argument in aliased),
+        draws=torch.Tag.nondeterministic_seeded in func.tags,
+        writes=writes,
+        unread=frozenset(unread),
+    )
+
+
+def _read_arguments(signature: _Signature, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
+    if not signature.unread:
+        return [args, kwargs]
+    skip = {position for position, name in signature.writes if name in signature.unread}
+    read = [value for position, value in enumerate(args) if position not in skip]
+    return [read, {name: value for name, value in kwargs.items() if name not in signature.unread}]
+
+
+def _outputs(signature: _Signature, result: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
+    """Results and arguments written to, each once: an in-place operator returns what it has written to."""
+    written = [args[position] if position < len(args) else kwargs.get(name) for position, name in signature.writes]
+    return list({id(tensor): tensor for tensor in _tensors([result, *written])}.values())
+
+
+def _scalars(arguments: Any) -> str:
+    kinds = (bool, int, float, complex, str, torch.dtype)
+    return ", ".join(repr(leaf) for leaf in tree_leaves(arguments) if isinstance(leaf, kinds))
+
+
+def _tensors(values: Any) -> list[Tensor]:
+    return [leaf for leaf in tree_leaves(values) if isinstance(leaf, Tensor)]
+
+
+def _digests(values: Iterable[Any]) -> bytes:
+    return b"".join(_digest(tensor) for tensor in _tensors(values))
+
+
+def _digest(tensor: Tensor) -> bytes:
+    """Of no use where there are no bytes of its own to take: a tensor on the meta device, a quantized or nested one."""
+    layouts = (torch.strided, torch.sparse_coo)
+    if tensor.is_meta or tensor.is_quantized or tensor.is_nested or tensor.layout not in layouts:
+        return ABSENT
+    return digest_tensor("", tensor)
+
+
+def _shapes(values: Iterable[Any]) -> bytes:
+    # A view computes nothing, and of memory that was not written yet it shows whatever was there.
+    return repr([None if t.is_nested else (t.dtype, tuple(t.shape)) for t in _tensors(values)]).encode()
+
+
+def _generator_digest(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bytes:
+    """Of the generator that the operator draws from: the one it was given, or its device's default."""
+    generator = next((leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Generator)), None)
+    if generator is not None:
+        return digest_tensor("", generator.get_state())
+    on_gpu = any(tensor.is_cuda for tensor in _tensors((args, kwargs)))
+    return digest_tensor("", torch.cuda.get_rng_state() if on_gpu else torch.get_rng_state())
+
+
+def _generator_states() -> dict[str, int]:
+    numpy_state: Any = numpy.random.get_state()
+    return {"python's random": hash(random.getstate()), "numpy.random": hash(numpy_state[1].tobytes())}
+
+
+def _to_cpu(tensor: Tensor) -> Tensor:
+    return tensor.detach().to("cpu", copy=True)
+
+
+def _user_source() -> str:
+    """The innermost frame that is not torch's, unless the training step is reached before it."""
+    frame = sys._getframe(2)
+    while frame is not None:
+        file = frame.f_code.co_filename
+        if file.startswith(_OWN_ROOMS) and file != __file__:
+            return ""
+        if file != __file__ and not file.startswith((_TORCH, "<")):
+            return f"{file}:{frame.f_lineno}"
+        frame = frame.f_back  # type: ignore[assignment]
+    return ""

@@ -1,0 +1,84 @@
+"""Did every tensor that a step read or left behind come from somewhere?
+
+What an operator reads must be what the step began with or what an earlier operator wrote. On a replica where it is not,
+memory was changed behind the operators' backs: that replica is at fault, even where there is no majority to say so.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from dreplica.agreement.fingerprint import digest_tensor
+from dreplica.data.loader import Batch
+from dreplica.diagnosis.operators import OpRecord
+from dreplica.replica.replica import Replica
+
+DIGEST_BYTES = 16
+
+
+@dataclass(frozen=True)
+class Contents:
+    """Digests of tensors' contents alone, as operator records have them."""
+
+    before: frozenset[bytes]
+    """Of everything the step began with: parameters, buffers, optimizer state, batch."""
+    after: Mapping[str, Mapping[str, bytes]]
+    """Stage to name to digest, of what it left behind: weights, buffers, gradients, optimizer."""
+
+
+def contents_before(replica: Replica, batch: Batch) -> frozenset[bytes]:
+    """Digests of everything that a step on `batch` begins with."""
+    stages = contents_after(replica)
+    held = {digest for name, stage in stages.items() if name != "gradients" for digest in stage.values()}
+    criterion = [*replica.criterion.parameters(), *replica.criterion.buffers()]
+    return frozenset(held | set(_digests([batch.inputs, batch.labels, *criterion])))
+
+
+def contents_after(replica: Replica) -> dict[str, dict[str, bytes]]:
+    """Digests of the replica's state, by stage and name."""
+    names: dict[Tensor, str] = {parameter: name for name, parameter in replica.model.named_parameters()}
+    return {
+        "weights": {name: digest_tensor("", tensor) for name, tensor in replica.model.named_parameters()},
+        "buffers": {name: digest_tensor("", tensor) for name, tensor in replica.model.named_buffers()},
+        "gradients": {
+            name: digest_tensor("", parameter.grad) for parameter, name in names.items() if parameter.grad is not None
+        },
+        "optimizer": {
+            f"{names.get(parameter, '')}.{key}": digest_tensor("", value)
+            for parameter, state in replica.optimizer.state.items()
+            for key, value in state.items()
+            if isinstance(value, Tensor)
+        },
+    }
+
+
+def reads_unaccounted(records: Sequence[OpRecord], contents: Contents, index: int) -> list[int]:
+    """Positions of the tensor arguments of operator `index` that are neither the step's own nor an earlier result."""
+    known = _known(records[:index], contents)
+    return [number for number, digest in enumerate(_split(records[index].inputs)) if digest not in known]
+
+
+def left_unaccounted(records: Sequence[OpRecord], contents: Contents, stage: str) -> list[str]:
+    """Names of the tensors of `stage` that were left with contents no operator wrote."""
+    known = _known(records, contents)
+    return [name for name, digest in contents.after.get(stage, {}).items() if digest not in known]
+
+
+def _known(records: Iterable[OpRecord], contents: Contents) -> set[bytes]:
+    known = set(contents.before)
+    for record in records:
+        if record.shows:
+            viewed, *shown = _split(record.shows)
+            known.update(shown if viewed in known else ())
+        else:
+            known.update(_split(record.outputs))
+    return known
+
+
+def _split(digests: bytes) -> list[bytes]:
+    return [digests[start : start + DIGEST_BYTES] for start in range(0, len(digests), DIGEST_BYTES)]
+
+
+def _digests(tensors: Iterable[Tensor]) -> list[bytes]:
+    return [digest_tensor("", tensor) for tensor in tensors]

@@ -1,0 +1,66 @@
+"""Builds a replica again, from its own seed, every operator and every random draw recorded."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from dreplica.agreement.stages import buffers_stage, rng_stage, weights_stage
+from dreplica.agreement.verdict import Verdict
+from dreplica.diagnosis.decide import OpDifference, first_difference
+from dreplica.diagnosis.operators import OpRecord, OpTracer
+from dreplica.replica.replica import Replica
+from dreplica.replica.rng import get_rng_state, seed_generators, set_rng_state
+from dreplica.world.channel import Channel
+
+
+@dataclass(frozen=True)
+class Rebuilt:
+    """What building again showed, on one replica."""
+
+    records: list[OpRecord]
+    reproducible: bool
+    """Whether two more builds from the same seed gave the same weights, buffers and generators."""
+    against_itself: OpDifference | None
+    """Where those two part."""
+
+
+def rebuild(build: Callable[[], Replica], seed: int) -> Rebuilt:
+    """Builds twice more from `seed`; the global generators are put back afterwards. No collective."""
+    before = get_rng_state()
+    try:
+        first, second = (_build_once(build, seed) for _ in range(2))
+    finally:
+        set_rng_state(before)
+    return Rebuilt(first[0], first[1] == second[1], first_difference(first[0], second[0]))
+
+
+def explain_build(found: Verdict, rebuilt: Rebuilt, channel: Channel) -> Verdict:
+    """Adds to a verdict on the build what building again showed: which draw differs, and where it is. A collective."""
+    rows: list[Rebuilt] = channel.gather(rebuilt)
+    random_ones = [replica_id for replica_id, row in enumerate(rows) if not row.reproducible]
+    if random_ones:
+        line = f"built again from the same seed, replicas {random_ones} do not reproduce themselves"
+        place = rows[random_ones[0]].against_itself
+        return _add(found.with_(cause="build-not-seeded"), line, place, (random_ones[0], random_ones[0]))
+    one, other = (ids[0] for ids in found.classes[:2])
+    place = first_difference(rows[one].records, rows[other].records)
+    return _add(found, "built again from the same seed, every replica reproduces itself", place, (one, other))
+
+
+def _add(found: Verdict, line: str, place: OpDifference | None, replica_ids: tuple[int, int]) -> Verdict:
+    if place is None:
+        line += "; every operator of the build gave the same: what differs was made outside of torch's operators"
+        return found.with_(evidence=[*found.evidence, line])
+    sides = [
+        f"{record.name} at {record.source or 'unknown'} on replica {replica_id}" if record else "nothing more"
+        for record, replica_id in zip((place.one, place.other), replica_ids, strict=True)
+    ]
+    line += f"; the builds part at operator {place.index}: {sides[0]}, {sides[1]}"
+    return found.with_(operator=place.record.name, phase="build", evidence=[*found.evidence, line])
+
+
+def _build_once(build: Callable[[], Replica], seed: int) -> tuple[list[OpRecord], tuple[bytes, ...]]:
+    seed_generators(seed)
+    with OpTracer(generators=True) as tracer:
+        replica = build()
+    model = replica.model
+    return tracer.records, (weights_stage(model).digest, buffers_stage(model).digest, rng_stage().digest)

@@ -1,0 +1,105 @@
+"""Runs recent steps again, from the last agreed snapshot, through the same step function that took them."""
+
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from dreplica.agreement.agreement import Agreement
+from dreplica.agreement.protocol import fold
+from dreplica.agreement.stages import Stage
+from dreplica.data.loader import Batch
+from dreplica.diagnosis.operators import OpTracer
+from dreplica.diagnosis.provenance import Contents, contents_after, contents_before
+from dreplica.replica.replica import Replica
+from dreplica.training.history import EpochEntry, History, StepEntry
+from dreplica.training.snapshot import Snapshot, restore_snapshot, take_snapshot
+from dreplica.training.step import TrainConfig, training_step
+
+Load = Callable[[Tensor, int], Batch]
+"""Loads the samples of given indices, for a given step, as the training loop did."""
+
+
+@dataclass(frozen=True)
+class Replayed:
+    """One more run of the step in question."""
+
+    stages: dict[str, Stage]
+    tracer: OpTracer
+    contents: Contents
+    generator: bytes
+    """State of torch's CPU generator afterwards."""
+
+
+class Replayer:
+    """Replays on one replica; no collective. `close` puts back the state in which the replica was found."""
+
+    def __init__(
+        self,
+        replica: Replica,
+        history: History,
+        redraw: Callable[[StepEntry], Tensor],
+        load: Load,
+        config: TrainConfig,
+        agreement: Agreement,
+    ) -> None:
+        assert history.snapshot is not None, "without a history there is nothing to replay"
+        self._replica, self._history = replica, history
+        self._redraw, self._load = redraw, load
+        self._config, self._agreement = config, agreement
+        self.present = take_snapshot(replica)
+        self._before: Snapshot | None = None
+        self._target: StepEntry | None = None
+
+    def approach(self, step: int) -> int | None:
+        """Runs from the snapshot up to just before `step`.
+
+        Returns None, or the first step on the way whose state does not come out as it was compared: this replica does
+        not reproduce itself even where it agreed with the others.
+        """
+        assert self._history.snapshot is not None
+        restore_snapshot(self._replica, self._history.snapshot)
+        for entry in self._history.entries:
+            if isinstance(entry, EpochEntry):
+                if self._replica.scheduler is not None:
+                    self._replica.scheduler.step()
+                continue
+            self._replica.model.train()
+            if entry.step == step:
+                self._target = entry
+                self._before = take_snapshot(self._replica)
+                return None
+            stages = self._take(self._load(entry.indices, entry.step))
+            if entry.word is not None and fold(entry.step, stages) != entry.word:
+                return entry.step
+        raise AssertionError(f"step {step} is not in the history")
+
+    def indices(self) -> Tensor:
+        """The sample indices of the step in question as the coordinator drew them, whatever this replica received."""
+        assert self._target is not None, "approach() comes first"
+        return self._redraw(self._target)
+
+    def again(self, indices: Tensor, capture: int | None = None) -> Replayed:
+        """Takes the step in question again, every operator recorded; with `capture`, that operator's tensors kept."""
+        assert self._target is not None, "approach() comes first"
+        assert self._before is not None
+        restore_snapshot(self._replica, self._before)
+        tracer = OpTracer(self._replica.optimizer, capture, self._replica.model)
+        batch = self._load(indices, self._target.step)
+        before = contents_before(self._replica, batch)
+        stages = self._take(batch, tracer)
+        generator = torch.get_rng_state().numpy().tobytes()
+        return Replayed(stages, tracer, Contents(before, contents_after(self._replica)), generator)
+
+    def close(self) -> None:
+        """Restores the state in which the replica was found, byte for byte."""
+        restore_snapshot(self._replica, self.present)
+
+    def _take(self, batch: Batch, tracer: OpTracer | None = None) -> dict[str, Stage]:
+        with tracer or nullcontext():
+            output = training_step(self._replica, batch, self._config)
+        return self._agreement.observe(
+            indices=batch.indices, batch=(batch.inputs, batch.labels), outputs=output.logits, loss=output.loss
+        )

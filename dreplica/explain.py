@@ -1,0 +1,84 @@
+"""From a divergence in a run to its verdict: by building again, by replaying, or from what is known already."""
+
+import logging
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from dreplica.agreement.agreement import Agreement
+from dreplica.agreement.verdict import Verdict
+from dreplica.cases.inject import Injector
+from dreplica.config import RunConfig
+from dreplica.data.coordinator import Coordinator
+from dreplica.data.datasets import DataSets
+from dreplica.data.loader import Batch, load_again
+from dreplica.diagnosis.conclude import RunFacts, conclude, conclude_build
+from dreplica.diagnosis.diagnose import can_replay, diagnose
+from dreplica.diagnosis.rebuild import explain_build, rebuild
+from dreplica.diagnosis.replay import Replayer
+from dreplica.replica.build import build_replica
+from dreplica.replica.replica import Replica
+from dreplica.training.history import History, StepEntry
+from dreplica.world.channel import Channel
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Explainer:
+    """What it takes to run one replica's steps, or its build, again."""
+
+    config: RunConfig
+    """With this replica's overrides."""
+    seed: int
+    """Of this replica's build."""
+    device: torch.device
+    replica: Replica
+    data: DataSets
+    coordinator: Coordinator
+    injector: Injector
+    channel: Channel
+    facts: RunFacts
+
+    def explain(self, found: Verdict, agreement: Agreement | None, history: History | None) -> Verdict:
+        """The verdict on a divergence; leaves the replica as it is. A collective.
+
+        Args:
+            found: what the comparison says.
+            agreement: None while the build is still being compared.
+            history: of the steps taken since; None likewise.
+        """
+        if found.step == 0:
+            return conclude(self.explain_build(found), self.facts)
+        if agreement is None or history is None or not can_replay(found, history):
+            return conclude(found, self.facts)
+        log.info("replicas parted at step %s: running it again to find out why", found.step)
+        replayer = Replayer(self.replica, history, self.redraw, self.load, self.config.train, agreement)
+        original = agreement.diverged_stages
+        return conclude(diagnose(found, original, replayer, self.data.train, self.channel, self.facts), self.facts)
+
+    def explain_build(self, found: Verdict) -> Verdict:
+        """Names the cause of a difference at the build, and the draw where the builds part."""
+        found = conclude_build(found, self.facts)
+        if not self.facts.seeded or not self.facts.shared_seed:
+            return found
+        build = partial(build_replica, self.config, self.data.num_classes, self.device)
+        return explain_build(found, rebuild(build, self.seed), self.channel)
+
+    def redraw(self, entry: StepEntry) -> Tensor:
+        """The indices of a step, as the coordinator drew them."""
+        return self.coordinator.redraw(self.num_samples, self.config.data.batch_size, entry.epoch, entry.number)
+
+    def load(self, indices: Tensor, step: int) -> Batch:
+        """The samples of a step, as the training loop loaded them; repeated faults strike here, too."""
+        received = indices.clone()
+        self.injector.indices(step, received, self.num_samples)
+        memory_format = torch.channels_last if self.config.model.channels_last else torch.preserve_format
+        return load_again(self.data.train, received, self.device, memory_format)
+
+    @property
+    def num_samples(self) -> int:
+        """In the training set."""
+        return len(self.data.train)  # type: ignore[arg-type]

@@ -1,0 +1,30 @@
+"""Starts the workers of a run with torchrun's own launcher, and tells their exit codes apart."""
+
+import logging
+from collections.abc import Sequence
+
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+from torch.distributed.run import get_args_parser, run
+
+from dreplica.errors import ExitCode
+
+
+def launch(module: str, arguments: Sequence[str], num_replicas: int) -> ExitCode:
+    """Runs `python -m module arguments...` once per replica on this node, and returns the run's exit code.
+
+    torchrun collapses the workers' codes to 1; here the run's code is theirs, and where they differ (some were ended
+    because another failed) the one that says most: unusable, diverged, stopped, failed.
+    """
+    # The workers have said what went wrong; the launcher's own summary would bury it under a traceback.
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
+    logging.getLogger("torch.distributed.run").setLevel(logging.ERROR)
+    options = ["--standalone", f"--nproc_per_node={num_replicas}", "--module", module]
+    try:
+        run(get_args_parser().parse_args([*options, *arguments]))
+    except ChildFailedError as error:
+        codes = {failure.exitcode for failure in error.failures.values()}
+        for code in (ExitCode.UNUSABLE, ExitCode.DIVERGED, ExitCode.STOPPED):
+            if code in codes:
+                return code
+        return ExitCode.FAILED
+    return ExitCode.AGREED

@@ -1,0 +1,81 @@
+"""How replicas meet, and how they part when a run cannot go on."""
+
+import os
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import NoReturn
+
+from dreplica.config import RunConfig, load_config
+from dreplica.errors import ExitCode, SharedUsageError, UsageError
+from dreplica.world.determinism import apply_determinism, set_environment
+from dreplica.world.logs import set_up_logging
+from dreplica.world.process_group import Device, World, bind_device, env_num_replicas, env_rank, open_world
+from dreplica.world.signals import StopRequest, stop_signals
+
+_DEFAULT_TIMEOUT = 300.0
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What is decided before replicas meet."""
+
+    config: RunConfig
+    """As given: the same on all replicas."""
+    own: RunConfig
+    """With this replica's overrides."""
+    device: Device
+
+
+def meet(argv: Sequence[str], conduct: Callable[[Prepared, World, StopRequest], ExitCode]) -> ExitCode:
+    """Prepares this replica, joins the others and conducts what they are there for; unusable input ends all of them.
+
+    Raises what `conduct` raises; then end the process as `worker.run_process` does.
+    """
+    set_up_logging(env_rank())
+    prepared: Prepared | UsageError
+    try:
+        prepared = prepare(argv)
+    except UsageError as error:
+        prepared = error  # raised once the replicas have met, so that all of them end
+    timeout = _DEFAULT_TIMEOUT if isinstance(prepared, UsageError) else prepared.config.world.timeout
+    with open_world(timeout) as world, stop_signals() as stop_request:
+        try:
+            return conduct(world.together(lambda: _unwrap(prepared)), world, stop_request)
+        except UsageError as error:
+            return end_unusable(error, world)
+
+
+def end_unusable(error: UsageError, world: World) -> ExitCode:
+    """Prints the message once, however many replicas raise it. Does not return where others may be left behind."""
+    shared = isinstance(error, SharedUsageError)
+    if world.is_coordinator if shared or world.roll_call is None else world.roll_call.report_failure(str(error)):
+        print(f"error: {error}", file=sys.stderr, flush=True)
+    if shared:
+        world.channel.gather(None)  # nobody leaves before it is printed: the launcher ends the rest with the first
+    elif world.roll_call is not None:
+        end_at_once(ExitCode.UNUSABLE)
+    return ExitCode.UNUSABLE
+
+
+def end_at_once(code: ExitCode) -> NoReturn:
+    """Ends the process. gloo's threads may still wait for a lost replica, and a normal exit would wait for them."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+def prepare(argv: Sequence[str]) -> Prepared:
+    """Reads the config, and puts determinism settings and device into effect. Raises UsageError."""
+    config = load_config(argv, env_num_replicas())
+    own = config.for_replica(env_rank())
+    set_environment(own.determinism)
+    device = bind_device(own.world)
+    apply_determinism(own.determinism)
+    return Prepared(config, own, device)
+
+
+def _unwrap(prepared: Prepared | UsageError) -> Prepared:
+    if isinstance(prepared, UsageError):
+        raise prepared
+    return prepared

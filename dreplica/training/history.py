@@ -1,0 +1,73 @@
+"""What is needed to run recent steps again: the last agreed snapshot and what has been done since."""
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from dreplica.replica.replica import Replica
+from dreplica.training.snapshot import Snapshot, take_snapshot
+
+
+@dataclass(frozen=True)
+class StepEntry:
+    """A step that was taken."""
+
+    step: int
+    epoch: int
+    number: int
+    """Of the batch in its epoch, from 0."""
+    indices: Tensor
+    """(batch,) int64: the samples, as this replica received them."""
+    word: bytes | None
+    """16 bytes over this replica's state after the step, as compared; None if the step was not compared."""
+
+
+@dataclass(frozen=True)
+class EpochEntry:
+    """An epoch's training was over, and the scheduler stepped."""
+
+    epoch: int
+
+
+class History:
+    """Kept by the training loop; `every`: steps between snapshots, 0 for no history."""
+
+    def __init__(self, replica: Replica, every: int) -> None:
+        self.snapshot: Snapshot | None = None
+        self.entries: list[StepEntry | EpochEntry] = []
+        self._replica = replica
+        self._every = every
+        self._candidate: Snapshot | None = None
+        if every:
+            self.snapshot = take_snapshot(replica)
+
+    def step(self, entry: StepEntry, agreed_until: int) -> None:
+        """Records a step. `agreed_until`: the last step that all replicas are known to have agreed on."""
+        if not self._every:
+            return
+        self.entries.append(entry)
+        self._promote(agreed_until)
+        if (
+            self._candidate is None
+            and self.snapshot is not None
+            and entry.step - self.snapshot.steps_done >= self._every
+        ):
+            self._candidate = take_snapshot(self._replica)
+            self._promote(agreed_until)
+
+    def epoch_end(self, epoch: int) -> None:
+        """Records the end of an epoch's training."""
+        if self._every:
+            self.entries.append(EpochEntry(epoch))
+
+    def _promote(self, agreed_until: int) -> None:
+        """A snapshot counts once its step is known to have agreed; what came before it is forgotten."""
+        candidate = self._candidate
+        if candidate is None or candidate.steps_done > agreed_until:
+            return
+        self.snapshot, self._candidate = candidate, None
+        kept = 0
+        for number, entry in enumerate(self.entries):
+            if isinstance(entry, StepEntry) and entry.step == candidate.steps_done:
+                kept = number + 1
+        self.entries = self.entries[kept:]

@@ -1,0 +1,168 @@
+"""A small training loop that hands everything to `Agreement`, with faults planted where a test wants them."""
+
+import json
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy
+import torch
+from torch import Tensor, nn
+
+from dreplica.agreement.agreement import Agreement
+from dreplica.agreement.trace import Trace
+from dreplica.agreement.verdict import Divergence, Verdict
+from dreplica.world.process_group import World
+
+
+@dataclass(frozen=True)
+class Fault:
+    """On these replicas, at this step, one bit of this stage's `TENSOR` is flipped (`rng`: one number is drawn)."""
+
+    replicas: tuple[int, ...]
+    step: int
+    stage: str
+
+
+TENSOR = {
+    "indices": "indices",
+    "batch": "labels",
+    "buffers": "1.running_mean",
+    "output": "loss",
+    "gradients": "5.weight",
+    "optimizer": "0.weight.momentum_buffer",
+    "weights": "5.bias",
+    "rng": "torch.cpu",
+    "predictions": "logits",
+}
+"""What a fault in each stage spoils: the first entry that differs."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """A run of `train`."""
+
+    faults: tuple[Fault, ...] = ()
+    steps: int = 4
+    every: int = 1
+    lag: Any = 0
+    expect: Any = "identical"
+    on_divergence: Any = "stop"
+    seed: int = 0
+    distinct: bool = False
+    """Every replica has a seed of its own."""
+    evaluate_after: int | None = None
+    stop_at: tuple[int, int] | None = None
+    """Which replica wants to stop, and at which step."""
+    trace: str | None = None
+    """A folder for every replica's trace."""
+
+
+@dataclass(frozen=True)
+class Result:
+    """What became of one replica's run."""
+
+    verdict: Verdict | None
+    raised: bool
+    steps_done: int
+    """-1: it ended at the build."""
+    steps_checked: int
+    stops: list[bool]
+    """What each step returned."""
+    trace: list[dict[str, Any]] = field(default_factory=list)
+    """The lines of this replica's trace."""
+
+
+def tiny_model() -> nn.Module:
+    """(batch, 1, 4, 4) to (batch, 3)."""
+    return nn.Sequential(
+        nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2), nn.ReLU(), nn.Flatten(), nn.Dropout(0.5), nn.Linear(8, 3)
+    )
+
+
+def seed_everything(seed: int) -> None:
+    random.seed(seed)
+    numpy.random.seed(seed)
+    torch.manual_seed(seed)
+
+
+def flip_bit(tensor: Tensor) -> None:
+    """Flips the lowest bit of the last element, in place."""
+    data = tensor.data  # unlike `detach`, unseen by autograd, as a fault is
+    data.view(-1).view(torch.uint8)[-tensor.dtype.itemsize] ^= 1
+
+
+def train_all(world: World, jobs: Sequence[Job]) -> list[Result]:
+    """One after the other, in the same processes: much cheaper than a start of processes for each."""
+    return [train(world, job) for job in jobs]
+
+
+def train(world: World, job: Job) -> Result:
+    """Trains a tiny model with BatchNorm and dropout."""
+    seed_everything(job.seed + (world.replica_id if job.distinct else 0))
+    model = tiny_model()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+
+    def plant(step: int, stage: str, tensor: Tensor | None) -> None:
+        if any(
+            world.replica_id in fault.replicas and (fault.step, fault.stage) == (step, stage) for fault in job.faults
+        ):
+            torch.rand(()) if tensor is None else flip_bit(tensor)
+
+    plant(0, "weights", model[5].bias)
+    path = None if job.trace is None else Path(job.trace) / f"{world.replica_id}.jsonl"
+    agreement, stops, raised = None, [], False
+    with Trace(path, world.num_replicas) as trace:
+        try:
+            agreement = Agreement(
+                model,
+                optimizer,
+                every=job.every,
+                lag=job.lag,
+                expect=job.expect,
+                on_divergence=job.on_divergence,
+                trace=trace,
+                channel=world.channel,
+            )
+            for step in range(1, job.steps + 1):
+                generator = torch.Generator().manual_seed(1000 + step)
+                indices = torch.randint(100, (6,), generator=generator)
+                inputs, labels = torch.randn(6, 1, 4, 4, generator=generator), indices % 3
+                plant(step, "indices", indices)
+                used = labels.clone()
+                plant(step, "batch", labels)
+                optimizer.zero_grad()
+                logits = model(inputs)
+                plant(step, "buffers", model[1].running_mean)
+                loss = nn.functional.cross_entropy(logits, used)
+                loss.backward()
+                plant(step, "output", loss)
+                plant(step, "gradients", model[5].weight.grad)
+                optimizer.step()
+                plant(step, "optimizer", optimizer.state[model[0].weight]["momentum_buffer"])
+                plant(step, "weights", model[5].bias)
+                plant(step, "rng", None)
+                stop = job.stop_at == (world.replica_id, step)
+                stops.append(
+                    agreement.step(
+                        indices=indices, batch=(inputs, labels), outputs=logits, loss=loss, epoch=1, stop=stop
+                    )
+                )
+                if job.evaluate_after == step:
+                    with torch.no_grad():
+                        predictions = model.eval()(torch.ones(2, 1, 4, 4))
+                    model.train()
+                    plant(step, "predictions", predictions)
+                    agreement.evaluation({"logits": predictions}, epoch=1)
+            agreement.finish()
+        except Divergence as divergence:
+            raised = True
+            verdict = divergence.verdict
+        else:
+            verdict = agreement.divergence
+    lines = [] if path is None else [json.loads(line) for line in path.read_text().splitlines()]
+    if agreement is None:
+        return Result(verdict, raised, -1, 0, stops, lines)
+    return Result(verdict, raised, agreement.steps_done, agreement.steps_checked, stops, lines)

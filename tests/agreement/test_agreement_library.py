@@ -1,0 +1,289 @@
+"""`Agreement` in any loop: other structures, lost replicas, other optimizers, no process group, DDP."""
+
+import os
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from dreplica.agreement.agreement import Agreement
+from dreplica.agreement.stages import optimizer_stage
+from dreplica.agreement.verdict import Divergence, Verdict
+from dreplica.world.process_group import World
+from dreplica.world.roll_call import ReplicaLost
+from tests.agreement.bodies import flip_bit, seed_everything, tiny_model
+from tests.harness import run_replicas
+
+# Different structure
+
+
+def _structure(world: World, kind: str) -> Verdict | None:
+    seed_everything(0)
+    model, odd = tiny_model(), world.replica_id == 1
+    inputs, labels = torch.ones(2, 1, 4, 4), torch.tensor([0, 1])
+    if kind == "model" and odd:
+        model.append(nn.Linear(3, 3))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    try:
+        agreement = Agreement(model, optimizer, channel=world.channel)
+        nn.functional.cross_entropy(model(inputs), labels).backward()
+        if kind == "gradient" and odd:
+            model[5].weight.grad = None
+        if not (kind == "state" and odd):
+            optimizer.step()
+        if kind == "evaluation" and odd:
+            agreement.evaluation({"logits": torch.ones(1)})
+        agreement.step(
+            batch=None if kind == "batch" and odd else {"x": inputs, "y": labels},
+            loss=torch.ones(()) if kind == "loss" and odd else None,
+        )
+    except Divergence as divergence:
+        return divergence.verdict
+    return agreement.divergence
+
+
+def _structures(world: World) -> dict[str, Verdict | None]:
+    return {kind: _structure(world, kind) for kind in STRUCTURES}
+
+
+STRUCTURES = {
+    "model": ["structure-differs", 0, "weights", "6.weight"],
+    "batch": ["structure-differs", 1, "batch", "x"],
+    "loss": ["structure-differs", 1, "output", "loss"],
+    "gradient": ["unexplained", 1, "gradients", "5.weight"],
+    "state": ["structure-differs", 1, "optimizer", "0.weight.momentum_buffer"],
+    "evaluation": ["structure-differs", 0, None, None],
+}
+
+
+def test_a_different_structure_is_a_verdict() -> None:
+    one, two, three = run_replicas(_structures, 3)
+    assert isinstance(one, dict), one
+    assert one == two == three
+    for kind, verdict in one.items():
+        assert verdict is not None, kind
+        assert [verdict.cause, verdict.step, verdict.stage, verdict.tensor] == STRUCTURES[kind]
+        assert verdict.suspects == [1]
+
+
+# A lost replica
+
+
+def _fail(world: World, how: str, own_channel: bool) -> None:
+    seed_everything(0)
+    model = tiny_model()
+    agreement = Agreement(model, channel=world.channel if own_channel else None)
+    for step in range(1, 4):
+        if step == 2 and world.replica_id == 1:
+            if how == "raises":
+                raise ArithmeticError("in mid-step")
+            os._exit(9)
+        agreement.step()
+
+
+@pytest.mark.parametrize("how", ["raises", "exits"])
+@pytest.mark.parametrize("own_channel", [True, False])
+def test_the_others_learn_that_a_replica_is_gone(how: str, own_channel: bool) -> None:
+    # The limit of the world's own patience is longer: a replica that only then gives up returns nothing here.
+    results = run_replicas(_fail, 3, how, own_channel, timeout=20.0)
+    assert isinstance(results[1], ArithmeticError) if how == "raises" else results[1] is None
+    assert isinstance(results[0], ReplicaLost)
+    assert isinstance(results[2], ReplicaLost)
+
+
+# A library for any loop
+
+
+def test_without_a_process_group() -> None:
+    assert not dist.is_initialized()
+    model = tiny_model()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    agreement = Agreement(model, optimizer)
+    inputs, labels = torch.ones(2, 1, 4, 4), torch.tensor([0, 1])
+    assert agreement.step(batch=(inputs, labels), loss=torch.ones(())) is False
+    assert agreement.step(batch=(inputs, labels), stop=True) is True
+    agreement.evaluation({"logits": torch.ones(2)})
+    agreement.finish()
+    assert (agreement.steps_done, agreement.steps_checked, agreement.divergence) == (2, 2, None)
+    (own,) = agreement.fingerprints()
+    assert set(own) == {"weights", "buffers", "optimizer"}
+
+
+def test_bytes_per_step() -> None:
+    model = nn.Linear(10, 10, dtype=torch.float64)
+    agreement = Agreement(model, every=2)
+    assert agreement.bytes_per_step == 0
+    agreement.step(batch=torch.zeros(3))
+    assert agreement.bytes_per_step == 0
+    agreement.step(batch=torch.zeros(3), loss=torch.zeros(()))
+    rng = torch.get_rng_state().nbytes
+    assert agreement.bytes_per_step == 110 * 8 + 3 * 4 + 4 + rng
+    model(torch.ones(10, dtype=torch.float64)).sum().backward()
+    agreement.step()
+    agreement.step()
+    assert agreement.bytes_per_step == 2 * 110 * 8 + rng
+
+
+def _default_group(world: World) -> list[Any]:
+    seed_everything(0)
+    model = tiny_model()
+    agreement = Agreement(model)  # finds the gloo group by itself
+    agreement.step()
+    if world.replica_id == 1:
+        model[5].bias.data[0] += 1
+    found = None
+    try:
+        agreement.step()
+    except Divergence as divergence:
+        found = divergence.verdict.tensor
+    return [agreement.steps_done, found, [each["weights"] for each in agreement.fingerprints()]]
+
+
+def test_with_the_default_group() -> None:
+    one, two = run_replicas(_default_group, 2)
+    assert one == two
+    assert one[:2] == [2, "5.bias"]
+    assert one[2][0] != one[2][1]
+
+
+def _distributed_data_parallel(world: World, faulty: bool) -> Verdict | None:
+    """Every rank has a batch, random numbers and BatchNorm statistics of its own."""
+    seed_everything(0)
+    network = tiny_model()
+    model = nn.parallel.DistributedDataParallel(network, broadcast_buffers=False)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    seed_everything(world.replica_id)
+    agreement = Agreement(model, optimizer, stages=("gradients", "optimizer", "weights"), on_divergence="continue")
+    for step in range(1, 4):
+        inputs, labels = torch.randn(4, 1, 4, 4), torch.randint(3, (4,))
+        optimizer.zero_grad()
+        loss = nn.functional.cross_entropy(model(inputs), labels)
+        loss.backward()
+        optimizer.step()
+        if faulty and step == 2 and world.replica_id == 1:
+            flip_bit(network[5].bias)
+        agreement.step(batch=(inputs, labels), loss=loss)
+    agreement.finish()
+    return agreement.divergence
+
+
+def _with_and_without_fault(world: World) -> list[Verdict | None]:
+    return [_distributed_data_parallel(world, faulty) for faulty in (False, True)]
+
+
+def test_under_ddp_what_ranks_share_is_compared() -> None:
+    for clean, verdict in run_replicas(_with_and_without_fault, 3):
+        assert clean is None
+        assert (verdict.step, verdict.stage, verdict.tensor) == (2, "weights", "module.5.bias")
+        assert verdict.suspects == [1]
+
+
+def test_an_unknown_stage_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"stages: 'gradient' is no stage\. Did you mean 'gradients'"):
+        Agreement(tiny_model(), stages=("gradient",))
+
+
+OPTIMIZERS: dict[str, Callable[[nn.Module], torch.optim.Optimizer]] = {
+    "AdamW": lambda model: torch.optim.AdamW(model.parameters(), lr=0.01, amsgrad=True),
+    "SGD": lambda model: torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9, nesterov=True),
+    "Adagrad": lambda model: torch.optim.Adagrad(model.parameters(), lr=0.01),
+    "two groups": lambda model: torch.optim.AdamW(
+        [{"params": model[0].parameters(), "lr": 0.1}, {"params": model[1:].parameters()}], lr=0.01
+    ),
+}
+
+lr_scheduler = torch.optim.lr_scheduler
+OTHERS: dict[str, Callable[[torch.optim.Optimizer], Any]] = {
+    "OneCycleLR": lambda optimizer: lr_scheduler.OneCycleLR(optimizer, max_lr=0.1, total_steps=10),
+    "SequentialLR": lambda optimizer: lr_scheduler.SequentialLR(
+        optimizer, [lr_scheduler.ConstantLR(optimizer), lr_scheduler.StepLR(optimizer, 1)], milestones=[2]
+    ),
+    "LambdaLR": lambda optimizer: lr_scheduler.LambdaLR(optimizer, lambda epoch: 1 / (1 + epoch)),
+    "MultiStepLR": lambda optimizer: lr_scheduler.MultiStepLR(optimizer, [1, 2]),
+    "ReduceLROnPlateau": lambda optimizer: lr_scheduler.ReduceLROnPlateau(optimizer, patience=0),
+    "GradScaler": lambda _: torch.amp.GradScaler("cpu", init_scale=8.0),
+}
+
+
+def _train_library(world: World, optimizer_name: str, other_name: str, faulty: bool) -> Verdict | None:
+    seed_everything(0)
+    model = tiny_model()
+    optimizer = OPTIMIZERS[optimizer_name](model)
+    other = OTHERS[other_name](optimizer)
+    agreement = Agreement(model, optimizer, others=[other], on_divergence="continue", channel=world.channel)
+    inputs, labels = torch.randn(4, 1, 4, 4), torch.tensor([0, 1, 2, 0])
+    for step in range(1, 4):
+        optimizer.zero_grad()
+        loss = nn.functional.cross_entropy(model(inputs), labels)
+        if isinstance(other, torch.amp.GradScaler):
+            other.scale(loss).backward()
+            other.step(optimizer)
+            other.update()
+        elif isinstance(other, lr_scheduler.ReduceLROnPlateau):
+            loss.backward()
+            optimizer.step()
+            other.step(loss.item())
+        else:
+            loss.backward()
+            optimizer.step()
+            other.step()
+        if faulty and step == 2 and world.replica_id == 0:
+            attribute = "_growth_interval" if other_name == "GradScaler" else "last_epoch"
+            setattr(other, attribute, getattr(other, attribute) + 1)
+        agreement.step(batch=(inputs, labels), loss=loss)
+    return agreement.divergence
+
+
+def _train_libraries(world: World) -> dict[tuple[str, str, bool], Verdict | None]:
+    pairs = [(optimizer, "GradScaler") for optimizer in OPTIMIZERS] + [("SGD", other) for other in OTHERS]
+    return {(*pair, faulty): _train_library(world, *pair, faulty) for pair in pairs for faulty in (False, True)}
+
+
+def test_optimizers_schedulers_and_scalers() -> None:
+    results = run_replicas(_train_libraries, 3)
+    assert results[0] == results[1] == results[2]
+    for (_, other, faulty), verdict in results[0].items():
+        if not faulty:
+            assert verdict is None
+            continue
+        entry = {"GradScaler": "GradScaler.growth_interval"}.get(other, f"{other}.last_epoch")
+        assert verdict is not None, other
+        assert (verdict.step, verdict.stage, verdict.tensor, verdict.suspects) == (2, "optimizer", entry, [0])
+
+
+def _all_optimizers(world: World) -> dict[str, list[dict[str, bytes]]]:
+    """The optimizer stage before and after a step of every optimizer that torch has."""
+    hoard: list[object] = [object() for _ in range(10_000 * world.replica_id)]  # other addresses on every replica
+    entries = {}
+    for name, kind in vars(torch.optim).items():
+        if not isinstance(kind, type) or kind is torch.optim.Optimizer or not issubclass(kind, torch.optim.Optimizer):
+            continue
+        seed_everything(0)
+        model = nn.Linear(3, 2, bias=False)  # Muon takes matrices only
+        optimizer = kind(model.parameters())
+
+        def closure(model: nn.Module = model, name: str = name) -> Tensor:
+            loss = model(torch.ones(1, 3)).square().sum()
+            (model.weight.grad,) = torch.autograd.grad(loss, [model.weight])
+            if name == "SparseAdam":
+                model.weight.grad = model.weight.grad.to_sparse()
+            return loss
+
+        before = optimizer_stage(model, optimizer).entries()
+        with torch.enable_grad():
+            optimizer.step(closure)  # type: ignore[arg-type]
+        entries[name] = [before, optimizer_stage(model, optimizer).entries()]
+    assert len(hoard) == 10_000 * world.replica_id
+    return entries
+
+
+def test_no_optimizer_of_torch_gives_a_false_alarm() -> None:
+    one, two = run_replicas(_all_optimizers, 2)
+    assert isinstance(one, dict), one
+    assert {"SGD", "Adam", "AdamW", "LBFGS", "Adagrad", "RMSprop", "SparseAdam"} <= set(one)
+    for name, (before, after) in one.items():
+        assert two[name] == [before, after], name
+        assert (after != before) == (name != "SGD"), name  # plain SGD keeps no state

@@ -1,0 +1,127 @@
+"""Where replicas part first, from what each of them compared."""
+
+from collections.abc import Sequence
+
+import pytest
+
+from dreplica.agreement.place import Place, describe, first_difference
+from dreplica.agreement.stages import STAGES, Stage
+
+
+def stage(**digests: str) -> Stage:
+    """Entries with one-letter digests."""
+    return Stage(tuple(digests), b"".join(letter.encode() * 16 for letter in digests.values()))
+
+
+def place_of(*stages: dict[str, Stage]) -> Place:
+    return first_difference([4] * len(stages), stages)
+
+
+def test_the_first_stage_in_causal_order_and_its_first_entry() -> None:
+    same = {"weights": stage(a="x", b="x", c="x"), "rng": stage(python="x"), "buffers": stage(mean="x")}
+    other = {"weights": stage(a="x", b="y", c="z"), "rng": stage(python="y"), "buffers": stage(mean="x")}
+    place = place_of(same, other, same)
+    assert place == Place(
+        step=4,
+        stage="weights",
+        tensor="b",
+        classes=[[0, 2], [1]],
+        num_differing=2,
+        num_entries=3,
+        differing_stages=["weights", "rng"],
+        only_on={},
+    )
+    assert not place.is_structural
+
+
+@pytest.mark.parametrize("first", range(len(STAGES)))
+def test_causal_order_of_any_stage_before_all_later_ones(first: int) -> None:
+    one = {name: stage(t="x") for name in STAGES}
+    two = {name: stage(t="y" if STAGES.index(name) >= first else "x") for name in reversed(STAGES)}
+    place = place_of(one, two)
+    assert place.stage == STAGES[first]
+    assert place.differing_stages == list(STAGES[first:])
+
+
+@pytest.mark.parametrize("owners", [[0], [1], [0, 2], [1, 2]])
+def test_a_stage_that_only_some_replicas_have(owners: Sequence[int]) -> None:
+    rows = [{"weights": stage(w="x")} | ({"batch": stage(i="x", j="x")} if r in owners else {}) for r in range(3)]
+    place = place_of(*rows)
+    assert (place.stage, place.tensor) == ("batch", "i")
+    assert place.only_on == {"i": list(owners), "j": list(owners)}
+    others = [replica for replica in range(3) if replica not in owners]
+    assert sorted(place.classes) == sorted([list(owners), others])
+    assert place.is_structural
+
+
+def test_entries_that_only_some_replicas_have() -> None:
+    place = place_of({"weights": stage(a="x", b="x")}, {"weights": stage(a="x", c="x")})
+    assert (place.tensor, place.num_differing, place.num_entries) == ("b", 2, 3)
+    assert place.only_on == {"b": [0], "c": [1]}
+
+
+def test_the_same_entries_in_another_order() -> None:
+    place = place_of({"batch": stage(a="x", b="y")}, {"batch": stage(b="y", a="x")})
+    assert (place.stage, place.tensor, place.num_differing, place.only_on) == ("batch", None, 0, {})
+    assert place.is_structural
+
+
+def test_an_empty_stage_against_none() -> None:
+    place = place_of({"batch": stage()}, {})
+    assert (place.stage, place.tensor, place.classes) == ("batch", None, [[0], [1]])
+
+
+def test_different_steps() -> None:
+    place = first_difference([6, 5, 6], [{"weights": stage(w="x")}] * 3)
+    assert (place.step, place.stage, place.tensor, place.classes) == (5, None, None, [[0, 2], [1]])
+    verdict = describe(place, None, 3)
+    assert (verdict.cause, verdict.step, verdict.suspects) == ("structure-differs", 5, [1])
+    assert "number of steps" in verdict.summary
+
+
+@pytest.mark.parametrize(
+    ("name", "tensor", "cause", "module"),
+    [
+        ("indices", "indices", "indices-differ", None),
+        ("batch", "inputs", "batch-differs", None),
+        ("predictions", "logits", "evaluation-differs", None),
+        ("weights", "layer1.0.conv1.weight", "unexplained", "layer1.0.conv1"),
+        ("gradients", "head.bias", "unexplained", "head"),
+        ("buffers", "bn.running_var", "unexplained", "bn"),
+        ("weights", "scale", "unexplained", None),
+        ("optimizer", "group0.lr", "unexplained", None),
+        ("output", "loss", "unexplained", None),
+        ("rng", "torch.cpu", "unexplained", None),
+    ],
+)
+def test_the_verdict_says_where_and_who_and_names_a_cause_only_where_the_stage_does(
+    name: str, tensor: str, cause: str, module: str | None
+) -> None:
+    good, bad = {name: stage(**{"0": "x", tensor: "x"})}, {name: stage(**{"0": "x", tensor: "y"})}
+    verdict = describe(place_of(good, good, bad), 2, 3)
+    assert (verdict.agreed, verdict.cause, verdict.step, verdict.epoch) == (False, cause, 4, 2)
+    assert (verdict.stage, verdict.tensor, verdict.module) == (name, tensor, module)
+    assert (verdict.classes, verdict.suspects) == ([[0, 1], [2]], [2])
+    assert verdict.evidence == [f"1 of 2 entries of {name} differ, first {tensor}", f"differing stages: {name}"]
+    assert verdict.summary == f"replicas parted at step 4: {name}, {tensor}; classes [[0, 1], [2]]"
+
+
+def test_the_verdict_says_when_nobody_can_be_blamed_and_what_only_some_have() -> None:
+    place = first_difference([0, 0], [{"weights": stage(a="x")}, {"weights": stage(a="x", b="x")}])
+    verdict = describe(place, None, 2)
+    assert verdict.cause == "structure-differs"
+    assert "at the build (step 0)" in verdict.summary
+    assert verdict.suspects == []
+    assert "1 entries exist on some replicas only: b only on replicas [1]" in verdict.evidence
+    assert any("without a majority" in line for line in verdict.evidence)
+
+
+def test_the_verdict_never_speaks_of_none() -> None:
+    for place in (
+        place_of({"batch": stage(a="x", b="y")}, {"batch": stage(b="y", a="x")}),
+        place_of({"batch": stage()}, {}),
+        first_difference([1, 2], [{}, {}]),
+    ):
+        verdict = describe(place, None, 2)
+        assert verdict.cause == "structure-differs"
+        assert "None" not in " ".join([verdict.summary, *verdict.evidence])

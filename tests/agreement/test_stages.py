@@ -1,0 +1,301 @@
+"""Every part of training state has an entry of its own, and nothing else has."""
+
+import random
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy
+import pytest
+import torch
+from torch import Tensor, nn
+
+from dreplica.agreement.fingerprint import ABSENT, digest_tensor
+from dreplica.agreement.stages import (
+    Stage,
+    batch_stage,
+    buffers_stage,
+    gradients_stage,
+    optimizer_stage,
+    rng_stage,
+    tensors_stage,
+    weights_stage,
+)
+from tests.agreement.bodies import flip_bit
+
+
+def changed(before: Stage, after: Stage) -> list[str]:
+    """The entries that differ; the stage's own digest must say the same."""
+    one, two = before.entries(), after.entries()
+    names = [name for name in one | two if one.get(name) != two.get(name)]
+    assert bool(names) == (before.digest != after.digest)
+    return names
+
+
+# Stage
+
+
+def test_a_stage_depends_on_names_digests_and_order() -> None:
+    one, two = torch.ones(1), torch.zeros(1)
+    maps: list[dict[str, Tensor]] = [
+        {},
+        {"a": one},
+        {"b": one},
+        {"a": two},
+        {"a": one, "b": two},
+        {"a": two, "b": one},
+        {"b": two, "a": one},
+    ]
+    assert len({tensors_stage(tensors).digest for tensors in maps}) == len(maps)
+    assert tensors_stage(maps[4]).entries() == {name: digest_tensor(name, maps[4][name]) for name in "ab"}
+
+
+def test_bytes_are_counted() -> None:
+    assert tensors_stage({"a": torch.zeros(3), "b": torch.zeros(2, dtype=torch.int64)}).num_bytes == 28
+    assert tensors_stage({}).num_bytes == 0
+
+
+# Model
+
+
+class Odd(nn.Module):
+    """A tied parameter, a buffer that is not saved, and a parameter that gets no gradient."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(2, 2)
+        self.second = nn.Linear(2, 2)
+        self.second.weight = self.first.weight
+        self.unused = nn.Parameter(torch.zeros(1))
+        self.register_buffer("hidden", torch.zeros(2), persistent=False)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        return self.second(self.first(inputs))
+
+
+def test_weights_are_all_parameters_in_order_tied_ones_once() -> None:
+    model = Odd()
+    stage = weights_stage(model)
+    assert stage.names == ("unused", "first.weight", "first.bias", "second.bias")
+    assert stage.num_bytes == 4 * (1 + 4 + 2 + 2)
+    for name, parameter in model.named_parameters():
+        before = weights_stage(model)
+        flip_bit(parameter)
+        assert changed(before, weights_stage(model)) == [name]
+
+
+def test_buffers_include_those_that_are_not_saved() -> None:
+    model = nn.Sequential(Odd(), nn.BatchNorm1d(2))
+    assert buffers_stage(model).names == ("0.hidden", "1.running_mean", "1.running_var", "1.num_batches_tracked")
+    for name, buffer in model.named_buffers():
+        before = buffers_stage(model)
+        flip_bit(buffer)
+        assert changed(before, buffers_stage(model)) == [name]
+
+
+def test_gradients_come_in_the_order_of_the_backward_pass_and_may_be_absent() -> None:
+    model = Odd()
+    assert set(gradients_stage(model).entries().values()) == {ABSENT}
+    model(torch.ones(1, 2)).sum().backward()
+    stage = gradients_stage(model)
+    assert stage.names == ("second.bias", "first.bias", "first.weight", "unused")
+    assert stage.entries()["unused"] == ABSENT
+    model.unused.grad = torch.zeros(1)
+    assert changed(stage, gradients_stage(model)) == ["unused"]
+
+
+# Batch
+
+
+class Custom:
+    """Not a container that is known."""
+
+
+T = torch.zeros(1)
+
+
+@pytest.mark.parametrize(
+    ("batch", "names"),
+    [
+        (T, ("inputs",)),
+        ((T, T), ("inputs", "labels")),
+        ([T, T], ("inputs", "labels")),
+        ((T, T, T), ("0", "1", "2")),
+        ((T,), ("0",)),
+        ((T, None), ("inputs", "labels")),
+        ({"x": T, "y": T}, ("x", "y")),
+        ({"x": (T, T), "y": {"z": T}}, ("x.0", "x.1", "y.z")),
+        (((T, T), {"boxes": [T]}), ("inputs.0", "inputs.1", "labels.boxes.0")),
+        ({"x": T, "id": "a", "n": 3, "array": numpy.zeros(2)}, ("x", "id", "n", "array")),
+        ({}, ()),
+    ],
+)
+def test_names_in_a_batch(batch: Any, names: tuple[str, ...]) -> None:
+    assert batch_stage(batch).names == names
+
+
+def test_parts_of_a_batch_with_the_same_name_do_not_hide_each_other() -> None:
+    def batch(one: float, two: float) -> dict[Any, Any]:
+        return {"a": {"b": torch.tensor(one)}, "a.b": torch.tensor(two), 0: torch.zeros(1), "0": torch.zeros(1)}
+
+    assert len(set(batch_stage(batch(0, 0)).names)) == 4
+    assert len({batch_stage(batch(one, two)).digest for one in (0, 1) for two in (0, 1)}) == 4
+
+
+@pytest.mark.parametrize(
+    ("one", "two"),
+    [("a", "b"), (1, 2), (1.0, -1.0), (None, T), (numpy.zeros(2), numpy.zeros(3)), (b"a", "a"), (True, 1)],
+)
+def test_other_values_in_a_batch_count(one: Any, two: Any) -> None:
+    assert changed(batch_stage({"x": T, "y": one}), batch_stage({"x": T, "y": two})) == ["y"]
+
+
+def test_what_cannot_be_compared_in_a_batch_is_named() -> None:
+    with pytest.raises(TypeError, match=r"Custom at 'labels\.meta'"):
+        batch_stage((T, {"meta": Custom()}))
+
+
+# Random number generators
+
+
+@pytest.mark.parametrize(
+    ("draw", "name"),
+    [
+        (random.random, "python"),
+        (lambda: numpy.random.rand(), "numpy"),
+        (lambda: torch.rand(1), "torch.cpu"),
+        (lambda: random.gauss(0, 1), "python"),
+        (lambda: numpy.random.randn(), "numpy"),
+    ],
+)
+def test_a_draw_changes_its_own_generator_only(draw: Callable[[], object], name: str) -> None:
+    before = rng_stage()
+    assert before.names[:3] == ("python", "numpy", "torch.cpu")
+    assert changed(before, rng_stage()) == []
+    draw()
+    assert changed(before, rng_stage()) == [name]
+
+
+def test_half_a_pair_of_normal_draws_counts() -> None:
+    """Both generators keep the second of a pair for the next call: the same words, another state."""
+    random.seed(0)
+    numpy.random.seed(0)
+    random.gauss(0, 1)
+    numpy.random.randn()
+    before = rng_stage()
+    random.gauss(0, 1)
+    numpy.random.randn()
+    assert changed(before, rng_stage()) == ["python", "numpy"]
+
+
+# Optimizer
+
+
+def stepped(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+    return optimizer
+
+
+def test_names_of_settings_and_state() -> None:
+    model = nn.Linear(2, 2)
+    groups: list[dict[str, Any]] = [{"params": [model.weight]}, {"params": [model.bias], "lr": 0.5}]
+    optimizer = torch.optim.SGD(groups, lr=0.1, momentum=0.9)
+    before = optimizer_stage(model, optimizer)
+    assert {"group0.lr", "group1.lr", "group0.momentum"} <= set(before.names)
+    assert changed(before, optimizer_stage(model, stepped(optimizer))) == [
+        "weight.momentum_buffer",
+        "bias.momentum_buffer",
+    ]
+    for key in ("lr", "momentum", "weight_decay", "nesterov"):
+        before = optimizer_stage(model, optimizer)
+        optimizer.param_groups[1][key] = 0.25
+        assert changed(before, optimizer_stage(model, optimizer)) == [f"group1.{key}"]
+
+
+def test_one_bit_of_every_part_of_adam_state_counts() -> None:
+    model = nn.Linear(2, 2)
+    optimizer = stepped(torch.optim.AdamW(model.parameters(), amsgrad=True))
+    for name, parameter in model.named_parameters():
+        for key in ("step", "exp_avg", "exp_avg_sq", "max_exp_avg_sq"):
+            before = optimizer_stage(model, optimizer)
+            flip_bit(optimizer.state[parameter][key])
+            assert changed(before, optimizer_stage(model, optimizer)) == [f"{name}.{key}"]
+
+
+def test_parameters_outside_the_model_have_names_of_their_own_and_count_themselves() -> None:
+    model, others = nn.Linear(2, 2), [nn.Parameter(torch.zeros(3)) for _ in range(2)]
+    optimizer = torch.optim.SGD([{"params": [*model.parameters(), *others]}], lr=0.1, momentum=0.9)
+    stepped(optimizer)
+    names = [f"group0.params.{position}" for position in (2, 3)]
+    for name, parameter in zip(names, others, strict=True):
+        for suffix, tensor in (("", parameter), (".momentum_buffer", optimizer.state[parameter]["momentum_buffer"])):
+            before = optimizer_stage(model, optimizer)
+            flip_bit(tensor)
+            assert changed(before, optimizer_stage(model, optimizer)) == [name + suffix]
+
+
+def test_state_under_other_keys_than_parameters_counts() -> None:
+    model = nn.Linear(2, 2)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    optimizer.state["shared"] = {"count": 1}
+    before = optimizer_stage(model, optimizer)
+    optimizer.state["shared"]["count"] = 2
+    assert changed(before, optimizer_stage(model, optimizer)) == ["state.shared.count"]
+
+
+class Keeper:
+    """Something with a `state_dict`."""
+
+    def __init__(self, **state: Any) -> None:
+        self.state = state
+
+    def state_dict(self) -> Mapping[str, Any]:
+        return self.state
+
+
+def of_others(*others: Any) -> Stage:
+    model = nn.Linear(1, 1)
+    return optimizer_stage(model, torch.optim.SGD(model.parameters(), lr=0.1), *others)
+
+
+def test_two_others_of_one_class_do_not_hide_each_other() -> None:
+    stages = [of_others(Keeper(epoch=one), Keeper(epoch=two)) for one in (1, 2) for two in (1, 2)]
+    assert len({stage.digest for stage in stages}) == 4
+    assert stages[0].names[-2:] == ("Keeper.epoch", "Keeper.epoch#2")
+    assert changed(stages[0], stages[1]) == ["Keeper.epoch#2"]
+    assert changed(stages[0], stages[2]) == ["Keeper.epoch"]
+
+
+def test_other_objects_that_are_none_are_left_out() -> None:
+    assert of_others(None).names == of_others().names
+
+
+@pytest.mark.parametrize(
+    ("one", "two"),
+    [
+        (1, 2),
+        (0.1, 0.1 + 2**-56),
+        ("a", "b"),
+        (None, 0),
+        ([1, 2], [2, 1]),
+        ({"k": 1}, {"k": 2}),
+        (numpy.float32(1), numpy.float32(2)),
+        (numpy.zeros(2), numpy.ones(2)),
+        (numpy.zeros(2), numpy.zeros(2, dtype=numpy.float32)),
+        (torch.float32, torch.bfloat16),
+        (torch.relu, torch.tanh),
+        (len, repr),
+        (nn.Linear, nn.Conv2d),
+    ],
+)
+def test_values_of_state_count(one: Any, two: Any) -> None:
+    assert len(changed(of_others(Keeper(v=one)), of_others(Keeper(v=two)))) >= 1
+
+
+@pytest.mark.parametrize("make", [object, lambda: lambda epoch: 1.0, lambda: numpy.array([object()]), lambda: {1, 2}])
+def test_addresses_do_not_count(make: Callable[[], Any]) -> None:
+    one, two = make(), make()
+    assert one is not two
+    assert changed(of_others(Keeper(v=one)), of_others(Keeper(v=two))) == []

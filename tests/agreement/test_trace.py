@@ -1,0 +1,88 @@
+"""The trace holds the digests of a run, and nothing that depends on when or where it ran."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from dreplica.agreement.agreement import Agreement
+from dreplica.agreement.fingerprint import ALGORITHM
+from dreplica.agreement.stages import tensors_stage
+from dreplica.agreement.trace import Trace
+from tests.agreement.bodies import Job, train_all
+from tests.harness import run_replicas
+
+JOBS = {"now": Job(), "again": Job(), "later": Job(lag=1), "seed 1": Job(seed=1)}
+
+
+@pytest.fixture(scope="module")
+def traces(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[list[str]]]:
+    """The lines of every replica's trace of each job."""
+    folders = {name: tmp_path_factory.mktemp(name) for name in JOBS}
+    jobs = [replace(job, trace=str(folders[name]), evaluate_after=2) for name, job in JOBS.items()]
+    for results in run_replicas(train_all, 2, jobs):
+        assert [result.verdict for result in results] == [None] * len(jobs)
+    return {
+        name: [(folder / f"{replica_id}.jsonl").read_text().splitlines() for replica_id in range(2)]
+        for name, folder in folders.items()
+    }
+
+
+def test_the_same_run_has_the_same_trace_on_every_replica(traces: dict[str, list[list[str]]]) -> None:
+    assert traces["now"] == traces["again"]
+    assert traces["now"][0] == traces["now"][1]
+
+
+def test_lag_changes_when_replicas_compare_but_not_what_is_recorded(traces: dict[str, list[list[str]]]) -> None:
+    assert traces["now"] == traces["later"]
+
+
+def test_the_lines(traces: dict[str, list[list[str]]]) -> None:
+    header, *steps = (json.loads(line) for line in traces["now"][0])
+    assert header == {"algorithm": ALGORITHM, "torch": torch.__version__, "replicas": 2}
+    assert [line["step"] for line in steps] == [0, 1, 2, 2, 3, 4]
+    assert all(set(line) == {"step", "epoch", "agreed", "digests"} and line["agreed"] is True for line in steps)
+    assert [line["epoch"] for line in steps] == [None, 1, 1, 1, 1, 1]
+    state = ["buffers", "output", "gradients", "optimizer", "weights", "rng"]
+    assert list(steps[0]["digests"]) == ["buffers", "weights", "rng"]
+    assert list(steps[1]["digests"]) == ["indices", "batch", *state]
+    assert list(steps[3]["digests"]) == ["predictions"]
+    for line in steps:
+        for digest in line["digests"].values():
+            assert len(bytes.fromhex(digest)) == 16
+    for stage in ("weights", "gradients", "optimizer", "rng", "batch"):
+        assert len({line["digests"][stage] for line in steps if len(line["digests"]) == 8}) == 4, stage
+
+
+def test_another_seed_leaves_another_trace(traces: dict[str, list[list[str]]]) -> None:
+    one, two = traces["now"][0], traces["seed 1"][0]
+    assert one[0] == two[0]
+    assert all(line != other for line, other in zip(one[1:], two[1:], strict=True))
+
+
+def test_lines_are_on_disk_as_they_come(tmp_path: Path) -> None:
+    path = tmp_path / "trace.jsonl"
+    with Trace(path, 1) as trace:
+        assert len(path.read_text().splitlines()) == 1
+        for step in (1, 2):
+            trace.step(step, None, True, {"weights": tensors_stage({"w": torch.ones(1)})})
+            lines = path.read_text().splitlines()
+            assert len(lines) == 1 + step
+            assert json.loads(lines[-1])["step"] == step
+
+
+def test_a_second_opening_appends(tmp_path: Path) -> None:
+    path = tmp_path / "trace.jsonl"
+    for _ in range(2):
+        with Trace(path, 1):
+            pass
+    assert len(path.read_text().splitlines()) == 2
+
+
+def test_without_a_path_nothing_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with Trace(None, 1) as trace:
+        Agreement(torch.nn.Linear(2, 2), trace=trace).step()
+    assert not list(tmp_path.iterdir())

@@ -1,0 +1,173 @@
+"""Flips random bits in random places and checks every verdict; prints a confusion matrix.
+
+    torchrun --standalone --nproc_per_node=3 tests/benchmarks/fault_campaign.py --faults 300 --clean-steps 2000
+
+Each trial trains a small model for a few steps with one fault. A fault is detected if the verdict names its very step;
+it is masked if it leaves no trace in any state (a flipped activation bit that the next operator drops), which is
+checked against a clean run. Any other outcome is a failure, and makes the exit code 1.
+"""
+
+import argparse
+import multiprocessing
+import random
+import sys
+from collections import Counter
+from dataclasses import dataclass
+
+import torch
+
+from dreplica.agreement.agreement import Agreement
+from dreplica.agreement.verdict import Divergence, Verdict
+from dreplica.cases.inject import FaultConfig, FaultyCoordinator, Injector
+from dreplica.config import RunConfig
+from dreplica.data.datasets import DataSets, load_data
+from dreplica.diagnosis.conclude import RunFacts
+from dreplica.explain import Explainer
+from dreplica.replica.build import build_replica
+from dreplica.replica.rng import seed_generators
+from dreplica.run import AGREEMENT_LAG
+from dreplica.training.history import History
+from dreplica.training.loop import train
+from dreplica.world.determinism import apply_determinism
+from dreplica.world.process_group import World, open_world
+from dreplica.world.signals import StopRequest
+
+TARGETS = ("weights", "gradients", "buffers", "optimizer", "batch", "indices", "activation", "rng")
+STEPS = 12
+CPU = torch.device("cpu")
+
+
+@dataclass(frozen=True)
+class Trial:
+    """What came of one run."""
+
+    verdict: Verdict | None
+    fingerprints: list[dict[str, str]]
+    """Of all replicas' final state, where the run went to its end."""
+
+
+def run_once(world: World, config: RunConfig, data: DataSets, faults: list[FaultConfig]) -> Trial:
+    """Builds, trains and, where replicas part, diagnoses. A collective."""
+    seed_generators(42)
+    replica = build_replica(config, data.num_classes, CPU)
+    injector = Injector(faults, world.replica_id, replica)
+    history = History(replica, config.agreement.snapshot_every)
+    agreement = Agreement(replica.model, replica.optimizer, lag=AGREEMENT_LAG, channel=world.channel)
+    coordinator = FaultyCoordinator(world.channel, 0, injector)
+    try:
+        for _ in train(replica, data, coordinator, agreement, config, world, CPU, StopRequest(), history):
+            pass
+    except Divergence as divergence:
+        facts = RunFacts(num_replicas=world.num_replicas)
+        explainer = Explainer(config, 42, CPU, replica, data, coordinator, injector, world.channel, facts)
+        return Trial(explainer.explain(divergence.verdict, agreement, history), [])
+    finally:
+        injector.close()
+    return Trial(None, agreement.fingerprints())
+
+
+def draw_fault(draw: random.Random, num_replicas: int, number: int) -> FaultConfig:
+    """Targets, one-time and repeated faults in turn; everything else at random."""
+    return FaultConfig(
+        replica=draw.randrange(num_replicas),
+        step=draw.randint(1, STEPS),
+        target=TARGETS[number % len(TARGETS)],  # type: ignore[arg-type]
+        bits=draw.randint(1, 8),
+        repeat=bool(number // len(TARGETS) % 2),
+        seed=draw.randrange(2**31),
+    )
+
+
+def judge(fault: FaultConfig, trial: Trial, clean: Trial) -> str:
+    """What was found, or how it is wrong."""
+    verdict = trial.verdict
+    if verdict is None:
+        same = all(row == clean.fingerprints[0] for row in trial.fingerprints)
+        return "masked" if same and fault.target == "activation" else "MISSED"
+    if fault.target == "activation" and fault.repeat and verdict.step is not None and verdict.step > fault.step:
+        pass  # its first strikes may be masked
+    elif verdict.step != fault.step:
+        return f"WRONG STEP ({verdict.cause})"
+    if verdict.suspects != [fault.replica]:
+        return f"{verdict.cause}, WRONG SUSPECT" if verdict.suspects else f"{verdict.cause}, no suspect"
+    return verdict.cause
+
+
+def campaign(world: World, num_faults: int, clean_steps: int, seed: int) -> bool:
+    """Runs all trials and prints what was found. Returns whether all is as it should be."""
+    config = RunConfig.model_validate(
+        {
+            "model": {"factory": "tests.fixtures:tiny_model"},
+            "data": {"name": "tests.fixtures:tiny_images", "batch_size": 8},
+            "optim": {"name": "SGD", "lr": 0.05, "momentum": 0.9},
+            "train": {"epochs": 2, "max_steps": STEPS},
+            "agreement": {"snapshot_every": 5},
+        }
+    )
+    apply_determinism(config.determinism)
+    data = load_data(config.data)
+    clean = run_once(world, config, data, [])
+    assert clean.verdict is None, clean.verdict
+    draw = random.Random(seed)
+    table: dict[tuple[str, str], Counter[str]] = {}
+    for number in range(num_faults):
+        fault = draw_fault(draw, world.num_replicas, number)
+        trial = run_once(world, config, data, [fault])
+        found = judge(fault, trial, clean)
+        kind = "repeated" if fault.repeat else "one-time"
+        table.setdefault((fault.target, kind), Counter())[found] += 1
+        if world.is_coordinator and (found.isupper() or "WRONG" in found or "unexplained" in found):
+            print(f"{found}: {fault}, seed {fault.seed}", *(trial.verdict.evidence if trial.verdict else []), sep="\n  ")
+    false_alarms = 0
+    epochs = -(-clean_steps // 10)
+    long = config.model_copy(
+        update={"train": config.train.model_copy(update={"epochs": epochs, "max_steps": clean_steps})}
+    )
+    if clean_steps:
+        false_alarms += run_once(world, long, data, []).verdict is not None
+    if world.is_coordinator:
+        print_table(table, num_faults, clean_steps, false_alarms, world.num_replicas)
+    return not false_alarms and not any(
+        "WRONG" in found or found == "MISSED" for row in table.values() for found in row
+    )
+
+
+def print_table(
+    table: dict[tuple[str, str], Counter[str]], num_faults: int, clean_steps: int, false_alarms: int, num_replicas: int
+) -> None:
+    """Injected against found."""
+    columns = sorted({found for row in table.values() for found in row})
+    print(f"{num_faults} faults, {num_replicas} replicas; injected against found")
+    print(f"{'injected':<24}" + "".join(f"{column:>28}" for column in columns))
+    for (target, kind), row in sorted(table.items()):
+        print(f"{target + ', ' + kind:<24}" + "".join(f"{row[column] or '':>28}" for column in columns))
+    print(f"false alarms in {clean_steps} clean steps: {false_alarms}")
+
+
+def burn() -> None:
+    """Keeps a core busy."""
+    while True:
+        sum(range(10_000))
+
+
+def main() -> None:
+    """Parses arguments and runs the campaign."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--faults", type=int, default=300)
+    parser.add_argument("--clean-steps", type=int, default=2000)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--load", type=int, default=0, help="processes that keep a core busy meanwhile, per replica")
+    arguments = parser.parse_args()
+    burners = [multiprocessing.Process(target=burn, daemon=True) for _ in range(arguments.load)]
+    for burner in burners:
+        burner.start()
+    with open_world(timeout=120) as world:
+        good = campaign(world, arguments.faults, arguments.clean_steps, arguments.seed)
+        world.channel.gather(None)
+    for burner in burners:
+        burner.kill()
+    sys.exit(0 if good else 1)
+
+
+if __name__ == "__main__":
+    main()

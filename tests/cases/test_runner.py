@@ -1,0 +1,105 @@
+"""`dreplica cases`: real jobs, and what is said of them."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from dreplica import cli
+from dreplica.cases import runner
+from dreplica.cases.case import Case
+from dreplica.cases.runner import run_case
+
+
+def test_two_cases_as_expected(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    keep = tmp_path / "kept"
+    assert cli.main(["cases", "clean", "deepcopied_optimizer", "--json", "--keep", str(keep)]) == 0
+    clean, deepcopied = json.loads(capsys.readouterr().out)
+    assert clean["case"] == "clean"
+    assert clean["as_expected"] is True
+    assert clean["found"]["cause"] == "none"
+    assert clean["found"]["val_accuracy"] == "equal"
+    assert deepcopied["found"]["cause"] == "optimizer-not-bound"
+    assert deepcopied["found"]["suspects"] == [0, 1]
+    for name in ("clean", "deepcopied_optimizer"):
+        assert (keep / name / "report.json").is_file()
+    assert cli.main(["cases", "clean", "--keep", str(keep)]) == 2
+    assert "has a folder 'clean' already" in capsys.readouterr().err
+
+
+def test_a_case_that_comes_out_otherwise_fails(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "wrong.yaml").write_text(
+        "# Expected: not-learning step=0\n"
+        'model: {factory: "dreplica.cases.models:tiny_cnn"}\n'
+        'data: {name: "dreplica.cases.data:tiny_images"}\n'
+    )
+    monkeypatch.setattr(runner, "find_cases", lambda names: [runner_case(tmp_path / "wrong.yaml")])
+    assert cli.main(["cases"]) == 1
+    out = capsys.readouterr().out
+    assert "wrong: cause should be 'not-learning', is 'none'" in out
+    assert "wrong: step should be 0, is None" in out
+    assert "1 of 1 case not as expected" in out
+
+
+def runner_case(path: Path) -> Case:
+    from dreplica.cases.case import read_case
+
+    return read_case(path)
+
+
+def test_a_run_without_a_report_is_a_mismatch_with_its_last_words(tmp_path: Path) -> None:
+    path = tmp_path / "unusable.yaml"
+    path.write_text("# Expected: none\nmodell: {}\n")
+    result = run_case(Case("unusable", path, {"cause": "none"}, num_replicas=1), tmp_path / "runs")
+    assert result.mismatches == ["cause"]
+    assert "it ended without a report" in result.problem
+    assert "Did you mean 'model'" in result.problem
+
+
+def test_a_run_that_does_not_end_is_ended(tmp_path: Path) -> None:
+    path = tmp_path / "endless.yaml"
+    path.write_text("run: {name: endless}\n")
+    case = Case("endless", path, {"cause": "none"}, num_replicas=1, module="tests.cases.endless")
+    result = run_case(case, tmp_path / "runs", timeout=8)
+    assert result.mismatches == ["cause"]
+    assert "did not end within 8 seconds" in result.problem
+    assert "waiting for ever" in result.problem
+
+
+def test_unknown_names_and_options(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["cases", "cleen"]) == 2
+    assert "Did you mean 'clean'" in capsys.readouterr().err
+    with pytest.raises(SystemExit) as raised:
+        cli.main(["cases", "clean", "--train.epochs=2"])
+    assert raised.value.code == 2
+    assert "--train.epochs=2" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("accuracies", "weights", "expected"),
+    [
+        ([[0.5, 0.5], [1.0, 1.0]], ["a", "b"], ("equal", "unequal")),
+        ([[0.5, 0.5], [1.0, 0.9]], ["a", "a"], ("unequal", "equal")),
+        ([], [], (None, None)),
+    ],
+)
+def test_observations(accuracies: list, weights: list, expected: tuple) -> None:
+    report = {
+        "epochs": [{"val": {"accuracy": row}} for row in accuracies],
+        "fingerprints": [{"weights": digest} for digest in weights],
+    }
+    observed = tuple(runner._OBSERVE[name](report, Path()) for name in ("val_accuracy", "weights"))
+    assert observed == expected
+
+
+def test_orders_are_read_from_the_trace(tmp_path: Path) -> None:
+    def write(*digests: str) -> None:
+        lines = [{"algorithm": "x"}, {"step": 0, "digests": {}}, *({"digests": {"indices": d}} for d in digests)]
+        (tmp_path / "trace.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+    write("a", "b")
+    assert runner._OBSERVE["orders"]({}, tmp_path) == "distinct"
+    write("a", "b", "a")
+    assert runner._OBSERVE["orders"]({}, tmp_path) == "repeated"

@@ -1,0 +1,48 @@
+"""Functions that jobs under test name in their configs, and that fail in some way."""
+
+import os
+from typing import Any
+
+import torch
+from torch import nn
+
+from dreplica.data.datasets import DataConfig, TensorImages
+from dreplica.errors import UsageError
+from tests import fixtures
+
+
+def not_a_model(num_classes: int) -> Any:
+    """A factory that returns the wrong type."""
+    return {"num_classes": num_classes}
+
+
+def no_replica(_config: Any, _num_classes: int, _device: torch.device) -> Any:
+    """A replica factory that returns the wrong type."""
+    return nn.Linear(2, 2)
+
+
+def unusable_on_replica_1(config: DataConfig) -> tuple[TensorImages, TensorImages, int]:
+    """Data whose file is missing on one node."""
+    if os.environ.get("RANK") == "1":
+        raise UsageError("data.root: there is no folder '/data'. Mount it.")
+    return fixtures.tiny_images(config)
+
+
+def model_with_other_threads(num_classes: int) -> nn.Module:
+    """A factory that changes a numerics flag on one replica, behind the config's back."""
+    if os.environ.get("RANK") == "1":
+        torch.set_num_threads(2)
+    return fixtures.tiny_model(num_classes)
+
+
+def broken_image(config: DataConfig) -> tuple[TensorImages, TensorImages, int]:
+    """Data with a sample that cannot be read: every replica meets it in the middle of the run."""
+    train, val, num_classes = fixtures.tiny_images(config)
+    return _Broken(train.images, train.labels), val, num_classes
+
+
+class _Broken(TensorImages):
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
+        if index == 7:
+            raise UsageError("data.root: sample 7 is no image. Remove it.")
+        return super().__getitem__(index)

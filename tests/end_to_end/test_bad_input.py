@@ -1,0 +1,135 @@
+"""Bad input: exit code 2 of each worker, one message from one of them, no traceback, nothing left behind."""
+
+from pathlib import Path
+
+import pytest
+
+from dreplica.errors import ExitCode
+from dreplica.run import run_worker
+from tests.end_to_end.by_hand import by_hand, job_of
+from tests.fixtures import SMALL
+from tests.harness import Job, torchrun
+
+
+def messages(text: str) -> list[str]:
+    return [line for line in text.splitlines() if line.startswith("error: ")]
+
+
+def assert_unusable(job: Job, num_replicas: int = 2) -> str:
+    """The one message of a job that could not be run."""
+    assert job.exitcodes == dict.fromkeys(range(num_replicas), 2), job.output
+    ours = job.output.partition("ChildFailedError")[0]  # torchrun has a traceback of its own
+    assert "dreplica/" not in ours.partition("Traceback")[2]
+    assert not job.folder.exists()
+    (message,) = messages(job.output)
+    return message
+
+
+def test_a_wrong_value_on_the_command_line_ends_every_worker_with_one_message() -> None:
+    message = assert_unusable(torchrun(*SMALL, "--optim.lr", "-1", num_replicas=3), 3)
+    assert message == "error: command line: optim.lr: -1 will not do: it should be greater than or equal to 0."
+
+
+def test_help_is_printed_once_and_is_no_failure() -> None:
+    job = torchrun("--help")
+    assert job.returncode == 0, job.output
+    assert job.stdout.count("--optim.lr VALUE") == 1
+    assert not job.folder.exists()
+
+
+def test_a_config_file_that_one_replica_lacks_ends_all_and_names_it(tmp_path: Path) -> None:
+    root = f"--run.root={tmp_path}"
+    ended = by_hand([root], [root, "--config=not/on/this/node.yaml"])
+    message = assert_unusable(job_of(ended, tmp_path))
+    assert message.startswith("error: replica 1: --config: there is no file 'not/on/this/node.yaml'")
+    assert messages(ended[0].stderr) == [message]
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_replicas_with_different_command_lines_are_told_apart(tmp_path: Path) -> None:
+    same = [f"--run.root={tmp_path}", "--run.name=job"]
+    ended = by_hand([*same, "--optim.lr=0.1"], [*same, "--optim.lr=0.2"], [*same, "--optim.lr=0.1"])
+    job = job_of(ended, tmp_path)
+    assert job.exitcodes == {0: 3, 1: 3, 2: 3}, job.output
+    verdict = job.report["verdict"]
+    assert (verdict["agreed"], verdict["cause"]) == (False, "config-differs")
+    assert (verdict["suspects"], verdict["classes"]) == ([1], [[0, 2], [1]])
+    assert "optim.lr: 0.1 on replicas 0, 2; 0.2 on replica 1" in verdict["evidence"]
+    assert "optim.lr" in verdict["summary"]
+    assert verdict["remedy"]
+    assert [row["replica"] for row in job.report["replicas"]] == [0, 1, 2]
+    assert "Traceback" not in job.output
+
+
+def test_a_flag_changed_by_a_factory_on_one_replica_is_found_before_the_first_step() -> None:
+    job = torchrun(*SMALL, "--model.factory=tests.end_to_end.bad_input:model_with_other_threads", num_replicas=3)
+    assert job.exitcodes == {0: 3, 1: 3, 2: 3}, job.output
+    verdict = job.report["verdict"]
+    assert (verdict["agreed"], verdict["cause"], verdict["suspects"]) == (False, "environment-differs", [1])
+    assert verdict["evidence"] == ["numerics.threads: 1 on replicas 0, 2; 2 on replica 1"]
+    assert job.report["steps_checked"] == 0
+
+
+def test_a_sample_that_no_replica_can_read_is_one_message_too() -> None:
+    job = torchrun(*SMALL, "--data.name=tests.end_to_end.bad_input:broken_image")
+    assert set(job.exitcodes.values()) <= {1, 2}, job.output
+    assert 2 in job.exitcodes.values()
+    assert messages(job.output) == ["error: data.root: sample 7 is no image. Remove it."]
+
+
+ALONE = {
+    "model": (
+        ["--model.factory=null", "--model.name=resnet81"],
+        ["model.name", "'resnet81'", "Did you mean 'resnet18'"],
+    ),
+    "dataset": (["--data.name=digit"], ["data.name", "'digit'", "'digits'"]),
+    "malformed factory": (["--model.factory=resnet18"], ["model.factory: 'resnet18' is not of the form"]),
+    "relative factory": (["--model.factory=..x:f"], ["model.factory: '..x:f' is not of the form"]),
+    "module missing": (
+        ["--model.factory=tests.nothing.here:build"],
+        ["model.factory:", "there is no module 'tests.nothing'", "PYTHONPATH"],
+    ),
+    "function missing": (
+        ["--model.factory=tests.fixtures:tiny_modle"],
+        ["model.factory:", "has no function 'tiny_modle'", "Did you mean 'tiny_model'?"],
+    ),
+    "no model": (
+        ["--model.factory=tests.end_to_end.bad_input:not_a_model"],
+        ["model.factory:", "returned dict. Return an nn.Module"],
+    ),
+    "no replica": (
+        ["--replica.factory=tests.end_to_end.bad_input:no_replica"],
+        ["replica.factory:", "returned Linear. Return dreplica.Replica("],
+    ),
+    "no data": (
+        ["--data.name=tests.end_to_end.bad_input:not_a_model"],
+        ["data.name:", "returned dict"],
+    ),
+    "more replicas than GPUs": (["--world.device=cuda"], ["world.device: 'cuda'", "--world.device auto"]),
+    "root is a file": (["--run.root={file}"], ["run.root: '{file}' is a file", "--run.root"]),
+    "root cannot be made": (["--run.root=/proc/runs"], ["run.root:", "/proc/runs", "--run.root"]),
+    "factory that is no text": (["--model.factory=3"], ["model.factory: 3 will not do"]),
+}
+
+
+@pytest.mark.parametrize(("arguments", "parts"), ALONE.values(), ids=ALONE.keys())
+def test_unusable_input_of_a_single_replica(
+    arguments: list[str],
+    parts: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    for name in ("RANK", "WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
+    file, root = tmp_path / "file", tmp_path / "runs"
+    file.touch()
+    given = {token.split("=", 1)[0]: token for token in (*SMALL, f"--run.root={root}", *arguments)}
+    code = run_worker([token.format(file=file) if "{file}" in token else token for token in given.values()])
+    captured = capfd.readouterr()
+    (message,) = messages(captured.err)
+    assert [part for part in parts if part.format(file=file) not in message] == [], message
+    assert code == ExitCode.UNUSABLE
+    assert "Traceback" not in captured.err
+    assert not root.exists()

@@ -1,0 +1,151 @@
+"""A replica that goes, in whatever way, ends the whole run within seconds, and the report names exactly it."""
+
+import json
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.end_to_end.by_hand import by_hand, job_of
+from tests.fixtures import SMALL
+from tests.harness import Job, environment, torchrun, torchrun_command
+
+LOSING = (*SMALL, "--model.factory=tests.end_to_end.losing:LosingModel")
+HANG_SECONDS = 60.0
+"""A job still there by then hangs: less than torchrun's 30 s of patience would do, were the machine idle."""
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Iterator[Path]:
+    """Where the run folder goes. No process that has it in its command line is left behind."""
+    yield tmp_path
+    deadline = time.monotonic() + 10
+    while (left := processes_with(str(tmp_path))) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    for pid in left:
+        os.kill(pid, signal.SIGKILL)
+    assert left == []
+
+
+def processes_with(marker: str) -> list[int]:
+    """The processes that have `marker` in their command line."""
+    found = []
+    for entry in Path("/proc").iterdir():
+        try:
+            if entry.name.isdigit() and marker.encode() in (entry / "cmdline").read_bytes():
+                found.append(int(entry.name))
+        except OSError:
+            continue  # it has ended meanwhile
+    return found
+
+
+def lose(monkeypatch: pytest.MonkeyPatch, root: Path, what: str, *arguments: str, num_replicas: int = 3) -> Job:
+    monkeypatch.setenv("LOSE", what)
+    return torchrun(*LOSING, *arguments, root=root, num_replicas=num_replicas, timeout=HANG_SECONDS)
+
+
+def assert_names(job: Job, lost: list[int]) -> str:
+    """The report says which replicas were lost, in which step; returns the evidence."""
+    verdict = job.report["verdict"]
+    assert (verdict["agreed"], verdict["cause"]) == (False, "replica-lost"), job.output
+    assert verdict["suspects"] == lost
+    assert verdict["remedy"]
+    assert [row["replica"] for row in job.report["replicas"]] == list(range(len(job.report["replicas"])))
+    assert job.report["steps_checked"] == 6 or verdict["step"] is None
+    assert verdict["step"] in {7, None}
+    return "\n".join(verdict["evidence"])
+
+
+def test_a_replica_that_raises(monkeypatch: pytest.MonkeyPatch, root: Path) -> None:
+    job = lose(monkeypatch, root, "1:raise")
+    assert "replica 1: it raised ArithmeticError: the sky fell" in assert_names(job, [1])
+    assert job.exitcodes == {0: 1, 1: 1, 2: 1}
+    assert "ArithmeticError: the sky fell\n" in job.output
+    ours = job.output.partition("ChildFailedError")[0]
+    assert ours.count("Traceback (most recent call last)") <= 2  # its own, and torchrun's; none of the survivors'
+
+
+@pytest.mark.parametrize("lost", [0, 2])
+def test_a_replica_that_is_killed(monkeypatch: pytest.MonkeyPatch, root: Path, lost: int) -> None:
+    job = lose(monkeypatch, root, f"{lost}:kill", "--data.num_workers=1" if lost == 2 else "--data.num_workers=0")
+    assert f"replica {lost}: it ended without a word" in assert_names(job, [lost])
+    assert job.exitcodes == {0: 1, 1: 1, 2: 1} | {lost: -9}
+
+
+def test_a_replica_that_exits_quietly(monkeypatch: pytest.MonkeyPatch, root: Path) -> None:
+    job = lose(monkeypatch, root, "1:vanish")
+    assert "replica 1: it ended without a word" in assert_names(job, [1])
+    assert job.exitcodes == {0: 1, 2: 1}
+
+
+@pytest.mark.parametrize(("way", "reason"), [("raise", "ArithmeticError: the sky fell"), ("exit", "SystemExit: 0")])
+def test_all_replicas_that_fail_alike(monkeypatch: pytest.MonkeyPatch, root: Path, way: str, reason: str) -> None:
+    job = lose(monkeypatch, root, f"*:{way}", num_replicas=2)
+    verdict = job.report["verdict"]
+    assert verdict["cause"] == "replica-lost"
+    assert verdict["suspects"]  # the first to fail, or all
+    assert reason in "\n".join(verdict["evidence"])
+    assert set(job.exitcodes.values()) == {1}
+    assert set(job.exitcodes) == {0, 1}
+    assert "Traceback (most recent call last)" in job.output.partition("ChildFailedError")[0]
+    assert reason in job.output
+
+
+def test_a_replica_that_fails_at_the_build(root: Path) -> None:
+    arguments = [*SMALL, "--model.factory=tests.end_to_end.losing:build_fails"]
+    job = torchrun(*arguments, root=root, timeout=HANG_SECONDS)
+    assert "replica 0: it raised MemoryError: no room for the model" in assert_names(job, [0])
+    assert "before the first step" in job.report["verdict"]["summary"]
+    assert job.exitcodes == {0: 1, 1: 1}
+    assert (job.folder / "config.yaml").exists()
+
+
+def test_a_divergence_is_the_exit_code_of_every_worker(root: Path) -> None:
+    job = torchrun(*SMALL, "--seed.model=null", root=root, num_replicas=3)
+    assert job.exitcodes == {0: 3, 1: 3, 2: 3}, job.output
+    assert job.report["verdict"]["cause"] == "build-not-seeded"
+    assert "Traceback" not in job.output.partition("ChildFailedError")[0].partition("torch/distributed")[0]
+
+
+@pytest.mark.parametrize(("what", "lost", "reason"), [("1:raise", 1, "it raised ArithmeticError"), ("0:kill", 0, "")])
+def test_without_torchrun_rank_0_holds_the_store_and_is_named_no_less_rightly(
+    monkeypatch: pytest.MonkeyPatch, root: Path, what: str, lost: int, reason: str
+) -> None:
+    monkeypatch.setenv("LOSE", what)
+    same = [f"--run.root={root}", "--run.name=job", "--model.factory=tests.end_to_end.losing:LosingModel"]
+    job = job_of(by_hand(same, same, same, seconds=HANG_SECONDS), root)
+    assert reason in assert_names(job, [lost])
+    assert all(job.exitcodes.values())
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_job_that_is_told_to_stop_ends_by_itself_at_the_same_step(root: Path, number: signal.Signals) -> None:
+    command = torchrun_command(*SMALL, "--train.epochs=100000", root=root)
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment(), start_new_session=True
+    )
+    try:
+        trace = root / "job" / "trace.jsonl"
+        deadline = time.monotonic() + HANG_SECONDS
+        while not (trace.exists() and len(trace.read_text().splitlines()) > 5):
+            assert time.monotonic() < deadline
+            assert process.poll() is None
+            time.sleep(0.05)
+        if number == signal.SIGINT:
+            os.killpg(process.pid, number)  # as a terminal does: torchrun and the workers
+        else:
+            process.send_signal(number)
+        output, _ = process.communicate(timeout=25)  # torchrun kills after 30 s
+    finally:
+        process.kill()
+    report = json.loads((root / "job" / "report.json").read_text())
+    assert report["verdict"]["cause"] == "none", output
+    assert "stopped on request after step" in report["verdict"]["summary"]
+    one, two = report["fingerprints"]
+    assert one["weights"] == two["weights"]
+    assert process.returncode != 0
+    assert "KeyboardInterrupt" not in output

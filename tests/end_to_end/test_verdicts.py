@@ -1,0 +1,185 @@
+"""Whole jobs with one known fault each: the verdict names it, with place, suspects, evidence and remedy."""
+
+import json
+from typing import Any
+
+import pytest
+
+from tests.fixtures import SMALL
+from tests.harness import Job, torchrun
+
+FAULTY = "tests.end_to_end.faulty"
+SHORT = (*SMALL, "--train.epochs=1")
+
+
+def diverged(job: Job, cause: str, **fields: Any) -> dict[str, Any]:
+    """The verdict of a job that must have ended with `cause`, exit code 3 on every replica, and `fields`."""
+    verdict = job.report["verdict"]
+    assert verdict["cause"] == cause, (verdict, job.output)
+    # The launcher ends the rest once one worker has ended, so not every code need be there.
+    assert job.exitcodes
+    assert set(job.exitcodes.values()) <= {3, -15}, job.output
+    assert 3 in job.exitcodes.values()
+    assert verdict["summary"].strip()
+    assert verdict["evidence"]
+    assert {key: verdict[key] for key in fields} == fields
+    assert verdict["remedy"] or cause == "unexplained"
+    return verdict
+
+
+def agreed(job: Job) -> dict[str, Any]:
+    assert job.returncode == 0, job.output
+    report = job.report
+    assert (report["verdict"]["agreed"], report["verdict"]["cause"]) == (True, "none")
+    return report
+
+
+def digests_of(job: Job, stage: str) -> list[str]:
+    return [line["digests"][stage] for line in map(json.loads, job.trace[1:]) if stage in line["digests"]]
+
+
+# ---- the build
+
+
+def test_unseeded_builds_are_told_at_step_0_by_the_first_tensor() -> None:
+    job = torchrun(*SHORT, "--seed.model=null")
+    verdict = diverged(
+        job,
+        "build-not-seeded",
+        agreed=False,
+        step=0,
+        stage="weights",
+        tensor="0.weight",
+        module="0",
+        suspects=[],
+        classes=[[0], [1]],
+    )
+    assert any("--seed.model 42" in line for line in verdict["remedy"])
+    seeds = [replica["seed"] for replica in job.report["replicas"]]
+    assert len(set(seeds)) == 2
+    assert any(str(seeds) in line for line in verdict["evidence"])
+
+
+def test_unseeded_builds_agree_once_rank_0s_state_is_sent_to_all() -> None:
+    job = torchrun(*SHORT, "--seed.model=null", "--model.init=broadcast")
+    report = agreed(job)
+    assert report["expect"] == "identical"
+    assert report["steps_checked"] == 5
+    one, two = report["fingerprints"]
+    assert {**one, "replica": None} == {**two, "replica": None}
+
+
+@pytest.mark.parametrize(
+    ("factory", "cause"),
+    [("one_more_draw_on_rank_1", "build-rng-differs"), ("reseeded_from_the_os", "build-not-seeded")],
+)
+def test_a_build_that_draws_otherwise(factory: str, cause: str) -> None:
+    job = torchrun(*SHORT, f"--model.factory={FAULTY}:{factory}")
+    diverged(job, cause, agreed=False, step=0, stage="weights", tensor="0.weight", classes=[[0], [1]], suspects=[])
+
+
+def test_weights_from_another_generator_are_not_given_a_cause_that_is_not_theirs() -> None:
+    job = torchrun(*SHORT, f"--model.factory={FAULTY}:drawn_elsewhere")
+    verdict = diverged(job, "unexplained", agreed=False, step=0, stage="weights", tensor="5.weight", module="5")
+    assert any("equal before and after the build" in line for line in verdict["evidence"])
+
+
+# ---- the wiring
+
+
+@pytest.mark.parametrize(
+    ("factory", "cause", "fields", "remedy"),
+    [
+        ("copied_optimizer", "optimizer-not-bound", {"suspects": [0, 1]}, "copy.deepcopy((model, optimizer))"),
+        ("copied_scheduler", "scheduler-not-bound", {"suspects": [0, 1]}, "StepLR(optimizer, ...)"),
+        (
+            "forgotten_head",
+            "parameters-not-optimized",
+            {"suspects": [0, 1], "tensor": "5.weight"},
+            "model.parameters()",
+        ),
+        (
+            "shared_storage_on_rank_1",
+            "storage-shared",
+            {"suspects": [1], "tensor": "1.running_var", "classes": [[0], [1]]},
+            ".clone()",
+        ),
+    ],
+)
+def test_a_replica_whose_parts_do_not_belong_together(
+    factory: str, cause: str, fields: dict[str, Any], remedy: str
+) -> None:
+    job = torchrun(*SHORT, f"--replica.factory={FAULTY}:{factory}")
+    verdict = diverged(job, cause, step=0, **fields)
+    assert any(remedy in line for line in verdict["remedy"])
+
+
+# ---- the data
+
+
+def test_a_fresh_data_order_each_run_is_still_the_same_on_all_replicas() -> None:
+    jobs = [torchrun(*SHORT, "--seed.data=null") for _ in range(2)]
+    for job in jobs:
+        agreed(job)
+    one, other = (digests_of(job, "indices") for job in jobs)
+    assert len(one) == len(other) == 5
+    assert not set(one) & set(other)
+    weights = [digests_of(job, "weights") for job in jobs]
+    assert weights[0][0] == weights[1][0], "the build does not depend on the data's seed"
+    assert weights[0][1] != weights[1][1]
+
+
+def test_other_bytes_for_the_same_samples() -> None:
+    job = torchrun(*SHORT, f"--data.name={FAULTY}:noisy_on_rank_1", "--data.batch_size=80")
+    verdict = diverged(job, "batch-differs", agreed=False, step=1, stage="batch", tensor="inputs", classes=[[0], [1]])
+    assert "indices" not in str(verdict["evidence"][:2])
+
+
+# ---- training and evaluation
+
+
+def test_independent_replicas_report_their_spread() -> None:
+    report = agreed(torchrun(*SHORT, "--seed.model=[1, 2]"))
+    assert report["expect"] == "independent"
+    assert report["verdict"]["classes"] == [[0], [1]]
+    accuracies = report["epochs"][-1]["val"]["accuracy"]
+    spread = report["spread"]
+    assert spread["n"] == 2
+    assert spread["accuracy_mean"] == pytest.approx(sum(accuracies) / 2)
+    assert spread["accuracy_std"] == pytest.approx(abs(accuracies[0] - accuracies[1]) / 2**0.5)
+    assert spread["disagreement"][0][0] == 0
+    assert spread["disagreement"][0][1] == spread["disagreement"][1][0]
+    one, two = report["fingerprints"]
+    assert one["weights"] != two["weights"]
+
+
+def test_moving_buffers_are_not_learning() -> None:
+    job = torchrun(*SHORT, "--optim.lr=0")
+    verdict = diverged(job, "not-learning", step=5, epoch=1, stage="weights", suspects=[0, 1])
+    evidence = " ".join(verdict["evidence"])
+    assert "buffers changed" in evidence
+    assert "learning rates: [0.0]" in evidence
+    assert len(set(digests_of(job, "buffers"))) == 6
+    assert len(set(digests_of(job, "weights"))) == 1
+
+
+def test_an_evaluation_that_differs_on_one_replica() -> None:
+    job = torchrun(*SHORT, f"--model.factory={FAULTY}:other_evaluation")
+    diverged(job, "evaluation-differs", agreed=False, step=5, epoch=1, stage="predictions", classes=[[0], [1]])
+
+
+@pytest.mark.parametrize(
+    ("num_replicas", "other", "classes"), [(2, 1, [[0], [1]]), (3, 0, [[1, 2], [0]])], ids=["two", "three"]
+)
+def test_a_declared_difference_in_threads_is_found_at_the_first_step(
+    num_replicas: int, other: int, classes: list[list[int]]
+) -> None:
+    # ResNet-18: its first BatchNorm statistics round otherwise on two threads.
+    job = torchrun("--train.max_steps=3", f"--overrides.{other}.determinism.threads=2", num_replicas=num_replicas)
+    verdict = job.report["verdict"]
+    assert (verdict["agreed"], verdict["step"], verdict["stage"]) == (False, 1, "buffers"), job.output
+    assert verdict["classes"] == classes
+    assert verdict["suspects"] == [other]
+    assert verdict["cause"] in {"declared-override", "unexplained"}
+    assert any("determinism.threads=2" in line for line in verdict["evidence"])
+    assert set(job.exitcodes.values()) <= {3, -15}

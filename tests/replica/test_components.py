@@ -1,0 +1,294 @@
+"""torch's classes by name: each one of them builds, or the message says why not and what to do."""
+
+import contextlib
+import random
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy
+import pytest
+import torch
+from pydantic import ValidationError
+from torch import nn
+
+from dreplica.errors import UsageError
+from dreplica.replica.components import (
+    CriterionConfig,
+    OptimConfig,
+    ScheduleConfig,
+    build_criterion,
+    build_optimizer,
+    build_scheduler,
+    check_criterion,
+    check_schedule,
+)
+from dreplica.section import Section
+
+schedulers = torch.optim.lr_scheduler
+
+NUM_CLASSES = 5
+LOSSES = [name for name in vars(nn) if name.endswith("Loss")]
+OPTIMIZERS = [
+    name
+    for name, value in vars(torch.optim).items()
+    if isinstance(value, type) and issubclass(value, torch.optim.Optimizer) and value is not torch.optim.Optimizer
+]
+SCHEDULERS = [
+    name
+    for name, value in vars(schedulers).items()
+    if isinstance(value, type)
+    and issubclass(value, schedulers.LRScheduler)
+    and value is not schedulers.LRScheduler
+    and not name.startswith("_")
+]
+CLASSIFICATION_LOSSES = ["CrossEntropyLoss", "MultiMarginLoss", "NLLLoss"]
+NOT_BUILT = {
+    "AdaptiveLogSoftmaxWithLoss": "weights of its own",
+    "LinearCrossEntropyLoss": "weights of its own",
+    "CTCLoss": "more than two tensors",
+    "CosineEmbeddingLoss": "more than two tensors",
+    "GaussianNLLLoss": "more than two tensors",
+    "MarginRankingLoss": "more than two tensors",
+    "TripletMarginLoss": "more than two tensors",
+    "TripletMarginWithDistanceLoss": "more than two tensors",
+    "LBFGS": "closure",
+    "SparseAdam": "sparse gradients",
+    "LambdaLR": "function",
+    "MultiplicativeLR": "function",
+    "ChainedScheduler": "other schedulers",
+    "SequentialLR": "other schedulers",
+    "ReduceLROnPlateau": "metric",
+}
+REQUIRED: dict[str, dict[str, Any]] = {
+    "StepLR": {"step_size": 3},
+    "MultiStepLR": {"milestones": [2, 4]},
+    "ExponentialLR": {"gamma": 0.9},
+    "CosineAnnealingLR": {"T_max": 10},
+    "CosineAnnealingWarmRestarts": {"T_0": 5},
+    "CyclicLR": {"base_lr": 0.01, "max_lr": 0.1},
+    "OneCycleLR": {"max_lr": 0.1, "total_steps": 10},
+}
+"""Arguments without which a class cannot be built; the others have none."""
+
+
+def message(section: type[Section], values: Mapping[str, Any]) -> str:
+    """What a user is told of values that will not do."""
+    with pytest.raises(ValidationError) as caught:
+        section.model_validate(dict(values))
+    (error,) = caught.value.errors()
+    cause = error["ctx"]["error"]
+    assert isinstance(cause, UsageError)
+    assert "\n" not in str(cause)
+    return str(cause)
+
+
+def built(names: list[str]) -> list[str]:
+    return [name for name in names if name not in NOT_BUILT]
+
+
+def some_model() -> nn.Module:
+    return nn.Linear(3, NUM_CLASSES, bias=False)
+
+
+def test_torch_has_the_classes_that_are_told_apart_here() -> None:
+    assert set(NOT_BUILT) | set(REQUIRED) | set(CLASSIFICATION_LOSSES) <= {*LOSSES, *OPTIMIZERS, *SCHEDULERS}
+    assert {"SGD", "AdamW", "Muon"} <= set(built(OPTIMIZERS))
+
+
+@pytest.mark.parametrize("name", built(LOSSES))
+def test_every_loss_of_two_tensors_builds(name: str) -> None:
+    assert type(build_criterion(CriterionConfig(name=name))) is getattr(nn, name)
+
+
+@pytest.mark.parametrize("name", built(OPTIMIZERS))
+def test_every_optimizer_builds_over_the_model(name: str) -> None:
+    model = some_model()
+    optimizer = build_optimizer(OptimConfig.model_validate({"name": name, "lr": 0.5}), model)
+    assert type(optimizer) is getattr(torch.optim, name)
+    assert optimizer.param_groups[0]["params"][0] is model.weight
+    assert optimizer.param_groups[0]["lr"] == 0.5
+
+
+@pytest.mark.parametrize("name", built(SCHEDULERS))
+def test_every_scheduler_of_values_builds_and_steps(name: str) -> None:
+    optimizer = torch.optim.SGD(some_model().parameters(), lr=0.1, momentum=0.9)
+    scheduler = build_scheduler(ScheduleConfig.model_validate({"name": name, **REQUIRED.get(name, {})}), optimizer)
+    assert type(scheduler) is getattr(schedulers, name)
+    assert scheduler.optimizer is optimizer
+    optimizer.step()
+    scheduler.step()
+
+
+@pytest.mark.parametrize("name", REQUIRED)
+def test_a_required_argument_is_asked_for_by_its_key(name: str) -> None:
+    key = next(iter(REQUIRED[name]))
+    text = message(ScheduleConfig, {"name": name})
+    if name == "OneCycleLR":
+        assert text.startswith("schedule.max_lr: OneCycleLR needs a value")
+        text = message(ScheduleConfig, {"name": name, "max_lr": 0.1})
+        assert "total_steps" in text
+    else:
+        assert text.startswith(f"schedule.{key}: {name} needs a value")
+        assert f"--schedule.{key} VALUE" in text
+
+
+@pytest.mark.parametrize(
+    ("section", "name"),
+    [(CriterionConfig, name) for name in built(LOSSES)]
+    + [(OptimConfig, name) for name in built(OPTIMIZERS)]
+    + [(ScheduleConfig, name) for name in built(SCHEDULERS)],
+)
+def test_an_unknown_argument_is_named_with_the_nearest(section: type[Section], name: str) -> None:
+    prefix, near, wrong = {
+        CriterionConfig: ("criterion", "reduction", "reductoin"),
+        OptimConfig: ("optim", "weight_decay", "weigth_decay"),
+        ScheduleConfig: ("schedule", "last_epoch", "last_epok"),
+    }[section]
+    if name == "Rprop":
+        near, wrong = ("maximize", "maximise")
+    text = message(section, {"name": name, **REQUIRED.get(name, {}), wrong: 1})
+    assert text.startswith(f"{prefix}.{wrong}: {name} has no argument {wrong!r}.")
+    assert f"Did you mean {near!r}?" in text
+
+
+@pytest.mark.parametrize("name", NOT_BUILT)
+def test_what_a_config_cannot_build_says_so_and_what_to_do(name: str) -> None:
+    section: type[Section] = CriterionConfig
+    prefix = "criterion"
+    if name in OPTIMIZERS:
+        section, prefix = OptimConfig, "optim"
+    if name in SCHEDULERS:
+        section, prefix = ScheduleConfig, "schedule"
+    text = message(section, {"name": name})
+    assert text.startswith(f"{prefix}.name: {name} ")
+    assert NOT_BUILT[name] in text
+    assert "replica.factory" in text or "Use " in text
+
+
+@pytest.mark.parametrize(
+    ("section", "name", "near"),
+    [
+        (CriterionConfig, "CrossEntropy", "CrossEntropyLoss"),
+        (OptimConfig, "adamw", "AdamW"),
+        (OptimConfig, "Optimizer", "Valid are"),
+        (ScheduleConfig, "CosineAnealingLR", "CosineAnnealingLR"),
+        (ScheduleConfig, "LRScheduler", "LR"),
+        (ScheduleConfig, "Optimizer", "Valid are"),
+        (CriterionConfig, "Linear", "Valid are"),
+    ],
+)
+def test_an_unknown_class_is_named_with_the_nearest(section: type[Section], name: str, near: str) -> None:
+    text = message(section, {"name": name})
+    assert f"has no {name!r}." in text
+    assert near in text
+
+
+def test_a_suggestion_is_never_of_a_class_that_cannot_be_built() -> None:
+    for name in NOT_BUILT:
+        section: type[Section] = CriterionConfig
+        if name in {*OPTIMIZERS, *SCHEDULERS}:
+            section = OptimConfig if name in OPTIMIZERS else ScheduleConfig
+        assert repr(name) not in message(section, {"name": name + "x"}).split("has no", 1)[1].split(".", 1)[1]
+
+
+@pytest.mark.parametrize(
+    ("section", "values", "part"),
+    [
+        (OptimConfig, {"name": "SGD", "momentum": -1}, "optim.momentum = -1: Invalid momentum"),
+        (OptimConfig, {"name": "SGD", "nesterov": True}, "optim.nesterov = True: Nesterov"),
+        (OptimConfig, {"name": "Adam", "betas": "x"}, "optim.betas = 'x'"),
+        (ScheduleConfig, {"name": "StepLR", "step_size": "many"}, "schedule.step_size = 'many'"),
+        (ScheduleConfig, {"name": "StepLR", "step_size": 0}, "schedule.step_size = 0"),
+        (ScheduleConfig, {"name": "CosineAnnealingLR", "T_max": 0}, "schedule.T_max = 0"),
+        (OptimConfig, {"name": "AdamW", "differentiable": True}, "optim.differentiable = True"),
+        (OptimConfig, {"name": "SGD", "momentum": "high"}, "optim.momentum = 'high'"),
+        (ScheduleConfig, {"name": "CyclicLR", "base_lr": 0.1, "max_lr": 1.0, "mode": "x"}, "schedule.mode = 'x'"),
+        (ScheduleConfig, {"step_size": 3}, "schedule.step_size: there is no schedule that takes it"),
+        (CriterionConfig, {"weight": "balanced"}, "criterion.weight: 'balanced' will not do"),
+        (CriterionConfig, {"weight": [1.0, "x"]}, "criterion.weight: [1.0, 'x'] will not do"),
+        (CriterionConfig, {"weight": [True]}, "criterion.weight: [True] will not do"),
+        (CriterionConfig, {"label_smoothing": 2.0}, "criterion.label_smoothing"),
+    ],
+)
+def test_values_that_the_class_refuses_give_one_message_with_key_and_value(
+    section: type[Section], values: dict[str, Any], part: str
+) -> None:
+    config = dict(values)
+    if "label_smoothing" in values:  # judged at the first call, so by the check that calls it
+        with pytest.raises(UsageError, match="label_smoothing"):
+            check_criterion(build_criterion(CriterionConfig.model_validate(config)), NUM_CLASSES)
+    else:
+        assert part in message(section, config)
+
+
+def test_a_list_of_class_weights_becomes_a_tensor() -> None:
+    config = CriterionConfig.model_validate({"weight": [1, 2.5, 0, 1, 1]})
+    criterion = build_criterion(config)
+    assert torch.equal(criterion.weight, torch.tensor([1, 2.5, 0, 1, 1], dtype=torch.float32))
+    check_criterion(criterion, NUM_CLASSES)
+    assert config.model_dump()["weight"] == [1, 2.5, 0, 1, 1]
+    assert build_criterion(CriterionConfig.model_validate({"weight": None})).weight is None
+
+
+def test_another_number_of_class_weights_than_classes_is_told_before_training() -> None:
+    criterion = build_criterion(CriterionConfig.model_validate({"weight": [1, 2]}))
+    with pytest.raises(UsageError, match=r"all 5 classes.*one weight per class"):
+        check_criterion(criterion, NUM_CLASSES)
+
+
+@pytest.mark.parametrize("name", built(LOSSES))
+@pytest.mark.parametrize("num_classes", [2, 3, 10])
+@pytest.mark.filterwarnings("error")
+def test_a_loss_that_does_not_take_class_labels_is_told_before_training(name: str, num_classes: int) -> None:
+    criterion = build_criterion(CriterionConfig(name=name))
+    if name in CLASSIFICATION_LOSSES:
+        check_criterion(criterion, num_classes)
+    else:
+        with pytest.raises(UsageError, match=f"^criterion: {name} does not take .*CrossEntropyLoss does"):
+            check_criterion(criterion, num_classes)
+
+
+def test_a_loss_without_reduction_is_told_before_training() -> None:
+    criterion = build_criterion(CriterionConfig.model_validate({"reduction": "none"}))
+    with pytest.raises(UsageError, match=r"criterion\.reduction: 'none'.*'mean' or 'sum'"):
+        check_criterion(criterion, NUM_CLASSES)
+    check_criterion(build_criterion(CriterionConfig.model_validate({"reduction": "sum"})), NUM_CLASSES)
+
+
+def generators() -> tuple[Any, ...]:
+    return random.getstate(), numpy.random.get_state()[1].tobytes(), torch.get_rng_state().numpy().tobytes()
+
+
+@pytest.mark.parametrize(
+    "act",
+    [lambda name=name: CriterionConfig(name=name) for name in LOSSES]
+    + [lambda name=name: OptimConfig(name=name) for name in OPTIMIZERS]
+    + [lambda name=name: ScheduleConfig.model_validate({"name": name, **REQUIRED.get(name, {})}) for name in SCHEDULERS]
+    + [lambda: check_criterion(nn.CrossEntropyLoss(), 3)],
+)
+def test_validation_leaves_the_global_generators_alone(act: Callable[[], Any]) -> None:
+    before = generators()
+    with contextlib.suppress(ValidationError):
+        act()
+    assert generators() == before
+    torch.rand(1)
+    assert generators() != before
+
+
+def test_only_trainable_parameters_reach_the_optimizer() -> None:
+    model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+    model[0].requires_grad_(False)
+    (group,) = build_optimizer(OptimConfig(), model).param_groups
+    assert [id(parameter) for parameter in group["params"]] == [id(parameter) for parameter in model[1].parameters()]
+
+
+def test_a_schedule_that_ends_before_the_run_is_told_before_training() -> None:
+    config = ScheduleConfig.model_validate({"name": "OneCycleLR", "max_lr": 0.1, "total_steps": 4})
+    check_schedule(config, epochs=4)
+    with pytest.raises(UsageError, match=r"schedule: OneCycleLR .* train\.epochs = 5 .*once an epoch"):
+        check_schedule(config, epochs=5)
+    check_schedule(ScheduleConfig(), epochs=5)
+
+
+def test_capturable_is_left_to_the_gpu() -> None:
+    OptimConfig.model_validate({"name": "Adam", "capturable": True})

@@ -1,0 +1,175 @@
+"""Collectives, and how they end when a replica is gone: with its name, on every survivor."""
+
+import os
+import signal
+import time
+from typing import Any
+
+import pytest
+import torch
+
+from dreplica.world import roll_call
+from dreplica.world.channel import Channel
+from dreplica.world.process_group import World
+from dreplica.world.roll_call import ReplicaLost
+from tests.harness import run_replicas
+
+HANG_SECONDS = 25.0
+"""A survivor that has not learned of a loss by then never will."""
+
+
+def gathers(world: World) -> list[Any]:
+    rank = world.replica_id
+    unequal = world.channel.gather("x" * (3_000_000 * rank))
+    objects = world.channel.gather({"rank": rank, "tensor": torch.full((rank,), rank), "none": None})
+    return [[len(text) for text in unequal], [(row["rank"], row["tensor"].tolist()) for row in objects]]
+
+
+def test_gather_brings_unequal_and_large_objects_in_the_order_of_ranks() -> None:
+    expected = [[0, 3_000_000, 6_000_000], [(0, []), (1, [1]), (2, [2, 2])]]
+    assert run_replicas(gathers, 3) == [expected] * 3
+
+
+def reduces(world: World) -> list[Any]:
+    rank, channel = world.replica_id, world.channel
+    broadcast = channel.broadcast(torch.tensor([rank + 7, rank]))
+    total = channel.sum(torch.tensor([1, 10**rank]))
+    one = channel.post_max(torch.tensor([rank, -rank]))
+    two = channel.post_max(torch.tensor([rank * 5]))
+    return [tensor.tolist() for tensor in (broadcast, total, channel.wait(one), channel.wait(two))]
+
+
+def test_broadcast_sum_and_posted_maxima() -> None:
+    assert run_replicas(reduces, 3) == [[[7, 0], [3, 111], [2, 0], [10]]] * 3
+
+
+def test_a_channel_of_one_replica_talks_to_itself() -> None:
+    channel = Channel()
+    assert (channel.rank, channel.size) == (0, 1)
+    assert channel.gather("a") == ["a"]
+    assert channel.broadcast(torch.tensor([3])).tolist() == [3]
+    assert channel.sum(torch.tensor([3])).tolist() == [3]
+    assert channel.wait(channel.post_max(torch.tensor([3]))).tolist() == [3]
+
+
+class Missed(ReplicaLost):
+    """Carries whom a survivor misses out of a world that is no longer whole."""
+
+
+def miss(world: World, channel: Channel) -> None:
+    """Waits for one that will not come, and raises `Missed` with (replica id, reason) of each that is lost."""
+    assert world.roll_call is not None
+    started = time.monotonic()
+    with pytest.raises(ReplicaLost):
+        channel.gather("who else?")
+    lost = world.roll_call.take()
+    assert time.monotonic() - started < HANG_SECONDS
+    raise Missed([(item.replica_id, item.reason) for item in lost])
+
+
+def loses(world: World, lost: int, how: str, timeout: float) -> None:
+    """Replica `lost` goes in one of several ways; the others wait for it."""
+    channel = Channel(None, world.roll_call, timeout)
+    assert world.roll_call is not None
+    roll_call._ANSWER_SECONDS = 2.0
+    pids = channel.gather(os.getpid())
+    world.roll_call.step = 6
+    if world.replica_id != lost:
+        try:
+            miss(world, channel)
+        finally:
+            if how in {"stopped", "sleeps", "computes"} and world.replica_id == (lost + 1) % world.num_replicas:
+                time.sleep(1)  # the other survivors have asked it, too
+                os.kill(pids[lost], signal.SIGKILL)
+    match how:
+        case "killed":
+            os.kill(os.getpid(), signal.SIGKILL)
+        case "stopped":
+            os.kill(os.getpid(), signal.SIGSTOP)
+        case "exits":
+            os._exit(0)
+        case "raises":
+            raise ArithmeticError("the sky fell")
+        case "sleeps":
+            time.sleep(600)
+        case "computes":
+            while True:
+                torch.mm(torch.ones(300, 300), torch.ones(300, 300))
+
+
+def missed_by_survivors(num_replicas: int, lost: int, how: str, timeout: float = 60.0) -> list[list[tuple[int, str]]]:
+    results = run_replicas(loses, num_replicas, lost, how, timeout, timeout=HANG_SECONDS + 10)
+    survivors = [result for replica_id, result in enumerate(results) if replica_id != lost]
+    assert [type(result) for result in survivors] == [Missed] * (num_replicas - 1), results
+    return [result.args[0] for result in survivors]
+
+
+@pytest.mark.parametrize(
+    ("num_replicas", "lost", "how"), [(4, 2, "killed"), (3, 0, "killed"), (2, 1, "killed"), (3, 1, "exits")]
+)
+def test_all_survivors_name_exactly_the_replica_that_died(num_replicas: int, lost: int, how: str) -> None:
+    for missed in missed_by_survivors(num_replicas, lost, how):
+        assert [replica_id for replica_id, _ in missed] == [lost]
+        assert "ended without a word" in missed[0][1]
+
+
+def test_all_survivors_know_what_the_lost_replica_raised() -> None:
+    assert missed_by_survivors(3, 1, "raises") == [[(1, "it raised ArithmeticError: the sky fell")]] * 2
+
+
+@pytest.mark.parametrize("how", ["sleeps", "computes"])
+def test_a_silent_replica_counts_as_lost_after_the_timeout(how: str) -> None:
+    for missed in missed_by_survivors(3, 1, how, timeout=1.0):
+        assert missed == [(1, "it is alive but stuck after step 6 while the others wait for it")]
+
+
+def test_a_replica_that_stands_still_counts_as_lost_after_the_timeout() -> None:
+    for missed in missed_by_survivors(3, 0, "stopped", timeout=1.0):
+        assert [replica_id for replica_id, _ in missed] == [0]
+        assert "does not respond" in missed[0][1]
+
+
+def busy_witness(world: World) -> None:
+    """Replica 2 dies while replica 1 computes: 0 asks, and 1 must be able to answer."""
+    assert world.roll_call is not None
+    roll_call._ANSWER_SECONDS = 2.0
+    world.channel.gather(None)
+    if world.replica_id == 2:
+        os.kill(os.getpid(), signal.SIGKILL)
+    started = time.monotonic()
+    while world.replica_id == 1 and time.monotonic() < started + 4:
+        torch.mm(torch.ones(500, 500), torch.ones(500, 500))
+    miss(world, world.channel)
+
+
+def test_a_replica_busy_with_a_long_computation_answers_the_roll() -> None:
+    zero, one, _ = run_replicas(busy_witness, 3)
+    assert [replica_id for replica_id, _ in zero.args[0]] == [2]
+    assert [replica_id for replica_id, _ in one.args[0]] == [2]
+
+
+def leaves_early(world: World) -> None:
+    if world.replica_id == 1:
+        raise KeyboardInterrupt
+    world.channel.gather(None)
+
+
+def test_an_interrupt_is_told_to_the_others() -> None:
+    zero, one = run_replicas(leaves_early, 2, timeout=HANG_SECONDS)
+    assert isinstance(zero, ReplicaLost)
+    assert isinstance(one, KeyboardInterrupt)
+
+
+def posts_then_fails(world: World) -> None:
+    """Replica 0 fails with a collective under way that replica 1 never completes."""
+    world.channel.gather(None)
+    if world.replica_id == 1:
+        os.kill(os.getpid(), signal.SIGSTOP)
+    time.sleep(0.5)
+    world.channel.post_max(torch.zeros(5))
+    raise ArithmeticError("with a pending maximum")
+
+
+def test_failing_with_a_collective_under_way_does_not_wait_for_its_end() -> None:
+    zero, _ = run_replicas(posts_then_fails, 2, timeout=3)  # both are killed when it is over
+    assert isinstance(zero, ArithmeticError)

@@ -1,0 +1,155 @@
+"""What replicas run on: recorded, compared, and excused only where it was declared."""
+
+import copy
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from dreplica.world import manifest as manifest_module
+from dreplica.world.channel import Channel
+from dreplica.world.determinism import DeterminismConfig
+from dreplica.world.manifest import collect_manifest, compare_manifests, compare_values, source_digest
+from dreplica.world.process_group import Device, World
+
+WORLD = World(0, 1, Channel(), None, "a-host")
+
+
+@pytest.fixture
+def manifest() -> dict[str, Any]:
+    return collect_manifest(WORLD, Device(torch.device("cpu")), 42, "0" * 32)
+
+
+def changed(manifest: Mapping[str, Any], field: str, value: Any) -> dict[str, Any]:
+    other = copy.deepcopy(dict(manifest))
+    *sections, last = field.split(".")
+    inner = other
+    for section in sections:
+        inner = inner[section]
+    inner[last] = value
+    return other
+
+
+def test_a_manifest_is_json_and_holds_what_decides_a_number(manifest: dict[str, Any]) -> None:
+    assert json.loads(json.dumps(manifest)) == manifest
+    assert set(manifest) >= {"host", "seed", "code", "python", "packages", "cpu", "device", "numerics", "data"}
+    assert manifest["packages"]["torch"] == torch.__version__
+    assert manifest["numerics"]["threads"] == torch.get_num_threads()
+    assert compare_manifests([manifest, copy.deepcopy(manifest)], {}) == []
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("packages.torch", "2.0.0"),
+        ("packages.numpy", None),
+        ("python", "3.8.0"),
+        ("code", "f" * 32),
+        ("data", "1" * 32),
+        ("numerics.threads", 77),
+        ("numerics.matmul_tf32", "odd"),
+        ("numerics.default_dtype", "torch.float64"),
+        ("variables.NVIDIA_TF32_OVERRIDE", "1"),
+        ("cpu.capability", "NO SUCH"),
+        ("device.type", "cuda"),
+    ],
+)
+def test_what_must_match_and_does_not_is_named_with_ranks_and_values(
+    manifest: dict[str, Any], field: str, value: Any
+) -> None:
+    (difference,) = compare_manifests([manifest, changed(manifest, field, value), manifest], {})
+    assert (difference.field, difference.allowed) == (field, False)
+    assert difference.values[1] == value
+    assert str(difference) == f"{field}: {difference.values[0]!r} on replicas 0, 2; {value!r} on replica 1"
+
+
+@pytest.mark.parametrize("field", ["host", "cpu.model", "device.name", "seed"])
+def test_what_may_differ_is_kept_as_a_fact(manifest: dict[str, Any], field: str) -> None:
+    (difference,) = compare_manifests([manifest, changed(manifest, field, "other")], {})
+    assert (difference.field, difference.allowed) == (field, True)
+
+
+def test_another_gpu_model_is_allowed_another_cuda_is_not(manifest: dict[str, Any]) -> None:
+    gpu = {"type": "cuda", "index": 0, "name": "A", "uuid": "1", "capability": "8.0", "shared": False}
+    gpu |= {"driver": "1.0", "cuda": "13.2", "cudnn": 91000}
+    one = {**manifest, "device": gpu}
+    two = {**manifest, "device": gpu | {"name": "B", "uuid": "2", "capability": "9.0", "index": 1, "driver": "1.1"}}
+    assert all(difference.allowed for difference in compare_manifests([one, two], {}))
+    three = {**manifest, "device": gpu | {"cuda": "12.0", "cudnn": 90000}}
+    wrong = [difference.field for difference in compare_manifests([one, three], {}) if not difference.allowed]
+    assert wrong == ["device.cuda", "device.cudnn"]
+
+
+@pytest.mark.parametrize(
+    ("field", "key", "value"),
+    [
+        ("numerics.threads", "threads", 2),
+        ("numerics.matmul_tf32", "tf32", True),
+        ("numerics.cudnn_deterministic", "mode", "off"),
+        ("numerics.cudnn_deterministic", "cudnn_deterministic", False),
+        ("numerics.cublas_workspace_config", "mode", "off"),
+        ("numerics.onednn", "onednn", False),
+    ],
+)
+def test_an_override_excuses_what_follows_from_it_on_that_replica_only(
+    manifest: dict[str, Any], field: str, key: str, value: Any
+) -> None:
+    other = changed(manifest, field, "odd")
+    declared = {1: {"determinism": {key: value}}}
+    (difference,) = compare_manifests([manifest, other, manifest], declared)
+    assert difference.allowed
+    (difference,) = compare_manifests([manifest, manifest, other], declared)
+    assert not difference.allowed
+    (difference,) = compare_manifests([manifest, other, manifest], {1: {"determinism": None, "optim": {"lr": 1}}})
+    assert not difference.allowed
+
+
+@pytest.mark.parametrize("field", ["numerics.threads", "packages.torch", "data", "variables.MKL_CBWR", "device.type"])
+def test_an_override_excuses_nothing_else(manifest: dict[str, Any], field: str) -> None:
+    declared = {1: {"determinism": {"tf32": True, "mode": "off"}, "optim": {"lr": 0.1}}}
+    (difference,) = compare_manifests([manifest, changed(manifest, field, "odd")], declared)
+    assert not difference.allowed
+
+
+def test_an_override_of_the_device_excuses_the_device(manifest: dict[str, Any]) -> None:
+    (difference,) = compare_manifests(
+        [manifest, changed(manifest, "device.type", "cuda")], {0: {"world": {"device": "cpu"}}}
+    )
+    assert difference.allowed
+
+
+def test_every_flag_that_follows_from_a_key_names_a_field_and_a_key_that_exist(manifest: dict[str, Any]) -> None:
+    for field, keys in manifest_module._FOLLOWS_FROM.items():
+        section, _, name = field.partition(".")
+        if section == "numerics":
+            assert name in manifest["numerics"]
+            assert {key.removeprefix("determinism.") for key in keys} <= set(DeterminismConfig.model_fields)
+
+
+def test_values_are_compared_to_any_depth() -> None:
+    one = {"optim": {"lr": 0.1, "betas": [0.9, 0.99]}, "overrides": {"1": {"optim": {"lr": 1}}}, "seed": None}
+    two = copy.deepcopy(one)
+    assert compare_values([one, two]) == []
+    two["optim"]["betas"][1] = 0.999  # type: ignore[index]
+    two["overrides"]["1"]["train"] = {"amp": "bf16"}  # type: ignore[index]
+    assert [difference.field for difference in compare_values([one, two])] == ["optim.betas", "overrides.1.train.amp"]
+
+
+def test_the_source_digest_is_stable_and_sees_every_file(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    package = Path(manifest_module.__file__).parents[1]
+    copied = tmp_path / "elsewhere" / "dreplica"
+    shutil.copytree(package, copied, ignore=shutil.ignore_patterns("__pycache__"))
+    monkeypatch.setattr(manifest_module, "__file__", str(copied / "world" / "manifest.py"))
+    first = source_digest.__wrapped__()
+    assert len(first) == 32
+    assert source_digest.__wrapped__() == first
+    file = copied / "training" / "step.py"
+    file.write_text(file.read_text() + "#")
+    second = source_digest.__wrapped__()
+    assert second != first
+    file.rename(file.with_name("steps.py"))
+    assert source_digest.__wrapped__() not in {first, second}
