@@ -1,4 +1,4 @@
-"""Bodies run on N gloo processes, and whole torchrun jobs."""
+"""Bodies run on N gloo processes, and whole jobs, with torchrun and without."""
 
 import json
 import multiprocessing
@@ -7,6 +7,7 @@ import pickle
 import subprocess
 import sys
 import tempfile
+import time
 import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -19,7 +20,7 @@ import torch.distributed as dist
 REPOSITORY = Path(__file__).parents[1]
 
 _CONTEXT = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(["torch", "tests.harness", "dreplica"])
+_CONTEXT.set_forkserver_preload(["torch", "torch._dynamo", "tests.harness", "dreplica", "dreplica.run"])
 
 
 def run_replicas(body: Callable[..., Any], num_replicas: int, *args: Any, timeout: float = 60.0) -> list[Any]:
@@ -54,15 +55,7 @@ def _enter(
     from dreplica.world.process_group import open_world
 
     torch.set_num_threads(1)
-    os.environ |= {
-        "RANK": str(replica_id),
-        "WORLD_SIZE": str(num_replicas),
-        "LOCAL_RANK": str(replica_id),
-        "LOCAL_WORLD_SIZE": str(num_replicas),
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-        "TORCHELASTIC_USE_AGENT_STORE": "True",  # the store is the parent's and outlives rank 0, as under torchrun
-    }
+    os.environ |= _rank_environment(replica_id, num_replicas, port)
     try:
         with open_world(timeout=30) as world:
             result = body(world, *args)
@@ -74,6 +67,19 @@ def _enter(
         os._exit(1)
 
 
+def _rank_environment(replica_id: int, num_replicas: int, port: int) -> dict[str, str]:
+    """What torchrun sets for a worker."""
+    return {
+        "RANK": str(replica_id),
+        "WORLD_SIZE": str(num_replicas),
+        "LOCAL_RANK": str(replica_id),
+        "LOCAL_WORLD_SIZE": str(num_replicas),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "TORCHELASTIC_USE_AGENT_STORE": "True",  # the store is the parent's and outlives rank 0, as under torchrun
+    }
+
+
 def _receive(pipe: Connection, timeout: float) -> Any:
     try:
         return pickle.loads(pipe.recv_bytes()) if pipe.poll(timeout) else None
@@ -83,7 +89,7 @@ def _receive(pipe: Connection, timeout: float) -> Any:
 
 @dataclass(frozen=True)
 class Job:
-    """A torchrun job that has ended."""
+    """A job that has ended."""
 
     returncode: int
     """torchrun's own: it collapses every failure to 1."""
@@ -122,6 +128,49 @@ def torchrun(*arguments: str, num_replicas: int = 2, root: Path | None = None, t
     return Job(process.returncode, _exitcodes(process.stderr), process.stdout, process.stderr, root / "job")
 
 
+def run_job(*arguments: str, num_replicas: int = 2, root: Path | None = None, timeout: float = 120.0) -> Job:
+    """As `torchrun`, but its workers start in a fraction of a second, from a process that has torch imported.
+
+    Each worker does what it does under torchrun, from its command line to its exit code. What torchrun itself does is
+    not there: it does not end the other workers when one has failed.
+    """
+    root = root or Path(tempfile.mkdtemp(prefix="dreplica-"))
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    argv = _arguments(root, arguments)
+    outputs = Path(tempfile.mkdtemp(prefix="dreplica-output-"))
+    processes = [
+        _CONTEXT.Process(target=_work, args=(argv, rank, num_replicas, store.port, outputs), daemon=False)
+        for rank in range(num_replicas)
+    ]
+    for process in processes:
+        process.start()
+    end = time.monotonic() + timeout
+    for process in processes:
+        process.join(max(0.0, end - time.monotonic()))
+    hanging = [rank for rank, process in enumerate(processes) if process.is_alive()]
+    for process in processes:
+        process.kill()
+        process.join()
+    assert not hanging, f"replicas {hanging} did not end within {timeout} s"
+    codes = {rank: process.exitcode for rank, process in enumerate(processes) if process.exitcode}
+    stdout, stderr = (
+        "".join(path.read_text() for path in sorted(outputs.glob(f"*.{kind}"))) for kind in ("out", "err")
+    )
+    return Job(int(bool(codes)), codes, stdout, stderr, root / "job")
+
+
+def _work(argv: list[str], rank: int, num_replicas: int, port: int, outputs: Path) -> None:
+    for stream, name in ((sys.stdout, "out"), (sys.stderr, "err")):
+        os.dup2(os.open(outputs / f"{rank}.{name}", os.O_WRONLY | os.O_CREAT), stream.fileno())
+    os.environ |= _rank_environment(rank, num_replicas, port)
+    sys.argv = ["train.py", *argv]
+    os.chdir(REPOSITORY)
+
+    from dreplica.worker import main
+
+    main()
+
+
 def environment() -> dict[str, str]:
     """That of the processes of a job."""
     return os.environ | {"PYTHONPATH": str(REPOSITORY), "PYTHONUNBUFFERED": "1"}
@@ -130,8 +179,12 @@ def environment() -> dict[str, str]:
 def torchrun_command(*arguments: str, root: Path, num_replicas: int = 2) -> list[str]:
     """The command of `torchrun`."""
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={num_replicas}"]
+    return [*launcher, str(REPOSITORY / "train.py"), *_arguments(root, arguments)]
+
+
+def _arguments(root: Path, arguments: Sequence[str]) -> list[str]:
     given = {token.split("=", 1)[0]: token for token in (f"--run.root={root}", "--run.name=job", *arguments)}
-    return [*launcher, str(REPOSITORY / "train.py"), *given.values()]
+    return list(given.values())
 
 
 def _exitcodes(stderr: str) -> dict[int, int]:

@@ -89,6 +89,9 @@ class Agreement:
         steps_done: how often `step` was called.
         steps_checked: how many steps were compared.
         bytes_per_step: bytes of tensors that this replica hashed in the newest compared step; 0 before the first.
+        agreed_until: the newest step whose state all replicas are known to have agreed on; -1 before the build's.
+        last_word: `protocol.fold` of what this replica compared last; None after a step that is not compared.
+        diverged_stages: this replica's stages at the first difference.
     """
 
     def __init__(
@@ -155,6 +158,7 @@ class Agreement:
         """
         self.steps_done += 1
         self._wants_stop = self._wants_stop or stop
+        self.last_word = None
         if self._every and self.steps_done % self._every == 0:
             stages = self.observe(indices=indices, batch=batch, outputs=outputs, loss=loss)
             self.bytes_per_step = sum(stage.num_bytes for stage in stages.values())

@@ -1,5 +1,7 @@
 """Small models, one sound and the others each with a trap in its forward pass; for `model.factory`."""
 
+import time
+
 import numpy
 import torch
 from torch import Tensor, nn
@@ -107,7 +109,7 @@ def fails_on_third_step(num_classes: int) -> nn.Module:
 def own_random_weights(num_classes: int) -> nn.Module:
     """Draws a layer's weights from a NumPy generator of its own, which nobody seeded.
 
-    The global generators are seeded and stay equal on all replicas, so that nothing they record gives a reason.
+    The global generators are seeded and equal on all replicas before and after, and have no part in it.
     """
     model = tiny_cnn(num_classes)
     generator = numpy.random.default_rng()
@@ -151,3 +153,13 @@ def reseeds_every_step(num_classes: int) -> nn.Module:
     Dropout's mask is the same in every step, and a sampler over the global generator would draw one order for ever.
     """
     return _ReseedsEveryStep(num_classes)
+
+
+class _WarmsUpByTheClock(_Wrapped):
+    def forward(self, images: Tensor) -> Tensor:
+        return self.body(images) * (1.0 + 1e-3 * (time.time() % 1.0))
+
+
+def warms_up_by_the_clock(num_classes: int) -> nn.Module:
+    """Multiplies its output by a factor that depends on the time: every operator is sound, the number given is not."""
+    return _WarmsUpByTheClock(num_classes)

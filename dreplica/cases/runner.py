@@ -2,7 +2,6 @@
 
 import json
 import os
-import signal
 import subprocess
 import sys
 import tempfile
@@ -22,6 +21,11 @@ from dreplica.errors import ExitCode, UsageError
 
 _PLACE = ("step", "stage", "tensor", "operator", "suspects")
 """What the table shows of a verdict besides its cause."""
+_LAUNCH = """
+import sys
+from dreplica.launcher import launch
+sys.exit(launch(sys.argv[1], sys.argv[3:], int(sys.argv[2])))
+"""
 _SHUTDOWN_SECONDS = 5
 _TAIL_LINES = 15
 
@@ -61,9 +65,9 @@ def run_cases(
 ) -> ExitCode:
     """Runs the cases of these names, or all, and prints a table; `as_json`: a list of results to stdout instead.
 
-    Run folders go to `keep`, otherwise to a temporary folder. A case that takes longer than `timeout` seconds is ended
-    and counts as failed. Returns `FAILED` unless all come out as expected. Raises UsageError for an unknown name, and
-    for a `keep` that cannot be used.
+    Run folders and what the runs print go to `keep`, otherwise to a temporary folder. A case that takes longer than
+    `timeout` seconds is ended and counts as failed. Returns `FAILED` unless all come out as expected. Raises UsageError
+    for an unknown name, and for a `keep` that cannot be used.
     """
     cases = find_cases(names)
     progress = Console(stderr=True)
@@ -84,7 +88,7 @@ def run_cases(
 def run_case(case: Case, root: Path, timeout: float = 120.0) -> Result:
     """Runs one case in processes of its own; its run folder goes into `root`."""
     started = time.monotonic()
-    output, ended = _torchrun(case, root, timeout)
+    output, ended = _launch(case, root, timeout)
     seconds = time.monotonic() - started
     folder = root / case.name
     try:
@@ -100,39 +104,44 @@ def run_case(case: Case, root: Path, timeout: float = 120.0) -> Result:
     return Result(case, found, seconds, "")
 
 
-def _torchrun(case: Case, root: Path, timeout: float) -> tuple[str, bool]:
+def _launch(case: Case, root: Path, timeout: float) -> tuple[str, bool]:
     """What the run printed, and whether it ended by itself in time."""
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    launcher += [f"--nproc_per_node={case.num_replicas}", f"--shutdown-timeout={_SHUTDOWN_SECONDS}"]
     arguments = [f"--config={case.path}", f"--run.root={root}", f"--run.name={case.name}"]
     package_root = str(Path(__file__).parents[2])
-    path = os.pathsep.join(filter(None, [package_root, os.environ.get("PYTHONPATH")]))
-    process = subprocess.Popen(
-        [*launcher, "--module", case.module, *arguments],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        env=os.environ | {"PYTHONPATH": path},
-        start_new_session=True,  # a Ctrl-C is for this process, which then ends the launcher in order
-    )
-    try:
-        return process.communicate(timeout=timeout)[0], True
-    except subprocess.TimeoutExpired:
-        return _end(process), False
-    except BaseException:
-        _end(process)
-        raise
+    environment = os.environ | {
+        "PYTHONPATH": os.pathsep.join(filter(None, [package_root, os.environ.get("PYTHONPATH")])),
+        "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": str(_SHUTDOWN_SECONDS),
+    }
+    log = root / f"{case.name}.log"
+    root.mkdir(parents=True, exist_ok=True)
+    with log.open("w", encoding="utf-8") as output:
+        process = subprocess.Popen(
+            [sys.executable, "-c", _LAUNCH, case.module, str(case.num_replicas), *arguments],
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            env=environment,
+            start_new_session=True,  # a Ctrl-C is for this process, which then ends the launcher in order
+        )
+        try:
+            process.wait(timeout)
+            ended = True
+        except subprocess.TimeoutExpired:
+            ended = False
+        finally:
+            printed = log.read_text(encoding="utf-8", errors="replace")  # before the launcher says how it was ended
+            _end(process)
+    return printed, ended
 
 
-def _end(process: "subprocess.Popen[str]") -> str:
-    """Ends launcher and workers, and returns what they printed. Workers are in sessions of their own: the launcher ends
-    them."""
+def _end(process: "subprocess.Popen[bytes]") -> None:
+    """Ends launcher and workers, if they run. Workers are in sessions of their own: the launcher ends them."""
     process.terminate()
     try:
-        return process.communicate(timeout=2 * _SHUTDOWN_SECONDS)[0]
+        process.wait(2 * _SHUTDOWN_SECONDS)
     except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)
-        return process.communicate()[0]
+        process.kill()
+        process.wait()
 
 
 @contextmanager

@@ -20,7 +20,8 @@ class ModulePaths:
     """A context that follows which module is running, in the thread that enters it and in autograd's.
 
     Paths are those of `model.named_modules()`; of a module that is no part of `model`, those beneath the first module
-    called. With `torch.utils.checkpoint` in its re-entrant form on a GPU, whose graph is numbered in a thread of its
+    called. A compiled model has no paths: its modules' hooks would be compiled with it, into other code than what ran
+    before. With `torch.utils.checkpoint` in its re-entrant form on a GPU, whose graph is numbered in a thread of its
     own, paths in the backward pass are not reliable.
     """
 
@@ -35,11 +36,14 @@ class ModulePaths:
         self._thread = threading.get_ident()
         self.backward_seen = False
         """Whether a backward pass has run since a module was last called in the forward pass."""
+        self._is_compiled = model is not None and any(map(_is_compiled, model.modules()))
         if model is not None:
             self._name(model)
 
     def __enter__(self) -> "ModulePaths":
         self._thread = threading.get_ident()
+        if self._is_compiled:
+            return self
         self._handles = [
             register_module_forward_pre_hook(self._enter_module),
             register_module_forward_hook(self._leave_module, always_call=True),
@@ -102,3 +106,8 @@ class ModulePaths:
             self._names.setdefault(id(module), path)
             for parameter in module.parameters(recurse=False):
                 self._owners.setdefault(id(parameter), path)
+
+
+def _is_compiled(module: nn.Module) -> bool:
+    """Whether by `torch.compile(module)`, which wraps, or by `module.compile()`."""
+    return hasattr(module, "_orig_mod") or module._compiled_call_impl is not None

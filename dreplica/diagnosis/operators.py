@@ -7,8 +7,7 @@ import os
 import random
 import sys
 from collections.abc import Iterable
-from dataclasses import dataclass
-from functools import cache
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -21,34 +20,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from dreplica.agreement.fingerprint import ABSENT, digest_tensor
 from dreplica.diagnosis.module_paths import ModulePaths
-
-_UNINITIALIZED = {
-    "aten.empty",
-    "aten.empty_like",
-    "aten.empty_permuted",
-    "aten.empty_strided",
-    "aten.new_empty",
-    "aten.new_empty_strided",
-    "aten.resize_",
-}
-"""Operators whose result is whatever was in memory: no digest says anything about them."""
-
-_OVERWRITES = {
-    *(f"aten.{name}_" for name in ("copy", "fill", "zero", "random", "bernoulli", "uniform", "normal", "exponential")),
-    *(f"aten.{name}_" for name in ("log_normal", "cauchy", "geometric", "_foreach_copy", "_foreach_zero")),
-}
-"""Operators that overwrite their first argument without reading it: what it held before, maybe nothing that was ever
-written, is no input."""
-
-_UNDECLARED_WRITES = {
-    "aten.native_batch_norm": (3, 4),
-    "aten.cudnn_batch_norm": (3, 4),
-    "aten.miopen_batch_norm": (3, 4),
-}
-"""Arguments (running mean and variance) that an operator updates although its schema does not say so."""
-
-_SAME_VIEWS = {"aten.detach.default", "aten.alias.default"}
-"""Views that show all of their input as it is."""
+from dreplica.diagnosis.op_signature import signature_of, tensors_in
 
 _TORCH = str(Path(torch.__file__).parent) + os.sep
 _OWN_ROOMS = tuple(str(Path(__file__).parents[1] / room) + os.sep for room in ("diagnosis", "training"))
@@ -74,7 +46,7 @@ class OpRecord:
     step did."""
     scalars: str = ""
     """Its other arguments, numbers and dtypes, in the order of the call."""
-    shows: bytes = b""
+    shows: bytes = field(default=b"", compare=False)
     """For a view, 16 bytes for the tensor viewed and for each result: not compared, but to follow contents by."""
 
     def __str__(self) -> str:
@@ -99,21 +71,6 @@ class Captured:
     """Where the operator ran: `cpu` or `cuda`."""
 
 
-@dataclass(frozen=True)
-class _Signature:
-    """What the tracer has to know of an operator, from its schema."""
-
-    name: str
-    recorded: bool
-    is_view: bool
-    draws: bool
-    """Whether it draws from a generator."""
-    writes: tuple[tuple[int, str], ...]
-    """Position and name of each argument written to."""
-    unread: frozenset[str]
-    """Names of those that are overwritten without being read."""
-
-
 class OpTracer(TorchDispatchMode):
     """A context in which every operator is recorded; with `capture`, the tensors of that one operator are kept instead.
 
@@ -121,7 +78,11 @@ class OpTracer(TorchDispatchMode):
         optimizer: its step is the phase `optimizer`, even before any backward pass.
         capture: the number of an operator in `records` of a run that takes the same course.
         generators: also record that Python's or NumPy's global generator was drawn from between two operators.
-        model: whose module paths to use; without it, paths begin beneath the first module called.
+        model: whose module paths to use; without it, paths begin beneath the first module called. Must be given if it
+            is compiled.
+
+    Of a compiled model, only those operators are seen that its code calls through torch's dispatcher (not kernels that
+    the compiler has generated), and without a module path.
     """
 
     def __init__(
@@ -160,9 +121,14 @@ class OpTracer(TorchDispatchMode):
         for handle in self._handles:
             handle.remove()
 
+    @classmethod
+    def ignore_compile_internals(cls) -> bool:
+        """Compiled code stays compiled while it is traced: what is replayed is what was run (torch asks for this)."""
+        return True
+
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        signature = _signature(func)
+        signature = signature_of(func)
         if not signature.recorded:
             return func(*args, **kwargs)
         number, self._count = self._count, self._count + 1
@@ -171,7 +137,7 @@ class OpTracer(TorchDispatchMode):
         if self._generators is not None:
             self._record_draws(self._generators)
         digests = _shapes if signature.is_view else _digests
-        inputs = digests(_read_arguments(signature, args, kwargs))
+        inputs = digests(signature.inputs(args, kwargs))
         if signature.draws:
             inputs += _generator_digest(args, kwargs)
         result = func(*args, **kwargs)
@@ -180,10 +146,10 @@ class OpTracer(TorchDispatchMode):
             module=self._modules.current(),
             phase=self._phase(),
             inputs=inputs,
-            outputs=digests(_outputs(signature, result, args, kwargs)),
+            outputs=digests(signature.outputs(result, args, kwargs)),
             source=_user_source(),
             scalars=_scalars((args, kwargs)),
-            shows=_digests([args[0], result]) if signature.is_view and signature.name not in _SAME_VIEWS else b"",
+            shows=_digests(tensors_in([args[0], result])) if signature.shows_part else b"",
         )
         self.records.append(record)
         return result
@@ -193,10 +159,10 @@ class OpTracer(TorchDispatchMode):
             return func(*args, **kwargs)
         copies = tree_map(lambda leaf: _to_cpu(leaf) if isinstance(leaf, Tensor) else leaf, (args, kwargs))
         result = func(*args, **kwargs)
-        outputs = _outputs(_signature(func), result, args, kwargs)
-        devices = {tensor.device.type for tensor in [*outputs, *_tensors((args, kwargs))]} - {"cpu"}
+        outputs = signature_of(func).outputs(result, args, kwargs)
+        device_type = "cuda" if any(tensor.is_cuda for tensor in outputs) else "cpu"
         self.captured = Captured(
-            _tensors(copies), [_to_cpu(tensor) for tensor in outputs], str(func), copies, min(devices, default="cpu")
+            tensors_in(copies), [_to_cpu(tensor) for tensor in outputs], str(func), copies, device_type
         )
         return result
 
@@ -218,56 +184,13 @@ class OpTracer(TorchDispatchMode):
         self._in_optimizer = value
 
 
-@cache
-def _signature(func: Any) -> _Signature:
-    name = str(func)
-    packet = name.rpartition(".")[0]
-    arguments = func._schema.arguments
-    aliased = [argument for argument in arguments if argument.alias_info is not None]
-    undeclared = _UNDECLARED_WRITES.get(packet, ())
-    writes = tuple(
-        (position, argument.name)
-        for position, argument in enumerate(arguments)
-        if position in undeclared or (argument.alias_info is not None and argument.alias_info.is_write)
-    )
-    unread = {argument.name for argument in arguments if argument.is_out}
-    if packet in _OVERWRITES:
-        unread.add(arguments[0].name)
-    return _Signature(
-        name=name,
-        recorded=func.namespace != "profiler" and packet not in _UNINITIALIZED,
-        is_view=bool(aliased) and not any(argument.alias_info.is_write for argument in aliased),
-        draws=torch.Tag.nondeterministic_seeded in func.tags,
-        writes=writes,
-        unread=frozenset(unread),
-    )
-
-
-def _read_arguments(signature: _Signature, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
-    if not signature.unread:
-        return [args, kwargs]
-    skip = {position for position, name in signature.writes if name in signature.unread}
-    read = [value for position, value in enumerate(args) if position not in skip]
-    return [read, {name: value for name, value in kwargs.items() if name not in signature.unread}]
-
-
-def _outputs(signature: _Signature, result: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
-    """Results and arguments written to, each once: an in-place operator returns what it has written to."""
-    written = [args[position] if position < len(args) else kwargs.get(name) for position, name in signature.writes]
-    return list({id(tensor): tensor for tensor in _tensors([result, *written])}.values())
-
-
 def _scalars(arguments: Any) -> str:
     kinds = (bool, int, float, complex, str, torch.dtype)
     return ", ".join(repr(leaf) for leaf in tree_leaves(arguments) if isinstance(leaf, kinds))
 
 
-def _tensors(values: Any) -> list[Tensor]:
-    return [leaf for leaf in tree_leaves(values) if isinstance(leaf, Tensor)]
-
-
-def _digests(values: Iterable[Any]) -> bytes:
-    return b"".join(_digest(tensor) for tensor in _tensors(values))
+def _digests(tensors: Iterable[Tensor]) -> bytes:
+    return b"".join(map(_digest, tensors))
 
 
 def _digest(tensor: Tensor) -> bytes:
@@ -278,9 +201,9 @@ def _digest(tensor: Tensor) -> bytes:
     return digest_tensor("", tensor)
 
 
-def _shapes(values: Iterable[Any]) -> bytes:
+def _shapes(tensors: Iterable[Tensor]) -> bytes:
     # A view computes nothing, and of memory that was not written yet it shows whatever was there.
-    return repr([None if t.is_nested else (t.dtype, tuple(t.shape)) for t in _tensors(values)]).encode()
+    return repr([None if t.is_nested else (t.dtype, tuple(t.shape)) for t in tensors]).encode()
 
 
 def _generator_digest(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bytes:
@@ -288,7 +211,7 @@ def _generator_digest(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bytes:
     generator = next((leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Generator)), None)
     if generator is not None:
         return digest_tensor("", generator.get_state())
-    on_gpu = any(tensor.is_cuda for tensor in _tensors((args, kwargs)))
+    on_gpu = any(tensor.is_cuda for tensor in tensors_in((args, kwargs)))
     return digest_tensor("", torch.cuda.get_rng_state() if on_gpu else torch.get_rng_state())
 
 

@@ -103,6 +103,10 @@ class Recorder:
         survivors = [replica_id for replica_id in range(self._world.num_replicas) if replica_id not in gone]
         if self._world.replica_id != min(survivors, default=0):
             return
+        known = [item.step for item in lost if item.step is not None]
+        if steps_done is not None:
+            # What this replica noticed in its newest step is that a comparison of the one before was never completed.
+            steps_done = min(known, default=max(steps_done - 1, 0))
         verdict = replica_lost(lost, steps_done, str(error))
         if self.report is None:
             try:

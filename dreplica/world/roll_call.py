@@ -20,6 +20,7 @@ log = logging.getLogger(__name__)
 
 _POLL_SECONDS = 0.25
 _ANSWER_SECONDS = 5.0
+_SILENT = "it ended without a word or does not respond (killed, or its host is)"
 
 
 class ReplicaLost(RuntimeError):
@@ -32,6 +33,8 @@ class Lost:
 
     replica_id: int
     reason: str
+    step: int | None = None
+    """The last step it is known to have done."""
 
 
 def describe_failure(error: BaseException) -> str:
@@ -61,7 +64,7 @@ class RollCall:
     def report_failure(self, reason: str) -> bool:
         """Tells the others that this replica is failing, and why, before it ends. Returns whether it is the first."""
         try:
-            self._store.set(f"roll_call/failed/{self.replica_id}", reason)
+            self._store.set(f"roll_call/failed/{self.replica_id}", json.dumps({"step": self.step, "reason": reason}))
             first = self._store.add("roll_call/failures", 1) == 1
             self._store.set("roll_call/alarm", "1")
         except RuntimeError as error:
@@ -103,28 +106,30 @@ class RollCall:
         try:
             self._store.set("roll_call/alarm", "1")
             answers, failed = self._collect()
-            self._store.set(f"roll_call/done/{self.replica_id}", "1")
+            self._store.set(f"roll_call/done/{self.replica_id}", "{}")
             if self._holds_store:
                 self._wait_for_readers(answers.keys() | failed.keys())
         except RuntimeError as error:
             result.set_exception(error)
             return
         everyone = range(self.num_replicas)
-        silent = "it ended without a word or does not respond (killed, or its host is)"
-        lost = [Lost(i, failed.get(i, silent)) for i in everyone if i in failed or i not in answers]
+        lost = [
+            Lost(i, failed[i]["reason"], failed[i]["step"]) if i in failed else Lost(i, _SILENT)
+            for i in everyone
+            if i in failed or i not in answers
+        ]
         stuck = [
-            Lost(i, f"it is alive but stuck after step {answers[i]['step']} while the others wait for it")
-            for i in answers
-            if not answers[i]["waiting"]
+            Lost(i, f"it is alive but stuck after step {answer['step']} while the others wait for it", answer["step"])
+            for i, answer in answers.items()
+            if not answer["waiting"]
         ]
         result.set_result(lost or stuck)
 
-    def _collect(self) -> tuple[dict[int, dict], dict[int, str]]:
+    def _collect(self) -> tuple[dict[int, dict], dict[int, dict]]:
         """The answers, and the failures reported, by replica id."""
         end = time.monotonic() + _ANSWER_SECONDS
         while True:
-            answers = {i: json.loads(text) for i, text in self._read("answer").items()}
-            failed = self._read("failed")
+            answers, failed = self._read("answer"), self._read("failed")
             if len(answers.keys() | failed.keys()) == self.num_replicas or time.monotonic() > end:
                 return answers, failed
             time.sleep(_POLL_SECONDS / 2)
@@ -134,6 +139,6 @@ class RollCall:
         while set(present) - self._read("done").keys() and time.monotonic() < end:
             time.sleep(_POLL_SECONDS / 2)
 
-    def _read(self, kind: str) -> dict[int, str]:
+    def _read(self, kind: str) -> dict[int, dict]:
         keys = {i: f"roll_call/{kind}/{i}" for i in range(self.num_replicas)}
-        return {i: self._store.get(key).decode() for i, key in keys.items() if self._store.check([key])}
+        return {i: json.loads(self._store.get(key)) for i, key in keys.items() if self._store.check([key])}

@@ -10,6 +10,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from dreplica.agreement.agreement import Agreement
+from dreplica.agreement.protocol import fold
 from dreplica.agreement.stages import optimizer_stage
 from dreplica.agreement.verdict import Divergence, Verdict
 from dreplica.world.process_group import World
@@ -125,6 +126,22 @@ def test_bytes_per_step() -> None:
     agreement.step()
     agreement.step()
     assert agreement.bytes_per_step == 2 * 110 * 8 + rng
+
+
+def test_what_a_replay_goes_by() -> None:
+    """The word stands for the step just taken, or for nothing; an evaluation says nothing about the state."""
+    agreement = Agreement(nn.Linear(2, 2), every=2)
+    assert agreement.agreed_until == 0
+    words, agreed = [], []
+    for _ in range(3):
+        agreement.step()
+        words.append(agreement.last_word)
+        agreement.evaluation({"logits": torch.ones(1)})
+        agreed.append(agreement.agreed_until)
+    assert words == [None, fold(2, agreement.observe()), None]
+    assert agreed == [0, 2, 2]
+    agreement.finish()
+    assert agreement.agreed_until == 3
 
 
 def _default_group(world: World) -> list[Any]:

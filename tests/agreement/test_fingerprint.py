@@ -38,6 +38,9 @@ DTYPES = (
 )
 
 
+pytestmark = pytest.mark.filterwarnings("ignore:ComplexHalf support is experimental")
+
+
 def digest(tensor: Tensor) -> str:
     return fingerprint({"t": tensor})["t"]
 
@@ -191,6 +194,9 @@ def test_lazy_conjugation_and_negation_are_carried_out() -> None:
     negated = numbers.conj().imag
     assert negated.is_neg()
     assert digest(negated) == digest(negated.resolve_neg()) != digest(numbers.imag)
+    contiguous = torch._neg_view(torch.arange(3.0))
+    assert contiguous.is_neg()
+    assert digest(contiguous) == digest(-torch.arange(3.0))
 
 
 class Renamed(Tensor):

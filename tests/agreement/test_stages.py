@@ -46,6 +46,7 @@ def test_a_stage_depends_on_names_digests_and_order() -> None:
         {"b": two, "a": one},
     ]
     assert len({tensors_stage(tensors).digest for tensors in maps}) == len(maps)
+    assert Stage(("a",), ABSENT).digest != Stage(("b",), ABSENT).digest
     assert tensors_stage(maps[4]).entries() == {name: digest_tensor(name, maps[4][name]) for name in "ab"}
 
 
@@ -283,7 +284,8 @@ def test_other_objects_that_are_none_are_left_out() -> None:
         ({"k": 1}, {"k": 2}),
         (numpy.float32(1), numpy.float32(2)),
         (numpy.zeros(2), numpy.ones(2)),
-        (numpy.zeros(2), numpy.zeros(2, dtype=numpy.float32)),
+        (numpy.zeros(2, dtype=numpy.int64), numpy.zeros(2)),
+        (numpy.zeros((1, 2)), numpy.zeros((2, 1))),
         (torch.float32, torch.bfloat16),
         (torch.relu, torch.tanh),
         (len, repr),

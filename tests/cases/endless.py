@@ -1,6 +1,7 @@
-"""A worker that never ends of itself."""
+"""A worker that never ends of itself; it prints its process id."""
 
+import os
 import time
 
-print("waiting for ever", flush=True)
+print(f"process {os.getpid()} waits for ever", flush=True)
 time.sleep(600)

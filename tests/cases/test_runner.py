@@ -1,13 +1,15 @@
 """`dreplica cases`: real jobs, and what is said of them."""
 
 import json
+import os
+import re
 from pathlib import Path
 
 import pytest
 
 from dreplica import cli
 from dreplica.cases import runner
-from dreplica.cases.case import Case
+from dreplica.cases.case import Case, read_case
 from dreplica.cases.runner import run_case
 
 
@@ -35,18 +37,12 @@ def test_a_case_that_comes_out_otherwise_fails(
         'model: {factory: "dreplica.cases.models:tiny_cnn"}\n'
         'data: {name: "dreplica.cases.data:tiny_images"}\n'
     )
-    monkeypatch.setattr(runner, "find_cases", lambda names: [runner_case(tmp_path / "wrong.yaml")])
+    monkeypatch.setattr(runner, "find_cases", lambda names: [read_case(tmp_path / "wrong.yaml")])
     assert cli.main(["cases"]) == 1
     out = capsys.readouterr().out
     assert "wrong: cause should be 'not-learning', is 'none'" in out
     assert "wrong: step should be 0, is None" in out
     assert "1 of 1 case not as expected" in out
-
-
-def runner_case(path: Path) -> Case:
-    from dreplica.cases.case import read_case
-
-    return read_case(path)
 
 
 def test_a_run_without_a_report_is_a_mismatch_with_its_last_words(tmp_path: Path) -> None:
@@ -62,10 +58,12 @@ def test_a_run_that_does_not_end_is_ended(tmp_path: Path) -> None:
     path = tmp_path / "endless.yaml"
     path.write_text("run: {name: endless}\n")
     case = Case("endless", path, {"cause": "none"}, num_replicas=1, module="tests.cases.endless")
-    result = run_case(case, tmp_path / "runs", timeout=8)
+    result = run_case(case, tmp_path / "runs", timeout=12)
     assert result.mismatches == ["cause"]
-    assert "did not end within 8 seconds" in result.problem
-    assert "waiting for ever" in result.problem
+    assert "did not end within 12 seconds" in result.problem
+    (process_id,) = re.findall(r"process (\d+) waits for ever", result.problem)
+    with pytest.raises(ProcessLookupError):
+        os.kill(int(process_id), 0)
 
 
 def test_unknown_names_and_options(capsys: pytest.CaptureFixture[str]) -> None:

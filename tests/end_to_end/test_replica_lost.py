@@ -55,8 +55,9 @@ def assert_names(job: Job, lost: list[int]) -> str:
     assert verdict["suspects"] == lost
     assert verdict["remedy"]
     assert [row["replica"] for row in job.report["replicas"]] == list(range(len(job.report["replicas"])))
-    assert job.report["steps_checked"] == 6 or verdict["step"] is None
-    assert verdict["step"] in {7, None}
+    # Of a replica that says nothing any more, the others know the step give or take one.
+    assert verdict["step"] in ({7} if "raised" in verdict["summary"] else {6, 7, 8})
+    assert job.report["steps_checked"] in {5, 6}
     return "\n".join(verdict["evidence"])
 
 
@@ -71,7 +72,7 @@ def test_a_replica_that_raises(monkeypatch: pytest.MonkeyPatch, root: Path) -> N
 
 @pytest.mark.parametrize("lost", [0, 2])
 def test_a_replica_that_is_killed(monkeypatch: pytest.MonkeyPatch, root: Path, lost: int) -> None:
-    job = lose(monkeypatch, root, f"{lost}:kill", "--data.num_workers=1" if lost == 2 else "--data.num_workers=0")
+    job = lose(monkeypatch, root, f"{lost}:kill")
     assert f"replica {lost}: it ended without a word" in assert_names(job, [lost])
     assert job.exitcodes == {0: 1, 1: 1, 2: 1} | {lost: -9}
 
@@ -98,8 +99,10 @@ def test_all_replicas_that_fail_alike(monkeypatch: pytest.MonkeyPatch, root: Pat
 def test_a_replica_that_fails_at_the_build(root: Path) -> None:
     arguments = [*SMALL, "--model.factory=tests.end_to_end.losing:build_fails"]
     job = torchrun(*arguments, root=root, timeout=HANG_SECONDS)
-    assert "replica 0: it raised MemoryError: no room for the model" in assert_names(job, [0])
-    assert "before the first step" in job.report["verdict"]["summary"]
+    verdict = job.report["verdict"]
+    assert (verdict["cause"], verdict["suspects"], verdict["step"]) == ("replica-lost", [0], None)
+    assert "replica 0: it raised MemoryError: no room for the model" in verdict["evidence"]
+    assert "before the first step" in verdict["summary"]
     assert job.exitcodes == {0: 1, 1: 1}
     assert (job.folder / "config.yaml").exists()
 
@@ -111,7 +114,9 @@ def test_a_divergence_is_the_exit_code_of_every_worker(root: Path) -> None:
     assert "Traceback" not in job.output.partition("ChildFailedError")[0].partition("torch/distributed")[0]
 
 
-@pytest.mark.parametrize(("what", "lost", "reason"), [("1:raise", 1, "it raised ArithmeticError"), ("0:kill", 0, "")])
+@pytest.mark.parametrize(
+    ("what", "lost", "reason"), [("1:raise", 1, "it raised ArithmeticError"), ("0:kill", 0, "replica 0")]
+)
 def test_without_torchrun_rank_0_holds_the_store_and_is_named_no_less_rightly(
     monkeypatch: pytest.MonkeyPatch, root: Path, what: str, lost: int, reason: str
 ) -> None:

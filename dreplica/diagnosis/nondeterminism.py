@@ -1,0 +1,258 @@
+"""What PyTorch documents about operators that give different results for the same inputs, and what governs them.
+
+Sources: the documentation of `torch.use_deterministic_algorithms` (2.11 to 2.15; where releases differ, the entry says
+so), PyTorch's notes on reproducibility (https://docs.pytorch.org/docs/stable/notes/randomness.html), the warnings in
+the documentation of `torch.nn.LSTM` and of scaled dot product attention, and NVIDIA's on cuBLAS
+(https://docs.nvidia.com/cuda/cublas/#results-reproducibility). The documentation names Python functions; the tables
+here name the operators that those dispatch to, as they stand in a trace.
+"""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+
+Governs = Literal["switches", "switches-if-strict", "raises", "switches-or-raises", "cudnn", "cublas", "rnn"]
+"""What makes an operator deterministic: modes strict and warn choose another algorithm; only strict does; none does,
+and strict raises; that depends on the release or on the arguments; cuDNN's two flags; cuBLAS's workspace; both for
+cuDNN's recurrent layers, whose documentation names other workspaces."""
+
+_ATOMICS = "adds with atomics, in whatever order its threads arrive"
+_LAST_WRITER = "leaves it to chance which of several writes to one place is the last"
+_CUDNN_WORKSPACES = (":16:8", ":4096:2")
+_CUBLAS_WORKSPACES = (":4096:8", ":16:8")
+
+
+@dataclass(frozen=True)
+class Documented:
+    """What is documented of one operator."""
+
+    governs: Governs
+    why: str
+    """A predicate: what it does that is not reproducible."""
+    devices: tuple[str, ...] = ("cuda",)
+    instead: str = ""
+    """What to use in its place, where no setting makes it deterministic."""
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """Why an operator may give different results for the same inputs."""
+
+    known: bool
+    """Whether that is documented, for this device."""
+    text: str
+    """One or two sentences."""
+    remedy: list[str]
+    """Lines to paste or things to do."""
+
+
+def _table() -> dict[str, Documented]:
+    entries: dict[str, Documented] = {}
+
+    def add(names: str, documented: Documented) -> None:
+        entries.update({f"aten.{name}": documented for name in names.split()})
+
+    def raises(names: str, instead: str, why: str = _ATOMICS, devices: tuple[str, ...] = ("cuda",)) -> None:
+        add(names, Documented("raises", why, devices, instead))
+
+    both = ("cuda", "cpu")
+    add(
+        "index_add index_add_ scatter_add scatter_add_ embedding_dense_backward",
+        Documented("switches", _ATOMICS),
+    )
+    add(
+        "replication_pad1d_backward replication_pad2d_backward replication_pad3d_backward",
+        Documented("switches", _ATOMICS),
+    )
+    add("cumsum cumsum_", Documented("switches", "adds up partial sums that depend on how its blocks are scheduled"))
+    add("scatter.src scatter_.src", Documented("switches", _LAST_WRITER))
+    add("index_copy index_copy_", Documented("switches", _LAST_WRITER, both))
+    why = f"{_LAST_WRITER}, and on the CPU, where it accumulates, {_ATOMICS}"
+    add("index_put index_put_ _index_put_impl_ _unsafe_index_put", Documented("switches", why, both))
+    why = f"{_ATOMICS} (strict mode makes the reductions sum and mean deterministic and raises on others)"
+    add("scatter_reduce scatter_reduce_", Documented("switches-or-raises", why))
+    pool3d = f"{_ATOMICS} (older releases raise in strict mode, newer ones choose another algorithm)"
+    add("max_pool3d_with_indices_backward", Documented("switches-or-raises", pool3d))
+    add("kthvalue", Documented("switches-or-raises", "may return any of several equal elements' indices"))
+    interpolate = f"{_ATOMICS} (F.interpolate avoids it in strict and warn mode, for bicubic in newer releases only)"
+    add(
+        "upsample_linear1d_backward upsample_bilinear2d_backward upsample_trilinear3d_backward "
+        "upsample_bicubic2d_backward",
+        Documented("switches-or-raises", interpolate, instead="F.interpolate with mode='nearest'"),
+    )
+
+    raises("_upsample_bilinear2d_aa_backward _upsample_bicubic2d_aa_backward", "F.interpolate without antialias=True")
+    raises("avg_pool3d_backward", "a convolution with equal, fixed weights")
+    raises("_adaptive_avg_pool2d_backward _adaptive_avg_pool3d_backward", "x.mean((-2, -1)) for one output, or AvgPool")
+    raises("adaptive_max_pool2d_backward adaptive_max_pool3d_backward", "x.amax((-2, -1)) for one output, or MaxPool2d")
+    raises("fractional_max_pool2d_backward fractional_max_pool3d_backward", "MaxPool2d")
+    raises("max_unpool2d max_unpool3d", "F.interpolate with mode='nearest'", _LAST_WRITER, both)
+    raises("reflection_pad1d_backward reflection_pad2d_backward reflection_pad3d_backward", "padding_mode='replicate'")
+    raises("nll_loss2d_forward nll_loss2d_backward", "the loss over logits reshaped from (N, C, H, W) to (N*H*W, C)")
+    raises("_ctc_loss_backward", "F.ctc_loss on the CPU")
+    raises(
+        "_embedding_bag_backward _embedding_bag_dense_backward", "mode='sum' or mode='mean' (only 'max' is at fault)"
+    )
+    raises(
+        "put put_", "index_put_", f"{_LAST_WRITER} (accumulating on the CPU, it is deterministic in strict mode)", both
+    )
+    raises("histc", "torch.histc on the CPU, or on integers")
+    raises("bincount", "torch.bincount without weights, or on the CPU")
+    why = "may return the index of any of several equal elements (the value alone is deterministic)"
+    raises("median.dim nanmedian.dim", "torch.sort, and the middle element", why)
+    raises("grid_sampler_2d_backward grid_sampler_3d_backward", "F.grid_sample on the CPU")
+
+    attention = "splits the sum over keys between blocks, which add with atomics"
+    add(
+        "_scaled_dot_product_flash_attention_backward _flash_attention_backward "
+        "_scaled_dot_product_efficient_attention_backward _efficient_attention_backward "
+        "_scaled_dot_product_cudnn_attention_backward",
+        Documented("switches-if-strict", attention),
+    )
+    add(
+        "convolution convolution_backward cudnn_convolution cudnn_convolution_transpose _convolution",
+        Documented("cudnn", "is given to whichever of cuDNN's algorithms is chosen, not all of them deterministic"),
+    )
+    why = "lets cuBLAS choose its algorithm by the workspace at hand, which several streams may share"
+    add("mm addmm addmm_ bmm baddbmm baddbmm_ addbmm mv addmv addmv_ dot", Documented("cublas", why))
+    why = "runs in cuDNN's recurrent layers, not deterministic in some versions of cuDNN and CUDA"
+    add("_cudnn_rnn _cudnn_rnn_backward", Documented("rnn", why))
+    return entries
+
+
+DOCUMENTED: Mapping[str, Documented] = _table()
+"""Operator (`aten.index_add_`, or with its overload if only that one) to what is documented of it."""
+
+
+def explain_operator(operator: str, device_type: str, flags: Mapping[str, Any]) -> Explanation:
+    """Why `operator` may have given different results for the same inputs on one replica.
+
+    Args:
+        operator: as in a trace: `aten.index_add_.default`.
+        device_type: where it ran: `cuda` or `cpu`.
+        flags: as they were on that replica, with the keys of `numerics_flags()`; a missing one counts as unknown.
+    """
+    documented = DOCUMENTED.get(operator) or DOCUMENTED.get(operator.rpartition(".")[0])
+    on = {"cuda": "CUDA", "cpu": "the CPU"}.get(device_type, device_type)
+    if documented is not None and device_type in documented.devices:
+        text, remedy = _settings(documented, flags)
+        return Explanation(True, f"{operator} on {on} {documented.why}; {text}.", remedy)
+    if not operator.startswith("aten."):
+        return _custom(operator, device_type)
+    if _draws(operator):
+        text = f"{operator} draws random numbers: the generator it draws from was not in the same state each time."
+        remedy = [
+            "draw from torch's global generator, whose state is restored for each replay, not from a torch.Generator "
+            "that the model keeps to itself",
+        ]
+        return Explanation(True, text, remedy)
+    elsewhere = ""
+    if documented is not None:
+        elsewhere = f" (it is on {' and '.join(name.upper() for name in documented.devices)})"
+    text = f"{operator} is not among the operators that PyTorch documents as nondeterministic on {on}{elsewhere}"
+    remedy = [] if _is_strict(flags) else ["--determinism.mode strict"]
+    if device_type == "cpu" and flags.get("threads") != 1:
+        text += f"; it ran on {flags.get('threads', 'an unknown number of')} threads"
+        remedy.append("--determinism.threads 1")
+    return Explanation(False, f"{text}.", remedy + _suspect_device(device_type))
+
+
+def _settings(documented: Documented, flags: Mapping[str, Any]) -> tuple[str, list[str]]:
+    """How the settings stood that govern it, and what is left to change."""
+    if documented.governs == "cudnn":
+        return _cudnn(flags)
+    if documented.governs in {"cublas", "rnn"}:
+        workspaces = _CUDNN_WORKSPACES if documented.governs == "rnn" else _CUBLAS_WORKSPACES
+        return _cublas(workspaces, flags)
+    stood = _stood(("deterministic_algorithms", "deterministic_warn_only"), flags)
+    strict = ["--determinism.mode strict"]
+    instead = [f"instead of it, use {documented.instead}"] if documented.instead else []
+    enabled, warned = flags.get("deterministic_algorithms"), flags.get("deterministic_warn_only")
+    if documented.governs in {"switches", "switches-if-strict"}:
+        if not enabled or (documented.governs == "switches-if-strict" and warned):
+            return f"{stood}, so it was not told to be deterministic", strict
+        return f"{stood}, which should make it deterministic", _report_to_pytorch()
+    if documented.governs == "switches-or-raises":
+        if not _is_strict(flags):
+            return stood, strict + instead
+        return f"{stood}, which should make it deterministic or stop the run", _report_to_pytorch() + instead
+    if _is_strict(flags):
+        return f"no setting makes it deterministic, and with {stood} it should have raised", instead
+    line = "--determinism.mode strict  # stops the run at this operator, with a traceback"
+    return f"no setting makes it deterministic; {stood}", [*instead, line]
+
+
+def _cudnn(flags: Mapping[str, Any]) -> tuple[str, list[str]]:
+    stood = _stood(("cudnn_deterministic", "deterministic_algorithms", "cudnn_benchmark"), flags)
+    remedy = []
+    if not (flags.get("cudnn_deterministic") or flags.get("deterministic_algorithms")):
+        remedy.append("--determinism.cudnn_deterministic true")
+    if flags.get("cudnn_benchmark") is not False:
+        remedy.append("--determinism.cudnn_benchmark false")
+    if remedy:
+        return stood, remedy + _tf32(flags, "cudnn_tf32")
+    return f"{stood}, which should make it deterministic", _report_to_pytorch()
+
+
+def _cublas(workspaces: tuple[str, ...], flags: Mapping[str, Any]) -> tuple[str, list[str]]:
+    present = flags.get("cublas_workspace_config")
+    stood = f"on this replica CUBLAS_WORKSPACE_CONFIG was {present or 'not set'}"
+    if present in workspaces:
+        return f"{stood}, which should make it deterministic", _report_to_pytorch()
+    # Only :16:8 is in both lists, so it never undoes what the other operators need.
+    wanted = ":16:8" if ":4096:8" not in workspaces else ":4096:8"
+    mode = "" if flags.get("deterministic_algorithms") else "--determinism.mode strict "
+    remedy = [f"{mode}--determinism.cublas_workspace_config {wanted}"]
+    if present is not None:
+        remedy.insert(0, "unset CUBLAS_WORKSPACE_CONFIG  # in the environment: dreplica does not overwrite it")
+    return f"{stood}, not one of {', '.join(workspaces)}", remedy + _tf32(flags, "matmul_tf32")
+
+
+def _tf32(flags: Mapping[str, Any], flag: str) -> list[str]:
+    # It rounds alike each time on one model of GPU, so it is no nondeterminism by itself.
+    return ["--determinism.tf32 false  # if the replicas' GPUs are not of one model"] if flags.get(flag) else []
+
+
+def _stood(names: Iterable[str], flags: Mapping[str, Any]) -> str:
+    stood = [f"{name} was {flags[name]}" for name in names if name in flags]
+    return f"on this replica {', '.join(stood)}" if stood else "how this replica's flags stood is not known"
+
+
+def _is_strict(flags: Mapping[str, Any]) -> bool:
+    return bool(flags.get("deterministic_algorithms")) and flags.get("deterministic_warn_only") is False
+
+
+def _report_to_pytorch() -> list[str]:
+    return [
+        "run the replica on another device: if the operator behaves there, suspect this device; if not, report it to "
+        "https://github.com/pytorch/pytorch/issues",
+    ]
+
+
+def _suspect_device(device_type: str) -> list[str]:
+    test = "nvidia-smi -q -d ECC,ROW_REMAPPER" if device_type == "cuda" else "sudo memtester 1G 1"
+    return [f"suspect the device: run this replica on another one, and test this one's memory: {test}"]
+
+
+def _custom(operator: str, device_type: str) -> Explanation:
+    namespace = operator.partition(".")[0]
+    text = (
+        f"{operator} is not one of PyTorch's operators: what it does is decided by the code that registers "
+        f"{namespace!r}, and torch's settings need not reach it."
+    )
+    remedy = ["in its code, look for atomic additions, for memory read before it is written, and for threads that race"]
+    if device_type == "cuda":
+        remedy.append("compute-sanitizer --tool racecheck python train.py  # then --tool initcheck")
+    return Explanation(
+        False, text, [*remedy, f"replace it by PyTorch's own operators, to confirm that {namespace} is it"]
+    )
+
+
+def _draws(operator: str) -> bool:
+    """Whether torch itself says that the operator draws from a generator."""
+    _, name, overload = operator.split(".")
+    packet = getattr(torch.ops.aten, name, None)
+    function = getattr(packet, overload, None)
+    return function is not None and torch.Tag.nondeterministic_seeded in function.tags

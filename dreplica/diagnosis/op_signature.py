@@ -1,0 +1,146 @@
+"""What of an operator's arguments and results says anything: which tensors it reads, and which it writes in full.
+
+Memory that nobody has written to holds whatever was there, on each replica something else. A digest of it would tell
+two replicas apart that have computed the same.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_leaves
+
+_UNINITIALIZED = {
+    "aten.empty",
+    "aten.empty_like",
+    "aten.empty_permuted",
+    "aten.empty_strided",
+    "aten.new_empty",
+    "aten.new_empty_strided",
+    "aten.resize_",
+}
+"""Operators whose whole result is uninitialised memory."""
+
+_OVERWRITES = {
+    *(f"aten.{name}_" for name in ("copy", "fill", "zero", "random", "bernoulli", "uniform", "normal", "exponential")),
+    *(f"aten.{name}_" for name in ("log_normal", "cauchy", "geometric", "_foreach_copy", "_foreach_zero")),
+}
+"""Operators that overwrite their first argument without reading it."""
+
+_SCRATCH_ARGUMENTS = {
+    "aten._ctc_loss_backward": {"log_alpha"},
+    "aten._cudnn_rnn_backward": {"reserve"},
+    "aten._efficient_attention_backward": {"logsumexp", "philox_seed", "philox_offset"},
+    "aten._flash_attention_backward": {"rng_state", "unused"},
+    "aten._scaled_dot_product_cudnn_attention_backward": {"philox_seed", "philox_offset"},
+    "aten._scaled_dot_product_efficient_attention_backward": {"logsumexp", "philox_seed", "philox_offset"},
+    "aten._scaled_dot_product_flash_attention_backward": {"philox_seed", "philox_offset"},
+    "aten.batch_norm_backward": {"reserve"},
+    "aten.cudnn_batch_norm_backward": {"reserveSpace"},
+    "aten.mkldnn_rnn_layer_backward": {"workspace"},
+    "aten.rrelu_with_noise": {"noise"},
+    "aten.rrelu_with_noise_": {"noise"},
+    "aten.rrelu_with_noise_backward": {"noise"},
+}
+"""Arguments of which a part may never have been written: workspaces, padding, states of generators that were not used.
+Those of the CPU were found by running torch's own operator samples over memory filled with two different patterns;
+those of CUDA are what a forward operator hands to its backward in buffers sized by a library or rounded up."""
+
+_SCRATCH_RESULTS = {
+    "aten._batch_norm_with_update": {3},
+    "aten._ctc_loss": {1},
+    "aten._cudnn_rnn": {3},
+    "aten._efficient_attention_forward": {1, 2, 3},
+    "aten._flash_attention_forward": {2, 3, 4},
+    "aten._scaled_dot_product_cudnn_attention": {6, 7, 8},
+    "aten._scaled_dot_product_efficient_attention": {1, 2, 3},
+    "aten._scaled_dot_product_flash_attention": {6, 7, 8},
+    "aten.cudnn_batch_norm": {3},
+    "aten.mkldnn_rnn_layer": {3},
+}
+"""The same for results, by position."""
+
+_UNDECLARED_WRITES = {
+    "aten.cudnn_batch_norm": {"running_mean", "running_var"},
+    "aten.miopen_batch_norm": {"running_mean", "running_var"},
+    "aten.native_batch_norm": {"running_mean", "running_var"},
+}
+"""Arguments that an operator updates although its schema does not say so."""
+
+
+_SAME_VIEWS = {"aten.alias.default", "aten.detach.default", "aten.lift_fresh.default"}
+"""Views that show all of their input as it is."""
+
+
+@dataclass(frozen=True)
+class OpSignature:
+    """What there is to know of one operator before it runs."""
+
+    name: str
+    """As in `aten.convolution.default`."""
+    arguments: tuple[str, ...]
+    """Names, in the order of the schema."""
+    recorded: bool
+    """False for an operator that computes nothing and whose result has no meaning yet."""
+    is_view: bool
+    """Whether its result is another view of an argument's memory: it computes nothing."""
+    shows_part: bool
+    """For a view, whether it shows something else than all of its first argument as it is."""
+    draws: bool
+    """Whether it draws from a generator."""
+    written: frozenset[str]
+    """Arguments that it writes to."""
+    unread: frozenset[str]
+    """Arguments that it does not read, or of which a part may be uninitialised memory."""
+    scratch_results: frozenset[int]
+    """Positions of results of which a part may be uninitialised memory."""
+
+    def inputs(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
+        """The tensors that it reads, in the order of the call."""
+        return tensors_in([value for name, value in self._named(args, kwargs) if name not in self.unread])
+
+    def outputs(self, result: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
+        """Results and arguments written to, each once: an in-place operator returns what it has written to."""
+        scratch = _SCRATCH_ARGUMENTS.get(self.name.rpartition(".")[0], ())
+        results = [result]
+        if self.scratch_results:
+            results = [item for position, item in enumerate(result) if position not in self.scratch_results]
+        written = [value for name, value in self._named(args, kwargs) if name in self.written and name not in scratch]
+        return list({id(tensor): tensor for tensor in tensors_in([results, written])}.values())
+
+    def _named(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[tuple[str, Any]]:
+        yield from zip(self.arguments, args, strict=False)
+        yield from kwargs.items()
+
+
+@cache
+def signature_of(func: Any) -> OpSignature:
+    """The signature of an operator overload as `__torch_dispatch__` is given it."""
+    name = str(func)
+    packet = name.rpartition(".")[0]
+    arguments = func._schema.arguments
+    aliased = [argument.alias_info.is_write for argument in arguments if argument.alias_info is not None]
+    is_view = bool(aliased) and not any(aliased)
+    written = {argument.name for argument in arguments if argument.alias_info and argument.alias_info.is_write}
+    unread = {argument.name for argument in arguments if argument.is_out} | _SCRATCH_ARGUMENTS.get(packet, set())
+    if packet in _OVERWRITES:
+        unread.add(arguments[0].name)
+    return OpSignature(
+        name=name,
+        arguments=tuple(argument.name for argument in arguments),
+        recorded=func.namespace != "profiler" and packet not in _UNINITIALIZED,
+        is_view=is_view,
+        shows_part=is_view and name not in _SAME_VIEWS,
+        draws=torch.Tag.nondeterministic_seeded in func.tags,
+        written=frozenset(written | _UNDECLARED_WRITES.get(packet, set())),
+        unread=frozenset(unread),
+        scratch_results=frozenset(_SCRATCH_RESULTS.get(packet, ())),
+    )
+
+
+def tensors_in(values: Any) -> list[Tensor]:
+    """The tensors in nested arguments or results, in order."""
+    return [leaf for leaf in tree_leaves(values) if isinstance(leaf, Tensor)]

@@ -1,0 +1,50 @@
+"""The table of causes: complete, in sentences, and its settings can be pasted."""
+
+import shlex
+
+import pytest
+
+from dreplica.config import RunConfig, load_config
+from dreplica.diagnosis.causes import CAUSES, Cause
+
+LISTED = """
+none config-differs environment-differs optimizer-not-bound scheduler-not-bound parameters-not-optimized storage-shared
+build-not-seeded build-rng-differs indices-differ batch-differs nondeterministic-operator transient-fault
+persistent-fault declared-override evaluation-differs not-learning structure-differs replica-lost unexplained
+""".split()
+
+SETTINGS = [(cause, line) for cause in CAUSES.values() for line in cause.remedy if line.startswith("--")]
+
+
+def test_every_cause_and_no_other() -> None:
+    assert sorted(CAUSES) == sorted(LISTED)
+    assert all(code == cause.code for code, cause in CAUSES.items())
+
+
+@pytest.mark.parametrize("cause", CAUSES.values(), ids=CAUSES)
+def test_an_explanation_is_one_sentence(cause: Cause) -> None:
+    assert cause.explanation.endswith(".")
+    assert cause.explanation[0].isupper()
+    assert ". " not in cause.explanation
+
+
+@pytest.mark.parametrize("cause", CAUSES.values(), ids=CAUSES)
+def test_every_cause_but_none_has_a_remedy(cause: Cause) -> None:
+    assert bool(cause.remedy) == (cause.code != "none")
+    assert all(line.strip() == line and not line.endswith(".") for line in cause.remedy)
+
+
+@pytest.mark.parametrize(("cause", "line"), SETTINGS, ids=[f"{cause.code}-{line[2:20]}" for cause, line in SETTINGS])
+def test_settings_can_be_pasted(cause: Cause, line: str) -> None:
+    config = load_config(shlex.split(line, comments=True), num_replicas=2)
+    assert isinstance(config, RunConfig)
+
+
+def test_there_are_settings_to_paste() -> None:
+    assert {cause.code for cause, _ in SETTINGS} >= {"build-not-seeded", "nondeterministic-operator", "unexplained"}
+
+
+@pytest.mark.parametrize("code", ["transient-fault", "persistent-fault"])
+def test_faults_say_how_to_test_the_memory(code: str) -> None:
+    text = "\n".join(CAUSES[code].remedy)
+    assert all(tool in text for tool in ("memtester", "edac-util", "nvidia-smi -q -d ECC"))

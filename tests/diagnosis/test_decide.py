@@ -1,0 +1,163 @@
+"""The decision tree, on made-up witnesses: each cause, and what looks like it but is not."""
+
+from dataclasses import replace
+from typing import Any
+
+from dreplica.agreement.stages import STAGES
+from dreplica.diagnosis.decide import Witness, decide, first_difference
+from dreplica.diagnosis.operators import OpRecord
+from dreplica.diagnosis.provenance import Contents
+from dreplica.world.manifest import Difference
+
+
+def digest(text: str) -> bytes:
+    return text.encode().ljust(16, b".")[:16]
+
+
+START = digest("start")
+CONV = OpRecord("aten.convolution.default", "conv", "forward", START, digest("conv"), "")
+RELU = OpRecord("aten.relu.default", "relu", "forward", digest("conv"), digest("relu"), "")
+SGD = OpRecord("aten._foreach_add_.List", "", "optimizer", START + digest("relu"), digest("weight"), "")
+GOOD = {stage: digest(stage) for stage in STAGES}
+
+
+def witness(**changes: Any) -> Witness:
+    """A replica on which nothing is wrong, with changes."""
+    records = changes.pop("records", [CONV, RELU, SGD])
+    contents = Contents(frozenset({START}), {"weights": {"weight": digest("weight")}})
+    good = Witness(GOOD, GOOD, GOOD, records, None, contents, True, bytes(5056), [digest("a"), digest("b")])
+    return replace(good, **changes)
+
+
+def bad(*stages: str) -> dict[str, bytes]:
+    return GOOD | {stage: digest(f"bad {stage}") for stage in stages}
+
+
+def always(stages: dict[str, bytes], **changes: Any) -> Witness:
+    """A replica that comes to the same state each time."""
+    return witness(original=stages, first=stages, second=stages, **changes)
+
+
+def test_a_fault_that_does_not_come_back_is_transient() -> None:
+    for num_replicas in (2, 3, 4):
+        witnesses = [witness() for _ in range(num_replicas)]
+        witnesses[1] = witness(original=bad("weights"))
+        decision = decide(witnesses, {}, [])
+        assert (decision.cause, decision.suspects) == ("transient-fault", [1])
+
+
+def test_too_many_that_do_not_come_back_are_unexplained() -> None:
+    decision = decide([witness(original=bad("weights")), witness(original=bad("rng")), witness()], {}, [])
+    assert decision.cause == "unexplained"
+    assert decide([witness(original=bad("weights")), witness(original=bad("rng"))], {}, []).cause == "unexplained"
+
+
+def test_a_batch_that_comes_out_otherwise_on_all_is_not_a_fault() -> None:
+    decision = decide([witness(original=bad("batch")), witness(original=GOOD | {"batch": digest("other")})], {}, [])
+    assert decision.cause == "batch-differs"
+
+
+def test_a_replica_that_differs_from_itself_has_a_nondeterministic_operator() -> None:
+    other = replace(RELU, outputs=digest("relu again"))
+    place = first_difference([CONV, RELU, SGD], [CONV, other, SGD])
+    witnesses = [witness(), witness(second=bad("weights"), against_itself=place)]
+    decision = decide(witnesses, {}, [])
+    assert (decision.cause, decision.suspects) == ("nondeterministic-operator", [1])
+    assert decision.operator is not None
+    assert decision.operator.record == RELU
+
+
+def test_a_batch_that_differs_from_itself_is_no_operator() -> None:
+    witnesses = [witness(), witness(second=bad("batch", "weights"))]
+    assert decide(witnesses, {}, []).cause == "batch-differs"
+
+
+def test_a_replica_that_differs_from_itself_outside_of_operators_is_unexplained() -> None:
+    assert decide([witness(), witness(second=bad("weights"))], {}, []).cause == "unexplained"
+
+
+def rounding() -> Witness:
+    """A replica whose convolution gives something else for the same inputs, each time."""
+    conv = replace(CONV, outputs=digest("conv'"))
+    relu = replace(RELU, inputs=digest("conv'"), outputs=digest("relu'"))
+    sgd = replace(SGD, inputs=START + digest("relu'"), outputs=digest("weight'"))
+    contents = Contents(frozenset({START}), {"weights": {"weight": digest("weight'")}})
+    return always(bad("output", "weights"), records=[conv, relu, sgd], contents=contents)
+
+
+def test_same_settings_and_another_result_each_time_is_a_persistent_fault() -> None:
+    decision = decide([witness(), rounding(), witness()], {}, [])
+    assert (decision.cause, decision.suspects) == ("persistent-fault", [1])
+    assert decision.operator is not None
+    assert decision.operator.record == CONV
+    assert decision.sides == (0, 1)
+
+
+def test_a_declared_difference_explains_it() -> None:
+    overrides = {1: {"determinism": {"threads": 2}}}
+    decision = decide([witness(), rounding()], overrides, [])
+    assert (decision.cause, decision.suspects) == ("declared-override", [1])
+
+
+def test_a_declared_difference_on_another_replica_does_not() -> None:
+    overrides = {2: {"determinism": {"threads": 2}}}
+    decision = decide([witness(), rounding(), witness()], overrides, [])
+    assert (decision.cause, decision.suspects) == ("persistent-fault", [1])
+
+
+def test_a_declared_difference_does_not_hide_struck_memory() -> None:
+    """The operator read what nothing had written: no setting does that."""
+    relu = replace(RELU, inputs=digest("flipped"), outputs=digest("relu'"))
+    struck = always(bad("output"), records=[CONV, relu, replace(SGD, inputs=START + digest("relu'"))])
+    decision = decide([witness(), struck], {1: {"determinism": {"threads": 2}}}, [])
+    assert (decision.cause, decision.suspects) == ("persistent-fault", [1])
+
+
+def test_other_hardware_explains_it_only_where_it_divides_alike() -> None:
+    cards = Difference("device.name", ("A100", "H100", "A100"), allowed=True)
+    assert decide([witness(), rounding(), witness()], {}, [cards]).cause == "environment-differs"
+    cards = Difference("device.name", ("A100", "A100", "H100"), allowed=True)
+    assert decide([witness(), rounding(), witness()], {}, [cards]).cause == "persistent-fault"
+    hosts = Difference("host", ("a", "b", "a"), allowed=True)
+    assert decide([witness(), rounding(), witness()], {}, [hosts]).cause == "persistent-fault"
+
+
+def test_a_custom_operator_is_not_called_a_fault() -> None:
+    """What it computes may depend on more than its inputs."""
+    mine = OpRecord("mine.op.default", "", "forward", START, digest("conv"), "")
+    other = replace(mine, outputs=digest("conv'"))
+    witnesses = [witness(records=[mine, RELU, SGD]), always(bad("output"), records=[other, RELU, SGD])]
+    assert decide(witnesses, {}, []).cause == "unexplained"
+
+
+def test_another_call_is_another_structure() -> None:
+    scaled = replace(CONV, scalars="2", outputs=digest("conv'"))
+    decision = decide([witness(), always(bad("output"), records=[scaled, RELU, SGD])], {}, [])
+    assert decision.cause == "structure-differs"
+    longer = always(bad("output"), records=[CONV, CONV, RELU, SGD])
+    assert decide([witness(), longer], {}, []).cause == "structure-differs"
+
+
+def test_weights_that_no_operator_wrote_are_a_persistent_fault_even_between_two() -> None:
+    contents = Contents(frozenset({START}), {"weights": {"weight": digest("flipped")}})
+    decision = decide([witness(), always(bad("weights"), contents=contents)], {}, [])
+    assert (decision.cause, decision.suspects) == ("persistent-fault", [1])
+
+
+def test_other_data_on_one_replica_is_not_a_fault() -> None:
+    struck = always(bad("batch", "output"), sample_digests=[digest("a"), digest("x")])
+    decision = decide([witness(), struck, witness()], {}, [])
+    assert (decision.cause, decision.suspects, decision.positions) == ("batch-differs", [1], [1])
+
+
+def test_few_bits_of_a_generator_are_a_fault_many_are_not() -> None:
+    flipped = bytes(5055) + b"\x05"
+    decision = decide([witness(), always(bad("rng"), generator=flipped), witness()], {}, [])
+    assert (decision.cause, decision.suspects) == ("persistent-fault", [1])
+    seeded_again = bytes([0b01010101]) * 5056
+    assert decide([witness(), always(bad("rng"), generator=seeded_again), witness()], {}, []).cause == "unexplained"
+
+
+def test_replays_that_differ_from_what_happened_and_from_each_other_are_unexplained() -> None:
+    muddle = witness(original=bad("weights"), first=bad("rng"), second=bad("rng"))
+    assert decide([witness(), muddle, witness()], {}, []).cause == "unexplained"

@@ -1,0 +1,54 @@
+"""Whole jobs that part, and what the replay says of them."""
+
+import pytest
+
+from tests.fixtures import SMALL
+from tests.harness import run_job
+
+
+def test_another_thread_count_is_a_declared_override_and_its_operator_is_named() -> None:
+    job = run_job("--train.max_steps=3", "--overrides.1.determinism.threads=2")
+    verdict = job.report["verdict"]
+    assert verdict["cause"] == "declared-override", job.output
+    assert (verdict["step"], verdict["stage"]) == (1, "buffers")
+    assert verdict["operator"].startswith("aten.")
+    assert verdict["module"].startswith("layer")
+    assert verdict["phase"] == "forward"
+    assert verdict["suspects"] == [1]
+    assert any("inputs agree" in line and "outputs do not" in line for line in verdict["evidence"])
+    assert any("ULP" in line for line in verdict["evidence"])
+
+
+@pytest.mark.parametrize(
+    ("fault", "cause"),
+    [
+        ("{replica: 0, step: 3, target: weights}", "transient-fault"),
+        ("{replica: 2, step: 4, target: activation, tensor: '0', bits: 8, repeat: true}", "persistent-fault"),
+    ],
+)
+def test_a_fault_is_found_at_its_step_on_its_replica(fault: str, cause: str) -> None:
+    job = run_job(*SMALL, f"--inject=[{fault}]", num_replicas=3)
+    verdict = job.report["verdict"]
+    replica = int(fault[10])
+    assert (verdict["cause"], verdict["suspects"]) == (cause, [replica]), job.output
+    assert verdict["step"] == int(fault.split("step: ")[1][0])
+    assert set(job.exitcodes.values()) == {3}
+    assert any("fault injection" in warning for warning in job.report["warnings"])
+    assert "FAULT INJECTION" in job.output
+
+
+def test_going_on_after_a_difference_ends_as_if_it_had_not_been_looked_into() -> None:
+    """Probing changes nothing: the final digests are those of the same run without snapshots, hence without replay."""
+    arguments = (*SMALL, "--overrides.1.determinism.onednn=false", "--agreement.on_divergence=continue")
+    probed, unprobed = run_job(*arguments), run_job(*arguments, "--agreement.snapshot_every=0")
+    assert probed.report["verdict"]["cause"] == "declared-override", probed.output
+    assert probed.report["verdict"]["operator"] == "aten.convolution.default"
+    assert unprobed.report["verdict"]["operator"] is None
+    assert probed.report["fingerprints"] == unprobed.report["fingerprints"]
+    assert probed.report["epochs"] == unprobed.report["epochs"]
+    assert probed.report["steps_checked"] == 10
+    distances = probed.report["distance"]
+    assert [row["epoch"] for row in distances] == [1, 2]
+    assert distances[0]["weights"]["l2"][0] == 0.0
+    assert distances[0]["weights"]["l2"][1] > 0.0
+    assert distances[0]["weights"]["max_ulp"][1] > 0
