@@ -128,6 +128,7 @@ class Run:
     def preflight(self, data: DataSets) -> None:
         """Exchanges manifests. Raises Concluded (`environment-differs`) where replicas must match and do not."""
         self.manifests = self.channel.gather(collect_manifest(self.world, self.device, self.seed, data.digest))
+        self.facts.manifests = self.manifests
         self.facts.differences = compare_manifests(self.manifests, self.config.overrides)
         wrong = [difference for difference in self.facts.differences if not difference.allowed]
         if wrong:

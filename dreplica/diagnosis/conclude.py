@@ -6,6 +6,7 @@ from typing import Any
 
 from dreplica.agreement.verdict import Verdict
 from dreplica.diagnosis.causes import CAUSES
+from dreplica.diagnosis.nondeterminism import explain_operator
 from dreplica.replica.wiring import WiringError
 from dreplica.world.manifest import Difference
 from dreplica.world.roll_call import Lost
@@ -39,11 +40,13 @@ class RunFacts:
     """Manifest fields on which replicas differ."""
     builds: Sequence[BuildFacts] = ()
     """One per replica, once built."""
+    manifests: Sequence[Mapping[str, Any]] = ()
+    """One per replica."""
 
 
 def conclude(found: Verdict, facts: RunFacts) -> Verdict:
     """The verdict on a divergence: the finding with cause, evidence and remedy."""
-    verdict = found
+    verdict = _explain_nondeterminism(found, facts)
     declared = [f"replica {replica_id} declares {_dotted(partial)}" for replica_id, partial in facts.overrides.items()]
     environment = [f"differs, allowed: {difference}" for difference in facts.differences]
     if not verdict.suspects and found.classes:
@@ -178,6 +181,15 @@ def conclude_build(found: Verdict, facts: RunFacts) -> Verdict:
             "replicas: what differs was not drawn from them",
         ]
     )
+
+
+def _explain_nondeterminism(found: Verdict, facts: RunFacts) -> Verdict:
+    """What is documented of a non-deterministic operator, and how the settings stood on the replica in question."""
+    if found.cause != "nondeterministic-operator" or found.operator is None or not facts.manifests:
+        return found
+    manifest = facts.manifests[found.suspects[0]]
+    explanation = explain_operator(found.operator, manifest["device"]["type"], manifest["numerics"])
+    return found.with_(evidence=[*found.evidence, explanation.text], remedy=list(explanation.remedy))
 
 
 def _name(found: Verdict, cause: str, evidence: list[str]) -> Verdict:

@@ -1,6 +1,7 @@
 """From the place where replicas part to the verdict, through replays of the step."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor
@@ -12,7 +13,8 @@ from dreplica.diagnosis.arbitrate import arbitrate
 from dreplica.diagnosis.conclude import RunFacts
 from dreplica.diagnosis.decide import Decision, Witness, decide, first_difference
 from dreplica.diagnosis.elements import compare_elements
-from dreplica.diagnosis.operators import Captured
+from dreplica.diagnosis.nondeterminism import may_vary
+from dreplica.diagnosis.operators import Captured, OpRecord
 from dreplica.diagnosis.replay import Replayed, Replayer
 from dreplica.replica.rng import seed_generators
 from dreplica.training.history import History, StepEntry
@@ -53,6 +55,7 @@ def diagnose(
             original, first, second, indices, digest_samples(dataset, indices), step if step < found.step else None
         )
         decision = decide(channel.gather(own), facts.overrides, facts.differences)
+        decision = _doubt_transient(decision, first.tracer.records, channel, facts)
         evidence = [*decision.evidence, *_compare_in_full(decision, replayer, indices, channel)]
         if decision.positions:
             evidence.append(f"first such sample: index {int(indices[decision.positions[0]])}")
@@ -94,6 +97,19 @@ def _witness(
         sample_digests=list(samples),
         unreproduced=unreproduced,
     )
+
+
+def _doubt_transient(decision: Decision, records: Sequence[OpRecord], channel: Channel, facts: RunFacts) -> Decision:
+    """A difference that does not come back may be a rare race, where an operator that is not deterministic ran."""
+    if decision.cause != "transient-fault" or not facts.manifests:
+        return decision
+    manifest = facts.manifests[channel.rank]
+    own = {record.name for record in records if may_vary(record.name, manifest["device"]["type"], manifest["numerics"])}
+    names = sorted(set().union(*channel.gather(own)))
+    if not names:
+        return decision
+    line = f"{', '.join(names)} ran in this step and is not deterministic with these settings: it may have been a race"
+    return replace(decision, cause="unexplained", evidence=[*decision.evidence, line])
 
 
 def _compare_in_full(decision: Decision, replayer: Replayer, indices: Tensor, channel: Channel) -> list[str]:

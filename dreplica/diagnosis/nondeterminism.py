@@ -142,12 +142,12 @@ def explain_operator(operator: str, device_type: str, flags: Mapping[str, Any]) 
     if not operator.startswith("aten."):
         return _custom(operator, device_type)
     if _draws(operator):
-        text = f"{operator} draws random numbers: the generator it draws from was not in the same state each time."
-        remedy = [
-            "draw from torch's global generator, whose state is restored for each replay, not from a torch.Generator "
-            "that the model keeps to itself",
-        ]
-        return Explanation(True, text, remedy)
+        text = (
+            f"{operator} draws random numbers, the same ones from the same state of its generator, which a trace "
+            "counts among its inputs; PyTorch documents nothing else about it."
+        )
+        remedy = ["draw from torch's global generator, not from a torch.Generator that the model keeps to itself"]
+        return Explanation(False, text, remedy + _suspect_device(device_type))
     elsewhere = ""
     if documented is not None:
         elsewhere = f" (it is on {' and '.join(name.upper() for name in documented.devices)})"
@@ -157,6 +157,12 @@ def explain_operator(operator: str, device_type: str, flags: Mapping[str, Any]) 
         text += f"; it ran on {flags.get('threads', 'an unknown number of')} threads"
         remedy.append("--determinism.threads 1")
     return Explanation(False, f"{text}.", remedy + _suspect_device(device_type))
+
+
+def may_vary(operator: str, device_type: str, flags: Mapping[str, Any]) -> bool:
+    """Whether `operator` is documented to vary from run to run with these settings; arguments as `explain_operator`."""
+    explanation = explain_operator(operator, device_type, flags)
+    return explanation.known and any(line.startswith("--") for line in explanation.remedy)
 
 
 def _settings(documented: Documented, flags: Mapping[str, Any]) -> tuple[str, list[str]]:

@@ -23,8 +23,8 @@ class StopRequest:
 def stop_signals() -> Iterator[StopRequest]:
     """Turns SIGTERM, SIGINT, SIGHUP and SIGUSR2 into a `StopRequest`; a second Ctrl-C interrupts at once.
 
-    One Ctrl-C reaches a worker twice: from the terminal, and passed on by torchrun. So the second SIGINT only counts
-    when it comes some seconds later.
+    One Ctrl-C may reach a worker twice: from the terminal, and passed on by its launcher. So the second SIGINT only
+    counts when it comes some seconds later.
     """
     request = StopRequest()
     interrupted_at: float | None = None

@@ -174,6 +174,7 @@ def test_layout_does_not_matter() -> None:
     assert difference(one, last).first_index == (1, 0, 1, 0)
 
 
+@pytest.mark.filterwarnings("ignore:Sparse invariant")
 def test_sparse_tensors() -> None:
     one = torch.sparse_coo_tensor(torch.tensor([[1, 3]]), torch.tensor([1.0, 2.0]), (5,))
     other = torch.sparse_coo_tensor(torch.tensor([[3, 1]]), torch.tensor([2.5, 1.0]), (5,))

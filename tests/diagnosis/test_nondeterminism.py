@@ -63,8 +63,7 @@ def test_flags_have_the_names_of_numerics_flags() -> None:
 
 
 def test_what_the_documentation_lists_is_in_the_table() -> None:
-    """Of the operators that the installed torch's documentation names, for CUDA or the CPU, those that can be called
-    with numbers and raise in strict mode, by the name in the documentation."""
+    """By the name in the installed torch's documentation, and by that in a trace."""
     documentation = torch.use_deterministic_algorithms.__doc__ or ""
     expected = {
         "index_add": "index_add",
@@ -156,7 +155,6 @@ def test_attention_heeds_strict_mode_only() -> None:
     backward = "aten._scaled_dot_product_flash_attention_backward.default"
     assert explain(backward, deterministic_warn_only=True).remedy == ["--determinism.mode strict"]
     assert settings_in(explain(backward)) == []
-    assert not explain_operator("aten._scaled_dot_product_flash_attention.default", "cuda", OFF).remedy == []
 
 
 @pytest.mark.parametrize("operator", ["aten.convolution.default", "aten.convolution_backward.default"])
@@ -212,6 +210,7 @@ def test_overloads_that_are_deterministic_are_not_blamed() -> None:
 def test_operators_that_draw() -> None:
     for operator in ("aten.native_dropout.default", "aten.bernoulli_.float"):
         found = explain(operator)
+        assert not found.known
         assert "draws random numbers" in found.text
         assert "torch.Generator" in found.remedy[0]
 

@@ -69,6 +69,14 @@ def drawn_elsewhere(num_classes: int) -> nn.Module:
     return model
 
 
+def scaled_by_rank(num_classes: int) -> nn.Module:
+    """No random number: weights that depend on the rank."""
+    model = tiny_model(num_classes)
+    with torch.no_grad():
+        model[5].weight.mul_(1 + rank())
+    return model
+
+
 def noisy_on_rank_1(config: DataConfig) -> tuple[TensorImages, TensorImages, int]:
     train, val, num_classes = tiny_images(config)
     if rank() == 1:

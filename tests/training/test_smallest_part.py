@@ -36,7 +36,7 @@ def pooled() -> nn.Module:
 
 
 def wide_enough() -> nn.Module:
-    return nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(16, 5))
+    return nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.Flatten(), nn.Dropout(), nn.Linear(16, 5))
 
 
 def normless() -> nn.Module:
