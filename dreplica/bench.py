@@ -8,7 +8,6 @@ drifts moves both sides alike; the median over the rounds is what to quote.
 import argparse
 import itertools
 import statistics
-import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -16,7 +15,6 @@ from dataclasses import dataclass
 import torch
 from rich.console import Console
 from rich.table import Table
-from torch.distributed.elastic.multiprocessing.errors import record
 from torch.utils.data import DataLoader
 
 from dreplica.agreement.agreement import Agreement
@@ -24,14 +22,16 @@ from dreplica.config import RunConfig
 from dreplica.data.coordinator import Coordinator
 from dreplica.data.datasets import DataSets, load_data
 from dreplica.errors import ExitCode, UsageError
+from dreplica.meet import Prepared, meet
 from dreplica.replica.build import build_replica
 from dreplica.replica.replica import Replica
 from dreplica.replica.rng import model_seed, seed_generators
-from dreplica.run import AGREEMENT_LAG, Prepared, meet
+from dreplica.run import AGREEMENT_LAG
 from dreplica.training.evaluate import Tally
 from dreplica.training.history import History
 from dreplica.training.loop import StepDone, train
 from dreplica.training.step import forward, make_scaler
+from dreplica.worker import run_process
 from dreplica.world.process_group import World
 from dreplica.world.signals import StopRequest
 
@@ -59,19 +59,14 @@ class Bench:
     def __init__(self, config: RunConfig, world: World, device: torch.device, steps: int) -> None:
         train = config.train.model_copy(update={"max_steps": None})
         self.config, self.world, self.device = config.model_copy(update={"train": train}), world, device
+        self.steps = steps
         self.data: DataSets = world.together(lambda: load_data(config.data))
         seed_generators(model_seed(config.seed, world.replica_id))
         self.replica: Replica = world.together(lambda: build_replica(config, self.data.num_classes, device))
         self.replica.scaler = make_scaler(config.train, device)
-        self.steps = steps
         self.bytes_per_step = 0
         num_batches = -(-len(self.data.train) // config.data.batch_size)  # type: ignore[arg-type]
-        if steps >= num_batches:
-            raise UsageError(
-                f"--steps: {steps} timed steps and one before them do not fit into an epoch of {num_batches} batches, "
-                f"and an evaluation in between would be timed too. Use --steps {max(1, num_batches - 1)}"
-                " or a smaller --data.batch_size."
-            )
+        world.together(lambda: _check_steps(steps, num_batches))
 
     def measure(self, rounds: int) -> Measured:
         """Times every loop in every round, after one round that does not count. A collective."""
@@ -163,6 +158,15 @@ class Bench:
             torch.cuda.synchronize()
 
 
+def _check_steps(steps: int, num_batches: int) -> None:
+    if steps >= num_batches:
+        raise UsageError(
+            f"--steps: {steps} timed steps and one before them do not fit into an epoch of {num_batches} batches, and an "
+            f"evaluation in between would be timed too. Use --steps {max(1, num_batches - 1)} or a smaller "
+            "--data.batch_size."
+        )
+
+
 def print_measured(console: Console, measured: Measured, world: World, rounds: int, steps: int) -> None:
     """The two tables: time per step and ratios."""
     table = Table(
@@ -183,9 +187,12 @@ def print_measured(console: Console, measured: Measured, world: World, rounds: i
     console.print(f"hashed by each replica: {measured.bytes_per_step / 1e6:.1f} MB per step", highlight=False)
 
 
-@record
 def main() -> None:
     """One worker of the benchmark."""
+    run_process(_work)
+
+
+def _work() -> ExitCode:
     parser = argparse.ArgumentParser(allow_abbrev=False, add_help=False)
     parser.add_argument("--rounds", type=int, default=12)
     parser.add_argument("--steps", type=int, default=4)
@@ -197,7 +204,7 @@ def main() -> None:
             print_measured(Console(), measured, world, known.rounds, known.steps)
         return ExitCode.AGREED
 
-    sys.exit(int(meet(settings, conduct)))
+    return meet(settings, conduct)
 
 
 if __name__ == "__main__":

@@ -47,7 +47,7 @@ def load_batches(
         prefetch_factor=_PREFETCH if num_workers else None,
         pin_memory=device.type == "cuda",
         generator=epoch_generator(seed, epoch),
-        worker_init_fn=_reset_signals,
+        worker_init_fn=_ignore_signals,
     )
     for number, (inputs, labels) in enumerate(loader):
         stream.consumed(number)
@@ -70,8 +70,7 @@ def load_again(
     return Batch(indices, inputs.to(device, memory_format=memory_format), labels.to(device))
 
 
-def _reset_signals(_worker_id: int) -> None:
-    """A worker inherits the trainer's signal handlers, which only set a flag; it must end when it is told to."""
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    signal.signal(signal.SIGUSR2, signal.SIG_IGN)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+def _ignore_signals(_worker_id: int) -> None:
+    """A worker ends with its trainer, and when the loader tells it to; signals to the whole job are the trainer's."""
+    for number in (signal.SIGTERM, signal.SIGUSR2, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)

@@ -125,6 +125,9 @@ def train(
         evaluation = evaluate(replica, data.val, coordinator, device, batch_size, num_workers, config.train)
         agreement.evaluation({"logits": evaluation.logits}, epoch)
         yield _gather_epoch(epoch, agreement.steps_done, tally, evaluation, started, trained, world)
+        if any(world.channel.gather(bool(stop_request))):  # with agreement.every 0 no step's message carries it
+            yield Stopped(agreement.steps_done, epoch)
+            break
         if agreement.steps_done == config.train.max_steps:
             break
     agreement.finish()
