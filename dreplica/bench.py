@@ -161,8 +161,8 @@ class Bench:
 def _check_steps(steps: int, num_batches: int) -> None:
     if steps >= num_batches:
         raise UsageError(
-            f"--steps: {steps} timed steps and one before them do not fit into an epoch of {num_batches} batches, and an "
-            f"evaluation in between would be timed too. Use --steps {max(1, num_batches - 1)} or a smaller "
+            f"--steps: {steps} timed steps and one before them do not fit into an epoch of {num_batches} batches, and "
+            f"an evaluation in between would be timed too. Use --steps {max(1, num_batches - 1)} or a smaller "
             "--data.batch_size."
         )
 

@@ -31,6 +31,7 @@ from dreplica.report.recorder import Recorder
 from dreplica.report.terminal import ProgressDisplay
 from dreplica.training.history import History
 from dreplica.training.loop import EpochDone, StepDone, Stopped, train
+from dreplica.training.smallest_part import check_smallest_part
 from dreplica.training.spread import measure_spread
 from dreplica.training.step import make_scaler
 from dreplica.world.manifest import collect_manifest, compare_manifests, compare_values
@@ -151,6 +152,9 @@ class Run:
         faulty = [replica_id for replica_id, fault in enumerate(faults) if fault is not None]
         if faulty:
             raise Concluded(diagnosis.wiring_fault(faults[faulty[0]], faulty, self.world.num_replicas))
+        replica.model.train()
+        device = self.device.device
+        self.world.together(lambda: check_smallest_part(replica.model, self.data.train, self.own, device))
         if self.config.model.init == "broadcast":
             broadcast_state(replica.model, self.channel, with_rng=self.expect == "identical")
 

@@ -40,7 +40,12 @@ def explain_build(found: Verdict, rebuilt: Rebuilt, channel: Channel) -> Verdict
     if random_ones:
         line = f"built again from the same seed, replicas {random_ones} do not reproduce themselves"
         place = rows[random_ones[0]].against_itself
-        return _add(found.with_(cause="build-not-seeded"), line, place, (random_ones[0], random_ones[0]))
+        remedy = [
+            "draw from the global generators, which are seeded from seed.model before the build",
+            "numpy.random.default_rng(torch.initial_seed())  # or: seed a generator of your own from it",
+        ]
+        reseeded = found.with_(cause="build-not-seeded", remedy=remedy)
+        return _add(reseeded, line, place, (random_ones[0], random_ones[0]))
     one, other = (ids[0] for ids in found.classes[:2])
     place = first_difference(rows[one].records, rows[other].records)
     return _add(found, "built again from the same seed, every replica reproduces itself", place, (one, other))

@@ -15,7 +15,6 @@ from dreplica.data.loader import load_batches
 from dreplica.replica.replica import Replica
 from dreplica.training.evaluate import Evaluation, Tally, evaluate
 from dreplica.training.history import History, StepEntry
-from dreplica.training.smallest_part import check_smallest_part
 from dreplica.training.step import reduction_of, training_step
 from dreplica.world.process_group import World
 from dreplica.world.signals import StopRequest
@@ -84,8 +83,6 @@ def train(
     """
     batch_size, num_workers = config.data.batch_size, config.data.num_workers
     memory_format = torch.channels_last if config.model.channels_last else torch.preserve_format
-    replica.model.train()
-    world.together(lambda: check_smallest_part(replica.model, data.train, config, device))
     for epoch in range(1, config.train.epochs + 1):
         started = time.perf_counter()
         tally = Tally.zero(device)

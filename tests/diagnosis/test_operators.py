@@ -123,7 +123,14 @@ def test_without_a_model_paths_begin_beneath_the_first_module_called() -> None:
     assert places(tracer, "aten.convolution.")[1:] == [("body.0.conv", "forward"), ("body.1.conv", "forward")]
 
 
-def test_a_gradient_belongs_to_its_parameters_module_and_tied_weights_to_the_first() -> None:
+def test_accumulating_a_gradient_belongs_to_its_parameters_module() -> None:
+    model = nn.Sequential(nn.Linear(4, 4, bias=False), nn.Linear(4, 5))
+    inputs = torch.randn(6, 4)
+    trace(model, inputs=inputs)
+    assert sorted(places(trace(model, inputs=inputs), "aten.add_")) == [(m, "backward") for m in ("0", "1", "1")]
+
+
+def test_tied_weights() -> None:
     class Tied(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -236,6 +243,7 @@ def test_everything_after_the_backward_pass_is_the_optimizers() -> None:
     assert {phase for _, phase in places(tracer, "aten._foreach")} == {"optimizer"}
     assert len(places(tracer, "aten._foreach")) > 5
     assert [phase for _, phase in places(tracer, "aten.convolution.")] == ["forward"] * 6
+    assert places(tracer, "aten.nll_loss_forward") == [("", "forward")] * 2
 
 
 def test_a_closure_runs_forward_and_backward_within_the_optimizer() -> None:
@@ -565,6 +573,7 @@ def test_capture_of_a_call_that_overwrites_its_argument_keeps_what_went_in() -> 
 # Compiled models
 
 
+@pytest.mark.filterwarnings("error:Using `torch.compile")  # torch gives it where hooks are added to compiled modules
 @pytest.mark.parametrize("in_place", [False, True])
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
 def test_compiled_code_runs_compiled_while_it_is_traced(backend: str, in_place: bool) -> None:

@@ -7,7 +7,7 @@ from tests.harness import run_job
 
 
 def test_another_thread_count_is_a_declared_override_and_its_operator_is_named() -> None:
-    job = run_job("--train.max_steps=3", "--overrides.1.determinism.threads=2")
+    job = run_job("--train.max_steps=1", "--data.batch_size=32", "--overrides.1.determinism.threads=2")
     verdict = job.report["verdict"]
     assert verdict["cause"] == "declared-override", job.output
     assert (verdict["step"], verdict["stage"]) == (1, "buffers")

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from tests.fixtures import SMALL
-from tests.harness import Job, torchrun
+from tests.harness import Job, run_job
 
 FAULTY = "tests.end_to_end.faulty"
 SHORT = (*SMALL, "--train.epochs=1")
@@ -42,7 +42,7 @@ def digests_of(job: Job, stage: str) -> list[str]:
 
 
 def test_unseeded_builds_are_told_at_step_0_by_the_first_tensor() -> None:
-    job = torchrun(*SHORT, "--seed.model=null")
+    job = run_job(*SHORT, "--seed.model=null")
     verdict = diverged(
         job,
         "build-not-seeded",
@@ -61,7 +61,7 @@ def test_unseeded_builds_are_told_at_step_0_by_the_first_tensor() -> None:
 
 
 def test_unseeded_builds_agree_once_rank_0s_state_is_sent_to_all() -> None:
-    job = torchrun(*SHORT, "--seed.model=null", "--model.init=broadcast")
+    job = run_job(*SHORT, "--seed.model=null", "--model.init=broadcast")
     report = agreed(job)
     assert report["expect"] == "identical"
     assert report["steps_checked"] == 5
@@ -74,7 +74,7 @@ def test_unseeded_builds_agree_once_rank_0s_state_is_sent_to_all() -> None:
     [("one_more_draw_on_rank_1", "build-rng-differs"), ("reseeded_from_the_os", "build-not-seeded")],
 )
 def test_a_build_that_draws_otherwise(factory: str, cause: str) -> None:
-    job = torchrun(*SHORT, f"--model.factory={FAULTY}:{factory}")
+    job = run_job(*SHORT, f"--model.factory={FAULTY}:{factory}")
     diverged(job, cause, agreed=False, step=0, stage="weights", tensor="0.weight", classes=[[0], [1]], suspects=[])
 
 
@@ -88,7 +88,7 @@ def test_a_build_that_draws_otherwise(factory: str, cause: str) -> None:
     ],
 )
 def test_builds_that_part_while_the_generators_agree(factory: str, cause: str, words: str) -> None:
-    job = torchrun(*SHORT, f"--model.factory={FAULTY}:{factory}")
+    job = run_job(*SHORT, f"--model.factory={FAULTY}:{factory}")
     verdict = diverged(job, cause, agreed=False, step=0, stage="weights", tensor="5.weight", module="5")
     assert any("equal before and after the build" in line for line in verdict["evidence"])
     assert any(words in line and "faulty.py" in line for line in verdict["evidence"])
@@ -119,7 +119,7 @@ def test_builds_that_part_while_the_generators_agree(factory: str, cause: str, w
 def test_a_replica_whose_parts_do_not_belong_together(
     factory: str, cause: str, fields: dict[str, Any], remedy: str
 ) -> None:
-    job = torchrun(*SHORT, f"--replica.factory={FAULTY}:{factory}")
+    job = run_job(*SHORT, f"--replica.factory={FAULTY}:{factory}")
     verdict = diverged(job, cause, step=0, **fields)
     assert any(remedy in line for line in verdict["remedy"])
 
@@ -128,7 +128,7 @@ def test_a_replica_whose_parts_do_not_belong_together(
 
 
 def test_a_fresh_data_order_each_run_is_still_the_same_on_all_replicas() -> None:
-    jobs = [torchrun(*SHORT, "--seed.data=null") for _ in range(2)]
+    jobs = [run_job(*SHORT, "--seed.data=null") for _ in range(2)]
     for job in jobs:
         agreed(job)
     one, other = (digests_of(job, "indices") for job in jobs)
@@ -140,7 +140,7 @@ def test_a_fresh_data_order_each_run_is_still_the_same_on_all_replicas() -> None
 
 
 def test_other_bytes_for_the_same_samples() -> None:
-    job = torchrun(*SHORT, f"--data.name={FAULTY}:noisy_on_rank_1", "--data.batch_size=80")
+    job = run_job(*SHORT, f"--data.name={FAULTY}:noisy_on_rank_1", "--data.batch_size=80")
     verdict = diverged(job, "batch-differs", agreed=False, step=1, stage="batch", tensor="inputs", classes=[[0], [1]])
     assert "indices" not in str(verdict["evidence"][:2])
 
@@ -149,7 +149,7 @@ def test_other_bytes_for_the_same_samples() -> None:
 
 
 def test_independent_replicas_report_their_spread() -> None:
-    report = agreed(torchrun(*SHORT, "--seed.model=[1, 2]"))
+    report = agreed(run_job(*SHORT, "--seed.model=[1, 2]"))
     assert report["expect"] == "independent"
     assert report["verdict"]["classes"] == [[0], [1]]
     accuracies = report["epochs"][-1]["val"]["accuracy"]
@@ -164,7 +164,7 @@ def test_independent_replicas_report_their_spread() -> None:
 
 
 def test_moving_buffers_are_not_learning() -> None:
-    job = torchrun(*SHORT, "--optim.lr=0")
+    job = run_job(*SHORT, "--optim.lr=0")
     verdict = diverged(job, "not-learning", step=5, epoch=1, stage="weights", suspects=[0, 1])
     evidence = " ".join(verdict["evidence"])
     assert "buffers changed" in evidence
@@ -174,7 +174,7 @@ def test_moving_buffers_are_not_learning() -> None:
 
 
 def test_an_evaluation_that_differs_on_one_replica() -> None:
-    job = torchrun(*SHORT, f"--model.factory={FAULTY}:other_evaluation")
+    job = run_job(*SHORT, f"--model.factory={FAULTY}:other_evaluation")
     diverged(job, "evaluation-differs", agreed=False, step=5, epoch=1, stage="predictions", classes=[[0], [1]])
 
 
@@ -185,7 +185,7 @@ def test_a_declared_difference_in_threads_is_found_at_the_first_step(
     num_replicas: int, other: int, classes: list[list[int]]
 ) -> None:
     # ResNet-18: its first BatchNorm statistics round otherwise on two threads.
-    job = torchrun("--train.max_steps=3", f"--overrides.{other}.determinism.threads=2", num_replicas=num_replicas)
+    job = run_job("--train.max_steps=1", "--data.batch_size=32", f"--overrides.{other}.determinism.threads=2", num_replicas=num_replicas)
     verdict = job.report["verdict"]
     assert (verdict["agreed"], verdict["step"], verdict["stage"]) == (False, 1, "buffers"), job.output
     assert verdict["classes"] == classes
