@@ -56,17 +56,17 @@ class Measured:
 class Bench:
     """The three loops on one replica of one process; all replicas go through them together."""
 
-    def __init__(self, config: RunConfig, world: World, device: torch.device, steps: int) -> None:
+    def __init__(self, config: RunConfig, world: World, device: torch.device, steps: int | None) -> None:
         train = config.train.model_copy(update={"max_steps": None})
         self.config, self.world, self.device = config.model_copy(update={"train": train}), world, device
-        self.steps = steps
         self.data: DataSets = world.together(lambda: load_data(config.data))
         seed_generators(model_seed(config.seed, world.replica_id))
         self.replica: Replica = world.together(lambda: build_replica(config, self.data.num_classes, device))
         self.replica.scaler = make_scaler(config.train, device)
         self.bytes_per_step = 0
         num_batches = -(-len(self.data.train) // config.data.batch_size)  # type: ignore[arg-type]
-        world.together(lambda: _check_steps(steps, num_batches))
+        self.steps = min(4, max(1, num_batches - 1)) if steps is None else steps
+        world.together(lambda: _check_steps(self.steps, num_batches))
 
     def measure(self, rounds: int) -> Measured:
         """Times every loop in every round, after one round that does not count. A collective."""
@@ -195,13 +195,14 @@ def main() -> None:
 def _work() -> ExitCode:
     parser = argparse.ArgumentParser(allow_abbrev=False, add_help=False)
     parser.add_argument("--rounds", type=int, default=12)
-    parser.add_argument("--steps", type=int, default=4)
+    parser.add_argument("--steps", type=int)
     known, settings = parser.parse_known_args()
 
     def conduct(prepared: Prepared, world: World, _stop_request: StopRequest) -> ExitCode:
-        measured = Bench(prepared.own, world, prepared.device.device, known.steps).measure(known.rounds)
+        bench = Bench(prepared.own, world, prepared.device.device, known.steps)
+        measured = bench.measure(known.rounds)
         if world.is_coordinator:
-            print_measured(Console(), measured, world, known.rounds, known.steps)
+            print_measured(Console(), measured, world, known.rounds, bench.steps)
         return ExitCode.AGREED
 
     return meet(settings, conduct)

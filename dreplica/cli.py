@@ -21,7 +21,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     bench = _add_command(commands, "bench", "measure what the trainer and its checks cost on a config")
     bench.add_argument("--rounds", type=_positive, default=12, help="alternating rounds (default: 12)")
-    bench.add_argument("--steps", type=_positive, default=4, help="timed steps of each loop in a round (default: 4)")
+    bench.add_argument(
+        "--steps",
+        type=_positive,
+        default=None,
+        help="timed steps of each loop in a round (default: 4, or as many as fit into an epoch)",
+    )
     bench.set_defaults(module="dreplica.bench")
 
     text = "run the known causes of disagreement and check what is found"
@@ -50,7 +55,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(f"error: {error}", file=sys.stderr)
             return ExitCode.UNUSABLE
     if known.command == "bench":
-        settings = [f"--rounds={known.rounds}", f"--steps={known.steps}", *settings]
+        steps = [] if known.steps is None else [f"--steps={known.steps}"]
+        settings = [f"--rounds={known.rounds}", *steps, *settings]
 
     from dreplica.launcher import launch  # it configures torchrun's logging when imported
 

@@ -57,7 +57,9 @@ class Explainer:
         log.info("replicas parted at step %s: running it again to find out why", found.step)
         replayer = Replayer(self.replica, history, self.redraw, self.load, self.config.train, agreement)
         original = agreement.diverged_stages
-        return conclude(diagnose(found, original, replayer, self.data.train, self.channel, self.facts), self.facts)
+        num_workers = self.config.data.num_workers
+        verdict = diagnose(found, original, replayer, self.data.train, num_workers, self.channel, self.facts)
+        return conclude(verdict, self.facts)
 
     def explain_build(self, found: Verdict) -> Verdict:
         """Names the cause of a difference at the build, and the draw where the builds part."""

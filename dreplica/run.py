@@ -41,7 +41,7 @@ from dreplica.world.signals import StopRequest
 
 log = logging.getLogger(__name__)
 
-AGREEMENT_LAG: Literal[0] = 0
+AGREEMENT_LAG: Literal[1] = 1
 
 
 def run_worker(argv: Sequence[str]) -> ExitCode:

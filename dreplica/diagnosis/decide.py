@@ -4,109 +4,14 @@ Pure: it sees what every replica has gathered, so every replica decides the same
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Any
 
 from dreplica.agreement.stages import STAGES
 from dreplica.agreement.verdict import split_into_classes, suspects_of
-from dreplica.diagnosis.operators import OpRecord
-from dreplica.diagnosis.provenance import Contents, left_unaccounted, reads_unaccounted
+from dreplica.diagnosis.struck import struck_memory
+from dreplica.diagnosis.witness import Decision, OpDifference, Witness, first_difference
 from dreplica.world.manifest import Difference
-
-_MOST_STRUCK_BITS = 64
-
-
-@dataclass(frozen=True)
-class OpDifference:
-    """The first operator at which two records of a step part."""
-
-    index: int
-    one: OpRecord | None
-    other: OpRecord | None
-    """None where one of the two has ended."""
-
-    @property
-    def same_structure(self) -> bool:
-        """Whether it is the same operator on both sides."""
-        return self.one is not None and self.other is not None and self.one.same_operator(self.other)
-
-    @property
-    def inputs_agree(self) -> bool:
-        """Whether the operator was given the same, so that it is itself what made the difference."""
-        return self.one is not None and self.other is not None and self.one.inputs == self.other.inputs
-
-    @property
-    def same_call(self) -> bool:
-        """Whether it is the same operator on both sides, called with the same numbers and settings."""
-        if self.one is None or self.other is None:
-            return False
-        return self.same_structure and self.one.scalars == self.other.scalars
-
-    @property
-    def made_here(self) -> bool:
-        """Whether the operator itself made the difference: the same call on the same inputs gave other outputs."""
-        return self.same_call and self.inputs_agree
-
-    @property
-    def record(self) -> OpRecord:
-        """The operator, as one side has it."""
-        record = self.one or self.other
-        assert record is not None
-        return record
-
-
-@dataclass(frozen=True)
-class Witness:
-    """What one replica has to say about the step in question."""
-
-    original: Mapping[str, bytes]
-    """Digest of each stage as it was when replicas parted."""
-    first: Mapping[str, bytes]
-    """And in the first replay,"""
-    second: Mapping[str, bytes]
-    """and the second."""
-    records: Sequence[OpRecord]
-    """The first replay's operators."""
-    against_itself: OpDifference | None
-    """Where its own two replays part."""
-    contents: Contents
-    """Of the first replay."""
-    indices_intact: bool
-    """Whether the first replay used the indices it was given."""
-    generator: bytes
-    """State of torch's CPU generator after the first replay."""
-    sample_digests: Sequence[bytes]
-    """One for each sample of the batch, loaded by itself."""
-    unreproduced: int | None = None
-    """A step before, at which it did not come out as it was compared."""
-
-
-@dataclass(frozen=True)
-class Decision:
-    """A cause, and what it rests on."""
-
-    cause: str
-    suspects: list[int]
-    evidence: list[str]
-    operator: OpDifference | None = None
-    sides: tuple[int, int] | None = None
-    """Two replicas whose operator outputs differ, to be compared in full."""
-    replica_against_itself: int | None = None
-    classes: list[list[int]] | None = None
-    positions: list[int] = field(default_factory=list)
-    """Positions in the batch of the samples that differ."""
-
-
-def first_difference(one: Sequence[OpRecord], other: Sequence[OpRecord]) -> OpDifference | None:
-    """Where two records part: another operator, another call of it, other outputs, or inputs that no operator made."""
-    for index, (a, b) in enumerate(zip(one, other, strict=False)):
-        place = OpDifference(index, a, b)
-        if not place.same_call or not place.inputs_agree or a.outputs != b.outputs:
-            return place
-    if len(one) == len(other):
-        return None
-    index = min(len(one), len(other))
-    return OpDifference(index, one[index] if index < len(one) else None, other[index] if index < len(other) else None)
 
 
 def decide(
@@ -146,11 +51,14 @@ def _not_reproducible(witnesses: Sequence[Witness], replica_ids: list[int]) -> D
     if place is None:
         evidence.append("every operator gave the same both times: the difference was made outside of operators")
         return Decision("unexplained", replica_ids, evidence, replica_against_itself=replica_id)
-    if not place.same_call:
+    if not place.same_structure:
         evidence.append(
             f"structure diverged at operator {place.index}: {place.one} in one replay, {place.other} in the other"
         )
         return Decision("structure-differs", replica_ids, evidence, place, replica_against_itself=replica_id)
+    if not place.same_call:
+        evidence.append(_other_numbers(place, "in one replay", "in the other"))
+        return Decision("unexplained", replica_ids, evidence, place, replica_against_itself=replica_id)
     if not place.inputs_agree:
         evidence.append(f"{place.record} was given other inputs, which no recorded operator has made")
         return Decision("unexplained", replica_ids, evidence, place, replica_against_itself=replica_id)
@@ -164,12 +72,23 @@ def _transient(witnesses: Sequence[Witness], moved: list[int]) -> Decision:
         evidence.append("on every replica the batch came out otherwise than before: loading it is not reproducible")
         classes = split_into_classes([witness.original["batch"] for witness in witnesses])
         return Decision("batch-differs", suspects_of(classes), evidence, classes=classes)
+    if _drawn_in_workers(witnesses, moved):
+        evidence.append("the samples are drawn at random by the process that loads them, and workers loaded them")
+        classes = split_into_classes([witness.original["batch"] for witness in witnesses])
+        return Decision("batch-differs", suspects_of(classes) or moved, evidence, classes=classes)
     if not moved or 2 * len(moved) >= max(len(witnesses), 3):
         evidence.append(f"the originals of replicas {moved} differ from the replays: too many for one fault")
         return Decision("unexplained", moved, evidence)
     evidence.append(f"what happened on replicas {moved} differs from its own replays; the others' does not")
     everyone = [r for r in range(len(witnesses)) if r not in moved]
     return Decision("transient-fault", moved, evidence, classes=[everyone, *([r] for r in moved)])
+
+
+def _drawn_in_workers(witnesses: Sequence[Witness], moved: Sequence[int]) -> bool:
+    """Whether the batch parted first, on a replica whose workers drew it from generators that a replay has not."""
+    if not moved or len({witness.original.get("batch") for witness in witnesses}) == 1:
+        return False
+    return any(witnesses[r].loaded_by_workers and witnesses[r].samples_are_random for r in moved)
 
 
 def _deterministic(
@@ -186,7 +105,7 @@ def _deterministic(
         if decision is not None:
             return decision
     found = _with_operator(Decision("unexplained", suspects, evidence, classes=classes), witnesses, classes)
-    struck = _struck_memory(found, witnesses, stage)
+    struck = struck_memory(found, witnesses, stage)
     if struck is not None:
         return struck
     settings = [repr(overrides.get(replica_id, {})) for replica_id in range(len(witnesses))]
@@ -195,7 +114,7 @@ def _deterministic(
         line = "replicas differ exactly as their declared settings do"
         return replace(found, cause="declared-override", suspects=declared, evidence=[*found.evidence, line])
     place = found.operator
-    if place is not None and not place.same_call:
+    if place is not None and not place.same_structure:
         return replace(found, cause="structure-differs")
     if place is None or not place.made_here or not place.record.name.startswith("aten."):
         return found
@@ -226,9 +145,12 @@ def _with_operator(decision: Decision, witnesses: Sequence[Witness], classes: li
     if place is None:
         line = "every operator gave the same on both sides: the difference was made outside of operators"
         return _extend(decision, [line], None, None)
-    if not place.same_call:
+    if not place.same_structure:
         sides = f"{place.one} on replica {one}, {place.other} on replica {other}"
         line = f"structure diverged at operator {place.index}: {sides}"
+        return _extend(decision, [line], place, None)
+    if not place.same_call:
+        line = _other_numbers(place, f"on replica {one}", f"on replica {other}")
         return _extend(decision, [line], place, None)
     if not place.inputs_agree:
         line = f"operator {place.index}, {place.record}, was given other inputs, made by no recorded operator"
@@ -237,42 +159,13 @@ def _with_operator(decision: Decision, witnesses: Sequence[Witness], classes: li
     return _extend(decision, [line], place, (one, other))
 
 
-def _struck_memory(found: Decision, witnesses: Sequence[Witness], stage: str | None) -> Decision | None:
-    """`persistent-fault`, where some replicas' memory was changed behind the operators' backs; None where none was."""
-    place = found.operator
-    struck: dict[int, str] = {}
-    for replica_id, witness in enumerate(witnesses):
-        if not witness.indices_intact:
-            struck[replica_id] = "used other indices than it was given"
-        elif place is not None and place.same_structure and not place.inputs_agree:
-            if reads_unaccounted(witness.records, witness.contents, place.index):
-                struck[replica_id] = f"operator {place.index} read contents that nothing had written"
-        elif place is None and stage is not None:
-            names = left_unaccounted(witness.records, witness.contents, stage)
-            if names:
-                struck[replica_id] = f"{', '.join(names[:3])} of {stage} hold contents that no operator wrote"
-    if len(struck) == len(witnesses):
-        return None  # not memory, then, but data that came in from outside of operators on all of them
-    if place is None and stage == "rng":
-        struck = _struck_generators(found, witnesses)
-    if not struck:
-        return None
-    lines = [f"replica {replica_id}: {line}; memory changed by itself" for replica_id, line in struck.items()]
-    suspects = found.suspects or ([] if stage == "rng" else list(struck))
-    return replace(found, cause="persistent-fault", suspects=suspects, evidence=[*found.evidence, *lines])
-
-
-def _struck_generators(found: Decision, witnesses: Sequence[Witness]) -> dict[int, str]:
-    """Generators in almost the same state: one that drew more, or was seeded again, differs in half of its bits."""
-    assert found.classes is not None
-    reference = witnesses[found.classes[0][0]].generator
-    struck = {}
-    for replica_id in [replica_id for ids in found.classes[1:] for replica_id in ids]:
-        pairs = zip(reference, witnesses[replica_id].generator, strict=True)
-        bits = sum((one ^ other).bit_count() for one, other in pairs)
-        if 0 < bits <= _MOST_STRUCK_BITS:
-            struck[replica_id] = f"torch's generator differs in {bits} of {8 * len(reference)} bits"
-    return struck
+def _other_numbers(place: OpDifference, here: str, there: str) -> str:
+    assert place.one is not None
+    assert place.other is not None
+    return (
+        f"operator {place.index}, {place.record}, was called with other numbers, made by no operator: "
+        f"({place.one.scalars}) {here}, ({place.other.scalars}) {there}"
+    )
 
 
 def _extend(

@@ -11,11 +11,12 @@ from dreplica.agreement.stages import Stage, batch_stage, tensors_stage
 from dreplica.agreement.verdict import Verdict
 from dreplica.diagnosis.arbitrate import arbitrate
 from dreplica.diagnosis.conclude import RunFacts
-from dreplica.diagnosis.decide import Decision, Witness, decide, first_difference
+from dreplica.diagnosis.decide import decide
 from dreplica.diagnosis.elements import compare_elements
 from dreplica.diagnosis.nondeterminism import may_vary
 from dreplica.diagnosis.operators import Captured, OpRecord
 from dreplica.diagnosis.replay import Replayed, Replayer
+from dreplica.diagnosis.witness import Decision, Witness, first_difference
 from dreplica.replica.rng import seed_generators
 from dreplica.training.history import History, StepEntry
 from dreplica.world.channel import Channel
@@ -33,6 +34,7 @@ def diagnose(
     original: Mapping[str, Stage],
     replayer: Replayer,
     dataset: Dataset[Any],
+    num_workers: int,
     channel: Channel,
     facts: RunFacts,
 ) -> Verdict:
@@ -43,6 +45,7 @@ def diagnose(
         original: this replica's stages at that step, as compared.
         replayer: over the history that holds the step.
         dataset: the training set, to tell different data from data that was changed afterwards.
+        num_workers: that loaded this replica's batches.
         channel: between all replicas.
         facts: what else is known of the run.
     """
@@ -51,18 +54,18 @@ def diagnose(
         step = _approach(found.step, replayer, channel)
         indices = replayer.indices()
         first, second = replayer.again(indices), replayer.again(indices)
-        own = _witness(
-            original, first, second, indices, digest_samples(dataset, indices), step if step < found.step else None
-        )
+        own = _witness(original, first, second, indices, step if step < found.step else None)
+        if found.stage == "batch":
+            own = replace(own, loaded_by_workers=num_workers > 0, **_examine_samples(dataset, indices))
         decision = decide(channel.gather(own), facts.overrides, facts.differences)
         decision = _doubt_transient(decision, first.tracer.records, channel, facts)
-        evidence = [*decision.evidence, *_compare_in_full(decision, replayer, indices, channel)]
+        decision = _compare_in_full(decision, replayer, indices, channel)
+        decision = _add(decision, _compare_with_replay(decision, found, replayer, channel))
         if decision.positions:
-            evidence.append(f"first such sample: index {int(indices[decision.positions[0]])}")
-        verdict = _as_verdict(found, decision, evidence)
+            decision = _add(decision, [f"first such sample: index {int(indices[decision.positions[0]])}"])
         if step < found.step:
-            verdict = verdict.with_(evidence=[*verdict.evidence, f"already step {step} is not reproducible"])
-        return verdict
+            decision = _add(decision, [f"already step {step} is not reproducible"])
+        return _as_verdict(found, decision)
     finally:
         replayer.close()
 
@@ -82,7 +85,6 @@ def _witness(
     first: Replayed,
     second: Replayed,
     indices: Tensor,
-    samples: Sequence[bytes],
     unreproduced: int | None,
 ) -> Witness:
     return Witness(
@@ -94,7 +96,7 @@ def _witness(
         generator=first.generator,
         indices_intact=first.stages["indices"].digest == tensors_stage({"indices": indices}).digest,
         against_itself=first_difference(first.tracer.records, second.tracer.records),
-        sample_digests=list(samples),
+        sample_digests=[],
         unreproduced=unreproduced,
     )
 
@@ -112,11 +114,11 @@ def _doubt_transient(decision: Decision, records: Sequence[OpRecord], channel: C
     return replace(decision, cause="unexplained", evidence=[*decision.evidence, line])
 
 
-def _compare_in_full(decision: Decision, replayer: Replayer, indices: Tensor, channel: Channel) -> list[str]:
+def _compare_in_full(decision: Decision, replayer: Replayer, indices: Tensor, channel: Channel) -> Decision:
     """Runs the operator in question once more where it matters, and compares the two results element by element."""
     place = decision.operator
     if place is None or not place.made_here:
-        return []
+        return decision
     replica_id = decision.replica_against_itself
     if replica_id is not None:
         text = ""
@@ -124,24 +126,39 @@ def _compare_in_full(decision: Decision, replayer: Replayer, indices: Tensor, ch
             one, other = (replayer.again(indices, place.index).tracer.captured for _ in range(2))
             text = _describe_outputs(one.outputs, other.outputs) if one and other else ""
         text = channel.gather(text)[replica_id]
-        return [text] if text else []
+        return _add(decision, [text] if text else [])
     if decision.sides is None:
-        return []
+        return decision
     captured = replayer.again(indices, place.index).tracer.captured if channel.rank in decision.sides else None
     outputs = channel.gather(captured.outputs if captured else None)
-    evidence = [_describe_outputs(*(outputs[side] for side in decision.sides))]
+    decision = _add(decision, [_describe_outputs(*(outputs[side] for side in decision.sides))])
     if decision.cause == "persistent-fault" and not decision.suspects:
-        evidence += _arbitrate(captured, outputs, decision.sides, channel)
-    return evidence
+        return _settle(decision, captured, outputs, channel)
+    return decision
 
 
-def _arbitrate(
-    captured: Captured | None, outputs: Sequence[Any], sides: tuple[int, int], channel: Channel
-) -> list[str]:
+def _settle(decision: Decision, captured: Captured | None, outputs: Sequence[Any], channel: Channel) -> Decision:
+    """Two replicas, no vote: the operator run in float64 tells which side is outside rounding error, if one is."""
+    assert decision.sides is not None
     result = None
     if captured is not None:
-        result = arbitrate(captured, [outputs[side] for side in sides], sides)
-    return next((r.evidence for r in channel.gather(result) if r is not None), ["no error bound for this operator"])
+        result = arbitrate(captured, [outputs[side] for side in decision.sides], decision.sides)
+    judged = next((row for row in channel.gather(result) if row is not None), None)
+    if judged is None:
+        return _add(decision, ["there is no bound for this operator's rounding error, to tell which side is wrong"])
+    sides = decision.sides
+    decision = _add(decision, judged.evidence)
+    wrong = [side for side, possible in zip(sides, judged.possible, strict=True) if not possible]
+    if len(wrong) == 1:
+        return replace(decision, suspects=wrong)
+    if wrong:
+        return decision
+    line = "both are legitimate ways of rounding, though settings and environment are the same"
+    return replace(_add(decision, [line]), cause="unexplained")
+
+
+def _add(decision: Decision, lines: list[str]) -> Decision:
+    return replace(decision, evidence=[*decision.evidence, *lines])
 
 
 def _describe_outputs(one: Sequence[Tensor], other: Sequence[Tensor]) -> str:
@@ -154,13 +171,29 @@ def _describe_outputs(one: Sequence[Tensor], other: Sequence[Tensor]) -> str:
     return "run once more, the operator gave the same on both sides"
 
 
-def digest_samples(dataset: Dataset[Any], indices: Tensor) -> list[bytes]:
-    """16 bytes for each sample, loaded by itself; the global generators are seeded first, so they play no part."""
-    seed_generators(0)
+def _compare_with_replay(decision: Decision, found: Verdict, replayer: Replayer, channel: Channel) -> list[str]:
+    """Of a transient fault whose traces are still there: what happened against the replay, element by element."""
+    if decision.cause != "transient-fault" or found.stage is None or found.tensor is None:
+        return []
+    text = ""
+    if channel.rank in decision.suspects:
+        pair = replayer.present_and_replayed(found.stage, found.tensor)
+        text = f"{found.tensor} of {found.stage}: {compare_elements(*pair)}" if pair else ""
+    return [f"replica {rank}: {row}" for rank, row in enumerate(channel.gather(text)) if row]
+
+
+def _examine_samples(dataset: Dataset[Any], indices: Tensor) -> dict[str, Any]:
+    digests = digest_samples(dataset, indices)
+    return {"sample_digests": digests, "samples_are_random": digests != digest_samples(dataset, indices, seed=1)}
+
+
+def digest_samples(dataset: Dataset[Any], indices: Tensor, seed: int = 0) -> list[bytes]:
+    """16 bytes for each sample, loaded by itself, the global generators seeded first."""
+    seed_generators(seed)
     return [batch_stage(default_collate([dataset[int(index)]])).digest for index in indices]
 
 
-def _as_verdict(found: Verdict, decision: Decision, evidence: list[str]) -> Verdict:
+def _as_verdict(found: Verdict, decision: Decision) -> Verdict:
     place = decision.operator
     record = None if place is None else place.record
     return found.with_(
@@ -170,5 +203,5 @@ def _as_verdict(found: Verdict, decision: Decision, evidence: list[str]) -> Verd
         module=record.module if record else found.module,
         operator=record.name if record else None,
         phase=record.phase if record else None,
-        evidence=[*found.evidence, *evidence],
+        evidence=[*found.evidence, *decision.evidence],
     )

@@ -65,6 +65,18 @@ def left_unaccounted(records: Sequence[OpRecord], contents: Contents, stage: str
     return [name for name, digest in contents.after.get(stage, {}).items() if digest not in known]
 
 
+def last_writer(records: Sequence[OpRecord], index: int, changed: bytes) -> int | None:
+    """The operator that wrote what operator `index` reads where `changed`, another record of its inputs, differs.
+
+    None if it was not written in this step.
+    """
+    for sound, other in zip(_split(records[index].inputs), _split(changed), strict=False):
+        if sound != other:
+            writers = [number for number in range(index) if sound in _split(records[number].outputs)]
+            return writers[-1] if writers else None
+    return None
+
+
 def _known(records: Iterable[OpRecord], contents: Contents) -> set[bytes]:
     known = set(contents.before)
     for record in records:

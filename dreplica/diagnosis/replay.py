@@ -93,6 +93,14 @@ class Replayer:
         generator = torch.get_rng_state().numpy().tobytes()
         return Replayed(stages, tracer, Contents(before, contents_after(self._replica)), generator)
 
+    def present_and_replayed(self, stage: str, name: str) -> tuple[Tensor, Tensor] | None:
+        """A tensor as it was found and as the replay just run left it; None where a later step has overwritten it."""
+        if self.present.steps_done != self._replica.steps_done:
+            return None
+        now = take_snapshot(self._replica)
+        pair = [_find(snapshot, self._replica, stage, name) for snapshot in (self.present, now)]
+        return None if pair[0] is None or pair[1] is None else (pair[0].cpu(), pair[1].cpu())
+
     def close(self) -> None:
         """Restores the state in which the replica was found, byte for byte."""
         restore_snapshot(self._replica, self.present)
@@ -103,3 +111,16 @@ class Replayer:
         return self._agreement.observe(
             indices=batch.indices, batch=(batch.inputs, batch.labels), outputs=output.logits, loss=output.loss
         )
+
+
+def _find(snapshot: Snapshot, replica: Replica, stage: str, name: str) -> Tensor | None:
+    if stage in {"weights", "buffers"}:
+        return snapshot.tensors.get(f"model.{name}")
+    if stage == "gradients":
+        return snapshot.gradients.get(name)
+    names: dict[Tensor, str] = {parameter: path for path, parameter in replica.model.named_parameters()}
+    for parameter, state in snapshot.optimizer_state:
+        for key, value in state.items():
+            if f"{names.get(parameter)}.{key}" == name and isinstance(value, Tensor):
+                return value
+    return None

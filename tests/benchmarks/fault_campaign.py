@@ -117,7 +117,9 @@ def campaign(world: World, num_faults: int, clean_steps: int, seed: int) -> bool
         kind = "repeated" if fault.repeat else "one-time"
         table.setdefault((fault.target, kind), Counter())[found] += 1
         if world.is_coordinator and (found.isupper() or "WRONG" in found or "unexplained" in found):
-            print(f"{found}: {fault}, seed {fault.seed}", *(trial.verdict.evidence if trial.verdict else []), sep="\n  ")
+            print(
+                f"{found}: {fault}, seed {fault.seed}", *(trial.verdict.evidence if trial.verdict else []), sep="\n  "
+            )
     false_alarms = 0
     epochs = -(-clean_steps // 10)
     long = config.model_copy(

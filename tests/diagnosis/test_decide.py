@@ -4,9 +4,10 @@ from dataclasses import replace
 from typing import Any
 
 from dreplica.agreement.stages import STAGES
-from dreplica.diagnosis.decide import Witness, decide, first_difference
+from dreplica.diagnosis.decide import decide
 from dreplica.diagnosis.operators import OpRecord
 from dreplica.diagnosis.provenance import Contents
+from dreplica.diagnosis.witness import Witness, first_difference
 from dreplica.world.manifest import Difference
 
 

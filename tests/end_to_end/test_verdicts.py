@@ -185,7 +185,12 @@ def test_a_declared_difference_in_threads_is_found_at_the_first_step(
     num_replicas: int, other: int, classes: list[list[int]]
 ) -> None:
     # ResNet-18: its first BatchNorm statistics round otherwise on two threads.
-    job = run_job("--train.max_steps=1", "--data.batch_size=32", f"--overrides.{other}.determinism.threads=2", num_replicas=num_replicas)
+    job = run_job(
+        "--train.max_steps=1",
+        "--data.batch_size=32",
+        f"--overrides.{other}.determinism.threads=2",
+        num_replicas=num_replicas,
+    )
     verdict = job.report["verdict"]
     assert (verdict["agreed"], verdict["step"], verdict["stage"]) == (False, 1, "buffers"), job.output
     assert verdict["classes"] == classes

@@ -1,0 +1,114 @@
+"""What replicas have to say about a step that was run again, and what is made of it."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+from dreplica.diagnosis.operators import OpRecord
+from dreplica.diagnosis.provenance import Contents
+
+
+@dataclass(frozen=True)
+class OpDifference:
+    """The first operator at which two records of a step part."""
+
+    index: int
+    one: OpRecord | None
+    other: OpRecord | None
+    """None where one of the two has ended."""
+    extra: OpRecord | None = None
+    """An operator that only one side has, where the other goes on as that side does after it."""
+
+    @property
+    def same_structure(self) -> bool:
+        """Whether it is the same operator on both sides."""
+        return self.one is not None and self.other is not None and self.one.same_operator(self.other)
+
+    @property
+    def inputs_agree(self) -> bool:
+        """Whether the operator was given the same, so that it is itself what made the difference."""
+        return self.one is not None and self.other is not None and self.one.inputs == self.other.inputs
+
+    @property
+    def same_call(self) -> bool:
+        """Whether it is the same operator on both sides, called with the same numbers and settings."""
+        if self.one is None or self.other is None:
+            return False
+        return self.same_structure and self.one.scalars == self.other.scalars
+
+    @property
+    def made_here(self) -> bool:
+        """Whether the operator itself made the difference: the same call on the same inputs gave other outputs."""
+        return self.same_call and self.inputs_agree
+
+    @property
+    def record(self) -> OpRecord:
+        """The operator, as one side has it."""
+        record = self.extra or self.one or self.other
+        assert record is not None
+        return record
+
+
+@dataclass(frozen=True)
+class Witness:
+    """What one replica has to say about the step in question."""
+
+    original: Mapping[str, bytes]
+    """Digest of each stage as it was when replicas parted."""
+    first: Mapping[str, bytes]
+    """And in the first replay,"""
+    second: Mapping[str, bytes]
+    """and the second."""
+    records: Sequence[OpRecord]
+    """The first replay's operators."""
+    against_itself: OpDifference | None
+    """Where its own two replays part."""
+    contents: Contents
+    """Of the first replay."""
+    indices_intact: bool
+    """Whether the first replay used the indices it was given."""
+    generator: bytes
+    """State of torch's CPU generator after the first replay."""
+    sample_digests: Sequence[bytes]
+    """One for each sample of the batch, loaded by itself."""
+    samples_are_random: bool = False
+    """Whether a sample comes out otherwise when the global generators stand otherwise."""
+    loaded_by_workers: bool = False
+    unreproduced: int | None = None
+    """A step before, at which it did not come out as it was compared."""
+
+
+@dataclass(frozen=True)
+class Decision:
+    """A cause, and what it rests on."""
+
+    cause: str
+    suspects: list[int]
+    evidence: list[str]
+    operator: OpDifference | None = None
+    sides: tuple[int, int] | None = None
+    """Two replicas whose operator outputs differ, to be compared in full."""
+    replica_against_itself: int | None = None
+    classes: list[list[int]] | None = None
+    positions: list[int] = field(default_factory=list)
+    """Positions in the batch of the samples that differ."""
+
+
+def first_difference(one: Sequence[OpRecord], other: Sequence[OpRecord]) -> OpDifference | None:
+    """Where two records part: another operator, another call of it, other outputs, or inputs that no operator made."""
+    for index, (a, b) in enumerate(zip(one, other, strict=False)):
+        place = OpDifference(index, a, b)
+        if not place.same_structure:
+            return replace(place, extra=_extra(one, other, index))
+        if not place.made_here or a.outputs != b.outputs:
+            return place
+    if len(one) == len(other):
+        return None
+    index = min(len(one), len(other))
+    return OpDifference(index, one[index] if index < len(one) else None, other[index] if index < len(other) else None)
+
+
+def _extra(one: Sequence[OpRecord], other: Sequence[OpRecord], index: int) -> OpRecord | None:
+    for side, across in ((one, other), (other, one)):
+        if index + 1 < len(side) and side[index + 1].same_operator(across[index]):
+            return side[index]
+    return None
