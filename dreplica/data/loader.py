@@ -1,5 +1,6 @@
 """Loads exactly the samples that the coordinator sent."""
 
+import os
 import signal
 from collections.abc import Generator
 from dataclasses import dataclass
@@ -47,7 +48,7 @@ def load_batches(
         prefetch_factor=_PREFETCH if num_workers else None,
         pin_memory=device.type == "cuda",
         generator=epoch_generator(seed, epoch),
-        worker_init_fn=_ignore_signals,
+        worker_init_fn=_leave_the_group,
     )
     for number, (inputs, labels) in enumerate(loader):
         stream.consumed(number)
@@ -70,7 +71,11 @@ def load_again(
     return Batch(indices, inputs.to(device, memory_format=memory_format), labels.to(device))
 
 
-def _ignore_signals(_worker_id: int) -> None:
-    """A worker ends with its trainer, and when the loader tells it to; signals to the whole job are the trainer's."""
-    for number in (signal.SIGTERM, signal.SIGUSR2, signal.SIGINT):
-        signal.signal(number, signal.SIG_IGN)
+def _leave_the_group(_worker_id: int) -> None:
+    """Signals to the whole job (torchrun's SIGTERM, Ctrl-C) are the trainer's, which still needs its workers then.
+
+    A worker ends when the loader tells it to, and notices by itself when its trainer is gone.
+    """
+    os.setpgrp()
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2, signal.SIGHUP):
+        signal.signal(number, signal.SIG_DFL)

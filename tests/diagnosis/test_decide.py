@@ -131,12 +131,21 @@ def test_a_custom_operator_is_not_called_a_fault() -> None:
     assert decide(witnesses, {}, []).cause == "unexplained"
 
 
-def test_another_call_is_another_structure() -> None:
+def test_other_numbers_in_a_call_are_unexplained_and_no_operators_fault() -> None:
+    """They may come from anywhere: a clock, the rank."""
     scaled = replace(CONV, scalars="2", outputs=digest("conv'"))
     decision = decide([witness(), always(bad("output"), records=[scaled, RELU, SGD])], {}, [])
+    assert decision.cause == "unexplained"
+    assert any("other numbers" in line for line in decision.evidence)
+
+
+def test_one_operator_more_is_another_structure_and_it_is_named() -> None:
+    clamp = OpRecord("aten.clamp.default", "head", "forward", digest("relu"), digest("clamped"), "")
+    longer = always(bad("output"), records=[CONV, RELU, clamp, SGD])
+    decision = decide([witness(), longer], {}, [])
     assert decision.cause == "structure-differs"
-    longer = always(bad("output"), records=[CONV, CONV, RELU, SGD])
-    assert decide([witness(), longer], {}, []).cause == "structure-differs"
+    assert decision.operator is not None
+    assert decision.operator.record == clamp
 
 
 def test_weights_that_no_operator_wrote_are_a_persistent_fault_even_between_two() -> None:

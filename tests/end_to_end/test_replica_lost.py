@@ -73,7 +73,7 @@ def test_a_replica_that_raises(monkeypatch: pytest.MonkeyPatch, root: Path) -> N
 
 @pytest.mark.parametrize("lost", [0, 2])
 def test_a_replica_that_is_killed(monkeypatch: pytest.MonkeyPatch, root: Path, lost: int) -> None:
-    job = lose(monkeypatch, root, f"{lost}:kill")
+    job = lose(monkeypatch, root, f"{lost}:kill", "--data.num_workers=1")
     assert f"replica {lost}: it ended without a word" in assert_names(job, [lost])
     assert job.exitcodes == {0: 1, 1: 1, 2: 1} | {lost: -9}
 
