@@ -8,7 +8,7 @@ from dreplica.errors import ExitCode
 from dreplica.run import run_worker
 from tests.end_to_end.by_hand import by_hand, job_of
 from tests.fixtures import SMALL
-from tests.harness import Job, torchrun
+from tests.harness import Job, run_job, torchrun
 
 
 def messages(text: str) -> list[str]:
@@ -133,3 +133,12 @@ def test_unusable_input_of_a_single_replica(
     assert code == ExitCode.UNUSABLE
     assert "Traceback" not in captured.err
     assert not root.exists()
+
+
+def test_a_last_batch_that_batch_norm_refuses_is_told_before_the_first_step(tmp_path: Path) -> None:
+    job = run_job(
+        *SMALL, "--model.factory=tests.training.test_loop:pooled", "--data.batch_size=79", root=tmp_path, num_replicas=2
+    )
+    assert job.exitcodes == {0: 2, 1: 2}
+    assert "data.batch_size: 79" in job.stderr
+    assert not list(tmp_path.iterdir())

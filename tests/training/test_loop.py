@@ -15,7 +15,6 @@ from dreplica.agreement.trace import Trace
 from dreplica.config import RunConfig
 from dreplica.data.coordinator import Coordinator
 from dreplica.data.datasets import load_data
-from dreplica.errors import UsageError
 from dreplica.replica.build import build_replica
 from dreplica.replica.replica import Replica
 from dreplica.replica.rng import seed_generators
@@ -152,11 +151,3 @@ def pooled(num_classes: int) -> nn.Module:
     return nn.Sequential(
         nn.Conv2d(3, 4, 1), nn.AdaptiveAvgPool2d(1), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(4, num_classes)
     )
-
-
-def test_a_last_batch_that_batch_norm_refuses_is_told_before_the_first_step() -> None:
-    unusable = config(data={"batch_size": 79}, model={"factory": f"{__name__}:pooled"})
-    with pytest.raises(UsageError, match=r"^data\.batch_size: 79 "):
-        alone(unusable)
-    events, _, _, _ = alone(config(data={"batch_size": 78}, model={"factory": f"{__name__}:pooled"}))
-    assert len(numbers(events)) == 3
