@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Sequence
 
+from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.run import get_args_parser, run
 
@@ -21,6 +22,8 @@ def launch(module: str, arguments: Sequence[str], num_replicas: int) -> ExitCode
     options = ["--standalone", f"--nproc_per_node={num_replicas}", "--module", module]
     try:
         run(get_args_parser().parse_args([*options, *arguments]))
+    except SignalException:
+        return ExitCode.FAILED  # asked to stop: the workers have stopped at the same step and written the report
     except ChildFailedError as error:
         codes = {failure.exitcode for failure in error.failures.values()}
         for code in (ExitCode.UNUSABLE, ExitCode.DIVERGED, ExitCode.STOPPED):
