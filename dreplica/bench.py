@@ -3,6 +3,10 @@
 Three loops take the same steps in alternating rounds: (a) a bare PyTorch loop, (b) this trainer without checks, (c)
 this trainer with every stage compared at every step. Ratios are taken within a round, so that a machine whose speed
 drifts moves both sides alike; the median over the rounds is what to quote.
+
+The snapshot that (c) keeps is taken once and held throughout, so that the three loops find the process's heap in the
+same state: memory that a former round had freed would spare the next one its page faults (measured: 2 % of a step).
+What a snapshot costs is timed by itself.
 """
 
 import argparse
@@ -30,6 +34,7 @@ from dreplica.run import AGREEMENT_LAG
 from dreplica.training.evaluate import Tally
 from dreplica.training.history import History
 from dreplica.training.loop import StepDone, train
+from dreplica.training.snapshot import take_snapshot
 from dreplica.training.step import forward, make_scaler
 from dreplica.worker import run_process
 from dreplica.world.process_group import World
@@ -47,6 +52,8 @@ class Measured:
     """Per loop, a time per step for each round: the slowest replica's."""
     bytes_per_step: int
     """Hashed by each replica for each step."""
+    snapshot_seconds: float
+    """To take one snapshot: the slowest replica's median."""
 
     def ratios(self, one: str, other: str) -> list[float]:
         """Time of loop `one` over that of loop `other`, round by round."""
@@ -63,6 +70,7 @@ class Bench:
         seed_generators(model_seed(config.seed, world.replica_id))
         self.replica: Replica = world.together(lambda: build_replica(config, self.data.num_classes, device))
         self.replica.scaler = make_scaler(config.train, device)
+        self.history = History(self.replica, config.agreement.snapshot_every)
         self.bytes_per_step = 0
         num_batches = -(-len(self.data.train) // config.data.batch_size)  # type: ignore[arg-type]
         self.steps = min(4, max(1, num_batches - 1)) if steps is None else steps
@@ -79,7 +87,18 @@ class Bench:
                 slowest = max(self.world.channel.gather(own))
                 if number > 0:
                     seconds[name].append(slowest)
-        return Measured(seconds, self.bytes_per_step)
+        return Measured(seconds, self.bytes_per_step, max(self.world.channel.gather(self.time_snapshot())))
+
+    def time_snapshot(self) -> float:
+        """Seconds for one snapshot, as every `agreement.snapshot_every` steps; median of five."""
+        seconds = []
+        for _ in range(5):
+            self.synchronize()
+            started = time.perf_counter()
+            take_snapshot(self.replica)
+            self.synchronize()
+            seconds.append(time.perf_counter() - started)
+        return statistics.median(seconds)
 
     def time_steps(self, loop: Iterator[None], steps: int) -> float:
         """Seconds per step over `steps` steps, after a first one that starts the loader."""
@@ -135,7 +154,7 @@ class Bench:
             channel=self.world.channel,
         )
         coordinator = Coordinator(self.world.channel, seed=0)
-        history = History(self.replica, every * self.config.agreement.snapshot_every)
+        history = self.history if every else History(self.replica, every=0)
         stop_request = StopRequest()
         epochs = train(
             self.replica, self.data, coordinator, agreement, self.config, self.world, self.device, stop_request, history
@@ -167,11 +186,10 @@ def _check_steps(steps: int, num_batches: int) -> None:
         )
 
 
-def print_measured(console: Console, measured: Measured, world: World, rounds: int, steps: int) -> None:
-    """The two tables: time per step and ratios."""
-    table = Table(
-        title=f"{world.num_replicas} replicas, {rounds} alternating rounds of {steps} steps", title_justify="left"
-    )
+def print_measured(console: Console, measured: Measured, num_replicas: int, steps: int, snapshot_every: int) -> None:
+    """The times per step, their ratios, and what a snapshot costs."""
+    rounds = len(measured.seconds["c"])
+    table = Table(title=f"{num_replicas} replicas, {rounds} alternating rounds of {steps} steps", title_justify="left")
     for column in ("loop", "ms per step: median", "min", "max"):
         table.add_column(column, justify="left" if column == "loop" else "right")
     for name, text in LOOPS.items():
@@ -185,6 +203,13 @@ def print_measured(console: Console, measured: Measured, world: World, rounds: i
             highlight=False,
         )
     console.print(f"hashed by each replica: {measured.bytes_per_step / 1e6:.1f} MB per step", highlight=False)
+    if snapshot_every:
+        share = measured.snapshot_seconds / snapshot_every / statistics.median(measured.seconds["c"])
+        console.print(
+            f"a snapshot every {snapshot_every} steps: {1000 * measured.snapshot_seconds:.1f} ms each, not in the "
+            f"above; {share:.2%} of a step",
+            highlight=False,
+        )
 
 
 def main() -> None:
@@ -202,7 +227,8 @@ def _work() -> ExitCode:
         bench = Bench(prepared.own, world, prepared.device.device, known.steps)
         measured = bench.measure(known.rounds)
         if world.is_coordinator:
-            print_measured(Console(), measured, world, known.rounds, bench.steps)
+            snapshot_every = bench.config.agreement.snapshot_every
+            print_measured(Console(), measured, world.num_replicas, bench.steps, snapshot_every)
         return ExitCode.AGREED
 
     return meet(settings, conduct)

@@ -1,0 +1,50 @@
+"""The benchmark: three loops in alternating rounds. What it measures is never asserted, only that it does."""
+
+import io
+from typing import Any
+
+import torch
+from rich.console import Console
+
+from dreplica.bench import Bench, Measured, print_measured
+from dreplica.config import load_config
+from dreplica.errors import UsageError
+from dreplica.world.process_group import World
+from tests.fixtures import SMALL
+from tests.harness import run_replicas
+
+
+def measure(world: World, steps: int | None) -> Any:
+    bench = Bench(load_config(list(SMALL), world.num_replicas), world, torch.device("cpu"), steps)
+    before = bench.replica.steps_done
+    measured = bench.measure(rounds=2)
+    state = 2 * sum(tensor.nbytes for tensor in bench.replica.model.state_dict().values())
+    return measured, bench.steps, bench.replica.steps_done - before, state
+
+
+def test_every_loop_is_timed_in_every_round_and_all_state_is_hashed() -> None:
+    for measured, steps, taken, state in run_replicas(measure, 2, None):
+        assert steps == 4  # of the epoch's five batches, one starts the loader
+        assert {name: len(seconds) for name, seconds in measured.seconds.items()} == {"a": 2, "b": 2, "c": 2}
+        assert all(second > 0 for seconds in measured.seconds.values() for second in seconds)
+        assert measured.bytes_per_step > state
+        assert measured.snapshot_seconds > 0
+        assert taken == 2 * 3 * 5  # loops b and c go through the trainer's own step, one uncounted round included
+
+
+def test_steps_that_do_not_fit_into_an_epoch_are_refused() -> None:
+    for result in run_replicas(measure, 2, 5):
+        assert isinstance(result, UsageError)
+        assert "--steps: 5" in str(result)
+        assert "--steps 4" in str(result)
+
+
+def test_ratios_are_taken_round_by_round() -> None:
+    measured = Measured({"a": [1.0, 2.0, 4.0], "b": [1.0, 2.0, 4.0], "c": [1.5, 2.2, 4.4]}, 1_500_000, 0.05)
+    assert measured.ratios("c", "a") == [1.5, 1.1, 1.1]
+    text = io.StringIO()
+    print_measured(Console(file=text, width=100), measured, num_replicas=2, steps=4, snapshot_every=50)
+    assert "2 replicas, 3 alternating rounds of 4 steps" in text.getvalue()
+    assert "(c)/(a) = 1.100  (rounds: 1.100 to 1.500)" in text.getvalue()
+    assert "1.5 MB per step" in text.getvalue()
+    assert "a snapshot every 50 steps: 50.0 ms each, not in the above; 0.05% of a step" in text.getvalue()
