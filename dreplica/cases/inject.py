@@ -60,12 +60,14 @@ class Injector:
             self._attach(fault)
 
     def indices(self, step: int, indices: Tensor, num_samples: int) -> None:
-        """Strikes the index batch of `step` (int64, in place); indices stay within the data set."""
+        """Strikes the index batch of `step` (int64, in place): another index, which is still within the data set."""
         for fault in self._due("indices", step):
             draw = _draw(fault, step)
             position, width = draw.randrange(len(indices)), max(1, (num_samples - 1).bit_length())
             mask = sum(1 << bit for bit in draw.sample(range(width), min(fault.bits, width)))
-            indices[position] = (int(indices[position]) ^ mask) % num_samples
+            index = int(indices[position])
+            struck = (index ^ mask) % num_samples
+            indices[position] = struck if struck != index else (index + 1) % num_samples
 
     def close(self) -> None:
         """Removes all hooks."""

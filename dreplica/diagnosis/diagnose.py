@@ -94,6 +94,7 @@ def _witness(
         records=first.tracer.records,
         contents=first.contents,
         generator=first.generator,
+        generator_struck=first.tracer.generator_struck,
         indices_intact=first.stages["indices"].digest == tensors_stage({"indices": indices}).digest,
         against_itself=first_difference(first.tracer.records, second.tracer.records),
         sample_digests=[],

@@ -95,7 +95,10 @@ class OpTracer(TorchDispatchMode):
         super().__init__()
         self.records: list[OpRecord] = []
         self.captured: Captured | None = None
+        self.generator_struck = False
+        """Whether torch's CPU generator was changed by anything but an operator that draws from it."""
         self._generators = _generator_states() if generators else None
+        self._generator = b""
         self._capture = capture
         self._count = 0
         self._optimizer = optimizer
@@ -109,6 +112,7 @@ class OpTracer(TorchDispatchMode):
                 self._optimizer.register_step_pre_hook(lambda *_: self._set_in_optimizer(True)),
                 self._optimizer.register_step_post_hook(lambda *_: self._set_in_optimizer(False)),
             ]
+        self._generator = _cpu_generator()
         self._modules.__enter__()
         super().__enter__()
         return self
@@ -117,6 +121,7 @@ class OpTracer(TorchDispatchMode):
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         super().__exit__(kind, error, traceback)
+        self._watch_generator()
         self._modules.__exit__(kind, error, traceback)
         for handle in self._handles:
             handle.remove()
@@ -139,8 +144,11 @@ class OpTracer(TorchDispatchMode):
         digests = _shapes if signature.is_view else _digests
         inputs = digests(signature.inputs(args, kwargs))
         if signature.draws:
+            self._watch_generator()
             inputs += _generator_digest(args, kwargs)
         result = func(*args, **kwargs)
+        if signature.draws:
+            self._generator = _cpu_generator()
         record = OpRecord(
             name=signature.name,
             module=self._modules.current(),
@@ -165,6 +173,9 @@ class OpTracer(TorchDispatchMode):
             tensors_in(copies), [_to_cpu(tensor) for tensor in outputs], str(func), copies, device_type
         )
         return result
+
+    def _watch_generator(self) -> None:
+        self.generator_struck = self.generator_struck or self._generator != _cpu_generator()
 
     def _record_draws(self, before: dict[str, int]) -> None:
         """Python's and NumPy's generators are not torch's: that one was drawn from shows in its state, afterwards."""
@@ -213,6 +224,10 @@ def _generator_digest(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bytes:
         return digest_tensor("", generator.get_state())
     on_gpu = any(tensor.is_cuda for tensor in tensors_in((args, kwargs)))
     return digest_tensor("", torch.cuda.get_rng_state() if on_gpu else torch.get_rng_state())
+
+
+def _cpu_generator() -> bytes:
+    return digest_tensor("", torch.get_rng_state())
 
 
 def _generator_states() -> dict[str, int]:

@@ -30,7 +30,7 @@ def struck_memory(found: Decision, witnesses: Sequence[Witness], stage: str | No
     if not struck:
         return None
     lines = [f"replica {replica_id}: {line}; memory changed by itself" for replica_id, line in struck.items()]
-    suspects = found.suspects or ([] if stage == "rng" else list(struck))
+    suspects = found.suspects or list(struck)
     found = replace(found, cause="persistent-fault", suspects=suspects, evidence=[*found.evidence, *lines])
     return found if place is None else _with_writer(found, place, witnesses, struck)
 
@@ -55,11 +55,16 @@ def _with_writer(
 def _struck_generators(found: Decision, witnesses: Sequence[Witness]) -> dict[int, str]:
     """Generators in almost the same state: one that drew more, or was seeded again, differs in half of its bits."""
     assert found.classes is not None
-    reference = witnesses[found.classes[0][0]].generator
+    sound = [replica_id for replica_id, witness in enumerate(witnesses) if not witness.generator_struck]
+    if not sound:
+        return {}
+    reference = witnesses[sound[0]].generator
     struck = {}
-    for replica_id in [replica_id for ids in found.classes[1:] for replica_id in ids]:
+    for replica_id in set(range(len(witnesses))) - set(sound):
         pairs = zip(reference, witnesses[replica_id].generator, strict=True)
         bits = sum((one ^ other).bit_count() for one, other in pairs)
         if 0 < bits <= _MOST_STRUCK_BITS:
-            struck[replica_id] = f"torch's generator differs in {bits} of {8 * len(reference)} bits"
+            struck[replica_id] = (
+                f"torch's generator was changed by no operator, and differs in {bits} of {8 * len(reference)} bits"
+            )
     return struck

@@ -68,6 +68,8 @@ class Witness:
     """Whether the first replay used the indices it was given."""
     generator: bytes
     """State of torch's CPU generator after the first replay."""
+    generator_struck: bool
+    """Whether something else than an operator that draws changed it in that replay."""
     sample_digests: Sequence[bytes]
     """One for each sample of the batch, loaded by itself."""
     samples_are_random: bool = False

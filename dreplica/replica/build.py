@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Literal
 
 import torch
 import torchvision
-from pydantic import Field
+from pydantic import Field, field_validator
 from torch import nn
 from torch.nn.parameter import is_lazy
 
@@ -40,6 +40,19 @@ class ModelConfig(Section):
     """`scratch`: every replica's own build; `broadcast`: rank 0's state is sent to all after the build."""
     channels_last: bool = False
     """Keep weights and inputs in channels_last memory format."""
+    compile: bool | str = False
+    """Compile the model with torch.compile, in place: true, or a backend's name (`eager`, `aot_eager`, `inductor`)."""
+
+    @field_validator("compile")
+    @classmethod
+    def _check_backend(cls, value: bool | str) -> bool | str:
+        if isinstance(value, str):
+            from torch._dynamo import list_backends  # takes a second to import, so only where it is asked for
+
+            backends = list_backends(None)
+            if value not in backends:
+                raise UsageError(f"model.compile: torch has no backend {value!r}. {nearest(value, backends)}")
+        return value
 
 
 class ReplicaConfig(Section):
@@ -69,6 +82,7 @@ def build_replica(config: "RunConfig", num_classes: int, device: torch.device) -
     model, criterion = model.to(device), criterion.to(device)
     if config.model.channels_last:
         model = model.to(memory_format=torch.channels_last)
+    compile_model(model, config.model.compile, device)
     with _naming(f"optim: {config.optim.name} cannot train this model"):
         optimizer = build_optimizer(config.optim, model)
     with _naming(f"schedule: {config.schedule.name} cannot drive {config.optim.name}"):
@@ -114,6 +128,34 @@ def broadcast_state(model: nn.Module, channel: Channel, with_rng: bool) -> None:
             tensor.copy_(sent)
     if with_rng:
         set_rng_state(channel.gather(get_rng_state())[0])
+
+
+def compile_model(model: nn.Module, backend: bool | str, device: torch.device) -> None:
+    """Compiles `model` in place, as `model.compile` asks: parameters, names and the state_dict's keys stay.
+
+    Nothing is compiled before the first forward pass. Raises UsageError if the compiler that needs is not installed.
+    """
+    if backend is False:
+        return
+    name = "inductor" if backend is True else backend
+    if name == "inductor" and device.type == "cpu":
+        _check_cpp_compiler()
+    # A shape of its own for each batch size: code that had become dynamic by the time a step is replayed would round
+    # otherwise than the code that took it.
+    model.compile(backend=name, dynamic=False)
+
+
+def _check_cpp_compiler() -> None:
+    from torch._inductor.cpp_builder import get_cpp_compiler
+    from torch._inductor.exc import InvalidCxxCompiler
+
+    try:
+        get_cpp_compiler()
+    except InvalidCxxCompiler:
+        raise UsageError(
+            "model.compile: the backend 'inductor' writes C++ for the CPU, and there is no working C++ compiler. "
+            "Install one (apt-get install g++), name yours in the environment variable CXX, or take 'aot_eager'."
+        ) from None
 
 
 def _num_outputs(config: "RunConfig", num_classes: int) -> int:

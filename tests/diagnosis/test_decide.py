@@ -26,7 +26,8 @@ def witness(**changes: Any) -> Witness:
     """A replica on which nothing is wrong, with changes."""
     records = changes.pop("records", [CONV, RELU, SGD])
     contents = Contents(frozenset({START}), {"weights": {"weight": digest("weight")}})
-    good = Witness(GOOD, GOOD, GOOD, records, None, contents, True, bytes(5056), [digest("a"), digest("b")])
+    samples = [digest("a"), digest("b")]
+    good = Witness(GOOD, GOOD, GOOD, records, None, contents, True, bytes(5056), False, samples)
     return replace(good, **changes)
 
 
@@ -162,10 +163,23 @@ def test_other_data_on_one_replica_is_not_a_fault() -> None:
 
 def test_few_bits_of_a_generator_are_a_fault_many_are_not() -> None:
     flipped = bytes(5055) + b"\x05"
-    decision = decide([witness(), always(bad("rng"), generator=flipped), witness()], {}, [])
-    assert (decision.cause, decision.suspects) == ("persistent-fault", [1])
-    seeded_again = bytes([0b01010101]) * 5056
-    assert decide([witness(), always(bad("rng"), generator=seeded_again), witness()], {}, []).cause == "unexplained"
+    struck = always(bad("rng"), generator=flipped, generator_struck=True)
+    for witnesses in ([witness(), struck, witness()], [witness(), struck]):
+        decision = decide(witnesses, {}, [])
+        assert (decision.cause, decision.suspects) == ("persistent-fault", [1])
+    seeded_again = always(bad("rng"), generator=bytes([0b01010101]) * 5056, generator_struck=True)
+    assert decide([witness(), seeded_again, witness()], {}, []).cause == "unexplained"
+
+
+def test_a_generator_that_operators_alone_have_changed_was_not_struck() -> None:
+    flipped = always(bad("rng"), generator=bytes(5055) + b"\x05")
+    assert decide([witness(), flipped, witness()], {}, []).cause == "unexplained"
+
+
+def test_generators_changed_outside_of_operators_on_all_replicas_were_not_struck() -> None:
+    one = always(GOOD, generator_struck=True)
+    other = always(bad("rng"), generator=bytes(5055) + b"\x05", generator_struck=True)
+    assert decide([one, other], {}, []).cause == "unexplained"
 
 
 def test_replays_that_differ_from_what_happened_and_from_each_other_are_unexplained() -> None:

@@ -445,6 +445,51 @@ def test_another_draw_shows_as_another_input() -> None:
 # Uninitialised memory
 
 
+DRAWS: dict[str, Callable[[], object]] = {
+    "rand": lambda: torch.rand(3),
+    "randn_like": lambda: torch.randn_like(torch.zeros(3)),
+    "randint": lambda: torch.randint(5, (3,)),
+    "randperm": lambda: torch.randperm(5),
+    "normal": lambda: torch.normal(torch.zeros(3), 1.0),
+    "uniform_": lambda: torch.zeros(3).uniform_(),
+    "exponential_": lambda: torch.ones(3).exponential_(),
+    "bernoulli": lambda: torch.full((3,), 0.5).bernoulli(),
+    "poisson": lambda: torch.poisson(torch.ones(3)),
+    "multinomial": lambda: torch.multinomial(torch.ones(3), 2),
+    "dropout": lambda: nn.functional.dropout(torch.ones(3)),
+    "alpha_dropout": lambda: nn.functional.alpha_dropout(torch.ones(3), training=True),
+    "dropout2d": lambda: nn.functional.dropout2d(torch.ones(1, 3, 2, 2)),
+    "rrelu": lambda: nn.functional.rrelu(-torch.ones(3), training=True),
+    "gumbel_softmax": lambda: nn.functional.gumbel_softmax(torch.ones(1, 3)),
+    "attention": lambda: nn.functional.scaled_dot_product_attention(*[torch.ones(1, 2, 3)] * 3, dropout_p=0.5),
+    "fractional_max_pool2d": lambda: nn.functional.fractional_max_pool2d(torch.ones(1, 1, 4, 4), 2, output_size=2),
+    "trunc_normal_": lambda: nn.init.trunc_normal_(torch.zeros(3)),
+    "beta": lambda: torch.distributions.Beta(1.0, 1.0).sample(),
+}
+
+
+@pytest.mark.parametrize("draw", DRAWS.values(), ids=DRAWS.keys())
+def test_operators_that_draw_do_not_count_as_striking_the_generator(draw: Callable[[], object]) -> None:
+    before = torch.get_rng_state()
+    with OpTracer() as tracer:
+        draw()
+        torch.ones(3) + 1
+        draw()
+    assert not torch.equal(before, torch.get_rng_state())
+    assert not tracer.generator_struck
+
+
+@pytest.mark.parametrize("then", [lambda: None, lambda: torch.rand(3)], ids=["at the end", "before a draw"])
+def test_a_generator_changed_by_anything_else_is_struck(then: Callable[[], object]) -> None:
+    with OpTracer() as tracer:
+        torch.rand(3)
+        state = torch.get_rng_state()
+        state[104] ^= 1
+        torch.set_rng_state(state)
+        then()
+    assert tracer.generator_struck
+
+
 def test_memory_that_was_never_written_makes_no_difference() -> None:
     """The records of one program, run over memory filled with two different patterns, are the same."""
     script = """
