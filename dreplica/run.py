@@ -170,7 +170,7 @@ class Run:
         """Trains to the end and returns the verdict; raises Divergence where replicas part and are to stop."""
         display = ProgressDisplay(self.console, self.world.is_coordinator, self.expect)
         trace_path = self.recorder.folder / "trace.jsonl" if self.world.is_coordinator else None
-        watch = LearningWatch(self.replica.model)
+        watch = LearningWatch(self.replica)
         with closing(display), Trace(trace_path, self.world.num_replicas) as trace:
             agreement = self.agreement = self.make_agreement(trace)
             history = self.history = self.make_history()
@@ -222,7 +222,7 @@ class Run:
         """Raises Concluded (`not-learning`) if the first epoch has left some replica's weights as they were."""
         if done.epoch > 1:
             return
-        still = self.channel.gather(watch.evidence(self.replica) if watch.stands_still(self.replica.model) else None)
+        still = self.channel.gather(watch.evidence(self.replica) if watch.stands_still(self.replica) else None)
         replica_ids = [replica_id for replica_id, evidence in enumerate(still) if evidence is not None]
         if replica_ids:
             raise Concluded(diagnosis.not_learning(done.step, done.epoch, replica_ids, still[replica_ids[0]]))

@@ -1,22 +1,24 @@
 """Does anything learn? Weights that stand still over an epoch, whatever the buffers do."""
 
-from torch import nn
+import torch
 
 from dreplica.agreement.stages import buffers_stage, weights_stage
 from dreplica.replica.replica import Replica
 
 
 class LearningWatch:
-    """Remembers a model's digests at the build, to tell later whether its trainable weights have moved."""
+    """Remembers a replica's digests at the build, to tell later whether its trainable weights have moved."""
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, replica: Replica) -> None:
+        model = replica.model
         self._trainable = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
         self._weights = weights_stage(model).entries()
         self._buffers = buffers_stage(model).digest
+        self._rates = _learning_rates(replica.optimizer)
 
-    def stands_still(self, model: nn.Module) -> bool:
+    def stands_still(self, replica: Replica) -> bool:
         """Whether there are trainable weights and none of them has changed a bit since the build."""
-        weights = weights_stage(model).entries()
+        weights = weights_stage(replica.model).entries()
         return bool(self._trainable) and all(weights[name] == self._weights[name] for name in self._trainable)
 
     def evidence(self, replica: Replica) -> list[str]:
@@ -28,5 +30,9 @@ class LearningWatch:
         return [
             f"0 of {len(self._trainable)} trainable parameters changed; buffers {'changed' if moved else 'did not'}",
             f"gradients: {without} are None, {zero} are all zero, of {len(parameters)}",
-            f"learning rates: {[float(group['lr']) for group in replica.optimizer.param_groups if 'lr' in group]}",
+            f"learning rates: {self._rates} at first, {_learning_rates(replica.optimizer)} after the epoch",
         ]
+
+
+def _learning_rates(optimizer: torch.optim.Optimizer) -> list[float]:
+    return [float(group["lr"]) for group in optimizer.param_groups if "lr" in group]
