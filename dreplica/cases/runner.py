@@ -28,6 +28,8 @@ sys.exit(launch(sys.argv[1], sys.argv[3:], int(sys.argv[2])))
 """
 _SHUTDOWN_SECONDS = 5
 _TAIL_LINES = 15
+_WIDE = 140
+"""Columns of a terminal on which the place of each finding fits into the table, too."""
 
 
 @dataclass(frozen=True)
@@ -193,17 +195,21 @@ _OBSERVE: Mapping[str, Callable[[Mapping[str, Any], Path], str | None]] = {
 
 def _print(results: Sequence[Result], console: Console) -> None:
     table = Table()
-    for column in ("case", "expected", "found", "where", "seconds"):
-        table.add_column(column, justify="right" if column == "seconds" else "left", overflow="fold")
+    columns = ["case", "expected", "found", "where", "s"]
+    if console.width < _WIDE:
+        columns.remove("where")
+    for column in columns:
+        table.add_column(column, justify="right" if column == "s" else "left", overflow="fold")
     for result in results:
         found = str(result.found["cause"]) if result.found else "no report"
-        table.add_row(
-            escape(result.case.name),
-            escape(str(result.case.expected["cause"])),
-            f"[red]✗ {escape(found)}[/]" if result.mismatches else f"[green]✓[/] {escape(found)}",
-            escape(_where(result)),
-            f"{result.seconds:.1f}",
-        )
+        cells = {
+            "case": escape(result.case.name),
+            "expected": escape(str(result.case.expected["cause"])),
+            "found": f"[red]✗ {escape(found)}[/]" if result.mismatches else f"[green]✓[/] {escape(found)}",
+            "where": escape(_where(result)),
+            "s": f"{result.seconds:.1f}",
+        }
+        table.add_row(*(cells[column] for column in columns))
     console.print(table)
     for result in results:
         for name in result.mismatches if result.found else ():

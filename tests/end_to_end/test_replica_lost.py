@@ -4,6 +4,7 @@ import json
 import os
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,7 +13,7 @@ import pytest
 
 from tests.end_to_end.by_hand import by_hand, job_of
 from tests.fixtures import SMALL
-from tests.harness import Job, environment, torchrun, torchrun_command
+from tests.harness import REPOSITORY, Job, environment, torchrun, torchrun_command
 
 LOSING = (*SMALL, "--model.factory=tests.end_to_end.losing:LosingModel")
 HANG_SECONDS = 60.0
@@ -126,8 +127,14 @@ def test_without_torchrun_rank_0_holds_the_store_and_is_named_no_less_rightly(
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_job_that_is_told_to_stop_ends_by_itself_at_the_same_step(root: Path, number: signal.Signals) -> None:
+@pytest.mark.parametrize("launcher", ["torchrun", "dreplica"])
+def test_a_job_that_is_told_to_stop_ends_by_itself_at_the_same_step(
+    root: Path, number: signal.Signals, launcher: str
+) -> None:
     command = torchrun_command(*SMALL, "--train.epochs=100000", root=root)
+    if launcher == "dreplica":
+        settings = command[command.index(str(REPOSITORY / "train.py")) + 1 :]
+        command = [sys.executable, "-m", "dreplica.cli", "train", "--replicas=2", *settings]
     process = subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment(), start_new_session=True
     )
@@ -152,3 +159,5 @@ def test_a_job_that_is_told_to_stop_ends_by_itself_at_the_same_step(root: Path, 
     assert one["weights"] == two["weights"]
     assert process.returncode != 0
     assert "KeyboardInterrupt" not in output
+    if launcher == "dreplica":
+        assert "Traceback" not in output
