@@ -24,7 +24,9 @@ from torch.utils.data import DataLoader
 from dreplica.agreement.agreement import Agreement
 from dreplica.config import RunConfig
 from dreplica.data.coordinator import Coordinator
-from dreplica.data.datasets import DataSets, load_data
+from dreplica.data.datasets import load_data
+from dreplica.data.loader import normalize
+from dreplica.data.samples import DataSets, at_epoch, normalization
 from dreplica.errors import ExitCode, UsageError
 from dreplica.meet import Prepared, meet
 from dreplica.replica.build import build_replica
@@ -66,7 +68,7 @@ class Bench:
     def __init__(self, config: RunConfig, world: World, device: torch.device, steps: int | None) -> None:
         train = config.train.model_copy(update={"max_steps": None})
         self.config, self.world, self.device = config.model_copy(update={"train": train}), world, device
-        self.data: DataSets = world.together(lambda: load_data(config.data))
+        self.data: DataSets = world.together(lambda: load_data(config.data, config.seed.augment))
         seed_generators(model_seed(config.seed, world.replica_id))
         self.replica: Replica = world.together(lambda: build_replica(config, self.data.num_classes, device))
         self.replica.scaler = make_scaler(config.train, device)
@@ -121,7 +123,11 @@ class Bench:
         """What one would write by hand."""
         replica, data = self.replica, self.config.data
         loader = DataLoader(
-            self.data.train, data.batch_size, shuffle=True, num_workers=data.num_workers, pin_memory=self.on_gpu
+            at_epoch(self.data.train, 1),
+            data.batch_size,
+            shuffle=True,
+            num_workers=data.num_workers,
+            pin_memory=self.on_gpu,
         )
         memory_format = torch.channels_last if self.config.model.channels_last else torch.preserve_format
         replica.model.train()
@@ -130,6 +136,8 @@ class Bench:
         for inputs, labels in itertools.islice(batches, steps):
             inputs = inputs.to(self.device, non_blocking=True, memory_format=memory_format)
             labels = labels.to(self.device, non_blocking=True)
+            if inputs.dtype is torch.uint8:
+                inputs = normalize(inputs, *normalization(self.data.train))
             replica.optimizer.zero_grad()
             loss, logits = forward(replica, inputs, labels, self.config.train)
             if replica.scaler is None:
@@ -224,6 +232,7 @@ def _work() -> ExitCode:
     known, settings = parser.parse_known_args()
 
     def conduct(prepared: Prepared, world: World, _stop_request: StopRequest) -> ExitCode:
+        world.together(lambda: None)  # another replica's input may be unusable
         bench = Bench(prepared.own, world, prepared.device.device, known.steps)
         measured = bench.measure(known.rounds)
         if world.is_coordinator:

@@ -7,12 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from pydantic import BaseModel, Field, ValidationError, model_validator
+from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
 from pydantic.fields import FieldInfo
 
 from dreplica.agreement.agreement import AgreementConfig
 from dreplica.cases.inject import FaultConfig
-from dreplica.data.datasets import DataConfig
+from dreplica.data.config import DataConfig
 from dreplica.errors import UsageError
 from dreplica.replica.build import ModelConfig, ReplicaConfig
 from dreplica.replica.components import CriterionConfig, OptimConfig, ScheduleConfig
@@ -22,6 +22,7 @@ from dreplica.training.step import TrainConfig
 from dreplica.world.determinism import DeterminismConfig
 from dreplica.world.process_group import WorldConfig
 from dreplica.world.run_folder import RunFolderConfig
+from dreplica.yaml_values import load_yaml, read_yaml
 
 DEFAULT_CONFIG = Path(__file__).parents[1] / "configs" / "digits.yaml"
 
@@ -46,11 +47,32 @@ class RunConfig(Section):
     overrides: dict[int, dict[str, Any]] = Field(default_factory=dict)
     """Replica id to a partial config: a declared difference between replicas, to compare two settings in lock-step."""
 
+    @field_validator("overrides", mode="before")
+    @classmethod
+    def _drop_empty(cls, overrides: Any) -> Any:
+        """A replica or section of which there is only the name overrides nothing, and declares no difference."""
+        if not isinstance(overrides, Mapping):
+            return overrides
+        sections = RunConfig.model_fields.keys() - {"overrides"}
+        kept = {
+            replica_id: {key: value for key, value in partial.items() if key not in sections or value not in (None, {})}
+            if isinstance(partial, Mapping)
+            else partial
+            for replica_id, partial in overrides.items()
+        }
+        return {replica_id: partial for replica_id, partial in kept.items() if partial not in (None, {})}
+
     @model_validator(mode="after")
     def _check_overrides(self) -> "RunConfig":
         for replica_id, partial in self.overrides.items():
-            _check_override(replica_id, partial)
-            self.for_replica(replica_id)
+            if "overrides" in partial:
+                raise UsageError(f"overrides.{replica_id}.overrides: overrides do not nest.")
+            if "inject" in partial:
+                raise UsageError(
+                    f"overrides.{replica_id}.inject: a fault says by itself which replica it strikes. Give it under "
+                    f"inject, with replica: {replica_id}."
+                )
+            _check_difference(f"overrides.{replica_id}", self, self.for_replica(replica_id))
         return self
 
     def for_replica(self, replica_id: int) -> "RunConfig":
@@ -58,19 +80,33 @@ class RunConfig(Section):
         partial = self.overrides.get(replica_id)
         if not partial:
             return self
-        merged = _without_empty_sections(merge(self.model_dump(exclude={"overrides"}), partial))
         try:
-            return RunConfig.model_validate(merged)
+            return RunConfig.model_validate(merge(self.model_dump(exclude={"overrides"}), partial))
         except ValidationError as error:
             raise describe_errors(error.errors(), RunConfig, lambda _: f"overrides.{replica_id}.") from None
+
+    def declared_differences(self) -> dict[int, dict[str, Any]]:
+        """Replica id, section and key of what an override changes: one that says what all do declares no difference."""
+        base = self.model_dump(exclude={"overrides"})
+        changes = {}
+        for replica_id in self.overrides:
+            own = self.for_replica(replica_id).model_dump(exclude={"overrides"})
+            sections = {name: values for name, values in own.items() if values != base[name]}
+            changes[replica_id] = {
+                name: {key: value for key, value in values.items() if key not in base[name] or value != base[name][key]}
+                for name, values in sections.items()
+            }
+        return {replica_id: partial for replica_id, partial in changes.items() if partial}
 
     def check_replicas(self, num_replicas: int) -> None:
         """Raises UsageError if an override or a seed names a replica that does not exist, or one lacks a seed."""
         for replica_id in self.overrides:
             if not 0 <= replica_id < num_replicas:
+                remedy = "Override another."
+                if replica_id > 0:
+                    remedy = f"Start more with --nproc_per_node={replica_id + 1}, or override another."
                 raise UsageError(
-                    f"overrides.{replica_id}: there is no such replica; the {num_replicas} count from 0. "
-                    f"Start more with --nproc_per_node={replica_id + 1}, or override another."
+                    f"overrides.{replica_id}: there is no such replica; the {num_replicas} count from 0. {remedy}"
                 )
         for fault in self.inject:
             if fault.replica >= num_replicas:
@@ -90,13 +126,9 @@ def load_config(argv: Sequence[str], num_replicas: int) -> RunConfig:
     path = Path(given.pop("config", str(DEFAULT_CONFIG)))
     values = read_yaml(path)
     partial: dict[Any, Any] = {}
-    for dotted, text in given.items():
-        value = _load(text, f"--{dotted}")
-        if "." in dotted:
-            _set(partial, dotted, value)
-        else:
-            values[dotted] = value  # a whole section replaces the file's
-    values = merge(values, partial)
+    for dotted in sorted(given, key=lambda name: name.count(".")):  # single keys are laid over whole sections
+        _set(partial, dotted, load_yaml(given[dotted], f"--{dotted}"))
+    values = merge({key: value for key, value in values.items() if key not in given}, partial)
     try:
         config = RunConfig.model_validate(_without_empty_sections(values))
     except ValidationError as error:
@@ -123,25 +155,6 @@ def format_help(prog: str) -> str:
     return parser.format_help()
 
 
-def read_yaml(path: Path) -> dict[str, Any]:
-    """The mapping in a YAML file. Raises UsageError if there is none."""
-    try:
-        text = path.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        raise UsageError(f"--config: there is no file {str(path)!r} (from {Path.cwd()}). Correct the path.") from None
-    except OSError as error:
-        raise UsageError(f"--config: {str(path)!r} cannot be read ({error.strerror}). Name a YAML file.") from None
-    except UnicodeDecodeError:
-        raise UsageError(f"--config: {str(path)!r} is not text. Name a YAML file.") from None
-    values = _load(text, str(path))
-    if values is None:
-        return {}
-    if not isinstance(values, dict):
-        found = "a list" if isinstance(values, list) else repr(values)
-        raise UsageError(f"{path}: expected sections such as `train:`, found {found}.")
-    return values
-
-
 def merge(base: Mapping[str, Any], partial: Mapping[str, Any]) -> dict[str, Any]:
     """`base` with `partial` laid over it, mapping by mapping. A component given another name keeps no old arguments."""
     merged = dict(base)
@@ -156,62 +169,13 @@ def merge(base: Mapping[str, Any], partial: Mapping[str, Any]) -> dict[str, Any]
     return merged
 
 
-class _Loader(yaml.SafeLoader):
-    """YAML 1.2's core schema: `1e-3` is a number, `off` and `no` are words; a key given twice is an error."""
-
-    yaml_implicit_resolvers: dict[str, list[tuple[str, re.Pattern[str]]]] = {}  # noqa: RUF012 (PyYAML's own attribute)
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen = set()
-        for key_node, _ in node.value:
-            key = (key_node.tag, str(key_node.value))
-            if key in seen:
-                problem = f"the key {key_node.value!r} stands twice; keep one"
-                raise yaml.constructor.ConstructorError(None, None, problem, key_node.start_mark)
-            seen.add(key)
-        return super().construct_mapping(node, deep)
-
-    def construct_int(self, node: yaml.ScalarNode) -> int:
-        """PyYAML's own reads 010 as 8 and fails on 08; in YAML 1.2 both are decimal."""
-        text = self.construct_scalar(node)
-        return int(text, 0) if text[:2] in {"0o", "0x"} else int(text)
-
-
-_Loader.add_constructor("tag:yaml.org,2002:int", _Loader.construct_int)
-for _tag, _pattern, _first in (
-    ("bool", r"true|True|TRUE|false|False|FALSE", "tTfF"),
-    ("int", r"[-+]?[0-9]+|0o[0-7]+|0x[0-9a-fA-F]+", "-+0123456789"),
-    (
-        "float",
-        r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)",
-        "-+0123456789.",
-    ),
-    ("null", r"~|null|Null|NULL|", "~nN\0"),
-):
-    _Loader.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(f"^(?:{_pattern})$"), [*_first, ""])
-
-
-def _load(text: str, source: str) -> Any:
-    try:
-        return yaml.load(text, _Loader)
-    except yaml.reader.ReaderError as error:
-        line, column = text.count("\n", 0, error.position), error.position - text.rfind("\n", 0, error.position)
-        problem = f"there is a character that no text has, {chr(error.character)!r}"
-        where = f" line {line + 1}, column {column}"
-    except (yaml.YAMLError, ValueError) as error:
-        problem = getattr(error, "problem", None) or str(error)
-        mark = getattr(error, "problem_mark", None)
-        where = f" line {mark.line + 1}, column {mark.column + 1}" if mark is not None else ""
-    raise UsageError(f"{source}:{where}: this cannot be read as YAML: {problem}.")
-
-
 def _split_arguments(argv: Sequence[str]) -> dict[str, str]:
     """`--section.key VALUE` and `--section.key=VALUE` by name. Raises UsageError for anything else."""
     given: dict[str, str] = {}
     rest = iter(argv)
     for token in rest:
         name, equals, value = token.removeprefix("--").partition("=")
-        if not token.startswith("--") or not name:
+        if not token.startswith("--") or "" in name.split("."):
             raise UsageError(f"command line: {token!r} belongs to no option. Write --section.key VALUE. See --help.")
         if not equals:
             following = next(rest, None)
@@ -225,13 +189,22 @@ def _split_arguments(argv: Sequence[str]) -> dict[str, str]:
 
 
 def _set(mapping: dict[Any, Any], dotted: str, value: Any) -> None:
-    """Sets `a.b` in nested mappings, made as needed."""
-    *sections, last = (int(key) if key.isdecimal() else key for key in dotted.split("."))
+    """Sets `a.b` in nested mappings, made as needed. Raises UsageError where there is a value already."""
+    *sections, last = (int(key) if _REPLICA_ID.fullmatch(key) else key for key in dotted.split("."))
     for key in sections:
-        if not isinstance(mapping.get(key), dict):
+        if mapping.get(key) is None:
             mapping[key] = {}
+        if not isinstance(mapping[key], dict):
+            raise UsageError(
+                f"command line: --{dotted} does not go with {mapping[key]!r}, given for all of {key}. Keep one."
+            )
         mapping = mapping[key]
+    if last in mapping:
+        raise UsageError(f"command line: {dotted} stands twice, with {mapping[last]!r} and {value!r}. Keep one.")
     mapping[last] = value
+
+
+_REPLICA_ID = re.compile("-?[0-9]{1,9}")
 
 
 def _without_empty_sections(values: Mapping[str, Any]) -> dict[str, Any]:
@@ -252,18 +225,20 @@ def _add_field(parser: argparse._ActionsContainer, name: str, field: FieldInfo) 
     parser.add_argument(f"--{name}", metavar="VALUE", help=help_text)
 
 
-def _check_override(replica_id: int, partial: Mapping[str, Any]) -> None:
-    """Raises UsageError for a key that replicas in lock-step must share."""
-    for section, values in partial.items():
-        model = RunConfig.model_fields[section].annotation if section in RunConfig.model_fields else None
-        if section == "overrides":
-            raise UsageError(f"overrides.{replica_id}.overrides: overrides do not nest.")
-        if not (isinstance(model, type) and issubclass(model, BaseModel) and isinstance(values, Mapping)):
-            continue
-        for key in values:
-            field = model.model_fields.get(key)
-            if field is not None and any(isinstance(mark, Lockstep) for mark in field.metadata):
+def _check_difference(key: str, base: RunConfig, own: RunConfig) -> None:
+    """Raises UsageError for a difference that replicas in lock-step cannot have, or that changes nothing."""
+    for section, field in RunConfig.model_fields.items():
+        for name, item in getattr(field.annotation, "model_fields", {}).items():
+            value = getattr(getattr(own, section), name)
+            if any(isinstance(mark, Lockstep) for mark in item.metadata) and value != getattr(
+                getattr(base, section), name
+            ):
                 raise UsageError(
-                    f"overrides.{replica_id}.{section}.{key}: replicas in lock-step must share this value. "
-                    f"Set {section}.{key} for all of them."
+                    f"{key}.{section}.{name}: {value!r} will not do: replicas in lock-step must share this value. "
+                    f"Set {section}.{name} for all of them."
                 )
+    if own.model.name != base.model.name and own.model.factory is not None:
+        raise UsageError(
+            f"{key}.model.name: {own.model.name!r} changes nothing, since model.factory ({own.model.factory!r}) comes "
+            f"before it. Set {key}.model.factory to null, too, or to another."
+        )

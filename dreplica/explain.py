@@ -12,8 +12,9 @@ from dreplica.agreement.verdict import Verdict
 from dreplica.cases.inject import Injector
 from dreplica.config import RunConfig
 from dreplica.data.coordinator import Coordinator
-from dreplica.data.datasets import DataSets
 from dreplica.data.loader import Batch, load_again
+from dreplica.data.samples import DataSets, at_epoch
+from dreplica.diagnosis.attempt import AttemptFailed, attempt
 from dreplica.diagnosis.conclude import RunFacts, conclude, conclude_build
 from dreplica.diagnosis.diagnose import can_replay, diagnose
 from dreplica.diagnosis.rebuild import explain_build, rebuild
@@ -58,7 +59,8 @@ class Explainer:
         replayer = Replayer(self.replica, history, self.redraw, self.load, self.config.train, agreement)
         original = agreement.diverged_stages
         num_workers = self.config.data.num_workers
-        verdict = diagnose(found, original, replayer, self.data.train, num_workers, self.channel, self.facts)
+        dataset = at_epoch(self.data.train, found.epoch or 1)
+        verdict = diagnose(found, original, replayer, dataset, num_workers, self.channel, self.facts)
         return conclude(verdict, self.facts)
 
     def explain_build(self, found: Verdict) -> Verdict:
@@ -67,18 +69,23 @@ class Explainer:
         if not self.facts.seeded or not self.facts.shared_seed:
             return found
         build = partial(build_replica, self.config, self.data.num_classes, self.device)
-        return explain_build(found, rebuild(build, self.seed), self.channel)
+        try:
+            rebuilt = attempt(self.channel, lambda: rebuild(build, self.seed))
+        except AttemptFailed as error:
+            return found.with_(evidence=[*found.evidence, f"the replica could not be built again: {error}"])
+        return explain_build(found, rebuilt, self.channel)
 
     def redraw(self, entry: StepEntry) -> Tensor:
         """The indices of a step, as the coordinator drew them."""
         return self.coordinator.redraw(self.num_samples, self.config.data.batch_size, entry.epoch, entry.number)
 
-    def load(self, indices: Tensor, step: int) -> Batch:
+    def load(self, indices: Tensor, entry: StepEntry) -> Batch:
         """The samples of a step, as the training loop loaded them; repeated faults strike here, too."""
         received = indices.clone()
-        self.injector.indices(step, received, self.num_samples)
+        self.injector.indices(entry.step, received, self.num_samples)
         memory_format = torch.channels_last if self.config.model.channels_last else torch.preserve_format
-        return load_again(self.data.train, received, self.device, memory_format)
+        dataset = at_epoch(self.data.train, entry.epoch)
+        return load_again(dataset, received, self.device, memory_format, weights=self.data.weights)
 
     @property
     def num_samples(self) -> int:

@@ -4,6 +4,7 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import NoReturn
 
 from dreplica.config import RunConfig, load_config
@@ -30,7 +31,8 @@ class Prepared:
 def meet(argv: Sequence[str], conduct: Callable[[Prepared, World, StopRequest], ExitCode]) -> ExitCode:
     """Prepares this replica, joins the others and conducts what they are there for; unusable input ends all of them.
 
-    Raises what `conduct` raises; then end the process as `worker.run_process` does.
+    `conduct` begins with `World.together`, at which it learns whether another replica's input is unusable. Raises what
+    `conduct` raises; then end the process as `worker.run_process` does.
     """
     set_up_logging(env_rank())
     prepared: Prepared | UsageError
@@ -41,7 +43,10 @@ def meet(argv: Sequence[str], conduct: Callable[[Prepared, World, StopRequest], 
     timeout = _DEFAULT_TIMEOUT if isinstance(prepared, UsageError) else prepared.config.world.timeout
     with open_world(timeout) as world, stop_signals() as stop_request:
         try:
-            return conduct(world.together(lambda: _unwrap(prepared)), world, stop_request)
+            if isinstance(prepared, UsageError):
+                world.together(partial(_refuse, prepared))
+            assert isinstance(prepared, Prepared)
+            return conduct(prepared, world, stop_request)
         except UsageError as error:
             return end_unusable(error, world)
 
@@ -75,7 +80,5 @@ def prepare(argv: Sequence[str]) -> Prepared:
     return Prepared(config, own, device)
 
 
-def _unwrap(prepared: Prepared | UsageError) -> Prepared:
-    if isinstance(prepared, UsageError):
-        raise prepared
-    return prepared
+def _refuse(error: UsageError) -> None:
+    raise error

@@ -7,7 +7,6 @@ from contextlib import closing
 from typing import Any, Literal
 
 import torch
-from rich.console import Console
 from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
 from dreplica.agreement.agreement import Agreement
@@ -15,7 +14,9 @@ from dreplica.agreement.stages import rng_stage
 from dreplica.agreement.trace import Trace
 from dreplica.agreement.verdict import Divergence, Verdict, split_into_classes, suspects_of
 from dreplica.cases.inject import FaultyCoordinator, Injector
-from dreplica.data.datasets import DataSets, load_data
+from dreplica.data.datasets import load_data
+from dreplica.data.samples import DataSets
+from dreplica.data.skip import leave_out_unreadable
 from dreplica.diagnosis import conclude as diagnosis
 from dreplica.diagnosis.conclude import BuildFacts, RunFacts
 from dreplica.diagnosis.distance import measure_distance
@@ -28,12 +29,12 @@ from dreplica.replica.replica import Replica
 from dreplica.replica.rng import fresh_seed, model_seed, seed_generators, shares_model_seed
 from dreplica.replica.wiring import WiringError, check_wiring
 from dreplica.report.recorder import Recorder
-from dreplica.report.terminal import ProgressDisplay
+from dreplica.report.terminal import ProgressDisplay, Screen
 from dreplica.training.history import History
 from dreplica.training.loop import EpochDone, StepDone, Stopped, train
 from dreplica.training.smallest_part import check_smallest_part
 from dreplica.training.spread import measure_spread
-from dreplica.training.step import make_scaler
+from dreplica.training.step import check_criterion_weighs, make_scaler
 from dreplica.world.manifest import collect_manifest, compare_manifests, compare_values
 from dreplica.world.process_group import World
 from dreplica.world.roll_call import ReplicaLost
@@ -73,14 +74,16 @@ class Run:
             num_replicas=world.num_replicas,
             seeded=self.config.seed.model is not None,
             shared_seed=shared,
-            overrides=self.config.overrides,
+            overrides=self.config.declared_differences(),
         )
         self.manifests: list[dict[str, Any]] = []
+        self.skipped: list[str] = []
+        self.learning_settled = False
         self.agreement: Agreement | None = None
         self.history: History | None = None
         self.explained: Verdict | None = None
         self.seed = model_seed(self.config.seed, world.replica_id)
-        self.console = Console()
+        self.console = Screen()
         run = self.config.run
         self.recorder = Recorder(world, self.console, run.root, str(run.name), self.expect, self.config.to_yaml())
 
@@ -88,6 +91,7 @@ class Run:
         """The whole run. Every way it can end, on any replica, ends it on all of them."""
         try:
             try:
+                self.world.together(lambda: None)  # another replica's input may be unusable
                 self.compare_configs()
                 self.data, data_seed = self.load()
                 self.preflight(self.data)
@@ -105,7 +109,7 @@ class Run:
             return self.conclude(verdict)
         except UsageError:
             raise
-        except (Exception, SystemExit) as error:
+        except (Exception, SystemExit, KeyboardInterrupt) as error:
             self.conclude_without(error)
             raise
 
@@ -119,7 +123,13 @@ class Run:
 
     def load(self) -> tuple[DataSets, int]:
         """The data sets, and the seed of the data order: rank 0's own draw if `seed.data` is null."""
-        data = self.world.together(lambda: load_data(self.own.data))
+        data = self.world.together(lambda: load_data(self.own.data, self.own.seed.augment))
+        if self.config.data.on_error == "skip":
+            place = f"{self.world.host} {self.own.data.root}"
+            data = leave_out_unreadable(data, self.channel, self.own.data.num_workers, place)
+            self.skipped = list(data.skipped)
+            if self.skipped and self.world.is_coordinator:
+                log.warning("data.on_error: skipped %d samples:\n  %s", len(self.skipped), "\n  ".join(self.skipped))
         seed = self.config.seed.data
         if seed is None:
             seed = int(self.channel.gather(fresh_seed())[0])
@@ -130,7 +140,7 @@ class Run:
         """Exchanges manifests. Raises Concluded (`environment-differs`) where replicas must match and do not."""
         self.manifests = self.channel.gather(collect_manifest(self.world, self.device, self.seed, data.digest))
         self.facts.manifests = self.manifests
-        self.facts.differences = compare_manifests(self.manifests, self.config.overrides)
+        self.facts.differences = compare_manifests(self.manifests, self.facts.overrides)
         wrong = [difference for difference in self.facts.differences if not difference.allowed]
         if wrong:
             classes = split_into_classes([repr(value).encode() for value in wrong[0].values])
@@ -154,6 +164,7 @@ class Run:
             raise Concluded(diagnosis.wiring_fault(faults[faulty[0]], faulty, self.world.num_replicas))
         replica.model.train()
         device = self.device.device
+        self.world.together(lambda: check_criterion_weighs(replica.criterion, self.data.weights))
         self.world.together(lambda: check_smallest_part(replica.model, self.data.train, self.own, device))
         if self.config.model.init == "broadcast":
             broadcast_state(replica.model, self.channel, with_rng=self.expect == "identical")
@@ -219,9 +230,12 @@ class Run:
         return History(self.replica, self.config.agreement.snapshot_every if compares else 0)
 
     def check_learning(self, watch: LearningWatch, done: EpochDone) -> None:
-        """Raises Concluded (`not-learning`) if the first epoch has left some replica's weights as they were."""
-        if done.epoch > 1:
+        """Raises Concluded (`not-learning`) if the first epoch with a learning rate has left some replica's weights."""
+        if self.learning_settled:
             return
+        if any(self.channel.gather(watch.begins_later(self.replica))):
+            return  # a schedule that begins at a learning rate of 0
+        self.learning_settled = True
         still = self.channel.gather(watch.evidence(self.replica) if watch.stands_still(self.replica) else None)
         replica_ids = [replica_id for replica_id, evidence in enumerate(still) if evidence is not None]
         if replica_ids:
@@ -252,7 +266,12 @@ class Run:
             report.spread = measure_spread(evaluation, self.channel)
         if agreement.divergence is not None:
             return self.explained or self.explain(agreement.divergence)
-        verdict = diagnosis.agreed(self.facts, agreement.steps_checked, self.expect == "independent")
+        differing = None if self.expect == "independent" else report.first_differing_result()
+        if differing is not None:
+            return diagnosis.results_differ(*differing)
+        every = self.config.agreement.every
+        steps = agreement.steps_checked if every else agreement.steps_done
+        verdict = diagnosis.agreed(self.facts, steps, self.expect == "independent", compared=every > 0)
         if self.stopped_at is not None:
             verdict = verdict.with_(summary=f"{verdict.summary}; stopped on request after step {self.stopped_at}")
         return verdict
@@ -262,26 +281,32 @@ class Run:
         self.recorder.open(self.manifests)
         assert self.recorder.report is not None
         self.recorder.report.warnings += [f"fault injection: {fault}" for fault in self.config.inject]
+        self.recorder.report.skipped = self.skipped
 
     def conclude(self, verdict: Verdict) -> ExitCode:
         """Names the cause, writes the report, and says with what code to exit."""
         if self.recorder.report is None:
             self.open_record()
-        self.recorder.conclude(verdict, self.agreement.steps_checked if self.agreement else 0)
+        self.recorder.conclude(verdict, self.steps_checked)
         if verdict.cause == "none":
             return ExitCode.AGREED if self.stopped_at is None else ExitCode.FAILED
         return ExitCode.DIVERGED
 
-    def conclude_without(self, error: Exception | SystemExit) -> None:
+    @property
+    def steps_checked(self) -> int:
+        """Steps compared as they were taken; with `agreement.every` 0 only the final state is."""
+        if self.agreement is None or self.config.agreement.every == 0:
+            return 0
+        return self.agreement.steps_checked
+
+    def conclude_without(self, error: BaseException) -> None:
         """Ends this replica when it fails or (`ReplicaLost`) another is gone. Does not return if there are others."""
         if self.world.roll_call is not None and not isinstance(error, ReplicaLost):
             # At once: the launcher may end this process as soon as another one has learned of it and ended.
             traceback.print_exception(error)
             get_error_handler().record_exception(error)
-        steps_done, steps_checked = None, 0
-        if self.agreement is not None:
-            steps_done, steps_checked = self.agreement.steps_done, self.agreement.steps_checked
-        self.recorder.conclude_without(error, self.manifests, steps_done, steps_checked)
+        steps_done = None if self.agreement is None else self.agreement.steps_done
+        self.recorder.conclude_without(error, self.manifests, steps_done, self.steps_checked)
         if self.world.roll_call is not None:
             end_at_once(ExitCode.FAILED)
 

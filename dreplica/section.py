@@ -2,6 +2,7 @@
 
 import difflib
 import importlib
+import inspect
 import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -70,6 +71,22 @@ def import_function(key: str, path: str) -> Callable[..., Any]:
     return function
 
 
+def call_function(key: str, path: str, *arguments: Any, **keywords: Any) -> Any:
+    """What the function that `path` names returns. Raises UsageError naming `key` if it is none or takes otherwise."""
+    function = import_function(key, path)
+    try:
+        signature = inspect.signature(function)
+    except ValueError:
+        signature = None  # some written in C do not tell theirs
+    if signature is not None:
+        try:
+            signature.bind(*arguments, **keywords)
+        except TypeError as error:
+            given = [*("a value" for _ in arguments), *(f"{name}=" for name in keywords)]
+            raise UsageError(f"{key}: {path!r} cannot be called with ({', '.join(given)}): {error}.") from None
+    return function(*arguments, **keywords)
+
+
 def describe_errors(errors: Iterable[ErrorDetails], root: type[BaseModel], source: Callable[[str], str]) -> UsageError:
     """All of a ValidationError in one `UsageError`: a line for each key, with value and remedy.
 
@@ -86,7 +103,7 @@ def describe_errors(errors: Iterable[ErrorDetails], root: type[BaseModel], sourc
         head, tail = problems[0], ""
         if all(_EXPECTED in problem for problem in problems):
             head, _, _ = head.partition(_EXPECTED)
-            expected = dict.fromkeys(problem.partition(_EXPECTED)[2] for problem in problems)
+            expected = dict.fromkeys(problem.partition(_EXPECTED)[2].removesuffix(".") for problem in problems)
             tail = f"{_EXPECTED}{' or '.join(expected)}."
         lines.append(f"{source(key)}{head}{tail}")
     return UsageError("\n  ".join(lines))
@@ -100,6 +117,12 @@ def _describe(error: ErrorDetails, root: type[BaseModel]) -> tuple[str, str]:
     """The key (dotted) and one line for one pydantic error; the line names key, value and what would do."""
     keys, parent = _follow(error["loc"], root)
     key = ".".join(keys)
+    if error["type"] == "invalid_key" or (error["type"] == "string_type" and error["loc"][-1] == "[key]"):
+        keys[-1] = show(error["input"])
+        hint = "" if parent.model_config["extra"] == "allow" else f" {nearest(keys[-1], parent.model_fields)}"
+        return ".".join(keys), f"{'.'.join(keys)}: unknown key; keys are words.{hint}"
+    if error["type"] == "missing":
+        return key, f"{key}: it has no value and needs one. Write {keys[-1]}: VALUE."
     if error["type"] == "extra_forbidden":
         hint = nearest(keys[-1], parent.model_fields)
         if not hint.startswith("Did you mean"):
@@ -113,9 +136,14 @@ def _describe(error: ErrorDetails, root: type[BaseModel]) -> tuple[str, str]:
     message = error["msg"].removeprefix("Input should be ")
     if error["type"] == "model_type":
         message = f"keys with values, such as {key}.{next(iter(_follow([*error['loc'], ''], root)[1].model_fields))}"
-    elif error["type"] in {"list_type", "dict_type"}:
-        message = "a list, such as [1, 2]" if error["type"] == "list_type" else "keys with values, such as {a: 1}"
-    return key, f"{key}: {_show(error['input'])}{_EXPECTED}{message}"
+    elif error["type"] == "list_type":
+        item = _follow([*error["loc"], 0, ""], root)[1]
+        message = "a list, such as [1, 2]" if item is parent else f"a list, such as [{_example(item)}]"
+    elif error["type"] == "dict_type":
+        message = "keys with values, such as {a: 1}"
+    elif error["type"] == "recursion_loop":
+        return key, f"{key}: it contains itself. Write its value out."
+    return key, f"{key}: {show(error['input'])}{_EXPECTED}{message}"
 
 
 def _follow(location: Iterable[int | str], root: type[BaseModel]) -> tuple[list[str], type[BaseModel]]:
@@ -148,6 +176,12 @@ def _follow(location: Iterable[int | str], root: type[BaseModel]) -> tuple[list[
     return keys, parent
 
 
+def _example(section: type[BaseModel]) -> str:
+    """What has to be given of a section: `{replica: …, step: …}`."""
+    needed = [name for name, field in section.model_fields.items() if field.is_required()]
+    return "{" + ", ".join(f"{name}: …" for name in needed) + "}"
+
+
 def _name(branch: Any) -> str:
     """How pydantic begins the name of a union's branch: `list` for list[int]."""
     while get_origin(branch) is Annotated:
@@ -168,6 +202,7 @@ def _similarity(word: str, name: str) -> float:
     return difflib.SequenceMatcher(None, name, word).ratio() - 0.03 * abs(len(name) - len(word))
 
 
-def _show(value: Any) -> str:
+def show(value: Any) -> str:
+    """A value as the user would write it, cut where it is long."""
     text = {"None": "null", "True": "true", "False": "false"}.get(repr(value), repr(value))
     return text if len(text) <= 80 else f"{text[:77]}..."

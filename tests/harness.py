@@ -164,6 +164,7 @@ def _work(argv: list[str], rank: int, num_replicas: int, port: int, outputs: Pat
         os.dup2(os.open(outputs / f"{rank}.{name}", os.O_WRONLY | os.O_CREAT), stream.fileno())
     os.environ |= _rank_environment(rank, num_replicas, port)
     sys.argv = ["train.py", *argv]
+    multiprocessing.set_start_method(None, force=True)  # of the loader's workers: Python's default, as under torchrun
     os.chdir(REPOSITORY)
 
     from dreplica.worker import main

@@ -4,9 +4,24 @@ import re
 from pathlib import Path
 
 import pytest
+import yaml
 
-from dreplica.config import RunConfig, format_help, load_config, read_yaml
+from dreplica.config import RunConfig, format_help, load_config
 from dreplica.errors import UsageError
+from dreplica.section import Lockstep
+from dreplica.yaml_values import read_yaml
+
+_DETERMINISM = {
+    "mode": "warn",
+    "threads": 2,
+    "cudnn_benchmark": True,
+    "cudnn_deterministic": False,
+    "tf32": True,
+    "reduced_precision_reduction": True,
+    "onednn": False,
+    "fill_uninitialized_memory": False,
+    "cublas_workspace_config": ":16:8",
+}
 
 
 def load(tmp_path: Path, text: str, *arguments: str, num_replicas: int = 2) -> RunConfig:
@@ -21,6 +36,7 @@ def refusal(tmp_path: Path, text: str, *arguments: str, num_replicas: int = 2) -
     with pytest.raises(UsageError) as caught:
         load(tmp_path, text, *arguments, num_replicas=num_replicas)
     message = str(caught.value).replace(str(tmp_path), "")
+    assert not message.endswith("..")
     for inside in ("constrained", "[int]", "literal[", "Section", "Config", "pydantic", "Traceback", "Errno"):
         assert inside not in message
     return message
@@ -61,6 +77,7 @@ REFUSED_FILES = {
     "value the class refuses": ("optim: {name: SGD, momentum: -1}", ["optim", "SGD", "momentum = -1"]),
     "override for nobody": ("overrides: {2: {optim: {lr: 1}}}", ["overrides.2:", "no such replica", "0"]),
     "override for a negative replica": ("overrides: {-1: {optim: {lr: 1}}}", ["overrides.-1:", "no such replica"]),
+    "remedy for a negative replica": ("overrides: {-1: {optim: {lr: 1}}}", ["count from 0. Override another."]),
     "override for a word": ("overrides: {one: {optim: {lr: 1}}}", ["overrides.one: 'one' will not do"]),
     "override of a shared key": (
         "overrides: {1: {data: {batch_size: 8}}}",
@@ -75,6 +92,28 @@ REFUSED_FILES = {
         "overrides: {1: {optim: {lr: -2}}}",
         ["overrides.1.optim.lr: -2 will not do"],
     ),
+    "override with a word for a section": (
+        "overrides: {1: {optim: 3}}",
+        ["overrides.1.optim: 3 will not do: it should be keys with values, such as optim.name."],
+    ),
+    "override of the seed": ("overrides: {1: {seed: {model: 1}}}", ["overrides.1.seed.model: 1 will", "must share"]),
+    "override of init": (
+        "overrides: {1: {model: {init: broadcast}}}",
+        ["overrides.1.model.init: 'broadcast'", "must share", "Set model.init for all"],
+    ),
+    "override of a name that a factory hides": (
+        "model: {factory: 'm:f'}\noverrides: {1: {model: {name: resnet34}}}",
+        ["overrides.1.model.name: 'resnet34' changes nothing", "'m:f'", "Set overrides.1.model.factory to null"],
+    ),
+    "faults in an override": (
+        "overrides: {1: {inject: [{replica: 1, step: 1, target: weights}]}}",
+        ["overrides.1.inject:", "under inject, with replica: 1."],
+    ),
+    "an override's key that is no word": (
+        "overrides: {1: {train: {2: 3}}}",
+        ["overrides.1.train.2: unknown key; keys are words. Valid are: accumulate,"],
+    ),
+    "an override's section that is no word": ("overrides: {1: {2: 3}}", ["overrides.1.2: unknown key; keys are words"]),
     "overrides within overrides": ("overrides: {1: {overrides: {}}}", ["overrides.1.overrides", "do not nest"]),
     "too few seeds": (
         "seed: {model: [1, 2, 3]}",
@@ -85,6 +124,25 @@ REFUSED_FILES = {
         ["seed.model: 1.5 will not do: it should be a valid integer or a list, such as [1, 2] or 'distinct'."],
     ),
     "a negative seed in a list": ("seed: {model: [1, -2]}", ["seed.model.1: -2 will not do: it should be greater"]),
+    "a key that is no word": ("1: 2", ["1: unknown key; keys are words. Valid are: agreement, "]),
+    "a null for a key": ("~: 1", ["null: unknown key; keys are words. Valid are: agreement, "]),
+    "a key of a section that is no word": ("train: {true: 1}", ["train.true: unknown key; keys are words. Valid are"]),
+    "an argument that is no word": ("optim: {1: 2}", ["optim.1: unknown key; keys are words."]),
+    "a fault without a step": (
+        "inject: [{replica: 1, target: weights}]",
+        ["inject.0.step: it has no value and needs one. Write step: VALUE."],
+    ),
+    "faults that are no list": (
+        "inject: {replica: 1}",
+        ["inject: {'replica': 1} will not do", "a list, such as [{replica: …, step: …, target: …}]."],
+    ),
+    "a learning rate without end": ("optim: {lr: .inf}", ["optim.lr: inf will not do: it should be a finite number."]),
+    "deeply nested": (f"train: {'[' * 3000}{']' * 3000}", ["cannot be read as YAML: it is nested too deeply."]),
+    "a NUL in a path": ('run: {root: "a\\0b"}', ["line 1, column 13: this", "that no text has, '\\x00'."]),
+    "no root": ("run: {root: ''}", ["run.root: '' names no folder. Name one, or '.'"]),
+    "half a character": ('run: {name: "\\ud800"}', ["line 1, column 13: this", "that no text has, '\\ud800'."]),
+    "no date": ("run: {name: !!timestamp 2026-99-99}", ["/job.yaml: this cannot be read as YAML: month"]),
+    "within itself": ("overrides: {1: &a {optim: &b {name: Adam, betas: *b}}}", ["optim.betas: {"]),
     "a timeout without end": ("world: {timeout: .inf}", ["world.timeout: inf will not do"]),
 }
 
@@ -106,6 +164,26 @@ REFUSED_ARGUMENTS = {
     "one dash": (["-x", "3"], ["'-x' belongs to no option"]),
     "nothing after the dashes": (["--"], ["'--' belongs to no option"]),
     "twice": (["--optim.lr=1", "--optim.lr", "2"], ["--optim.lr stands twice, with '1' and '2'"]),
+    "alone and in its section": (
+        ["--train.epochs=1", "--train={epochs: 3}"],
+        ["command line: train.epochs stands twice, with 3 and 1. Keep one."],
+    ),
+    "alone and in its section, within an override": (
+        ["--overrides.1.optim.lr=2", "--overrides.1={optim: {lr: 1}}"],
+        ["command line: overrides.1.optim.lr stands twice, with 1 and 2"],
+    ),
+    "twice for one replica": (
+        ["--overrides.1.optim.lr=2", "--overrides.01.optim.lr=1"],
+        ["optim.lr stands twice, with 2 and 1"],
+    ),
+    "in a section that is none": (
+        ["--train.epochs=1", "--train=3"],
+        ["command line: --train.epochs does not go with 3, given for all of train"],
+    ),
+    "a dot alone": (["--.", "1"], ["'--.' belongs to no option"]),
+    "a key without its section's name": (["--.epochs=1"], ["'--.epochs=1' belongs to no option"]),
+    "two dots": (["--train..epochs=1"], ["'--train..epochs=1' belongs to no option"]),
+    "a replica of 5000 digits": ([f"--overrides.{'9' * 5000}.optim.lr=1"], ["it should be a valid integer"]),
     "--config twice": (["--config=other.yaml"], ["--config stands twice"]),
     "unknown key": (["--optim.Lr=1"], ["command line: optim.Lr", "Did you mean 'lr'?"]),
     "unknown section": (["--optin.lr=1"], ["command line: optin: unknown key", "Did you mean 'optim'?"]),
@@ -216,6 +294,56 @@ def test_an_override_is_merged_into_one_replica_only(tmp_path: Path) -> None:
     assert config.for_replica(1).optim.lr == 0.25
     assert config.for_replica(1).optim.arguments["momentum"] == 0.9
     assert load(tmp_path, "", "--overrides.1.optim.lr=0.25").for_replica(1).optim.lr == 0.25
+
+
+@pytest.mark.parametrize(
+    "nothing",
+    ["{1: {train: null}}", "{1: {data: null}}", "{1: {optim: , seed: }}", "{1: {train: {}}}", "{1: null}"],
+)
+def test_an_override_of_nothing_overrides_and_declares_nothing(tmp_path: Path, nothing: str) -> None:
+    text = "train: {epochs: 3}\ndata: {batch_size: 7}\noptim: {lr: 0.5}"
+    config = load(tmp_path, text, f"--overrides={nothing}")
+    assert config.for_replica(1).model_dump(exclude={"overrides"}) == config.model_dump(exclude={"overrides"})
+    assert config.overrides == {}
+    assert config.for_replica(1).train.epochs == 3
+
+
+OVERRIDABLE = {
+    "world.device": "cpu",
+    "model.name": "resnet34",
+    "model.factory": "m:f",
+    "model.weights": "w.pth",
+    "model.num_classes": 12,
+    "model.channels_last": True,
+    "model.compile": "eager",
+    "replica.factory": "m:f",
+    "criterion.name": "NLLLoss",
+    "optim.name": "Adam",
+    "optim.lr": 0.25,
+    "schedule.name": "ConstantLR",
+    "data.root": "elsewhere",
+    "data.num_workers": 2,
+    "train.amp": "bf16",
+    "train.grad_clip": 1.0,
+    "train.accumulate": 2,
+    **{f"determinism.{key}": value for key, value in _DETERMINISM.items()},
+}
+"""Every key in which replicas may differ: the run reads it from `Prepared.own`, or it belongs in lock-step."""
+
+
+def test_every_key_is_shared_or_can_be_overridden(tmp_path: Path) -> None:
+    keys = {
+        f"{section}.{key}": any(isinstance(mark, Lockstep) for mark in item.metadata)
+        for section, field in RunConfig.model_fields.items()
+        for key, item in getattr(field.annotation, "model_fields", {}).items()
+    }
+    assert {key for key, shared in keys.items() if not shared} == set(OVERRIDABLE)
+    for key, value in OVERRIDABLE.items():
+        section, _, name = key.partition(".")
+        text = yaml.safe_dump({"overrides": {1: {section: {name: value}}}})
+        config = load(tmp_path, text)
+        own = config.for_replica(1)
+        assert getattr(getattr(own, section), name) == value != getattr(getattr(config, section), name)
 
 
 def test_the_resolved_config_reads_back_as_itself(tmp_path: Path) -> None:

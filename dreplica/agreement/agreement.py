@@ -52,6 +52,8 @@ class _Pending:
     epoch: int | None
     stages: dict[str, Stage]
     posted: Posted
+    phase: str | None
+    """`evaluation`, or None."""
 
 
 class Agreement:
@@ -66,23 +68,24 @@ class Agreement:
             agreement.step(batch=(inputs, labels), loss=loss)
         agreement.finish()
 
-    Creating it compares the build (step 0). Creating it, `step`, `evaluation` and `finish` are collectives: every
-    replica calls them in the same order. Each raises `Divergence`, which carries the verdict, unless `on_divergence`
-    is "continue"; then `divergence` holds the first verdict. `ReplicaLost` is raised when a replica is gone.
+    Creating it compares the build (step 0), generators included: seed Python's, NumPy's and torch's alike before.
+    Creating it, `step`, `evaluation` and `finish` are collectives: every replica calls them in the same order. Each
+    raises `Divergence`, which carries the verdict, unless `on_divergence` is "continue"; then `divergence` holds the
+    first verdict. `ReplicaLost` is raised when a replica is gone, ValueError for an argument that is none of the below.
 
     Args:
         model: its parameters, buffers and gradients are compared.
         optimizer: its settings and state are compared; None if there is none.
         others: further objects with a `state_dict` that belong to the optimizer stage: scheduler, GradScaler.
         expect: "identical": every one of `stages` must agree; "independent": only `indices` and `batch`.
-        stages: what is compared; by default all there is. Under DDP, where every rank has a batch of its own:
-            `("gradients", "optimizer", "weights")`. ValueError for a name that is no stage.
+        stages: what is compared; by default all that must agree. Under DDP, where every rank has a batch of its own:
+            `("gradients", "optimizer", "weights")`.
         every: compare every so many steps; 0: only count them.
         on_divergence: "stop" raises, "continue" records.
         lag: 0 compares at the step itself; 1 completes the comparison during the next step, so that replicas need not
             wait for each other at every step. The verdict names the exact step either way.
         trace: where each checked step is recorded.
-        channel: how replicas talk; by default gloo over the default process group.
+        channel: how replicas talk; by default a gloo group of its own.
 
     Attributes:
         divergence: the verdict of the first difference; None while there is none.
@@ -101,13 +104,18 @@ class Agreement:
         *,
         others: Sequence[Any] = (),
         expect: Literal["identical", "independent"] = "identical",
-        stages: Collection[str] = STAGES,
+        stages: Collection[str] | None = None,
         every: int = 1,
         on_divergence: Literal["stop", "continue"] = "stop",
         lag: Literal[0, 1] = 0,
         trace: Trace | None = None,
         channel: Channel | None = None,
     ) -> None:
+        _check_choice("expect", expect, ("identical", "independent"))
+        _check_choice("on_divergence", on_divergence, ("stop", "continue"))
+        _check_choice("lag", lag, (0, 1))
+        if every < 0:
+            raise ValueError(f"every: {every} will not do: give a number of steps, or 0 for never.")
         self.steps_done = 0
         self.steps_checked = 0
         self.bytes_per_step = 0
@@ -118,7 +126,7 @@ class Agreement:
         self._model = model
         self._optimizer = optimizer
         self._others = tuple(others)
-        self._compared = _checked_names(stages if expect == "identical" else INDEPENDENT_STAGES)
+        self._compared = _stages_compared(expect, stages)
         self._every = every
         self._on_divergence = on_divergence
         self._lag = lag
@@ -138,20 +146,22 @@ class Agreement:
         *,
         batch: Batch | None = None,
         loss: Tensor | None = None,
-        outputs: Tensor | None = None,
+        outputs: Batch | None = None,
         indices: Tensor | None = None,
         epoch: int | None = None,
         stop: bool = False,
+        check: bool = False,
     ) -> bool:
         """Compares the state after a training step; call it after `optimizer.step()`.
 
         Args:
             batch: what reached the model: a tensor, or tensors in dicts, lists and tuples.
             loss: the loss, 0-dim.
-            outputs: the model's output.
+            outputs: the model's output: a tensor, or tensors in dicts, lists and tuples.
             indices: the samples' indices, int64.
             epoch: for the record.
             stop: this replica wants to stop, from now on.
+            check: compare this step even if `every` would not: the last one before an evaluation.
 
         Returns whether any replica wanted to stop, as of the newest completed comparison: the same on all replicas.
         With `every` 0 nothing is exchanged, so nobody learns of it and the answer is always False.
@@ -159,21 +169,43 @@ class Agreement:
         self.steps_done += 1
         self._wants_stop = self._wants_stop or stop
         self.last_word = None
-        if self._every and self.steps_done % self._every == 0:
+        if self._every and (check or self.steps_done % self._every == 0):
             stages = self.observe(indices=indices, batch=batch, outputs=outputs, loss=loss)
             self.bytes_per_step = sum(stage.num_bytes for stage in stages.values())
             self._check(self.steps_done, epoch, stages)
         return self._stop
 
-    def evaluation(self, predictions: Mapping[str, Tensor], epoch: int | None = None) -> None:
-        """Compares the predictions of an evaluation: a stage of the step it follows."""
+    def evaluation(
+        self, predictions: Mapping[str, Tensor], epoch: int | None = None, batch: Batch | None = None
+    ) -> None:
+        """Compares an evaluation, as part of the step it follows; first the state, where that step was not compared.
+
+        Args:
+            predictions: the model's outputs, by name.
+            epoch: for the record.
+            batch: what they were made from; tensors, or digests as bytes, in dicts, lists or tuples.
+        """
         self._complete()
-        if self._every and "predictions" in self._compared:
-            self._check(self.steps_done, epoch, {"predictions": tensors_stage(predictions)}, lag=0)
+        if self._every:
+            self._compare_state()
+            makers = {"predictions": lambda: tensors_stage(predictions)}
+            if batch is not None:
+                makers["batch"] = lambda: batch_stage(batch)
+            stages = self._make(makers)
+            if stages:
+                self._check(self.steps_done, epoch, stages, lag=0, phase="evaluation")
 
     def finish(self) -> None:
-        """Completes what is under way and, where the last step was not compared, compares the final state."""
+        """Completes what is under way and, where the last step was not compared, compares the final state.
+
+        Notices when replicas have taken different numbers of steps.
+        """
         self._complete()
+        self._compare_state()
+        self._check(self.steps_done, None, {}, lag=0)
+
+    def _compare_state(self) -> None:
+        """Compares the state as it is now, unless the last step's comparison has."""
         state = self._state()
         if self._last_checked < self.steps_done and self._compared & state.keys():
             self._check(self.steps_done, None, self._make(state), lag=0)
@@ -185,11 +217,18 @@ class Agreement:
             {name: state[name]().digest.hex() for name in ("weights", "buffers", "optimizer") if name in state}
         )
 
-    def _check(self, step: int, epoch: int | None, stages: dict[str, Stage], lag: int | None = None) -> None:
+    def _check(
+        self,
+        step: int,
+        epoch: int | None,
+        stages: dict[str, Stage],
+        lag: int | None = None,
+        phase: str | None = None,
+    ) -> None:
         self._complete()
         self.last_word = protocol.fold(step, stages)
         posted = protocol.post(self._channel, self.last_word, self._wants_stop)
-        self._pending = _Pending(step, epoch, stages, posted)
+        self._pending = _Pending(step, epoch, stages, posted, phase)
         if step == 0 or not (self._lag if lag is None else lag):
             self._complete()
 
@@ -199,16 +238,17 @@ class Agreement:
             return
         outcome = protocol.read(self._channel, pending.posted)
         self._stop = self._stop or outcome.stop
-        if "predictions" not in pending.stages:
+        if pending.stages and pending.phase is None:
             self._last_checked = pending.step
             if pending.step > 0:
                 self.steps_checked += 1
             if outcome.agreed and self.divergence is None:
                 self.agreed_until = pending.step
-        self._trace.step(pending.step, pending.epoch, outcome.agreed, pending.stages)
+        if pending.stages:
+            self._trace.step(pending.step, pending.epoch, outcome.agreed, pending.stages)
         if not outcome.agreed and self.divergence is None:
             self.diverged_stages = pending.stages
-            place = protocol.locate(self._channel, pending.step, pending.stages)
+            place = protocol.locate(self._channel, pending.step, pending.stages, pending.phase)
             self.divergence = describe(place, pending.epoch, self._channel.size)
             if self._on_divergence == "stop":
                 raise Divergence(self.divergence)
@@ -218,18 +258,18 @@ class Agreement:
         *,
         indices: Tensor | None = None,
         batch: Batch | None = None,
-        outputs: Tensor | None = None,
+        outputs: Batch | None = None,
         loss: Tensor | None = None,
     ) -> dict[str, Stage]:
         """This replica's stages as they are now, without comparing them; arguments as in `step`."""
-        output = {name: tensor for name, tensor in (("logits", outputs), ("loss", loss)) if tensor is not None}
+        output = {name: value for name, value in (("logits", outputs), ("loss", loss)) if value is not None}
         makers = {"gradients": lambda: gradients_stage(self._model)} | self._state()
         if indices is not None:
             makers["indices"] = lambda: tensors_stage({"indices": indices})
         if batch is not None:
             makers["batch"] = lambda: batch_stage(batch)
         if output:
-            makers["output"] = lambda: tensors_stage(output)
+            makers["output"] = lambda: batch_stage(output)
         return self._make(makers)
 
     def _make(self, makers: Mapping[str, Callable[[], Stage]]) -> dict[str, Stage]:
@@ -245,9 +285,20 @@ class Agreement:
         return state
 
 
-def _checked_names(stages: Collection[str]) -> frozenset[str]:
-    """Raises ValueError for a name that is no stage."""
-    for name in stages:
+def _stages_compared(expect: str, stages: Collection[str] | None) -> frozenset[str]:
+    """Raises ValueError for a name that is no stage, and for one that independent replicas do not share."""
+    comparable = STAGES if expect == "identical" else INDEPENDENT_STAGES
+    for name in stages or ():
         if name not in STAGES:
             raise ValueError(f"stages: {name!r} is no stage. {nearest(name, STAGES)}")
-    return frozenset(stages)
+        if name not in comparable:
+            raise ValueError(
+                f"stages: {name!r} is not compared where expect is 'independent', only {', '.join(comparable)}. "
+                "Leave it out, or use expect='identical' with the stages that must agree."
+            )
+    return frozenset(comparable if stages is None else stages)
+
+
+def _check_choice(name: str, value: Any, choices: Sequence[Any]) -> None:
+    if value not in choices:
+        raise ValueError(f"{name}: {value!r} will not do: give {' or '.join(map(repr, choices))}.")

@@ -15,6 +15,7 @@ import numpy
 import torch
 import xxhash
 from torch import Tensor
+from torch.nn.parameter import is_lazy
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer
@@ -46,8 +47,11 @@ def fingerprint(tensors: Mapping[str, Tensor]) -> dict[str, str]:
     """The fingerprint of each tensor: name to 32 hex digits.
 
     Any shape, dtype and device; strided in any memory layout, or sparse COO. Raises TypeError, naming the tensor, for
-    one without memory (on the meta device), a quantized one, or one in another layout.
+    one without memory (on the meta device, fake, or lazy), a quantized or nested one, or one in another layout.
     """
+    for name, value in tensors.items():
+        if not isinstance(value, Tensor):
+            raise TypeError(f"{name!r}: a fingerprint is taken of a tensor, not of a {type(value).__name__}")
     return {name: digest_tensor(name, tensor).hex() for name, tensor in tensors.items()}
 
 
@@ -57,7 +61,8 @@ def digest_tensor(name: str, tensor: Tensor) -> bytes:
         whole = tensor.detach().coalesce()
         parts = _content(name, whole.indices()) + _content(name, whole.values())
         return xxhash.xxh3_128_digest(_header(name, tensor.dtype, tensor.shape, "sparse_coo") + parts)
-    return xxhash.xxh3_128_digest(_header(name, tensor.dtype, tensor.shape) + _content(name, tensor))
+    content = _content(name, tensor)
+    return xxhash.xxh3_128_digest(_header(name, tensor.dtype, tensor.shape) + content)
 
 
 def digest_bytes(name: str, data: bytes) -> bytes:
@@ -74,12 +79,17 @@ def num_bytes(tensor: Tensor) -> int:
 
 def _content(name: str, tensor: Tensor) -> bytes:
     """16 bytes over the tensor's elements in row-major order."""
-    if tensor.layout is not torch.strided or tensor.is_meta or tensor.is_quantized:
+    lazy = is_lazy(tensor)
+    if lazy or tensor.layout is not torch.strided or tensor.is_meta or tensor.is_quantized or tensor.is_nested:
         raise TypeError(
-            f"{name!r}: a fingerprint needs a strided or sparse COO tensor with memory, not one of layout "
-            f"{tensor.layout} and dtype {tensor.dtype} on {tensor.device}"
+            f"{name!r}: a fingerprint needs a strided or sparse COO tensor with memory, not "
+            + ("a lazy one" if lazy else f"one of layout {tensor.layout} and dtype {tensor.dtype} on {tensor.device}")
         )
-    return xxhash.xxh3_128_digest(cast("Buffer", _as_array(tensor.detach())))
+    try:
+        array = _as_array(tensor.detach())
+    except RuntimeError as error:  # a subclass whose bytes are not its own: fake, functional
+        raise TypeError(f"{name!r}: the bytes of this {type(tensor).__name__} cannot be read: {error}") from error
+    return xxhash.xxh3_128_digest(cast("Buffer", array))
 
 
 def _as_array(tensor: Tensor) -> numpy.ndarray:

@@ -8,6 +8,11 @@ from dreplica.agreement.verdict import Verdict, split_into_classes, suspects_of
 
 _CAUSE_OF_STAGE = {"indices": "indices-differ", "batch": "batch-differs", "predictions": "evaluation-differs"}
 
+_SEED_ALL = (
+    "random.seed(42); numpy.random.seed(42); torch.manual_seed(42)  # on every replica, just before the build",
+    "build the model without a draw that depends on the rank",
+)
+
 
 @dataclass(frozen=True)
 class Place:
@@ -28,6 +33,8 @@ class Place:
     differing_stages: list[str]
     only_on: dict[str, list[int]]
     """The stage's entries that only some replicas have, and which."""
+    phase: str | None = None
+    """`evaluation`, where that is what was compared."""
 
     @property
     def is_structural(self) -> bool:
@@ -35,11 +42,17 @@ class Place:
         return self.tensor is None or bool(self.only_on)
 
 
-def first_difference(steps: Sequence[int], stages: Sequence[Mapping[str, Stage]]) -> Place:
-    """Where replicas part first, given what each of them compared, by replica id."""
+def first_difference(
+    steps: Sequence[int], stages: Sequence[Mapping[str, Stage]], phases: Sequence[str | None] | None = None
+) -> Place:
+    """Where replicas part first, given what each of them compared, by replica id.
+
+    `phases`: `evaluation` for a replica that compared one; by default none did.
+    """
     step = min(steps)
-    if len(set(steps)) > 1:
-        return Place(step, None, None, split_into_classes([str(each).encode() for each in steps]), 0, 0, [], {})
+    moments = list(zip(steps, phases or [None] * len(steps), strict=True))
+    if len(set(moments)) > 1:
+        return Place(step, None, None, split_into_classes([repr(each).encode() for each in moments]), 0, 0, [], {})
     digests = {name: [row[name].digest if name in row else b"" for row in stages] for name in STAGES}
     differing_stages = [name for name in STAGES if len(set(digests[name])) > 1]
     assert differing_stages, "the words differ, so some stage does"
@@ -57,6 +70,7 @@ def first_difference(steps: Sequence[int], stages: Sequence[Mapping[str, Stage]]
         num_entries=len(everything),
         differing_stages=differing_stages,
         only_on={name: replicas for name, replicas in owners.items() if len(replicas) < len(rows)},
+        phase=moments[0][1],
     )
 
 
@@ -68,6 +82,8 @@ def describe(place: Place, epoch: int | None, num_replicas: int) -> Verdict:
         evidence.append(f"{num_replicas} replicas without a majority: the comparison alone cannot say who is wrong")
     where = ", ".join(part for part in (place.stage, place.tensor) if part) or "the number of steps taken"
     when = "at the build (step 0)" if place.step == 0 else f"at step {place.step}"
+    if place.phase is not None:
+        when = f"in the {place.phase} after step {place.step}"
     cause = _CAUSE_OF_STAGE.get(place.stage or "", "unexplained")
     return Verdict(
         agreed=False,
@@ -78,9 +94,11 @@ def describe(place: Place, epoch: int | None, num_replicas: int) -> Verdict:
         stage=place.stage,
         tensor=place.tensor,
         module=_module_of(place.stage, place.tensor),
+        phase=place.phase,
         suspects=suspects,
         classes=place.classes,
         evidence=evidence,
+        remedy=list(_SEED_ALL) if place.step == 0 and place.stage == "rng" else [],
     )
 
 

@@ -57,7 +57,11 @@ def read(channel: Channel, posted: Posted) -> Outcome:
     return outcome(channel.wait(posted))
 
 
-def locate(channel: Channel, step: int, stages: Mapping[str, Stage]) -> Place:
-    """Gathers every replica's step and per-tensor digests and finds where they first differ. A collective."""
-    gathered: list[tuple[int, Mapping[str, Stage]]] = channel.gather((step, dict(stages)))
-    return first_difference([row[0] for row in gathered], [row[1] for row in gathered])
+def locate(channel: Channel, step: int, stages: Mapping[str, Stage], phase: str | None = None) -> Place:
+    """Gathers every replica's step and per-tensor digests and finds where they first differ. A collective.
+
+    `phase`: `evaluation`, where that is what this replica compared.
+    """
+    gathered: list[tuple[int, Mapping[str, Stage], str | None]] = channel.gather((step, dict(stages), phase))
+    steps, rows, phases = zip(*gathered, strict=True)
+    return first_difference(steps, rows, phases)

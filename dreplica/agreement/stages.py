@@ -21,6 +21,9 @@ from dreplica.agreement.fingerprint import ABSENT, digest_bytes, digest_tensor, 
 STAGES = ("indices", "batch", "buffers", "output", "gradients", "optimizer", "weights", "rng", "predictions")
 """In the causal order within a step: of several that differ, the first is the one to report."""
 
+_NOT_STATE = {"params", "foreach", "fused", "capturable", "differentiable"}
+"""Of a parameter group: all but the first say how a step is computed, not what it depends on."""
+
 Entry = tuple[str, Tensor | bytes | None]
 """A name, and what is hashed under it; None: something that could be there and is not."""
 
@@ -122,7 +125,7 @@ def _optimizer_entries(
 ) -> Iterable[tuple[str, Tensor | bytes]]:
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     for index, group in enumerate(optimizer.param_groups):
-        yield from _leaves(f"group{index}", {key: value for key, value in group.items() if key != "params"})
+        yield from _leaves(f"group{index}", {key: value for key, value in group.items() if key not in _NOT_STATE})
     visited = set()
     for index, group in enumerate(optimizer.param_groups):
         for position, parameter in enumerate(group["params"]):
@@ -169,7 +172,7 @@ def _batch_entries(name: str, value: Any) -> Iterable[tuple[str, Tensor | bytes]
         yield name or "inputs", _plain_bytes(value)
     else:
         raise TypeError(
-            f"batch: cannot compare the {type(value).__name__} at {name!r}; pass tensors, in dicts, lists or tuples"
+            f"cannot compare the {type(value).__name__} at {name or 'the top'!r}; pass tensors in dicts, lists, tuples"
         )
 
 

@@ -56,8 +56,10 @@ class Injector:
         self._replica = replica
         self._waiting = [fault for fault in faults if fault.replica == replica_id]
         self._handles: list[Any] = []
-        for fault in self._waiting:
-            self._attach(fault)
+        for fault in faults:
+            # A hook changes the code that a model is compiled to, so all replicas have it, struck or not.
+            if fault.replica == replica_id or fault.target in {"activation", "batch"}:
+                self._attach(fault)
 
     def indices(self, step: int, indices: Tensor, num_samples: int) -> None:
         """Strikes the index batch of `step` (int64, in place): another index, which is still within the data set."""
@@ -76,11 +78,12 @@ class Injector:
 
     def _attach(self, fault: FaultConfig) -> None:
         model, optimizer = self._replica.model, self._replica.optimizer
+        strike = torch.compiler.disable(self._strike) if _is_compiled(model) else self._strike
         if fault.target == "batch":
-            self._handles.append(model.register_forward_pre_hook(lambda _, args: self._strike(fault, list(args))))
+            self._handles.append(model.register_forward_pre_hook(lambda _, args: strike(fault, list(args))))
         elif fault.target == "activation":
             module = _choose(fault, dict(_leaf_modules(model)), "module")
-            self._handles.append(module.register_forward_hook(lambda _m, _a, output: self._strike(fault, [output])))
+            self._handles.append(module.register_forward_hook(lambda _m, _a, output: strike(fault, [output])))
         elif fault.target == "gradients":
             self._handles.append(optimizer.register_step_pre_hook(lambda *_: self._strike_named(fault, _gradients)))
         elif fault.target == "rng":
@@ -152,6 +155,10 @@ def flip_bits(tensor: Tensor, bits: int, draw: random.Random) -> None:
             # The highest bit of a signed integer cannot be written as a positive number of its dtype.
             mask = -(1 << bit) if bit == 8 * flat.element_size() - 1 and flat.dtype is not torch.uint8 else 1 << bit
             flat[index] = flat[index] ^ mask
+
+
+def _is_compiled(model: nn.Module) -> bool:
+    return any(hasattr(part, "_orig_mod") or part._compiled_call_impl is not None for part in model.modules())
 
 
 def _draw(fault: FaultConfig, step: int) -> random.Random:

@@ -1,75 +1,46 @@
 """Data sets by name: what there is to train and validate on."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import Any
 
 import numpy
 import torch
 import xxhash
-from pydantic import Field
 from torch import Tensor
 from torch.nn.functional import interpolate
 from torch.utils.data import Dataset
 
+from dreplica.data.augment import make_augmentation
+from dreplica.data.config import DataConfig
+from dreplica.data.image_folder import load_image_folder
+from dreplica.data.images import Images
+from dreplica.data.sample_weights import make_weights
+from dreplica.data.samples import DataSets, Sample, TensorImages, load_sample
+from dreplica.data.split import split_indices
+from dreplica.data.torchvision_sets import SETS, load_torchvision_set
 from dreplica.errors import UsageError
-from dreplica.section import Lockstep, Section, import_function, nearest
-
-Sample = tuple[Tensor, int]
+from dreplica.section import import_function, nearest
 
 _DIGITS_SIZE = 32
 _DIGITS_MEAN, _DIGITS_STD = 0.3053, 0.3761
 """Of the pixels, scaled to 0…1; written down because a mean computed here would round by the number of threads."""
 
 
-class DataConfig(Section):
-    """What is trained on."""
+def load_data(config: DataConfig, augment_seed: int = 0) -> DataSets:
+    """The data sets that `data.name` names. Raises UsageError if there is no such.
 
-    name: Annotated[str, Lockstep()] = "digits"
-    """`digits` (scikit-learn's bundled 1,797 images, no download), or `package.module:function`, called with this
-    section, which returns (training set, validation set, number of classes)."""
-    batch_size: Annotated[int, Lockstep()] = Field(64, ge=1)
-    """Samples per step, on each replica."""
-    num_workers: int = Field(0, ge=0, le=100)
-    """Loader processes per replica; 0: load in the training process."""
-    val_fraction: Annotated[float, Lockstep()] = Field(0.2, gt=0, lt=1)
-    """Part of the samples held out for validation."""
-    split_seed: Annotated[int, Lockstep()] = Field(0, ge=0, le=2**32 - 1)
-    """Seed of the split into training and validation samples."""
-
-
-@dataclass(frozen=True)
-class DataSets:
-    """Samples are (input, label): a float tensor (C, H, W) or of any shape, and an int."""
-
-    train: Dataset[Sample]
-    val: Dataset[Sample]
-    num_classes: int
-    digest: str
-    """32 hex digits over the data: replicas must have loaded the same."""
-
-
-class TensorImages(Dataset[Sample]):
-    """Images in memory: `images` float32 (N, C, H, W), `labels` int64 (N,)."""
-
-    def __init__(self, images: Tensor, labels: Tensor) -> None:
-        self.images, self.labels = images, labels
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    def __getitem__(self, index: int) -> Sample:
-        return self.images[index], int(self.labels[index])
-
-
-def load_data(config: DataConfig) -> DataSets:
-    """The data sets that `data.name` names. Raises UsageError if there is no such."""
+    `augment_seed`: `seed.augment`.
+    """
     if config.name == "digits":
         return _digits(config)
+    if config.name == "imagefolder":
+        return load_image_folder(config, augment_seed)
     if ":" in config.name:
-        return _from_function(config)
+        return _from_function(config, augment_seed)
+    if config.name in SETS:
+        return load_torchvision_set(config, augment_seed)
     raise UsageError(
-        f"data.name: there is no data set {config.name!r}. {nearest(config.name, ['digits'])} "
+        f"data.name: there is no data set {config.name!r}. {nearest(config.name, ['digits', 'imagefolder', *SETS])} "
         "Or name a function of yours: package.module:function."
     )
 
@@ -79,6 +50,7 @@ def _digits(config: DataConfig) -> DataSets:
     scaling, which smooths."""
     from sklearn.datasets import load_digits  # imported when used: it takes a second
 
+    _refuse_image_settings(config, "digits are floats, made once at the start")
     bunch: Any = load_digits()
     small = torch.from_numpy(bunch.images).to(torch.float32).unsqueeze(1) / 16
     images = interpolate(small, size=(_DIGITS_SIZE, _DIGITS_SIZE), mode="bilinear", align_corners=False)
@@ -88,11 +60,15 @@ def _digits(config: DataConfig) -> DataSets:
     digest = xxhash.xxh3_128(images.numpy().data)
     digest.update(labels.numpy().data)
     return DataSets(
-        TensorImages(images[train], labels[train]), TensorImages(images[val], labels[val]), 10, digest.hexdigest()
+        TensorImages(images[train], labels[train]),
+        TensorImages(images[val], labels[val]),
+        10,
+        digest.hexdigest(),
+        make_weights(config, labels[train].tolist()),
     )
 
 
-def _from_function(config: DataConfig) -> DataSets:
+def _from_function(config: DataConfig, augment_seed: int) -> DataSets:
     result = import_function("data.name", config.name)(config)
     if not isinstance(result, Sequence) or len(result) != 3:
         raise UsageError(
@@ -104,19 +80,42 @@ def _from_function(config: DataConfig) -> DataSets:
         if len(part) == 0:
             raise UsageError(f"data.name: the {key} set of {config.name!r} is empty.")
     described = f"{config.name} {len(train)} {len(val)} {num_classes}"
-    return DataSets(train, val, num_classes, xxhash.xxh3_128_hexdigest(described.encode()))
+    weights = make_weights(config, _labels(train))
+    if config.augment is not None or config.image_size is not None:
+        train, val = _as_images(config, train, val, augment_seed)
+    return DataSets(train, val, num_classes, xxhash.xxh3_128_hexdigest(described.encode()), weights)
 
 
-def split_indices(num_samples: int, val_fraction: float, seed: int) -> tuple[Tensor, Tensor]:
-    """Training and validation indices, int64, drawn from a generator of their own.
+def _as_images(
+    config: DataConfig, train: Dataset[Any], val: Dataset[Any], augment_seed: int
+) -> tuple[Dataset[Sample], Dataset[Sample]]:
+    """Sets of PIL images, or of uint8 tensors (3, H, W), resized and augmented as the section says."""
+    image, _ = load_sample(train, 0)
+    if isinstance(image, Tensor) and (image.dtype is not torch.uint8 or image.dim() != 3):
+        _refuse_image_settings(config, f"{config.name!r} gives {image.dtype} of shape {tuple(image.shape)}")
+    size = config.image_size
+    if size is None:
+        size = min(image.shape[-2:]) if isinstance(image, Tensor) else min(image.size)
+    return (
+        Images(train, None, size, make_augmentation(config, size), augment_seed),
+        Images(val, None, size),
+    )
 
-    Raises UsageError if either comes out empty.
-    """
-    num_val = round(num_samples * val_fraction)
-    if not 0 < num_val < num_samples:
-        raise UsageError(
-            f"data.val_fraction: {val_fraction} of {num_samples} samples leaves {num_val} for validation "
-            f"and {num_samples - num_val} for training. Choose a fraction that leaves some for both."
-        )
-    order = torch.randperm(num_samples, generator=torch.Generator().manual_seed(seed))
-    return order[num_val:], order[:num_val]
+
+def _refuse_image_settings(config: DataConfig, because: str) -> None:
+    for key in ("augment", "image_size"):
+        value = getattr(config, key)
+        if value is not None:
+            raise UsageError(
+                f"data.{key}: {value!r} is for images of bytes (torch.uint8, 3 x H x W, or PIL's), but {because}. "
+                "Set it to null, or use other data."
+            )
+
+
+def _labels(dataset: Any) -> list[int] | None:
+    """The labels of all samples, where the data set has them at hand."""
+    for name in ("labels", "targets"):
+        values = getattr(dataset, name, None)
+        if values is not None and len(values) == len(dataset):
+            return [int(value) for value in values]
+    return None

@@ -2,15 +2,17 @@
 
 import os
 import signal
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, default_collate
 
 from dreplica.data.coordinator import WINDOW, IndexStream, epoch_generator
+from dreplica.data.samples import SampleError, describe, load_sample, normalization
+from dreplica.errors import UsageError
 
 _PREFETCH = 2
 
@@ -22,9 +24,40 @@ class Batch:
     indices: Tensor
     """(batch,) int64, on the CPU: which samples, as the coordinator sent them."""
     inputs: Tensor
-    """(batch, ...)."""
+    """(batch, ...): as it reaches the model. Images of bytes are float32 by then, and normalised."""
     labels: Tensor
     """(batch,) int64."""
+    weights: Tensor | None = None
+    """(batch,) float32: what each sample counts in the loss; None: all the same."""
+
+    def tensors(self) -> dict[str, Tensor]:
+        """What replicas compare as stage `batch`, by name."""
+        named = {"inputs": self.inputs, "labels": self.labels}
+        return named if self.weights is None else named | {"weights": self.weights}
+
+
+@dataclass(frozen=True)
+class Labels:
+    """What labels may be; others would end in an index error, or on a GPU in nothing that one can read."""
+
+    num_classes: int
+    ignored: int | None = None
+    """The criterion's `ignore_index`."""
+
+    def check(self, labels: Tensor, indices: Tensor, dataset: Dataset[Any]) -> None:
+        """Raises SampleError for a label that is no class. `labels`: (batch,), on the CPU; floats are not judged."""
+        if labels.is_floating_point() or labels.dim() != 1:
+            return
+        wrong = (labels < 0) | (labels >= self.num_classes)
+        if self.ignored is not None:
+            wrong &= labels != self.ignored
+        if wrong.any():
+            position = int(wrong.nonzero()[0])
+            raise SampleError(
+                f"data.name: the sample at {describe(dataset, int(indices[position]))} has the label "
+                f"{int(labels[position])}, and there are {self.num_classes} classes, counted from 0. "
+                "Correct the label, or the number of classes that your function returns."
+            )
 
 
 def load_batches(
@@ -35,28 +68,30 @@ def load_batches(
     seed: int,
     epoch: int,
     memory_format: torch.memory_format = torch.preserve_format,
+    *,
+    labels: Labels | None = None,
+    weights: Tensor | None = None,
 ) -> Generator[Batch, None, None]:
     """The stream's batches, loaded by `num_workers` processes and moved to `device`; close it to end them early.
 
-    Workers are seeded from (seed, epoch); the training process's own generators are not drawn from.
+    Workers are seeded from (seed, epoch); the training process's own generators are not drawn from. `labels`: what they
+    may be; `weights`: (samples,) of the data set. Raises SampleError for a sample that cannot be loaded, once its batch
+    is due, in the training process, whichever process has tried.
     """
     assert num_workers * _PREFETCH < WINDOW, "workers must not read past the window that was sent"
     loader: DataLoader[Any] = DataLoader(
-        dataset,
+        _Batches(dataset),
         batch_sampler=stream,
         num_workers=num_workers,
         prefetch_factor=_PREFETCH if num_workers else None,
+        collate_fn=_as_it_is,
         pin_memory=device.type == "cuda",
         generator=epoch_generator(seed, epoch),
-        worker_init_fn=_leave_the_group,
+        worker_init_fn=leave_the_group,
     )
-    for number, (inputs, labels) in enumerate(loader):
+    for number, loaded in enumerate(loader):
         stream.consumed(number)
-        yield Batch(
-            stream.batch(number),
-            inputs.to(device, non_blocking=True, memory_format=memory_format),
-            labels.to(device, non_blocking=True),
-        )
+        yield _make_batch(dataset, stream.batch(number), loaded, device, memory_format, labels, weights)
 
 
 def load_again(
@@ -64,14 +99,77 @@ def load_again(
     indices: Tensor,
     device: torch.device,
     memory_format: torch.memory_format = torch.preserve_format,
+    *,
+    weights: Tensor | None = None,
 ) -> Batch:
     """One batch of the given samples, loaded in this process, as `load_batches` would."""
-    loader: DataLoader[Any] = DataLoader(dataset, batch_sampler=[indices.tolist()], generator=torch.Generator())
-    inputs, labels = next(iter(loader))
-    return Batch(indices, inputs.to(device, memory_format=memory_format), labels.to(device))
+    loader: DataLoader[Any] = DataLoader(
+        _Batches(dataset), batch_sampler=[indices.tolist()], collate_fn=_as_it_is, generator=torch.Generator()
+    )
+    return _make_batch(dataset, indices, next(iter(loader)), device, memory_format, None, weights)
 
 
-def _leave_the_group(_worker_id: int) -> None:
+def normalize(inputs: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
+    """(pixel / 255 - mean) / std: uint8 (batch, channels, H, W) to float32, on the tensor's device."""
+    shape = (1, -1, 1, 1)
+    center = torch.tensor([255 * value for value in mean], device=inputs.device).view(shape)
+    scale = torch.tensor([255 * value for value in std], device=inputs.device).view(shape)
+    return inputs.to(torch.float32).sub_(center).div_(scale)
+
+
+class _Batches(Dataset[Any]):
+    """Loads a batch at a time, in whichever process. What cannot be loaded comes back as a SampleError, returned: what
+    a worker raises reaches the trainer as the text of a traceback."""
+
+    def __init__(self, dataset: Dataset[Any]) -> None:
+        self.dataset = dataset
+
+    def __getitems__(self, indices: list[int]) -> Any:
+        try:
+            samples = [load_sample(self.dataset, index) for index in indices]
+        except UsageError as error:
+            return SampleError(str(error))
+        try:
+            inputs, labels = default_collate(samples)
+            return inputs, labels
+        except (RuntimeError, TypeError, ValueError) as error:
+            which = "; ".join(describe(self.dataset, index) for index in indices[:3])
+            return SampleError(
+                f"data.name: these samples do not go together into a batch ({which}; ...): {error}. Let the data set "
+                "give (input, label), inputs of one shape and dtype; or images, and set data.image_size."
+            )
+
+
+def _as_it_is(loaded: Any) -> Any:
+    return loaded
+
+
+def _make_batch(
+    dataset: Dataset[Any],
+    indices: Tensor,
+    loaded: Any,
+    device: torch.device,
+    memory_format: torch.memory_format,
+    rule: Labels | None,
+    weights: Tensor | None,
+) -> Batch:
+    if isinstance(loaded, SampleError):
+        raise loaded
+    inputs, labels = loaded
+    if rule is not None:
+        rule.check(labels, indices, dataset)
+    inputs = inputs.to(device, non_blocking=True, memory_format=memory_format)
+    if inputs.dtype is torch.uint8:
+        inputs = normalize(inputs, *normalization(dataset))
+    return Batch(
+        indices,
+        inputs,
+        labels.to(device, non_blocking=True),
+        None if weights is None else weights[indices].to(device, non_blocking=True),
+    )
+
+
+def leave_the_group(_worker_id: int) -> None:
     """Signals to the whole job (torchrun's SIGTERM, Ctrl-C) are the trainer's, which still needs its workers then.
 
     A worker ends when the loader tells it to, and notices by itself when its trainer is gone.

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from dreplica.agreement.verdict import Verdict
+from dreplica.agreement.verdict import Verdict, split_into_classes, suspects_of
 from dreplica.diagnosis.causes import CAUSES
 from dreplica.diagnosis.nondeterminism import explain_operator
 from dreplica.replica.wiring import WiringError
@@ -49,23 +49,40 @@ def conclude(found: Verdict, facts: RunFacts) -> Verdict:
     verdict = _explain_nondeterminism(found, facts)
     declared = [f"replica {replica_id} declares {_dotted(partial)}" for replica_id, partial in facts.overrides.items()]
     environment = [f"differs, allowed: {difference}" for difference in facts.differences]
-    if not verdict.suspects and found.classes:
+    if verdict.cause == "declared-override" and not verdict.suspects and found.classes:
         verdict = verdict.with_(suspects=_singled_out(found.classes, facts.overrides))
     return _with_remedy(verdict.with_(evidence=[*verdict.evidence, *declared, *environment]))
 
 
-def agreed(facts: RunFacts, steps_checked: int, independent: bool) -> Verdict:
-    """The verdict on a run in which nothing was found."""
+def agreed(facts: RunFacts, steps: int, independent: bool, compared: bool) -> Verdict:
+    """The verdict on a run of `steps` steps in which nothing was found; `compared`: whether steps were compared."""
     replicas = f"{facts.num_replicas} replica{'s' * (facts.num_replicas > 1)}"
     what = "same samples in the same order, states independent" if independent else "bit-identical"
-    if steps_checked == 0:
+    if not compared:
         what = "nothing compared (agreement.every 0)" if independent else "only the final state compared: bit-identical"
     if facts.num_replicas == 1:
         what = "recorded (one replica has nothing to agree with)"
     classes = (
         [[replica_id] for replica_id in range(facts.num_replicas)] if independent else [list(range(facts.num_replicas))]
     )
-    return Verdict(True, "none", f"{replicas}, {steps_checked} steps: {what}", classes=classes)
+    return Verdict(True, "none", f"{replicas}, {steps} steps: {what}", classes=classes)
+
+
+def results_differ(epoch: int, what: str, values: Sequence[float]) -> Verdict:
+    """The verdict on replicas that agreed in all that was compared, and report other numbers for an epoch."""
+    classes = split_into_classes([repr(value).encode() for value in values])
+    verdict = Verdict(
+        False,
+        "unexplained",
+        f"replicas agree in all that was compared, but not in the {what} of epoch {epoch}: {list(values)}",
+        epoch=epoch,
+        stage="predictions",
+        phase="evaluation",
+        suspects=suspects_of(classes),
+        classes=classes,
+        evidence=["the numbers themselves differ; compare every step to see where it begins"],
+    )
+    return _with_remedy(verdict)
 
 
 def wiring_fault(error: WiringError, replica_ids: list[int], num_replicas: int) -> Verdict:
@@ -74,7 +91,7 @@ def wiring_fault(error: WiringError, replica_ids: list[int], num_replicas: int) 
     return Verdict(
         agreed=False,
         cause=error.cause,
-        summary=str(error),
+        summary=f"{error.cause}: {error}",
         step=0,
         stage="optimizer" if error.cause != "storage-shared" else "weights",
         tensor=error.tensor,
@@ -125,6 +142,8 @@ def replica_lost(lost: Sequence[Lost], step: int | None, noticed: str) -> Verdic
         suspects=[item.replica_id for item in lost],
         evidence=evidence,
     )
+    if lost and all(item.reason.startswith("it raised") for item in lost):
+        verdict = verdict.with_(remedy=[f"mend what raised; its traceback stands above: {lost[0].reason[3:]}"])
     return _with_remedy(verdict)
 
 
@@ -148,6 +167,9 @@ def not_learning(step: int, epoch: int, replica_ids: list[int], evidence: list[s
 
 def conclude_build(found: Verdict, facts: RunFacts) -> Verdict:
     """The cause of a difference at the build, as far as seeds and generators tell it."""
+    found = found.with_(remedy=[])  # the comparison's own is for a loop that seeds by itself
+    if _declares_build(facts.overrides, found.classes):
+        return _name(found, "declared-override", ["replicas differ exactly as their declared settings of the build do"])
     if found.cause != "unexplained":
         return found
     seeds = [build.seed for build in facts.builds]
@@ -156,7 +178,9 @@ def conclude_build(found: Verdict, facts: RunFacts) -> Verdict:
         evidence = [f"seed.model is null; the seeds drawn were {seeds}"]
         return _name(found, "build-not-seeded", evidence)
     if not facts.shared_seed:
-        return _name(found, "declared-override", [f"seed.model gives the replicas different seeds: {seeds}"])
+        remedy = ["--seed.model 42  # one seed for all", "--agreement.expect auto  # or: expect them to differ"]
+        line = f"seed.model gives the replicas different seeds: {seeds}"
+        return _name(found, "declared-override", [line]).with_(remedy=remedy)
     if reseeded and len({facts.builds[i].seed_after for i in range(len(seeds))}) > 1:
         after = [build.seed_after for build in facts.builds]
         evidence = [
@@ -174,13 +198,17 @@ def conclude_build(found: Verdict, facts: RunFacts) -> Verdict:
             "random numbers than another"
         ]
         return _name(found, "build-rng-differs", evidence)
-    return found.with_(
-        evidence=[
-            *found.evidence,
-            "the generators were equal before and after the build on all "
-            "replicas: what differs was not drawn from them",
-        ]
-    )
+    line = "the generators were equal before and after the build on all replicas: what differs was not drawn from them"
+    remedy = ["make nothing in the build depend on the rank, the host, the time, or a generator that is not seeded"]
+    return found.with_(evidence=[*found.evidence, line], remedy=remedy)
+
+
+def _declares_build(overrides: Mapping[int, Mapping[str, Any]], classes: list[list[int]]) -> bool:
+    """Whether replicas are built alike exactly where they declare the same for their build."""
+    sections = ("model", "replica", "criterion", "optim")
+    count = sum(len(ids) for ids in classes)
+    declared = [repr({key: overrides.get(r, {}).get(key) for key in sections}) for r in range(count)]
+    return len(set(declared)) > 1 and all(len({declared[r] for r in ids}) == 1 for ids in classes)
 
 
 def _explain_nondeterminism(found: Verdict, facts: RunFacts) -> Verdict:

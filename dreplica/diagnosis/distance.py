@@ -69,4 +69,5 @@ def _optimizer_state(replica: Replica) -> dict[str, Tensor]:
 
 
 def _floating(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {name: tensor for name, tensor in sorted(tensors.items()) if tensor.is_floating_point()}
+    real = {name: torch.view_as_real(t.detach()) if t.is_complex() else t for name, t in sorted(tensors.items())}
+    return {name: tensor for name, tensor in real.items() if tensor.is_floating_point()}

@@ -16,6 +16,14 @@ class LearningWatch:
         self._buffers = buffers_stage(model).digest
         self._rates = _learning_rates(replica.optimizer)
 
+    def begins_later(self, replica: Replica) -> bool:
+        """Whether all learning rates were 0 until now, and a schedule has just raised one."""
+        before, self._rates = self._rates, _learning_rates(replica.optimizer)
+        if any(before) or not any(self._rates):
+            self._rates = before
+            return False
+        return True
+
     def stands_still(self, replica: Replica) -> bool:
         """Whether there are trainable weights and none of them has changed a bit since the build."""
         weights = weights_stage(replica.model).entries()

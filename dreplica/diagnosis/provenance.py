@@ -72,9 +72,25 @@ def last_writer(records: Sequence[OpRecord], index: int, changed: bytes) -> int 
     """
     for sound, other in zip(_split(records[index].inputs), _split(changed), strict=False):
         if sound != other:
-            writers = [number for number in range(index) if sound in _split(records[number].outputs)]
-            return writers[-1] if writers else None
+            return _trace_back(records[:index], sound)
     return None
+
+
+def _trace_back(records: Sequence[OpRecord], contents: bytes) -> int | None:
+    """The last of `records` that wrote `contents`, or what a view of it shows as `contents`."""
+    for number in reversed(range(len(records))):
+        if records[number].shows:
+            viewed, *shown = _split(records[number].shows)
+            contents = viewed if contents in shown else contents
+        elif contents in _split(records[number].outputs):
+            return number
+    return None
+
+
+def differing_inputs(records: Sequence[Sequence[OpRecord]], index: int) -> set[int]:
+    """Positions of the tensor arguments of operator `index` that are not the same in all of `records`."""
+    columns = zip(*(_split(row[index].inputs) for row in records if index < len(row)), strict=False)
+    return {position for position, column in enumerate(columns) if len(set(column)) > 1}
 
 
 def _known(records: Iterable[OpRecord], contents: Contents) -> set[bytes]:

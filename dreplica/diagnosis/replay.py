@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from dreplica.agreement.agreement import Agreement
+from dreplica.agreement.fingerprint import digest_bytes
 from dreplica.agreement.protocol import fold
 from dreplica.agreement.stages import Stage
 from dreplica.data.loader import Batch
@@ -18,8 +19,8 @@ from dreplica.training.history import EpochEntry, History, StepEntry
 from dreplica.training.snapshot import Snapshot, restore_snapshot, take_snapshot
 from dreplica.training.step import TrainConfig, training_step
 
-Load = Callable[[Tensor, int], Batch]
-"""Loads the samples of given indices, for a given step, as the training loop did."""
+Load = Callable[[Tensor, StepEntry], Batch]
+"""Loads the samples of given indices as the training loop did for that step: in its epoch, augmented as they were."""
 
 
 @dataclass(frozen=True)
@@ -31,6 +32,8 @@ class Replayed:
     contents: Contents
     generator: bytes
     """State of torch's CPU generator afterwards."""
+    layout: bytes
+    """16 bytes over how parameters, buffers and inputs lie in memory."""
 
 
 class Replayer:
@@ -71,7 +74,7 @@ class Replayer:
                 self._target = entry
                 self._before = take_snapshot(self._replica)
                 return None
-            stages = self._take(self._load(entry.indices, entry.step))
+            stages = self._take(self._load(entry.indices, entry))
             if entry.word is not None and fold(entry.step, stages) != entry.word:
                 return entry.step
         raise AssertionError(f"step {step} is not in the history")
@@ -87,19 +90,30 @@ class Replayer:
         assert self._before is not None
         restore_snapshot(self._replica, self._before)
         tracer = OpTracer(self._replica.optimizer, capture, self._replica.model)
-        batch = self._load(indices, self._target.step)
+        batch = self._load(indices, self._target)
         before = contents_before(self._replica, batch)
         stages = self._take(batch, tracer)
         generator = torch.get_rng_state().numpy().tobytes()
-        return Replayed(stages, tracer, Contents(before, contents_after(self._replica)), generator)
+        contents = Contents(before, contents_after(self._replica))
+        return Replayed(stages, tracer, contents, generator, _layout(self._replica, batch))
+
+    @property
+    def original_generator(self) -> bytes:
+        """State of torch's CPU generator after the step in question, when it was first taken."""
+        assert self._target is not None, "approach() comes first"
+        return self._target.generator
+
+    def replayed(self, stage: str, name: str) -> Tensor | None:
+        """A tensor, on the CPU, as the replay just run left it."""
+        tensor = _find(take_snapshot(self._replica), self._replica, stage, name)
+        return None if tensor is None else tensor.cpu()
 
     def present_and_replayed(self, stage: str, name: str) -> tuple[Tensor, Tensor] | None:
         """A tensor as it was found and as the replay just run left it; None where a later step has overwritten it."""
         if self.present.steps_done != self._replica.steps_done:
             return None
-        now = take_snapshot(self._replica)
-        pair = [_find(snapshot, self._replica, stage, name) for snapshot in (self.present, now)]
-        return None if pair[0] is None or pair[1] is None else (pair[0].cpu(), pair[1].cpu())
+        present, replayed = _find(self.present, self._replica, stage, name), self.replayed(stage, name)
+        return None if present is None or replayed is None else (present.cpu(), replayed)
 
     def close(self) -> None:
         """Restores the state in which the replica was found, byte for byte."""
@@ -109,8 +123,14 @@ class Replayer:
         with tracer or nullcontext():
             output = training_step(self._replica, batch, self._config)
         return self._agreement.observe(
-            indices=batch.indices, batch=(batch.inputs, batch.labels), outputs=output.logits, loss=output.loss
+            indices=batch.indices, batch=batch.tensors(), outputs=output.logits, loss=output.loss
         )
+
+
+def _layout(replica: Replica, batch: Batch) -> bytes:
+    named = [*replica.model.named_parameters(), *replica.model.named_buffers(), ("inputs", batch.inputs)]
+    strides = [(name, tensor.stride() if tensor.layout is torch.strided else None) for name, tensor in named]
+    return digest_bytes("layout", repr(strides).encode())
 
 
 def _find(snapshot: Snapshot, replica: Replica, stage: str, name: str) -> Tensor | None:

@@ -3,10 +3,14 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
-from dreplica.diagnosis.provenance import last_writer, left_unaccounted, reads_unaccounted
-from dreplica.diagnosis.witness import Decision, OpDifference, Witness
+from dreplica.diagnosis.provenance import differing_inputs, last_writer, left_unaccounted, reads_unaccounted
+from dreplica.diagnosis.witness import Decision, OpDifference, Struck, Witness
 
-_MOST_STRUCK_BITS = 64
+MOST_STRUCK_BITS = 64
+"""More bits than that do not flip at once: something has written there."""
+
+_WORDS = slice(24, 24 + 624 * 8)
+"""Bytes of torch's CPU generator state that hold the Mersenne twister's 624 words; before them stand the counters."""
 
 
 def struck_memory(found: Decision, witnesses: Sequence[Witness], stage: str | None) -> Decision | None:
@@ -17,7 +21,9 @@ def struck_memory(found: Decision, witnesses: Sequence[Witness], stage: str | No
         if not witness.indices_intact:
             struck[replica_id] = "used other indices than it was given"
         elif place is not None and place.same_structure and not place.inputs_agree:
-            if reads_unaccounted(witness.records, witness.contents, place.index):
+            # Only where replicas differ: a generator's state, an input of operators that draw, is never accounted for.
+            differing = differing_inputs([row.records for row in witnesses], place.index)
+            if differing.intersection(reads_unaccounted(witness.records, witness.contents, place.index)):
                 struck[replica_id] = f"operator {place.index} read contents that nothing had written"
         elif place is None and stage is not None:
             names = left_unaccounted(witness.records, witness.contents, stage)
@@ -30,9 +36,16 @@ def struck_memory(found: Decision, witnesses: Sequence[Witness], stage: str | No
     if not struck:
         return None
     lines = [f"replica {replica_id}: {line}; memory changed by itself" for replica_id, line in struck.items()]
-    suspects = found.suspects or list(struck)
-    found = replace(found, cause="persistent-fault", suspects=suspects, evidence=[*found.evidence, *lines])
-    return found if place is None else _with_writer(found, place, witnesses, struck)
+    found = replace(found, cause="persistent-fault", suspects=list(struck), evidence=[*found.evidence, *lines])
+    struck_id, sound_id = next(iter(struck)), next(r for r in range(len(witnesses)) if r not in struck)
+    if not witnesses[struck_id].indices_intact or stage == "rng":
+        return found
+    if place is not None:
+        found = replace(found, struck=Struck(struck_id, sound_id, place.index))
+        return _with_writer(found, place, witnesses, struck)
+    assert stage is not None
+    (name, *_) = left_unaccounted(witnesses[struck_id].records, witnesses[struck_id].contents, stage)
+    return replace(found, struck=Struck(struck_id, sound_id, None, stage, name))
 
 
 def _with_writer(
@@ -53,18 +66,22 @@ def _with_writer(
 
 
 def _struck_generators(found: Decision, witnesses: Sequence[Witness]) -> dict[int, str]:
-    """Generators in almost the same state: one that drew more, or was seeded again, differs in half of its bits."""
-    assert found.classes is not None
+    """Generators changed by no operator, in few bits: one that was seeded again differs in half of them."""
     sound = [replica_id for replica_id, witness in enumerate(witnesses) if not witness.generator_struck]
-    if not sound:
-        return {}
-    reference = witnesses[sound[0]].generator
     struck = {}
-    for replica_id in set(range(len(witnesses))) - set(sound):
-        pairs = zip(reference, witnesses[replica_id].generator, strict=True)
-        bits = sum((one ^ other).bit_count() for one, other in pairs)
-        if 0 < bits <= _MOST_STRUCK_BITS:
-            struck[replica_id] = (
-                f"torch's generator was changed by no operator, and differs in {bits} of {8 * len(reference)} bits"
-            )
+    for replica_id in sorted(set(range(len(witnesses))) - set(sound)) if sound else ():
+        bits = flipped_bits(witnesses[sound[0]].generator, witnesses[replica_id].generator)
+        if bits:
+            struck[replica_id] = f"torch's generator was changed by no operator, and differs in {bits} bits"
     return struck
+
+
+def flipped_bits(one: bytes, other: bytes) -> int:
+    """In how many bits two states of torch's CPU generator differ, if a fault of memory may have done it; otherwise 0.
+
+    Between states that were drawn from otherwise the counters differ, or most of the words.
+    """
+    if one[: _WORDS.start] != other[: _WORDS.start] or one[_WORDS.stop :] != other[_WORDS.stop :]:
+        return 0
+    bits = sum((a ^ b).bit_count() for a, b in zip(one[_WORDS], other[_WORDS], strict=True))
+    return bits if bits <= MOST_STRUCK_BITS else 0

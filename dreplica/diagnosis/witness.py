@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
+from dreplica.agreement.stages import STAGES
 from dreplica.diagnosis.operators import OpRecord
 from dreplica.diagnosis.provenance import Contents
 
@@ -75,8 +76,26 @@ class Witness:
     samples_are_random: bool = False
     """Whether a sample comes out otherwise when the global generators stand otherwise."""
     loaded_by_workers: bool = False
+    layout: bytes = b""
+    """Digest of how parameters, buffers and inputs lie in memory, which their own digests leave out."""
+    original_generator: bytes = b""
+    """State of torch's CPU generator after the step in question; empty if it was not kept."""
     unreproduced: int | None = None
     """A step before, at which it did not come out as it was compared."""
+
+
+@dataclass(frozen=True)
+class Struck:
+    """Memory that seems to have changed by itself, to be looked at in full."""
+
+    replica_id: int
+    sound_id: int
+    """Another replica, on which it has not."""
+    index: int | None
+    """The operator that read it; None if it was left so at the step's end."""
+    stage: str | None = None
+    tensor: str | None = None
+    """Where it was left; None for what an operator read."""
 
 
 @dataclass(frozen=True)
@@ -93,6 +112,25 @@ class Decision:
     classes: list[list[int]] | None = None
     positions: list[int] = field(default_factory=list)
     """Positions in the batch of the samples that differ."""
+    struck: Struck | None = None
+
+
+_STAGES_OF_PHASE = {
+    "forward": {"buffers", "output", "gradients"},
+    "backward": {"buffers", "gradients"},
+    "optimizer": {"gradients", "optimizer", "weights"},
+}
+"""The stages at which what an operator of a phase makes can come to light first."""
+
+
+def could_have_made(record: OpRecord, stage: str | None) -> bool:
+    """Whether replicas that part first in `stage` may have parted in what this operator gave."""
+    return stage in _STAGES_OF_PHASE.get(record.phase, ())
+
+
+def first_stage(rows: Sequence[Mapping[str, bytes]]) -> str | None:
+    """The first stage in causal order of which not all rows have the same digest; None if there is none."""
+    return next((stage for stage in STAGES if len({row.get(stage) for row in rows}) > 1), None)
 
 
 def first_difference(one: Sequence[OpRecord], other: Sequence[OpRecord]) -> OpDifference | None:

@@ -1,8 +1,9 @@
 """Builds one replica from scratch, under its own seed."""
 
+import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import torch
 import torchvision
@@ -16,11 +17,14 @@ from dreplica.replica.components import (
     build_optimizer,
     build_scheduler,
     check_criterion,
+    check_optimizer,
     check_schedule,
 )
+from dreplica.replica.pretrained import load_pretrained
+from dreplica.replica.published import arguments_for, find_published, is_file
 from dreplica.replica.replica import Replica
 from dreplica.replica.rng import get_rng_state, set_rng_state
-from dreplica.section import Section, import_function, nearest
+from dreplica.section import Lockstep, Section, call_function, nearest
 from dreplica.world.channel import Channel
 
 if TYPE_CHECKING:
@@ -34,9 +38,12 @@ class ModelConfig(Section):
     """Any torchvision classification model."""
     factory: str | None = None
     """`package.module:function` to use instead of `name`: called with `num_classes=`, returns an nn.Module."""
+    weights: str | None = None
+    """Where everything but the head comes from: a name of torchvision's (`DEFAULT`, `IMAGENET1K_V1`), fetched once per
+    node, or a `.pth`, `.pt` or `.safetensors` file. The head is always drawn from the replica's seed. null: all is."""
     num_classes: int | None = Field(None, ge=2)
     """Outputs of the model; null: the data set's number of classes."""
-    init: Literal["scratch", "broadcast"] = "scratch"
+    init: Annotated[Literal["scratch", "broadcast"], Lockstep()] = "scratch"
     """`scratch`: every replica's own build; `broadcast`: rank 0's state is sent to all after the build."""
     channels_last: bool = False
     """Keep weights and inputs in channels_last memory format."""
@@ -71,11 +78,10 @@ def build_replica(config: "RunConfig", num_classes: int, device: torch.device) -
     """
     num_outputs = _num_outputs(config, num_classes)
     if config.replica.factory is not None:
-        replica = import_function("replica.factory", config.replica.factory)(config, num_outputs, device)
-        _check_factory(config.replica.factory, replica)
+        replica = call_function("replica.factory", config.replica.factory, config, num_outputs, device)
+        _check_factory(config.replica.factory, replica, device)
         return replica
     model = build_model(config.model, num_outputs)
-    _check_initialized("model.factory", model)
     criterion = build_criterion(config.criterion)
     check_criterion(criterion, num_outputs)
     check_schedule(config.schedule, config.train.epochs)
@@ -85,26 +91,46 @@ def build_replica(config: "RunConfig", num_classes: int, device: torch.device) -
     compile_model(model, config.model.compile, device)
     with _naming(f"optim: {config.optim.name} cannot train this model"):
         optimizer = build_optimizer(config.optim, model)
+    check_optimizer("optim", optimizer, device)
     with _naming(f"schedule: {config.schedule.name} cannot drive {config.optim.name}"):
         scheduler = build_scheduler(config.schedule, optimizer)
     return Replica(model, criterion, optimizer, scheduler)
 
 
 def build_model(config: ModelConfig, num_classes: int) -> nn.Module:
-    """The model with a fresh head for `num_classes`, on the CPU."""
+    """The model with a fresh head for `num_classes`, on the CPU.
+
+    With `weights`: every layer is drawn as it is from scratch, then all but the head is loaded, which draws nothing,
+    and then the head is drawn again, as nn.Linear and nn.Conv2d draw theirs by default (a ViT's own is all zeros: one
+    head for all seeds). So head and generators after it depend on the seed, the model and the number of classes alone.
+    A head from a `factory` stays as that drew it.
+    """
     if config.factory is not None:
-        model = import_function("model.factory", config.factory)(num_classes=num_classes)
+        model = call_function("model.factory", config.factory, num_classes=num_classes)
         if not isinstance(model, nn.Module):
             raise UsageError(f"model.factory: {config.factory!r} returned {type(model).__name__}. Return an nn.Module.")
+        _check_initialized("model.factory", model)
+        if config.weights is not None:
+            if not is_file(config.weights):
+                raise UsageError(
+                    f"model.weights: {config.weights!r} is a name of torchvision's, and the model is that of "
+                    "model.factory. Give a file, or load torchvision's weights in your function."
+                )
+            load_pretrained(model, config.weights, None, num_classes)
         return model
     names = torchvision.models.list_models(module=torchvision.models)
     if config.name not in names:
         raise UsageError(
             f"model.name: torchvision has no classification model {config.name!r}. {nearest(config.name, names)}"
         )
-    return torchvision.models.get_model(
-        config.name, weights=None, num_classes=num_classes, **_ARGUMENTS.get(config.name, {})
-    )
+    published = None if config.weights is None else find_published(config.name, config.weights)
+    arguments = {**_ARGUMENTS.get(config.name, {}), **arguments_for(config.name, published)}
+    model = torchvision.models.get_model(config.name, weights=None, num_classes=num_classes, **arguments)
+    if config.weights is not None:
+        head = load_pretrained(model, config.weights, published, num_classes)
+        assert head is not None, f"{config.name} of this torchvision has no linear or convolutional head"
+        model.get_submodule(head).reset_parameters()
+    return model
 
 
 _ARGUMENTS = {name: {"aux_logits": False, "init_weights": True} for name in ("googlenet", "inception_v3")}
@@ -133,15 +159,15 @@ def broadcast_state(model: nn.Module, channel: Channel, with_rng: bool) -> None:
 def compile_model(model: nn.Module, backend: bool | str, device: torch.device) -> None:
     """Compiles `model` in place, as `model.compile` asks: parameters, names and the state_dict's keys stay.
 
-    Nothing is compiled before the first forward pass. Raises UsageError if the compiler that needs is not installed.
+    Nothing is compiled before the first forward pass. Raises UsageError if there is no C++ compiler and it takes one.
     """
     if backend is False:
         return
     name = "inductor" if backend is True else backend
     if name == "inductor" and device.type == "cpu":
         _check_cpp_compiler()
-    # A shape of its own for each batch size: code that had become dynamic by the time a step is replayed would round
-    # otherwise than the code that took it.
+    # Compiled for each batch size by itself: by default, the second size makes torch compile for any, which may round
+    # otherwise, and a replay of the first steps would run that code instead of what they ran.
     model.compile(backend=name, dynamic=False)
 
 
@@ -169,19 +195,39 @@ def _num_outputs(config: "RunConfig", num_classes: int) -> int:
     return wanted or num_classes
 
 
-def _check_factory(path: str, replica: object) -> None:
+def _check_factory(path: str, replica: object, device: torch.device) -> None:
     """Raises UsageError for what a `replica.factory` returned and the trainer cannot train."""
     if not isinstance(replica, Replica):
         raise UsageError(
             f"replica.factory: {path!r} returned {type(replica).__name__}. "
             "Return dreplica.Replica(model=, criterion=, optimizer=, scheduler=)."
         )
+    for name, kind, hint in _PARTS:
+        part = getattr(replica, name)
+        if not isinstance(part, kind):
+            found = "a function" if inspect.isfunction(part) else "None" if part is None else type(part).__name__
+            raise UsageError(f"replica.factory: the {name} that {path!r} returned is {found}. {hint}")
+    check_optimizer("replica.factory", replica.optimizer, device)
     _check_initialized("replica.factory", replica.model)
-    if isinstance(replica.scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau):
+    scheduler = replica.scheduler
+    if scheduler is not None and not (hasattr(scheduler, "step") and hasattr(scheduler, "state_dict")):
+        raise UsageError(
+            f"replica.factory: the scheduler that {path!r} returned is {type(scheduler).__name__}, which has no step "
+            "or no state_dict. Return one of torch.optim.lr_scheduler's, or None."
+        )
+    if isinstance(scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau):
         raise UsageError(
             f"replica.factory: the scheduler that {path!r} returned is a ReduceLROnPlateau, which waits for a metric; "
             "schedules are stepped once an epoch without one. Use another, CosineAnnealingLR for instance."
         )
+
+
+_PARTS: tuple[tuple[str, type, str], ...] = (
+    ("model", nn.Module, "Return an nn.Module."),
+    ("criterion", nn.Module, "Return an nn.Module, torch.nn.CrossEntropyLoss() for instance: it may hold state, too."),
+    ("optimizer", torch.optim.Optimizer, "Return one of torch.optim's over the model's parameters."),
+)
+"""What a `replica.factory` has to return, and the hint where it does not."""
 
 
 def _check_initialized(key: str, model: nn.Module) -> None:

@@ -4,14 +4,15 @@ import inspect
 import warnings
 from collections.abc import Callable, Mapping
 from types import ModuleType
-from typing import Any, Optional
+from typing import Any
 
 import torch
 from pydantic import ConfigDict, Field, model_validator
-from torch import Tensor, nn
+from torch import nn
 
 from dreplica.errors import UsageError
-from dreplica.section import Section, nearest
+from dreplica.replica.arguments import construct
+from dreplica.section import Section
 
 
 class _Component(Section):
@@ -72,7 +73,7 @@ def build_criterion(config: CriterionConfig) -> nn.Module:
     Raises UsageError if there is no such class or it has no such argument.
     """
     names = [name for name in dir(nn) if name.endswith("Loss")]
-    return _construct("criterion", nn, config.name, names, _NOT_LOSSES_OF_LOGITS, config.arguments)
+    return construct("criterion", nn, config.name, names, _NOT_LOSSES_OF_LOGITS, config.arguments)
 
 
 def check_criterion(criterion: nn.Module, num_classes: int) -> None:
@@ -82,6 +83,9 @@ def check_criterion(criterion: nn.Module, num_classes: int) -> None:
         raise UsageError(
             "criterion.reduction: 'none' leaves a loss for each sample, and a step needs one. Use 'mean' or 'sum'."
         )
+    smoothing = getattr(criterion, "label_smoothing", 0.0)
+    if not 0 <= smoothing <= 1:  # torch ignores a negative one
+        raise UsageError(f"criterion.label_smoothing: {smoothing} will not do: it should lie between 0 and 1.")
     num_samples = num_classes + 1  # not num_classes, at which MSELoss would broadcast one against the other
     try:
         with warnings.catch_warnings(action="ignore"):
@@ -98,7 +102,7 @@ def build_optimizer(config: OptimConfig, model: nn.Module) -> torch.optim.Optimi
     """An optimizer over all parameters that require a gradient. Raises UsageError as `build_criterion`."""
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     names = _classes(torch.optim, torch.optim.Optimizer)
-    return _construct("optim", torch.optim, config.name, names, _NOT_OPTIMIZERS_OF_A_STEP, config.arguments, parameters)
+    return construct("optim", torch.optim, config.name, names, _NOT_OPTIMIZERS_OF_A_STEP, config.arguments, parameters)
 
 
 def build_scheduler(config: ScheduleConfig, optimizer: torch.optim.Optimizer) -> Any:
@@ -112,16 +116,26 @@ def build_scheduler(config: ScheduleConfig, optimizer: torch.optim.Optimizer) ->
         return None
     schedulers = torch.optim.lr_scheduler
     names = _classes(schedulers, schedulers.LRScheduler)
-    return _construct(
-        "schedule", schedulers, config.name, names, _NOT_SCHEDULERS_OF_VALUES, config.arguments, optimizer
-    )
+    return construct("schedule", schedulers, config.name, names, _NOT_SCHEDULERS_OF_VALUES, config.arguments, optimizer)
+
+
+def check_optimizer(section: str, optimizer: torch.optim.Optimizer, device: torch.device) -> None:
+    """Raises UsageError if it cannot be stepped as a training step does, on `device`."""
+    name = type(optimizer).__name__
+    if inspect.signature(optimizer.step).parameters["closure"].default is inspect.Parameter.empty:
+        raise UsageError(f"{section}: {name} wants a closure at each step, and a training step has none. Use another.")
+    if device.type == "cpu" and any(group.get("capturable") for group in optimizer.param_groups):
+        raise UsageError(
+            f"{section}.capturable: True will not do: {name} is capturable on a GPU alone, and this replica is on the "
+            "CPU. Leave it out."
+        )
 
 
 def check_schedule(config: ScheduleConfig, epochs: int) -> None:
     """Raises UsageError if the schedule cannot be stepped once an epoch: OneCycleLR ends after `total_steps`."""
     try:
         _run_schedule(config, epochs)
-    except ValueError as error:
+    except (ValueError, ArithmeticError) as error:
         raise UsageError(
             f"schedule: {config.name} cannot be stepped for train.epochs = {epochs} epochs: {_first_line(error)}. "
             "It is stepped once an epoch, not once a batch."
@@ -163,58 +177,6 @@ _NOT_SCHEDULERS_OF_VALUES = {
 """Classes of torch's that a config cannot build, why, and what to do instead."""
 
 
-def _construct(
-    section: str,
-    module: ModuleType,
-    name: str,
-    names: list[str],
-    excluded: Mapping[str, str],
-    arguments: Mapping[str, Any],
-    *first: Any,
-) -> Any:
-    if name in excluded and name in names:
-        raise UsageError(f"{section}.name: {name} {excluded[name]}")
-    if name not in names:
-        valid = [other for other in names if other not in excluded]
-        raise UsageError(f"{section}.name: {module.__name__} has no {name!r}. {nearest(name, valid)}")
-    cls = getattr(module, name)
-    parameters = inspect.signature(cls.__init__).parameters
-    takes = [
-        key
-        for key in list(parameters)[1 + len(first) :]
-        if parameters[key].kind not in {inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL}
-    ]
-    for key in arguments:
-        if key not in takes:
-            raise UsageError(f"{section}.{key}: {name} has no argument {key!r}. {nearest(key, takes)}")
-    missing = [key for key in takes if key not in arguments and parameters[key].default is inspect.Parameter.empty]
-    if missing:
-        raise UsageError(
-            f"{section}.{missing[0]}: {name} needs a value for it. Set it in the config or with "
-            f"--{section}.{missing[0]} VALUE."
-        )
-    values = {
-        key: _as_tensor(f"{section}.{key}", value) if parameters[key].annotation in _TENSOR else value
-        for key, value in arguments.items()
-    }
-    return cls(*first, **values)
-
-
-_TENSOR = (Tensor, Tensor | None, Optional[Tensor])  # noqa: UP045 (as an older torch annotates it)
-
-
-def _as_tensor(key: str, value: Any) -> Any:
-    """A list of numbers as float32 (YAML has no tensors); null as it is. Raises UsageError for anything else."""
-    if value is None:
-        return None
-    numbers = isinstance(value, list) and all(
-        isinstance(number, int | float) and not isinstance(number, bool) for number in value
-    )
-    if not numbers:
-        raise UsageError(f"{key}: {value!r} will not do: give a list of numbers, one per class: [1.0, 0.5, 2.0].")
-    return torch.tensor(value, dtype=torch.float32)
-
-
 def _try(section: str, name: str, arguments: Mapping[str, Any], build: Callable[[], Any]) -> None:
     """Builds and steps once to have the class itself judge its arguments; the global generators are not touched."""
     try:
@@ -227,7 +189,8 @@ def _try(section: str, name: str, arguments: Mapping[str, Any], build: Callable[
 
 
 def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0].removesuffix(".")
+    text = str(error.args[0] if isinstance(error, KeyError) and error.args else error)  # str() would quote a key
+    return (text.splitlines() or [type(error).__name__])[0].removesuffix(".")
 
 
 def _classes(module: ModuleType, base: type) -> list[str]:
@@ -246,7 +209,7 @@ def _any_optimizer() -> torch.optim.Optimizer:
 def _step_once(optimizer: torch.optim.Optimizer) -> None:
     """Some arguments are first looked at in a step."""
     (group,) = optimizer.param_groups
-    if group.get("capturable"):  # only on a GPU
+    if group.get("capturable"):  # only on a GPU, which is not known yet
         return
     for parameter in group["params"]:
         parameter.grad = torch.zeros_like(parameter)
@@ -254,8 +217,13 @@ def _step_once(optimizer: torch.optim.Optimizer) -> None:
 
 
 def _run_schedule(config: ScheduleConfig, epochs: int) -> None:
+    """The first and the last of `epochs` steps: one that has an end, or a power that overflows, fails from there on."""
     optimizer = _any_optimizer()
     scheduler = build_scheduler(config, optimizer)
-    for _ in range(epochs if scheduler is not None else 0):
-        optimizer.step()  # does nothing; a scheduler warns if there was none
+    if scheduler is None:
+        return
+    optimizer.step()  # does nothing; a scheduler warns if there was none
+    scheduler.step()
+    if epochs > 1:
+        scheduler.last_epoch = epochs - 1
         scheduler.step()

@@ -25,6 +25,8 @@ class SeedConfig(Section):
     replica draws a fresh one."""
     data: Annotated[Seed | None, Lockstep()] = 0
     """Seed of the order of samples, drawn by rank 0 for all; null: a fresh one each run, recorded."""
+    augment: Annotated[Seed, Lockstep()] = 0
+    """Seed of `data.augment`: what becomes of a sample depends on it, the epoch and the sample's index alone."""
 
 
 def check_model_seeds(config: SeedConfig, num_replicas: int) -> None:

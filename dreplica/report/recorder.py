@@ -1,6 +1,7 @@
 """Keeps the record of a run: the run folder while it goes, the report at every end it can have."""
 
 import logging
+import math
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -19,6 +20,8 @@ from dreplica.world.roll_call import Lost, ReplicaLost, describe_failure
 from dreplica.world.run_folder import create_run_folder
 
 log = logging.getLogger(__name__)
+
+_NOT_FINITE = "is not finite"
 
 
 class Recorder:
@@ -78,13 +81,26 @@ class Recorder:
             # Only the last evaluation is needed whole, for the spread.
             self.report.epochs[-1] = self.report.epochs[-1].without_predictions()
         self.report.epochs.append(done)
+        self._warn_of_losses(done)
         if self._world.is_coordinator:
             append_metrics(self.folder / "metrics.jsonl", done)
 
+    def _warn_of_losses(self, done: EpochDone) -> None:
+        """Once, of losses that are infinite or not a number: replicas may well agree on them."""
+        assert self.report is not None
+        losses = {"training": done.train["loss"], "validation": done.val["loss"]}
+        wrong = [f"{part} loss {values}" for part, values in losses.items() if not all(map(math.isfinite, values))]
+        if not wrong or any(_NOT_FINITE in warning for warning in self.report.warnings):
+            return
+        self.report.warnings.append(f"epoch {done.epoch}: {wrong[0]} {_NOT_FINITE}; agreement says nothing of learning")
+        if self._world.is_coordinator:
+            log.warning(self.report.warnings[-1])
+
     def conclude(self, verdict: Verdict, steps_checked: int) -> None:
         """Rank 0 writes the report; all wait until it has, since the launcher ends the rest when the first ends."""
+        self._complete(verdict, steps_checked)
         if self._world.is_coordinator:
-            self._write(verdict, steps_checked)
+            self._write()
         self._world.channel.gather(None)
 
     def conclude_without(
@@ -96,12 +112,17 @@ class Recorder:
     ) -> None:
         """Ends the record when this replica fails with `error` or (`ReplicaLost`) another is gone.
 
-        The first survivor writes the report, naming who was lost; rank 0 does when there is none. No collective.
+        The first survivor writes the report, naming who was lost; rank 0 does when there is none. A verdict that was
+        reached before stands. No collective.
         """
         lost = self._who_is_lost(error)
         gone = {item.replica_id for item in lost}
         survivors = [replica_id for replica_id in range(self._world.num_replicas) if replica_id not in gone]
         if self._world.replica_id != min(survivors, default=0):
+            return
+        if self.report is not None and self.report.verdict is not None:
+            if not (self.folder / "report.json").exists():
+                self._write()
             return
         known = [item.step for item in lost if item.step is not None]
         if steps_done is not None:
@@ -115,7 +136,8 @@ class Recorder:
                 log.error("%s; not reported, because of %s", verdict.summary, problem)
                 return
             self._write_inputs(manifests)
-        self._write(verdict, steps_checked)
+        self._complete(verdict, steps_checked)
+        self._write()
 
     def _who_is_lost(self, error: BaseException) -> list[Lost]:
         roll_call = self._world.roll_call
@@ -125,10 +147,20 @@ class Recorder:
             roll_call.report_failure(describe_failure(error))
         return roll_call.take()
 
-    def _write(self, verdict: Verdict, steps_checked: int) -> None:
+    def _complete(self, verdict: Verdict, steps_checked: int) -> None:
         assert self.report is not None
         self.report.verdict = verdict
         self.report.seconds = time.monotonic() - self._started
         self.report.steps_checked = steps_checked
-        write_json(self.folder / "report.json", self.report.as_dict())
-        print_report(self._console, self.report)
+
+    def _write(self) -> None:
+        """To the run folder and to the terminal; that one of them fails takes nothing from the other."""
+        assert self.report is not None
+        try:
+            write_json(self.folder / "report.json", self.report.as_dict())
+        except OSError as error:
+            log.error("%s could not be written: %s", self.folder / "report.json", error)
+        try:
+            print_report(self._console, self.report)
+        except OSError as error:
+            log.error("the report could not be printed: %s", error)

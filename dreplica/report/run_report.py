@@ -1,6 +1,7 @@
 """report.json and metrics.jsonl: what programs read of a run."""
 
 import json
+import math
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -29,7 +30,18 @@ class RunReport:
     spread: Spread | None = None
     distance: list[dict[str, Any]] = field(default_factory=list)
     """Epoch by epoch, how far replicas that have parted are from replica 0."""
+    skipped: list[str] = field(default_factory=list)
+    """Samples left out because they cannot be loaded (`data.on_error: skip`)."""
     warnings: list[str] = field(default_factory=list)
+
+    def first_differing_result(self) -> tuple[int, str, list[float]] | None:
+        """The first epoch in which replicas report other numbers: the epoch, which number, and each replica's."""
+        for done in self.epochs:
+            for part, numbers in (("training", done.train), ("validation", done.val)):
+                for name, values in numbers.items():
+                    if len({repr(value) for value in values}) > 1:
+                        return done.epoch, f"{part} {name}", values
+        return None
 
     def as_dict(self) -> dict[str, Any]:
         """JSON values, in the order of the schema."""
@@ -46,19 +58,27 @@ class RunReport:
             ],
             "spread": None if self.spread is None else self.spread.as_dict(),
             "distance": self.distance,
+            "skipped": {"count": len(self.skipped), "samples": self.skipped},
             "warnings": self.warnings,
         }
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Writes `value` whole or not at all: to a file beside it, flushed, renamed."""
+    """Writes `value` whole or not at all: to a file beside it, flushed, renamed. Raises OSError.
+
+    JSON has no word for numbers that are infinite or none: null stands for them.
+    """
     temporary = path.with_suffix(f".{os.getpid()}.tmp")
-    with temporary.open("w", encoding="utf-8") as file:
-        json.dump(value, file, indent=1)
-        file.write("\n")
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
+    try:
+        with temporary.open("w", encoding="utf-8") as file:
+            json.dump(_finite(value), file, indent=1, allow_nan=False)
+            file.write("\n")
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise
 
 
 def append_metrics(path: Path, done: EpochDone) -> None:
@@ -66,4 +86,12 @@ def append_metrics(path: Path, done: EpochDone) -> None:
     line = {"step": done.step, **done.as_dict(), "seconds": round(done.seconds, 3)}
     line["images_per_second"] = round(done.images_per_second, 1)
     with path.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(line) + "\n")
+        file.write(json.dumps(_finite(line), allow_nan=False) + "\n")
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -1,6 +1,9 @@
 """What a person sees: a progress bar on a terminal, plain lines in a log file, and the closing tables."""
 
+import io
 import logging
+import os
+import sys
 import time
 
 from rich.console import Console
@@ -15,6 +18,21 @@ log = logging.getLogger(__name__)
 
 _SECONDS_BETWEEN_LINES = 10.0
 _REFRESH_SECONDS = 0.2
+
+
+class Screen(Console):
+    """Standard output, which may be closed or lack characters: nothing of that ends a run."""
+
+    def __init__(self) -> None:
+        if isinstance(sys.stdout, io.TextIOWrapper):
+            sys.stdout.reconfigure(errors="replace")
+        super().__init__()
+
+    def on_broken_pipe(self) -> None:
+        """Nobody reads on: the rest goes nowhere."""
+        self.quiet = True
+        with open(os.devnull, "w") as nowhere:
+            os.dup2(nowhere.fileno(), sys.stdout.fileno())
 
 
 class ProgressDisplay:

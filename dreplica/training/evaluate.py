@@ -6,8 +6,9 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from dreplica.agreement.stages import batch_stage
 from dreplica.data.coordinator import Coordinator
-from dreplica.data.loader import load_batches
+from dreplica.data.loader import Labels, load_batches
 from dreplica.replica.replica import Replica
 from dreplica.training.step import TrainConfig, forward, reduction_of
 
@@ -54,6 +55,8 @@ class Evaluation:
     """(samples, num_classes), on the CPU, in the data set's order."""
     labels: Tensor
     """(samples,) int64."""
+    batches: dict[str, bytes]
+    """What the predictions were made from: a digest of 16 bytes for each batch, inputs and labels."""
 
 
 @torch.no_grad()
@@ -65,17 +68,23 @@ def evaluate(
     batch_size: int,
     num_workers: int,
     config: TrainConfig,
+    rule: Labels | None = None,
 ) -> Evaluation:
-    """Evaluates in eval mode and puts every module back into the mode it was in. A collective."""
+    """Evaluates in eval mode and puts every module back into the mode it was in. A collective.
+
+    `rule`: what labels may be; None: not checked.
+    """
     modes = {module: module.training for module in replica.model.modules()}
     replica.model.eval()
     tally, logits, labels = Tally.zero(device), [], []
+    batches: dict[str, bytes] = {}
     stream = coordinator.evaluation_batches(len(dataset), batch_size)  # type: ignore[arg-type]
-    for batch in load_batches(dataset, stream, device, num_workers, seed=0, epoch=0):
+    for batch in load_batches(dataset, stream, device, num_workers, seed=0, epoch=0, labels=rule):
         loss, batch_logits = forward(replica, batch.inputs, batch.labels, config)
         tally.add(loss, batch_logits, batch.labels, reduction_of(replica.criterion))
         logits.append(batch_logits.cpu())
         labels.append(batch.labels.cpu())
+        batches[f"validation batch {len(batches)}"] = batch_stage(batch.tensors()).digest
     for module, training in modes.items():
         module.training = training
-    return Evaluation(tally, torch.cat(logits), torch.cat(labels))
+    return Evaluation(tally, torch.cat(logits), torch.cat(labels), batches)

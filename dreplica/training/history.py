@@ -20,6 +20,8 @@ class StepEntry:
     """(batch,) int64: the samples, as this replica received them."""
     word: bytes | None
     """16 bytes over this replica's state after the step, as compared; None if the step was not compared."""
+    generator: bytes = b""
+    """State of torch's CPU generator after the step."""
 
 
 @dataclass(frozen=True)

@@ -10,8 +10,8 @@ import torch
 
 from dreplica.agreement.agreement import Agreement
 from dreplica.data.coordinator import Coordinator
-from dreplica.data.datasets import DataSets
-from dreplica.data.loader import load_batches
+from dreplica.data.loader import Labels, load_batches
+from dreplica.data.samples import DataSets, at_epoch
 from dreplica.replica.replica import Replica
 from dreplica.training.evaluate import Evaluation, Tally, evaluate
 from dreplica.training.history import History, StepEntry
@@ -83,25 +83,39 @@ def train(
     """
     batch_size, num_workers = config.data.batch_size, config.data.num_workers
     memory_format = torch.channels_last if config.model.channels_last else torch.preserve_format
+    labels = Labels(data.num_classes, getattr(replica.criterion, "ignore_index", None))
     for epoch in range(1, config.train.epochs + 1):
         started = time.perf_counter()
         tally = Tally.zero(device)
         replica.model.train()
         stream = coordinator.training_batches(len(data.train), batch_size, epoch)  # type: ignore[arg-type]
-        batches = load_batches(data.train, stream, device, num_workers, coordinator.seed, epoch, memory_format)
+        batches = load_batches(
+            at_epoch(data.train, epoch),
+            stream,
+            device,
+            num_workers,
+            coordinator.seed,
+            epoch,
+            memory_format,
+            labels=labels,
+            weights=data.weights,
+        )
         with closing(batches):  # ends the loader's workers at once, also in mid-epoch
             for number, batch in enumerate(batches, start=1):
                 output = training_step(replica, batch, config.train)
+                last = agreement.steps_done + 1 == config.train.max_steps
                 stop = agreement.step(
                     indices=batch.indices,
-                    batch=(batch.inputs, batch.labels),
+                    batch=batch.tensors(),
                     outputs=output.logits,
                     loss=output.loss,
                     epoch=epoch,
                     stop=bool(stop_request),
+                    check=last or number == len(stream),
                 )
+                generator = torch.get_rng_state().numpy().tobytes()
                 history.step(
-                    StepEntry(agreement.steps_done, epoch, number - 1, batch.indices, agreement.last_word),
+                    StepEntry(agreement.steps_done, epoch, number - 1, batch.indices, agreement.last_word, generator),
                     agreement.agreed_until,
                 )
                 tally.add(output.loss, output.logits, batch.labels, reduction_of(replica.criterion))
@@ -112,15 +126,15 @@ def train(
                     agreement.finish()
                     yield Stopped(agreement.steps_done, epoch)
                     return
-                if agreement.steps_done == config.train.max_steps:
+                if last:
                     break
         trained = time.perf_counter()
         if number == len(stream):  # not if max_steps cut the epoch short
             if replica.scheduler is not None:
                 replica.scheduler.step()
             history.epoch_end(epoch)
-        evaluation = evaluate(replica, data.val, coordinator, device, batch_size, num_workers, config.train)
-        agreement.evaluation({"logits": evaluation.logits}, epoch)
+        evaluation = evaluate(replica, data.val, coordinator, device, batch_size, num_workers, config.train, labels)
+        agreement.evaluation({"logits": evaluation.logits}, epoch, evaluation.batches)
         yield _gather_epoch(epoch, agreement.steps_done, tally, evaluation, started, trained, world)
         if any(world.channel.gather(bool(stop_request))):  # with agreement.every 0 no step's message carries it
             yield Stopped(agreement.steps_done, epoch)

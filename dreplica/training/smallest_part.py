@@ -5,8 +5,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.utils.data import Dataset, default_collate
+from torch.utils.data import Dataset
 
+from dreplica.data.loader import load_again
 from dreplica.errors import UsageError
 from dreplica.replica.rng import get_rng_state, set_rng_state
 
@@ -55,9 +56,9 @@ def check_smallest_part(model: nn.Module, dataset: Dataset[Any], config: "RunCon
 
 @torch.no_grad()
 def _forward_one(model: nn.Module, dataset: Dataset[Any], device: torch.device) -> None:
-    inputs, _ = default_collate([dataset[0]])
+    inputs = load_again(dataset, torch.tensor([0]), device).inputs
     buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
-    torch.func.functional_call(model, buffers, (inputs.to(device),))
+    torch.func.functional_call(model, buffers, (inputs,))
 
 
 def _last_chunk(size: int, parts: int) -> int:

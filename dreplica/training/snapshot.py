@@ -2,11 +2,12 @@
 
 import copy
 from collections import defaultdict
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from dreplica.replica.replica import Replica
 from dreplica.replica.rng import get_rng_state, set_rng_state
@@ -18,6 +19,8 @@ class Snapshot:
 
     tensors: dict[str, Tensor]
     """Parameters and buffers of model and criterion."""
+    buffers: dict[str, dict[str, bool]]
+    """Of each module of either: the buffers registered there, and whether there is a tensor or None."""
     gradients: dict[str, Tensor | None]
     modes: dict[str, bool]
     optimizer_state: list[tuple[Tensor, dict[str, Any]]]
@@ -33,6 +36,10 @@ def take_snapshot(replica: Replica) -> Snapshot:
     """Copies the state; the replica is not changed."""
     return Snapshot(
         tensors={name: tensor.detach().clone() for name, tensor in _tensors(replica).items()},
+        buffers={
+            path: {name: buffer is not None for name, buffer in module._buffers.items()}
+            for path, module in _modules(replica)
+        },
         gradients={name: _copy(parameter.grad) for name, parameter in replica.model.named_parameters()},
         modes={name: module.training for name, module in replica.model.named_modules()},
         optimizer_state=[(parameter, _copy(state)) for parameter, state in replica.optimizer.state.items()],
@@ -45,7 +52,12 @@ def take_snapshot(replica: Replica) -> Snapshot:
 
 @torch.no_grad()
 def restore_snapshot(replica: Replica, snapshot: Snapshot) -> None:
-    """Puts the state back, byte for byte; parameters and buffers keep their identity and memory."""
+    """Puts the state back, byte for byte; parameters and buffers keep their identity and memory.
+
+    Only a buffer that a forward pass has added, replaced by one of another shape, or taken away since is another tensor
+    afterwards.
+    """
+    _restore_buffers(replica, snapshot)
     for name, tensor in _tensors(replica).items():
         tensor.copy_(snapshot.tensors[name])
     for name, parameter in replica.model.named_parameters():
@@ -64,12 +76,31 @@ def restore_snapshot(replica: Replica, snapshot: Snapshot) -> None:
     set_rng_state(snapshot.rng)
 
 
+def _restore_buffers(replica: Replica, snapshot: Snapshot) -> None:
+    for path, module in _modules(replica):
+        before = snapshot.buffers.get(path, {})
+        for name in [name for name in module._buffers if name not in before]:
+            delattr(module, name)
+        for name, was_tensor in before.items():
+            kept, now = snapshot.tensors.get(path + name), module._buffers.get(name)
+            if not was_tensor and now is not None:
+                module._buffers[name] = None
+            elif kept is not None and (now is None or (now.shape, now.dtype) != (kept.shape, kept.dtype)):
+                module._buffers[name] = kept.clone()
+
+
 def _tensors(replica: Replica) -> dict[str, Tensor]:
     named: dict[str, Tensor] = {}
     for prefix, module in (("model.", replica.model), ("criterion.", replica.criterion)):
         named |= {prefix + name: tensor for name, tensor in module.named_parameters()}
         named |= {prefix + name: tensor for name, tensor in module.named_buffers()}
     return named
+
+
+def _modules(replica: Replica) -> Iterator[tuple[str, nn.Module]]:
+    for prefix, root in (("model.", replica.model), ("criterion.", replica.criterion)):
+        for path, module in root.named_modules():
+            yield prefix + (f"{path}." if path else ""), module
 
 
 def _others(replica: Replica) -> list[Any]:

@@ -22,7 +22,7 @@ class Spread:
     disagreement: list[list[float]]
     """Replica by replica: the part of the validation samples on which the two predict different classes."""
     ensemble_accuracy: float
-    """Of the mean of all replicas' softmax probabilities."""
+    """Of the mean of all replicas' softmax probabilities; 0 for a class that a replica's outputs do not have."""
 
     def as_dict(self) -> dict[str, Any]:
         """JSON values."""
@@ -35,7 +35,10 @@ def measure_spread(evaluation: Evaluation, channel: Channel) -> Spread:
     rows = torch.zeros(channel.size, len(predicted), dtype=torch.int64)
     rows[channel.rank] = predicted
     rows = channel.sum(rows)
-    probabilities = channel.sum(evaluation.logits.double().softmax(dim=1))
+    num_classes = max(channel.gather(evaluation.logits.shape[1]))  # overrides and factories can give each its own
+    probabilities = torch.zeros(len(predicted), num_classes, dtype=torch.float64)
+    probabilities[:, : evaluation.logits.shape[1]] = evaluation.logits.double().softmax(dim=1)
+    probabilities = channel.sum(probabilities)
     accuracies = [_accuracy(row, evaluation.labels) for row in rows]
     return Spread(
         n=channel.size,

@@ -1,5 +1,6 @@
 """One training step: the same function for the loop and for the replay, so that what is replayed is what was run."""
 
+import copy
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
@@ -8,10 +9,13 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from dreplica.data.loader import Batch
+from dreplica.errors import UsageError
 from dreplica.replica.replica import Replica
 from dreplica.section import Lockstep, Section
 
 _AMP_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+_TINY = torch.finfo(torch.float32).tiny
+"""For a divisor that would be 0: the weights of a whole batch can be."""
 
 
 class TrainConfig(Section):
@@ -35,7 +39,7 @@ class StepOutput:
     """What a step leaves besides the replica's own state; detached, on the replica's device."""
 
     loss: Tensor
-    """0-dim: the batch's, as the criterion reduces it (mean or sum)."""
+    """0-dim: the batch's, as the criterion reduces it (mean or sum), weighted where the batch has weights."""
     logits: Tensor
     """(batch, num_classes)."""
 
@@ -45,9 +49,9 @@ def training_step(replica: Replica, batch: Batch, config: TrainConfig) -> StepOu
     replica.optimizer.zero_grad()
     losses, logits = [], []
     parts = min(config.accumulate, len(batch.labels))
-    for inputs, labels in zip(batch.inputs.chunk(parts), batch.labels.chunk(parts), strict=True):
-        part_loss, part_logits = forward(replica, inputs, labels, config)
-        part_loss = part_loss * _share(replica.criterion, labels, batch.labels)
+    for part in _split(batch, parts):
+        part_loss, part_logits = forward(replica, part.inputs, part.labels, config, part.weights)
+        part_loss = part_loss * _share(replica.criterion, part, batch)
         (part_loss if replica.scaler is None else replica.scaler.scale(part_loss)).backward()
         losses.append(part_loss.detach())
         logits.append(part_logits.detach())
@@ -61,12 +65,20 @@ def training_step(replica: Replica, batch: Batch, config: TrainConfig) -> StepOu
     return StepOutput(torch.stack(losses).sum() if len(losses) > 1 else losses[0], torch.cat(logits))
 
 
-def forward(replica: Replica, inputs: Tensor, labels: Tensor, config: TrainConfig) -> tuple[Tensor, Tensor]:
-    """Loss (0-dim) and logits (batch, num_classes), under autocast if `train.amp` asks for it."""
+def forward(
+    replica: Replica, inputs: Tensor, labels: Tensor, config: TrainConfig, weights: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Loss (0-dim) and logits (batch, num_classes), under autocast if `train.amp` asks for it.
+
+    With `weights` (batch,) the loss is `weighted_loss`.
+    """
     dtype = _AMP_DTYPES.get(config.amp or "")
     with torch.autocast(inputs.device.type, dtype=dtype, enabled=dtype is not None):
         logits = replica.model(inputs)
-        loss = replica.criterion(logits, labels)
+        if weights is None:
+            loss = replica.criterion(logits, labels)
+        else:
+            loss = weighted_loss(replica.criterion, logits, labels, weights)
     return loss, logits
 
 
@@ -80,20 +92,61 @@ def reduction_of(criterion: nn.Module) -> str:
     return getattr(criterion, "reduction", "mean")
 
 
-def _share(criterion: nn.Module, part: Tensor, whole: Tensor) -> float | Tensor:
-    """What a part's mean loss counts in the batch's, from their labels; a sum counts whole."""
-    if reduction_of(criterion) == "sum" or len(part) == len(whole):
+def weighted_loss(criterion: nn.Module, logits: Tensor, labels: Tensor, weights: Tensor) -> Tensor:
+    """sum(w_i l_i) / sum(w_i) over the batch, 0-dim, where l_i is what the criterion gives for sample i by itself.
+
+    As `CrossEntropyLoss` does with the weights of its classes
+    (https://docs.pytorch.org/docs/stable/generated/torch.nn.CrossEntropyLoss.html), and together with them: where it
+    has some, or labels that it ignores, the divisor is the sum of both weights' products, so that equal `weights`
+    change nothing. Not divided where the criterion's reduction is `sum`; 0 where all weights are.
+    """
+    per_sample = copy.copy(criterion)  # shares its tensors
+    per_sample.reduction = "none"  # type: ignore[assignment]  # nn.Module's attributes are tensors and modules to mypy
+    losses = per_sample(logits, labels)
+    total = (weights * losses.flatten(1).mean(1) if losses.dim() > 1 else weights * losses).sum()
+    if reduction_of(criterion) == "sum":
+        return total
+    return total / _weight_of(criterion, labels, weights).clamp(min=_TINY)
+
+
+def check_criterion_weighs(criterion: nn.Module, weights: Tensor | None) -> None:
+    """Raises UsageError if there are sample weights, and a criterion that cannot give a loss for each sample."""
+    if weights is not None and getattr(criterion, "reduction", None) not in {"mean", "sum"}:
+        raise UsageError(
+            f"data.sample_weights: a criterion of type {type(criterion).__name__} has no `reduction` of mean or sum to "
+            "set to none, which gives a loss for each sample. Use one of torch's own, or set sample_weights to null."
+        )
+
+
+def _split(batch: Batch, parts: int) -> list[Batch]:
+    if parts == 1:
+        return [batch]  # not a view of it, which in-place operators refuse
+    indices, inputs, labels = (tensor.chunk(parts) for tensor in (batch.indices, batch.inputs, batch.labels))
+    weights = [None] * len(labels) if batch.weights is None else batch.weights.chunk(parts)
+    return [Batch(*row) for row in zip(indices, inputs, labels, weights, strict=True)]
+
+
+def _share(criterion: nn.Module, part: Batch, whole: Batch) -> float | Tensor:
+    """What a part's mean loss counts in the batch's, from their labels and weights; a sum counts whole."""
+    if reduction_of(criterion) == "sum" or len(part.labels) == len(whole.labels):
         return 1.0
-    if not isinstance(criterion, nn.CrossEntropyLoss | nn.NLLLoss):
-        return len(part) / len(whole)
-    if criterion.weight is None and criterion.ignore_index < 0:
-        return len(part) / len(whole)
+    if whole.weights is None:
+        if not isinstance(criterion, nn.CrossEntropyLoss | nn.NLLLoss):
+            return len(part.labels) / len(whole.labels)
+        if criterion.weight is None and criterion.ignore_index < 0:
+            return len(part.labels) / len(whole.labels)
     # These two divide by the weights of the labels that they do not ignore.
-    return _weight_of(criterion, part) / _weight_of(criterion, whole)
+    part_weight, weight = (_weight_of(criterion, batch.labels, batch.weights) for batch in (part, whole))
+    return part_weight / weight if whole.weights is None else part_weight / weight.clamp(min=_TINY)
 
 
-def _weight_of(criterion: nn.CrossEntropyLoss | nn.NLLLoss, labels: Tensor) -> Tensor:
-    weight = torch.ones((), device=labels.device) if criterion.weight is None else criterion.weight[labels.clamp(min=0)]
+def _weight_of(criterion: nn.Module, labels: Tensor, weights: Tensor | None) -> Tensor:
+    """What the losses of these samples are divided by, for their mean; 0-dim."""
+    weight = torch.ones((), device=labels.device) if weights is None else weights
+    if not isinstance(criterion, nn.CrossEntropyLoss | nn.NLLLoss) or labels.is_floating_point():
+        return weight.sum()
+    if criterion.weight is not None:
+        weight = weight * criterion.weight[labels.clamp(min=0)]
     return (weight * (labels != criterion.ignore_index)).sum()
 
 

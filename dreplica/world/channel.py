@@ -111,9 +111,9 @@ class Channel:
 
 
 def gloo_channel(timeout: float = 300.0) -> Channel:
-    """A channel over the default process group if that is gloo, otherwise over a gloo group of its own (collective)."""
+    """A channel over a gloo group of its own, in which it meets no collective of the user's. A collective itself."""
     group: dist.ProcessGroup | None = None
-    if dist.is_initialized() and "gloo" not in dist.get_backend():
+    if dist.is_initialized():
         group = cast(dist.ProcessGroup, dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout)))
     return Channel(group, timeout=timeout)
 

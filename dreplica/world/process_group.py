@@ -22,6 +22,8 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 _JOIN_SECONDS = 600.0
+_LAST_SECONDS = 30.0
+"""That a replica may take to end once another is gone, before it is ended."""
 
 
 class WorldConfig(Section):
@@ -121,7 +123,8 @@ def open_world(timeout: float) -> Iterator[World]:
         yield World(0, 1, Channel(), None, host)
         return
     store, _, _ = next(dist.rendezvous("env://", timeout=timedelta(seconds=_JOIN_SECONDS)))
-    roll_call = RollCall(store, replica_id, num_replicas, holds_store=replica_id == 0 and not _launcher_holds_store())
+    holds_store = replica_id == 0 and not _launcher_holds_store()
+    roll_call = RollCall(store, replica_id, num_replicas, holds_store, last_seconds=_LAST_SECONDS)
     try:
         # The channel does its own waiting; gloo's limit only has to be the longer of the two.
         dist.init_process_group(

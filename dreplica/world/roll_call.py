@@ -8,6 +8,7 @@ not answer is lost; if all answer, those that were waiting for nobody are the on
 
 import json
 import logging
+import os
 import threading
 import time
 from collections.abc import Iterable
@@ -15,6 +16,8 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 
 import torch.distributed as dist
+
+from dreplica.errors import ExitCode
 
 log = logging.getLogger(__name__)
 
@@ -47,9 +50,19 @@ class RollCall:
 
     `holds_store`: whether this process serves the store itself (rank 0 without torchrun, whose store outlives all
     replicas); it then stays until the others have read what they need.
+
+    `last_seconds`: how long after an alarm this process may still be there before it is ended, whatever its main thread
+    is stuck in; None: for good.
     """
 
-    def __init__(self, store: dist.Store, replica_id: int, num_replicas: int, holds_store: bool = False) -> None:
+    def __init__(
+        self,
+        store: dist.Store,
+        replica_id: int,
+        num_replicas: int,
+        holds_store: bool = False,
+        last_seconds: float | None = None,
+    ) -> None:
         self.replica_id = replica_id
         self.num_replicas = num_replicas
         self.alarm = threading.Event()
@@ -57,6 +70,7 @@ class RollCall:
         self.waiting = False
         self._store = store.clone()
         self._holds_store = holds_store
+        self._last_seconds = last_seconds
         self._closed = threading.Event()
         self._thread = threading.Thread(target=self._listen, name="dreplica-roll-call", daemon=True)
         self._thread.start()
@@ -100,6 +114,8 @@ class RollCall:
             except RuntimeError as error:
                 log.debug("the store is gone: %s", error)
             self.alarm.set()
+            if self._last_seconds is not None and not self._closed.wait(self._last_seconds):
+                os._exit(ExitCode.FAILED)
             return
 
     def _take(self, result: "Future[list[Lost]]") -> None:

@@ -4,6 +4,8 @@ import re
 from pathlib import Path
 from typing import Annotated
 
+from pydantic import field_validator
+
 from dreplica.errors import UsageError
 from dreplica.section import Lockstep, Section
 
@@ -15,6 +17,13 @@ class RunFolderConfig(Section):
     """The run's name; null: the config file's. A second run of the same name gets a suffix."""
     root: Annotated[str, Lockstep()] = "runs"
     """The folder that holds the run folders."""
+
+    @field_validator("root")
+    @classmethod
+    def _check_root(cls, root: str) -> str:
+        if not root.strip():
+            raise UsageError(f"run.root: {root!r} names no folder. Name one, or '.' for the current folder.")
+        return root
 
 
 def create_run_folder(root: str, name: str) -> Path:

@@ -1,8 +1,11 @@
 """`Agreement` in any loop: other structures, lost replicas, other optimizers, no process group, DDP."""
 
+import json
 import os
+import re
 from collections.abc import Callable
-from typing import Any
+from pathlib import Path
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -12,6 +15,7 @@ from torch import Tensor, nn
 from dreplica.agreement.agreement import Agreement
 from dreplica.agreement.protocol import fold
 from dreplica.agreement.stages import optimizer_stage
+from dreplica.agreement.trace import Trace
 from dreplica.agreement.verdict import Divergence, Verdict
 from dreplica.world.process_group import World
 from dreplica.world.roll_call import ReplicaLost
@@ -129,19 +133,84 @@ def test_bytes_per_step() -> None:
 
 
 def test_what_a_replay_goes_by() -> None:
-    """The word stands for the step just taken, or for nothing; an evaluation says nothing about the state."""
+    """The word stands for the step just taken, or for nothing."""
     agreement = Agreement(nn.Linear(2, 2), every=2)
     assert agreement.agreed_until == 0
     words, agreed = [], []
-    for _ in range(3):
+    for _ in range(4):
         agreement.step()
         words.append(agreement.last_word)
-        agreement.evaluation({"logits": torch.ones(1)})
         agreed.append(agreement.agreed_until)
-    assert words == [None, fold(2, agreement.observe()), None]
-    assert agreed == [0, 2, 2]
+    agreement.step(check=True)
+    words.append(agreement.last_word)
+    state = agreement.observe()
+    assert words == [None, fold(2, state), None, fold(4, state), fold(5, state)]
+    assert agreed == [0, 2, 2, 4]
+    assert agreement.agreed_until == 5
+    agreement.step()
     agreement.finish()
-    assert agreement.agreed_until == 3
+    assert agreement.agreed_until == 6
+
+
+def test_an_evaluation_is_of_a_state_that_was_compared(tmp_path: Path) -> None:
+    """Otherwise weights that had parted would look like an evaluation that went otherwise."""
+    with Trace(tmp_path / "trace.jsonl", 1) as trace:
+        agreement = Agreement(nn.Linear(2, 2), every=3, trace=trace)
+        agreement.step()
+        agreement.evaluation({"logits": torch.ones(1)}, batch={"validation batch 0": b"digest"})
+        assert agreement.agreed_until == 1
+    lines = [json.loads(line) for line in (tmp_path / "trace.jsonl").read_text().splitlines()[1:]]
+    assert [(line["step"], list(line["digests"])) for line in lines] == [
+        (0, ["buffers", "weights", "rng"]),
+        (1, ["buffers", "weights", "rng"]),
+        (1, ["batch", "predictions"]),
+    ]
+
+
+def _one_more_step(world: World, lag: Literal[0, 1]) -> Verdict | None:
+    seed_everything(0)
+    agreement = Agreement(tiny_model(), lag=lag)
+    try:
+        for _ in range(3 + world.replica_id):
+            agreement.step()
+        agreement.finish()
+    except Divergence as divergence:
+        return divergence.verdict
+    return None
+
+
+@pytest.mark.parametrize("lag", [0, 1])
+def test_replicas_that_take_different_numbers_of_steps_are_told(lag: Literal[0, 1]) -> None:
+    one, two = run_replicas(_one_more_step, 2, lag)
+    assert isinstance(one, Verdict), one
+    assert one == two
+    assert (one.cause, one.step, one.stage) == ("structure-differs", 3, None)
+    assert "the number of steps taken" in one.summary
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ({"expect": "Identical"}, "expect: 'Identical' will not do: give 'identical' or 'independent'"),
+        ({"on_divergence": "raise"}, "on_divergence: 'raise' will not do"),
+        ({"lag": 5}, "lag: 5 will not do: give 0 or 1"),
+        ({"every": -1}, "every: -1 will not do"),
+        ({"stages": ["weight"]}, "'weight' is no stage"),
+        ({"expect": "independent", "stages": ["weights"]}, "'weights' is not compared where expect is 'independent'"),
+    ],
+)
+def test_arguments_that_would_silently_check_nothing_are_refused(arguments: Any, words: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(words)):
+        Agreement(nn.Linear(2, 2), **arguments)
+
+
+def test_outputs_may_be_nested_and_what_cannot_be_compared_is_named() -> None:
+    agreement = Agreement(nn.Linear(2, 2))
+    agreement.step(outputs={"hidden": torch.ones(2), "parts": [torch.ones(1)]}, loss=torch.ones(()))
+    names = agreement.observe(outputs={"hidden": torch.ones(2), "parts": [torch.ones(1)]})["output"].names
+    assert names == ("logits.hidden", "logits.parts.0")
+    with pytest.raises(TypeError, match=r"cannot compare the Linear at 'logits\.model'"):
+        agreement.step(outputs={"model": nn.Linear(1, 1)})
 
 
 def _default_group(world: World) -> list[Any]:

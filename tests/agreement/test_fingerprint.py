@@ -12,6 +12,7 @@ import xxhash
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from dreplica.agreement import fingerprint as module
 from dreplica.agreement.fingerprint import ALGORITHM, digest_bytes, digest_tensor, fingerprint, num_bytes
@@ -261,15 +262,20 @@ def test_the_function_keeps_its_name_for_sparse_tensors_and_bytes() -> None:
 
 
 @pytest.mark.filterwarnings("ignore:torch.quantize_per_tensor", "ignore:Sparse CSR")
-@pytest.mark.parametrize("kind", ["meta", "sparse on meta", "csr", "quantized"])
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested")
+@pytest.mark.parametrize("kind", ["meta", "sparse on meta", "csr", "quantized", "nested", "lazy", "fake", "float"])
 def test_tensors_without_plain_memory_are_refused_by_name(kind: str) -> None:
     tensor = {
         "meta": lambda: torch.empty(3, device="meta"),
         "sparse on meta": lambda: torch.empty(3, 3, device="meta", layout=torch.sparse_coo),
         "csr": lambda: torch.eye(3).to_sparse_csr(),
         "quantized": lambda: torch.quantize_per_tensor(torch.ones(3), 0.1, 0, torch.quint8),
+        "nested": lambda: torch.nested.nested_tensor([torch.ones(2), torch.ones(3)]),
+        "lazy": lambda: torch.nn.LazyLinear(3).weight,
+        "fake": lambda: FakeTensorMode().from_tensor(torch.ones(2)),
+        "float": lambda: 1.5,
     }[kind]()
-    with pytest.raises(TypeError, match=r"'head\.weight'.*sparse COO"):
+    with pytest.raises(TypeError, match=r"'head\.weight': (a fingerprint|the bytes of this FakeTensor)"):
         fingerprint({"head.weight": tensor})
 
 

@@ -11,9 +11,10 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from dreplica.data import coordinator, loader
+from dreplica.data.config import DataConfig
 from dreplica.data.coordinator import Coordinator
-from dreplica.data.datasets import DataConfig
 from dreplica.data.loader import Batch, load_batches
+from dreplica.data.samples import SampleError
 from dreplica.world.channel import Channel
 from dreplica.world.process_group import World
 from dreplica.world.roll_call import ReplicaLost
@@ -133,8 +134,9 @@ def test_closing_in_mid_epoch_leaves_no_worker_behind() -> None:
 
 
 def test_an_error_in_a_worker_is_raised_with_its_words() -> None:
-    with pytest.raises(OSError, match="sample 7 is unreadable"):
-        load(Numbers(100, fail_at=7), 2)
+    for num_workers in (0, 2):
+        with pytest.raises(SampleError, match=r"at index 7 cannot .* OSError: sample 7 is unreadable .test_loader.py"):
+            load(Numbers(100, fail_at=7), num_workers)
 
 
 def load_where_one_cannot(world: World, num_workers: int) -> str:
@@ -152,7 +154,7 @@ def load_where_one_cannot(world: World, num_workers: int) -> str:
 @pytest.mark.parametrize("num_workers", [0, 1])
 def test_a_sample_that_one_replica_cannot_read_ends_all(num_workers: int) -> None:
     one, other, third = run_replicas(load_where_one_cannot, 3, num_workers)
-    assert isinstance(other, OSError)
+    assert isinstance(other, SampleError)
     # The rest either returned from the body (and fail at the harness's own last collective) or were told.
     for result in (one, third):
         assert result == "lost" or isinstance(result, ReplicaLost), result

@@ -8,6 +8,7 @@ from torch import nn
 
 from dreplica.data.datasets import DataConfig, TensorImages
 from dreplica.errors import UsageError
+from dreplica.replica.replica import Replica
 from tests import fixtures
 
 
@@ -16,9 +17,21 @@ def not_a_model(num_classes: int) -> Any:
     return {"num_classes": num_classes}
 
 
+def takes_nothing() -> nn.Module:
+    """A factory that cannot be told the number of classes."""
+    return fixtures.tiny_model(5)
+
+
 def no_replica(_config: Any, _num_classes: int, _device: torch.device) -> Any:
     """A replica factory that returns the wrong type."""
     return nn.Linear(2, 2)
+
+
+def criterion_is_a_function(config: Any, num_classes: int, _device: torch.device) -> Replica:
+    """A replica factory whose parts will not do."""
+    model = fixtures.tiny_model(num_classes)
+    optimizer = torch.optim.SGD(model.parameters(), lr=config.optim.lr)
+    return Replica(model, nn.functional.cross_entropy, optimizer)
 
 
 def unusable_on_replica_1(config: DataConfig) -> tuple[TensorImages, TensorImages, int]:

@@ -101,6 +101,15 @@ ALONE = {
         ["--replica.factory=tests.end_to_end.bad_input:no_replica"],
         ["replica.factory:", "returned Linear. Return dreplica.Replica("],
     ),
+    "criterion of no module": (
+        ["--replica.factory=tests.end_to_end.bad_input:criterion_is_a_function"],
+        ["replica.factory: the criterion that", "criterion_is_a_function' returned is a function. Return an nn.Module"],
+    ),
+    "model without an argument": (
+        ["--model.factory=tests.end_to_end.bad_input:takes_nothing"],
+        ["model.factory: 'tests.end_to_end.bad_input:takes_nothing' cannot be called with (num_classes=)"],
+    ),
+    "capturable on the CPU": (["--optim={name: Adam, capturable: true}"], ["optim.capturable: True", "on the CPU"]),
     "no data": (
         ["--data.name=tests.end_to_end.bad_input:not_a_model"],
         ["data.name:", "returned dict"],
@@ -142,3 +151,27 @@ def test_a_last_batch_that_batch_norm_refuses_is_told_before_the_first_step(tmp_
     assert job.exitcodes == {0: 2, 1: 2}
     assert "data.batch_size: 79" in job.stderr
     assert not list(tmp_path.iterdir())
+
+
+def test_three_million_epochs_are_not_counted_before_the_first() -> None:
+    job = run_job(
+        *SMALL, "--train.epochs=3000000", "--train.max_steps=2", "--schedule={name: StepLR, step_size: 3}", timeout=60
+    )
+    assert job.returncode == 0, job.output
+    assert job.report["steps_checked"] == 2
+
+
+def test_an_empty_override_leaves_the_replica_in_lock_step() -> None:
+    job = run_job(*SMALL, "--overrides={1: {train: null, data: null, optim: null}}")
+    assert job.returncode == 0, job.output
+    verdict = job.report["verdict"]
+    assert (verdict["cause"], [row["epoch"] for row in job.report["epochs"]]) == ("none", [1, 2])
+
+
+def test_replicas_with_other_numbers_of_outputs_are_independent_all_the_same() -> None:
+    job = run_job(*SMALL, "--seed.model=distinct", "--overrides.1.model.num_classes=7")
+    assert job.returncode == 0, job.output
+    spread = job.report["spread"]
+    accuracies = job.report["epochs"][-1]["val"]["accuracy"]
+    assert spread["accuracy_mean"] == pytest.approx(sum(accuracies) / 2)
+    assert (spread["n"], len(spread["disagreement"])) == (2, 2)

@@ -1,6 +1,7 @@
 """A replica from its config: the same bytes from the same seed, and clear words where it cannot be built."""
 
 import re
+from dataclasses import replace
 from typing import Any
 
 import numpy
@@ -8,8 +9,10 @@ import pytest
 import torch
 import torchvision
 from torch import nn
+from torch._dynamo.utils import counters
+from torch._inductor import config as inductor_config
 
-from dreplica.config import RunConfig
+from dreplica.config import RunConfig, load_config
 from dreplica.errors import UsageError
 from dreplica.replica.build import ModelConfig, broadcast_state, build_model, build_replica
 from dreplica.replica.replica import Replica
@@ -84,6 +87,66 @@ def test_channels_last_is_a_layout_not_other_numbers() -> None:
     assert state_bytes(last) == state_bytes(plain)
 
 
+# ---- model.compile
+
+
+def compiled(setting: bool | str) -> nn.Module:
+    seed_generators(1)
+    replica = build_replica(config(model={**TINY["model"], "compile": setting}), 5, CPU)
+    check_wiring(replica.model, replica.optimizer, replica.scheduler)
+    return replica.model
+
+
+def graphs_compiled() -> int:
+    return counters["stats"]["unique_graphs"]
+
+
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+def test_a_compiled_model_has_the_same_names_and_bytes_and_runs_compiled(backend: str) -> None:
+    plain, model = compiled(False), compiled(backend)
+    assert type(model) is type(plain)
+    assert list(model.state_dict()) == list(plain.state_dict())
+    assert state_bytes(model) == state_bytes(plain)
+    before, images = graphs_compiled(), torch.ones(4, 3, 8, 8)
+    assert torch.equal(plain.eval()(images), torch.from_numpy(model.eval()(images).detach().numpy()))
+    assert graphs_compiled() == before + 1, "by the compiled one alone"
+
+
+def test_every_batch_size_is_compiled_by_itself() -> None:
+    """Code that becomes dynamic when a second batch size is seen would not be the code that took the first steps."""
+    model = compiled("eager")
+    before = graphs_compiled()
+    for size in (4, 3, 5, 4, 3):
+        model(torch.ones(size, 3, 8, 8))
+    assert graphs_compiled() == before + 3
+
+
+@pytest.mark.parametrize(
+    ("argument", "words"),
+    [
+        ("--model.compile=indutcor", "model.compile: torch has no backend 'indutcor'. Did you mean 'inductor'?"),
+        (
+            "--overrides.1.model.compile=aot-eager",
+            "overrides.1.model.compile: torch has no backend 'aot-eager'. Did you mean 'aot_eager'?",
+        ),
+    ],
+)
+def test_an_unknown_backend_is_named_with_the_nearest(argument: str, words: str) -> None:
+    with pytest.raises(UsageError) as caught:
+        load_config([argument], 2)
+    assert words in str(caught.value)
+
+
+@pytest.mark.parametrize("setting", [True, "inductor"])
+def test_a_missing_compiler_is_told_before_the_first_step(setting: bool | str) -> None:
+    words = r"^model\.compile: .*'inductor'.* no working C\+\+ compiler.*g\+\+.*'aot_eager'"
+    with inductor_config.patch({"cpp.cxx": (None, "no-such-compiler")}):
+        with pytest.raises(UsageError, match=words):
+            compiled(setting)
+        compiled("aot_eager")
+    compiled(setting)
+
+
 # ---- models by name
 
 
@@ -153,6 +216,40 @@ def plateau_replica(config: RunConfig, num_classes: int, device: torch.device) -
     return replica
 
 
+def no_argument() -> nn.Module:
+    return tiny_model(5)
+
+
+def without_model(config: RunConfig, num_classes: int, device: torch.device) -> Replica:
+    return replace(plain_replica(config, num_classes, device), model=None)
+
+
+def without_optimizer(config: RunConfig, num_classes: int, device: torch.device) -> Replica:
+    return replace(plain_replica(config, num_classes, device), optimizer=None)
+
+
+def without_criterion(config: RunConfig, num_classes: int, device: torch.device) -> Replica:
+    return replace(plain_replica(config, num_classes, device), criterion=None)
+
+
+def criterion_function(config: RunConfig, num_classes: int, device: torch.device) -> Replica:
+    return replace(plain_replica(config, num_classes, device), criterion=nn.functional.cross_entropy)
+
+
+def lbfgs_replica(config: RunConfig, num_classes: int, device: torch.device) -> Replica:
+    model = tiny_model(num_classes)
+    return Replica(model, nn.CrossEntropyLoss(), torch.optim.LBFGS(model.parameters()))
+
+
+def capturable_replica(config: RunConfig, num_classes: int, device: torch.device) -> Replica:
+    model = tiny_model(num_classes)
+    return Replica(model, nn.CrossEntropyLoss(), torch.optim.Adam(model.parameters(), capturable=True))
+
+
+def no_scheduler(config: RunConfig, num_classes: int, device: torch.device) -> Replica:
+    return replace(plain_replica(config, num_classes, device), scheduler={"step_size": 3})
+
+
 def lazy_replica(config: RunConfig, num_classes: int, device: torch.device) -> Replica:
     replica = plain_replica(config, num_classes, device)
     replica.model.append(nn.LazyLinear(num_classes))
@@ -162,6 +259,23 @@ def lazy_replica(config: RunConfig, num_classes: int, device: torch.device) -> R
 @pytest.mark.parametrize(
     ("section", "function", "words"),
     [
+        ("model", "no_argument", r"model.factory: .* cannot be called with \(num_classes=\): .*unexpected keyword"),
+        (
+            "replica",
+            "no_argument",
+            r"replica.factory: .* cannot be called with \(a value, a value, a value\): too",
+        ),
+        ("replica", "without_model", "replica.factory: the model that .* returned is None. Return an nn.Module"),
+        ("replica", "without_optimizer", "replica.factory: the optimizer that .* is None. Return one of torch.optim"),
+        (
+            "replica",
+            "without_criterion",
+            "replica.factory: the criterion that .* is None. Return an nn.Module, torch",
+        ),
+        ("replica", "criterion_function", "replica.factory: the criterion that .* is a function. Return an nn.Module"),
+        ("replica", "lbfgs_replica", "replica.factory: LBFGS wants a closure"),
+        ("replica", "capturable_replica", "replica.factory.capturable: True .* Adam .* on the CPU"),
+        ("replica", "no_scheduler", "replica.factory: the scheduler that .* is dict, which has no step"),
         ("model", "not_a_model", "model.factory: .* returned int. Return an nn.Module"),
         ("model", "lazy_model", "model.factory: '1.weight' of the model is not initialized .* dummy batch"),
         ("model", "frozen_model", "optim: AdamW cannot train this model: .*empty parameter list"),
@@ -186,6 +300,7 @@ def test_a_replica_from_ones_own_function() -> None:
     [
         ({"criterion": {"name": "MSELoss"}}, "criterion: MSELoss does not take"),
         ({"criterion": {"weight": [1, 2]}}, "criterion: CrossEntropyLoss does not take"),
+        ({"optim": {"name": "Adam", "capturable": True}}, r"optim\.capturable: True .* GPU alone"),
         ({"optim": {"name": "Muon"}}, "optim: Muon cannot train this model: Muon only supports 2D"),
         (
             {"optim": {"name": "SGD"}, "schedule": {"name": "CyclicLR", "base_lr": 0.1, "max_lr": 1.0}},

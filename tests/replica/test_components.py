@@ -2,6 +2,8 @@
 
 import contextlib
 import random
+import re
+import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -20,6 +22,7 @@ from dreplica.replica.components import (
     build_optimizer,
     build_scheduler,
     check_criterion,
+    check_optimizer,
     check_schedule,
 )
 from dreplica.section import Section
@@ -196,18 +199,45 @@ def test_a_suggestion_is_never_of_a_class_that_cannot_be_built() -> None:
     [
         (OptimConfig, {"name": "SGD", "momentum": -1}, "optim.momentum = -1: Invalid momentum"),
         (OptimConfig, {"name": "SGD", "nesterov": True}, "optim.nesterov = True: Nesterov"),
-        (OptimConfig, {"name": "Adam", "betas": "x"}, "optim.betas = 'x'"),
-        (ScheduleConfig, {"name": "StepLR", "step_size": "many"}, "schedule.step_size = 'many'"),
+        (OptimConfig, {"name": "Adam", "betas": "x"}, "optim.betas: 'x' will not do"),
+        (
+            OptimConfig,
+            {"name": "Adam", "betas": [0.9]},
+            "optim.betas: [0.9] will not do: it should be a list of 2",
+        ),
+        (OptimConfig, {"name": "Adam", "betas": [0.9, 0.99, 0.999]}, "it should be a list of 2, such as [0.9, 0.999]."),
+        (OptimConfig, {"name": "Adafactor", "eps": [0.1]}, "it should be a list of 2, such as [null, 0.001]."),
+        (OptimConfig, {"name": "SGD", "momentum": True}, "optim.momentum: true will not do: it should be a number."),
+        (OptimConfig, {"name": "SGD", "momentum": float("nan")}, "momentum: nan will not do: it should be a finite"),
+        (OptimConfig, {"name": "SGD", "foreach": "no"}, "optim.foreach: 'no' will not do: it should be true or false."),
+        (OptimConfig, {"name": "Adam", "fused": 1}, "optim.fused: 1 will not do: it should be true or false."),
+        (ScheduleConfig, {"name": "CosineAnnealingLR", "T_max": 1.5}, "T_max: 1.5 will not do: it should be a whole"),
+        (ScheduleConfig, {"name": "MultiStepLR", "milestones": "ab"}, "'ab' will not do: it should be a list of whole"),
+        (ScheduleConfig, {"name": "MultiStepLR", "milestones": [1, "b"]}, "[1, 'b'] will not do: it should be a list"),
+        (ScheduleConfig, {"name": "MultiStepLR", "milestones": 3}, "3 will not do: it should be a list of whole"),
+        (OptimConfig, {"name": "SGD", "nesterov": 1}, "optim.nesterov: 1 will not do: it should be true or false."),
+        (ScheduleConfig, {"name": "StepLR", "step_size": 3, "gamma": "big"}, "schedule.gamma: 'big' will not do"),
+        (
+            ScheduleConfig,
+            {"name": "ExponentialLR", "gamma": "big"},
+            "schedule.gamma: 'big' will not do: it should be a",
+        ),
+        (ScheduleConfig, {"name": "ExponentialLR", "gamma": float("inf")}, "schedule.gamma: inf will not do"),
+        (ScheduleConfig, {"name": "StepLR", "step_size": 1, "last_epoch": 5}, "last_epoch = 5: param 'initial_lr' is"),
+        (CriterionConfig, {"reduction": 3}, "criterion.reduction: 3 will not do: it should be a word, such as 'mean'."),
+        (CriterionConfig, {"weight": [1.0, float("nan")]}, "criterion.weight: [1.0, nan] will not do"),
+        (ScheduleConfig, {"name": "StepLR", "step_size": "many"}, "schedule.step_size: 'many' will not do"),
         (ScheduleConfig, {"name": "StepLR", "step_size": 0}, "schedule.step_size = 0"),
         (ScheduleConfig, {"name": "CosineAnnealingLR", "T_max": 0}, "schedule.T_max = 0"),
         (OptimConfig, {"name": "AdamW", "differentiable": True}, "optim.differentiable = True"),
-        (OptimConfig, {"name": "SGD", "momentum": "high"}, "optim.momentum = 'high'"),
+        (OptimConfig, {"name": "SGD", "momentum": "high"}, "optim.momentum: 'high' will not do"),
         (ScheduleConfig, {"name": "CyclicLR", "base_lr": 0.1, "max_lr": 1.0, "mode": "x"}, "schedule.mode = 'x'"),
         (ScheduleConfig, {"step_size": 3}, "schedule.step_size: there is no schedule that takes it"),
         (CriterionConfig, {"weight": "balanced"}, "criterion.weight: 'balanced' will not do"),
         (CriterionConfig, {"weight": [1.0, "x"]}, "criterion.weight: [1.0, 'x'] will not do"),
         (CriterionConfig, {"weight": [True]}, "criterion.weight: [True] will not do"),
-        (CriterionConfig, {"label_smoothing": 2.0}, "criterion.label_smoothing"),
+        (CriterionConfig, {"label_smoothing": 2.0}, "criterion.label_smoothing: 2.0 will not do"),
+        (CriterionConfig, {"label_smoothing": -0.1}, "criterion.label_smoothing: -0.1 will not do"),
     ],
 )
 def test_values_that_the_class_refuses_give_one_message_with_key_and_value(
@@ -215,7 +245,7 @@ def test_values_that_the_class_refuses_give_one_message_with_key_and_value(
 ) -> None:
     config = dict(values)
     if "label_smoothing" in values:  # judged at the first call, so by the check that calls it
-        with pytest.raises(UsageError, match="label_smoothing"):
+        with pytest.raises(UsageError, match=re.escape(part)):
             check_criterion(build_criterion(CriterionConfig.model_validate(config)), NUM_CLASSES)
     else:
         assert part in message(section, config)
@@ -290,5 +320,47 @@ def test_a_schedule_that_ends_before_the_run_is_told_before_training() -> None:
     check_schedule(ScheduleConfig(), epochs=5)
 
 
-def test_capturable_is_left_to_the_gpu() -> None:
-    OptimConfig.model_validate({"name": "Adam", "capturable": True})
+@pytest.mark.parametrize("name", built(SCHEDULERS))
+def test_the_check_of_a_schedule_judges_as_stepping_through_it_does(name: str) -> None:
+    config = ScheduleConfig.model_validate({"name": name, **REQUIRED.get(name, {})})
+    for epochs in (1, 2, 9, 10, 11, 30):
+        optimizer = torch.optim.SGD(some_model().parameters(), lr=0.1, momentum=0.9)
+        scheduler, judged, stepped = build_scheduler(config, optimizer), True, True
+        try:
+            for _ in range(epochs):
+                optimizer.step()
+                scheduler.step()
+        except ValueError:
+            stepped = False
+        try:
+            check_schedule(config, epochs)
+        except UsageError:
+            judged = False
+        assert judged == stepped
+        assert stepped or name == "OneCycleLR"
+
+
+def test_the_check_of_a_schedule_does_not_count_the_epochs() -> None:
+    started = time.process_time()
+    check_schedule(ScheduleConfig.model_validate({"name": "StepLR", "step_size": 3}), epochs=10**12)
+    assert time.process_time() - started < 1.0
+
+
+def test_a_schedule_that_overflows_in_mid_run_is_told_before_training() -> None:
+    values = {"name": "CyclicLR", "base_lr": 0.1, "max_lr": 1.0, "mode": "exp_range", "gamma": 10.0}
+    config = ScheduleConfig.model_validate(values)
+    check_schedule(config, epochs=100)
+    with pytest.raises(UsageError, match=r"^schedule: CyclicLR cannot be stepped for train\.epochs = 400 "):
+        check_schedule(config, epochs=400)
+
+
+def test_capturable_is_for_the_gpu_alone() -> None:
+    optimizer = build_optimizer(OptimConfig.model_validate({"name": "Adam", "capturable": True}), some_model())
+    check_optimizer("optim", optimizer, torch.device("cuda", 0))
+    with pytest.raises(UsageError, match=r"^optim\.capturable: True will not do: Adam .* GPU .* CPU. Leave it out\.$"):
+        check_optimizer("optim", optimizer, torch.device("cpu"))
+
+
+@pytest.mark.parametrize("name", built(OPTIMIZERS))
+def test_every_optimizer_of_a_config_can_be_stepped(name: str) -> None:
+    check_optimizer("optim", build_optimizer(OptimConfig(name=name), some_model()), torch.device("cpu"))

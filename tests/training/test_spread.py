@@ -1,5 +1,7 @@
 """Spread of independent replicas, against numbers worked out by hand."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -24,7 +26,7 @@ PROBABILITIES = torch.tensor(
 
 
 def evaluation(replica_id: int) -> Evaluation:
-    return Evaluation(Tally.zero(torch.device("cpu")), PROBABILITIES[replica_id].clamp(min=1e-12).log(), LABELS)
+    return Evaluation(Tally.zero(torch.device("cpu")), PROBABILITIES[replica_id].clamp(min=1e-12).log(), LABELS, {})
 
 
 def measure(world: World) -> Spread:
@@ -43,6 +45,26 @@ def test_three_replicas() -> None:
     # Sums: (2.3 0.45 0.25), (0.7 1.5 0.8), (0.2 1.1 1.7), (1.55 0.85 0.6): 0 1 2 0, all right, as no replica is.
     assert first.ensemble_accuracy == 1.0
     assert set(first.as_dict()) == {"n", "accuracy_mean", "accuracy_std", "disagreement", "ensemble_accuracy"}
+
+
+def measure_wider(world: World) -> Spread:
+    """Replica 1 has a fourth class, and is sure of it for the last sample."""
+    own = evaluation(world.replica_id)
+    if world.replica_id == 1:
+        logits = torch.cat([own.logits, torch.full((4, 1), -30.0)], dim=1)
+        logits[3, 3] = 30.0
+        own = replace(own, logits=logits)
+    return measure_spread(own, world.channel)
+
+
+def test_replicas_with_other_numbers_of_classes_are_compared_where_they_can_be() -> None:
+    first, *others = run_replicas(measure_wider, 3)
+    assert others == [first, first]
+    # Predictions 0121, 0013, 0220.
+    assert first.disagreement == [[0, 0.75, 0.5], [0.75, 0, 0.75], [0.5, 0.75, 0]]
+    # The last sample's sums: 0.3 + 0.9 of class 0, 0.45 of 1, 0.35 of 2, and 1 of replica 1's own class 3.
+    assert first.ensemble_accuracy == 1.0
+    assert first.accuracy_mean == pytest.approx(7 / 12)
 
 
 def test_one_replica_has_no_deviation() -> None:

@@ -1,0 +1,104 @@
+"""Augmentation whose randomness is a function of (seed.augment, epoch, sample index) alone."""
+
+import random
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import numpy
+import torch
+from PIL.Image import Image
+from torch import Tensor
+from torchvision.transforms import v2
+from torchvision.transforms.v2 import functional
+
+from dreplica.data.config import DataConfig
+from dreplica.errors import UsageError
+from dreplica.section import import_function, nearest
+
+Transform = Callable[[Image], Image]
+"""An RGB image to an RGB image of the size that is trained on."""
+
+_VALIDATION_RATIO = 256 / 224
+"""How much longer than the crop the shorter side is, before the middle is cut out: the usual evaluation on ImageNet."""
+
+NAMES = ("flip", "crop_flip", "resized_crop", "trivial")
+
+
+def make_augmentation(config: DataConfig, size: int) -> Transform | None:
+    """What `data.augment` names; None for null. Raises UsageError if there is no such.
+
+    All but a user's own function compute on PIL images in integers, so that neither the number of threads nor the
+    processor's vector instructions can change a pixel.
+    """
+    name = config.augment
+    if name is None:
+        return None
+    if ":" in name:
+        return _UserFunction(name, size)
+    fit, flip = fit_image(size), v2.RandomHorizontalFlip()
+    if name == "flip":
+        return v2.Compose([fit, flip])
+    if name == "crop_flip":
+        return v2.Compose([fit_image(size, ratio=1.0), v2.RandomCrop(size, padding=4), flip])
+    if name == "resized_crop":
+        return v2.Compose([v2.RandomResizedCrop(size), flip])
+    if name == "trivial":
+        return v2.Compose([fit, v2.TrivialAugmentWide()])
+    raise UsageError(
+        f"data.augment: there is no augmentation {name!r}. {nearest(name, NAMES)} "
+        "Or name a function of yours: package.module:function."
+    )
+
+
+def fit_image(size: int, ratio: float = _VALIDATION_RATIO) -> Transform:
+    """Resizes the shorter side to `size` times `ratio`, and cuts the middle out. An image that already is `size` square
+    stays as it is."""
+    return _Fit(size, v2.Compose([v2.Resize(round(size * ratio)), v2.CenterCrop(size)]))
+
+
+class _Fit:
+    def __init__(self, size: int, transform: Transform) -> None:
+        self.size, self.transform = size, transform
+
+    def __call__(self, image: Image) -> Image:
+        return image if image.size == (self.size, self.size) else self.transform(image)
+
+
+class _UserFunction:
+    """A user's function, and what makes an image of the right size of its result."""
+
+    def __init__(self, path: str, size: int) -> None:
+        self.path, self.fit = path, fit_image(size)
+        self.function = import_function("data.augment", path)
+
+    def __call__(self, image: Image) -> Image:
+        result = self.function(functional.pil_to_tensor(image))
+        if not isinstance(result, Tensor) or result.dtype is not torch.uint8 or result.shape[:-2] != (3,):
+            found = f"{result.dtype} {tuple(result.shape)}" if isinstance(result, Tensor) else type(result).__name__
+            raise UsageError(
+                f"data.augment: {self.path!r} returned {found}. Return an image as it was given: uint8, (3, H, W)."
+            )
+        return self.fit(functional.to_pil_image(result))
+
+
+@contextmanager
+def drawing_from(seed: int, epoch: int, index: int) -> Iterator[None]:
+    """Inside, Python's, NumPy's and torch's CPU generator start from (seed, epoch, index), and torch uses one thread,
+    as it does in a loader's worker. Afterwards all are as they were, byte for byte."""
+    states = random.getstate(), numpy.random.get_state(), torch.get_rng_state()
+    threads = torch.get_num_threads()
+    words = numpy.random.SeedSequence((seed, epoch, index)).generate_state(6)
+    random.seed(words[:2].tobytes())
+    numpy.random.seed(words[2:4])
+    # Not torch.manual_seed, which would reach the GPU's generators, too.
+    torch.default_generator.manual_seed(int.from_bytes(words[4:].tobytes(), "little", signed=True))
+    if threads > 1:  # a sum over an image, as in adjust_contrast, rounds by the number of threads
+        torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        if threads > 1:
+            torch.set_num_threads(threads)
+        random.setstate(states[0])
+        numpy.random.set_state(states[1])
+        torch.set_rng_state(states[2])

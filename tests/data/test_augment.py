@@ -1,0 +1,177 @@
+"""Augmentation: a function of (seed, epoch, index) alone, whatever the batch, order, worker or process."""
+
+import contextlib
+import random
+from collections.abc import Callable
+from typing import Any
+
+import numpy
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from torchvision.transforms import v2
+from torchvision.transforms.v2 import functional
+
+from dreplica.agreement.stages import rng_stage
+from dreplica.data.augment import NAMES, drawing_from, make_augmentation
+from dreplica.data.config import DataConfig
+from dreplica.data.coordinator import Coordinator
+from dreplica.data.images import Images
+from dreplica.data.loader import load_batches
+from dreplica.data.samples import at_epoch
+from dreplica.errors import UsageError
+from dreplica.world.channel import Channel
+from tests.data.pictures import cut
+
+CPU = torch.device("cpu")
+SIZE = 32
+SOURCE = [(cut("flower" if number % 2 else "china", number), number % 2) for number in range(12)]
+
+
+def of_all_generators(image: Tensor) -> Tensor:
+    """Draws from Python's, NumPy's and torch's, and sums over the image, which threads would share."""
+    image = functional.adjust_contrast(image, 0.5 + random.random())
+    image = functional.adjust_brightness(image, 0.5 + float(numpy.random.random()))
+    return v2.RandomRotation(30)(image)
+
+
+def no_image(_image: Tensor) -> Any:
+    return 3
+
+
+def floats(image: Tensor) -> Tensor:
+    return image / 255
+
+
+OWN = f"{__name__}:of_all_generators"
+
+
+def images(name: str | None, seed: int = 0) -> Images:
+    config = DataConfig.model_validate({"augment": name})
+    return Images(SOURCE, None, SIZE, make_augmentation(config, SIZE), seed)
+
+
+def pixels(dataset: Images, epoch: int, indices: list[int]) -> dict[int, bytes]:
+    view = dataset.at_epoch(epoch)
+    return {index: view[index][0].numpy().tobytes() for index in indices}
+
+
+names = st.sampled_from([*NAMES, OWN])
+
+
+@settings(max_examples=30, deadline=None)
+@given(names, st.integers(0, 2**32 - 1), st.integers(1, 10**6), st.permutations(range(12)), st.integers(0, 2**31))
+def test_the_same_pixels_in_any_order_from_any_state(
+    name: str, seed: int, epoch: int, order: list[int], other: int
+) -> None:
+    dataset = images(name, seed)
+    expected = pixels(dataset, epoch, list(range(12)))
+    random.seed(other)
+    numpy.random.seed(other % 2**32)
+    torch.manual_seed(other)
+    pixels(dataset, epoch + 1, order[:3])
+    assert pixels(images(name, seed), epoch, order[:5]) == {index: expected[index] for index in order[:5]}
+
+
+@pytest.mark.parametrize("name", [*NAMES, OWN])
+def test_the_same_pixels_with_any_number_of_workers_batches_and_threads(name: str) -> None:
+    dataset = images(name, seed=3)
+
+    def load(num_workers: int, batch_size: int) -> dict[int, bytes]:
+        stream = Coordinator(Channel(), 0).training_batches(12, batch_size, epoch=4)
+        found = {}
+        for batch in load_batches(at_epoch(dataset, 4), stream, CPU, num_workers, 0, 4):
+            assert batch.inputs.dtype is torch.float32
+            found |= {int(i): row.numpy().tobytes() for i, row in zip(batch.indices, batch.inputs, strict=True)}
+        return found
+
+    expected = load(0, 12)
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(2)
+        with drawing_from(0, 1, 2):
+            assert torch.get_num_threads() == 1
+        assert torch.get_num_threads() == 2
+        assert load(0, 5) == expected
+    finally:
+        torch.set_num_threads(threads)
+    assert load(1, 3) == expected
+    assert load(2, 4) == expected
+
+
+@pytest.mark.parametrize("name", [*NAMES, OWN])
+def test_epochs_seeds_and_samples_differ(name: str) -> None:
+    indices = list(range(12))
+    one = pixels(images(name), 1, indices)
+    assert pixels(images(name), 2, indices) != one
+    assert pixels(images(name, seed=1), 1, indices) != one
+    same = Images([SOURCE[0]] * 12, None, SIZE, images(name)._augmentation)
+    assert len(set(pixels(same, 1, indices).values())) > 1
+
+
+@settings(max_examples=20, deadline=None)
+@given(names, st.integers(0, 2**31))
+def test_the_global_generators_are_as_they_were_byte_for_byte(name: str, seed: int) -> None:
+    random.seed(seed)
+    numpy.random.seed(seed)
+    torch.manual_seed(seed)
+    random.gauss(0, 1), numpy.random.standard_normal(), torch.randn(3)  # each may hold a second draw back
+    before = rng_stage().digest
+    images(name).at_epoch(1)[seed % 12]
+    assert rng_stage().digest == before
+
+
+def test_also_after_an_exception() -> None:
+    before = rng_stage().digest
+    with contextlib.suppress(KeyError), drawing_from(0, 1, 2):
+        draw()
+        raise KeyError
+    assert rng_stage().digest == before
+
+
+def draw() -> tuple[float, float, float]:
+    return random.random(), float(numpy.random.random()), float(torch.rand(1))
+
+
+@given(st.tuples(st.integers(0, 2**32 - 1), st.integers(1, 10**6), st.integers(0, 10**7)), st.integers(0, 2))
+def test_every_generator_depends_on_seed_epoch_and_index(place: tuple[int, int, int], changed: int) -> None:
+    with drawing_from(*place):
+        one = draw()
+    with drawing_from(*(value + (number == changed) for number, value in enumerate(place))):
+        other = draw()
+    assert all(a != b for a, b in zip(one, other, strict=True))
+
+
+def test_augmentations_are_of_the_size_and_what_they_are_called() -> None:
+    small = [(cut("china", 0).resize((SIZE, SIZE)), 0)]
+    original = Images(small, None, SIZE)[0][0]
+    for name in (*NAMES, OWN):
+        image, label = images(name).at_epoch(1)[0]
+        assert (image.shape, image.dtype, label) == ((3, SIZE, SIZE), torch.uint8, 0)
+    augmented: Callable[[str], Images] = lambda name: Images(small * 20, None, SIZE, images(name)._augmentation)  # noqa: E731
+    flipped = {augmented("flip")[index][0].numpy().tobytes() for index in range(20)}
+    assert flipped == {original.numpy().tobytes(), original.flip(2).numpy().tobytes()}
+    # Each is a window of the padded image.
+    padded = torch.nn.functional.pad(original, (4, 4, 4, 4))
+    for source in (padded, padded.flip(2)):
+        windows = {source[:, y : y + SIZE, x : x + SIZE].numpy().tobytes() for y in range(9) for x in range(9)}
+        flipped |= windows
+    assert {augmented("crop_flip")[index][0].numpy().tobytes() for index in range(20)} <= flipped
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("flips", "data.augment: there is no augmentation 'flips'. Did you mean 'flip'?"),
+        (f"{__name__}:no_image", "returned int. Return an image as it was given: uint8, (3, H, W)."),
+        (f"{__name__}:floats", "returned torch.float32 (3, "),
+        (f"{__name__}:not_there", "has no function 'not_there'"),
+    ],
+)
+def test_what_is_no_augmentation(name: str, words: str) -> None:
+    with pytest.raises(UsageError) as caught:
+        images(name)[0]
+    assert str(caught.value).startswith("data.augment: ")
+    assert words in str(caught.value)

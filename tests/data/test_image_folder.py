@@ -1,0 +1,164 @@
+"""Folders of images: what is found in them, and what cannot be trained on."""
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from dreplica.data.config import DataConfig
+from dreplica.data.datasets import load_data
+from dreplica.data.images import Images
+from dreplica.data.samples import DataSets
+from dreplica.data.split import split_indices
+from dreplica.errors import UsageError
+from tests.data.pictures import cut, make_folder
+
+
+def load(root: Path, **values: Any) -> DataSets:
+    return load_data(DataConfig.model_validate({"name": "imagefolder", "root": str(root), "image_size": 32, **values}))
+
+
+def files(dataset: Any) -> list[str]:
+    return [dataset.describe(index) for index in range(len(dataset))]
+
+
+def test_one_folder_is_split_by_its_seed(tmp_path: Path) -> None:
+    data = load(make_folder(tmp_path), val_fraction=0.25, split_seed=3)
+    assert (len(data.train), len(data.val), data.num_classes) == (18, 6, 2)  # type: ignore[arg-type]
+    listed = sorted(path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*.*"))
+    train, val = split_indices(24, 0.25, 3)
+    assert files(data.train) == [listed[index] for index in train]
+    assert files(data.val) == [listed[index] for index in val]
+    for dataset in (data.train, data.val):
+        for index, file in enumerate(files(dataset)):
+            image, label = dataset[index]
+            assert (image.shape, image.dtype) == ((3, 32, 32), torch.uint8)
+            assert label == ("flower" in file)
+
+
+def test_train_and_val_folders_and_what_is_hidden(tmp_path: Path) -> None:
+    make_folder(tmp_path / "train", 3)
+    make_folder(tmp_path / "val", 2)
+    shutil.rmtree(tmp_path / "val" / "china")  # a class may have no validation images
+    for part in ("train", "val"):
+        (tmp_path / part / ".ipynb_checkpoints").mkdir()
+        (tmp_path / part / "flower" / "._00.jpg").write_bytes(b"")
+        (tmp_path / part / "flower" / "notes.txt").write_text("")
+    nested = tmp_path / "train" / "china" / "more"
+    nested.mkdir()
+    cut("china", 9).save(nested / "a.JPG")
+    data = load(tmp_path)
+    assert data.num_classes == 2
+    assert files(data.train) == [
+        "train/china/00.jpg",
+        "train/china/01.jpeg",
+        "train/china/02.jpg",
+        "train/china/more/a.JPG",
+        *(f"train/flower/0{number}.{suffix}" for number, suffix in enumerate(("jpg", "jpeg", "jpg"))),
+    ]
+    assert files(data.val) == ["val/flower/00.jpg", "val/flower/01.jpeg"]
+    assert [data.val[index][1] for index in range(2)] == [1, 1]
+
+
+def test_a_class_may_be_called_train(tmp_path: Path) -> None:
+    make_folder(tmp_path, 2)
+    (tmp_path / "china").rename(tmp_path / "train")
+    assert load(tmp_path, val_fraction=0.5).num_classes == 2
+
+
+def test_the_digest_is_over_paths_labels_and_sizes(tmp_path: Path) -> None:
+    digest = load(make_folder(tmp_path / "a", 4)).digest
+    assert load(make_folder(tmp_path / "b", 4)).digest == digest
+    file = tmp_path / "b" / "china" / "00.jpg"
+    content = file.read_bytes()
+    file.write_bytes(content[:-1] + b"?")
+    assert load(tmp_path / "b").digest == digest
+    file.write_bytes(content + b"?")
+    assert load(tmp_path / "b").digest != digest
+    file.write_bytes(content)
+    file.rename(file.with_name("0.jpg"))
+    assert load(tmp_path / "b").digest != digest
+
+
+def only_one_class(root: Path) -> None:
+    shutil.rmtree(make_folder(root) / "china")
+
+
+def one_image(root: Path) -> None:
+    make_folder(root, 1)
+    shutil.rmtree(root / "china")
+    (root / "china").mkdir()
+
+
+def empty_class(root: Path) -> None:
+    (make_folder(root) / "empty").mkdir()
+
+
+def empty_class_in_val(root: Path) -> None:
+    make_folder(root / "train", 2)
+    make_folder(root / "val", 2)
+    shutil.rmtree(root / "val" / "china")
+    (root / "val" / "china").mkdir()
+
+
+def unknown_class_in_val(root: Path) -> None:
+    make_folder(root / "train", 2)
+    make_folder(root / "val", 2)
+    (root / "val" / "china").rename(root / "val" / "chinna")
+
+
+def val_without_classes(root: Path) -> None:
+    make_folder(root / "train", 2)
+    (root / "val").mkdir()
+
+
+def valid_for_val(root: Path) -> None:
+    make_folder(root / "train", 2)
+    make_folder(root / "valid", 2)
+
+
+def a_file(root: Path) -> None:
+    root.rmdir()
+    root.write_text("")
+
+
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (only_one_class, "holds only one class, 'flower'"),
+        (lambda root: None, "holds no folder; there is nothing to tell apart"),
+        (one_image, "/china'. Put some there, or remove the folder. Images are files that end in .jpg"),
+        (empty_class, "there is no image in '{root}/empty'"),
+        (empty_class_in_val, "there is no image in '{root}/val/china'"),
+        (unknown_class_in_val, "'{root}/val/chinna' is a class that '{root}/train' lacks"),
+        (val_without_classes, "'{root}/val' holds no folder: there is nothing to validate on"),
+        (valid_for_val, "holds train, valid, which are no classes. Name the folder of the validation images val"),
+        (a_file, "'{root}' is no folder"),
+        (lambda root: root.rmdir(), "'{root}' is not there"),
+    ],
+)
+def test_what_cannot_be_trained_on(make: Callable[[Path], None], words: str, tmp_path: Path) -> None:
+    root = tmp_path / "images"
+    root.mkdir()
+    make(root)
+    with pytest.raises(UsageError) as caught:
+        load(root)
+    assert str(caught.value).startswith("data.root: ")
+    assert words.format(root=root) in str(caught.value)
+
+
+def test_a_validation_split_that_comes_out_empty_and_no_root(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"^data.val_fraction: 0.1 of 4 samples leaves 0 for validation"):
+        load(make_folder(tmp_path, 2), val_fraction=0.1)
+    with pytest.raises(UsageError, match=r"^data.root: null, but imagefolder needs a folder"):
+        load_data(DataConfig.model_validate({"name": "imagefolder"}))
+
+
+def test_the_usual_size_is_224_and_validation_images_are_not_augmented(tmp_path: Path) -> None:
+    data = load(make_folder(tmp_path, 2), image_size=None, augment="resized_crop", val_fraction=0.5)
+    assert data.train[0][0].shape == (3, 224, 224)
+    assert isinstance(data.val, Images)
+    assert data.val.at_epoch(1)[0][0].equal(data.val.at_epoch(2)[0][0])

@@ -1,0 +1,107 @@
+"""What cannot be loaded is left out on all replicas, and nothing else changes."""
+
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from dreplica.agreement.stages import rng_stage
+from dreplica.data.config import DataConfig
+from dreplica.data.datasets import load_data
+from dreplica.data.samples import DataSets, at_epoch, describe
+from dreplica.data.skip import leave_out_unreadable
+from dreplica.errors import SharedUsageError
+from dreplica.world.channel import Channel
+from dreplica.world.process_group import World
+from tests.data.pictures import make_folder
+from tests.harness import run_replicas
+
+
+def load(root: Path) -> DataSets:
+    section = {"name": "imagefolder", "root": str(root), "image_size": 32, "val_fraction": 0.25}
+    return load_data(DataConfig.model_validate({**section, "augment": "flip", "sample_weights": "balanced"}))
+
+
+def names(dataset: Any) -> list[str]:
+    return [dataset.describe(index) for index in range(len(dataset))]
+
+
+def spoil(root: Path, file: str) -> None:
+    (root / file).write_bytes(b"no image")
+
+
+def find(world: World, roots: list[Path]) -> tuple[list[str], list[str], tuple[str, ...], str]:
+    root = roots[world.replica_id]
+    data = leave_out_unreadable(load(root), world.channel, 0, str(root))
+    return names(data.train), names(data.val), data.skipped, data.digest
+
+
+@pytest.mark.parametrize("local", [False, True])
+def test_all_replicas_leave_out_what_any_node_cannot_load(local: bool, tmp_path: Path) -> None:
+    roots = [make_folder(tmp_path / "0", 8)]
+    sound = load(roots[0])
+    train, val = names(sound.train), names(sound.val)
+    if local:
+        roots *= 3
+        spoil(roots[0], train[4])
+        spoil(roots[0], val[1])
+    else:
+        roots += [make_folder(tmp_path / name, 8) for name in ("1", "2")]
+        spoil(roots[1], train[4])
+        spoil(roots[2], val[1])
+        spoil(roots[2], train[4])
+    results = run_replicas(find, 3, roots)
+    kept_train, kept_val, skipped, _ = results[0]
+    assert results == [results[0]] * 3
+    assert kept_train == [f"index {i} ({name})" for i, name in enumerate(train) if i != 4]
+    assert kept_val == [f"index {i} ({name})" for i, name in enumerate(val) if i != 1]
+    assert [f"({train[4]})" in skipped[0], f"({val[1]})" in skipped[1], len(skipped)] == [True, True, 2]
+
+
+def test_the_other_samples_stay_what_they_are(tmp_path: Path) -> None:
+    sound = load(make_folder(tmp_path))
+    spoil(tmp_path, sound.train.describe(2))  # type: ignore[attr-defined]
+    random.seed(3)
+    before = rng_stage().digest
+    data = leave_out_unreadable(load(tmp_path), Channel(), 1, "")
+    assert rng_stage().digest == before
+    others = [0, 1, *range(3, 18)]
+    assert data.weights is not None
+    assert sound.weights is not None
+    assert data.weights.equal(sound.weights[others])
+    for epoch in (1, 2):
+        view, whole = at_epoch(data.train, epoch), at_epoch(sound.train, epoch)
+        for index, other in enumerate(others):
+            assert view[index][0].equal(whole[other][0])
+            assert view[index][1] == whole[other][1]
+    assert describe(data.train, 2).startswith("index 2 (index 3 (")
+
+
+def test_where_nothing_is_wrong_nothing_changes_and_where_all_is_it_is_an_error(tmp_path: Path) -> None:
+    data = load(make_folder(tmp_path, 4))
+    assert leave_out_unreadable(data, Channel(), 0, "") is data
+    for file in names(data.val):
+        spoil(tmp_path, file)
+    with pytest.raises(SharedUsageError, match=r"^data.on_error: skip leaves nothing of the val set"):
+        leave_out_unreadable(data, Channel(), 0, "")
+
+
+class Own(torch.utils.data.Dataset[Any]):
+    """Of one's own; sample 3 raises."""
+
+    def __len__(self) -> int:
+        return 5
+
+    def __getitem__(self, index: int) -> Any:
+        if index == 3:
+            raise RuntimeError("row 3 is damaged")
+        return torch.full((2,), float(index)), index
+
+
+def test_of_a_data_set_of_ones_own() -> None:
+    data = leave_out_unreadable(DataSets(Own(), Own(), 5, "digest"), Channel(), 0, "")
+    assert [data.train[index][1] for index in range(4)] == [0, 1, 2, 4]
+    assert len(data.skipped) == 2
+    assert "row 3 is damaged" in data.skipped[0]

@@ -1,0 +1,334 @@
+"""Models, data and replicas that look like one cause and have another; for the jobs of test_lookalikes."""
+
+import os
+import random
+
+import numpy
+import torch
+from torch import Tensor, nn
+
+from dreplica import Replica
+from dreplica.config import RunConfig
+from dreplica.data.datasets import DataConfig, TensorImages
+from tests.fixtures import tiny_images, tiny_model
+
+Sets = tuple[TensorImages, TensorImages, int]
+
+
+def rank() -> int:
+    return int(os.environ["RANK"])
+
+
+# ---- models
+
+
+class Wrapped(nn.Module):
+    """`tiny_model` as `body`; `calls` counts the training-mode forwards, replays included."""
+
+    def __init__(self, num_classes: int) -> None:
+        super().__init__()
+        self.body = tiny_model(num_classes)
+        self.calls = 0
+
+    def forward(self, images: Tensor) -> Tensor:
+        self.calls += self.training
+        return self.body(images)
+
+
+class OwnTorchGenerator(Wrapped):
+    """Noise from a generator that no state_dict holds."""
+
+    def __init__(self, num_classes: int) -> None:
+        super().__init__(num_classes)
+        self.generator = torch.Generator().manual_seed(1)
+
+    def forward(self, images: Tensor) -> Tensor:
+        logits = super().forward(images)
+        return logits + 0.01 * torch.randn(logits.shape, generator=self.generator)
+
+
+class GlobalPythonAndNumpy(Wrapped):
+    """Draws from Python's and NumPy's global generators, which are seeded."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        return super().forward(images * (1 + random.random())) + float(numpy.random.rand())
+
+
+class StochasticDepth(Wrapped):
+    """Skips an operator at random, by a generator of its own, seeded alike on all replicas."""
+
+    def __init__(self, num_classes: int) -> None:
+        super().__init__(num_classes)
+        self.random = random.Random(1)
+
+    def forward(self, images: Tensor) -> Tensor:
+        logits = super().forward(images)
+        return logits.clamp(-0.5, 0.5) if self.training and self.random.random() < 0.5 else logits
+
+
+class DataDependentBranch(Wrapped):
+    def forward(self, images: Tensor) -> Tensor:
+        logits = super().forward(images)
+        return logits * 0.5 if logits.mean() > 0 else logits.clamp(-5.0, 5.0)
+
+
+class AllNan(Wrapped):
+    """NaN in every output, loss, gradient and, from step 1, weight."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        return super().forward(images) * float("nan")
+
+
+class PlainAttribute(Wrapped):
+    """A tensor that is no buffer: zeros, as BatchNorm's bias is, but something else on replica 1."""
+
+    def __init__(self, num_classes: int) -> None:
+        super().__init__(num_classes)
+        self.shift = torch.full((8,), 1e-3 * (rank() == 1))
+
+    def forward(self, images: Tensor) -> Tensor:
+        hidden = self.body[0](images) + self.shift.view(1, 8, 1, 1)
+        return self.body[1:](hidden)
+
+
+class FlagInForward(Wrapped):
+    """From its first step on, replica 1 runs without oneDNN."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        if rank() == 1:
+            torch.backends.mkldnn.enabled = False
+        return super().forward(images)
+
+
+class ChannelsLastOnReplica1(Wrapped):
+    """The same weights, in another memory format."""
+
+    def __init__(self, num_classes: int) -> None:
+        super().__init__(num_classes)
+        if rank() == 1:
+            self.to(memory_format=torch.channels_last)
+
+
+class ForkedGenerator(Wrapped):
+    """Replica 1 puts the generator back after the noise, which all replicas add alike."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        logits = super().forward(images)
+        with torch.random.fork_rng(enabled=rank() == 1):
+            return logits + 0.01 * torch.rand(1)
+
+
+class OneMoreDrawOnce(Wrapped):
+    """After its third forward, replica 1 draws a number that nobody uses, as a logger of sample images does."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        logits = super().forward(images)
+        if rank() == 1 and self.calls == 3:
+            torch.rand(1)
+        return logits
+
+
+@torch.library.custom_op("tests_diagnosis::sound_scale", mutates_args=())
+def sound_scale(images: Tensor) -> Tensor:
+    """Half of it."""
+    return images * 0.5
+
+
+@sound_scale.register_fake
+def _(images: Tensor) -> Tensor:
+    return torch.empty_like(images)
+
+
+@torch.library.custom_op("tests_diagnosis::racy_backward", mutates_args=())
+def racy_backward(gradient: Tensor) -> Tensor:
+    """Half of the gradient, and noise from the operating system."""
+    return gradient * 0.5 + 1e-3 * random.SystemRandom().random()
+
+
+@racy_backward.register_fake
+def _(gradient: Tensor) -> Tensor:
+    return torch.empty_like(gradient)
+
+
+sound_scale.register_autograd(lambda ctx, gradient: racy_backward(gradient))
+
+
+class RacyBackward(Wrapped):
+    """An operator whose forward is sound and whose backward is not."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        return super().forward(sound_scale(self.body[0](images))[:, :3])
+
+
+def own_torch_generator(num_classes: int) -> nn.Module:
+    return OwnTorchGenerator(num_classes)
+
+
+def global_python_and_numpy(num_classes: int) -> nn.Module:
+    return GlobalPythonAndNumpy(num_classes)
+
+
+def stochastic_depth(num_classes: int) -> nn.Module:
+    return StochasticDepth(num_classes)
+
+
+def data_dependent_branch(num_classes: int) -> nn.Module:
+    return DataDependentBranch(num_classes)
+
+
+def all_nan(num_classes: int) -> nn.Module:
+    return AllNan(num_classes)
+
+
+def plain_attribute(num_classes: int) -> nn.Module:
+    return PlainAttribute(num_classes)
+
+
+def flag_in_forward(num_classes: int) -> nn.Module:
+    return FlagInForward(num_classes)
+
+
+def channels_last_on_replica_1(num_classes: int) -> nn.Module:
+    return ChannelsLastOnReplica1(num_classes)
+
+
+def forked_generator(num_classes: int) -> nn.Module:
+    return ForkedGenerator(num_classes)
+
+
+def one_more_draw_once(num_classes: int) -> nn.Module:
+    return OneMoreDrawOnce(num_classes)
+
+
+def racy_backward_model(num_classes: int) -> nn.Module:
+    return RacyBackward(num_classes)
+
+
+def reseeded_alike(num_classes: int) -> nn.Module:
+    torch.manual_seed(7)
+    random.seed(7)
+    return tiny_model(num_classes)
+
+
+def reseeded_alike_then_one_more_draw(num_classes: int) -> nn.Module:
+    torch.manual_seed(7)
+    if rank() == 1:
+        torch.rand(1)
+    return tiny_model(num_classes)
+
+
+def negative_zero_on_replica_1(num_classes: int) -> nn.Module:
+    model = tiny_model(num_classes)
+    if rank() == 1:
+        with torch.no_grad():
+            model[1].bias.neg_()
+    return model
+
+
+# ---- whole replicas
+
+
+def _sgd_replica(num_classes: int) -> Replica:
+    model = tiny_model(num_classes)
+    return Replica(model, nn.CrossEntropyLoss(), torch.optim.SGD(model.parameters(), lr=0.1))
+
+
+def numpy_hook_on_replica_1(config: RunConfig, num_classes: int, device: torch.device) -> Replica:
+    """After each step, replica 1 shrinks its head's weights through NumPy, past all operators."""
+    return _shrinking(num_classes, 0.9 if rank() == 1 else 1.0)
+
+
+def numpy_hook_on_all(config: RunConfig, num_classes: int, device: torch.device) -> Replica:
+    return _shrinking(num_classes, 0.9)
+
+
+def numpy_hook_by_rank(config: RunConfig, num_classes: int, device: torch.device) -> Replica:
+    return _shrinking(num_classes, 0.9 - 0.1 * rank())
+
+
+def _shrinking(num_classes: int, factor: float) -> Replica:
+    replica = _sgd_replica(num_classes)
+    memory = replica.model[5].weight.detach().numpy()
+    replica.optimizer.register_step_post_hook(lambda *_: numpy.multiply(memory, numpy.float32(factor), out=memory))
+    return replica
+
+
+def warm_up_from_zero(config: RunConfig, num_classes: int, device: torch.device) -> Replica:
+    """The learning rate is 0 in the first epoch and 0.1 in the second."""
+    replica = _sgd_replica(num_classes)
+    replica.scheduler = torch.optim.lr_scheduler.LambdaLR(replica.optimizer, lambda epoch: float(epoch > 0))
+    return replica
+
+
+# ---- data
+
+
+class Images(TensorImages):
+    """A tensor data set whose samples pass through `change`."""
+
+    def __init__(self, images: Tensor, labels: Tensor) -> None:
+        super().__init__(images, labels)
+        self.random = numpy.random.default_rng(1)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        image, label = super().__getitem__(index)
+        return self.change(image), label
+
+    def change(self, image: Tensor) -> Tensor:
+        return image
+
+
+class FlippedAtRandom(Images):
+    """The usual random flip, from torch's global generator."""
+
+    def change(self, image: Tensor) -> Tensor:
+        return image.flip(-1) if torch.rand(1) < 0.5 else image
+
+
+class NoiseOfItsOwn(Images):
+    """Noise from the data set's own generator, seeded alike on all replicas."""
+
+    def change(self, image: Tensor) -> Tensor:
+        return image + float(self.random.random())
+
+
+class ByProcess(Images):
+    def change(self, image: Tensor) -> Tensor:
+        return image + 1e-6 * os.getpid()
+
+
+class ByChance(Images):
+    def change(self, image: Tensor) -> Tensor:
+        return image + 1e-3 * random.SystemRandom().random()
+
+
+class DrawsInVain(Images):
+    """On replica 1 a number is drawn that changes nothing: a transform with probability 0."""
+
+    def change(self, image: Tensor) -> Tensor:
+        return image.flip(-1) if rank() == 1 and torch.rand(1) < 0.0 else image
+
+
+def _with(kind: type[Images], config: DataConfig) -> Sets:
+    train, val, num_classes = tiny_images(config)
+    return kind(train.images, train.labels), val, num_classes
+
+
+def flipped_at_random(config: DataConfig) -> Sets:
+    return _with(FlippedAtRandom, config)
+
+
+def noise_of_its_own(config: DataConfig) -> Sets:
+    return _with(NoiseOfItsOwn, config)
+
+
+def by_process(config: DataConfig) -> Sets:
+    return _with(ByProcess, config)
+
+
+def by_chance(config: DataConfig) -> Sets:
+    return _with(ByChance, config)
+
+
+def draws_in_vain(config: DataConfig) -> Sets:
+    return _with(DrawsInVain, config)

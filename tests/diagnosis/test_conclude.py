@@ -1,0 +1,186 @@
+"""Causes that need no replay: what seeds, generators, manifests and the wiring tell, and what they do not."""
+
+from typing import Any
+
+import pytest
+
+from dreplica.agreement.verdict import Verdict
+from dreplica.diagnosis.causes import CAUSES
+from dreplica.diagnosis.conclude import (
+    BuildFacts,
+    RunFacts,
+    agreed,
+    conclude,
+    conclude_build,
+    config_differs,
+    environment_differs,
+    not_learning,
+    replica_lost,
+    wiring_fault,
+)
+from dreplica.replica.wiring import WiringError
+from dreplica.world.manifest import Difference
+from dreplica.world.roll_call import Lost
+
+TWO = [[0], [1]]
+
+
+def finding(**fields: Any) -> Verdict:
+    values = {"agreed": False, "cause": "unexplained", "summary": "parted", "step": 0, "stage": "weights"}
+    return Verdict(**{**values, "classes": TWO, "evidence": ["seen"], **fields})
+
+
+def builds(*rows: tuple[int, int, bytes, bytes]) -> list[BuildFacts]:
+    return [BuildFacts(*row) for row in rows]
+
+
+SAME = (42, 42, b"before", b"after")
+
+
+# ---- the build
+
+
+@pytest.mark.parametrize(
+    ("facts", "cause"),
+    [
+        ({"seeded": False, "builds": builds((1, 1, b"a", b"b"), (2, 2, b"c", b"d"))}, "build-not-seeded"),
+        ({"shared_seed": False, "builds": builds((1, 1, b"a", b"b"), (2, 2, b"c", b"d"))}, "declared-override"),
+        # Seeded again, each with something else.
+        ({"builds": builds((42, 7, b"a", b"b"), (42, 8, b"a", b"c"))}, "build-not-seeded"),
+        ({"builds": builds(SAME, (42, 8, b"before", b"c"))}, "build-not-seeded"),
+        # Seeded again, all alike, and one drew more: the seeding is not to blame.
+        ({"builds": builds((42, 7, b"a", b"b"), (42, 7, b"a", b"c"))}, "build-rng-differs"),
+        ({"builds": builds(SAME, (42, 42, b"before", b"other"))}, "build-rng-differs"),
+        ({"builds": builds(SAME, (42, 42, b"other", b"after"))}, "build-rng-differs"),
+        # Neither: equal generators before and after, whatever else the build did.
+        ({"builds": builds(SAME, SAME)}, "unexplained"),
+        ({"builds": builds((42, 7, b"a", b"b"), (42, 7, b"a", b"b"))}, "unexplained"),
+    ],
+)
+def test_what_seeds_and_generators_tell_of_a_build(facts: dict[str, Any], cause: str) -> None:
+    verdict = conclude_build(finding(), RunFacts(2, **facts))
+    assert verdict.cause == cause
+    assert verdict.evidence[0] == "seen"
+    assert len(verdict.evidence) == 2
+
+
+def test_a_cause_that_is_known_already_is_kept() -> None:
+    found = finding(cause="structure-differs")
+    assert conclude_build(found, RunFacts(2, seeded=False)) == found
+
+
+# ---- what is added to every finding
+
+
+def test_a_verdict_explains_its_cause_and_tells_what_is_declared_and_what_differs() -> None:
+    overrides = {1: {"determinism": {"threads": 2, "onednn": False}}}
+    differences = [Difference("host", ("a", "b"), allowed=True)]
+    verdict = conclude(finding(cause="batch-differs"), RunFacts(2, overrides=overrides, differences=differences))
+    assert verdict.summary == "batch-differs: parted"
+    assert verdict.evidence == [
+        CAUSES["batch-differs"].explanation,
+        "seen",
+        "replica 1 declares determinism.threads=2, determinism.onednn=False",
+        "differs, allowed: host: 'a' on replica 0; 'b' on replica 1",
+    ]
+    assert verdict.remedy == list(CAUSES["batch-differs"].remedy)
+
+
+def test_a_remedy_of_its_own_is_kept() -> None:
+    assert conclude(finding(remedy=["do this"]), RunFacts(2)).remedy == ["do this"]
+
+
+def test_a_suspect_is_not_replaced_by_who_declares_a_difference() -> None:
+    overrides = {1: {"determinism": {"threads": 2}}}
+    assert conclude(finding(cause="persistent-fault", suspects=[0]), RunFacts(2, overrides=overrides)).suspects == [0]
+
+
+def test_who_declares_a_difference_is_named_only_where_the_classes_are_divided_so() -> None:
+    overrides = {1: {"determinism": {"threads": 2}}}
+    found = finding(cause="declared-override")
+    assert conclude(found, RunFacts(2, overrides=overrides)).suspects == [1]
+    assert conclude(found.with_(classes=[[0, 1], [2, 3]]), RunFacts(4, overrides=overrides)).suspects == []
+    assert conclude(found.with_(classes=[[0], [1], [2]]), RunFacts(3, overrides=overrides)).suspects == []
+
+
+@pytest.mark.parametrize("cause", ["build-not-seeded", "batch-differs"])
+def test_a_declared_difference_makes_nobody_suspect_of_something_else(cause: str) -> None:
+    overrides = {1: {"data": {"num_workers": 2}}}
+    assert conclude(finding(cause=cause), RunFacts(2, seeded=False, overrides=overrides)).suspects == []
+
+
+def manifest(**numerics: Any) -> dict[str, Any]:
+    flags = {"deterministic_algorithms": False, "deterministic_warn_only": False}
+    return {"device": {"type": "cuda"}, "numerics": {**flags, **numerics}}
+
+
+def test_what_is_documented_of_an_operator_is_told_by_its_own_replicas_settings() -> None:
+    found = finding(cause="nondeterministic-operator", operator="aten.index_add_.default", suspects=[1])
+    strict = manifest(deterministic_algorithms=True)
+    loose = conclude(found, RunFacts(2, manifests=[strict, manifest()]))
+    told = conclude(found, RunFacts(2, manifests=[manifest(), strict]))
+    assert "--determinism.mode strict" in " ".join(loose.remedy)
+    assert loose.evidence != told.evidence
+    other = conclude(found.with_(cause="persistent-fault"), RunFacts(2, manifests=[strict, manifest()]))
+    assert other.evidence[1:] == ["seen"]
+
+
+# ---- verdicts of their own
+
+
+@pytest.mark.parametrize(
+    ("num_replicas", "every", "independent", "words", "classes"),
+    [
+        (2, 5, False, "2 replicas, 5 steps: bit-identical", [[0, 1]]),
+        (3, 5, True, "states independent", [[0], [1], [2]]),
+        (2, 0, False, "2 replicas, 5 steps: only the final state compared", [[0, 1]]),
+        (2, 0, True, "2 replicas, 5 steps: nothing compared", [[0], [1]]),
+        (1, 5, False, "1 replica, 5 steps: recorded", [[0]]),
+    ],
+)
+def test_agreement_claims_no_more_than_was_compared(
+    num_replicas: int, every: int, independent: bool, words: str, classes: list[list[int]]
+) -> None:
+    verdict = agreed(RunFacts(num_replicas), 5, independent, compared=every > 0)
+    assert (verdict.agreed, verdict.cause, verdict.classes) == (True, "none", classes)
+    assert words in verdict.summary
+    assert ("bit-identical" in verdict.summary) is (not independent and num_replicas > 1)
+
+
+@pytest.mark.parametrize(("cause", "stage"), [("optimizer-not-bound", "optimizer"), ("storage-shared", "weights")])
+def test_wiring_is_faulty_where_it_was_found(cause: str, stage: str) -> None:
+    error = WiringError(cause, "the parts do not fit", "0.weight", ["mend it"])
+    verdict = wiring_fault(error, [1], 3)
+    assert (verdict.agreed, verdict.cause, verdict.step, verdict.stage) == (False, cause, 0, stage)
+    assert (verdict.suspects, verdict.classes) == ([1], [[0, 2], [1]])
+    assert verdict.tensor == "0.weight"
+    assert verdict.remedy == ["mend it"]
+    assert wiring_fault(error, [0, 1], 2).classes == [[0, 1]]
+
+
+@pytest.mark.parametrize(
+    ("make", "cause"), [(config_differs, "config-differs"), (environment_differs, "environment-differs")]
+)
+def test_differences_before_the_first_step(make: Any, cause: str) -> None:
+    differences = [Difference("optim.lr", (0.1, 0.2, 0.1), False), Difference("seed.data", (1, 2, 1), False)]
+    verdict = make(differences, [[0, 2], [1]], [1])
+    assert (verdict.agreed, verdict.cause, verdict.suspects) == (False, cause, [1])
+    assert "optim.lr: 0.1 on replicas 0, 2; 0.2 on replica 1" in verdict.summary
+    assert [line.split(":")[0] for line in verdict.evidence[1:]] == ["optim.lr", "seed.data"]
+
+
+def test_a_lost_replica_is_named_with_the_step_it_was_lost_in() -> None:
+    verdict = replica_lost([Lost(2, "killed by signal 9")], 4, "connection closed")
+    assert (verdict.cause, verdict.step, verdict.suspects) == ("replica-lost", 5, [2])
+    assert "replica 2 was lost in step 5: killed by signal 9" in verdict.summary
+    assert "noticed as: connection closed" in verdict.evidence
+    nobody = replica_lost([], None, "no answer")
+    assert (nobody.step, nobody.suspects) == (None, [])
+    assert "before the first step" in nobody.summary
+
+
+def test_replicas_that_agree_may_not_be_learning() -> None:
+    verdict = not_learning(5, 1, [0, 1], ["0 of 6"])
+    assert (verdict.agreed, verdict.cause, verdict.step, verdict.epoch) == (True, "not-learning", 5, 1)
+    assert verdict.suspects == [0, 1]
+    assert "0 of 6" in verdict.evidence

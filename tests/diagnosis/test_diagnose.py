@@ -1,0 +1,177 @@
+"""From a divergence to its verdict, on one replica; whole jobs are in test_lookalikes and end_to_end."""
+
+import random
+from typing import Any
+
+import numpy
+import pytest
+import torch
+from torch import Tensor
+
+from dreplica.agreement.stages import Stage
+from dreplica.agreement.verdict import Verdict
+from dreplica.data.datasets import TensorImages
+from dreplica.data.loader import Batch
+from dreplica.diagnosis.conclude import RunFacts
+from dreplica.diagnosis.diagnose import can_replay, diagnose, digest_samples
+from dreplica.replica.rng import get_rng_state, seed_generators, set_rng_state
+from dreplica.training.history import History, StepEntry
+from dreplica.world.channel import Channel
+from tests.diagnosis.test_replay import NUM_STEPS, Trained, everything, load, train, with_adamw, with_momentum
+
+IMAGES = TensorImages(torch.arange(80.0).view(10, 2, 2, 2), torch.arange(10) % 5)
+INDICES = torch.tensor([3, 1, 7])
+
+
+@pytest.fixture(autouse=True)
+def _restore_generators():
+    state = get_rng_state()
+    yield
+    set_rng_state(state)
+
+
+def finding(step: int | None = 3, stage: str = "weights") -> Verdict:
+    return Verdict(False, "unexplained", "parted", step=step, stage=stage, tensor="body.5.weight", classes=[[0]])
+
+
+# ---- what can be replayed
+
+
+def test_only_steps_since_the_snapshot_can_be_replayed() -> None:
+    history = train(with_momentum, every=2).history
+    assert history.snapshot is not None
+    taken = history.snapshot.steps_done
+    assert 0 < taken < NUM_STEPS
+    can = [step for step in range(-1, NUM_STEPS + 3) if can_replay(finding(step), history)]
+    assert can == list(range(taken + 1, NUM_STEPS + 1))
+    assert not can_replay(finding(None), history)
+    assert not can_replay(finding(NUM_STEPS, "predictions").with_(phase="evaluation"), history)
+
+
+def test_without_snapshots_nothing_can_be_replayed() -> None:
+    trained = train(with_momentum, every=0)
+    assert not can_replay(finding(), trained.history)
+    assert not can_replay(finding(), History(trained.replica, 50))
+
+
+# ---- samples by themselves
+
+
+class Augmented(TensorImages):
+    def __init__(self, kind: str) -> None:
+        super().__init__(IMAGES.images, IMAGES.labels)
+        self.kind = kind
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        noise = {
+            "python": random.random,
+            "numpy": numpy.random.rand,
+            "torch": lambda: float(torch.rand(1)),
+            "entropy": random.SystemRandom().random,
+        }[self.kind]()
+        image, label = super().__getitem__(index)
+        return image + noise, label
+
+
+def test_each_sample_has_a_digest_of_its_own() -> None:
+    digests = digest_samples(IMAGES, INDICES)
+    assert len(set(digests)) == 3
+    assert digest_samples(IMAGES, INDICES.flip(0)) == digests[::-1]
+    other = TensorImages(IMAGES.images.clone(), IMAGES.labels.clone())
+    other.images[1, 0, 0, 0] = -0.0
+    other.images[1, 0, 0, 0] += 1e-3
+    assert [a == b for a, b in zip(digests, digest_samples(other, INDICES), strict=True)] == [True, False, True]
+    relabelled = TensorImages(IMAGES.images, IMAGES.labels + 1)
+    assert not set(digests) & set(digest_samples(relabelled, INDICES))
+
+
+@pytest.mark.parametrize("kind", ["python", "numpy", "torch"])
+def test_random_samples_follow_the_seed_and_nothing_else(kind: str) -> None:
+    dataset = Augmented(kind)
+    seed_generators(1)
+    one = digest_samples(dataset, INDICES)
+    seed_generators(2)
+    assert digest_samples(dataset, INDICES) == one
+    assert not set(digest_samples(dataset, INDICES, seed=1)) & set(one)
+
+
+def test_samples_by_chance_follow_no_seed() -> None:
+    dataset = Augmented("entropy")
+    assert not set(digest_samples(dataset, INDICES)) & set(digest_samples(dataset, INDICES))
+
+
+# ---- diagnosis
+
+
+def diagnosed(trained: Trained, step: int, original: dict[str, Stage], load: Any = load, **found: Any) -> Verdict:
+    replayer = trained.replayer(load)
+    return diagnose(finding(step, **found), original, replayer, IMAGES, 0, Channel(), RunFacts(1))
+
+
+def without(stages: dict[str, Stage], stage: str) -> dict[str, Stage]:
+    """As they would have been, had that stage come out otherwise."""
+    return {**stages, stage: Stage(stages[stage].names, bytes(16 * len(stages[stage].names)))}
+
+
+@pytest.mark.parametrize("step", [1, 3, NUM_STEPS])
+def test_what_does_not_come_back_is_transient_and_the_replica_is_left_as_found(step: int) -> None:
+    trained = train(with_adamw)
+    before = everything(trained.replica)
+    verdict = diagnosed(trained, step, without(trained.stages[step], "weights"))
+    assert (verdict.cause, verdict.suspects, verdict.step) == ("transient-fault", [0], step)
+    assert everything(trained.replica) == before
+
+
+def test_bits_that_are_still_there_are_compared_with_the_replay() -> None:
+    trained = train(with_momentum)
+    with torch.no_grad():
+        trained.replica.model.body[5].weight[0, 2] *= -1.0
+    verdict = diagnosed(trained, NUM_STEPS, without(trained.stages[NUM_STEPS], "weights"))
+    line = next(line for line in verdict.evidence if line.startswith("replica 0: body.5.weight of weights"))
+    assert "1 of 2560 elements differ" in line
+    assert "index [0, 2]" in line
+    earlier = diagnosed(trained, 2, without(trained.stages[2], "weights"))
+    assert not any("elements differ" in line for line in earlier.evidence)
+
+
+def test_a_failure_in_a_replay_is_evidence_and_leaves_the_replica_as_found() -> None:
+    trained = train(with_momentum)
+    before = everything(trained.replica)
+
+    def fails(indices: Tensor, entry: StepEntry) -> Batch:
+        if entry.step == 3:
+            raise OSError("the disk is gone")
+        return load(indices, entry)
+
+    verdict = diagnosed(trained, 4, trained.stages[4], fails)
+    assert verdict.cause == "unexplained"
+    assert "could not be run again: replica 0: it raised OSError: the disk is gone" in verdict.evidence[-1]
+    assert everything(trained.replica) == before
+
+
+def test_an_earlier_step_that_does_not_reproduce_is_said() -> None:
+    trained = train(with_momentum)
+    entropy = random.SystemRandom()
+
+    def other(indices: Tensor, entry: StepEntry) -> Batch:
+        batch = load(indices, entry)
+        inputs = batch.inputs + entropy.random() if entry.step == 2 else batch.inputs
+        return Batch(batch.indices, inputs, batch.labels)
+
+    verdict = diagnosed(trained, 4, trained.stages[4], other)
+    assert "already step 2 is not reproducible" in verdict.evidence
+    assert verdict.cause == "unexplained", "the batches of step 4 had agreed"
+
+
+def test_an_earlier_step_may_not_be_reached_the_second_time() -> None:
+    """Step 2 comes out otherwise on the first way, step 1 on the second: a verdict, not an exception."""
+    trained = train(with_momentum)
+    seen: list[int] = []
+
+    def other(indices: Tensor, entry: StepEntry) -> Batch:
+        seen.append(entry.step)
+        batch = load(indices, entry)
+        struck = (entry.step == 2 and seen.count(2) == 1) or (entry.step == 1 and seen.count(1) == 2)
+        return Batch(batch.indices, batch.inputs + 1.0 if struck else batch.inputs, batch.labels)
+
+    assert diagnosed(trained, 4, trained.stages[4], other).cause in {"unexplained", "batch-differs"}

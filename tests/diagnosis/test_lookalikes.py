@@ -1,0 +1,205 @@
+"""Whole jobs that look like one cause and have another, or none that the evidence could tell."""
+
+from typing import Any
+
+import pytest
+
+from tests.fixtures import SMALL
+from tests.harness import Job, run_job
+
+SHORT = (*SMALL, "--train.epochs=1")
+FLIPPED_WEIGHT = "--inject=[{replica: 1, step: 3, target: weights}]"
+
+
+def run(kind: str, name: str, *arguments: str, num_replicas: int = 3) -> Job:
+    return run_job(*SHORT, f"--{kind}=tests.diagnosis.lookalikes:{name}", *arguments, num_replicas=num_replicas)
+
+
+def verdict_of(job: Job) -> dict[str, Any]:
+    verdict = job.report["verdict"]
+    assert verdict["cause"] != "replica-lost", job.output
+    return verdict
+
+
+# ---- nothing is wrong
+
+
+@pytest.mark.parametrize(
+    ("kind", "name"),
+    [
+        ("model.factory", "own_torch_generator"),
+        ("model.factory", "stochastic_depth"),
+        ("model.factory", "global_python_and_numpy"),
+        ("model.factory", "all_nan"),
+        ("model.factory", "reseeded_alike"),
+        ("replica.factory", "numpy_hook_on_all"),
+        ("data.name", "flipped_at_random"),
+        ("data.name", "noise_of_its_own"),
+    ],
+)
+def test_what_is_unusual_but_the_same_everywhere_agrees(kind: str, name: str) -> None:
+    verdict = verdict_of(run(kind, name, num_replicas=2))
+    assert (verdict["cause"], verdict["agreed"]) == ("none", True)
+
+
+def test_a_warm_up_from_zero_is_not_a_failure_to_learn() -> None:
+    job = run("replica.factory", "warm_up_from_zero", "--train.epochs=2", num_replicas=2)
+    assert verdict_of(job)["cause"] == "none"
+
+
+# ---- a transient fault, whatever else is unusual
+
+
+@pytest.mark.parametrize(
+    ("kind", "name"),
+    [
+        ("model.factory", "global_python_and_numpy"),
+        ("model.factory", "data_dependent_branch"),
+        ("model.factory", "all_nan"),
+        ("replica.factory", "numpy_hook_on_all"),
+        ("data.name", "flipped_at_random"),
+    ],
+)
+def test_a_flipped_weight_is_a_transient_fault_all_the_same(kind: str, name: str) -> None:
+    verdict = verdict_of(run(kind, name, FLIPPED_WEIGHT))
+    assert (verdict["cause"], verdict["suspects"], verdict["step"]) == ("transient-fault", [1], 3)
+    assert verdict["stage"] == "weights"
+
+
+def test_a_transient_fault_on_a_replica_with_an_override_is_not_the_overrides() -> None:
+    """oneDNN is told to stay on, as it is everywhere."""
+    verdict = verdict_of(run_job(*SHORT, "--overrides.1.determinism.onednn=true", FLIPPED_WEIGHT, num_replicas=3))
+    assert (verdict["cause"], verdict["suspects"]) == ("transient-fault", [1])
+
+
+STATE_OF_ITS_OWN = [
+    ("model.factory", "own_torch_generator"),
+    pytest.param(
+        "model.factory",
+        "stochastic_depth",
+    ),
+    pytest.param(
+        "data.name",
+        "noise_of_its_own",
+    ),
+]
+
+
+@pytest.mark.parametrize(("kind", "name"), STATE_OF_ITS_OWN)
+def test_a_fault_that_no_replay_can_show_is_unexplained(kind: str, name: str) -> None:
+    """Generators that are in no state_dict have moved on: replays show nothing, on any replica alike."""
+    verdict = verdict_of(run(kind, name, FLIPPED_WEIGHT))
+    assert (verdict["cause"], verdict["step"], verdict["stage"]) == ("unexplained", 3, "weights")
+    assert verdict["classes"] == [[0, 2], [1]]
+
+
+@pytest.mark.parametrize(
+    ("faults", "num_replicas", "suspects", "classes"),
+    [
+        ("{replica: 1, step: 3, target: weights}, {replica: 2, step: 3, target: gradients}", 3, [1, 2], [[0, 1], [2]]),
+        ("{replica: 2, step: 3, target: weights}, {replica: 3, step: 3, target: weights}", 4, [2, 3], None),
+    ],
+)
+def test_faults_on_half_of_the_replicas_at_once_are_too_many_for_one(
+    faults: str, num_replicas: int, suspects: list[int], classes: list[list[int]] | None
+) -> None:
+    verdict = verdict_of(run_job(*SHORT, f"--inject=[{faults}]", num_replicas=num_replicas))
+    assert (verdict["cause"], verdict["suspects"]) == ("unexplained", suspects)
+    assert classes is None or verdict["classes"] == classes
+
+
+def test_a_number_drawn_once_is_no_fault_of_the_hardware() -> None:
+    assert verdict_of(run("model.factory", "one_more_draw_once"))["cause"] != "transient-fault"
+
+
+# ---- code that depends on the rank is no fault of the hardware
+
+
+@pytest.mark.parametrize(
+    ("kind", "name"),
+    [
+        pytest.param(
+            "model.factory",
+            "plain_attribute",
+        ),
+        pytest.param(
+            "model.factory",
+            "flag_in_forward",
+        ),
+        pytest.param(
+            "model.factory",
+            "channels_last_on_replica_1",
+        ),
+        pytest.param(
+            "replica.factory",
+            "numpy_hook_on_replica_1",
+        ),
+        ("replica.factory", "numpy_hook_by_rank"),
+        pytest.param(
+            "model.factory",
+            "forked_generator",
+        ),
+        ("data.name", "draws_in_vain"),
+    ],
+)
+def test_code_that_depends_on_the_rank_is_not_a_fault(kind: str, name: str) -> None:
+    verdict = verdict_of(run(kind, name))
+    assert verdict["agreed"] is False
+    assert verdict["cause"] in {"unexplained", "environment-differs", "structure-differs"}
+
+
+def test_the_sign_of_a_zero_in_the_build_is_found_and_not_laid_to_the_seed() -> None:
+    verdict = verdict_of(run("model.factory", "negative_zero_on_replica_1"))
+    assert (verdict["cause"], verdict["step"], verdict["tensor"]) == ("unexplained", 0, "1.bias")
+    assert verdict["suspects"] == [1]
+
+
+def test_one_more_draw_is_not_laid_to_a_seeding_that_is_the_same_everywhere() -> None:
+    assert verdict_of(run("model.factory", "reseeded_alike_then_one_more_draw"))["cause"] == "build-rng-differs"
+
+
+# ---- operators, data and settings
+
+
+def test_an_operator_that_is_racy_only_in_its_backward_pass_is_named_there() -> None:
+    verdict = verdict_of(run("model.factory", "racy_backward_model"))
+    assert (verdict["cause"], verdict["phase"]) == ("nondeterministic-operator", "backward")
+    assert verdict["operator"] == "tests_diagnosis.racy_backward.default"
+    assert verdict["stage"] == "gradients"
+
+
+def test_a_branch_that_depends_on_struck_data_is_not_another_structure() -> None:
+    fault = "--inject=[{replica: 2, step: 3, target: activation, tensor: body.5, bits: 8, repeat: true}]"
+    verdict = verdict_of(run("model.factory", "data_dependent_branch", fault))
+    assert (verdict["cause"], verdict["suspects"], verdict["step"]) == ("persistent-fault", [2], 3)
+
+
+@pytest.mark.parametrize("name", ["by_process", "by_chance"])
+def test_samples_that_depend_on_the_process_or_on_chance_are_a_matter_of_the_data(name: str) -> None:
+    verdict = verdict_of(run("data.name", name))
+    assert (verdict["cause"], verdict["step"], verdict["stage"]) == ("batch-differs", 1, "batch")
+
+
+def test_two_of_four_that_declare_a_difference_are_both_named() -> None:
+    arguments = ("--overrides.2.determinism.onednn=false", "--overrides.3.determinism.onednn=false")
+    verdict = verdict_of(run_job(*SHORT, *arguments, num_replicas=4))
+    assert (verdict["cause"], verdict["suspects"]) == ("declared-override", [2, 3])
+
+
+def test_a_declared_difference_beside_a_fault_is_not_taken_for_the_fault() -> None:
+    fault = "--inject=[{replica: 2, step: 1, target: weights, repeat: true}]"
+    verdict = verdict_of(run_job(*SHORT, "--overrides.1.determinism.onednn=false", fault, num_replicas=3))
+    assert verdict["cause"] == "unexplained" or (verdict["cause"], verdict["suspects"]) == ("persistent-fault", [2])
+
+
+def test_an_override_that_changes_nothing_explains_nothing() -> None:
+    """The weights are struck at step 3, which is not compared: step 5's operators begin with other weights."""
+    fault = "--inject=[{replica: 1, step: 3, target: weights, bits: 8, repeat: true}]"
+    arguments = ("--agreement.every=5", "--overrides.1.determinism.onednn=true", fault)
+    verdict = verdict_of(run_job(*SHORT, *arguments, num_replicas=3))
+    assert (verdict["cause"], verdict["suspects"]) == ("unexplained", [1])
+
+
+def test_a_fault_between_two_comparisons_is_still_transient() -> None:
+    verdict = verdict_of(run_job(*SHORT, "--agreement.every=5", FLIPPED_WEIGHT, num_replicas=3))
+    assert (verdict["cause"], verdict["suspects"], verdict["step"]) == ("transient-fault", [1], 5)

@@ -1,0 +1,256 @@
+"""A replay leaves the replica byte for byte as it was found, and comes to the word that was compared."""
+
+import random
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy
+import pytest
+import torch
+from torch import Tensor, nn
+
+from dreplica.agreement.agreement import Agreement
+from dreplica.agreement.protocol import fold
+from dreplica.agreement.stages import STAGES, Stage
+from dreplica.data.loader import Batch
+from dreplica.diagnosis.replay import Load, Replayer
+from dreplica.replica.replica import Replica
+from dreplica.replica.rng import get_rng_state, seed_generators, set_rng_state
+from dreplica.training.history import History, StepEntry
+from dreplica.training.step import TrainConfig, training_step
+from tests.fixtures import tiny_model
+
+schedulers = torch.optim.lr_scheduler
+NUM_STEPS, STEPS_PER_EPOCH = 5, 2
+
+
+@pytest.fixture(autouse=True)
+def _restore_generators():
+    state = get_rng_state()
+    yield
+    set_rng_state(state)
+
+
+class Noisy(nn.Module):
+    """`tiny_model`, which has dropout, with draws from Python's and NumPy's global generators."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = tiny_model(5)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.body(images * (1.0 + random.random())) + float(numpy.random.rand())
+
+
+def with_momentum(model: nn.Module) -> Replica:
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    return Replica(model, nn.CrossEntropyLoss(), optimizer, schedulers.StepLR(optimizer, 1, gamma=0.5))
+
+
+def with_adamw(model: nn.Module) -> Replica:
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01, amsgrad=True)
+    return Replica(model, nn.CrossEntropyLoss(), optimizer, schedulers.CosineAnnealingLR(optimizer, 4))
+
+
+def with_scaler(model: nn.Module) -> Replica:
+    replica = with_momentum(model)
+    replica.scaler = torch.amp.GradScaler("cpu", init_scale=16.0, growth_interval=2)
+    return replica
+
+
+def without_state(model: nn.Module) -> Replica:
+    return Replica(model, nn.CrossEntropyLoss(), torch.optim.SGD(model.parameters(), lr=0.1))
+
+
+KINDS: list[Callable[[nn.Module], Replica]] = [with_momentum, with_adamw, with_scaler, without_state]
+
+
+def load(indices: Tensor, _entry: StepEntry) -> Batch:
+    generator = torch.Generator().manual_seed(100 + int(indices[0]))
+    return Batch(indices, torch.randn(6, 3, 8, 8, generator=generator), torch.arange(6) % 5)
+
+
+def indices_of(step: int) -> Tensor:
+    return torch.arange(6) + 6 * step
+
+
+@dataclass
+class Trained:
+    """A replica some steps on, with what is needed to replay them."""
+
+    replica: Replica
+    history: History
+    agreement: Agreement
+    stages: dict[int, dict[str, Stage]]
+
+    def replayer(self, load: Load = load) -> Replayer:
+        return Replayer(
+            self.replica, self.history, lambda entry: indices_of(entry.step), load, TrainConfig(), self.agreement
+        )
+
+
+def train(kind: Callable[[nn.Module], Replica], every: int = 50, compared: Callable[[int], bool] = bool) -> Trained:
+    """`NUM_STEPS` steps; the word of those for which `compared` holds is kept."""
+    seed_generators(3)
+    replica = kind(Noisy())
+    agreement = Agreement(replica.model, replica.optimizer, others=[replica.scheduler, replica.scaler])
+    history = History(replica, every)
+    stages = {}
+    for step in range(1, NUM_STEPS + 1):
+        entry = StepEntry(step, 1 + step // STEPS_PER_EPOCH, step - 1, indices_of(step), None)
+        batch = load(entry.indices, entry)
+        output = training_step(replica, batch, TrainConfig())
+        stages[step] = agreement.observe(
+            indices=batch.indices, batch=(batch.inputs, batch.labels), outputs=output.logits, loss=output.loss
+        )
+        word = fold(step, stages[step]) if compared(step) else None
+        history.step(replace(entry, word=word), step)
+        if step % STEPS_PER_EPOCH == 0:
+            if replica.scheduler is not None:
+                replica.scheduler.step()
+            history.epoch_end(step // STEPS_PER_EPOCH)
+    return Trained(replica, history, agreement, stages)
+
+
+def frozen(value: Any) -> Any:
+    """Bytes of every tensor in nested state; everything else as it is."""
+    if isinstance(value, Tensor):
+        return str(value.dtype), tuple(value.shape), value.detach().contiguous().numpy().tobytes()
+    if isinstance(value, dict):
+        return {key: frozen(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [frozen(item) for item in value]
+    return value.tobytes() if isinstance(value, numpy.ndarray) else value
+
+
+def everything(replica: Replica) -> dict[str, Any]:
+    """All that a step reads or writes."""
+    model = replica.model
+    others = [other.state_dict() for other in (replica.scheduler, replica.scaler) if other is not None]
+    return frozen(
+        {
+            "weights": dict(model.named_parameters()),
+            "buffers": dict(model.named_buffers()),
+            "gradients": {name: parameter.grad for name, parameter in model.named_parameters()},
+            "optimizer": replica.optimizer.state_dict(),
+            "others": others,
+            "python": random.getstate(),
+            "numpy": numpy.random.get_state(),
+            "torch": torch.get_rng_state(),
+            "modes": {name: module.training for name, module in model.named_modules()},
+            "steps_done": replica.steps_done,
+            "memory": [tensor.data_ptr() for tensor in [*model.parameters(), *model.buffers()]],
+        }
+    )
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("every", [50, 2])
+def test_close_puts_back_every_byte(kind: Callable[[nn.Module], Replica], every: int) -> None:
+    trained = train(kind, every)
+    replica = trained.replica
+    replica.model.eval()
+    replica.model.body[4].train()
+    random.random(), numpy.random.rand(), torch.rand(1)
+    before = everything(replica)
+    replayer = trained.replayer()
+    step = trained.history.snapshot.steps_done + 1
+    assert replayer.approach(step) is None
+    during = everything(replica)
+    assert {key for key in during if during[key] != before[key]} >= {"weights", "gradients", "torch", "modes"}
+    replayer.again(replayer.indices())
+    replayer.again(replayer.indices(), capture=2)
+    replayer.close()
+    after = everything(replica)
+    for key in before:
+        assert after[key] == before[key], key
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("step", [1, 3, NUM_STEPS])
+def test_replays_come_to_what_was_compared(kind: Callable[[nn.Module], Replica], step: int) -> None:
+    trained = train(kind)
+    replayer = trained.replayer()
+    assert replayer.approach(step) is None
+    for _ in range(2):
+        replayed = replayer.again(replayer.indices())
+        assert set(replayed.stages) == set(STAGES) - {"predictions"}
+        assert replayed.stages == trained.stages[step]
+        assert fold(step, replayed.stages) == fold(step, trained.stages[step])
+        assert replayed.generator == torch.get_rng_state().numpy().tobytes()
+    replayer.close()
+
+
+def test_training_goes_on_after_a_replay_as_if_it_had_not_been() -> None:
+    ends = []
+    for replayed in (False, True):
+        trained = train(with_adamw)
+        if replayed:
+            replayer = trained.replayer()
+            replayer.approach(2)
+            replayer.again(replayer.indices())
+            replayer.close()
+        training_step(trained.replica, load(indices_of(9), 9), TrainConfig())
+        state = everything(trained.replica)
+        ends.append({key: value for key, value in state.items() if key != "memory"})
+    assert ends[0] == ends[1]
+
+
+@pytest.mark.parametrize("wrong_at", [1, 3])
+def test_approach_reports_the_first_step_that_does_not_come_out_as_compared(wrong_at: int) -> None:
+    trained = train(with_momentum)
+    entries = trained.history.entries
+    for number, entry in enumerate(entries):
+        if isinstance(entry, StepEntry) and entry.step in (wrong_at, wrong_at + 1):
+            entries[number] = replace(entry, word=bytes(16))
+    replayer = trained.replayer()
+    assert replayer.approach(NUM_STEPS) == wrong_at
+    assert replayer.approach(wrong_at) is None
+    replayer.close()
+
+
+def test_approach_reports_a_step_that_draws_from_elsewhere() -> None:
+    """Data that comes out otherwise each time: the words are right, the replay is not."""
+    trained = train(with_momentum)
+    entropy = random.SystemRandom()
+
+    def other(indices: Tensor, entry: StepEntry) -> Batch:
+        batch = load(indices, entry)
+        return batch if entry.step != 2 else replace(batch, inputs=batch.inputs + entropy.random())
+
+    replayer = trained.replayer(other)
+    assert replayer.approach(4) == 2
+    assert replayer.approach(2) is None
+    replayer.close()
+
+
+def test_a_step_that_was_not_compared_is_passed_over() -> None:
+    trained = train(with_momentum, compared=lambda step: step == NUM_STEPS)
+    replayer = trained.replayer()
+    assert replayer.approach(NUM_STEPS) is None
+    assert replayer.again(replayer.indices()).stages == trained.stages[NUM_STEPS]
+    replayer.close()
+
+
+def test_what_is_there_now_is_compared_with_the_replay_only_while_it_is_there() -> None:
+    trained = train(with_momentum)
+    weight = trained.replica.model.body[5].weight
+    with torch.no_grad():
+        weight[0, 0] += 1.0
+    replayer = trained.replayer()
+    replayer.approach(NUM_STEPS)
+    replayer.again(replayer.indices())
+    pair = replayer.present_and_replayed("weights", "body.5.weight")
+    assert pair is not None
+    present, replayed = pair
+    assert (present != replayed).nonzero().tolist() == [[0, 0]]
+    assert replayer.present_and_replayed("weights", "no.such") is None
+    for stage, name in (("gradients", "body.5.bias"), ("optimizer", "body.5.bias.momentum_buffer")):
+        pair = replayer.present_and_replayed(stage, name)
+        assert pair is not None
+        assert frozen(pair[0]) == frozen(pair[1])
+    replayer.approach(2)
+    replayer.again(replayer.indices())
+    assert replayer.present_and_replayed("weights", "body.5.weight") is None  # step 5 has written over it
+    replayer.close()

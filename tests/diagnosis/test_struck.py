@@ -1,0 +1,92 @@
+"""Memory that changed behind the operators' backs is told from code that works past them."""
+
+from dataclasses import replace
+
+from dreplica.diagnosis.operators import OpRecord
+from dreplica.diagnosis.provenance import Contents
+from dreplica.diagnosis.struck import struck_memory
+from dreplica.diagnosis.witness import Decision, Witness, first_difference
+from tests.diagnosis.test_decide import CONV, GOOD, RELU, SGD, START, always, bad, digest, witness
+
+CLASSES = [[0, 2], [1]]
+FLIPPED_WEIGHTS = Contents(frozenset({START}), {"weights": {"weight": digest("flipped")}})
+
+
+def found(one: Witness, other: Witness, suspects: list[int]) -> Decision:
+    return Decision("unexplained", suspects, ["before"], first_difference(one.records, other.records), classes=CLASSES)
+
+
+def reads(inputs: bytes) -> Witness:
+    relu = replace(RELU, inputs=inputs, outputs=digest("relu'"))
+    return always(bad("output"), records=[CONV, relu, replace(SGD, inputs=START + digest("relu'"))])
+
+
+def test_nothing_is_struck_where_everything_was_written() -> None:
+    rounded = replace(CONV, outputs=digest("conv'"))
+    other = always(bad("output"), records=[rounded, replace(RELU, inputs=digest("conv'"))])
+    assert struck_memory(found(witness(), other, [1]), [witness(), other, witness()], "output") is None
+
+
+def test_reading_what_nobody_wrote_names_the_replica_and_the_writer() -> None:
+    struck = reads(digest("flipped"))
+    decision = struck_memory(found(witness(), struck, [1]), [witness(), struck, witness()], "output")
+    assert decision is not None
+    assert (decision.cause, decision.suspects) == ("persistent-fault", [1])
+    assert decision.operator is not None
+    assert decision.operator.record == CONV
+    assert decision.evidence[0] == "before"
+    assert any(line.startswith("replica 1: operator 1 read contents") for line in decision.evidence)
+    assert "aten.convolution.default" in decision.evidence[-1]
+
+
+def test_between_two_the_struck_one_is_the_suspect() -> None:
+    struck = reads(digest("flipped"))
+    for witnesses, suspect in (([witness(), struck], 1), ([struck, witness()], 0)):
+        one = replace(found(*witnesses, []), classes=[[0], [1]])
+        decision = struck_memory(one, witnesses, "output")
+        assert decision is not None
+        assert decision.suspects == [suspect]
+
+
+def test_struck_images_were_written_by_no_operator() -> None:
+    conv = replace(CONV, inputs=digest("struck"), outputs=digest("conv'"))
+    struck = always(bad("batch"), records=[conv])
+    decision = struck_memory(found(witness(), struck, [1]), [witness(), struck, witness()], "batch")
+    assert decision is not None
+    assert decision.cause == "persistent-fault"
+    assert decision.operator is None
+
+
+def test_what_a_view_shows_of_known_contents_is_known() -> None:
+    """And of unknown contents is not: a view of struck memory accounts for nothing."""
+    for viewed, cause in ((digest("conv"), None), (digest("nowhere"), "persistent-fault")):
+        view = OpRecord("aten.t.default", "", "forward", b"[(2, 3)]", b"[(3, 2)]", "", shows=viewed + digest("turned"))
+        sound = witness(records=[CONV, view, replace(RELU, inputs=digest("turned, sound"))])
+        other = always(bad("output"), records=[CONV, view, replace(RELU, inputs=digest("turned"))])
+        sound = replace(sound, contents=Contents(frozenset({START, digest("turned, sound")}), {}))
+        decision = struck_memory(found(sound, other, [1]), [sound, other, sound], "output")
+        assert (decision and decision.cause) == cause
+
+
+def test_what_was_left_counts_by_stage() -> None:
+    struck = always(bad("weights"), contents=FLIPPED_WEIGHTS)
+    rows = [witness(), struck, witness()]
+    decision = struck_memory(found(witness(), struck, [1]), rows, "weights")
+    assert decision is not None
+    assert "weight of weights" in decision.evidence[-1]
+    assert struck_memory(found(witness(), struck, [1]), rows, "buffers") is None
+    assert struck_memory(found(witness(), struck, [1]), rows, None) is None
+
+
+def test_what_all_have_in_common_is_no_fault() -> None:
+    rows = [always(GOOD | {"weights": digest(str(i))}, contents=FLIPPED_WEIGHTS) for i in range(3)]
+    assert struck_memory(found(rows[0], rows[1], []), rows, "weights") is None
+    rows = [replace(row, indices_intact=False) for row in rows]
+    assert struck_memory(found(rows[0], rows[1], []), rows, "weights") is None
+
+
+def test_two_of_three_may_be_struck() -> None:
+    struck = always(bad("weights"), contents=FLIPPED_WEIGHTS)
+    decision = struck_memory(found(witness(), struck, []), [struck, struck, witness()], "weights")
+    assert decision is not None
+    assert decision.suspects == [0, 1]

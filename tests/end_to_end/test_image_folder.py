@@ -1,0 +1,222 @@
+"""Whole jobs on folders of images: files of all formats, workers, augmentation, sample weights, and what goes wrong."""
+
+import contextlib
+import os
+from pathlib import Path
+from typing import Any
+
+import PIL.Image
+import pytest
+import torch
+from torch import nn
+
+from dreplica.data.config import DataConfig
+from dreplica.data.coordinator import draw_order
+from dreplica.data.datasets import load_data
+from dreplica.data.images import Images
+from tests.data.pictures import make_folder
+from tests.end_to_end.test_bad_input import messages
+from tests.harness import Job, run_job
+
+JOB = (
+    "--model.factory=tests.end_to_end.test_image_folder:small_model",
+    "--data.name=imagefolder",
+    "--data.image_size=32",
+    "--data.batch_size=5",
+    "--data.val_fraction=0.25",
+    "--optim.lr=0.01",
+    "--schedule={}",
+    "--train.epochs=2",
+)
+AUGMENTED = ("--data.augment=resized_crop", "--data.sample_weights=balanced", "--seed.augment=7")
+
+
+def small_model(num_classes: int) -> nn.Module:
+    """For images of any size."""
+    return nn.Sequential(
+        nn.Conv2d(3, 8, 3, stride=2),
+        nn.BatchNorm2d(8),
+        nn.ReLU(),
+        nn.AdaptiveAvgPool2d(4),
+        nn.Flatten(),
+        nn.Linear(8 * 16, num_classes),
+    )
+
+
+def run(images: Path, *arguments: str, **options: Any) -> Job:
+    return run_job(*JOB, f"--data.root={images}", *arguments, **options)
+
+
+def test_any_number_of_workers_gives_the_same_trace_and_replicas_agree(tmp_path: Path) -> None:
+    root = make_folder(tmp_path)
+    jobs = [run(root, *AUGMENTED, f"--data.num_workers={num_workers}") for num_workers in (0, 2, 4)]
+    for job in jobs:
+        assert job.returncode == 0, job.output
+        assert job.report["verdict"]["agreed"]
+        assert job.report["steps_checked"] == 8
+    traces = [job.trace for job in jobs]
+    assert len(traces[0]) > 8
+    assert traces[0] == traces[1] == traces[2]
+    other = run(root, *AUGMENTED[:-1], "--seed.augment=8")
+    assert other.trace[1] == traces[0][1]  # the build
+    assert other.trace[2:] != traces[0][2:]
+
+
+def alter(root: Path, data: DataConfig, num_steps: int) -> tuple[str, int]:
+    """Changes one byte of a BMP that is trained on: the same size, other pixels. Returns its name and index."""
+    train = load_data(data).train
+    assert isinstance(train, Images)
+    index = next(i for i in range(num_steps) if train.describe(i).endswith(".bmp"))
+    path = root / train.describe(index)
+    with PIL.Image.open(path) as image:
+        width, height = image.size
+    content = bytearray(path.read_bytes())
+    content[62 + (width + 31) // 32 * 4 * (height // 2) + 2] ^= 0xFF  # eight pixels near the middle
+    path.write_bytes(bytes(content))
+    return train.describe(index), index
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_a_copy_that_differs_in_a_byte_is_named_at_the_step_that_uses_it(num_workers: int, tmp_path: Path) -> None:
+    one, other = make_folder(tmp_path / "one"), make_folder(tmp_path / "other")
+    section = {"name": "imagefolder", "root": str(other), "val_fraction": 0.25}
+    file, index = alter(other, DataConfig.model_validate(section), 18)
+    step = draw_order(18, 0, 1).tolist().index(index) // 5 + 1
+    arguments = ("--data.augment=flip", f"--data.num_workers={num_workers}")
+    job = run(one, *arguments, f"--overrides.1.data.root={other}")
+    assert job.exitcodes == {0: 3, 1: 3}, job.output
+    verdict = job.report["verdict"]
+    assert (verdict["cause"], verdict["step"], verdict["stage"]) == ("batch-differs", step, "batch"), verdict
+    assert f"first such sample: index {index} ({file})" in verdict["evidence"]
+
+
+def still_running(folder: Path) -> list[str]:
+    """Processes whose standard output goes to a file in `folder`, as that of a job's loader workers does, too."""
+    found = []
+    for link in Path("/proc").glob("[0-9]*/fd/1"):
+        with contextlib.suppress(OSError):  # it has ended, or is another user's
+            if os.readlink(link).startswith(str(folder)):
+                found.append(link.parts[2])
+    return found
+
+
+def break_one(root: Path) -> str:
+    file = root / "china" / "00.jpg"
+    file.write_bytes(file.read_bytes()[:200])
+    return "china/00.jpg"
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_a_damaged_file_in_mid_run_is_one_message_and_exit_code_2(
+    num_workers: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))  # where the harness puts what a job prints
+    file = break_one(make_folder(tmp_path / "images", 9))
+    job = run(tmp_path / "images", "--data.split_seed=1", f"--data.num_workers={num_workers}")
+    assert still_running(tmp_path) == []
+    assert job.exitcodes == {0: 2, 1: 2}, job.output
+    (message,) = messages(job.output)
+    assert message.startswith("error: data.root: the sample at index ")
+    assert f"({file})" in message
+    assert message.endswith("--data.on_error skip.")
+    assert "Traceback" not in job.output
+
+
+def test_skipping_leaves_out_on_all_replicas_what_one_node_cannot_read(tmp_path: Path) -> None:
+    one, other = make_folder(tmp_path / "one"), make_folder(tmp_path / "other")
+    file = break_one(other)
+    job = run(one, *AUGMENTED, f"--overrides.1.data.root={other}", "--data.on_error=skip", "--data.num_workers=1")
+    assert job.returncode == 0, job.output
+    assert job.report["verdict"]["agreed"]
+    assert job.report["skipped"]["count"] == 1
+    (line,) = job.report["skipped"]["samples"]
+    assert f"({file})" in line
+    assert job.output.count("skipped 1 samples") == 1
+
+
+def test_a_batch_larger_than_the_set_is_one_batch(tmp_path: Path) -> None:
+    job = run(make_folder(tmp_path), "--data.batch_size=100", "--train.epochs=1")
+    assert job.returncode == 0, job.output
+    assert job.report["steps_checked"] == 1
+
+
+class Wrong(torch.utils.data.Dataset[Any]):
+    """32 samples, of which one is wrong in the way asked for."""
+
+    def __init__(self, kind: str) -> None:
+        self.kind = kind
+
+    def __len__(self) -> int:
+        return 32
+
+    def __getitem__(self, index: int) -> Any:
+        if index == 17 and self.kind == "raises":
+            raise KeyError("no such row")
+        label = 2 if index == 17 and self.kind == "label" else index % 2
+        size = 9 if index == 17 and self.kind == "shape" else 8
+        return torch.full((3, size, size), float(index)), label
+
+
+def raises(_config: DataConfig) -> Any:
+    return Wrong("raises"), Wrong("sound"), 2
+
+
+def label(_config: DataConfig) -> Any:
+    return Wrong("label"), Wrong("sound"), 2
+
+
+def label_in_validation(_config: DataConfig) -> Any:
+    return Wrong("sound"), Wrong("label"), 2
+
+
+def shape(_config: DataConfig) -> Any:
+    return Wrong("shape"), Wrong("sound"), 2
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("raises", "the sample at index 17 cannot be loaded: KeyError: 'no such row' (test_image_folder.py, line "),
+        ("label", "the sample at index 17 has the label 2, and there are 2 classes"),
+        ("label_in_validation", "the sample at index 17 has the label 2, and there are 2 classes"),
+        ("shape", "these samples do not go together into a batch (index"),
+    ],
+)
+def test_a_data_set_of_ones_own_that_fails_in_mid_run(name: str, words: str, num_workers: int) -> None:
+    job = run_job(
+        *JOB[2:],
+        JOB[0],
+        "--data.image_size=null",
+        f"--data.name={__name__}:{name}",
+        f"--data.num_workers={num_workers}",
+    )
+    assert job.exitcodes == {0: 2, 1: 2}, job.output
+    (message,) = messages(job.output)
+    assert message.startswith("error: data.name: ")
+    assert words in message
+    assert "Traceback" not in job.output
+
+
+def test_a_criterion_that_cannot_be_weighted_is_told_before_the_first_step(tmp_path: Path) -> None:
+    arguments = ("--data.sample_weights=balanced", "--replica.factory=tests.end_to_end.test_image_folder:with_own_loss")
+    job = run(make_folder(tmp_path / "images"), *arguments, root=tmp_path / "runs")
+    assert job.exitcodes == {0: 2, 1: 2}, job.output
+    (message,) = messages(job.output)
+    assert message.startswith("error: data.sample_weights: a criterion of type OwnLoss has no `reduction`")
+    assert not (tmp_path / "runs").exists()
+
+
+class OwnLoss(nn.Module):
+    """The mean over the batch, and nothing else."""
+
+    def forward(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        return nn.functional.cross_entropy(logits, labels)
+
+
+def with_own_loss(_config: Any, num_classes: int, device: torch.device) -> Any:
+    """A replica whose criterion gives no loss per sample."""
+    from dreplica import Replica
+
+    model = small_model(num_classes).to(device)
+    return Replica(model=model, criterion=OwnLoss(), optimizer=torch.optim.SGD(model.parameters(), lr=0.01))
