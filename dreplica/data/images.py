@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from torchvision.transforms.v2 import functional
 
-from dreplica.data.augment import Transform, drawing_from, fit_image
+from dreplica.data.augment import Augmentation, fit_image
 from dreplica.data.samples import IMAGENET_MEAN, IMAGENET_STD, Sample, SampleError
 
 _WHITE = (255, 255, 255, 255)
@@ -36,7 +36,7 @@ class Images(Dataset[Sample]):
         source: Any,
         positions: Sequence[int] | None,
         size: int,
-        augmentation: Transform | None = None,
+        augmentation: Augmentation | None = None,
         seed: int = 0,
         normalization: tuple[Sequence[float], Sequence[float]] = (IMAGENET_MEAN, IMAGENET_STD),
     ) -> None:
@@ -62,8 +62,7 @@ class Images(Dataset[Sample]):
         if self._augmentation is None:
             image = self._fit(image)
         else:
-            with drawing_from(self._seed, self._epoch, index):
-                image = self._augmentation(image)
+            image = self._augmentation(image, self._seed, self._epoch, index)
         return functional.pil_to_tensor(image), int(label)
 
     def at_epoch(self, epoch: int) -> "Images":

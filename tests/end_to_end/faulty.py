@@ -84,6 +84,16 @@ def noisy_on_rank_1(config: DataConfig) -> tuple[TensorImages, TensorImages, int
     return train, val, num_classes
 
 
+def other_labels_to_validate_on_rank_1(config: DataConfig) -> tuple[TensorImages, TensorImages, int]:
+    train, val, num_classes = tiny_images(config)
+    labels = (val.labels + 1) % num_classes if rank() == 1 else val.labels
+    return train, TensorImages(val.images, labels), num_classes
+
+
+def interrupted(num_classes: int) -> nn.Module:
+    raise KeyboardInterrupt
+
+
 class OtherEvaluation(nn.Sequential):
     """Predicts otherwise on rank 1, but only in eval mode."""
 

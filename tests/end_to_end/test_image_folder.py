@@ -10,13 +10,18 @@ import pytest
 import torch
 from torch import nn
 
+from dreplica.config import load_config
+from dreplica.data.augment import make_augmentation
 from dreplica.data.config import DataConfig
 from dreplica.data.coordinator import draw_order
 from dreplica.data.datasets import load_data
 from dreplica.data.images import Images
+from dreplica.replica.build import build_replica
 from tests.data.pictures import make_folder
 from tests.end_to_end.test_bad_input import messages
-from tests.harness import Job, run_job
+from tests.harness import REPOSITORY, Job, run_job
+
+CPU = torch.device("cpu")
 
 JOB = (
     "--model.factory=tests.end_to_end.test_image_folder:small_model",
@@ -138,6 +143,32 @@ def test_a_batch_larger_than_the_set_is_one_batch(tmp_path: Path) -> None:
     job = run(make_folder(tmp_path), "--data.batch_size=100", "--train.epochs=1")
     assert job.returncode == 0, job.output
     assert job.report["steps_checked"] == 1
+
+
+def test_the_fine_tuning_recipe_trains(tmp_path: Path) -> None:
+    settings = ("--config=configs/finetune_folder.yaml", "--model.weights=null", "--data.image_size=32")
+    root = make_folder(tmp_path)
+    job = run_job(
+        *settings, f"--data.root={root}", "--data.batch_size=9", "--train.max_steps=2", "--data.num_workers=1"
+    )
+    assert job.returncode == 0, job.output
+    assert job.report["steps_checked"] == 2
+
+
+@pytest.mark.parametrize("name", ["finetune_folder", "cifar10", "imagenet_resnet50"])
+def test_the_configs_of_real_jobs_are_sound_and_say_what_they_need(name: str) -> None:
+    path = REPOSITORY / "configs" / f"{name}.yaml"
+    config = load_config([f"--config={path}"], 2)
+    assert config.run.name == name
+    assert make_augmentation(config.data, 32) is not None
+    header = path.read_text().partition("run:")[0]
+    for word in ("# What: ", "# Expected: ", "# Time: ", "Hardware: ", "# Command: torchrun "):
+        assert word in header
+    replica = build_replica(
+        config.model_copy(update={"model": config.model.model_copy(update={"weights": None})}), 10, CPU
+    )
+    replica.model.eval()
+    assert replica.model(torch.zeros(1, 3, 32, 32)).shape == (1, 10)
 
 
 class Wrong(torch.utils.data.Dataset[Any]):

@@ -198,3 +198,45 @@ def test_a_declared_difference_in_threads_is_found_at_the_first_step(
     assert verdict["cause"] == "declared-override"
     assert any("determinism.threads=2" in line for line in verdict["evidence"])
     assert set(job.exitcodes.values()) <= {3, -15}
+
+
+def test_other_labels_to_validate_on_are_other_data_though_predictions_agree() -> None:
+    job = run_job(*SHORT, f"--data.name={FAULTY}:other_labels_to_validate_on_rank_1")
+    verdict = diverged(job, "batch-differs", step=5, stage="batch", tensor="validation batch 0", phase="evaluation")
+    assert "differing stages: batch" in verdict["evidence"]
+
+
+@pytest.mark.parametrize("cause", ["declared-override", "build-rng-differs"])
+def test_a_build_that_differs_as_declared(cause: str) -> None:
+    """A fault beside a declared difference that has nothing to do with the build is not laid to it."""
+    declared = "--overrides.1.model.num_classes=7"
+    if cause == "build-rng-differs":
+        declared = f"--model.factory={FAULTY}:one_more_draw_on_rank_1"
+    job = run_job(*SHORT, declared, "--overrides.2.determinism.onednn=false", num_replicas=3)
+    diverged(job, cause, step=0, suspects=[1])
+
+
+def test_seeds_that_differ_on_purpose_are_not_called_an_override_to_remove() -> None:
+    verdict = diverged(
+        run_job(*SHORT, "--seed.model=distinct", "--agreement.expect=identical"), "declared-override", step=0
+    )
+    assert verdict["remedy"][0].startswith("--seed.model 42")
+
+
+def test_losses_that_are_no_number_are_agreed_on_and_warned_of() -> None:
+    report = agreed(run_job(*SHORT, "--optim.lr=1e38", "--optim.momentum=0.9"))
+    (warning,) = report["warnings"]
+    assert "is not finite; agreement says nothing of learning" in warning
+    assert None in (report["epochs"][0]["train"]["loss"][0], report["epochs"][0]["val"]["loss"][0])
+
+
+def test_without_comparisons_no_more_is_said_than_that_the_final_state_agrees() -> None:
+    report = agreed(run_job(*SHORT, "--agreement.every=0"))
+    assert report["verdict"]["summary"] == "2 replicas, 5 steps: only the final state compared: bit-identical"
+    assert report["steps_checked"] == 0
+
+
+def test_an_interrupt_on_all_replicas_leaves_a_report() -> None:
+    job = run_job(*SHORT, f"--model.factory={FAULTY}:interrupted")
+    assert set(job.exitcodes.values()) == {1}
+    assert "it raised KeyboardInterrupt" in job.report["verdict"]["summary"]

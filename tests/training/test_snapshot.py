@@ -113,3 +113,40 @@ def test_taking_a_snapshot_changes_nothing() -> None:
     before = copy.deepcopy(state_of(replica))
     take_snapshot(replica)
     assert state_of(replica) == before
+
+
+class Growing(nn.Module):
+    """Buffers that come, go and change their size in the forward pass."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(2, 2)
+        self.register_buffer("later", None)
+        self.register_buffer("sized", torch.zeros(1), persistent=False)
+        self.register_buffer("gone", torch.ones(3))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.register_buffer("added", torch.ones(2))
+        self.later = torch.ones(2)
+        self.sized = torch.zeros(len(x) + 1)
+        self.gone = None
+        return self.linear(x)
+
+
+def test_buffers_that_a_forward_pass_has_added_removed_or_resized_are_as_before() -> None:
+    model = Growing()
+    replica = Replica(model, nn.CrossEntropyLoss(), torch.optim.SGD(model.parameters(), lr=0.1), None)
+    sized = model.sized
+    before, names = buffers_stage(model), dict(model._buffers).keys()
+    snapshot = take_snapshot(replica)
+    model(torch.ones(3, 2))
+    assert buffers_stage(model) != before
+    restore_snapshot(replica, snapshot)
+    assert buffers_stage(model) == before
+    assert dict(model._buffers).keys() == names
+    assert model.later is None
+    assert list(model.state_dict()) == ["gone", "linear.weight", "linear.bias"]
+    assert sized is not model.sized
+    model.linear(torch.ones(3, 2))
+    restore_snapshot(replica, snapshot)
+    assert buffers_stage(model) == before

@@ -174,3 +174,16 @@ def test_only_the_first_to_fail_is_told_so() -> None:
     assert [roll.report_failure("it fell") for roll in rolls] == [True, False]
     for roll in rolls:
         roll.close()
+
+
+def _stuck(world: World, last_seconds: float | None) -> str:
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    roll = RollCall(store, 0, 2, last_seconds=last_seconds)
+    roll.report_failure("the alarm")
+    time.sleep(3)
+    return "still there"
+
+
+def test_a_process_that_is_stuck_when_the_run_is_over_is_ended() -> None:
+    assert run_replicas(_stuck, 1, None) == ["still there"]
+    assert run_replicas(_stuck, 1, 0.5) == [None]
