@@ -260,6 +260,8 @@ class Run:
         report = self.recorder.report
         assert report is not None
         report.fingerprints = agreement.fingerprints()
+        for faults in self.channel.gather(self.injector.never_struck):
+            report.warnings += [f"fault injection: never struck: {fault}" for fault in faults]
         if self.expect == "independent" and report.epochs:
             evaluation = report.epochs[-1].evaluation
             assert evaluation is not None

@@ -12,6 +12,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 from torch.utils._python_dispatch import _disable_current_modes
+from torch.utils._pytree import tree_leaves
 
 from dreplica.data.coordinator import Coordinator, IndexStream
 from dreplica.errors import UsageError
@@ -54,6 +55,8 @@ class Injector:
 
     def __init__(self, faults: Sequence[FaultConfig], replica_id: int, replica: Replica) -> None:
         self._replica = replica
+        self.never_struck = [fault for fault in faults if fault.replica == replica_id]
+        """This replica's faults of which nothing has come yet."""
         self._waiting = [fault for fault in faults if fault.replica == replica_id]
         self._handles: list[Any] = []
         for fault in faults:
@@ -80,16 +83,21 @@ class Injector:
         model, optimizer = self._replica.model, self._replica.optimizer
         strike = torch.compiler.disable(self._strike) if _is_compiled(model) else self._strike
         if fault.target == "batch":
-            self._handles.append(model.register_forward_pre_hook(lambda _, args: strike(fault, list(args))))
+            self._handles.append(model.register_forward_pre_hook(lambda _, args: strike(fault, _tensors_in(args))))
         elif fault.target == "activation":
             module = _choose(fault, dict(_leaf_modules(model)), "module")
-            self._handles.append(module.register_forward_hook(lambda _m, _a, output: strike(fault, [output])))
+            self._handles.append(
+                module.register_forward_hook(lambda _m, _a, output: strike(fault, _tensors_in(output)))
+            )
         elif fault.target == "gradients":
+            _choose(fault, _weights(self._replica), "tensor")
             self._handles.append(optimizer.register_step_pre_hook(lambda *_: self._strike_named(fault, _gradients)))
         elif fault.target == "rng":
             self._handles.append(optimizer.register_step_post_hook(lambda *_: self._strike_rng(fault)))
         elif fault.target != "indices":
             tensors = {"weights": _weights, "buffers": _buffers, "optimizer": _optimizer_state}[fault.target]
+            if fault.target != "optimizer":  # whose state there is only after a step
+                _choose(fault, tensors(self._replica), "tensor")
             self._handles.append(optimizer.register_step_post_hook(lambda *_: self._strike_named(fault, tensors)))
 
     def _is_due(self, fault: FaultConfig, step: int) -> bool:
@@ -98,6 +106,8 @@ class Injector:
             return False
         if not fault.repeat:
             self._waiting.remove(fault)
+        if fault in self.never_struck:
+            self.never_struck.remove(fault)
         return True
 
     def _due(self, target: str, step: int) -> list[FaultConfig]:
@@ -147,6 +157,8 @@ def flip_bits(tensor: Tensor, bits: int, draw: random.Random) -> None:
     """Flips `bits` different bits of `tensor` in place, unseen by autograd, version counters and dispatch modes."""
     with _disable_current_modes(), torch.no_grad():
         data = tensor.data
+        if data.is_complex():
+            data = torch.view_as_real(data.conj() if data.is_conj() else data)
         flat = data.view(_INTEGERS[data.element_size()]) if data.dtype is not torch.bool else data.view(torch.uint8)
         width = 1 if data.dtype is torch.bool else 8 * data.element_size()
         for place in draw.sample(range(flat.numel() * width), min(bits, flat.numel() * width)):
@@ -155,6 +167,10 @@ def flip_bits(tensor: Tensor, bits: int, draw: random.Random) -> None:
             # The highest bit of a signed integer cannot be written as a positive number of its dtype.
             mask = -(1 << bit) if bit == 8 * flat.element_size() - 1 and flat.dtype is not torch.uint8 else 1 << bit
             flat[index] = flat[index] ^ mask
+
+
+def _tensors_in(values: Any) -> list[Tensor]:
+    return [leaf for leaf in tree_leaves(values) if isinstance(leaf, Tensor)]
 
 
 def _is_compiled(model: nn.Module) -> bool:

@@ -31,7 +31,7 @@ DTYPES = [
     torch.uint8,
     torch.bool,
     torch.complex64,
-    pytest.param(torch.complex128, marks=pytest.mark.xfail(strict=True, raises=KeyError, reason="16-byte elements")),
+    torch.complex128,
 ]
 
 
@@ -288,10 +288,38 @@ def test_there_may_be_nothing_to_strike() -> None:
     seed_generators(0)
     model = nn.Sequential(nn.Flatten(), nn.Linear(192, 5))
     replica = Replica(model, nn.CrossEntropyLoss(), torch.optim.SGD(model.parameters(), lr=0.1))
-    injector = Injector([FaultConfig(replica=0, step=1, target="buffers")], 0, replica)
-    with pytest.raises(UsageError, match="buffers"):
+    with pytest.raises(UsageError, match="no tensor in buffers to strike"):
+        Injector([FaultConfig(replica=0, step=9, target="buffers")], 0, replica)
+    with pytest.raises(UsageError, match=r"weights has no tensor '1\.wight'\. Did you mean '1\.weight'"):
+        Injector([FaultConfig(replica=0, step=9, target="weights", tensor="1.wight")], 0, replica)
+    injector = Injector([FaultConfig(replica=0, step=1, target="optimizer")], 0, replica)
+    with pytest.raises(UsageError, match="no tensor in optimizer to strike"):
         training_step(replica, batch_of(1), TrainConfig())
     injector.close()
+
+
+def test_a_fault_that_never_strikes_is_known() -> None:
+    replica = make_replica()
+    struck, late = (FaultConfig(replica=1, step=step, target="weights", repeat=True) for step in (2, 99))
+    injector = Injector([struck, late], 1, replica)
+    assert injector.never_struck == [struck, late]
+    for step in (1, 2, 3):
+        step_and_look(replica, step)
+    assert injector.never_struck == [late]
+    injector.close()
+
+
+def test_the_first_tensor_of_a_nested_activation_is_struck() -> None:
+    """As of an LSTM, which returns (output, (hidden, cell))."""
+    model = nn.LSTM(4, 3)
+    body = nn.Sequential(model)
+    replica = Replica(body, nn.CrossEntropyLoss(), torch.optim.SGD(body.parameters(), lr=0.1))
+    x = torch.ones(2, 1, 4)
+    sound = body(x)[0]
+    injector = Injector([FaultConfig(replica=0, step=1, target="activation", tensor="0", bits=2)], 0, replica)
+    struck = body(x)[0]
+    injector.close()
+    assert (bits_of(sound) ^ bits_of(struck)).bit_count() == 2
 
 
 # ---- indices
