@@ -24,7 +24,7 @@ from dreplica.diagnosis.learning import LearningWatch
 from dreplica.errors import ExitCode, UsageError
 from dreplica.explain import Explainer
 from dreplica.meet import Prepared, end_at_once, meet
-from dreplica.replica.build import broadcast_state, build_replica
+from dreplica.replica.build import broadcast_state, build_replica, weights_digest
 from dreplica.replica.replica import Replica
 from dreplica.replica.rng import fresh_seed, model_seed, seed_generators, shares_model_seed
 from dreplica.replica.wiring import WiringError, check_wiring
@@ -96,7 +96,8 @@ class Run:
                 self.data, data_seed = self.load()
                 self.preflight(self.data)
                 self.replica = self.build(self.data.num_classes)
-                self.preflight(self.data)  # again: a factory may have changed flags
+                # Again: a factory may have changed flags, and which weights were read is known now.
+                self.preflight(self.data, weights_digest(self.own))
                 self.check_build(self.replica)
                 self.injector = self.arm()
                 self.coordinator = FaultyCoordinator(self.channel, data_seed, self.injector)
@@ -136,9 +137,9 @@ class Run:
             log.info("seed.data is null: this run's order of samples is drawn from %d", seed)
         return data, seed
 
-    def preflight(self, data: DataSets) -> None:
+    def preflight(self, data: DataSets, weights: str | None = None) -> None:
         """Exchanges manifests. Raises Concluded (`environment-differs`) where replicas must match and do not."""
-        self.manifests = self.channel.gather(collect_manifest(self.world, self.device, self.seed, data.digest))
+        self.manifests = self.channel.gather(collect_manifest(self.world, self.device, self.seed, data.digest, weights))
         self.facts.manifests = self.manifests
         self.facts.differences = compare_manifests(self.manifests, self.facts.overrides)
         wrong = [difference for difference in self.facts.differences if not difference.allowed]

@@ -1,12 +1,15 @@
 """Builds one replica from scratch, under its own seed."""
 
+import hashlib
 import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import torch
 import torchvision
+import xxhash
 from pydantic import Field, field_validator
 from torch import nn
 from torch.nn.parameter import is_lazy
@@ -21,7 +24,7 @@ from dreplica.replica.components import (
     check_schedule,
 )
 from dreplica.replica.pretrained import load_pretrained
-from dreplica.replica.published import arguments_for, find_published, is_file
+from dreplica.replica.published import arguments_for, cached, find_published, is_file
 from dreplica.replica.replica import Replica
 from dreplica.replica.rng import get_rng_state, set_rng_state
 from dreplica.section import Lockstep, Section, call_function, nearest
@@ -135,6 +138,16 @@ def build_model(config: ModelConfig, num_classes: int) -> nn.Module:
 
 _ARGUMENTS = {name: {"aux_logits": False, "init_weights": True} for name in ("googlenet", "inception_v3")}
 """Without auxiliary heads, with which these two would return several logits in training."""
+
+
+def weights_digest(config: "RunConfig") -> str | None:
+    """32 hex digits over the file that the replica just built has its weights from; None if there is none."""
+    weights = config.model.weights
+    if weights is None or config.replica.factory is not None:
+        return None
+    published = None if is_file(weights) else find_published(config.model.name, weights)
+    with (Path(weights).expanduser() if published is None else cached(published)).open("rb") as file:
+        return hashlib.file_digest(file, xxhash.xxh3_128).hexdigest()
 
 
 def broadcast_state(model: nn.Module, channel: Channel, with_rng: bool) -> None:

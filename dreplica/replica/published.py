@@ -60,12 +60,17 @@ def arguments_for(model_name: str, published: Any | None) -> dict[str, Any]:
 
 def fetch(published: Any) -> Path:
     """The file where torchvision looks for it, fetched once per node if it is not there."""
-    path = Path(torch.hub.get_dir(), "checkpoints", _file_name(published))
+    path = cached(published)
     try:
         once_per_node(path, partial(_download, published, path))
     except (OSError, NotImplementedError) as error:
         raise UsageError(_not_cached(published, path, error)) from None
     return path
+
+
+def cached(published: Any) -> Path:
+    """Where torchvision looks for the file on this node; it need not be there."""
+    return Path(torch.hub.get_dir(), "checkpoints", _file_name(published))
 
 
 def check_hash(path: Path, published: Any) -> None:

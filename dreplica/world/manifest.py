@@ -45,6 +45,7 @@ _FOLLOWS_FROM = {
     "numerics.matmul_bf16_reduced_precision": ("determinism.reduced_precision_reduction",),
     "numerics.onednn": ("determinism.onednn",),
     "numerics.cublas_workspace_config": ("determinism.cublas_workspace_config", "determinism.mode"),
+    "weights": ("model.weights", "model.name", "model.factory", "replica.factory"),
     "device.type": ("world.device",),
     "device.cuda": ("world.device",),
     "device.cudnn": ("world.device",),
@@ -87,8 +88,18 @@ class Difference:
         return f"{self.field}: {'; '.join(sides)}"
 
 
-def collect_manifest(world: World, device: Device, seed: int | None, data_digest: str) -> dict[str, Any]:
-    """This replica's manifest; JSON values only. `seed`: the model seed; `data_digest`: of the data set as loaded."""
+def collect_manifest(
+    world: World, device: Device, seed: int | None, data_digest: str, weights_digest: str | None = None
+) -> dict[str, Any]:
+    """This replica's manifest; JSON values only.
+
+    Args:
+        world: for the host's name.
+        device: this replica's.
+        seed: the model seed.
+        data_digest: of the data set as loaded.
+        weights_digest: of the file that pretrained weights came from; None without, or before the build.
+    """
     return {
         "host": world.host,
         "seed": seed,
@@ -100,6 +111,7 @@ def collect_manifest(world: World, device: Device, seed: int | None, data_digest
         "numerics": numerics_flags(),
         "variables": {name: os.environ.get(name) for name in _VARIABLES},
         "data": data_digest,
+        "weights": weights_digest,
     }
 
 

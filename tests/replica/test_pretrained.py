@@ -26,7 +26,7 @@ from dreplica.config import RunConfig
 from dreplica.diagnosis.rebuild import rebuild
 from dreplica.errors import UsageError
 from dreplica.replica import published as published_module
-from dreplica.replica.build import ModelConfig, build_model, build_replica
+from dreplica.replica.build import ModelConfig, build_model, build_replica, weights_digest
 from dreplica.replica.pretrained import find_head, load_pretrained
 from dreplica.replica.published import arguments_for, find_published
 from dreplica.replica.rng import seed_generators
@@ -585,3 +585,20 @@ def test_weights_that_are_not_there_end_all_replicas_with_one_message(tmp_path: 
     assert "model.weights" in job.output
     assert "Traceback" not in job.output
     assert not job.folder.exists()
+
+
+def test_the_manifest_tells_two_nodes_files_apart(cache: Path, tmp_path: Path) -> None:
+    """Otherwise replicas would part at the build, and nothing of the build would differ."""
+    state = random_state(SHUFFLE)
+    path = put(cache, SHUFFLE, state)
+    named = RunConfig.model_validate({"model": {"name": SHUFFLE, "weights": "DEFAULT"}})
+    filed = RunConfig.model_validate({"model": {"name": SHUFFLE, "weights": str(path)}})
+    before = weights_digest(named)
+    assert before is not None
+    assert re.fullmatch("[0-9a-f]{32}", before)
+    assert weights_digest(filed) == before
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+    assert weights_digest(named) == weights_digest(filed) != before
+    assert weights_digest(RunConfig.model_validate({"model": {"name": SHUFFLE}})) is None
