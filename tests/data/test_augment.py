@@ -2,7 +2,6 @@
 
 import contextlib
 import random
-from collections.abc import Callable
 from typing import Any
 
 import numpy
@@ -150,15 +149,19 @@ def test_augmentations_are_of_the_size_and_what_they_are_called() -> None:
     for name in (*NAMES, OWN):
         image, label = images(name).at_epoch(1)[0]
         assert (image.shape, image.dtype, label) == ((3, SIZE, SIZE), torch.uint8, 0)
-    augmented: Callable[[str], Images] = lambda name: Images(small * 20, None, SIZE, images(name)._augmentation)  # noqa: E731
-    flipped = {augmented("flip")[index][0].numpy().tobytes() for index in range(20)}
-    assert flipped == {original.numpy().tobytes(), original.flip(2).numpy().tobytes()}
-    # Each is a window of the padded image.
+    assert made_of(small, "flip", 20) == {original.numpy().tobytes(), original.flip(2).numpy().tobytes()}
+    # Each window of the padded image, and of its mirror image.
     padded = torch.nn.functional.pad(original, (4, 4, 4, 4))
-    for source in (padded, padded.flip(2)):
-        windows = {source[:, y : y + SIZE, x : x + SIZE].numpy().tobytes() for y in range(9) for x in range(9)}
-        flipped |= windows
-    assert {augmented("crop_flip")[index][0].numpy().tobytes() for index in range(20)} <= flipped
+    windows = [
+        source[:, y : y + SIZE, x : x + SIZE] for source in (padded, padded.flip(2)) for y in range(9) for x in range(9)
+    ]
+    assert made_of(small, "crop_flip", 3000) == {window.numpy().tobytes() for window in windows}
+
+
+def made_of(source: list[Any], name: str, num: int) -> set[bytes]:
+    """What becomes of one image, as `num` samples of a set."""
+    dataset = Images(source * num, None, SIZE, images(name)._augmentation)
+    return {dataset[index][0].numpy().tobytes() for index in range(num)}
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ from torch.utils.data import Dataset
 from dreplica.data import coordinator, loader
 from dreplica.data.config import DataConfig
 from dreplica.data.coordinator import Coordinator
-from dreplica.data.loader import Batch, load_batches
+from dreplica.data.loader import Batch, load_again, load_batches
 from dreplica.data.samples import SampleError
 from dreplica.world.channel import Channel
 from dreplica.world.process_group import World
@@ -65,6 +65,20 @@ def test_a_batch_holds_the_samples_that_were_sent() -> None:
         assert batch.labels.dtype == torch.int64
         assert batch.labels.tolist() == [int(index) % 5 for index in batch.indices]
         assert batch.inputs[0].equal(data[int(batch.indices[0])][0])
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_each_sample_brings_its_weight(num_workers: int) -> None:
+    weights = torch.arange(10) / 8
+    stream = Coordinator(Channel(), 0).training_batches(10, 4, epoch=1)
+    for batch in load_batches(Numbers(10), stream, CPU, num_workers, seed=0, epoch=1, weights=weights):
+        assert batch.weights is not None
+        assert (8 * batch.weights).tolist() == batch.indices.tolist()
+        again = load_again(Numbers(10), batch.indices, CPU, weights=weights)
+        assert [tensor.numpy().tobytes() for tensor in again.tensors().values()] == [
+            tensor.numpy().tobytes() for tensor in batch.tensors().values()
+        ]
+        assert list(again.tensors()) == ["inputs", "labels", "weights"]
 
 
 def test_the_memory_format_is_the_layout_only() -> None:

@@ -67,6 +67,12 @@ def test_any_number_of_workers_gives_the_same_trace_and_replicas_agree(tmp_path:
     assert other.trace[2:] != traces[0][2:]
 
 
+def test_a_fault_in_the_second_epoch_is_replayed_on_the_same_pixels(tmp_path: Path) -> None:
+    job = run(make_folder(tmp_path), *AUGMENTED, "--inject=[{replica: 1, step: 6, target: weights}]")
+    verdict = job.report["verdict"]
+    assert (verdict["cause"], verdict["step"], verdict["suspects"]) == ("transient-fault", 6, [1]), verdict
+
+
 def alter(root: Path, data: DataConfig, num_steps: int) -> tuple[str, int]:
     """Changes one byte of a BMP that is trained on: the same size, other pixels. Returns its name and index."""
     train = load_data(data).train

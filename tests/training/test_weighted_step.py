@@ -32,21 +32,20 @@ def gradient(criterion: nn.Module, of: Batch, accumulate: int = 1) -> tuple[Tens
     return loss, model.weight.grad
 
 
-criteria = st.sampled_from(
-    [
-        nn.CrossEntropyLoss(),
-        nn.CrossEntropyLoss(weight=torch.tensor([0.5, 2.0, 1.0], dtype=torch.float64)),
-        nn.CrossEntropyLoss(ignore_index=2),
-        nn.CrossEntropyLoss(label_smoothing=0.1),
-        nn.CrossEntropyLoss(reduction="sum"),
-        nn.MultiMarginLoss(),
-    ]
-)
+CRITERIA = [
+    nn.CrossEntropyLoss(),
+    nn.CrossEntropyLoss(weight=torch.tensor([0.5, 2.0, 1.0], dtype=torch.float64)),
+    nn.CrossEntropyLoss(ignore_index=2),
+    nn.CrossEntropyLoss(label_smoothing=0.1),
+    nn.CrossEntropyLoss(reduction="sum"),
+    nn.MultiMarginLoss(),
+]
 some_weights = st.lists(st.floats(0.125, 4, width=32), min_size=NUM, max_size=NUM).map(torch.tensor)
 
 
-@settings(max_examples=50, deadline=None)
-@given(criteria, some_weights, st.integers(1, 8))
+@pytest.mark.parametrize("criterion", CRITERIA, ids=str)
+@settings(max_examples=15, deadline=None)
+@given(weights=some_weights, accumulate=st.integers(1, 8))
 def test_weights_are_repetitions_and_parts_make_up_the_whole(criterion: Any, weights: Tensor, accumulate: int) -> None:
     loss, grad = gradient(criterion, batch(weights))
     in_parts = gradient(criterion, batch(weights), accumulate)
