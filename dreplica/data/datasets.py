@@ -8,7 +8,7 @@ import torch
 import xxhash
 from torch import Tensor
 from torch.nn.functional import interpolate
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, IterableDataset
 
 from dreplica.data.augment import make_augmentation
 from dreplica.data.config import DataConfig
@@ -19,8 +19,10 @@ from dreplica.data.samples import DataSets, Sample, TensorImages, load_sample
 from dreplica.data.split import split_indices
 from dreplica.data.torchvision_sets import SETS, load_torchvision_set
 from dreplica.errors import UsageError
-from dreplica.section import import_function, nearest
+from dreplica.section import call_function, nearest, show
 
+_ARRAYS = (Tensor, numpy.ndarray)
+_LABELS = (int, float, Tensor, numpy.integer, numpy.floating)
 _DIGITS_SIZE = 32
 _DIGITS_MEAN, _DIGITS_STD = 0.3053, 0.3761
 """Of the pixels, scaled to 0…1; written down because a mean computed here would round by the number of threads."""
@@ -69,21 +71,59 @@ def _digits(config: DataConfig) -> DataSets:
 
 
 def _from_function(config: DataConfig, augment_seed: int) -> DataSets:
-    result = import_function("data.name", config.name)(config)
+    result = call_function("data.name", config.name, config)
     if not isinstance(result, Sequence) or len(result) != 3:
         raise UsageError(
             f"data.name: {config.name!r} returned {type(result).__name__}. "
             "Return (training set, validation set, number of classes)."
         )
     train, val, num_classes = result
+    if not isinstance(num_classes, int | numpy.integer) or num_classes < 2:
+        raise UsageError(
+            f"data.name: {config.name!r} returned {show(num_classes)} as the number of classes. "
+            "Return an int, 2 or more; labels count from 0."
+        )
     for key, part in (("training", train), ("validation", val)):
-        if len(part) == 0:
-            raise UsageError(f"data.name: the {key} set of {config.name!r} is empty.")
+        _check_set(f"the {key} set of {config.name!r}", part)
     described = f"{config.name} {len(train)} {len(val)} {num_classes}"
     weights = make_weights(config, _labels(train))
     if config.augment is not None or config.image_size is not None:
         train, val = _as_images(config, train, val, augment_seed)
-    return DataSets(train, val, num_classes, xxhash.xxh3_128_hexdigest(described.encode()), weights)
+    else:
+        for key, part in (("training", train), ("validation", val)):
+            _check_sample(f"the {key} set of {config.name!r}", part)
+    return DataSets(train, val, int(num_classes), xxhash.xxh3_128_hexdigest(described.encode()), weights)
+
+
+def _check_set(which: str, part: Any) -> None:
+    if (
+        not hasattr(type(part), "__len__")
+        or not hasattr(type(part), "__getitem__")
+        or isinstance(part, IterableDataset)
+    ):
+        raise UsageError(
+            f"data.name: {which} is {type(part).__name__}, which cannot be read by index. Return a map-style data set, "
+            "with len(...) and [index]: the coordinator sends indices."
+        )
+    if len(part) == 0:
+        raise UsageError(f"data.name: {which} is empty. Return at least one sample.")
+
+
+def _check_sample(which: str, part: Any) -> None:
+    """That a sample is one, seen on the first that can be loaded; which cannot is told, or skipped, later on."""
+    try:
+        sample = load_sample(part, 0)
+    except UsageError:
+        return
+    what = f"{type(sample).__name__}"
+    if isinstance(sample, tuple | list):
+        what = f"({', '.join(type(item).__name__ for item in sample)})"
+        if len(sample) == 2 and isinstance(sample[0], _ARRAYS) and isinstance(sample[1], _LABELS):
+            return
+    raise UsageError(
+        f"data.name: sample 0 of {which} is {what}. Let it be (input, label), a tensor and an int; or a PIL image and "
+        "an int, and set data.image_size."
+    )
 
 
 def _as_images(

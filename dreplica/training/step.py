@@ -2,7 +2,7 @@
 
 import copy
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import Field
@@ -70,11 +70,13 @@ def forward(
 ) -> tuple[Tensor, Tensor]:
     """Loss (0-dim) and logits (batch, num_classes), under autocast if `train.amp` asks for it.
 
-    With `weights` (batch,) the loss is `weighted_loss`.
+    With `weights` (batch,) the loss is `weighted_loss`. Raises UsageError if the model gives anything else.
     """
     dtype = _AMP_DTYPES.get(config.amp or "")
     with torch.autocast(inputs.device.type, dtype=dtype, enabled=dtype is not None):
         logits = replica.model(inputs)
+        if not isinstance(logits, Tensor) or logits.shape[:1] != labels.shape[:1]:
+            raise _no_logits(logits, len(labels))
         if weights is None:
             loss = replica.criterion(logits, labels)
         else:
@@ -116,6 +118,14 @@ def check_criterion_weighs(criterion: nn.Module, weights: Tensor | None) -> None
             f"data.sample_weights: a criterion of type {type(criterion).__name__} has no `reduction` of mean or sum to "
             "set to none, which gives a loss for each sample. Use one of torch's own, or set sample_weights to null."
         )
+
+
+def _no_logits(given: Any, num_samples: int) -> UsageError:
+    what = f"a tensor of shape {tuple(given.shape)}" if isinstance(given, Tensor) else type(given).__name__
+    return UsageError(
+        f"model.factory: the model gives {what} for a batch of {num_samples}. Let its forward pass return logits "
+        "alone, a tensor (batch, num_classes); wrap a model that returns more."
+    )
 
 
 def _split(batch: Batch, parts: int) -> list[Batch]:

@@ -1,11 +1,13 @@
 """Data sets by name."""
 
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch.utils.data import IterableDataset
 
 from dreplica.data.datasets import DataConfig, TensorImages, load_data, split_indices
 from dreplica.errors import UsageError
@@ -58,9 +60,64 @@ def empty_validation(config: DataConfig) -> tuple[TensorImages, TensorImages, in
     return train, TensorImages(torch.empty(0, 3, 8, 8), torch.empty(0, dtype=torch.int64)), num_classes
 
 
+def numbers(_config: DataConfig) -> tuple[int, int, int]:
+    return 1, 2, 3
+
+
+def takes_nothing() -> None:
+    return None
+
+
+class Stream(IterableDataset[Any]):
+    def __iter__(self) -> Iterator[Any]:
+        yield torch.zeros(3, 8, 8), 0
+
+    def __len__(self) -> int:
+        return 1
+
+
+def streams(_config: DataConfig) -> tuple[Stream, Stream, int]:
+    return Stream(), Stream(), 5
+
+
+def of_classes(num_classes: Any) -> Any:
+    return lambda config: (*tiny_images(config)[:2], num_classes)
+
+
+classes_none, classes_text, classes_zero, classes_one = map(of_classes, [None, "five", 0, 1])
+
+
+def of_samples(sample: Any) -> Any:
+    return lambda _config: ([sample] * 3, [sample] * 3, 5)
+
+
+dicts, texts, threes, objects, bare = map(
+    of_samples,
+    [
+        {"x": torch.zeros(2), "y": 0},
+        (torch.zeros(2), "cat"),
+        (torch.zeros(2), 1, 2),
+        (object(), 1),
+        torch.zeros(2, 2),
+    ],
+)
+
+
 @pytest.mark.parametrize(
     ("name", "words"),
     [
+        (f"{__name__}:numbers", "the training set of"),
+        (f"{__name__}:takes_nothing", "cannot be called with (a value)"),
+        (f"{__name__}:streams", "is Stream, which cannot be read by index"),
+        (f"{__name__}:classes_none", "returned null as the number of classes"),
+        (f"{__name__}:classes_text", "returned 'five' as the number of classes"),
+        (f"{__name__}:classes_zero", "returned 0 as the number of classes"),
+        (f"{__name__}:classes_one", "returned 1 as the number of classes"),
+        (f"{__name__}:dicts", "is dict. Let it be (input, label)"),
+        (f"{__name__}:texts", "is (Tensor, str)."),
+        (f"{__name__}:threes", "is (Tensor, int, int)."),
+        (f"{__name__}:objects", "is (object, int)."),
+        (f"{__name__}:bare", "is Tensor."),
         ("digit", "data.name: there is no data set 'digit'. Did you mean 'digits'?"),
         ("cifar", "data.name: there is no data set 'cifar'."),
         (f"{__name__}:returns_nothing", "returned NoneType. Return (training set, validation set, number of classes)"),

@@ -17,6 +17,18 @@ def not_a_model(num_classes: int) -> Any:
     return {"num_classes": num_classes}
 
 
+class Pair(nn.Module):
+    """Gives more than logits."""
+
+    def __init__(self, num_classes: int) -> None:
+        super().__init__()
+        self.body = fixtures.tiny_model(num_classes)
+
+    def forward(self, inputs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Logits, and the inputs once more."""
+        return self.body(inputs), inputs
+
+
 def takes_nothing() -> nn.Module:
     """A factory that cannot be told the number of classes."""
     return fixtures.tiny_model(5)

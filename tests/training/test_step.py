@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from dreplica.agreement.stages import optimizer_stage
 from dreplica.data.loader import Batch
+from dreplica.errors import UsageError
 from dreplica.replica.replica import Replica
 from dreplica.replica.rng import seed_generators
 from dreplica.training.evaluate import Tally
@@ -202,3 +203,13 @@ def test_an_fp16_overflow_skips_the_step_and_shows_in_the_state() -> None:
     training_step(replica, Batch(batch.indices, batch.inputs * 1e6, batch.labels), config(amp="fp16"))
     assert replica.scaler.get_scale() == scale / 2
     assert any(stage()[name] != before[name] for name in names)
+
+
+@pytest.mark.parametrize("logits", [None, {"logits": torch.zeros(4, 5)}, torch.zeros(3, 5), torch.zeros(())])
+def test_what_are_no_logits(logits: Any) -> None:
+    class Gives(nn.Linear):
+        def forward(self, _inputs: Tensor) -> Any:
+            return logits
+
+    with pytest.raises(UsageError, match=r"^model\.factory: the model gives .* for a batch of 4\. "):
+        training_step(make_replica(Gives(2, 2)), batches([4])[0], config())
