@@ -95,7 +95,7 @@ class Injector:
         elif fault.target == "rng":
             self._handles.append(optimizer.register_step_post_hook(lambda *_: self._strike_rng(fault)))
         elif fault.target != "indices":
-            tensors = {"weights": _weights, "buffers": _buffers, "optimizer": _optimizer_state}[fault.target]
+            tensors = _NAMED[fault.target]
             if fault.target != "optimizer":  # whose state there is only after a step
                 _choose(fault, tensors(self._replica), "tensor")
             self._handles.append(optimizer.register_step_post_hook(lambda *_: self._strike_named(fault, tensors)))
@@ -181,15 +181,28 @@ def _draw(fault: FaultConfig, step: int) -> random.Random:
     return random.Random(f"{fault.seed} {fault.replica} {fault.target} {step}")
 
 
+def struck_tensor(fault: FaultConfig, replica: Replica) -> str:
+    """The name of the tensor (for `activation`, the module) that the fault strikes, chosen or drawn.
+
+    Only for targets whose tensors have names; the optimizer's have theirs once it has taken a step.
+    """
+    named = {"activation": lambda replica: dict(_leaf_modules(replica.model)), **_NAMED}[fault.target]
+    return _choose_name(fault, named(replica), "tensor")
+
+
 def _choose(fault: FaultConfig, named: dict[str, Any], what: str) -> Any:
+    return named[_choose_name(fault, named, what)]
+
+
+def _choose_name(fault: FaultConfig, named: dict[str, Any], what: str) -> str:
     if fault.tensor is None:
         candidates = [name for name, value in named.items() if not isinstance(value, Tensor) or value.numel()]
         if not candidates:
             raise UsageError(f"inject: there is no {what} in {fault.target} to strike. Choose another target.")
-        return named[random.Random(f"{fault.seed} {fault.replica} {fault.target}").choice(candidates)]
+        return random.Random(f"{fault.seed} {fault.replica} {fault.target}").choice(candidates)
     if fault.tensor not in named:
         raise UsageError(f"inject: {fault.target} has no {what} {fault.tensor!r}. {nearest(fault.tensor, named)}")
-    return named[fault.tensor]
+    return fault.tensor
 
 
 def _leaf_modules(model: nn.Module) -> list[tuple[str, nn.Module]]:
@@ -216,3 +229,11 @@ def _optimizer_state(replica: Replica) -> dict[str, Tensor]:
         for key, value in state.items()
         if isinstance(value, Tensor)
     }
+
+
+_NAMED: dict[str, Callable[[Replica], dict[str, Any]]] = {
+    "weights": _weights,
+    "gradients": _gradients,
+    "buffers": _buffers,
+    "optimizer": _optimizer_state,
+}
