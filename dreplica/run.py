@@ -309,9 +309,9 @@ class Run:
             traceback.print_exception(error)
             get_error_handler().record_exception(error)
         steps_done = None if self.agreement is None else self.agreement.steps_done
-        self.recorder.conclude_without(error, self.manifests, steps_done, self.steps_checked)
+        code = self.recorder.conclude_without(error, self.manifests, steps_done, self.steps_checked)
         if self.world.roll_call is not None:
-            end_at_once(ExitCode.FAILED)
+            end_at_once(code)
 
 
 def _wiring_fault(replica: Replica) -> WiringError | None:

@@ -11,7 +11,7 @@ from rich.console import Console
 
 from dreplica.agreement.verdict import Verdict
 from dreplica.diagnosis.conclude import replica_lost
-from dreplica.errors import UsageError
+from dreplica.errors import ExitCode, UsageError
 from dreplica.report.run_report import RunReport, append_metrics, write_json
 from dreplica.report.terminal import print_report
 from dreplica.training.loop import EpochDone
@@ -109,13 +109,24 @@ class Recorder:
         manifests: Sequence[Mapping[str, Any]],
         steps_done: int | None,
         steps_checked: int,
-    ) -> None:
+    ) -> ExitCode:
         """Ends the record when this replica fails with `error` or (`ReplicaLost`) another is gone.
 
         The first survivor writes the report, naming who was lost; rank 0 does when there is none. A verdict that was
-        reached before stands. No collective.
+        reached before stands. No collective. Returns the exit code: unusable input of another is that of all.
         """
         lost = self._who_is_lost(error)
+        self._write_loss(lost, error, manifests, steps_done, steps_checked)
+        return ExitCode.UNUSABLE if lost and all(item.unusable for item in lost) else ExitCode.FAILED
+
+    def _write_loss(
+        self,
+        lost: Sequence[Lost],
+        error: BaseException,
+        manifests: Sequence[Mapping[str, Any]],
+        steps_done: int | None,
+        steps_checked: int,
+    ) -> None:
         gone = {item.replica_id for item in lost}
         survivors = [replica_id for replica_id in range(self._world.num_replicas) if replica_id not in gone]
         if self._world.replica_id != min(survivors, default=0):

@@ -38,6 +38,8 @@ class Lost:
     reason: str
     step: int | None = None
     """The last step it is known to have done."""
+    unusable: bool = False
+    """Whether it ended because of input that cannot be used."""
 
 
 def describe_failure(error: BaseException) -> str:
@@ -75,10 +77,11 @@ class RollCall:
         self._thread = threading.Thread(target=self._listen, name="dreplica-roll-call", daemon=True)
         self._thread.start()
 
-    def report_failure(self, reason: str) -> bool:
+    def report_failure(self, reason: str, unusable: bool = False) -> bool:
         """Tells the others that this replica is failing, and why, before it ends. Returns whether it is the first."""
+        failure = {"step": self.step, "reason": reason, "unusable": unusable}
         try:
-            self._store.set(f"roll_call/failed/{self.replica_id}", json.dumps({"step": self.step, "reason": reason}))
+            self._store.set(f"roll_call/failed/{self.replica_id}", json.dumps(failure))
             first = self._store.add("roll_call/failures", 1) == 1
             self._store.set("roll_call/alarm", "1")
         except RuntimeError as error:
@@ -130,7 +133,7 @@ class RollCall:
             return
         everyone = range(self.num_replicas)
         lost = [
-            Lost(i, failed[i]["reason"], failed[i]["step"]) if i in failed else Lost(i, _SILENT)
+            Lost(i, **failed[i]) if i in failed else Lost(i, _SILENT)
             for i in everyone
             if i in failed or i not in answers
         ]

@@ -133,6 +133,22 @@ def test_a_damaged_file_in_mid_run_is_one_message_and_exit_code_2(
     assert "Traceback" not in job.output
 
 
+@pytest.mark.parametrize("broken", [0, 1])
+def test_a_file_that_is_damaged_on_one_node_only_ends_all_with_exit_code_2(broken: int, tmp_path: Path) -> None:
+    one, other = make_folder(tmp_path / "one", 9), make_folder(tmp_path / "other", 9)
+    file = Path("china", "00.jpg")
+    content = ((one, other)[broken] / file).read_bytes()
+    ((one, other)[broken] / file).write_bytes(bytes(len(content)))  # of the same size: preflight reads no contents
+    job = run(one, "--data.split_seed=1", f"--overrides.1.data.root={other}")
+    assert job.exitcodes == {0: 2, 1: 2}, job.output
+    (message,) = messages(job.output)
+    assert f"({file})" in message
+    verdict = job.report["verdict"]
+    assert (verdict["cause"], verdict["suspects"]) == ("replica-lost", [broken])
+    assert f"({file})" in verdict["summary"]
+    assert "Traceback" not in job.output
+
+
 def test_skipping_leaves_out_on_all_replicas_what_one_node_cannot_read(tmp_path: Path) -> None:
     one, other = make_folder(tmp_path / "one"), make_folder(tmp_path / "other")
     file = break_one(other)
