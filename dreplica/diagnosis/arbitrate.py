@@ -1,6 +1,7 @@
 """Two replicas disagree on an operator's result: which of them is wrong, if either?
 
-The operator is run once more, on the CPU in float64, from the same inputs. A result is possible if it lies within the
+The operator is run once more, on the CPU in float64, from the same inputs. Where it does not round (it picks, moves or
+compares numbers), only that very result is possible. Otherwise a result is possible if it lies within the
 rounding error that the operator's own precision allows. For sums of n products that error is, with probability close to
 one, at most a small multiple of sqrt(n) * u times the same sum over absolute values, u being the unit roundoff
 (N. J. Higham and T. Mary, "A New Approach to Probabilistic Rounding Error Analysis", SIAM J. Sci. Comput. 41(5), 2019).
@@ -18,6 +19,7 @@ from torch.utils._pytree import tree_map
 
 from dreplica.diagnosis.op_signature import tensors_in
 from dreplica.diagnosis.operators import Captured
+from dreplica.world.determinism import fp32_precision
 
 _CONVOLUTIONS = {"aten.convolution.default", "aten.convolution_backward.default"}
 _MATRIX_PRODUCTS = {
@@ -28,13 +30,23 @@ _MATRIX_PRODUCTS = {
     "aten.mv.default",
     "aten.dot.default",
 }
-_ELEMENTWISE = {"aten.mul.Tensor", "aten.add.Tensor"}
+_ELEMENTWISE = {"aten.mul.Tensor", "aten.add.Tensor", "aten.mul_.Tensor", "aten.add_.Tensor"}
 _REDUCTIONS = {"aten.sum.dim_IntList", "aten.sum.default", "aten.mean.dim", "aten.mean.default"}
 _KNOWN = _CONVOLUTIONS | _MATRIX_PRODUCTS | _ELEMENTWISE | _REDUCTIONS
 """Operators for which the same operator over absolute values bounds the error."""
+_EXACT = {
+    *("aten.relu.default", "aten.relu_.default", "aten.threshold_backward.default", "aten.neg.default"),
+    *("aten.hardtanh.default", "aten.hardtanh_.default", "aten.hardtanh_backward.default", "aten.abs.default"),
+    *("aten.clamp.default", "aten.clamp_min.default", "aten.clamp_max.default", "aten.where.self"),
+    *("aten.maximum.default", "aten.minimum.default", "aten.amax.default", "aten.amin.default", "aten.cat.default"),
+    *("aten.index_select.default", "aten.gather.default", "aten.embedding.default", "aten.index.Tensor"),
+    *("aten.constant_pad_nd.default", "aten.masked_fill.Scalar", "aten.flip.default", "aten.clone.default"),
+}
+"""Operators that do not round: float64 gives what any precision must."""
 
 _SAFETY = 8.0
-_ROUNDOFF_TF32 = 2.0**-11
+_ROUNDOFF = {"ieee": 2.0**-24, "tf32": 2.0**-11, "bf16": 2.0**-8}
+"""Of float32 numbers on the way, by what `fp32_precision` allows."""
 _FLOAT64 = {torch.complex64: torch.complex128, torch.complex128: torch.complex128}
 
 
@@ -52,12 +64,16 @@ def arbitrate(
 ) -> Arbitration | None:
     """Judges each side's `outputs` (a list of tensors per side) of one captured operator.
 
-    Where the absolute values could overflow, or an input is infinite or not a number, every result counts as possible.
+    Sparse tensors count as what they stand for. Where the absolute values could overflow, or an input is infinite or
+    not a number, every result counts as possible, unless the operator does not round.
     Returns None for an operator whose error it has no bound for.
     """
-    if captured.function not in _KNOWN:
+    if captured.function not in _KNOWN | _EXACT:
         return None
-    exact, magnitude, terms = (_run(captured, convert) for convert in (_double, _absolute, _ones))
+    exact = _run(captured, _double)
+    magnitude, terms = exact, exact
+    if captured.function in _KNOWN:
+        magnitude, terms = (_run(captured, convert) for convert in (_absolute, _ones))
     if captured.function in _REDUCTIONS:
         terms = [size * 0 + captured.inputs[0].numel() / max(size.numel(), 1) for size in magnitude]
     if captured.function in _CONVOLUTIONS:
@@ -65,14 +81,14 @@ def arbitrate(
         magnitude = [size.amax().expand_as(size) if size.numel() else size for size in magnitude]
     possible, evidence = [], []
     for replica_id, side in zip(replica_ids, outputs, strict=True):
-        parts = zip(side, exact, magnitude, terms, strict=True)
+        parts = zip(map(_dense, side), exact, magnitude, terms, strict=True)
         worst = max((_excess(*part, _roundoff(captured, part[0].dtype)) for part in parts), default=0.0)
         possible.append(worst <= 1.0)
         judged = "within" if worst <= 1.0 else "outside"
-        evidence.append(
-            f"in float64 from the same inputs, replica {replica_id}'s result is {judged} rounding error "
-            f"({worst:.3g} of the bound)"
-        )
+        line = f"is {judged} rounding error ({worst:.3g} of the bound)"
+        if captured.function in _EXACT:
+            line = f"{'is' if worst <= 1.0 else 'is not'} what the operator, which does not round, must give"
+        evidence.append(f"in float64 from the same inputs, replica {replica_id}'s result {line}")
     return Arbitration(possible, evidence)
 
 
@@ -80,7 +96,7 @@ def _run(captured: Captured, convert: Callable[[Tensor | float], Any]) -> list[T
     """The operator's results, None among them left out, with `convert` applied to what it computes with."""
     namespace, name, overload = captured.function.split(".")
     function = getattr(getattr(getattr(torch.ops, namespace), name), overload)
-    args, kwargs = captured.arguments
+    args, kwargs = tree_map(lambda leaf: _dense(leaf) if isinstance(leaf, Tensor) else leaf, captured.arguments)
     scalars = captured.function in _ELEMENTWISE
     converted = tree_map(lambda leaf: convert(leaf) if _is_number(leaf, scalars) else leaf, args)
     factors = {key: convert(value) for key, value in kwargs.items() if key in {"alpha", "beta"}}
@@ -93,16 +109,23 @@ def _is_number(leaf: Any, scalars: bool) -> bool:
     return isinstance(leaf, Tensor) or (scalars and isinstance(leaf, int | float) and not isinstance(leaf, bool))
 
 
+def _dense(tensor: Tensor) -> Tensor:
+    return tensor if tensor.layout is torch.strided else tensor.to_dense()
+
+
 def _double(value: Tensor | float) -> Any:
-    if not isinstance(value, Tensor) or not (value.is_floating_point() or value.is_complex()):
+    """A copy, since the operator may write to it."""
+    if not isinstance(value, Tensor):
         return value
-    return value.to(_FLOAT64.get(value.dtype, torch.float64))
+    if not (value.is_floating_point() or value.is_complex()):
+        return value.clone()
+    return value.to(_FLOAT64.get(value.dtype, torch.float64), copy=True)
 
 
 def _absolute(value: Tensor | float) -> Any:
     if not isinstance(value, Tensor):
         return abs(value)
-    return value if value.dtype is torch.bool else value.abs().double()
+    return value.clone() if value.dtype is torch.bool else value.abs().double()
 
 
 def _ones(value: Tensor | float) -> Any:
@@ -112,10 +135,12 @@ def _ones(value: Tensor | float) -> Any:
 
 def _roundoff(captured: Captured, dtype: torch.dtype) -> float:
     """Of one product or addition on the way to a result of `dtype`."""
-    if not (dtype.is_floating_point or dtype.is_complex):
+    if captured.function in _EXACT or not (dtype.is_floating_point or dtype.is_complex):
         return 0.0
     if captured.function in _ELEMENTWISE:
         return torch.finfo(dtype).eps / 2  # `add` rounds a term before it adds it
+    if dtype in {torch.float64, torch.complex128}:
+        return torch.finfo(torch.float64).eps / 2
     on_gpu = captured.device_type == "cuda"
     matmul = torch.backends.cuda.matmul
     if on_gpu and dtype in {torch.float16, torch.bfloat16} and captured.function in _MATRIX_PRODUCTS:
@@ -123,12 +148,15 @@ def _roundoff(captured: Captured, dtype: torch.dtype) -> float:
         reduced = (
             matmul.allow_fp16_reduced_precision_reduction if fp16 else matmul.allow_bf16_reduced_precision_reduction
         )
-        if reduced:
+        if reduced or (fp16 and matmul.allow_fp16_accumulation):
             return torch.finfo(dtype).eps / 2
-    tf32 = torch.backends.cudnn.allow_tf32 if captured.function in _CONVOLUTIONS else matmul.allow_tf32
-    if on_gpu and tf32 and captured.function in _CONVOLUTIONS | _MATRIX_PRODUCTS:
-        return max(_ROUNDOFF_TF32, torch.finfo(torch.float32).eps / 2)
-    return torch.finfo(torch.float64 if dtype in {torch.float64, torch.complex128} else torch.float32).eps / 2
+    if captured.function in _REDUCTIONS:
+        return _ROUNDOFF["ieee"]
+    convolves = captured.function in _CONVOLUTIONS
+    library = (
+        ("cudnn.conv" if convolves else "cuda.matmul") if on_gpu else f"onednn.{'conv' if convolves else 'matmul'}"
+    )
+    return _ROUNDOFF[fp32_precision()[library]]
 
 
 def _excess(result: Tensor, exact: Tensor, magnitude: Tensor, terms: Tensor, roundoff: float) -> float:
@@ -136,7 +164,9 @@ def _excess(result: Tensor, exact: Tensor, magnitude: Tensor, terms: Tensor, rou
     if not result.numel():
         return 0.0
     if roundoff == 0.0:
-        return 0.0 if torch.equal(result, exact.to(result.dtype)) else float("inf")
+        expected = exact.to(result.dtype)
+        same = (result == expected) | ((result != result) & (expected != expected))  # neither is a number
+        return 0.0 if bool(same.all()) else float("inf")
     limits = torch.finfo(result.dtype)
     bound = _SAFETY * (terms.clamp(min=1).sqrt() * roundoff * magnitude + limits.smallest_normal)
     bound = bound + limits.eps * exact.abs()

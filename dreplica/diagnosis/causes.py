@@ -99,7 +99,8 @@ _ALL = (
     ),
     Cause(
         "transient-fault",
-        "A replica computed or kept something wrong once, and replaying the step does not reproduce it.",
+        "A replica computed or kept something wrong once, and replaying the step does not reproduce it; code that "
+        "reads what replays do not put back (a closure's variables, a file, the clock) would look the same.",
         (
             "run again from the last agreed state: what follows the fault is not to be trusted",
             "watch that replica's host and GPU: if either is named again, take it out of service",

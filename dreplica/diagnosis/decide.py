@@ -11,7 +11,7 @@ from dreplica.agreement.stages import STAGES
 from dreplica.agreement.verdict import split_into_classes, suspects_of
 from dreplica.diagnosis.deterministic import decide_deterministic, other_numbers, with_operator
 from dreplica.diagnosis.struck import flipped_bits
-from dreplica.diagnosis.witness import Decision, Witness, could_have_made, first_stage
+from dreplica.diagnosis.witness import Decision, Witness, could_have_made, first_stage, up_to
 from dreplica.world.manifest import Difference
 
 _TORCHS_OWN = ("aten.", "prims.", "numpy", "python")
@@ -27,31 +27,85 @@ def decide(
         overrides: the config's declared differences.
         differences: manifest fields in which replicas differ.
     """
+    stage = first_stage([witness.original for witness in witnesses])
     replicas = range(len(witnesses))
-    irreproducible = [r for r in replicas if _parts_from_itself(witnesses[r])]
+    # What a step before did not reproduce may show anywhere; otherwise, what comes after `stage` is another matter.
+    last = None if any(witness.unreproduced is not None for witness in witnesses) else stage
+    irreproducible = [r for r in replicas if _parts_from_itself(witnesses[r], last)]
     if irreproducible:
-        return _not_reproducible(witnesses, irreproducible)
-    moved = [r for r in replicas if not witnesses[r].original.items() <= witnesses[r].first.items()]
+        return _not_reproducible(witnesses, irreproducible, stage, last)
+    moved = _moved(witnesses, last)
     if _every_load_is_another(witnesses):
         return _other_batches(witnesses)
-    classes = split_into_classes([_word(witness.first) for witness in witnesses])
-    if len(classes) == 1:
-        return _transient(witnesses, moved)
-    if moved:
-        evidence = [f"replays differ between replicas, and those of replicas {moved} also from what happened"]
-        return with_operator(
-            Decision("unexplained", suspects_of(classes), evidence, classes=classes), witnesses, classes
-        )
-    return decide_deterministic(witnesses, classes, overrides, differences)
+    if _brings_more(witnesses):
+        decision = _muddle(witnesses, _moved(witnesses, None), stage)
+    elif len({up_to(witness.first, last) for witness in witnesses}) == 1:
+        decision = _transient(witnesses, moved, stage)
+    elif moved:
+        decision = _muddle(witnesses, moved, stage)
+    else:
+        classes = split_into_classes([witness.original.get(stage or "", b"") for witness in witnesses])
+        decision = decide_deterministic(witnesses, classes, stage, overrides, differences)
+    later = _later(witnesses, moved, stage)
+    return replace(decision, evidence=[*decision.evidence, *later])
 
 
-def _not_reproducible(witnesses: Sequence[Witness], replica_ids: list[int]) -> Decision:
-    stage = first_stage([witness.original for witness in witnesses])
-    varying = [r for r in replica_ids if dict(witnesses[r].first) != dict(witnesses[r].second)]
+def _moved(witnesses: Sequence[Witness], last: str | None) -> list[int]:
+    """The replicas that do not come to what happened, up to the stage `last`."""
+    return [r for r, row in enumerate(witnesses) if up_to(row.original, last) != up_to(row.first, last)]
+
+
+def _brings_more(witnesses: Sequence[Witness]) -> bool:
+    """Whether replays differ between replicas in a stage in which what happened did not."""
+    return any(
+        len({row.original.get(stage) for row in witnesses}) == 1 < len({row.first.get(stage) for row in witnesses})
+        for stage in STAGES
+    )
+
+
+def _muddle(witnesses: Sequence[Witness], moved: list[int], stage: str | None) -> Decision:
+    """Both at once: replays differ from each other, and from what happened."""
+    evidence = [f"replays differ between replicas, and those of replicas {moved} also from what happened"]
+    happened = split_into_classes([witness.original.get(stage or "", b"") for witness in witnesses])
+    found = Decision("unexplained", suspects_of(happened), evidence, classes=happened)
+    again = split_into_classes([up_to(row.first, stage) for row in witnesses])
+    return with_operator(found, witnesses, again, stage) if len(again) > 1 else found
+
+
+def _later(witnesses: Sequence[Witness], moved: Sequence[int], stage: str | None) -> list[str]:
+    """What else there is in the same step: differences after `stage` that do not follow from those in it."""
+    lines = []
+    for replica_id, witness in enumerate(witnesses):
+        after = first_stage([witness.original, witness.first])
+        if after is not None and replica_id not in moved:
+            lines.append(
+                f"later in the step, replica {replica_id}'s replays also differ from what happened, in {after} first: "
+                "that is another matter"
+            )
+    between = first_stage([witness.first for witness in witnesses])
+    if moved and between is not None and between != stage:
+        lines.append(f"later in the step, replays also differ between replicas, in {between} first")
+    classes = split_into_classes([up_to(witness.original, stage) for witness in witnesses])
+    for after in STAGES[STAGES.index(stage) + 1 :] if stage is not None else ():
+        apart = split_into_classes([up_to(witness.original, after) for witness in witnesses])
+        if len(apart) > len(classes):
+            lines.append(f"later in the step, in {after}, replicas fell further apart: {apart}; that is another matter")
+            break
+    return lines
+
+
+def _not_reproducible(
+    witnesses: Sequence[Witness], replica_ids: list[int], stage: str | None, last: str | None
+) -> Decision:
+    varying = [r for r in replica_ids if up_to(witnesses[r].first, last) != up_to(witnesses[r].second, last)]
+    # Where none reproduces itself, that singles out nobody: then the vote on what happened is all there is.
+    suspects = replica_ids
+    if len(replica_ids) == len(witnesses):
+        suspects = suspects_of(split_into_classes([up_to(witness.original, stage) for witness in witnesses]))
     if not varying:
         steps = sorted({witness.unreproduced for witness in witnesses if witness.unreproduced is not None})
         line = f"replicas {replica_ids} do not come to what they had at step {steps[0]}, where all had agreed, though "
-        return Decision("unexplained", replica_ids, [line + "two replays agree: they depend on more than their state"])
+        return Decision("unexplained", suspects, [line + "two replays agree: they depend on more than their state"])
     replica_id = varying[0]
     witness = witnesses[replica_id]
     evidence = [f"two replays from the same state differ from each other on replicas {varying}"]
@@ -59,11 +113,12 @@ def _not_reproducible(witnesses: Sequence[Witness], replica_ids: list[int]) -> D
         evidence.append("the batch itself came out differently each time: loading the same samples is not reproducible")
         parted = len({row.original.get("batch") for row in witnesses}) > 1
         cause = "batch-differs" if parted else "unexplained"
-        return Decision(cause, replica_ids, evidence, replica_against_itself=replica_id)
+        return Decision(cause, suspects, evidence, replica_against_itself=replica_id)
     place = witness.against_itself
     if place is None:
         evidence.append("every operator gave the same both times: the difference was made outside of operators")
-        return Decision("unexplained", replica_ids, evidence, replica_against_itself=replica_id)
+        return Decision("unexplained", suspects, evidence, replica_against_itself=replica_id)
+    cause = "unexplained"
     if not place.same_structure:
         evidence.append(
             f"structure diverged at operator {place.index}: {place.one} in one replay, {place.other} in the other"
@@ -71,30 +126,30 @@ def _not_reproducible(witnesses: Sequence[Witness], replica_ids: list[int]) -> D
         cause = "structure-differs"
     elif not place.same_call:
         evidence.append(other_numbers(place, "in one replay", "in the other"))
-        cause = "unexplained"
     elif not place.inputs_agree:
         evidence.append(f"{place.record} was given other inputs, which no recorded operator has made")
-        cause = "unexplained"
     else:
         line = f"operator {place.index}, {place.record}: same inputs, other outputs in two runs on one replica"
         evidence.append(line)
         cause = "nondeterministic-operator"
     if not could_have_made(place.record, stage):
         evidence.append(f"but replicas parted in {stage}, and agreed in all that this operator has to do with")
-        cause = "unexplained"
-    return Decision(cause, replica_ids, evidence, place, replica_against_itself=replica_id)
+        return Decision("unexplained", suspects, evidence, replica_against_itself=replica_id)
+    # It is the operator that is to blame then, on every replica on which it was seen to vary.
+    suspects = replica_ids if cause == "nondeterministic-operator" else suspects
+    return Decision(cause, suspects, evidence, place, replica_against_itself=replica_id)
 
 
-def _transient(witnesses: Sequence[Witness], moved: list[int]) -> Decision:
+def _transient(witnesses: Sequence[Witness], moved: list[int], stage: str | None) -> Decision:
     evidence = ["all replays agree, with each other and across replicas: the difference does not come back"]
-    stage = first_stage([witness.original for witness in witnesses])
     if _drawn_in_workers(witnesses, moved):
         evidence.append("the samples are drawn at random by the process that loads them, and workers loaded them")
         classes = split_into_classes([witness.original["batch"] for witness in witnesses])
         return Decision("batch-differs", suspects_of(classes) or moved, evidence, classes=classes)
-    if not moved or 2 * len(moved) >= max(len(witnesses), 3):
-        evidence.append(f"the originals of replicas {moved} differ from the replays: too many for one fault")
-        return Decision("unexplained", moved, evidence)
+    anywhere = _moved(witnesses, None)
+    if not moved or 2 * len(anywhere) >= max(len(witnesses), 3):
+        evidence.append(f"the originals of replicas {anywhere} differ from the replays: too many for one fault")
+        return Decision("unexplained", anywhere, evidence)
     evidence.append(f"what happened on replicas {moved} differs from its own replays; the others' does not")
     everyone = [r for r in range(len(witnesses)) if r not in moved]
     found = Decision("transient-fault", moved, evidence, classes=[everyone, *([r] for r in moved)])
@@ -147,9 +202,5 @@ def _drawn_in_workers(witnesses: Sequence[Witness], moved: Sequence[int]) -> boo
     return any(witnesses[r].loaded_by_workers and witnesses[r].samples_are_random for r in moved)
 
 
-def _parts_from_itself(witness: Witness) -> bool:
-    return witness.unreproduced is not None or dict(witness.first) != dict(witness.second)
-
-
-def _word(stages: Mapping[str, bytes]) -> bytes:
-    return b"".join(stages[name] for name in STAGES if name in stages)
+def _parts_from_itself(witness: Witness, last: str | None) -> bool:
+    return witness.unreproduced is not None or up_to(witness.first, last) != up_to(witness.second, last)

@@ -8,69 +8,96 @@ from dataclasses import replace
 from typing import Any
 
 from dreplica.agreement.verdict import suspects_of
+from dreplica.diagnosis.declared import divides_as, overridden, settings_behind
+from dreplica.diagnosis.operators import OpRecord
 from dreplica.diagnosis.struck import struck_memory
-from dreplica.diagnosis.witness import Decision, OpDifference, Witness, first_difference, first_stage
+from dreplica.diagnosis.witness import (
+    Decision,
+    OpDifference,
+    Witness,
+    could_have_made,
+    difference_behind,
+    first_difference,
+)
 from dreplica.world.manifest import Difference
-
-_NOT_READ_BY_REPLAYS = {"world": None, "run": None, "data": "num_workers"}
-"""Sections, or one key of a section, that a replay does not depend on."""
 
 
 def decide_deterministic(
     witnesses: Sequence[Witness],
     classes: list[list[int]],
+    stage: str | None,
     overrides: Mapping[int, Mapping[str, Any]],
     differences: Sequence[Difference],
 ) -> Decision:
-    """Names the cause of a difference between `classes` of replicas, each of which comes to the same each time."""
+    """Names the cause of a difference between `classes` of replicas, each of which comes to the same each time.
+
+    `stage`: the first in which they part.
+    """
     suspects = suspects_of(classes)
     evidence = ["the replays reproduce the difference, on every replica: it is deterministic"]
-    stage = first_stage([witness.first for witness in witnesses])
     if stage == "batch":
         decision = _different_batches(witnesses, evidence, suspects, classes)
         if decision is not None:
             return decision
-    found = with_operator(Decision("unexplained", suspects, evidence, classes=classes), witnesses, classes)
+    found = with_operator(Decision("unexplained", suspects, evidence, classes=classes), witnesses, classes, stage)
     struck = struck_memory(found, witnesses, stage)
     if struck is not None:
         return struck if _rest_agrees(struck.suspects, classes) else _several(struck)
-    settings = [repr(_settings(overrides.get(replica_id, {}))) for replica_id in range(len(witnesses))]
-    if _divides_as(settings, classes):
-        declared = _overridden(overrides, classes) if len(classes) == 2 else suspects
+    place = found.operator
+    settings = settings_behind(overrides, witnesses, place, stage)
+    if divides_as([repr(settings.get(replica_id)) for replica_id in range(len(witnesses))], classes):
+        declared = overridden(settings, classes) if len(classes) == 2 else suspects
         line = "replicas differ exactly as their declared settings do"
         return replace(found, cause="declared-override", suspects=declared, evidence=[*found.evidence, line])
-    place = found.operator
     if place is not None and not place.same_structure:
         return replace(found, cause="structure-differs")
-    if _divides_as([repr(witness.layout) for witness in witnesses], classes):
+    if divides_as([repr(witness.layout) for witness in witnesses], classes):
         line = "parameters, buffers or inputs lie in memory otherwise (strides, memory format), which rounds otherwise"
         return replace(found, cause="structure-differs", evidence=[*found.evidence, line])
     if place is None or not place.made_here or not place.record.name.startswith("aten."):
         return found
+    if not could_have_made(place.record, stage) and stage != "batch":  # of which a step may write in what it is given
+        line = f"but replicas parted in {stage}, which this operator has nothing to do with"
+        return replace(found, evidence=[*found.evidence, line], operator=None)
     rounding = [d for d in differences if d.may_round or d.field.startswith("numerics.")]
-    environment = [d for d in rounding if _divides_as([repr(value) for value in d.values], classes)]
+    environment = [d for d in rounding if divides_as([repr(value) for value in d.values], classes)]
     if environment:
         lines = [f"replicas that differ in their result differ in {difference}" for difference in environment]
         return replace(found, cause="environment-differs", evidence=[*found.evidence, *lines])
     if len(classes) > 2:
         return _several(found)
     line = "settings and environment are the same on all replicas"
-    if rounding or len(set(settings)) > 1:
-        line = "neither a declared setting nor the environment divides replicas as their results do"
+    if rounding or overrides:
+        line = (
+            "neither a declared setting that can change what this operator gives nor the environment divides replicas "
+            "as their results do"
+        )
     return replace(found, cause="persistent-fault", evidence=[*found.evidence, line])
 
 
-def with_operator(decision: Decision, witnesses: Sequence[Witness], classes: list[list[int]]) -> Decision:
-    """Adds the first operator that parts the first two classes."""
+def with_operator(
+    decision: Decision, witnesses: Sequence[Witness], classes: list[list[int]], stage: str | None
+) -> Decision:
+    """Adds the first operator that parts the first two classes and has to do with `stage`."""
     one, other = sorted((classes[0][0], classes[1][0]))
-    place = first_difference(witnesses[one].records, witnesses[other].records)
-    if place is None:
+    sides = witnesses[one].records, witnesses[other].records
+    place, anywhere = difference_behind(*sides, stage), first_difference(*sides)
+    if place is None and anywhere is None:
         line = "every operator gave the same on both sides: the difference was made outside of operators"
         return _extend(decision, [line], None, None)
+    if place is None:
+        assert anywhere is not None
+        line = (
+            f"operator {anywhere.index}, {anywhere.record}, is the first that differs, but has nothing to do with "
+            f"{stage}, in which replicas parted: the difference was made outside of operators"
+        )
+        return _extend(decision, [line], None, None)
     if not place.same_structure:
-        sides = f"{place.one} on replica {one}, {place.other} on replica {other}"
-        line = f"structure diverged at operator {place.index}: {sides}"
-        return _extend(decision, [line], place, None)
+        blamed = [side for side in (one, other) if side in decision.suspects]
+        if len(blamed) == 1:
+            place = replace(place, suspect=place.one if blamed == [one] else place.other)
+        line = f"{_told(place.one)} on replica {one}, {_told(place.other)} on replica {other}"
+        return _extend(decision, [f"structure diverged at operator {place.index}: {line}"], place, (one, other))
     if not place.same_call:
         line = other_numbers(place, f"on replica {one}", f"on replica {other}")
         return _extend(decision, [line], place, None)
@@ -79,6 +106,12 @@ def with_operator(decision: Decision, witnesses: Sequence[Witness], classes: lis
         return _extend(decision, [line], place, None)
     line = f"operator {place.index}, {place.record}: inputs agree on replicas {one} and {other}, outputs do not"
     return _extend(decision, [line], place, (one, other))
+
+
+def _told(record: OpRecord | None) -> str:
+    if record is None:
+        return "nothing more"
+    return f"{record} at {record.source}" if record.source else str(record)
 
 
 def other_numbers(place: OpDifference, here: str, there: str) -> str:
@@ -116,29 +149,3 @@ def _extend(
     decision: Decision, lines: list[str], operator: OpDifference | None, sides: tuple[int, int] | None
 ) -> Decision:
     return replace(decision, evidence=[*decision.evidence, *lines], operator=operator, sides=sides)
-
-
-def _settings(partial: Mapping[str, Any]) -> dict[str, Any]:
-    """Those of a replica's declared settings that a replay can depend on."""
-    kept = {}
-    for section, values in partial.items():
-        dropped = _NOT_READ_BY_REPLAYS.get(section, "")
-        if dropped is not None and isinstance(values, Mapping):
-            values = {key: value for key, value in values.items() if key != dropped}
-        if dropped is not None and values:
-            kept[section] = values
-    return kept
-
-
-def _divides_as(values: Sequence[str], classes: list[list[int]]) -> bool:
-    """Whether replicas with equal values are in one class, and not all replicas have the same value."""
-    class_of = {replica_id: number for number, ids in enumerate(classes) for replica_id in ids}
-    numbers: dict[str, set[int]] = {}
-    for replica_id, value in enumerate(values):
-        numbers.setdefault(value, set()).add(class_of[replica_id])
-    return all(len(found) == 1 for found in numbers.values())
-
-
-def _overridden(overrides: Mapping[int, Any], classes: list[list[int]]) -> list[int]:
-    """The classes of which every replica declares a difference: one that agrees with an unchanged one is no suspect."""
-    return sorted(r for ids in classes if all(r in overrides for r in ids) for r in ids)

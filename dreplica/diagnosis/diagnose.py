@@ -11,16 +11,14 @@ from torch.utils.data import Dataset, default_collate
 from dreplica.agreement.stages import Stage, batch_stage, tensors_stage
 from dreplica.agreement.verdict import Verdict
 from dreplica.data.samples import describe
-from dreplica.diagnosis.arbitrate import arbitrate
 from dreplica.diagnosis.attempt import AttemptFailed, attempt
 from dreplica.diagnosis.conclude import RunFacts
 from dreplica.diagnosis.decide import decide
-from dreplica.diagnosis.elements import compare_elements
+from dreplica.diagnosis.in_full import add, compare_outputs, doubt_moved, doubt_struck
 from dreplica.diagnosis.nondeterminism import may_vary
-from dreplica.diagnosis.operators import Captured, OpRecord
+from dreplica.diagnosis.operators import OpRecord
 from dreplica.diagnosis.replay import Replayed, Replayer
-from dreplica.diagnosis.struck import MOST_STRUCK_BITS
-from dreplica.diagnosis.witness import Decision, Witness, could_have_made, first_difference
+from dreplica.diagnosis.witness import Decision, Witness, could_have_made, difference_behind, first_difference
 from dreplica.replica.rng import seed_generators
 from dreplica.training.history import History, StepEntry
 from dreplica.world.channel import Channel
@@ -57,40 +55,54 @@ def diagnose(
     """
     assert found.step is not None
     try:
-        step = _approach(found.step, replayer, channel)
+        step, reproduced = _approach(found.step, replayer, channel)
         indices = replayer.indices()
         first, second = attempt(channel, lambda: (replayer.again(indices), replayer.again(indices)))
         earlier = step < found.step
         generator = b"" if earlier else replayer.original_generator
-        own = _witness(original, first, second, indices, generator, step if earlier else None)
+        own = _witness(original, first, second, indices, generator, None if earlier else found.stage)
+        own = replace(own, unreproduced=None if reproduced else step)
         if found.stage == "batch":
             examined = attempt(channel, lambda: _examine_samples(dataset, indices))
             own = replace(own, loaded_by_workers=num_workers > 0, **examined)
         decision = decide(channel.gather(own), facts.overrides, _differences_now(channel, facts))
         decision = _doubt_transient(decision, first.tracer.records, found.stage, channel, facts)
-        decision = _doubt_struck(decision, replayer, indices, channel)
-        decision = _compare_in_full(decision, replayer, indices, channel)
-        decision = _add(decision, _compare_with_replay(decision, found, replayer, channel))
+        decision = doubt_struck(decision, replayer, indices, channel)
+        decision = compare_outputs(decision, replayer, indices, channel)
+        decision = doubt_moved(decision, found, original, first.stages, replayer, channel)
         if decision.positions:
-            decision = _add(decision, [f"first such sample: {describe(dataset, int(indices[decision.positions[0]]))}"])
-        if step < found.step:
-            decision = _add(decision, [f"already step {step} is not reproducible"])
-        return _as_verdict(found, decision)
+            decision = add(decision, [f"first such sample: {describe(dataset, int(indices[decision.positions[0]]))}"])
+        if earlier:
+            decision = add(decision, [f"already step {step} is not reproducible"])
+        verdict = _as_verdict(found, decision)
     except AttemptFailed as error:
         line = f"the step could not be run again: {error}"
-        return found.with_(cause="unexplained", evidence=[*found.evidence, line])
-    finally:
-        replayer.close()
+        verdict = found.with_(cause="unexplained", evidence=[*found.evidence, line])
+    return _close(verdict, replayer, channel)
 
 
-def _approach(step: int, replayer: Replayer, channel: Channel) -> int:
-    """Brings every replica to just before `step`, or before an earlier step that some replica does not reproduce."""
+def _close(verdict: Verdict, replayer: Replayer, channel: Channel) -> Verdict:
+    try:
+        attempt(channel, replayer.close)
+    except AttemptFailed as error:
+        line = f"the state in which the replicas were found could not be put back: {error}"
+        return verdict.with_(evidence=[*verdict.evidence, line])
+    return verdict
+
+
+def _approach(step: int, replayer: Replayer, channel: Channel) -> tuple[int, bool]:
+    """Brings every replica to just before `step`, or before an earlier step that some replica does not reproduce.
+
+    Returns the step, and whether this replica reproduces it, as far as it is known.
+    """
+    reproduced = True
     while True:
         own = attempt(channel, partial(replayer.approach, step))
         stumbled = [at for at in channel.gather(own) if at is not None]
         if not stumbled:
-            return step
+            return step, reproduced
         step = min(stumbled)  # earlier each time, since approaching ends before its target
+        reproduced = own != step
 
 
 def _witness(
@@ -99,8 +111,9 @@ def _witness(
     second: Replayed,
     indices: Tensor,
     generator: bytes,
-    unreproduced: int | None,
+    stage: str | None,
 ) -> Witness:
+    records = first.tracer.records, second.tracer.records
     return Witness(
         original={name: stage.digest for name, stage in original.items()},
         first={name: stage.digest for name, stage in first.stages.items()},
@@ -112,9 +125,8 @@ def _witness(
         original_generator=generator,
         generator_struck=first.tracer.generator_struck,
         indices_intact=first.stages["indices"].digest == tensors_stage({"indices": indices}).digest,
-        against_itself=first_difference(first.tracer.records, second.tracer.records),
+        against_itself=difference_behind(*records, stage) or first_difference(*records),
         sample_digests=[],
-        unreproduced=unreproduced,
     )
 
 
@@ -140,117 +152,7 @@ def _doubt_transient(
     if not names:
         return decision
     line = f"{', '.join(names)} ran in this step and is not deterministic with these settings: it may have been a race"
-    return replace(decision, cause="unexplained", evidence=[*decision.evidence, line])
-
-
-def _doubt_struck(decision: Decision, replayer: Replayer, indices: Tensor, channel: Channel) -> Decision:
-    """Looks in full at memory that seems to have changed by itself: a fault flips few bits.
-
-    Where many differ, something has written there that is no operator of torch's: NumPy, or a C extension. Where the
-    sound side is one number throughout, that it seemed accounted for may be chance: zeros are alike everywhere.
-    """
-    struck = decision.struck
-    if struck is None:
-        return decision
-
-    def look() -> list[Tensor]:
-        if channel.rank not in (struck.replica_id, struck.sound_id):
-            return []
-        again = replayer.again(indices, struck.index)
-        if struck.index is not None:
-            return again.tracer.captured.inputs if again.tracer.captured else []
-        assert struck.stage is not None
-        assert struck.tensor is not None
-        tensor = replayer.replayed(struck.stage, struck.tensor)
-        return [] if tensor is None else [tensor]
-
-    rows = channel.gather(attempt(channel, look))
-    pairs = list(zip(rows[struck.sound_id], rows[struck.replica_id], strict=False))
-    differing = [(sound, difference) for sound, other in pairs if (difference := compare_elements(sound, other))]
-    lines = [str(difference) for _, difference in differing]
-    doubts = [
-        f"{difference.differing_bits} bits differ: more than flip by themselves, so something that is not an operator "
-        "of torch's has written there"
-        for _, difference in differing
-        if difference.differing_bits > MOST_STRUCK_BITS
-    ]
-    if struck.index is not None and any(bool((sound == sound.flatten()[0]).all()) for sound, _ in differing):
-        doubts.append("on the other side all elements are the same number, which may have come from anywhere")
-    decision = _add(decision, [*lines, *doubts])
-    return replace(decision, cause="unexplained") if doubts or not differing else decision
-
-
-def _compare_in_full(decision: Decision, replayer: Replayer, indices: Tensor, channel: Channel) -> Decision:
-    """Runs the operator in question once more where it matters, and compares the two results element by element."""
-    place = decision.operator
-    if place is None or not place.made_here:
-        return decision
-    replica_id = decision.replica_against_itself
-    if replica_id is not None:
-
-        def describe() -> str:
-            if channel.rank != replica_id:
-                return ""
-            one, other = (replayer.again(indices, place.index).tracer.captured for _ in range(2))
-            return _describe_outputs(one.outputs, other.outputs) if one and other else ""
-
-        text = channel.gather(attempt(channel, describe))[replica_id]
-        return _add(decision, [text] if text else [])
-    if decision.sides is None:
-        return decision
-    takes_part = channel.rank in decision.sides
-    captured = attempt(channel, lambda: replayer.again(indices, place.index).tracer.captured if takes_part else None)
-    outputs = channel.gather(captured.outputs if captured else None)
-    decision = _add(decision, [_describe_outputs(*(outputs[side] for side in decision.sides))])
-    if decision.cause == "persistent-fault" and not decision.suspects:
-        return _settle(decision, captured, outputs, channel)
-    return decision
-
-
-def _settle(decision: Decision, captured: Captured | None, outputs: Sequence[Any], channel: Channel) -> Decision:
-    """Two replicas, no vote: the operator run in float64 tells which side is outside rounding error, if one is."""
-    assert decision.sides is not None
-    result = None
-    if captured is not None:
-        result = arbitrate(captured, [outputs[side] for side in decision.sides], decision.sides)
-    judged = next((row for row in channel.gather(result) if row is not None), None)
-    if judged is None:
-        return _add(decision, ["there is no bound for this operator's rounding error, to tell which side is wrong"])
-    sides = decision.sides
-    decision = _add(decision, judged.evidence)
-    wrong = [side for side, possible in zip(sides, judged.possible, strict=True) if not possible]
-    if len(wrong) == 1:
-        (whole_class,) = (ids for ids in decision.classes or [wrong] if wrong[0] in ids)
-        return replace(decision, suspects=whole_class)
-    if wrong:
-        return decision
-    line = "both are legitimate ways of rounding, though settings and environment are the same"
-    return replace(_add(decision, [line]), cause="unexplained")
-
-
-def _add(decision: Decision, lines: list[str]) -> Decision:
-    return replace(decision, evidence=[*decision.evidence, *lines])
-
-
-def _describe_outputs(one: Sequence[Tensor], other: Sequence[Tensor]) -> str:
-    for number, (a, b) in enumerate(zip(one, other, strict=False)):
-        if a.shape != b.shape or a.dtype != b.dtype:
-            return f"output {number}: {a.dtype} {tuple(a.shape)} on one side, {b.dtype} {tuple(b.shape)} on the other"
-        difference = compare_elements(a, b)
-        if difference is not None:
-            return f"output {number}: {difference}"
-    return "run once more, the operator gave the same on both sides"
-
-
-def _compare_with_replay(decision: Decision, found: Verdict, replayer: Replayer, channel: Channel) -> list[str]:
-    """Of a transient fault whose traces are still there: what happened against the replay, element by element."""
-    if decision.cause != "transient-fault" or found.stage is None or found.tensor is None:
-        return []
-    text = ""
-    if channel.rank in decision.suspects:
-        pair = replayer.present_and_replayed(found.stage, found.tensor)
-        text = f"{found.tensor} of {found.stage}: {compare_elements(*pair)}" if pair else ""
-    return [f"replica {rank}: {row}" for rank, row in enumerate(channel.gather(text)) if row]
+    return add(decision, [line], cause="unexplained")
 
 
 def _examine_samples(dataset: Dataset[Any], indices: Tensor) -> dict[str, Any]:

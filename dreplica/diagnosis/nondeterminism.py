@@ -13,10 +13,10 @@ from typing import Any, Literal
 
 import torch
 
-Governs = Literal["switches", "switches-if-strict", "raises", "switches-or-raises", "cudnn", "cublas", "rnn"]
+Governs = Literal["switches", "switches-if-strict", "raises", "switches-or-raises", "cudnn", "cublas", "bmm", "rnn"]
 """What makes an operator deterministic: modes strict and warn choose another algorithm; only strict does; none does,
-and strict raises; that depends on the release or on the arguments; cuDNN's two flags; cuBLAS's workspace; both for
-cuDNN's recurrent layers, whose documentation names other workspaces."""
+and strict raises; that depends on the release or on the arguments; cuDNN's two flags; cuBLAS's workspace; that, or for
+sparse matrices the mode; both for cuDNN's recurrent layers, whose documentation names other workspaces."""
 
 _ATOMICS = "adds with atomics, in whatever order its threads arrive"
 _LAST_WRITER = "leaves it to chance which of several writes to one place is the last"
@@ -95,9 +95,8 @@ def _table() -> dict[str, Documented]:
     raises(
         "_embedding_bag_backward _embedding_bag_dense_backward", "mode='sum' or mode='mean' (only 'max' is at fault)"
     )
-    raises(
-        "put put_", "index_put_", f"{_LAST_WRITER} (accumulating on the CPU, it is deterministic in strict mode)", both
-    )
+    why = f"{_LAST_WRITER}, or where it accumulates {_ATOMICS} (which strict mode prevents on the CPU only)"
+    add("put put_", Documented("switches-or-raises", why, both, "index_put_"))
     raises("histc", "torch.histc on the CPU, or on integers")
     raises("bincount", "torch.bincount without weights, or on the CPU")
     why = "may return the index of any of several equal elements (the value alone is deterministic)"
@@ -116,7 +115,9 @@ def _table() -> dict[str, Documented]:
         Documented("cudnn", "is given to whichever of cuDNN's algorithms is chosen, not all of them deterministic"),
     )
     why = "lets cuBLAS choose its algorithm by the workspace at hand, which several streams may share"
-    add("mm addmm addmm_ bmm baddbmm baddbmm_ addbmm mv addmv addmv_ dot", Documented("cublas", why))
+    products = "mm addmm addmm_ _addmm_activation _scaled_mm baddbmm baddbmm_ addbmm mv addmv addmv_ dot"
+    add(products, Documented("cublas", why))
+    add("bmm", Documented("bmm", f"{why}, and for a sparse matrix {_ATOMICS}"))
     why = "runs in cuDNN's recurrent layers, not deterministic in some versions of cuDNN and CUDA"
     add("_cudnn_rnn _cudnn_rnn_backward", Documented("rnn", why))
     return entries
@@ -172,6 +173,15 @@ def _settings(documented: Documented, flags: Mapping[str, Any]) -> tuple[str, li
     if documented.governs in {"cublas", "rnn"}:
         workspaces = _CUDNN_WORKSPACES if documented.governs == "rnn" else _CUBLAS_WORKSPACES
         return _cublas(workspaces, flags)
+    if documented.governs == "bmm":
+        text, remedy = _cublas(_CUBLAS_WORKSPACES, flags)
+        if flags.get("deterministic_algorithms"):
+            return text, remedy
+        dense = [line for line in remedy if line.startswith(("--", "unset"))] or ["--determinism.mode strict"]
+        return (
+            f"{text} for dense matrices; {_stood(('deterministic_algorithms',), flags)}, which decides for sparse ones",
+            dense,
+        )
     stood = _stood(("deterministic_algorithms", "deterministic_warn_only"), flags)
     strict = ["--determinism.mode strict"]
     instead = [f"instead of it, use {documented.instead}"] if documented.instead else []

@@ -17,6 +17,7 @@ def struck_memory(found: Decision, witnesses: Sequence[Witness], stage: str | No
     """`persistent-fault`, where some replicas' memory was changed behind the operators' backs; None where none was."""
     place = found.operator
     struck: dict[int, str] = {}
+    parted = _parted_names(witnesses, stage)
     for replica_id, witness in enumerate(witnesses):
         if not witness.indices_intact:
             struck[replica_id] = "used other indices than it was given"
@@ -26,15 +27,13 @@ def struck_memory(found: Decision, witnesses: Sequence[Witness], stage: str | No
             if differing.intersection(reads_unaccounted(witness.records, witness.contents, place.index)):
                 struck[replica_id] = f"operator {place.index} read contents that nothing had written"
         elif place is None and stage is not None:
-            names = left_unaccounted(witness.records, witness.contents, stage)
+            names = [name for name in left_unaccounted(witness.records, witness.contents, stage) if name in parted]
             if names:
                 struck[replica_id] = f"{', '.join(names[:3])} of {stage} hold contents that no operator wrote"
-    if len(struck) == len(witnesses):
-        return None  # not memory, then, but data that came in from outside of operators on all of them
-    if place is None and stage == "rng":
-        struck = _struck_generators(found, witnesses)
-    if not struck:
-        return None
+    if place is None and stage == "rng" and not struck:
+        struck = _struck_generators(witnesses)
+    if not struck or 2 * len(struck) > len(witnesses):
+        return None  # on most of them it is not memory, but data that came in from outside of operators
     lines = [f"replica {replica_id}: {line}; memory changed by itself" for replica_id, line in struck.items()]
     found = replace(found, cause="persistent-fault", suspects=list(struck), evidence=[*found.evidence, *lines])
     struck_id, sound_id = next(iter(struck)), next(r for r in range(len(witnesses)) if r not in struck)
@@ -44,7 +43,8 @@ def struck_memory(found: Decision, witnesses: Sequence[Witness], stage: str | No
         found = replace(found, struck=Struck(struck_id, sound_id, place.index))
         return _with_writer(found, place, witnesses, struck)
     assert stage is not None
-    (name, *_) = left_unaccounted(witnesses[struck_id].records, witnesses[struck_id].contents, stage)
+    unaccounted = left_unaccounted(witnesses[struck_id].records, witnesses[struck_id].contents, stage)
+    name = next(name for name in unaccounted if name in parted)
     return replace(found, struck=Struck(struck_id, sound_id, None, stage, name))
 
 
@@ -65,7 +65,13 @@ def _with_writer(
     )
 
 
-def _struck_generators(found: Decision, witnesses: Sequence[Witness]) -> dict[int, str]:
+def _parted_names(witnesses: Sequence[Witness], stage: str | None) -> set[str]:
+    """The tensors that were not left with the same contents on all replicas."""
+    rows = [witness.contents.after.get(stage or "", {}) for witness in witnesses]
+    return {name for name in set().union(*rows) if len({row.get(name) for row in rows}) > 1}
+
+
+def _struck_generators(witnesses: Sequence[Witness]) -> dict[int, str]:
     """Generators changed by no operator, in few bits: one that was seeded again differs in half of them."""
     sound = [replica_id for replica_id, witness in enumerate(witnesses) if not witness.generator_struck]
     struck = {}

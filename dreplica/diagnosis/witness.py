@@ -1,6 +1,6 @@
 """What replicas have to say about a step that was run again, and what is made of it."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from dreplica.agreement.stages import STAGES
@@ -18,6 +18,8 @@ class OpDifference:
     """None where one of the two has ended."""
     extra: OpRecord | None = None
     """An operator that only one side has, where the other goes on as that side does after it."""
+    suspect: OpRecord | None = None
+    """Which of the two is the suspect's, if that is known."""
 
     @property
     def same_structure(self) -> bool:
@@ -44,7 +46,7 @@ class OpDifference:
     @property
     def record(self) -> OpRecord:
         """The operator, as one side has it."""
-        record = self.extra or self.one or self.other
+        record = self.extra or self.suspect or self.one or self.other
         assert record is not None
         return record
 
@@ -133,18 +135,44 @@ def first_stage(rows: Sequence[Mapping[str, bytes]]) -> str | None:
     return next((stage for stage in STAGES if len({row.get(stage) for row in rows}) > 1), None)
 
 
+def up_to(stages: Mapping[str, bytes], last: str | None) -> bytes:
+    """The digests of all stages up to and with `last`, in causal order; of all there are if it is None."""
+    names = STAGES if last is None else STAGES[: STAGES.index(last) + 1]
+    return b"".join(stages[name] for name in names if name in stages)
+
+
 def first_difference(one: Sequence[OpRecord], other: Sequence[OpRecord]) -> OpDifference | None:
     """Where two records part: another operator, another call of it, other outputs, or inputs that no operator made."""
+    return next(_differences(one, other), None)
+
+
+def difference_behind(one: Sequence[OpRecord], other: Sequence[OpRecord], stage: str | None) -> OpDifference | None:
+    """The first place where two records part that may have to do with what first shows in `stage`; None if none has.
+
+    Two replicas may part before, in what leads to no stage, and after it, in something else. What shows in the samples
+    or in a generator was made by no operator, but read or drawn by any.
+    """
+    places = _differences(one, other)
+    return next((place for place in places if not _is_made(stage) or could_have_made(place.record, stage)), None)
+
+
+def _is_made(stage: str | None) -> bool:
+    return any(stage in stages for stages in _STAGES_OF_PHASE.values())
+
+
+def _differences(one: Sequence[OpRecord], other: Sequence[OpRecord]) -> Iterator[OpDifference]:
+    """All places where two records part, up to the first where they have not the same operator."""
     for index, (a, b) in enumerate(zip(one, other, strict=False)):
         place = OpDifference(index, a, b)
         if not place.same_structure:
-            return replace(place, extra=_extra(one, other, index))
+            yield replace(place, extra=_extra(one, other, index))
+            return
         if not place.made_here or a.outputs != b.outputs:
-            return place
-    if len(one) == len(other):
-        return None
-    index = min(len(one), len(other))
-    return OpDifference(index, one[index] if index < len(one) else None, other[index] if index < len(other) else None)
+            yield place
+    if len(one) != len(other):
+        index = min(len(one), len(other))
+        ends = (side[index] if index < len(side) else None for side in (one, other))
+        yield OpDifference(index, *ends)
 
 
 def _extra(one: Sequence[OpRecord], other: Sequence[OpRecord], index: int) -> OpRecord | None:

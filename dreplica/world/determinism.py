@@ -73,6 +73,7 @@ def apply_determinism(config: DeterminismConfig) -> None:
 def numerics_flags() -> dict[str, Any]:
     """Every flag as torch now has it, whoever set it: what the manifest records and the preflight compares."""
     matmul = torch.backends.cuda.matmul
+    precision = fp32_precision()
     return {
         "deterministic_algorithms": torch.are_deterministic_algorithms_enabled(),
         "deterministic_warn_only": torch.is_deterministic_algorithms_warn_only_enabled(),
@@ -80,16 +81,43 @@ def numerics_flags() -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "cudnn_benchmark": torch.backends.cudnn.benchmark,
         "cudnn_deterministic": torch.backends.cudnn.deterministic,
-        "cudnn_tf32": torch.backends.cudnn.allow_tf32,
-        "matmul_tf32": matmul.allow_tf32,
+        "cudnn_tf32": precision["cudnn.conv"] == "tf32",
+        "matmul_tf32": precision["cuda.matmul"] == "tf32",
+        **{f"{name.replace('.', '_')}_fp32_precision": value for name, value in precision.items()},
+        "matmul_fp16_accumulation": matmul.allow_fp16_accumulation,
         "matmul_fp16_reduced_precision": matmul.allow_fp16_reduced_precision_reduction,
         "matmul_bf16_reduced_precision": matmul.allow_bf16_reduced_precision_reduction,
-        "float32_matmul_precision": torch.get_float32_matmul_precision(),
+        "float32_matmul_precision": _float32_matmul_precision(),
         "onednn": bool(torch.backends.mkldnn.enabled),
+        "onednn_deterministic": bool(torch.backends.mkldnn.deterministic),
         "flush_denormal": _flushes_denormals(),
         "default_dtype": str(torch.get_default_dtype()),
         "cublas_workspace_config": os.environ.get("CUBLAS_WORKSPACE_CONFIG"),
     }
+
+
+def fp32_precision() -> dict[str, str]:
+    """What float32 numbers may be rounded to on the way, by library and operation: `ieee` (not at all), `tf32`, `bf16`.
+
+    Read as torch now has it. The older flags (`allow_tf32`) raise once somebody has used the newer ones beside them.
+    """
+    backends: Any = torch.backends
+    found = {
+        "cuda.matmul": backends.cuda.matmul,
+        "cudnn.conv": backends.cudnn.conv,
+        "cudnn.rnn": backends.cudnn.rnn,
+        "onednn.matmul": backends.mkldnn.matmul,
+        "onednn.conv": backends.mkldnn.conv,
+        "onednn.rnn": backends.mkldnn.rnn,
+    }
+    return {name: "ieee" if kind.fp32_precision == "none" else kind.fp32_precision for name, kind in found.items()}
+
+
+def _float32_matmul_precision() -> str:
+    try:
+        return torch.get_float32_matmul_precision()
+    except RuntimeError:  # set through the newer flags, to what has no name among the older ones
+        return "mixed"
 
 
 def _flushes_denormals() -> bool:

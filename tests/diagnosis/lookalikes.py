@@ -2,6 +2,7 @@
 
 import os
 import random
+from collections.abc import Callable
 
 import numpy
 import torch
@@ -160,6 +161,106 @@ class RacyBackward(Wrapped):
         return super().forward(sound_scale(self.body[0](images))[:, :3])
 
 
+class OtherShapeOnReplica1(Wrapped):
+    """A plain tensor that is broadcast: nought for each class, but one number for all on replica 1."""
+
+    def __init__(self, num_classes: int) -> None:
+        super().__init__(num_classes)
+        nn.init.zeros_(self.body[5].bias)
+        self.shift = torch.zeros(num_classes) if rank() != 1 else torch.full((1,), 1e-3)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return super().forward(images) + self.shift
+
+
+class OtherDtypeOnReplica1(OtherShapeOnReplica1):
+    def __init__(self, num_classes: int) -> None:
+        super().__init__(num_classes)
+        self.shift = torch.zeros(num_classes) if rank() != 1 else torch.full((num_classes,), 1e-3).half()
+
+
+class Temperature(Wrapped):
+    def __init__(self, num_classes: int) -> None:
+        super().__init__(num_classes)
+        self.temperature = nn.Parameter(torch.tensor([1.3]))
+
+    def forward(self, images: Tensor) -> Tensor:
+        return super().forward(images) * self.temperature
+
+
+class OnePixelOnReplica1(Wrapped):
+    """Replica 1 sets a pixel of its input through NumPy."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        if rank() == 1 and self.training:
+            images.numpy()[0, 0, 0, 0] = 0.37
+        return super().forward(images)
+
+
+_libraries: list[torch.library.Library] = []
+"""Kept, as torch takes their kernels away with them."""
+
+
+def _computes_wrongly(name: str, ranks: set[int], kernel: Callable[..., Tensor]) -> None:
+    """On these replicas, an operator has another kernel for the CPU: a processor that computes wrongly."""
+    if rank() in ranks:
+        library = torch.library.Library("aten", "IMPL")
+        library.impl(name, kernel, "CPU")
+        _libraries.append(library)
+
+
+def _addmm(bias: Tensor, a: Tensor, b: Tensor, *, beta: float = 1, alpha: float = 1) -> Tensor:
+    """Wrong in float32 only."""
+    product = torch.mm(a, b) * alpha + bias * beta
+    return product * 1.1 if product.dtype is torch.float32 else product
+
+
+def _relu(images: Tensor) -> Tensor:
+    clamped = torch.clamp_min(images, 0)
+    return clamped * 1.1 if clamped.dtype is torch.float32 else clamped
+
+
+def wrong_addmm_on_replica_0_and_1(num_classes: int) -> nn.Module:
+    _computes_wrongly("addmm", {0, 1}, _addmm)
+    return tiny_model(num_classes)
+
+
+def wrong_relu_on_replica_1(num_classes: int) -> nn.Module:
+    _computes_wrongly("relu", {1}, _relu)
+    return tiny_model(num_classes)
+
+
+def wrong_relu_on_replica_0(num_classes: int) -> nn.Module:
+    _computes_wrongly("relu", {0}, _relu)
+    return tiny_model(num_classes)
+
+
+def other_shape_on_replica_1(num_classes: int) -> nn.Module:
+    return OtherShapeOnReplica1(num_classes)
+
+
+def other_dtype_on_replica_1(num_classes: int) -> nn.Module:
+    return OtherDtypeOnReplica1(num_classes)
+
+
+def one_pixel_on_replica_1(num_classes: int) -> nn.Module:
+    return OnePixelOnReplica1(num_classes)
+
+
+def bf16_convolutions_on_replica_1(num_classes: int) -> nn.Module:
+    """By the newer flags, which the older ones do not show."""
+    if rank() == 1:
+        torch.backends.mkldnn.conv.fp32_precision = "bf16"
+    return tiny_model(num_classes)
+
+
+def newer_flags_everywhere(num_classes: int) -> nn.Module:
+    """After which the older flags cannot be read."""
+    torch.backends.cuda.matmul.fp32_precision = "tf32"
+    torch.backends.mkldnn.matmul.fp32_precision = "bf16"
+    return tiny_model(num_classes)
+
+
 def own_torch_generator(num_classes: int) -> nn.Module:
     return OwnTorchGenerator(num_classes)
 
@@ -246,10 +347,29 @@ def numpy_hook_by_rank(config: RunConfig, num_classes: int, device: torch.device
     return _shrinking(num_classes, 0.9 - 0.1 * rank())
 
 
-def _shrinking(num_classes: int, factor: float) -> Replica:
+def _shrinking(num_classes: int, factor: float, tensor: str = "weight") -> Replica:
     replica = _sgd_replica(num_classes)
-    memory = replica.model[5].weight.detach().numpy()
+    memory = getattr(replica.model[5], tensor).detach().numpy()
     replica.optimizer.register_step_post_hook(lambda *_: numpy.multiply(memory, numpy.float32(factor), out=memory))
+    return replica
+
+
+def numpy_bias_on_replica_1(config: RunConfig, num_classes: int, device: torch.device) -> Replica:
+    """A small tensor: five numbers."""
+    return _shrinking(num_classes, 0.99 if rank() == 1 else 1.0, "bias")
+
+
+def numpy_bias_on_all_but_1(config: RunConfig, num_classes: int, device: torch.device) -> Replica:
+    return _shrinking(num_classes, 1.0 if rank() == 1 else 0.99, "bias")
+
+
+def numpy_temperature_on_replica_1(config: RunConfig, num_classes: int, device: torch.device) -> Replica:
+    """A single number."""
+    model = Temperature(num_classes)
+    replica = Replica(model, nn.CrossEntropyLoss(), torch.optim.SGD(model.parameters(), lr=0.1))
+    memory = model.temperature.detach().numpy()
+    factor = numpy.float32(0.99 if rank() == 1 else 1.0)
+    replica.optimizer.register_step_post_hook(lambda *_: numpy.multiply(memory, factor, out=memory))
     return replica
 
 

@@ -220,3 +220,82 @@ def test_operators_without_a_bound() -> None:
     x = random(4, 4)
     captured = capture("aten.exp.default", lambda: x.exp())
     assert arbitrate(captured, [captured.outputs], [0]) is None
+
+
+EXACT = {
+    "aten.relu.default": lambda x: x.relu(),
+    "aten.relu_.default": lambda x: x.clone().relu_(),
+    "aten.clamp.default": lambda x: x.clamp(-0.1, 0.3),
+    "aten.where.self": lambda x: torch.where(x > 0, x, -x),
+    "aten.cat.default": lambda x: torch.cat([x, x]),
+    "aten.index.Tensor": lambda x: x[:, torch.tensor([2, 0])],
+    "aten.masked_fill.Scalar": lambda x: x.masked_fill(x > 0, 0.1),
+}
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("function", EXACT)
+def test_what_does_not_round_has_one_possible_result(function: str, dtype: torch.dtype) -> None:
+    x = random(6, 7, dtype=dtype)
+    x[0, 0], x[0, 1] = math.nan, -math.inf
+    captured = capture(function, lambda: EXACT[function](x))
+    (sound,) = captured.outputs
+    target = torch.full_like(sound, 9.0)
+    arbitration = arbitrate(captured, [[sound], [torch.nextafter(sound, target)]], [0, 1])
+    assert arbitration is not None
+    assert arbitration.possible == [True, False]
+    assert arbitration.evidence[1].endswith(
+        "replica 1's result is not what the operator, which does not round, must give"
+    )
+    assert judge_again(captured, sound), "an operator that writes in place has not changed what is kept"
+
+
+def judge_again(captured: Captured, sound: Tensor) -> bool:
+    arbitration = arbitrate(captured, [[sound]], [0])
+    assert arbitration is not None
+    return arbitration.possible == [True]
+
+
+def test_products_in_place() -> None:
+    x = random(30, 40)
+    captured = capture("aten.mul_.Tensor", lambda: x.clone().mul_(0.3))
+    assert judge(captured, captured.outputs, flip(captured.outputs, 3)) == [True, False]
+    counted = capture("aten.add_.Tensor", lambda: torch.tensor(41).add_(1))
+    assert judge(counted, counted.outputs, [torch.tensor(43)]) == [True, False]
+
+
+def test_sparse_tensors_count_as_what_they_stand_for() -> None:
+    a, b = random(4, 4).relu(), random(4, 4, seed=1)
+    sparse = a.to_sparse()
+    captured = Captured([sparse, b], [a @ b], "aten.mm.default", ((sparse, b), {}))
+    assert judge(captured, [a @ b], [2 * (a @ b)]) == [True, False]
+    total = a.to_sparse() + a.to_sparse()
+    captured = capture("aten.add.Tensor", lambda: a.to_sparse() + a.to_sparse())
+    assert judge(captured, [total], [total * 2]) == [True, False]
+
+
+def test_a_precision_that_onednn_was_allowed_is_possible() -> None:
+    a, b = random(8, 64), random(64, 8, seed=1)
+    captured = capture("aten.mm.default", lambda: a @ b)
+    rounded = [a.bfloat16().float() @ b.bfloat16().float()]
+    assert judge(captured, rounded) == [False]
+    matmul = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
+    matmul.fp32_precision = "bf16"
+    try:
+        assert judge(captured, rounded) == [True]
+        assert judge(captured, [rounded[0] * 100]) == [False]
+    finally:
+        matmul.fp32_precision = "none"
+
+
+def test_the_newer_flags_of_precision_do_not_get_in_the_way() -> None:
+    matmul = torch.backends.cuda.matmul
+    before = matmul.fp32_precision
+    a, b = random(8, 64), random(64, 8, seed=1)
+    captured = capture("aten.mm.default", lambda: a @ b)
+    on_gpu = Captured(captured.inputs, captured.outputs, captured.function, captured.arguments, "cuda")
+    matmul.fp32_precision = "tf32"
+    try:
+        assert judge(on_gpu, [((a * (1 + 2.0**-12)) @ b)]) == [True]
+    finally:
+        matmul.fp32_precision = before

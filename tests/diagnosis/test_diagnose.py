@@ -108,9 +108,10 @@ def diagnosed(trained: Trained, step: int, original: dict[str, Stage], load: Any
     return diagnose(finding(step, **found), original, replayer, IMAGES, 0, Channel(), RunFacts(1))
 
 
-def without(stages: dict[str, Stage], stage: str) -> dict[str, Stage]:
-    """As they would have been, had that stage come out otherwise."""
-    return {**stages, stage: Stage(stages[stage].names, bytes(16 * len(stages[stage].names)))}
+def without(stages: dict[str, Stage], stage: str, num_tensors: int = 1) -> dict[str, Stage]:
+    """As they would have been, had the first `num_tensors` of that stage come out otherwise."""
+    struck = bytes(16 * num_tensors) + stages[stage].digests[16 * num_tensors :]
+    return {**stages, stage: Stage(stages[stage].names, struck)}
 
 
 @pytest.mark.parametrize("step", [1, 3, NUM_STEPS])
@@ -120,6 +121,38 @@ def test_what_does_not_come_back_is_transient_and_the_replica_is_left_as_found(s
     verdict = diagnosed(trained, step, without(trained.stages[step], "weights"))
     assert (verdict.cause, verdict.suspects, verdict.step) == ("transient-fault", [0], step)
     assert everything(trained.replica) == before
+
+
+def test_a_stage_that_came_out_otherwise_in_many_tensors_is_no_flip_of_bits() -> None:
+    """Code that once scales all weights: all gradients had agreed, so that one fault would be in one tensor."""
+    trained = train(with_adamw)
+    verdict = diagnosed(trained, 3, without(trained.stages[3], "weights", 2))
+    assert verdict.cause == "transient-fault"
+    verdict = diagnosed(trained, 3, without(trained.stages[3], "weights", 3))
+    assert (verdict.cause, verdict.suspects) == ("unexplained", [0])
+    assert any("3 tensors of weights came out otherwise" in line for line in verdict.evidence)
+    verdict = diagnosed(trained, 3, without(trained.stages[3], "gradients", 3), stage="gradients")
+    assert verdict.cause == "transient-fault", "there, one fault of an activation reaches many"
+
+
+def test_a_whole_tensor_written_once_is_no_flip_of_bits() -> None:
+    trained = train(with_momentum)
+    with torch.no_grad():
+        trained.replica.model.body[5].weight *= 0.9
+    verdict = diagnosed(trained, NUM_STEPS, without(trained.stages[NUM_STEPS], "weights"))
+    assert (verdict.cause, verdict.suspects) == ("unexplained", [0])
+    assert any("more than flip by themselves" in line for line in verdict.evidence)
+
+
+def test_a_tensor_of_another_shape_is_no_flip_of_bits_and_no_exception() -> None:
+    trained = train(with_momentum)
+    model = trained.replica.model
+    model.body[5].weight.data = model.body[5].weight.data[:, :7].clone()
+    replayer = trained.replayer(load)
+    verdict = diagnose(
+        finding(NUM_STEPS), without(trained.stages[NUM_STEPS], "weights"), replayer, IMAGES, 0, Channel(), RunFacts(1)
+    )
+    assert (verdict.cause, verdict.suspects) == ("unexplained", [0])
 
 
 def test_bits_that_are_still_there_are_compared_with_the_replay() -> None:

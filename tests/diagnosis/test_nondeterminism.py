@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from dreplica.config import RunConfig, load_config
-from dreplica.diagnosis.nondeterminism import DOCUMENTED, Explanation, explain_operator
+from dreplica.diagnosis.nondeterminism import DOCUMENTED, Explanation, explain_operator, may_vary
 from dreplica.world.determinism import numerics_flags
 
 STRICT = {
@@ -180,6 +180,33 @@ def test_matrix_products_are_cublas_workspace() -> None:
     assert settings_in(explain("aten.bmm.default")) == []
     config = load_config(shlex.split(foreign.remedy[1]), num_replicas=1)
     assert config.determinism.cublas_workspace_config == ":4096:8"
+
+
+@pytest.mark.parametrize("operator", ["aten._addmm_activation.default", "aten._scaled_mm.default"])
+def test_products_with_something_more_are_cublas_workspace_too(operator: str) -> None:
+    assert "CUBLAS_WORKSPACE_CONFIG was not set" in explain_operator(operator, "cuda", OFF).text
+    assert may_vary(operator, "cuda", OFF)
+    assert not may_vary(operator, "cuda", STRICT)
+
+
+def test_batched_products_of_sparse_matrices_are_a_matter_of_the_mode() -> None:
+    """Documented of torch.bmm "when called on sparse-dense CUDA tensors", besides what cuBLAS says of dense ones."""
+    found = explain("aten.bmm.default", deterministic_algorithms=False)
+    assert found.remedy == ["--determinism.mode strict"]
+    assert "deterministic_algorithms was False, which decides for sparse ones" in found.text
+    assert settings_in(explain("aten.bmm.default")) == []
+    neither = explain_operator("aten.bmm.default", "cuda", OFF)
+    assert neither.remedy == ["--determinism.mode strict --determinism.cublas_workspace_config :4096:8"]
+
+
+@pytest.mark.parametrize("operator", ["aten.put_.default", "aten.put.default"])
+def test_put_on_the_cpu_is_deterministic_in_strict_mode_where_it_accumulates(operator: str) -> None:
+    strict = explain(operator, "cpu")
+    assert "should make it deterministic or stop the run" in strict.text
+    assert "no setting" not in strict.text
+    loose = explain(operator, "cpu", deterministic_algorithms=False)
+    assert "no setting" not in loose.text
+    assert loose.remedy[0] == "--determinism.mode strict"
 
 
 def test_recurrent_layers_need_a_workspace_of_their_own() -> None:

@@ -85,8 +85,25 @@ def test_what_all_have_in_common_is_no_fault() -> None:
     assert struck_memory(found(rows[0], rows[1], []), rows, "weights") is None
 
 
-def test_two_of_three_may_be_struck() -> None:
+def test_two_of_four_may_be_struck_but_not_most_replicas() -> None:
+    """What most replicas do is what the code does; it is the one without that is another."""
     struck = always(bad("weights"), contents=FLIPPED_WEIGHTS)
-    decision = struck_memory(found(witness(), struck, []), [struck, struck, witness()], "weights")
+    decision = struck_memory(found(witness(), struck, []), [struck, struck, witness(), witness()], "weights")
     assert decision is not None
     assert decision.suspects == [0, 1]
+    assert struck_memory(found(witness(), struck, []), [struck, struck, witness()], "weights") is None
+    read = reads(digest("flipped"))
+    assert struck_memory(found(witness(), read, []), [read, witness(), read], "output") is None
+
+
+def test_what_no_operator_wrote_but_is_the_same_everywhere_was_not_struck() -> None:
+    """A hook through NumPy on all replicas, alike; on one of them another weight is struck beside it."""
+    hooked = Contents(frozenset({START}), {"weights": {"bias": digest("hook"), "weight": digest("weight")}})
+    flipped = Contents(frozenset({START}), {"weights": {"bias": digest("hook"), "weight": digest("flipped")}})
+    rows = [witness(contents=hooked), always(bad("weights"), contents=flipped), witness(contents=hooked)]
+    decision = struck_memory(found(rows[0], rows[1], [1]), rows, "weights")
+    assert decision is not None
+    assert (decision.cause, decision.suspects) == ("persistent-fault", [1])
+    assert decision.struck is not None
+    assert decision.struck.tensor == "weight"
+    assert not any("bias" in line for line in decision.evidence)

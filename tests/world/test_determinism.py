@@ -8,7 +8,13 @@ from typing import Any
 import pytest
 import torch
 
-from dreplica.world.determinism import DeterminismConfig, apply_determinism, numerics_flags, set_environment
+from dreplica.world.determinism import (
+    DeterminismConfig,
+    apply_determinism,
+    fp32_precision,
+    numerics_flags,
+    set_environment,
+)
 
 
 @pytest.fixture(autouse=True)
@@ -26,6 +32,7 @@ def _flags_as_before() -> Iterator[None]:
     torch.set_num_threads(before["threads"])
     torch.backends.cudnn.benchmark = before["cudnn_benchmark"]
     torch.backends.cudnn.deterministic = before["cudnn_deterministic"]
+    _reset_fp32_precision()
     torch.backends.cudnn.allow_tf32 = before["cudnn_tf32"]
     matmul = torch.backends.cuda.matmul
     matmul.allow_tf32 = before["matmul_tf32"]
@@ -34,6 +41,14 @@ def _flags_as_before() -> Iterator[None]:
     matmul.allow_bf16_reduced_precision_reduction = before["matmul_bf16_reduced_precision"]
     torch.backends.mkldnn.enabled = before["onednn"]  # type: ignore[assignment]
     assert numerics_flags() == before
+
+
+def _reset_fp32_precision() -> None:
+    backends: Any = torch.backends
+    for kind in (backends, backends.cudnn, backends.cudnn.conv, backends.cudnn.rnn, backends.cuda.matmul):
+        kind.fp32_precision = "none"
+    for kind in (backends.mkldnn, backends.mkldnn.matmul, backends.mkldnn.conv, backends.mkldnn.rnn):
+        kind.fp32_precision = "none"
 
 
 CHANGES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
@@ -45,7 +60,11 @@ CHANGES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "threads": ({"threads": 2}, {"threads": 2}),
     "cudnn_benchmark": ({"cudnn_benchmark": True}, {"cudnn_benchmark": True}),
     "cudnn_deterministic": ({"cudnn_deterministic": False}, {"cudnn_deterministic": False}),
-    "tf32": ({"tf32": True}, {"cudnn_tf32": True, "matmul_tf32": True, "float32_matmul_precision": "high"}),
+    "tf32": (
+        {"tf32": True},
+        {"cudnn_tf32": True, "matmul_tf32": True, "float32_matmul_precision": "high"}
+        | {f"{kind}_fp32_precision": "tf32" for kind in ("cuda_matmul", "cudnn_conv", "cudnn_rnn")},
+    ),
     "reduced_precision_reduction": (
         {"reduced_precision_reduction": True},
         {"matmul_fp16_reduced_precision": True, "matmul_bf16_reduced_precision": True},
@@ -102,3 +121,35 @@ def test_a_users_own_workspace_config_is_left_alone(
     set_environment(DeterminismConfig())
     assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == present
     assert [present in record.getMessage() for record in caplog.records] == [True] * warns
+
+
+@pytest.mark.parametrize(
+    ("backend", "value", "changed"),
+    [
+        ("mkldnn.conv", "bf16", {"onednn_conv_fp32_precision": "bf16"}),
+        ("mkldnn.matmul", "bf16", {"onednn_matmul_fp32_precision": "bf16"}),
+        ("cudnn.conv", "tf32", {"cudnn_conv_fp32_precision": "tf32", "cudnn_tf32": True}),
+        ("cuda.matmul", "tf32", {"cuda_matmul_fp32_precision": "tf32", "matmul_tf32": True}),
+    ],
+)
+def test_the_newer_precision_flags_are_reported_and_do_not_make_the_older_ones_raise(
+    backend: str, value: str, changed: dict[str, Any]
+) -> None:
+    apply_determinism(DeterminismConfig())
+    usual = numerics_flags()
+    library, operation = backend.split(".")
+    getattr(getattr(torch.backends, library), operation).fp32_precision = value
+    flags = numerics_flags()
+    assert {name: flags[name] for name in changed} == changed
+    others = set(changed) | {"float32_matmul_precision"}  # of which torch says that it cannot tell
+    assert {name for name in flags if flags[name] != usual[name]} <= others
+    apply_determinism(DeterminismConfig())
+
+
+def test_a_precision_for_everything_is_reported_for_each() -> None:
+    apply_determinism(DeterminismConfig())
+    torch.backends.fp32_precision = "tf32"  # type: ignore[attr-defined]
+    precision = fp32_precision()
+    assert precision["cudnn.conv"] == precision["onednn.conv"] == "tf32"
+    torch.backends.fp32_precision = "none"  # type: ignore[attr-defined]
+    assert set(fp32_precision().values()) == {"ieee"}

@@ -1,0 +1,209 @@
+"""Looks at tensors themselves, element by element, where digests have led to a cause: to show it, and to doubt it."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+from torch import Tensor
+
+from dreplica.agreement.stages import Stage
+from dreplica.agreement.verdict import Verdict
+from dreplica.diagnosis.arbitrate import Arbitration, arbitrate
+from dreplica.diagnosis.attempt import AttemptFailed, attempt
+from dreplica.diagnosis.elements import Difference, compare_elements
+from dreplica.diagnosis.operators import Captured
+from dreplica.diagnosis.replay import Replayer
+from dreplica.diagnosis.struck import MOST_STRUCK_BITS
+from dreplica.diagnosis.witness import Decision
+from dreplica.world.channel import Channel
+
+_FEW_BITS = 8
+"""As many may flip anywhere at once; more of them only if they lie scattered over a tensor."""
+_FEW_BITS_OF_A_NUMBER = 4
+"""Of a number with a fraction that alone has changed: to give it another value changes about half of its mantissa."""
+_MOST_STRUCK_TENSORS = 2
+"""Of one stage: a fault of memory reaches one, or two that lie side by side."""
+_REACHED_DIRECTLY = {"optimizer", "weights"}
+"""Stages in which a fault first shows as itself; those before them show what a forward or backward pass made of it."""
+
+
+def add(decision: Decision, lines: Sequence[str], **changes: Any) -> Decision:
+    """With more evidence."""
+    return replace(decision, evidence=[*decision.evidence, *lines], **changes)
+
+
+def doubt_struck(decision: Decision, replayer: Replayer, indices: Tensor, channel: Channel) -> Decision:
+    """Looks at memory that seems to have changed by itself: a fault flips few bits. A collective.
+
+    Where many differ, something has written there that is no operator of torch's: NumPy, or a C extension. Where the
+    sound side is one number throughout, that it seemed accounted for may be chance: zeros are alike everywhere.
+    """
+    struck = decision.struck
+    if struck is None:
+        return decision
+
+    def look() -> list[Tensor]:
+        if channel.rank not in (struck.replica_id, struck.sound_id):
+            return []
+        again = replayer.again(indices, struck.index)
+        if struck.index is not None:
+            return again.tracer.captured.inputs if again.tracer.captured else []
+        assert struck.stage is not None
+        assert struck.tensor is not None
+        tensor = replayer.replayed(struck.stage, struck.tensor)
+        return [] if tensor is None else [tensor]
+
+    rows = channel.gather(attempt(channel, look))
+    pairs = list(zip(rows[struck.sound_id], rows[struck.replica_id], strict=False))
+    lines, doubts = [], []
+    for sound, other in pairs:
+        difference = compare(sound, other)
+        if difference is None:
+            continue
+        lines.append(str(difference))
+        if isinstance(difference, str):
+            doubts.append("that is another tensor, not one of which bits have flipped")
+        elif was_written(difference):
+            doubts.append(
+                f"{difference.differing_bits} bits of {difference.num_differing} elements differ: not as bits flip by "
+                "themselves, so something that is not an operator of torch's has written there"
+            )
+        elif struck.index is not None and bool((sound == sound.flatten()[0]).all()):
+            doubts.append("on the other side all elements are the same number, which may have come from anywhere")
+    decision = add(decision, [*lines, *doubts])
+    return replace(decision, cause="unexplained") if doubts or not lines else decision
+
+
+def was_written(difference: Difference) -> bool:
+    """Whether more has changed than what faults of memory flip: few bits, or some more that lie scattered.
+
+    A single number that was given another value by code differs in about half of its mantissa's bits. A whole number
+    may be a counter, of which all bits but a few are zero, so any few of them may have flipped as well.
+    """
+    bits, elements = difference.differing_bits, difference.num_differing
+    if bits > _FEW_BITS:
+        return bits > MOST_STRUCK_BITS or bits > 2 * elements or 2 * elements > difference.num_elements
+    value = difference.first_values[0]
+    has_fraction = isinstance(value, float) and not value.is_integer()
+    return elements == 1 and has_fraction and bits > _FEW_BITS_OF_A_NUMBER
+
+
+def doubt_moved(
+    decision: Decision,
+    found: Verdict,
+    original: Mapping[str, Stage],
+    again: Mapping[str, Stage],
+    replayer: Replayer,
+    channel: Channel,
+) -> Decision:
+    """Looks at what a transient fault has changed, as far as it is still there, against the replay. A collective.
+
+    `original`, `again`: this replica's stages at that step, as compared and as replayed.
+    """
+    if decision.cause != "transient-fault" or found.stage is None or found.tensor is None:
+        return decision
+    parts = found.stage, found.tensor, original[found.stage], again[found.stage], replayer
+    is_suspect = channel.rank in decision.suspects
+    rows = channel.gather(attempt(channel, lambda: _look_at_moved(*parts) if is_suspect else ([], [])))
+    lines, doubts = ([f"replica {rank}: {line}" for rank, row in enumerate(rows) for line in row[i]] for i in (0, 1))
+    return add(decision, [*lines, *doubts], cause="unexplained" if doubts else decision.cause)
+
+
+def _look_at_moved(
+    stage: str, tensor: str, original: Stage, again: Stage, replayer: Replayer
+) -> tuple[list[str], list[str]]:
+    """On a suspect: how its tensor differs from the replay's, and what of that is not as a fault of memory does it."""
+    lines, doubts = [], []
+    happened, replayed = original.entries(), again.entries()
+    moved = [name for name in happened if happened[name] != replayed.get(name)]
+    if stage in _REACHED_DIRECTLY and len(moved) > _MOST_STRUCK_TENSORS:
+        doubts.append(
+            f"{len(moved)} tensors of {stage} came out otherwise, though all before them agreed: not one fault"
+        )
+    pair = replayer.present_and_replayed(stage, tensor)
+    difference = compare(*pair) if pair else None
+    if difference is not None:
+        lines.append(f"{tensor} of {stage}: {difference}")
+    if isinstance(difference, str):
+        doubts.append("that is another tensor, not one of which bits have flipped")
+    elif difference is not None and stage in _REACHED_DIRECTLY and difference.differing_bits > MOST_STRUCK_BITS:
+        doubts.append(f"{difference.differing_bits} bits differ: more than flip by themselves")
+    return lines, doubts
+
+
+def compare_outputs(decision: Decision, replayer: Replayer, indices: Tensor, channel: Channel) -> Decision:
+    """Runs the operator in question once more where it matters, and compares the two results. A collective.
+
+    Of what seems a persistent fault, it also tells which side is wrong, if one is.
+    """
+    place = decision.operator
+    if place is None or not place.made_here:
+        return decision
+    replica_id = decision.replica_against_itself
+    if replica_id is not None:
+
+        def describe() -> str:
+            if channel.rank != replica_id:
+                return ""
+            one, other = (replayer.again(indices, place.index).tracer.captured for _ in range(2))
+            return _describe_outputs(one.outputs, other.outputs) if one and other else ""
+
+        text = channel.gather(attempt(channel, describe))[replica_id]
+        return add(decision, [text] if text else [])
+    if decision.sides is None:
+        return decision
+    takes_part = channel.rank in decision.sides
+    captured = attempt(channel, lambda: replayer.again(indices, place.index).tracer.captured if takes_part else None)
+    outputs = channel.gather(captured.outputs if captured else None)
+    decision = add(decision, [_describe_outputs(*(outputs[side] for side in decision.sides))])
+    return _settle(decision, captured, outputs, channel) if decision.cause == "persistent-fault" else decision
+
+
+def _settle(decision: Decision, captured: Captured | None, outputs: Sequence[Any], channel: Channel) -> Decision:
+    """The operator run in float64 tells which side is wrong, majority or not; each side runs it by itself."""
+    assert decision.sides is not None
+    sides = decision.sides
+
+    def judge() -> Arbitration | None:
+        return None if captured is None else arbitrate(captured, [outputs[side] for side in sides], sides)
+
+    try:
+        judged = [row for row in channel.gather(attempt(channel, judge)) if row is not None]
+    except AttemptFailed as error:
+        return _unsettled(add(decision, [f"the operator could not be run in float64: {error}"]))
+    if not judged:
+        return _unsettled(add(decision, ["nothing bounds this operator's rounding error, to tell which side is wrong"]))
+    decision = add(decision, judged[0].evidence)
+    if any(row.possible != judged[0].possible for row in judged):
+        line = (
+            "but the other side's own run in float64 says otherwise: one of the two cannot be trusted in float64 either"
+        )
+        return _unsettled(add(decision, [line]))
+    wrong = [side for side, possible in zip(sides, judged[0].possible, strict=True) if not possible]
+    if len(wrong) == 1:
+        (whole_class,) = (ids for ids in decision.classes or [wrong] if wrong[0] in ids)
+        return replace(decision, suspects=whole_class)
+    line = "both are legitimate ways of rounding, though settings and environment are the same"
+    if wrong:
+        line = "neither is what it should be, and no fault would strike both sides: what is expected here may be wrong"
+    return add(decision, [line], cause="unexplained")
+
+
+def _unsettled(decision: Decision) -> Decision:
+    """Then the vote stands; without one, nobody is known to be wrong."""
+    return decision if decision.suspects else replace(decision, cause="unexplained")
+
+
+def compare(one: Tensor, other: Tensor) -> Difference | str | None:
+    """How two tensors differ, also if they are not of one shape and dtype; None if they do not."""
+    if one.shape != other.shape or one.dtype != other.dtype:
+        return f"{one.dtype} {tuple(one.shape)} on one side, {other.dtype} {tuple(other.shape)} on the other"
+    return compare_elements(one, other)
+
+
+def _describe_outputs(one: Sequence[Tensor], other: Sequence[Tensor]) -> str:
+    for number, (a, b) in enumerate(zip(one, other, strict=False)):
+        difference = compare(a, b)
+        if difference is not None:
+            return f"output {number}: {difference}"
+    return "run once more, the operator gave the same on both sides"

@@ -1,0 +1,210 @@
+"""The decision tree looks for the cause of what parted first; what else happened in the step is told beside it."""
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from dreplica.diagnosis.decide import decide
+from dreplica.diagnosis.operators import OpRecord
+from dreplica.diagnosis.provenance import Contents
+from dreplica.diagnosis.witness import Decision, Witness, difference_behind, first_difference
+from tests.diagnosis.test_decide import CONV, GOOD, RELU, SGD, START, always, bad, digest, rounding, witness
+
+LOGGED = OpRecord("aten.mean.default", "", "forward", digest("conv"), digest("mean"), "model.py:7")
+LR = {"optim": {"lr": 0.2}}
+SLOWER = replace(SGD, scalars="0.2", outputs=digest("weight, slower"))
+
+
+def slower(**changes: Any) -> Witness:
+    """A replica with another learning rate, which shows in the optimizer's settings and in the weights."""
+    return always(bad("optimizer", "weights"), records=[CONV, RELU, SLOWER], **changes)
+
+
+def told(decision: Decision, text: str) -> bool:
+    return any(text in line for line in decision.evidence)
+
+
+# ---- two things in one step
+
+
+def test_a_transient_fault_and_a_later_fault_that_comes_back_elsewhere() -> None:
+    contents = Contents(frozenset({START}), {"weights": {"weight": digest("flipped")}})
+    struck = always(bad("weights"), contents=contents)
+    decision = decide([witness(), witness(original=bad("batch", "output", "weights")), struck], {}, [])
+    assert (decision.cause, decision.suspects) == ("transient-fault", [1])
+    assert decision.classes == [[0, 2], [1]]
+    assert told(decision, "replays also differ between replicas, in weights first")
+
+
+def test_a_fault_that_comes_back_and_a_later_transient_one_elsewhere() -> None:
+    decision = decide([witness(), witness(original=bad("weights")), rounding()], {}, [])
+    assert (decision.cause, decision.suspects) == ("persistent-fault", [2])
+    assert decision.classes == [[0, 1], [2]]
+    assert told(decision, "replica 1's replays also differ from what happened, in weights first")
+
+
+def test_a_fault_that_comes_back_beside_another_that_shows_later() -> None:
+    contents = Contents(frozenset({START}), {"weights": {"weight": digest("flipped")}})
+    decision = decide([witness(), always(bad("weights"), contents=contents), rounding()], {}, [])
+    assert (decision.cause, decision.suspects) == ("persistent-fault", [2])
+    assert decision.operator is not None
+    assert decision.operator.record == CONV
+    assert decision.sides == (0, 2)
+    assert told(decision, "later in the step, in weights, replicas fell further apart")
+
+
+@pytest.mark.parametrize("struck", [1, 2])
+def test_a_transient_fault_beside_an_override_that_shows_later(struck: int) -> None:
+    witnesses = [witness(), slower(), witness()]
+    witnesses[struck] = replace(witnesses[struck], original=bad("output", "gradients", "optimizer", "weights"))
+    decision = decide(witnesses, {1: LR}, [])
+    assert (decision.cause, decision.suspects) == ("transient-fault", [struck])
+
+
+def test_an_override_beside_a_fault_of_another_replica_that_shows_later() -> None:
+    rng = bytes(30) + b"\x05" + bytes(5025)
+    struck = always(bad("rng"), generator=rng, generator_struck=True)
+    decision = decide([witness(), slower(), struck], {1: LR}, [])
+    assert (decision.cause, decision.suspects) == ("declared-override", [1])
+    assert told(decision, "in rng, replicas fell further apart")
+
+
+def test_replays_that_differ_only_later_do_not_make_the_first_difference_irreproducible() -> None:
+    again = replace(SGD, outputs=digest("weight again"))
+    place = first_difference([CONV, RELU, SGD], [CONV, RELU, again])
+    racy = witness(second=bad("weights"), against_itself=place)
+    decision = decide([racy, rounding(), witness()], {}, [])
+    assert (decision.cause, decision.suspects) == ("persistent-fault", [1])
+
+
+def test_replays_that_bring_a_difference_that_there_was_not_are_no_replays() -> None:
+    astray = always(bad("output"), records=rounding().records)
+    astray = replace(astray, first=bad("output", "rng"), second=bad("output", "rng"))
+    decision = decide([witness(), astray, witness()], {}, [])
+    assert (decision.cause, decision.suspects) == ("unexplained", [1])
+
+
+# ---- the operator that has to do with it
+
+
+def test_an_operator_that_leads_to_nothing_is_not_blamed_for_the_weights() -> None:
+    """One logs a mean of its own; the weights part in the optimizer's call."""
+    other = replace(LOGGED, outputs=digest("another mean"))
+    records = [CONV, LOGGED, RELU, SGD]
+    slow = always(bad("weights"), records=[CONV, other, RELU, replace(SGD, outputs=digest("weight'"))])
+    decision = decide([witness(records=records), slow, witness(records=records)], {}, [])
+    assert decision.operator is not None
+    assert decision.operator.record == SGD
+
+
+def test_an_operator_more_that_leads_to_nothing_is_not_the_structure_that_parts_weights() -> None:
+    contents = Contents(frozenset({START}), {"weights": {"weight": digest("flipped")}})
+    struck = always(bad("weights"), records=[CONV, LOGGED, RELU, SGD], contents=contents)
+    decision = decide([witness(), struck, witness()], {}, [])
+    assert (decision.cause, decision.suspects) == ("persistent-fault", [1])
+    assert decision.operator is None
+    assert told(decision, "is the first that differs, but has nothing to do with weights")
+
+
+def test_what_an_operator_gave_does_not_explain_a_generator() -> None:
+    one, other = (witness(records=[CONV, row, SGD]) for row in (RELU, replace(RELU, outputs=digest("dead"))))
+    other = replace(other, original=bad("rng"), first=bad("rng"), second=bad("rng"))
+    decision = decide([one, other, one], {}, [])
+    assert decision.cause == "unexplained"
+    assert decision.operator is None
+
+
+def test_a_racy_operator_that_has_nothing_to_do_with_it_is_not_named() -> None:
+    place = first_difference([CONV, RELU], [CONV, replace(RELU, outputs=digest("again"))])
+    racy = witness(second=bad("weights"), against_itself=place)
+    decision = decide([racy, witness(original=bad("weights")), witness()], {}, [])
+    assert decision.cause == "unexplained"
+    assert decision.operator is None
+
+
+def test_difference_behind_skips_what_shows_elsewhere() -> None:
+    one = [CONV, RELU, SGD]
+    other = [replace(CONV, outputs=digest("x")), RELU, replace(SGD, outputs=digest("y"))]
+    behind = {stage: difference_behind(one, other, stage) for stage in ("output", "weights", "batch", "rng", None)}
+    assert {stage: place.index if place else None for stage, place in behind.items()} == {
+        "output": 0,
+        "weights": 2,
+        "batch": 0,
+        "rng": 0,
+        None: 0,
+    }
+    assert difference_behind(one, [CONV, replace(RELU, outputs=digest("x")), SGD], "optimizer") is None
+
+
+# ---- the sides
+
+
+def test_of_two_structures_the_suspects_is_named_with_its_source() -> None:
+    mine = replace(RELU, name="aten.gelu.default", source="model.py:12")
+    odd = always(bad("output"), records=[CONV, mine, SGD])
+    for witnesses, suspect in (([witness(), odd, witness()], 1), ([odd, witness(), witness()], 0)):
+        decision = decide(witnesses, {}, [])
+        assert (decision.cause, decision.suspects) == ("structure-differs", [suspect])
+        assert decision.operator is not None
+        assert decision.operator.record == mine
+        assert told(decision, f"aten.gelu.default in relu (forward) at model.py:12 on replica {suspect}")
+
+
+def test_where_no_replica_reproduces_itself_the_vote_is_all_there_is() -> None:
+    sides = [witness(second=bad("output")) for _ in range(3)]
+    sides[2] = replace(sides[2], original=bad("output"))
+    assert decide(sides, {}, []).suspects == [2]
+    assert decide([replace(row, unreproduced=2) for row in sides], {}, []).suspects == [2]
+    place = first_difference([CONV, RELU], [CONV, replace(RELU, outputs=digest("again"))])
+    decision = decide([replace(row, against_itself=place) for row in sides], {}, [])
+    assert (decision.cause, decision.suspects) == ("nondeterministic-operator", [0, 1, 2])
+
+
+# ---- declared differences that can have made it, and those that cannot
+
+
+@pytest.mark.parametrize(
+    "override",
+    [LR, {"schedule": {"gamma": 0.5}}, {"criterion": {"label_smoothing": 0.1}}, {"train": {"grad_clip": 1.0}}],
+)
+def test_what_rounds_otherwise_is_not_laid_to_a_setting_that_is_only_a_number(override: dict[str, Any]) -> None:
+    decision = decide([witness(), rounding(), witness()], {1: override}, [])
+    assert (decision.cause, decision.suspects) == ("persistent-fault", [1])
+    assert not told(decision, "the same on all replicas")
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        {"determinism": {"onednn": False}},
+        {"world": {"device": "cuda"}},
+        {"train": {"amp": "bf16"}},
+        {"model": {"channels_last": True}},
+        {"model": {"factory": "mine:model"}},
+        {"replica": {"factory": "mine:replica"}},
+        {**LR, "determinism": {"onednn": False}},
+    ],
+)
+def test_what_rounds_otherwise_may_be_declared(override: dict[str, Any]) -> None:
+    decision = decide([witness(), rounding(), witness()], {1: override}, [])
+    assert (decision.cause, decision.suspects) == ("declared-override", [1])
+
+
+def test_an_optimizers_setting_explains_what_the_optimizer_does_and_no_forward_pass() -> None:
+    decision = decide([witness(), slower(), witness()], {1: LR}, [])
+    assert (decision.cause, decision.suspects) == ("declared-override", [1])
+    longer = [CONV, RELU, replace(RELU, name="aten.clamp.default", module="head"), SGD]
+    decision = decide([witness(), always(bad("output"), records=longer), witness()], {1: LR}, [])
+    assert (decision.cause, decision.suspects) == ("structure-differs", [1])
+
+
+def test_a_setting_may_have_acted_in_a_step_before_that_was_not_compared() -> None:
+    reads = replace(CONV, inputs=digest("other weight"), outputs=digest("conv'"))
+    contents = Contents(frozenset({digest("other weight")}), {})
+    decision = decide([witness(), always(bad("output"), records=[reads], contents=contents)], {1: LR}, [])
+    assert (decision.cause, decision.suspects) == ("declared-override", [1])
+
+
+def test_the_good_witness_is_good() -> None:
+    assert always(GOOD) == witness()

@@ -1,0 +1,155 @@
+"""What tensors themselves say of a cause: flips of bits told from numbers that were written, and who is wrong."""
+
+import random
+from dataclasses import replace
+from typing import Any
+
+import numpy
+import pytest
+import torch
+from torch import Tensor
+
+from dreplica.cases.inject import flip_bits
+from dreplica.diagnosis.elements import Difference, compare_elements
+from dreplica.diagnosis.in_full import compare, compare_outputs, was_written
+from dreplica.diagnosis.operators import OpTracer
+from dreplica.diagnosis.witness import Decision, OpDifference
+from dreplica.world.process_group import World
+from tests.harness import run_replicas
+
+SEEDED = torch.Generator().manual_seed(0)
+TENSORS = {
+    "weight": torch.randn(64, 32, generator=SEEDED),
+    "bias": torch.randn(10, generator=SEEDED),
+    "short bias": torch.randn(5, generator=SEEDED),
+    "batches": torch.tensor(12),
+    "step": torch.tensor(12.0),
+    "indices": torch.arange(16),
+    "bf16": torch.randn(8, generator=SEEDED).bfloat16(),
+    "flags": torch.ones(9, dtype=torch.bool),
+}
+
+
+def difference(sound: Tensor, other: Tensor) -> Difference:
+    found = compare_elements(sound, other)
+    assert found is not None
+    return found
+
+
+@pytest.mark.parametrize("name", TENSORS)
+@pytest.mark.parametrize("bits", range(1, 9))
+def test_bits_that_flip_are_not_taken_for_written_numbers(name: str, bits: int) -> None:
+    for seed in range(40):
+        struck = TENSORS[name].clone()
+        flip_bits(struck, bits, random.Random(seed))
+        assert not was_written(difference(TENSORS[name], struck))
+
+
+def test_more_bits_scattered_over_a_large_tensor_may_flip() -> None:
+    for seed in range(40):
+        struck = TENSORS["weight"].clone()
+        flip_bits(struck, 40, random.Random(seed))
+        assert not was_written(difference(TENSORS["weight"], struck))
+        flip_bits(struck, 400, random.Random(seed))
+        assert was_written(difference(TENSORS["weight"], struck))
+
+
+@pytest.mark.parametrize("factor", [0.99, 0.9, 1.001])
+@pytest.mark.parametrize("name", ["weight", "bias", "short bias"])
+def test_a_tensor_that_numpy_scaled_was_written(name: str, factor: float) -> None:
+    written = TENSORS[name].clone()
+    memory = written.numpy()
+    numpy.multiply(memory, numpy.float32(factor), out=memory)
+    assert was_written(difference(TENSORS[name], written))
+
+
+def test_a_single_number_that_was_given_another_value_was_written() -> None:
+    for step in range(40):
+        value = torch.tensor([1.3 * 0.99**step])
+        assert was_written(difference(value, value * 0.99))
+        image = TENSORS["weight"].clone()
+        image[3, 5] = 0.1 * (step + 1)
+        found = difference(TENSORS["weight"], image)
+        assert was_written(found) == (found.differing_bits > 4)
+
+
+def test_tensors_of_other_shapes_and_dtypes_are_described() -> None:
+    assert compare(torch.zeros(2), torch.zeros(3)) == "torch.float32 (2,) on one side, torch.float32 (3,) on the other"
+    assert "float16" in str(compare(torch.zeros(2), torch.zeros(2).half()))
+    assert compare(torch.zeros(2), torch.zeros(2)) is None
+
+
+# ---- who is wrong
+
+
+class Recorded:
+    """Stands for a replayer: one operator, whose result is wrong on some replicas."""
+
+    def __init__(self, function: str, result: Tensor | None, arguments: tuple[Tensor, ...]) -> None:
+        self.tracer = OpTracer(capture=0)
+        with self.tracer:
+            getattr(torch, function)(*arguments)
+        assert self.tracer.captured is not None
+        outputs = self.tracer.captured.outputs if result is None else [result]
+        self.tracer.captured = replace(self.tracer.captured, outputs=outputs)
+
+    def again(self, indices: Tensor, capture: int) -> "Recorded":
+        return self
+
+
+def settled(
+    world: World, function: str, arguments: tuple[Tensor, ...], results: list[Any], found: Decision
+) -> Decision:
+    replayer: Any = Recorded(function, results[world.replica_id], arguments)
+    return compare_outputs(found, replayer, torch.tensor([0]), world.channel)
+
+
+A, B = torch.randn(6, 40, generator=SEEDED), torch.randn(40, 3, generator=SEEDED)
+SOUND = A @ B
+WRONG = SOUND * 1.1
+ROUNDED = torch.nextafter(SOUND, torch.full_like(SOUND, 9.0))
+
+
+def place() -> OpDifference:
+    with OpTracer() as tracer:
+        _ = A @ B
+    (record,) = tracer.records
+    return OpDifference(0, record, record)
+
+
+@pytest.mark.parametrize(
+    ("results", "classes", "cause", "suspects"),
+    [
+        ([None, WRONG, None], [[0, 2], [1]], "persistent-fault", [1]),
+        ([None, WRONG, WRONG], [[1, 2], [0]], "persistent-fault", [1, 2]),
+        ([WRONG, WRONG, None], [[0, 1], [2]], "persistent-fault", [0, 1]),
+        ([None, WRONG], [[0], [1]], "persistent-fault", [1]),
+        ([None, ROUNDED], [[0], [1]], "unexplained", []),
+        ([None, ROUNDED, None], [[0, 2], [1]], "unexplained", [1]),
+        ([WRONG, -WRONG], [[0], [1]], "unexplained", []),
+    ],
+)
+def test_the_side_outside_of_rounding_is_wrong_be_it_the_majority(
+    results: list[Any], classes: list[list[int]], cause: str, suspects: list[int]
+) -> None:
+    outvoted = classes[1] if len(classes[0]) > len(classes[1]) else []
+    sides = (0, next(r for r in range(1, len(results)) if (0 in classes[0]) != (r in classes[0])))
+    found = Decision("persistent-fault", outvoted, [], place(), sides, classes=classes)
+    decisions = run_replicas(settled, len(results), "mm", (A, B), results, found)
+    assert [(row.cause, row.suspects) for row in decisions] == [(cause, suspects)] * len(results), decisions
+
+
+@pytest.mark.parametrize(("outvoted", "cause"), [([], "unexplained"), ([1], "persistent-fault")])
+def test_without_a_bound_the_vote_decides_and_without_a_vote_nobody_is_blamed(outvoted: list[int], cause: str) -> None:
+    found = Decision("persistent-fault", outvoted, [], place(), (0, 1), classes=[[0], [1]])
+    decisions = run_replicas(settled, 2, "exp", (A,), [None, A], found)
+    assert [(row.cause, row.suspects) for row in decisions] == [(cause, outvoted)] * 2, decisions
+    assert any("nothing bounds" in line for line in decisions[0].evidence)
+
+
+def test_what_cannot_be_run_in_float64_settles_nothing_and_ends_nothing() -> None:
+    """A kernel that takes no float64 at all, say: here, results of another shape."""
+    found = Decision("persistent-fault", [], [], place(), (0, 1), classes=[[0], [1]])
+    decisions = run_replicas(settled, 2, "mm", (A, B), [None, SOUND[:5]], found)
+    assert [row.cause for row in decisions] == ["unexplained"] * 2, decisions
+    assert any("could not be run in float64" in line for line in decisions[0].evidence)
