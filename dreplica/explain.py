@@ -22,9 +22,13 @@ from dreplica.diagnosis.replay import Replayer
 from dreplica.replica.build import build_replica
 from dreplica.replica.replica import Replica
 from dreplica.training.history import History, StepEntry
+from dreplica.training.plain_state import PlainState
 from dreplica.world.channel import Channel
 
 log = logging.getLogger(__name__)
+
+_MOST_BYTES = 2**26
+"""Tensors and arrays of a data set that are larger are taken to be the data, which nobody writes to."""
 
 
 @dataclass(frozen=True)
@@ -44,7 +48,7 @@ class Explainer:
     facts: RunFacts
 
     def explain(self, found: Verdict, agreement: Agreement | None, history: History | None) -> Verdict:
-        """The verdict on a divergence; leaves the replica as it is. A collective.
+        """The verdict on a divergence; leaves the replica, and the data set, as they are. A collective.
 
         Args:
             found: what the comparison says.
@@ -56,11 +60,21 @@ class Explainer:
         if agreement is None or history is None or not can_replay(found, history):
             return conclude(found, self.facts)
         log.info("replicas parted at step %s: running it again to find out why", found.step)
-        replayer = Replayer(self.replica, history, self.redraw, self.load, self.config.train, agreement)
+        make = partial(Replayer, self.replica, history, self.redraw, self.load, self.config.train, agreement)
+        try:
+            replayer = attempt(self.channel, make)
+        except AttemptFailed as error:
+            line = f"the step could not be run again: {error}"
+            unexplained = found.with_(cause="unexplained", evidence=[*found.evidence, line])
+            return conclude(unexplained, self.facts)
         original = agreement.diverged_stages
         num_workers = self.config.data.num_workers
         dataset = at_epoch(self.data.train, found.epoch or 1)
-        verdict = diagnose(found, original, replayer, dataset, num_workers, self.channel, self.facts)
+        data = PlainState([self.data.train], enter=_is_of_the_data, max_bytes=_MOST_BYTES)
+        try:
+            verdict = diagnose(found, original, replayer, dataset, num_workers, self.channel, self.facts)
+        finally:
+            data.restore()
         return conclude(verdict, self.facts)
 
     def explain_build(self, found: Verdict) -> Verdict:
@@ -91,3 +105,8 @@ class Explainer:
     def num_samples(self) -> int:
         """In the training set."""
         return len(self.data.train)  # type: ignore[arg-type]
+
+
+def _is_of_the_data(value: object) -> bool:
+    """Whether it is a data set within a data set, or a transform: both may draw from generators of their own."""
+    return callable(value) or hasattr(type(value), "__getitem__")

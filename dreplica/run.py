@@ -316,7 +316,7 @@ class Run:
 
 def _wiring_fault(replica: Replica) -> WiringError | None:
     try:
-        check_wiring(replica.model, replica.optimizer, replica.scheduler)
+        check_wiring(replica.model, replica.optimizer, replica.scheduler, replica.criterion)
     except WiringError as error:
         return error
     return None

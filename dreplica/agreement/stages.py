@@ -87,6 +87,15 @@ def optimizer_stage(model: nn.Module, optimizer: torch.optim.Optimizer, *others:
     return _stage(_optimizer_entries(model, optimizer, others))
 
 
+def parameter_names(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[Tensor, str]:
+    """Every parameter of either, and the name under which `optimizer_stage` has its state."""
+    names: dict[Tensor, str] = {parameter: name for name, parameter in model.named_parameters()}
+    for index, group in enumerate(optimizer.param_groups):
+        for position, parameter in enumerate(group["params"]):
+            names.setdefault(parameter, _name_in_group(index, position))
+    return names
+
+
 def rng_stage() -> Stage:
     """The global generators of Python, NumPy, torch on the CPU and, once CUDA is in use, torch on this GPU."""
     entries: list[Entry] = [
@@ -132,7 +141,7 @@ def _optimizer_entries(
             visited.add(id(parameter))
             name = names.get(id(parameter))
             if name is None:
-                name = f"group{index}.params.{position}"
+                name = _name_in_group(index, position)
                 yield name, parameter
             yield from _leaves(name, optimizer.state.get(parameter, {}))
     for number, (key, state) in enumerate(optimizer.state.items()):
@@ -141,6 +150,10 @@ def _optimizer_entries(
     for other in others:
         if other is not None:
             yield from _leaves(type(other).__name__, other.state_dict())
+
+
+def _name_in_group(index: int, position: int) -> str:
+    return f"group{index}.params.{position}"
 
 
 def _leaves(name: str, value: Any) -> Iterable[tuple[str, Tensor | bytes]]:

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from dreplica.diagnosis.elements import compare_elements
+from dreplica.diagnosis.provenance import optimizer_tensors
 from dreplica.replica.replica import Replica
 from dreplica.world.channel import Channel
 
@@ -19,7 +20,11 @@ def measure_distance(replica: Replica, channel: Channel) -> Distance:
     `max_ulp`: the largest distance of two elements in units in the last place (None where a NaN is involved); `l2`: the
     Euclidean norm of the difference. Floating-point tensors only. Empty if replicas do not hold the same tensors.
     """
-    stages = {"weights": _weights(replica), "buffers": _buffers(replica), "optimizer": _optimizer_state(replica)}
+    stages = {
+        "weights": _floating(dict(replica.model.named_parameters())),
+        "buffers": _floating(dict(replica.model.named_buffers())),
+        "optimizer": _floating(optimizer_tensors(replica)),
+    }
     described = {
         stage: [(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()]
         for stage, tensors in stages.items()
@@ -39,7 +44,7 @@ def _distance_from_first(tensors: Mapping[str, Tensor], channel: Channel) -> tup
     largest: int | None = 0
     squares = 0.0
     for tensor in tensors.values():
-        own = tensor.detach().cpu().contiguous()
+        own = _real_numbers(tensor)
         first = channel.broadcast(own.clone())
         difference = compare_elements(first, own)
         if difference is None:
@@ -49,25 +54,16 @@ def _distance_from_first(tensors: Mapping[str, Tensor], channel: Channel) -> tup
     return largest, squares**0.5
 
 
-def _weights(replica: Replica) -> dict[str, Tensor]:
-    return _floating(dict(replica.model.named_parameters()))
-
-
-def _buffers(replica: Replica) -> dict[str, Tensor]:
-    return _floating(dict(replica.model.named_buffers()))
-
-
-def _optimizer_state(replica: Replica) -> dict[str, Tensor]:
-    names: dict[Tensor, str] = {parameter: name for name, parameter in replica.model.named_parameters()}
-    state = {
-        f"{names.get(parameter, '')}.{key}": value
-        for parameter, values in replica.optimizer.state.items()
-        for key, value in values.items()
-        if isinstance(value, torch.Tensor)
-    }
-    return _floating(state)
-
-
 def _floating(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    real = {name: torch.view_as_real(t.detach()) if t.is_complex() else t for name, t in sorted(tensors.items())}
-    return {name: tensor for name, tensor in real.items() if tensor.is_floating_point()}
+    """Those that hold floats or complex numbers; not the packed ones, whose elements are pairs of numbers."""
+    return {
+        name: tensor
+        for name, tensor in sorted(tensors.items())
+        if tensor.is_complex() or (tensor.is_floating_point() and tensor.dtype is not torch.float4_e2m1fn_x2)
+    }
+
+
+def _real_numbers(tensor: Tensor) -> Tensor:
+    """On the CPU, contiguous; real and imaginary parts in turn, and a sparse tensor as what it stands for."""
+    dense = tensor.detach().to_dense().cpu().resolve_conj().resolve_neg()
+    return (torch.view_as_real(dense) if dense.is_complex() else dense).contiguous()

@@ -88,6 +88,8 @@ def _looks_like_bit_flips(dtype: torch.dtype, bits: int, max_ulp: int | None, ma
 
 def _flat(tensor: Tensor) -> Tensor:
     dense = tensor.detach().to_dense() if tensor.layout is not torch.strided else tensor.detach()
+    if dense.dtype is torch.float4_e2m1fn_x2:  # two numbers in a byte, which torch does not take apart
+        dense = dense.view(torch.uint8)
     return dense.resolve_conj().resolve_neg().contiguous().reshape(-1)
 
 

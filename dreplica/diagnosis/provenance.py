@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from dreplica.agreement.fingerprint import digest_tensor
+from dreplica.agreement.stages import parameter_names
 from dreplica.data.loader import Batch
 from dreplica.diagnosis.operators import OpRecord
 from dreplica.replica.replica import Replica
@@ -37,20 +38,27 @@ def contents_before(replica: Replica, batch: Batch) -> frozenset[bytes]:
 
 def contents_after(replica: Replica) -> dict[str, dict[str, bytes]]:
     """Digests of the replica's state, by stage and name."""
-    names: dict[Tensor, str] = {parameter: name for name, parameter in replica.model.named_parameters()}
+    weights = dict(replica.model.named_parameters())
     return {
-        "weights": {name: digest_tensor("", tensor) for name, tensor in replica.model.named_parameters()},
+        "weights": {name: digest_tensor("", tensor) for name, tensor in weights.items()},
         "buffers": {name: digest_tensor("", tensor) for name, tensor in replica.model.named_buffers()},
         "gradients": {
-            name: digest_tensor("", parameter.grad) for parameter, name in names.items() if parameter.grad is not None
+            name: digest_tensor("", tensor.grad) for name, tensor in weights.items() if tensor.grad is not None
         },
-        "optimizer": {
-            f"{names.get(parameter, '')}.{key}": digest_tensor("", value)
-            for parameter, state in replica.optimizer.state.items()
-            for key, value in state.items()
-            if isinstance(value, Tensor)
-        },
+        "optimizer": {name: digest_tensor("", tensor) for name, tensor in optimizer_tensors(replica).items()},
     }
+
+
+def optimizer_tensors(replica: Replica) -> dict[str, Tensor]:
+    """The tensors of the stage `optimizer`, as it names them: state, and parameters that are not the model's."""
+    names = parameter_names(replica.model, replica.optimizer)
+    own = {id(parameter) for parameter in replica.model.parameters()}
+    tensors = {name: parameter for parameter, name in names.items() if id(parameter) not in own}
+    for parameter, state in replica.optimizer.state.items():
+        tensors |= {
+            f"{names.get(parameter, '')}.{key}": value for key, value in state.items() if isinstance(value, Tensor)
+        }
+    return tensors
 
 
 def reads_unaccounted(records: Sequence[OpRecord], contents: Contents, index: int) -> list[int]:

@@ -15,7 +15,8 @@ from dreplica.data.loader import Batch
 from dreplica.diagnosis.operators import OpTracer
 from dreplica.diagnosis.provenance import Contents, contents_after, contents_before
 from dreplica.replica.replica import Replica
-from dreplica.training.history import EpochEntry, History, StepEntry
+from dreplica.replica.rng import set_rng_state
+from dreplica.training.history import EpochEntry, EvaluationEntry, History, StepEntry
 from dreplica.training.snapshot import Snapshot, restore_snapshot, take_snapshot
 from dreplica.training.step import TrainConfig, training_step
 
@@ -69,7 +70,12 @@ class Replayer:
                 if self._replica.scheduler is not None:
                     self._replica.scheduler.step()
                 continue
-            self._replica.model.train()
+            if isinstance(entry, EvaluationEntry):
+                entry.plain.restore()
+                set_rng_state(entry.rng)
+                continue
+            if entry.number == 0:  # as the training loop does; what a step has changed since stays so
+                self._replica.model.train()
             if entry.step == step:
                 self._target = entry
                 self._before = take_snapshot(self._replica)
@@ -105,14 +111,14 @@ class Replayer:
 
     def replayed(self, stage: str, name: str) -> Tensor | None:
         """A tensor, on the CPU, as the replay just run left it."""
-        tensor = _find(take_snapshot(self._replica), self._replica, stage, name)
+        tensor = take_snapshot(self._replica).find(stage, name)
         return None if tensor is None else tensor.cpu()
 
     def present_and_replayed(self, stage: str, name: str) -> tuple[Tensor, Tensor] | None:
         """A tensor as it was found and as the replay just run left it; None where a later step has overwritten it."""
         if self.present.steps_done != self._replica.steps_done:
             return None
-        present, replayed = _find(self.present, self._replica, stage, name), self.replayed(stage, name)
+        present, replayed = self.present.find(stage, name), self.replayed(stage, name)
         return None if present is None or replayed is None else (present.cpu(), replayed)
 
     def close(self) -> None:
@@ -131,16 +137,3 @@ def _layout(replica: Replica, batch: Batch) -> bytes:
     named = [*replica.model.named_parameters(), *replica.model.named_buffers(), ("inputs", batch.inputs)]
     strides = [(name, tensor.stride() if tensor.layout is torch.strided else None) for name, tensor in named]
     return digest_bytes("layout", repr(strides).encode())
-
-
-def _find(snapshot: Snapshot, replica: Replica, stage: str, name: str) -> Tensor | None:
-    if stage in {"weights", "buffers"}:
-        return snapshot.tensors.get(f"model.{name}")
-    if stage == "gradients":
-        return snapshot.gradients.get(name)
-    names: dict[Tensor, str] = {parameter: path for path, parameter in replica.model.named_parameters()}
-    for parameter, state in snapshot.optimizer_state:
-        for key, value in state.items():
-            if f"{names.get(parameter)}.{key}" == name and isinstance(value, Tensor):
-                return value
-    return None

@@ -23,6 +23,7 @@ from dreplica.replica.components import (
     check_optimizer,
     check_schedule,
 )
+from dreplica.replica.memory import overwrite
 from dreplica.replica.pretrained import load_pretrained
 from dreplica.replica.published import arguments_for, cached, find_published, is_file
 from dreplica.replica.replica import Replica
@@ -161,10 +162,9 @@ def broadcast_state(model: nn.Module, channel: Channel, with_rng: bool) -> None:
         return
     with torch.no_grad():
         for _, tensor in tensors:
-            # As bytes, since gloo does not take every dtype; through a copy, since a tensor may not be contiguous.
-            sent = tensor.detach().cpu().contiguous()
-            channel.broadcast(sent.view(-1).view(torch.uint8))
-            tensor.copy_(sent)
+            own = tensor.detach().cpu()
+            dense = own.layout is torch.strided
+            overwrite(tensor, channel.broadcast(own.contiguous()) if dense else channel.gather(own)[0])
     if with_rng:
         set_rng_state(channel.gather(get_rng_state())[0])
 

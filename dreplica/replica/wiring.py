@@ -24,25 +24,34 @@ class WiringError(ValueError):
         return self.message
 
 
-def check_wiring(model: nn.Module, optimizer: torch.optim.Optimizer | None, scheduler: Any = None) -> None:
+def check_wiring(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer | None,
+    scheduler: Any = None,
+    criterion: nn.Module | None = None,
+) -> None:
     """Checks by identity that model, optimizer and scheduler belong together.
 
+    `criterion`: the loss, where it has parameters of its own, which the optimizer may train, too.
+
     Raises WiringError, with the cause
-    - `optimizer-not-bound`: the optimizer holds parameters that are not this model's;
+    - `optimizer-not-bound`: the optimizer holds parameters that are not this model's, nor the criterion's;
     - `parameters-not-optimized`: a trainable parameter is in no parameter group, or in one twice;
     - `scheduler-not-bound`: the scheduler drives another optimizer;
     - `storage-shared`: two different parameters or buffers overlap in memory. (Tied weights, one parameter under two
       names, are fine.)
     """
     if optimizer is not None:
-        _check_optimizer(model, optimizer)
+        _check_optimizer(model, optimizer, criterion)
         if scheduler is not None:
             _check_scheduler(optimizer, scheduler)
     _check_storage(model)
 
 
-def _check_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+def _check_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, criterion: nn.Module | None) -> None:
     names = {id(parameter): name for name, parameter in model.named_parameters()}
+    if criterion is not None:
+        names |= {id(parameter): f"criterion.{name}" for name, parameter in criterion.named_parameters()} | names
     held = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     orphans = [parameter for parameter in held if id(parameter) not in names]
     kind = type(optimizer).__name__

@@ -1,11 +1,14 @@
 """What is needed to run recent steps again: the last agreed snapshot and what has been done since."""
 
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor
 
 from dreplica.replica.replica import Replica
-from dreplica.training.snapshot import Snapshot, take_snapshot
+from dreplica.replica.rng import get_rng_state
+from dreplica.training.plain_state import PlainState
+from dreplica.training.snapshot import Snapshot, state_beside_weights, take_snapshot
 
 
 @dataclass(frozen=True)
@@ -31,12 +34,22 @@ class EpochEntry:
     epoch: int
 
 
+@dataclass(frozen=True)
+class EvaluationEntry:
+    """The replica was evaluated: in eval mode, too, a forward pass may draw numbers or count."""
+
+    rng: dict[str, Any]
+    """The generators afterwards,"""
+    plain: PlainState
+    """and what else it may have changed."""
+
+
 class History:
     """Kept by the training loop; `every`: steps between snapshots, 0 for no history."""
 
     def __init__(self, replica: Replica, every: int) -> None:
         self.snapshot: Snapshot | None = None
-        self.entries: list[StepEntry | EpochEntry] = []
+        self.entries: list[StepEntry | EpochEntry | EvaluationEntry] = []
         self._replica = replica
         self._every = every
         self._candidate: Snapshot | None = None
@@ -61,6 +74,11 @@ class History:
         """Records the end of an epoch's training."""
         if self._every:
             self.entries.append(EpochEntry(epoch))
+
+    def evaluated(self) -> None:
+        """Records that the replica has been evaluated."""
+        if self._every:
+            self.entries.append(EvaluationEntry(get_rng_state(), state_beside_weights(self._replica)))
 
     def _promote(self, agreed_until: int) -> None:
         """A snapshot counts once its step is known to have agreed; what came before it is forgotten."""

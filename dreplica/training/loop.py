@@ -134,6 +134,7 @@ def train(
                 replica.scheduler.step()
             history.epoch_end(epoch)
         evaluation = evaluate(replica, data.val, coordinator, device, batch_size, num_workers, config.train, labels)
+        history.evaluated()
         agreement.evaluation({"logits": evaluation.logits}, epoch, evaluation.batches)
         yield _gather_epoch(epoch, agreement.steps_done, tally, evaluation, started, trained, world)
         if any(world.channel.gather(bool(stop_request))):  # with agreement.every 0 no step's message carries it

@@ -1,49 +1,56 @@
 """The whole state of a replica, kept in memory: taken at an agreed step, restored to replay from it."""
 
 import copy
-from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from dreplica.agreement.stages import parameter_names
 from dreplica.replica.replica import Replica
 from dreplica.replica.rng import get_rng_state, set_rng_state
+from dreplica.training.plain_state import KeptTensor, PlainState
+
+_MOST_BYTES = 2**20
+"""Larger buffers are not kept after each evaluation: statistics are smaller, and there may be many short epochs."""
 
 
 @dataclass(frozen=True)
 class Snapshot:
     """A copy of everything that a training step reads or writes. Tensors stay on their device."""
 
-    tensors: dict[str, Tensor]
-    """Parameters and buffers of model and criterion."""
-    buffers: dict[str, dict[str, bool]]
-    """Of each module of either: the buffers registered there, and whether there is a tensor or None."""
+    tensors: dict[str, KeptTensor]
+    """Parameters and buffers of model and criterion, and the optimizer's state: `model.head.bias`,
+    `optimizer.head.bias.momentum_buffer`."""
     gradients: dict[str, Tensor | None]
-    modes: dict[str, bool]
-    optimizer_state: list[tuple[Tensor, dict[str, Any]]]
-    """(parameter itself, copy of its state)."""
-    optimizer_groups: list[dict[str, Any]]
+    """Named as the parameters are in `tensors`."""
+    plain: PlainState
+    """Of the modules of model and criterion, their modes and hooks included, and of the optimizer, its settings
+    included."""
     others: list[dict[str, Any]]
     """State of the scheduler and the scaler."""
     rng: dict[str, Any]
     steps_done: int
 
+    def find(self, stage: str, name: str) -> Tensor | None:
+        """A tensor of the model or its optimizer, as the stage names it; None if there is none."""
+        if stage == "gradients":
+            return self.gradients.get(f"model.{name}")
+        kept = self.tensors.get(f"optimizer.{name}" if stage == "optimizer" else f"model.{name}")
+        return None if kept is None else kept.values
+
 
 def take_snapshot(replica: Replica) -> Snapshot:
     """Copies the state; the replica is not changed."""
+    named = _tensors(replica)
+    # A buffer that autograd has made is kept without its graph, in which there may be a step's activations.
+    tensors = {name: KeptTensor.of(tensor if tensor.is_leaf else tensor.detach()) for name, tensor in named.items()}
     return Snapshot(
-        tensors={name: tensor.detach().clone() for name, tensor in _tensors(replica).items()},
-        buffers={
-            path: {name: buffer is not None for name, buffer in module._buffers.items()}
-            for path, module in _modules(replica)
-        },
-        gradients={name: _copy(parameter.grad) for name, parameter in replica.model.named_parameters()},
-        modes={name: module.training for name, module in replica.model.named_modules()},
-        optimizer_state=[(parameter, _copy(state)) for parameter, state in replica.optimizer.state.items()],
-        optimizer_groups=[_copy(_settings(group)) for group in replica.optimizer.param_groups],
+        tensors=tensors,
+        gradients={name: _copy(parameter.grad) for name, parameter in _parameters(replica)},
+        plain=PlainState(_owners(replica), [tensor for tensor in named.values() if tensor.is_leaf], _is_optimizer),
         others=[_copy(other.state_dict()) for other in _others(replica)],
         rng=get_rng_state(),
         steps_done=replica.steps_done,
@@ -52,41 +59,25 @@ def take_snapshot(replica: Replica) -> Snapshot:
 
 @torch.no_grad()
 def restore_snapshot(replica: Replica, snapshot: Snapshot) -> None:
-    """Puts the state back, byte for byte; parameters and buffers keep their identity and memory.
+    """Puts the state back, byte for byte.
 
-    Only a buffer that a forward pass has added, replaced by one of another shape, or taken away since is another tensor
-    afterwards.
+    Parameters, buffers and the optimizer's state are the same tensors in the same memory as at the snapshot, whatever
+    has come to stand in their place since; only gradients are new ones.
     """
-    _restore_buffers(replica, snapshot)
-    for name, tensor in _tensors(replica).items():
-        tensor.copy_(snapshot.tensors[name])
-    for name, parameter in replica.model.named_parameters():
-        parameter.grad = _copy(snapshot.gradients[name])
-    for name, module in replica.model.named_modules():
-        module.training = snapshot.modes[name]
-    # Not load_state_dict, which casts the state to its parameter's dtype.
-    replica.optimizer.state = defaultdict(
-        dict, {parameter: _copy(state) for parameter, state in snapshot.optimizer_state}
-    )
-    for group, settings in zip(replica.optimizer.param_groups, snapshot.optimizer_groups, strict=True):
-        group.update(_copy(settings))
     for other, state in zip(_others(replica), snapshot.others, strict=True):
         other.load_state_dict(_copy(state))
+    snapshot.plain.restore()
+    for tensor in snapshot.tensors.values():
+        tensor.put_back()
+    for name, parameter in _parameters(replica):
+        parameter.grad = _copy(snapshot.gradients[name])
     replica.steps_done = snapshot.steps_done
     set_rng_state(snapshot.rng)
 
 
-def _restore_buffers(replica: Replica, snapshot: Snapshot) -> None:
-    for path, module in _modules(replica):
-        before = snapshot.buffers.get(path, {})
-        for name in [name for name in module._buffers if name not in before]:
-            delattr(module, name)
-        for name, was_tensor in before.items():
-            kept, now = snapshot.tensors.get(path + name), module._buffers.get(name)
-            if not was_tensor and now is not None:
-                module._buffers[name] = None
-            elif kept is not None and (now is None or (now.shape, now.dtype) != (kept.shape, kept.dtype)):
-                module._buffers[name] = kept.clone()
+def state_beside_weights(replica: Replica) -> PlainState:
+    """Of the modules of model and criterion, all but parameters and large tensors: what an evaluation may change."""
+    return PlainState(_modules(replica), max_bytes=_MOST_BYTES)
 
 
 def _tensors(replica: Replica) -> dict[str, Tensor]:
@@ -94,21 +85,44 @@ def _tensors(replica: Replica) -> dict[str, Tensor]:
     for prefix, module in (("model.", replica.model), ("criterion.", replica.criterion)):
         named |= {prefix + name: tensor for name, tensor in module.named_parameters()}
         named |= {prefix + name: tensor for name, tensor in module.named_buffers()}
+    names = parameter_names(replica.model, replica.optimizer)
+    for parameter, state in _states(replica.optimizer):
+        named |= {
+            f"optimizer.{names.get(parameter)}.{key}": value
+            for key, value in state.items()
+            if isinstance(value, Tensor)
+        }
     return named
 
 
-def _modules(replica: Replica) -> Iterator[tuple[str, nn.Module]]:
-    for prefix, root in (("model.", replica.model), ("criterion.", replica.criterion)):
-        for path, module in root.named_modules():
-            yield prefix + (f"{path}." if path else ""), module
+def _states(optimizer: torch.optim.Optimizer) -> Iterator[tuple[Any, Mapping[Any, Any]]]:
+    """(parameter, its state); a key that is no parameter, and state that is no mapping, are plain state."""
+    return ((key, state) for key, state in optimizer.state.items() if isinstance(state, Mapping))
+
+
+def _parameters(replica: Replica) -> Iterator[tuple[str, nn.Parameter]]:
+    for prefix, module in (("model.", replica.model), ("criterion.", replica.criterion)):
+        for name, parameter in module.named_parameters():
+            yield prefix + name, parameter
+
+
+def _modules(replica: Replica) -> list[nn.Module]:
+    return [*replica.model.modules(), *replica.criterion.modules()]
+
+
+def _owners(replica: Replica) -> list[object]:
+    """What has state in its attributes: also objects of the optimizer's own that it keeps as a parameter's state."""
+    kept = [value for _, state in _states(replica.optimizer) for value in state.values()]
+    return [*_modules(replica), replica.optimizer, *(value for value in kept if not isinstance(value, Tensor))]
+
+
+def _is_optimizer(value: object) -> bool:
+    """One optimizer may wrap another."""
+    return isinstance(value, torch.optim.Optimizer)
 
 
 def _others(replica: Replica) -> list[Any]:
     return [other for other in (replica.scheduler, replica.scaler) if other is not None]
-
-
-def _settings(group: dict[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in group.items() if key != "params"}
 
 
 def _copy(value: Any) -> Any:

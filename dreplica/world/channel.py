@@ -1,5 +1,6 @@
 """The collectives that control traffic needs: kilobytes of CPU data over gloo, and no wait without an end."""
 
+import io
 import pickle
 import time
 from dataclasses import dataclass
@@ -77,10 +78,11 @@ class Channel:
         return posted.tensor
 
     def broadcast(self, tensor: Tensor) -> Tensor:
-        """Rank 0's `tensor` (CPU, same shape and dtype everywhere), in place, on every replica."""
+        """Rank 0's `tensor` (CPU, contiguous, same shape and dtype everywhere), in place, on every replica."""
         if self.size > 1:
             source = dist.get_global_rank(self.group, 0) if self.group is not None else 0
-            self.wait(Posted(tensor, self._start(dist.broadcast, tensor, src=source)))
+            sent = tensor.view(-1).view(torch.uint8)  # as bytes, since gloo does not take every dtype
+            self.wait(Posted(sent, self._start(dist.broadcast, sent, src=source)))
         return tensor
 
     def sum(self, tensor: Tensor) -> Tensor:
@@ -93,7 +95,7 @@ class Channel:
         """Every replica's `value` (picklable), in the order of ranks, on every replica."""
         if self.size == 1:
             return [value]
-        payload = torch.frombuffer(bytearray(pickle.dumps(value)), dtype=torch.uint8)
+        payload = torch.frombuffer(_pickle(value), dtype=torch.uint8)
         sizes = torch.zeros(self.size, dtype=torch.int64)
         sizes[self.rank] = payload.numel()
         self.wait(self.post_max(sizes))
@@ -116,6 +118,30 @@ def gloo_channel(timeout: float = 300.0) -> Channel:
     if dist.is_initialized():
         group = cast(dist.ProcessGroup, dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout)))
     return Channel(group, timeout=timeout)
+
+
+class _Pickler(pickle.Pickler):
+    """Writes tensors as their bytes: torch's own way knows neither float8 nor unsigned integers of more than 8 bits."""
+
+    def reducer_override(self, value: Any) -> Any:
+        if type(value) is not Tensor or value.layout is not torch.strided or value.is_quantized or value.is_meta:
+            return NotImplemented
+        if value.device.type != "cpu" or value.requires_grad:
+            return NotImplemented
+        dense = value.resolve_conj().resolve_neg().contiguous()
+        return _from_bytes, (dense.view(-1).view(torch.uint8).numpy().tobytes(), value.dtype, tuple(value.shape))
+
+
+def _pickle(value: Any) -> bytearray:
+    buffer = io.BytesIO()
+    _Pickler(buffer).dump(value)
+    return bytearray(buffer.getbuffer())
+
+
+def _from_bytes(data: bytes, dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor:
+    if not data:
+        return torch.empty(shape, dtype=dtype)
+    return torch.frombuffer(bytearray(data), dtype=torch.uint8).view(dtype).view(shape)
 
 
 def _first_line(error: Exception) -> str:

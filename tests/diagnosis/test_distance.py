@@ -83,6 +83,32 @@ def test_the_norm_is_over_all_tensors_of_a_stage() -> None:
     assert row["buffers"]["l2"] == [0.0, 0.0]
 
 
+class Unusual(Few):
+    """Of dtypes and layouts that are not sent every day, and a loss that is trained, too."""
+
+    def __init__(self, replica_id: int) -> None:
+        super().__init__()
+        self.register_buffer("f8", torch.tensor([1.0 + replica_id]).to(torch.float8_e4m3fn))
+        self.register_buffer("u16", torch.tensor([replica_id]).to(torch.uint16))
+        self.register_buffer("packed", torch.tensor([replica_id], dtype=torch.uint8).view(torch.float4_e2m1fn_x2))
+        self.register_buffer("sparse", torch.diag(torch.tensor([0.0, 2.0 * replica_id])).to_sparse())
+
+
+def measured_unusual(world: World) -> Any:
+    model, criterion = Unusual(world.replica_id), Few()
+    optimizer = torch.optim.SGD([*model.parameters(), *criterion.parameters()], lr=0.1)
+    with torch.no_grad():
+        criterion.one += 5.0 * world.replica_id
+    return measure_distance(Replica(model, criterion, optimizer), world.channel)
+
+
+def test_tensors_of_any_dtype_and_layout_have_a_distance() -> None:
+    row = run_replicas(measured_unusual, 2)[0]
+    assert row["buffers"]["l2"] == [0.0, math.hypot(1.0, 2.0)]
+    assert row["weights"]["l2"] == [0.0, 0.0]
+    assert row["optimizer"]["l2"] == [0.0, math.sqrt(75.0)]
+
+
 def test_the_sign_of_zero_is_no_distance() -> None:
     row = run_replicas(measured, 2, "sign of zero")[0]
     assert row["weights"] == {"max_ulp": [0, 0], "l2": [0.0, 0.0]}

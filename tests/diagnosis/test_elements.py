@@ -261,3 +261,9 @@ def test_words() -> None:
 def test_what_cannot_be_compared(other: Tensor) -> None:
     with pytest.raises(ValueError, match="cannot compare"):
         compare_elements(torch.zeros(2), other)
+
+
+def test_packed_numbers_are_compared_as_bytes() -> None:
+    one, other = (torch.tensor(values, dtype=torch.uint8).view(torch.float4_e2m1fn_x2) for values in ([1, 2], [1, 6]))
+    found = difference(one, other)
+    assert (found.num_differing, found.first_index, found.first_values, found.differing_bits) == (1, (1,), (2, 6), 1)

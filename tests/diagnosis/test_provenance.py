@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from dreplica.agreement.stages import optimizer_stage
 from dreplica.cases.inject import flip_bits
 from dreplica.data.loader import Batch
 from dreplica.diagnosis.operators import OpRecord, OpTracer
@@ -132,3 +133,19 @@ def test_the_criterions_tensors_and_the_batch_are_the_steps_own() -> None:
     after = contents_after(replica)
     assert list(after["gradients"]) == ["5.bias"]
     assert after["gradients"]["5.bias"] not in contents_before(replica, batch)  # gradients are zeroed first
+
+
+def test_the_optimizers_tensors_are_named_as_its_stage_names_them() -> None:
+    model, criterion = nn.Linear(2, 2), nn.PReLU(2)
+    optimizer = torch.optim.SGD([*model.parameters(), *criterion.parameters()], lr=0.1, momentum=0.9)
+    for parameter in [*model.parameters(), *criterion.parameters()]:
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+    named = set(contents_after(Replica(model, criterion, optimizer))["optimizer"])
+    assert named == {
+        "weight.momentum_buffer",
+        "bias.momentum_buffer",
+        "group0.params.2",
+        "group0.params.2.momentum_buffer",
+    }
+    assert named < set(optimizer_stage(model, optimizer).entries())

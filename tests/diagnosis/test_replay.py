@@ -254,3 +254,51 @@ def test_what_is_there_now_is_compared_with_the_replay_only_while_it_is_there() 
     replayer.again(replayer.indices())
     assert replayer.present_and_replayed("weights", "body.5.weight") is None  # step 5 has written over it
     replayer.close()
+
+
+class Moody(Noisy):
+    """Counts its training steps, freezes its BatchNorm at the second, and draws in evaluations, too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls = 0
+
+    def forward(self, images: Tensor) -> Tensor:
+        self.calls += 1
+        if self.training and self.calls == 2:
+            self.body[1].eval()
+        return super().forward(images) * (1 + 0.01 * self.calls)
+
+
+@pytest.mark.parametrize("every", [50, 2])
+def test_evaluations_and_modes_are_followed(every: int) -> None:
+    seed_generators(3)
+    replica = with_momentum(Moody())
+    agreement = Agreement(replica.model, replica.optimizer)
+    history = History(replica, every)
+    stages = {}
+    for step in range(1, 8):
+        number = (step - 1) % 3
+        if number == 0:
+            replica.model.train()
+        entry = StepEntry(step, 1 + (step - 1) // 3, number, indices_of(step), None)
+        batch = load(entry.indices, entry)
+        output = training_step(replica, batch, TrainConfig())
+        stages[step] = agreement.observe(
+            indices=batch.indices, batch=(batch.inputs, batch.labels), outputs=output.logits, loss=output.loss
+        )
+        history.step(replace(entry, word=fold(step, stages[step])), step)
+        if number == 2:
+            modes = {module: module.training for module in replica.model.modules()}
+            replica.model.eval()
+            replica.model(batch.inputs)
+            for module, training in modes.items():
+                module.training = training
+            history.evaluated()
+    before, calls = everything(replica), replica.model.calls
+    replayer = Replayer(replica, history, lambda entry: indices_of(entry.step), load, TrainConfig(), agreement)
+    assert replayer.approach(7) is None
+    assert replayer.again(replayer.indices()).stages == stages[7]
+    replayer.close()
+    assert everything(replica) == before
+    assert replica.model.calls == calls

@@ -343,6 +343,9 @@ class Motley(nn.Module):
         self.norm = nn.BatchNorm1d(2)
         self.norm.num_batches_tracked.fill_(replica_id)
         self.register_buffer("flags", torch.tensor([True, False, replica_id == 0]))
+        self.register_buffer("expanded", torch.tensor([float(replica_id)]).expand(2, 3))
+        self.register_buffer("of_float8", torch.tensor([float(replica_id)] * 2).to(torch.float8_e5m2))
+        self.register_buffer("of_uint16", torch.tensor([replica_id] * 2).to(torch.uint16))
         self.register_buffer("short", torch.tensor([replica_id], dtype=torch.int16))
         self.register_buffer("hidden", torch.tensor([float("nan"), -0.0, replica_id]), persistent=False)
         if extra and replica_id == 1:

@@ -109,6 +109,29 @@ def test_the_optimizer_of_another_model() -> None:
     assert "made for another model" in error.message
 
 
+class Scaled(nn.CrossEntropyLoss):
+    """A loss with a weight to learn."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(()))
+
+
+def test_an_optimizer_may_train_the_criterion_too() -> None:
+    model, criterion = make_model(), Scaled()
+    check_wiring(model, torch.optim.SGD([*model.parameters(), *criterion.parameters()], lr=0.1), None, criterion)
+    check_wiring(model, sgd(model), None, criterion)
+
+
+def test_another_criterions_parameters_are_orphans() -> None:
+    model = make_model()
+    optimizer = torch.optim.SGD([*model.parameters(), *Scaled().parameters()], lr=0.1)
+    for criterion in (None, Scaled(), nn.CrossEntropyLoss()):
+        with pytest.raises(WiringError, match="1 of the 7 parameters") as caught:
+            check_wiring(model, optimizer, None, criterion)
+        assert caught.value.cause == "optimizer-not-bound"
+
+
 # ---- parameters-not-optimized
 
 
@@ -127,6 +150,15 @@ def test_a_layer_added_after_the_optimizer_was_made() -> None:
     optimizer = sgd(model)
     model.append(nn.Linear(2, 2))
     assert fault(model, optimizer).tensor == "4.weight"
+
+
+@pytest.mark.filterwarnings("ignore:optimizer contains a parameter group with duplicate")
+def test_a_parameter_of_the_criterion_twice() -> None:
+    model, criterion = make_model(), Scaled()
+    optimizer = torch.optim.SGD([*model.parameters(), criterion.scale, criterion.scale], lr=0.1)
+    with pytest.raises(WiringError) as caught:
+        check_wiring(model, optimizer, None, criterion)
+    assert (caught.value.cause, caught.value.tensor) == ("parameters-not-optimized", "criterion.scale")
 
 
 @pytest.mark.filterwarnings("ignore:optimizer contains a parameter group with duplicate")

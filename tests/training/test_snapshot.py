@@ -146,7 +146,159 @@ def test_buffers_that_a_forward_pass_has_added_removed_or_resized_are_as_before(
     assert dict(model._buffers).keys() == names
     assert model.later is None
     assert list(model.state_dict()) == ["gone", "linear.weight", "linear.bias"]
-    assert sized is not model.sized
+    assert sized is model.sized
     model.linear(torch.ones(3, 2))
     restore_snapshot(replica, snapshot)
     assert buffers_stage(model) == before
+
+
+class Stateful(nn.Module):
+    """State in attributes that no state_dict knows."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(2, 2)
+        self.register_buffer("mask", torch.ones(1).expand(2))
+        self.register_buffer("kept", torch.zeros(2, 2))
+        self.calls, self.seen = 0, [torch.zeros(2)]
+        self.random = random.Random(1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.calls += 1
+        self.seen.append(self.seen[-1] + x.detach().mean(0))
+        self.kept = self.linear.weight.data
+        return self.linear(x) * self.mask * (1 + 0.1 * self.calls) + self.seen[-1] + self.random.random()
+
+
+class Counting(torch.optim.SGD):
+    """Steps that become smaller, by a count that begins in the class."""
+
+    count = 0
+
+    def step(self, closure: Any = None) -> Any:
+        self.count += 1
+        for group in self.param_groups:
+            group["lr"] = 0.1 / self.count
+            group["last"] = self.count
+        return super().step(closure)
+
+
+class Loss(nn.Module):
+    """With a weight of its own, and a count."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(2))
+        self.calls = 0
+
+    def forward(self, outputs: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        self.calls += 1
+        return nn.functional.cross_entropy(outputs * self.scale * self.calls, labels)
+
+
+def stateful_replica() -> Replica:
+    torch.manual_seed(0)
+    model, criterion = Stateful(), Loss()
+    parameters = [*model.parameters(), *criterion.parameters()]
+    return Replica(model, criterion, Counting(parameters, lr=0.1, momentum=0.9))
+
+
+def step_by_hand(replica: Replica) -> None:
+    training_step(replica, Batch(torch.arange(3), torch.rand(3, 2), torch.tensor([0, 1, 1])), TrainConfig())
+
+
+def state_beside(replica: Replica) -> list[Any]:
+    model, criterion, optimizer = replica.model, replica.criterion, replica.optimizer
+    gradients = [criterion.scale.grad, model.linear.weight.grad]
+    tensors = [*model.seen, model.mask, model.kept, criterion.scale, model.linear.weight]
+    return [
+        [tensor.detach().clone().numpy().tobytes() for tensor in tensors],
+        [None if gradient is None else gradient.tolist() for gradient in gradients],
+        (model.calls, criterion.calls, optimizer.count, "count" in vars(optimizer)),
+        model.random.getstate(),
+        [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups],
+        [module.training for root in (model, criterion) for module in root.modules()],
+        [tensor.data_ptr() for tensor in (model.mask, model.kept, criterion.scale)],
+    ]
+
+
+@pytest.mark.parametrize("steps_before", [0, 2])
+def test_state_in_attributes_is_as_before_and_the_steps_after_it_come_out_alike(steps_before: int) -> None:
+    replica = stateful_replica()
+    for _ in range(steps_before):
+        step_by_hand(replica)
+    before, held = state_beside(replica), (replica.model.seen, replica.optimizer.state, replica.optimizer.param_groups)
+    snapshot = take_snapshot(replica)
+    ends = []
+    for _ in range(2):
+        replica.criterion.eval()
+        for _ in range(2):
+            step_by_hand(replica)
+        replica.model.extra = nn.Linear(2, 2)
+        replica.optimizer.add_param_group({"params": [torch.zeros(1, requires_grad=True)]})
+        ends.append([*state_beside(replica), *optimizer_stage(replica.model, replica.optimizer).entries().items()])
+        replica.optimizer.state = {}
+        restore_snapshot(replica, snapshot)
+        assert state_beside(replica) == before
+        assert held[0] is replica.model.seen
+        assert held[1] is replica.optimizer.state
+        assert held[2] is replica.optimizer.param_groups
+    assert ends[0] == ends[1]
+
+
+def test_a_snapshot_finds_tensors_by_stage_and_name() -> None:
+    replica = stateful_replica()
+    step_by_hand(replica)
+    snapshot = take_snapshot(replica)
+    named = {
+        ("weights", "linear.weight"): replica.model.linear.weight,
+        ("buffers", "mask"): replica.model.mask,
+        ("gradients", "linear.bias"): replica.model.linear.bias.grad,
+        ("optimizer", "linear.bias.momentum_buffer"): replica.optimizer.state[replica.model.linear.bias][
+            "momentum_buffer"
+        ],
+        ("optimizer", "group0.params.2.momentum_buffer"): replica.optimizer.state[replica.criterion.scale][
+            "momentum_buffer"
+        ],
+    }
+    entries = optimizer_stage(replica.model, replica.optimizer).entries()
+    for (stage, name), tensor in named.items():
+        found = snapshot.find(stage, name)
+        assert found is not None
+        assert found is not tensor
+        assert found.tolist() == tensor.tolist()
+        assert stage != "optimizer" or name in entries
+    assert snapshot.find("weights", "nothing") is None
+
+
+def test_an_optimizer_within_an_optimizer_is_restored() -> None:
+    model = nn.Linear(2, 2)
+    inner = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    outer = torch.optim.SGD(model.parameters(), lr=0.0)
+    outer.inner = inner
+    outer.register_step_post_hook(lambda *_: inner.step())
+    replica = Replica(model, nn.CrossEntropyLoss(), outer)
+    step_by_hand(replica)
+    before = optimizer_stage(model, inner)
+    snapshot = take_snapshot(replica)
+    step_by_hand(replica)
+    assert optimizer_stage(model, inner) != before
+    restore_snapshot(replica, snapshot)
+    assert optimizer_stage(model, inner) == before
+
+
+def test_a_hook_that_removes_itself_is_there_again() -> None:
+    replica = make_replica(OPTIMIZERS[0])
+    calls = []
+
+    def once(*_: Any) -> None:
+        calls.append(1)
+        handle.remove()
+
+    handle = replica.model.register_forward_hook(once)
+    snapshot = take_snapshot(replica)
+    for expected in (1, 2):
+        for seed in range(2):
+            training_step(replica, make_batch(seed), TrainConfig())
+        assert len(calls) == expected
+        restore_snapshot(replica, snapshot)

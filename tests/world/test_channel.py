@@ -30,6 +30,42 @@ def test_gather_brings_unequal_and_large_objects_in_the_order_of_ranks() -> None
     assert run_replicas(gathers, 3) == [expected] * 3
 
 
+UNUSUAL = {
+    "float8": torch.tensor([1.0, -2.0]).to(torch.float8_e4m3fn),
+    "uint16": torch.tensor([1, 65535]).to(torch.uint16),
+    "uint64": torch.tensor([1, -1]).view(torch.uint64),
+    "bool": torch.tensor([[True], [False]]),
+    "bfloat16": torch.tensor(1.5, dtype=torch.bfloat16),
+    "complex": torch.tensor([1 + 2j, -0.0 - 1j]).conj(),
+    "transposed": torch.arange(6).reshape(2, 3).t(),
+    "sparse": torch.tensor([[0.0, 2.0]]).to(torch.float8_e5m2).float().to_sparse(),
+    "empty": torch.zeros(0, 2, dtype=torch.uint32),
+}
+
+
+def sends_unusual(world: World) -> tuple[list[Any], list[Any]]:
+    gathered = world.channel.gather(UNUSUAL if world.replica_id == 1 else None)[1]
+    sent = []
+    for tensor in UNUSUAL.values():
+        if tensor.layout is torch.strided:
+            own = (
+                tensor.contiguous().clone() if world.replica_id == 0 else torch.zeros(tensor.shape, dtype=tensor.dtype)
+            )
+            sent.append(described(world.channel.broadcast(own)))
+    return [described(tensor) for tensor in gathered.values()], sent
+
+
+def described(tensor: torch.Tensor) -> tuple[Any, ...]:
+    dense = tensor.to_dense().resolve_conj().contiguous()
+    return tensor.dtype, tensor.layout, tuple(tensor.shape), dense.view(-1).view(torch.uint8).tolist()
+
+
+def test_tensors_of_any_dtype_can_be_sent() -> None:
+    everything = [described(tensor) for tensor in UNUSUAL.values()]
+    dense = [row for row in everything if row[1] is torch.strided]
+    assert run_replicas(sends_unusual, 2) == [(everything, dense)] * 2
+
+
 def reduces(world: World) -> list[Any]:
     rank, channel = world.replica_id, world.channel
     broadcast = channel.broadcast(torch.tensor([rank + 7, rank]))
