@@ -24,9 +24,9 @@ from torch.utils.data import DataLoader
 from dreplica.agreement.agreement import Agreement
 from dreplica.config import RunConfig
 from dreplica.data.coordinator import Coordinator
-from dreplica.data.datasets import load_data
 from dreplica.data.loader import normalize
-from dreplica.data.samples import DataSets, at_epoch, normalization
+from dreplica.data.prepare import prepare_data
+from dreplica.data.samples import DataSets, at_epoch, by_itself, normalization
 from dreplica.errors import ExitCode, UsageError
 from dreplica.meet import Prepared, meet
 from dreplica.replica.build import build_replica
@@ -68,7 +68,8 @@ class Bench:
     def __init__(self, config: RunConfig, world: World, device: torch.device, steps: int | None) -> None:
         train = config.train.model_copy(update={"max_steps": None})
         self.config, self.world, self.device = config.model_copy(update={"train": train}), world, device
-        self.data: DataSets = world.together(lambda: load_data(config.data, config.seed.augment))
+        self.data: DataSets = prepare_data(config.data, config.seed.augment, world, device)
+        self.coordinator = Coordinator(world.channel, seed=0)
         seed_generators(model_seed(config.seed, world.replica_id))
         self.replica: Replica = world.together(lambda: build_replica(config, self.data.num_classes, device))
         self.replica.scaler = make_scaler(config.train, device)
@@ -123,7 +124,7 @@ class Bench:
         """What one would write by hand."""
         replica, data = self.replica, self.config.data
         loader = DataLoader(
-            at_epoch(self.data.train, 1),
+            at_epoch(by_itself(self.data.train), 1),
             data.batch_size,
             shuffle=True,
             num_workers=data.num_workers,
@@ -161,11 +162,18 @@ class Bench:
             lag=AGREEMENT_LAG,
             channel=self.world.channel,
         )
-        coordinator = Coordinator(self.world.channel, seed=0)
         history = self.history if every else History(self.replica, every=0)
         stop_request = StopRequest()
         epochs = train(
-            self.replica, self.data, coordinator, agreement, self.config, self.world, self.device, stop_request, history
+            self.replica,
+            self.data,
+            self.coordinator,
+            agreement,
+            self.config,
+            self.world,
+            self.device,
+            stop_request,
+            history,
         )
         done = (event for event in epochs if isinstance(event, StepDone))
         for _ in itertools.islice(done, steps):

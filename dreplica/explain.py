@@ -13,7 +13,7 @@ from dreplica.cases.inject import Injector
 from dreplica.config import RunConfig
 from dreplica.data.coordinator import Coordinator
 from dreplica.data.loader import Batch, load_again
-from dreplica.data.samples import DataSets, at_epoch
+from dreplica.data.samples import DataSets, at_epoch, by_itself
 from dreplica.diagnosis.attempt import AttemptFailed, attempt
 from dreplica.diagnosis.conclude import RunFacts, conclude, conclude_build
 from dreplica.diagnosis.diagnose import can_replay, diagnose
@@ -69,7 +69,7 @@ class Explainer:
             return conclude(unexplained, self.facts)
         original = agreement.diverged_stages
         num_workers = self.config.data.num_workers
-        dataset = at_epoch(self.data.train, found.epoch or 1)
+        dataset = by_itself(at_epoch(self.data.train, found.epoch or 1))
         data = PlainState([self.data.train], enter=_is_of_the_data, max_bytes=_MOST_BYTES)
         try:
             verdict = diagnose(found, original, replayer, dataset, num_workers, self.channel, self.facts)

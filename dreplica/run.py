@@ -14,9 +14,8 @@ from dreplica.agreement.stages import rng_stage
 from dreplica.agreement.trace import Trace
 from dreplica.agreement.verdict import Divergence, Verdict, split_into_classes, suspects_of
 from dreplica.cases.inject import FaultyCoordinator, Injector
-from dreplica.data.datasets import load_data
+from dreplica.data.prepare import prepare_data
 from dreplica.data.samples import DataSets
-from dreplica.data.skip import leave_out_unreadable
 from dreplica.diagnosis import conclude as diagnosis
 from dreplica.diagnosis.conclude import BuildFacts, RunFacts
 from dreplica.diagnosis.distance import measure_distance
@@ -124,13 +123,8 @@ class Run:
 
     def load(self) -> tuple[DataSets, int]:
         """The data sets, and the seed of the data order: rank 0's own draw if `seed.data` is null."""
-        data = self.world.together(lambda: load_data(self.own.data, self.own.seed.augment))
-        if self.config.data.on_error == "skip":
-            place = f"{self.world.host} {self.own.data.root}"
-            data = leave_out_unreadable(data, self.channel, self.own.data.num_workers, place)
-            self.skipped = list(data.skipped)
-            if self.skipped and self.world.is_coordinator:
-                log.warning("data.on_error: skipped %d samples:\n  %s", len(self.skipped), "\n  ".join(self.skipped))
+        data = prepare_data(self.own.data, self.own.seed.augment, self.world, self.device.device)
+        self.skipped = list(data.skipped)
         seed = self.config.seed.data
         if seed is None:
             seed = int(self.channel.gather(fresh_seed())[0])
@@ -180,7 +174,8 @@ class Run:
 
     def train(self) -> Verdict:
         """Trains to the end and returns the verdict; raises Divergence where replicas part and are to stop."""
-        display = ProgressDisplay(self.console, self.world.is_coordinator, self.expect)
+        kept = len(self.data.train) if self.own.data.cache != "none" else 0  # type: ignore[arg-type]
+        display = ProgressDisplay(self.console, self.world.is_coordinator, self.expect, kept)
         trace_path = self.recorder.folder / "trace.jsonl" if self.world.is_coordinator else None
         watch = LearningWatch(self.replica)
         with closing(display), Trace(trace_path, self.world.num_replicas) as trace:

@@ -323,6 +323,8 @@ OVERRIDABLE = {
     "schedule.name": "ConstantLR",
     "data.root": "elsewhere",
     "data.num_workers": 2,
+    "data.decode": "node",
+    "data.cache": "memory",
     "train.amp": "bf16",
     "train.grad_clip": 1.0,
     "train.accumulate": 2,

@@ -13,6 +13,7 @@ from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional
 
 from dreplica.data.config import DataConfig
+from dreplica.data.shift_flip import ShiftFlip
 from dreplica.errors import UsageError
 from dreplica.section import import_function, nearest
 
@@ -22,14 +23,22 @@ Transform = Callable[[Image], Image]
 
 @dataclass(frozen=True)
 class Augmentation:
-    """A transform that draws at random, and from which generators."""
+    """What becomes of an image: it is fitted, transformed by itself, shifted and flipped with its batch; or some of
+    these."""
 
-    transform: Transform
+    fit: Transform | None = None
+    """Draws nothing, and gives images that are all of one size. None: the transform takes, and needs, the whole."""
+    transform: Transform | None = None
+    """Draws at random."""
+    batched: ShiftFlip | None = None
     only_torch: bool = True
-    """All of torchvision's v2 draw from torch's alone; a user's function may draw from any."""
+    """Whether `transform` draws from torch's generator alone, as all of torchvision's v2 do; a user's function may draw
+    from any."""
 
-    def __call__(self, image: Image, seed: int, epoch: int, index: int) -> Image:
-        """The image as it is in that epoch; the global generators stay as they are."""
+    def one(self, image: Image, seed: int, epoch: int, index: int) -> Image:
+        """The fitted image, transformed as it is in that epoch; the global generators stay as they are."""
+        if self.transform is None:
+            return image
         with drawing_from(seed, epoch, index, self.only_torch):
             return self.transform(image)
 
@@ -50,16 +59,15 @@ def make_augmentation(config: DataConfig, size: int) -> Augmentation | None:
     if name is None:
         return None
     if ":" in name:
-        return Augmentation(_UserFunction(name, size), only_torch=False)
-    fit, flip = fit_image(size), v2.RandomHorizontalFlip()
+        return Augmentation(transform=_UserFunction(name, size), only_torch=False)
     if name == "flip":
-        return Augmentation(v2.Compose([fit, flip]))
+        return Augmentation(fit_image(size), batched=ShiftFlip())
     if name == "crop_flip":
-        return Augmentation(v2.Compose([fit_image(size, ratio=1.0), v2.RandomCrop(size, padding=4), flip]))
+        return Augmentation(fit_image(size, ratio=1.0), batched=ShiftFlip(padding=4))
     if name == "resized_crop":
-        return Augmentation(v2.Compose([v2.RandomResizedCrop(size), flip]))
+        return Augmentation(transform=v2.RandomResizedCrop(size), batched=ShiftFlip())
     if name == "trivial":
-        return Augmentation(v2.Compose([fit, v2.TrivialAugmentWide()]))
+        return Augmentation(fit_image(size), v2.TrivialAugmentWide())
     raise UsageError(
         f"data.augment: there is no augmentation {name!r}. {nearest(name, NAMES)} "
         "Or name a function of yours: package.module:function."

@@ -34,6 +34,13 @@ class DataConfig(Section):
     image (uint8, 3 x H x W), which returns one; null: none. Drawn from (seed.augment, epoch, sample) alone."""
     image_size: Annotated[int | None, Lockstep()] = Field(None, ge=1, le=8192)
     """Height and width of the images that reach the model; null: what is usual for the data (224 for photographs)."""
+    decode: Literal["replica", "node"] = "replica"
+    """Who decodes an image: each `replica` for itself; or `node`: once for all replicas of a node, which share it as
+    bytes, and so would share a mistake that one of them makes in decoding."""
+    cache: Literal["none", "memory", "device"] = "none"
+    """Where decoded images are kept after the first epoch, 3 bytes per pixel: `memory` of the node, once for each
+    replica or, with `decode: node`, once; or the replica's own `device`, where batches are also put together and
+    augmented: with `augment` null, `flip` or `crop_flip`. Whatever this is, the pixels are the same."""
     on_error: Annotated[Literal["stop", "skip"], Lockstep()] = "stop"
     """A sample that cannot be loaded: `stop` the run when it is met, or `skip`: load every sample once before the first
     step, and leave out, on all replicas, those that any node cannot load."""

@@ -17,11 +17,12 @@ class IndexStream:
 
     As a batch sampler it is read ahead by the loader's workers, at a pace that may differ between replicas; the windows
     are sent at the pace of the training loop (`consumed`), which is the same on all. Creating it and `consumed` are
-    collectives.
+    collectives. `serial`: which of its coordinator's passes this is, from 1: the same on every replica.
     """
 
-    def __init__(self, channel: Channel, order: Tensor | None, num_samples: int, batch_size: int) -> None:
+    def __init__(self, channel: Channel, order: Tensor | None, num_samples: int, batch_size: int, serial: int) -> None:
         assert (order is None) == (channel.rank != 0), "rank 0 draws the order, and only rank 0"
+        self.serial = serial
         self.batch_size = batch_size
         self.num_samples = num_samples
         self._channel = channel
@@ -70,13 +71,14 @@ class Coordinator:
     def __init__(self, channel: Channel, seed: int) -> None:
         self.seed = seed
         self._channel = channel
+        self._passes = 0
 
     def training_batches(self, num_samples: int, batch_size: int, epoch: int) -> IndexStream:
         """A new permutation each epoch (from 1); the last batch may be smaller. A collective."""
         order = None
         if self._channel.rank == 0:
             order = draw_order(num_samples, self.seed, epoch)
-        return IndexStream(self._channel, order, num_samples, batch_size)
+        return self._stream(order, num_samples, batch_size)
 
     def redraw(self, num_samples: int, batch_size: int, epoch: int, number: int) -> Tensor:
         """The sample indices (int64) of batch `number` of an epoch, drawn again on this rank. No collective."""
@@ -86,7 +88,11 @@ class Coordinator:
     def evaluation_batches(self, num_samples: int, batch_size: int) -> IndexStream:
         """All samples in their own order. A collective."""
         order = torch.arange(num_samples) if self._channel.rank == 0 else None
-        return IndexStream(self._channel, order, num_samples, batch_size)
+        return self._stream(order, num_samples, batch_size)
+
+    def _stream(self, order: Tensor | None, num_samples: int, batch_size: int) -> IndexStream:
+        self._passes += 1
+        return IndexStream(self._channel, order, num_samples, batch_size, self._passes)
 
 
 def draw_order(num_samples: int, seed: int, epoch: int) -> Tensor:

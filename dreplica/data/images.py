@@ -2,21 +2,31 @@
 
 import copy
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy
 import PIL.Image
+import torch
+from numpy.typing import NDArray
 from PIL import ImageOps, UnidentifiedImageError
 from torch import Tensor
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, default_collate
 from torchvision.transforms.v2 import functional
 
 from dreplica.data.augment import Augmentation, fit_image
-from dreplica.data.samples import IMAGENET_MEAN, IMAGENET_STD, Sample, SampleError
+from dreplica.data.samples import IMAGENET_MEAN, IMAGENET_STD, Place, Sample, SampleError, load_sample
+from dreplica.data.shelf import Item, Key, Shelf
 
 _WHITE = (255, 255, 255, 255)
+_LOOKED_AT = 8
+"""Images that are decoded to guess how large all are."""
+
+Exchange = Callable[[Place, Sequence[Key], Callable[[int], Item]], list[Item]]
+"""Gives a batch's images that the node's replicas decode together, as `Shelf.fetch` does."""
 
 
 class Images(Dataset[Sample]):
@@ -43,14 +53,64 @@ class Images(Dataset[Sample]):
         self.source = source
         self.positions = range(len(source)) if positions is None else positions
         self.size, self.normalization = size, normalization
-        self._fit, self._augmentation = fit_image(size), augmentation
+        self.augmentation = Augmentation(fit_image(size)) if augmentation is None else augmentation
         self._seed, self._epoch = seed, 0
+        self._cache: Shelf | None = None
+        self._exchange: tuple[int, Exchange] | None = None
 
     def __len__(self) -> int:
         return len(self.positions)
 
     def __getitem__(self, index: int) -> Sample:
         """Raises SampleError for what is no image."""
+        images, labels = self.load_batch([index])
+        return images[0], int(labels[0])
+
+    def load_batch(self, indices: Sequence[int], place: Place | None = None) -> tuple[Tensor, Tensor]:
+        """Images, uint8 (batch, 3, size, size), and labels, int64 (batch,).
+
+        `place`: which batch of a pass it is, for the replicas that share it; None: this process alone loads it.
+        """
+        if self._exchange is None or place is None:
+            items = self._load(indices)
+        else:
+            part, fetch = self._exchange
+            keys = [(part, self._epoch, place[0], index) for index in indices]
+            items = fetch(place, keys, lambda position: self._load([indices[position]])[0])
+        images, labels = default_collate([(torch.from_numpy(pixels), label) for pixels, label in items])
+        return self.augment_batch(images, indices), labels
+
+    def augment_batch(self, images: Tensor, indices: Sequence[int]) -> Tensor:
+        """What is done with a whole batch. `images`: as `load_batch` gives them, but for this; may be overwritten."""
+        batched = self.augmentation.batched
+        return images if batched is None else batched(images, self._seed, self._epoch, indices)
+
+    def _load(self, indices: Sequence[int]) -> list[Item]:
+        if self._cache is None:
+            return [load_sample(self, index, self._make) for index in indices]
+        slots = [(index, (0, 0, 0, index)) for index in indices]
+        kept = self._cache.fetch(slots, lambda position: load_sample(self, indices[position], self._make_to_keep))
+        if self.augmentation.transform is None:
+            return kept
+        return [
+            load_sample(self, index, partial(self._transform, item)) for index, item in zip(indices, kept, strict=True)
+        ]
+
+    def _make(self, index: int) -> Item:
+        image, label = self._decode(index)
+        return _pixels(self.augmentation.one(image, self._seed, self._epoch, index)), label
+
+    def _make_to_keep(self, index: int) -> Item:
+        """Before anything is drawn at random. (3, H, W), or (H, W, 3) where PIL goes on with it."""
+        image, label = self._decode(index)
+        return (_pixels(image) if self.augmentation.transform is None else numpy.asarray(image)), label
+
+    def _transform(self, kept: Item, index: int) -> Item:
+        image = PIL.Image.fromarray(kept[0])
+        return _pixels(self.augmentation.one(image, self._seed, self._epoch, index)), kept[1]
+
+    def _decode(self, index: int) -> tuple[PIL.Image.Image, int]:
+        """Fitted, where that comes first. Raises SampleError for what is no image."""
         try:
             image, label = self.source[self.positions[index]]
             image = to_rgb(image)
@@ -59,17 +119,43 @@ class Images(Dataset[Sample]):
                 f"data.root: the sample at index {index} ({self.describe(index)}) {error}. "
                 "Replace or remove it, or leave such samples out: --data.on_error skip."
             ) from error
-        if self._augmentation is None:
-            image = self._fit(image)
-        else:
-            image = self._augmentation(image, self._seed, self._epoch, index)
-        return functional.pil_to_tensor(image), int(label)
+        fit = self.augmentation.fit
+        return (image if fit is None else fit(image)), int(label)
 
     def at_epoch(self, epoch: int) -> "Images":
         """The view of an epoch: the same images, augmented otherwise."""
         view = copy.copy(self)
         view._epoch = epoch
         return view
+
+    def sharing(self, cache: Shelf | None = None, part: int = 0, exchange: Exchange | None = None) -> "Images":
+        """The same images, of which decoded ones are kept in `cache` and batches are shared by way of `exchange`, which
+        serves several data sets; `part`: which of them this is."""
+        view = copy.copy(self)
+        view._cache, view._exchange = cache, None if exchange is None else (part, exchange)
+        return view
+
+    def by_itself(self) -> "Images":
+        """The same images, decoded anew each time."""
+        return self.sharing()
+
+    def without_batched(self) -> "Images":
+        """The same images without what is done with a whole batch."""
+        view = copy.copy(self)
+        view.augmentation = replace(self.augmentation, batched=None)
+        return view
+
+    def bytes_kept(self) -> float:
+        """What a cache takes for each image; a guess from a few of them where sizes differ."""
+        if self.augmentation.fit is not None:
+            return 3 * self.size**2
+        sizes = []
+        for index in range(0, len(self), -(-len(self) // _LOOKED_AT)):
+            try:
+                sizes.append(self._make_to_keep(index)[0].nbytes)
+            except SampleError:  # reported when it is trained on, or skipped
+                continue
+        return sum(sizes) / max(1, len(sizes))
 
     def signature(self, index: int) -> str:
         """What the source tells of the sample, for the digest; only of files."""
@@ -81,6 +167,10 @@ class Images(Dataset[Sample]):
         return self.source.describe(position) if hasattr(self.source, "describe") else f"its sample {position}"
 
 
+def _pixels(image: PIL.Image.Image) -> NDArray[numpy.uint8]:
+    return numpy.asarray(image).transpose(2, 0, 1).copy()
+
+
 class UnreadableImageError(ValueError):
     """What is wrong with a file, as the end of a sentence."""
 
@@ -90,7 +180,8 @@ def read_image(path: str) -> PIL.Image.Image:
     try:
         with PIL.Image.open(path) as image:
             image.load()
-            return ImageOps.exif_transpose(image)
+            ImageOps.exif_transpose(image, in_place=True)  # otherwise it copies what is upright
+            return image
     except FileNotFoundError:
         raise UnreadableImageError("is not there, though it was when the run began") from None
     except UnidentifiedImageError:

@@ -2,16 +2,17 @@
 
 import os
 import signal
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, default_collate
+from torch.utils.data import DataLoader, Dataset
 
 from dreplica.data.coordinator import WINDOW, IndexStream, epoch_generator
-from dreplica.data.samples import SampleError, describe, load_sample, normalization
+from dreplica.data.device_cache import OnDevice
+from dreplica.data.samples import Place, SampleError, by_itself, describe, load_batch, normalization
 from dreplica.errors import UsageError
 
 _PREFETCH = 2
@@ -79,9 +80,15 @@ def load_batches(
     is due, in the training process, whichever process has tried.
     """
     assert num_workers * _PREFETCH < WINDOW, "workers must not read past the window that was sent"
+    if isinstance(dataset, OnDevice) and dataset.is_complete:
+        for number in range(len(stream)):
+            stream.consumed(number)
+            indices = stream.batch(number)
+            yield _make_batch(dataset, indices, dataset.get(indices), device, memory_format, labels, weights)
+        return
     loader: DataLoader[Any] = DataLoader(
-        _Batches(dataset),
-        batch_sampler=stream,
+        _Batches(dataset.source if isinstance(dataset, OnDevice) else dataset),
+        batch_sampler=_Placed(stream),
         num_workers=num_workers,
         prefetch_factor=_PREFETCH if num_workers else None,
         collate_fn=_as_it_is,
@@ -102,9 +109,13 @@ def load_again(
     *,
     weights: Tensor | None = None,
 ) -> Batch:
-    """One batch of the given samples, loaded in this process, as `load_batches` would."""
+    """One batch of the given samples, loaded in this process, as `load_batches` would; images are decoded anew."""
+    dataset = by_itself(dataset)
     loader: DataLoader[Any] = DataLoader(
-        _Batches(dataset), batch_sampler=[indices.tolist()], collate_fn=_as_it_is, generator=torch.Generator()
+        _Batches(dataset),
+        batch_sampler=[(None, indices.tolist())],  # type: ignore[list-item]
+        collate_fn=_as_it_is,
+        generator=torch.Generator(),
     )
     return _make_batch(dataset, indices, next(iter(loader)), device, memory_format, None, weights)
 
@@ -117,6 +128,19 @@ def normalize(inputs: Tensor, mean: Sequence[float], std: Sequence[float]) -> Te
     return inputs.to(torch.float32).sub_(center).div_(scale)
 
 
+@dataclass(frozen=True)
+class _Placed:
+    """A batch sampler that says of each batch which it is."""
+
+    stream: IndexStream
+
+    def __len__(self) -> int:
+        return len(self.stream)
+
+    def __iter__(self) -> Iterator[Any]:
+        return (((self.stream.serial, number), indices) for number, indices in enumerate(self.stream))
+
+
 class _Batches(Dataset[Any]):
     """Loads a batch at a time, in whichever process. What cannot be loaded comes back as a SampleError, returned: what
     a worker raises reaches the trainer as the text of a traceback."""
@@ -124,14 +148,13 @@ class _Batches(Dataset[Any]):
     def __init__(self, dataset: Dataset[Any]) -> None:
         self.dataset = dataset
 
-    def __getitems__(self, indices: list[int]) -> Any:
+    def __getitems__(self, placed: tuple[Place | None, list[int]]) -> Any:
+        place, indices = placed
         try:
-            samples = [load_sample(self.dataset, index) for index in indices]
+            inputs, labels = load_batch(self.dataset, indices, place)
+            return inputs, labels
         except UsageError as error:
             return SampleError(str(error))
-        try:
-            inputs, labels = default_collate(samples)
-            return inputs, labels
         except (RuntimeError, TypeError, ValueError) as error:
             which = "; ".join(describe(self.dataset, index) for index in indices[:3])
             return SampleError(
@@ -159,6 +182,8 @@ def _make_batch(
     if rule is not None:
         rule.check(labels, indices, dataset)
     inputs = inputs.to(device, non_blocking=True, memory_format=memory_format)
+    if isinstance(dataset, OnDevice):
+        inputs = dataset.keep_and_augment(indices, inputs, labels).contiguous(memory_format=memory_format)
     if inputs.dtype is torch.uint8:
         inputs = normalize(inputs, *normalization(dataset))
     return Batch(

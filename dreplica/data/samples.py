@@ -1,7 +1,7 @@
 """Samples, and what is asked of a data set beyond `len` and `[]`: its view of an epoch, the name of a sample."""
 
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -9,12 +9,15 @@ from typing import Any
 import torch
 import xxhash
 from torch import Tensor
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, default_collate
 
 from dreplica.errors import UsageError
 
 Sample = tuple[Tensor, int]
 """An image, uint8 (3, H, W), or an input of any other dtype and shape; a label, from 0."""
+
+Place = tuple[int, int]
+"""Which batch of a run: the number of the pass over a data set (counted by the coordinator), and the batch's in it."""
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 """Per channel, of pixels scaled to 0…1: what torchvision's pretrained weights were trained with."""
@@ -78,6 +81,22 @@ class Kept(Dataset[Sample]):
         """The view of an epoch."""
         return Kept(at_epoch(self.dataset, epoch), self.kept)
 
+    def by_itself(self) -> "Kept":
+        """The same samples, decoded anew each time."""
+        return Kept(by_itself(self.dataset), self.kept)
+
+    def without_batched(self) -> "Kept":
+        """The same samples without what is done with a whole batch; only of images."""
+        return Kept(self.dataset.without_batched(), self.kept)  # type: ignore[attr-defined]
+
+    def load_batch(self, indices: Sequence[int], place: Place | None = None) -> Any:
+        """As the whole set would."""
+        return load_batch(self.dataset, [self.kept[index] for index in indices], place)
+
+    def augment_batch(self, images: Tensor, indices: Sequence[int]) -> Tensor:
+        """As the whole set would; only of images."""
+        return self.dataset.augment_batch(images, [self.kept[index] for index in indices])  # type: ignore[attr-defined]
+
     def describe(self, index: int) -> str:
         """Which sample it is."""
         return describe(self.dataset, self.kept[index])
@@ -90,6 +109,11 @@ class Kept(Dataset[Sample]):
 def at_epoch(dataset: Dataset[Any], epoch: int) -> Dataset[Any]:
     """`dataset` as it is in an epoch (from 1): its `at_epoch(epoch)`, where it has one; otherwise itself."""
     return dataset.at_epoch(epoch) if hasattr(dataset, "at_epoch") else dataset
+
+
+def by_itself(dataset: Dataset[Any]) -> Dataset[Any]:
+    """`dataset` without what is kept or shared of it: its `by_itself()`, where it has one; otherwise itself."""
+    return dataset.by_itself() if hasattr(dataset, "by_itself") else dataset
 
 
 def describe(dataset: Dataset[Any], index: int) -> str:
@@ -112,10 +136,10 @@ def normalization(dataset: Dataset[Any]) -> tuple[Sequence[float], Sequence[floa
     return getattr(dataset, "normalization", (IMAGENET_MEAN, IMAGENET_STD))
 
 
-def load_sample(dataset: Dataset[Any], index: int) -> Any:
-    """`dataset[index]`. Raises UsageError, naming the sample, whatever the data set itself raises."""
+def load_sample(dataset: Dataset[Any], index: int, load: Callable[[int], Any] | None = None) -> Any:
+    """`dataset[index]`, or `load(index)`. Raises UsageError, naming the sample, whatever the data set itself raises."""
     try:
-        return dataset[index]
+        return dataset[index] if load is None else load(index)
     except UsageError:
         raise
     except Exception as error:  # a user's data set may raise anything
@@ -125,6 +149,16 @@ def load_sample(dataset: Dataset[Any], index: int) -> Any:
             f"{type(error).__name__}: {error} ({Path(frame.filename).name}, line {frame.lineno}). "
             "Mend it or the data set, or leave such samples out: --data.on_error skip."
         ) from error
+
+
+def load_batch(dataset: Dataset[Any], indices: Sequence[int], place: Place | None = None) -> Any:
+    """Inputs and labels, collated: by `dataset.load_batch`, where it has one; otherwise sample by sample.
+
+    Raises UsageError, naming the sample, for one that cannot be loaded, and what `default_collate` raises.
+    """
+    if hasattr(dataset, "load_batch"):
+        return dataset.load_batch(indices, place)
+    return default_collate([load_sample(dataset, index) for index in indices])
 
 
 def _others(indices: Sequence[int], num_samples: int) -> list[int]:

@@ -36,11 +36,15 @@ class Screen(Console):
 
 
 class ProgressDisplay:
-    """Shows steps and epochs as they are done; on ranks other than 0, shows nothing."""
+    """Shows steps and epochs as they are done; on ranks other than 0, shows nothing.
 
-    def __init__(self, console: Console, enabled: bool, expect: str) -> None:
+    `kept`: how many decoded images the first epoch puts into the cache; 0 without one.
+    """
+
+    def __init__(self, console: Console, enabled: bool, expect: str, kept: int = 0) -> None:
         self._enabled = enabled
-        self._expect = expect
+        self._expect, self._kept = expect, kept
+        self._first_epoch: int | None = None
         self._last_shown = time.monotonic()
         self._progress: Progress | None = None
         if enabled and console.is_terminal:
@@ -58,6 +62,8 @@ class ProgressDisplay:
 
     def step(self, done: StepDone) -> None:
         """A step; shown a few times a second on a terminal, every ten seconds in a log."""
+        if self._first_epoch is None:
+            self._first_epoch = done.epoch
         now = time.monotonic()
         wait = _REFRESH_SECONDS if self._progress is not None else _SECONDS_BETWEEN_LINES
         if not self._enabled or now - self._last_shown < wait:
@@ -65,6 +71,8 @@ class ProgressDisplay:
         self._last_shown = now
         agreed = "in agreement" if self._expect == "identical" else "independent"
         state = f"loss {done.tally.loss:.4f}  accuracy {done.tally.accuracy:.4f}  {agreed}"
+        if self._kept and done.epoch == self._first_epoch:
+            state += f"  {done.tally.count} of {self._kept} images in the cache"
         if self._progress is not None:
             self._progress.update(
                 self._task, completed=done.step_in_epoch, total=done.steps_in_epoch, epoch=done.epoch, state=state

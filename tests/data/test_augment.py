@@ -106,7 +106,7 @@ def test_epochs_seeds_and_samples_differ(name: str) -> None:
     one = pixels(images(name), 1, indices)
     assert pixels(images(name), 2, indices) != one
     assert pixels(images(name, seed=1), 1, indices) != one
-    same = Images([SOURCE[0]] * 12, None, SIZE, images(name)._augmentation)
+    same = Images([SOURCE[0]] * 12, None, SIZE, images(name).augmentation)
     assert len(set(pixels(same, 1, indices).values())) > 1
 
 
@@ -160,7 +160,7 @@ def test_augmentations_are_of_the_size_and_what_they_are_called() -> None:
 
 def made_of(source: list[Any], name: str, num: int) -> set[bytes]:
     """What becomes of one image, as `num` samples of a set."""
-    dataset = Images(source * num, None, SIZE, images(name)._augmentation)
+    dataset = Images(source * num, None, SIZE, images(name).augmentation)
     return {dataset[index][0].numpy().tobytes() for index in range(num)}
 
 

@@ -1,0 +1,25 @@
+"""The data as a replica trains on them: loaded, shared, kept, rid of what cannot be read."""
+
+import logging
+
+import torch
+
+from dreplica.data.config import DataConfig
+from dreplica.data.datasets import load_data
+from dreplica.data.samples import DataSets
+from dreplica.data.sharing import keep_and_share, keep_on_device
+from dreplica.data.skip import leave_out_unreadable
+from dreplica.world.process_group import World
+
+log = logging.getLogger(__name__)
+
+
+def prepare_data(config: DataConfig, augment_seed: int, world: World, device: torch.device) -> DataSets:
+    """What the section of this replica says. A collective. Raises SharedUsageError."""
+    data = world.together(lambda: load_data(config, augment_seed))
+    data = keep_and_share(data, config, world)
+    if config.on_error == "skip":
+        data = leave_out_unreadable(data, world.channel, config.num_workers, f"{world.host} {config.root}")
+        if data.skipped and world.is_coordinator:
+            log.warning("data.on_error: skipped %d samples:\n  %s", len(data.skipped), "\n  ".join(data.skipped))
+    return keep_on_device(data, config, device, world)

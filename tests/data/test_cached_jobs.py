@@ -1,0 +1,189 @@
+"""Whole jobs whose decoded images are kept or shared: the same trace, the same verdicts, and nobody hangs."""
+
+import io
+import logging
+import os
+import signal
+from contextlib import closing
+from pathlib import Path
+
+import PIL.Image
+import pytest
+import torch
+from PIL import ImageOps
+from rich.console import Console
+
+from dreplica.data import images
+from dreplica.data.config import DataConfig
+from dreplica.data.coordinator import draw_order
+from dreplica.data.image_folder import load_image_folder
+from dreplica.data.images import Images
+from dreplica.report import terminal
+from dreplica.training.evaluate import Tally
+from dreplica.training.loop import StepDone
+from tests.data.pictures import make_folder
+from tests.end_to_end.test_image_folder import AUGMENTED, alter, run
+from tests.harness import Job, run_job
+
+
+def test_any_cache_and_any_sharing_leave_the_same_trace(tmp_path: Path) -> None:
+    root = make_folder(tmp_path)
+    for augment, ways in (
+        ("resized_crop", ["--data.cache=memory", "--data.decode=node --data.num_workers=2"]),
+        (
+            "crop_flip",
+            [
+                "--data.cache=memory --data.decode=node --data.num_workers=1",
+                "--data.cache=device",
+                "--data.cache=device --data.decode=node --data.num_workers=4 --model.channels_last=true",
+                "--overrides.1.data.cache=device --overrides.1.data.num_workers=2",
+            ],
+        ),
+    ):
+        augmented = (f"--data.augment={augment}", *AUGMENTED[1:])
+        plain: dict[str, Job] = {}
+        for way in ways:
+            job = run(root, *augmented, *way.split())
+            assert job.returncode == 0, job.output
+            assert job.report["verdict"]["agreed"]
+            layout = "--model.channels_last=true" if "channels_last" in way else "--model.channels_last=false"
+            plain.setdefault(layout, run(root, *augmented, layout))
+            assert job.trace == plain[layout].trace, way
+
+
+@pytest.mark.parametrize(
+    "arguments", ["--data.decode=node", "--data.decode=node --data.cache=memory", "--data.cache=device"]
+)
+def test_a_fault_in_the_second_epoch_is_replayed_from_the_files(arguments: str, tmp_path: Path) -> None:
+    fault = "--inject=[{replica: 1, step: 6, target: batch}]"
+    job = run(make_folder(tmp_path), "--data.augment=crop_flip", *arguments.split(), fault)
+    verdict = job.report["verdict"]
+    assert (verdict["cause"], verdict["step"], verdict["suspects"]) == ("transient-fault", 6, [1]), verdict
+
+
+@pytest.mark.parametrize("cache", ["none", "memory", "device"])
+def test_where_the_copy_of_two_that_share_differs_the_file_is_named(cache: str, tmp_path: Path) -> None:
+    one, other = make_folder(tmp_path / "one"), make_folder(tmp_path / "other")
+    section = {"name": "imagefolder", "root": str(other), "val_fraction": 0.25}
+    file, index = alter(other, DataConfig.model_validate(section), 18)
+    step = draw_order(18, 0, 1).tolist().index(index) // 5 + 1
+    own = (f"--overrides.{replica_id}.data.root={other}" for replica_id in (2, 3))
+    job = run(one, "--data.augment=flip", "--data.decode=node", f"--data.cache={cache}", *own, num_replicas=4)
+    verdict = job.report["verdict"]
+    assert (verdict["cause"], verdict["step"], verdict["stage"]) == ("batch-differs", step, "batch"), verdict
+    assert verdict["classes"] == [[0, 1], [2, 3]]
+    assert f"first such sample: index {index} ({file})" in verdict["evidence"]
+
+
+def folder_decoded_wrongly_once(config: DataConfig) -> tuple[Images, Images, int]:
+    """As `imagefolder`; replica 1 makes one mistake in decoding, in the first image that it trains on."""
+    read, data = images.read_image, load_image_folder(config, augment_seed=0)
+    file = data.train.describe(int(draw_order(len(data.train), 0, 1)[0]))  # type: ignore[arg-type, attr-defined]
+    left = [file] if os.environ["RANK"] == "1" else []
+
+    def read_wrongly(path: str) -> PIL.Image.Image:
+        image = read(path)
+        if left and path.endswith(left[0]):
+            left.clear()
+            image = ImageOps.flip(image)
+        return image
+
+    images.read_image = read_wrongly
+    return data.train, data.val, data.num_classes  # type: ignore[return-value]
+
+
+def test_a_mistake_in_decoding_that_is_kept_is_no_fault_of_the_file(tmp_path: Path) -> None:
+    data = "--data.name=tests.data.test_cached_jobs:folder_decoded_wrongly_once"
+    job = run(make_folder(tmp_path), data, "--data.cache=memory")
+    verdict = job.report["verdict"]
+    assert (verdict["cause"], verdict["step"], verdict["suspects"]) == ("transient-fault", 1, [1]), verdict
+
+
+def kill_when_reading(image: PIL.Image.Image) -> PIL.Image.Image:
+    """Of the fourth image that is read by replica 1."""
+    global _reads
+    _reads += 1
+    if os.environ["RANK"] == "1" and _reads == 4:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return image
+
+
+_reads = 0
+
+
+def folder_where_replica_1_dies(config: DataConfig) -> tuple[Images, Images, int]:
+    """As `imagefolder`; replica 1 is killed while it decodes, with the slot locked that the others wait for."""
+    read = images.read_image
+    images.read_image = lambda path: kill_when_reading(read(path))  # type: ignore[assignment, misc]
+    data = load_image_folder(config, augment_seed=0)
+    return data.train, data.val, data.num_classes  # type: ignore[return-value]
+
+
+@pytest.mark.parametrize("cache", ["none", "memory"])
+def test_a_replica_killed_while_it_decodes_for_all_is_named(cache: str, tmp_path: Path) -> None:
+    root = make_folder(tmp_path / "images")
+    arguments = (
+        "--data.name=tests.data.test_cached_jobs:folder_where_replica_1_dies",
+        "--data.decode=node",
+        f"--data.cache={cache}",
+    )
+    job = run(root, *arguments, num_replicas=3, timeout=60)
+    assert job.exitcodes == {0: 1, 1: -signal.SIGKILL, 2: 1}, job.output
+    verdict = job.report["verdict"]
+    assert (verdict["cause"], verdict["suspects"]) == ("replica-lost", [1]), verdict
+
+
+def test_a_sample_that_cannot_be_read_is_skipped_or_ends_all(tmp_path: Path) -> None:
+    root = make_folder(tmp_path / "images")
+    (root / "china" / "broken.jpg").write_bytes(b"")
+    shared = ("--data.decode=node", "--data.num_workers=1")
+    plain = run(root, "--data.augment=flip", "--data.on_error=skip")
+    assert plain.report["skipped"]["count"] == 1
+    for cache in ("none", "memory", "device"):
+        skipping = run(root, "--data.augment=flip", "--data.on_error=skip", *shared, f"--data.cache={cache}")
+        assert skipping.returncode == 0, skipping.output
+        assert skipping.trace == plain.trace
+        assert skipping.report["skipped"] == plain.report["skipped"]
+        stopping = run(root, *shared, f"--data.cache={cache}", timeout=60)
+        assert set(stopping.exitcodes.values()) == {2}, stopping.output
+        assert stopping.stderr.count("china/broken.jpg) is an empty file") == 1, stopping.stderr
+
+
+def test_where_decoded_images_are_kept_is_said(tmp_path: Path) -> None:
+    root = make_folder(tmp_path)
+    job = run(root, "--data.cache=memory", "--data.decode=node", "--train.max_steps=1")
+    assert job.stderr.count("data.cache: 'memory': about 0.1 MB of decoded images, in /dev/shm") == 1
+    job = run(root, "--data.cache=device", "--train.max_steps=1")
+    assert job.stderr.count("data.cache: 'device': 0.1 MB of decoded images, kept during the first epoch") == 1
+
+
+@pytest.mark.parametrize("is_terminal", [True, False])
+def test_the_first_epoch_says_how_many_images_are_kept_so_far(
+    is_terminal: bool, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    for name in ("_SECONDS_BETWEEN_LINES", "_REFRESH_SECONDS"):
+        monkeypatch.setattr(terminal, name, 0.0)
+    console = Console(file=io.StringIO(), force_terminal=is_terminal, width=200)
+    tally = Tally(torch.tensor(3), torch.tensor(4.0), count=10)
+    shown = []
+    for kept in (40, 0):
+        display = terminal.ProgressDisplay(console, True, "identical", kept)
+        with closing(display), caplog.at_level(logging.INFO):
+            for epoch in (3, 4):
+                display.step(StepDone(epoch, epoch, 1, 4, tally))
+                if display._progress is not None:
+                    display._progress.refresh()
+                shown.append(console.file.getvalue() + caplog.text)  # type: ignore[attr-defined]
+                console.file.truncate(0)  # type: ignore[attr-defined]
+                caplog.clear()
+    assert ["10 of 40 images in the cache" in text for text in shown] == [True, False, False, False], shown
+    assert all("accuracy 0.3000" in text for text in shown)
+
+
+def test_one_message_for_what_cannot_be(tmp_path: Path) -> None:
+    job = run_job("--data.cache=memory")
+    assert job.exitcodes == {0: 2, 1: 2}
+    assert job.output.count("data.cache: 'memory' is for images that are decoded, but 'digits' gives") == 1
+    job = run(make_folder(tmp_path), "--data.cache=device", "--data.augment=trivial")
+    assert job.exitcodes == {0: 2, 1: 2}
+    assert job.output.count("but data.augment is 'trivial'") == 1

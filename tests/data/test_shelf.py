@@ -1,0 +1,218 @@
+"""The file that processes fill together: made once, never under a wrong key, and nobody waits for the dead."""
+
+import logging
+import multiprocessing
+import os
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy
+import pytest
+
+from dreplica.data import shelf
+from dreplica.data.shelf import Item, Key, Shelf
+
+FORK = multiprocessing.get_context("fork")
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    (tmp_path / "shelf").touch()
+    return tmp_path / "shelf"
+
+
+def open_shelf(path: Path, num_slots: int = 4, slot_size: int = 1000) -> Shelf:
+    return Shelf(os.open(path, os.O_RDWR), num_slots, slot_size)
+
+
+def item(value: int, *shape: int) -> Item:
+    return numpy.full(shape or (3, 2, 3), value, dtype=numpy.uint8), value
+
+
+def key(index: int, epoch: int = 0) -> Key:
+    return (0, epoch, 0, index)
+
+
+def fail(_position: int) -> Item:
+    raise AssertionError("made, though it is there")
+
+
+def values(found: Item) -> tuple[tuple[int, ...], set[int], int]:
+    return found[0].shape, set(found[0].flatten().tolist()), found[1]
+
+
+def fetch(own: Shelf, slot: int, value: int | None = None, epoch: int = 0) -> set[int]:
+    """The pixels of one slot; `value`: what is made if it is not there, None: it must be."""
+    (found,) = own.fetch([(slot, key(slot, epoch))], fail if value is None else lambda _: item(value))
+    return values(found)[1]
+
+
+def test_an_item_is_made_once_for_all_who_open_the_file(file: Path) -> None:
+    one, other = open_shelf(file), open_shelf(file)
+    made = [item(slot + 5, 3, slot + 1, 7) for slot in (3, 0, 2)]
+    wanted = [(slot, key(slot)) for slot in (3, 0, 2)]
+    assert [values(found) for found in one.fetch(wanted, made.__getitem__)] == [values(each) for each in made]
+    assert [values(found) for found in other.fetch(wanted[::-1], fail)] == [values(each) for each in made[::-1]]
+    assert fetch(other, 1, 9) == {9}
+
+
+def test_another_key_takes_the_slot_and_what_was_there_is_gone(file: Path) -> None:
+    own = open_shelf(file)
+    for epoch in (1, 2, 3):
+        assert fetch(own, 0, epoch, epoch) == {epoch}
+        assert fetch(own, 1, 100 + epoch, epoch) == {100 + epoch}
+        assert fetch(own, 0, None, epoch) == {epoch}
+        assert fetch(own, 1, None, epoch) == {100 + epoch}
+    assert fetch(own, 0, 7, 1) == {7}
+
+
+@pytest.mark.parametrize("part", range(4))
+def test_any_part_of_the_key_counts(part: int, file: Path) -> None:
+    own = open_shelf(file)
+    changed = tuple(1 if number == part else 0 for number in range(4))
+    own.fetch([(0, (0, 0, 0, 0))], lambda _: item(1))
+    assert values(own.fetch([(0, changed)], lambda _: item(2))[0])[1] == {2}  # type: ignore[list-item]
+
+
+def test_what_is_overwritten_while_it_is_read_is_not_taken(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    own, other = open_shelf(file), open_shelf(file)
+    fetch(own, 0, 1, epoch=1)
+    preadv = os.preadv
+
+    def read_slowly(descriptor: int, buffers: Any, offset: int) -> int:
+        monkeypatch.setattr(os, "preadv", preadv)
+        fetch(other, 0, 2, epoch=2)
+        return preadv(descriptor, buffers, offset)
+
+    monkeypatch.setattr(os, "preadv", read_slowly)
+    assert fetch(own, 0, 3, epoch=1) == {3}
+
+
+@pytest.mark.parametrize("byte", [0, 33, 40, 64, 79, 4 * shelf._ENTRY_SIZE, 4 * shelf._ENTRY_SIZE + 17])
+def test_a_flipped_bit_of_entry_or_pixels_is_noticed(byte: int, file: Path) -> None:
+    own = open_shelf(file)
+    fetch(own, 0, 1)
+    content = bytearray(file.read_bytes())
+    content[byte] ^= 4
+    file.write_bytes(content)
+    assert fetch(own, 0, 2) == {2}
+    assert fetch(own, 0) == {2}
+
+
+def test_what_was_made_just_before_the_lock_was_had_is_not_made_again(file: Path) -> None:
+    own, other = open_shelf(file), open_shelf(file)
+    lock = own._lock
+
+    def lock_late(slot: int) -> bool:
+        fetch(other, slot, 4)
+        return lock(slot)
+
+    own._lock = lock_late  # type: ignore[method-assign]
+    assert fetch(own, 1) == {4}
+
+
+def hold(path: Path, begun: Any, go_on: Any) -> None:
+    def make(_position: int) -> Item:
+        begun.set()
+        go_on.wait(30)
+        return item(7)
+
+    open_shelf(path).fetch([(2, key(2))], make)
+
+
+def start_holding(path: Path) -> tuple[Any, Any]:
+    """A process that is making slot 2, and what lets it go on."""
+    begun, go_on = FORK.Event(), FORK.Event()
+    process = FORK.Process(target=hold, args=(path, begun, go_on), daemon=True)
+    process.start()
+    assert begun.wait(10)
+    return process, go_on
+
+
+def test_what_another_process_is_making_comes_last_and_is_waited_for(file: Path) -> None:
+    process, go_on = start_holding(file)
+    made = []
+
+    def make(position: int) -> Item:
+        made.append(position)
+        if len(made) == 2:
+            go_on.set()
+        return item(position)
+
+    found = open_shelf(file).fetch([(1, key(1)), (2, key(2)), (3, key(3))], make)
+    assert [values(each)[1] for each in found] == [{0}, {7}, {2}]
+    assert made == [0, 2]
+    process.join(10)
+
+
+def test_what_a_process_was_making_when_it_was_killed_is_made_by_another(file: Path) -> None:
+    process, _ = start_holding(file)
+    os.kill(process.pid, signal.SIGKILL)
+    began = time.monotonic()
+    assert fetch(open_shelf(file), 2, 8) == {8}
+    assert time.monotonic() - began < shelf._PATIENCE / 2
+    process.join(10)
+    assert fetch(open_shelf(file), 2) == {8}
+
+
+def test_a_stopped_process_is_not_waited_for_without_end(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    process, _ = start_holding(file)
+    os.kill(process.pid, signal.SIGSTOP)
+    monkeypatch.setattr(shelf, "_PATIENCE", 0.05)
+    assert fetch(open_shelf(file), 2, 8) == {8}
+    process.kill()
+    process.join(10)
+
+
+def can_lock(path: Path) -> bool:
+    return open_shelf(path)._lock(0)
+
+
+def test_a_failure_leaves_the_slot_free(file: Path) -> None:
+    own = open_shelf(file)
+    with pytest.raises(AssertionError, match="made"):
+        fetch(own, 0)
+    with FORK.Pool(1) as pool:  # a process does not see its own locks
+        assert pool.apply(can_lock, (file,)) is True
+    assert fetch(own, 0, 1) == {1}
+
+
+def keep_two(own: Shelf) -> list[set[int]]:
+    return [fetch(own, 0, 1), fetch(own, 0, 2)]
+
+
+def test_what_does_not_fit_is_made_each_time_and_said_once(file: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING):
+        assert keep_two(open_shelf(file, slot_size=18)) == [{1}, {1}]  # just fits
+        file.write_bytes(b"")
+        assert keep_two(open_shelf(file, slot_size=17)) == [{1}, {2}]
+    assert [record.getMessage() for record in caplog.records] == [
+        "no room to keep a decoded image (File too large): such are decoded again each time"
+    ]
+
+
+def test_a_full_disk_is_no_error(caplog: pytest.LogCaptureFixture) -> None:
+    own = Shelf(os.open("/dev/full", os.O_RDWR), 4, 1000)
+    own._lock = lambda slot: True  # type: ignore[method-assign]
+    with caplog.at_level(logging.WARNING):
+        assert keep_two(own) == [{1}, {2}]
+    assert ["No space left on device" in record.getMessage() for record in caplog.records] == [True]
+
+
+def read_there(pipe: Any, own: Shelf) -> None:
+    pipe.send(fetch(own, 0))
+
+
+def test_workers_that_are_not_forked_see_it_too(file: Path) -> None:
+    own = open_shelf(file)
+    fetch(own, 0, 6)
+    file.unlink()
+    context = multiprocessing.get_context("forkserver")
+    ours, theirs = context.Pipe()
+    process = context.Process(target=read_there, args=(theirs, own), daemon=True)
+    process.start()
+    assert ours.poll(60)
+    assert ours.recv() == {6}
+    process.join(10)
