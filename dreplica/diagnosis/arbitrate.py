@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map
@@ -44,9 +45,22 @@ _EXACT = {
 }
 """Operators that do not round: float64 gives what any precision must."""
 
+_BY_NUMPY: dict[str, Callable[..., Any]] = {
+    **dict.fromkeys(("aten.mm.default", "aten.bmm.default", "aten.mv.default", "aten.dot.default"), numpy.matmul),
+    **dict.fromkeys(
+        ("aten.addmm.default", "aten.baddbmm.default"), lambda c, a, b, beta=1, alpha=1: beta * c + alpha * (a @ b)
+    ),
+    **dict.fromkeys(("aten.mul.Tensor", "aten.mul_.Tensor"), numpy.multiply),
+    **dict.fromkeys(("aten.add.Tensor", "aten.add_.Tensor"), lambda a, b, alpha=1: a + alpha * b),
+    **dict.fromkeys(("aten.relu.default", "aten.relu_.default"), lambda a: numpy.maximum(a, 0)),
+}
+"""The same by code that is not torch's, to tell whether torch can be trusted on this processor even in float64."""
+
 _SAFETY = 8.0
 _ROUNDOFF = {"ieee": 2.0**-24, "tf32": 2.0**-11, "bf16": 2.0**-8}
 """Of float32 numbers on the way, by what `fp32_precision` allows."""
+_FLOAT64_AGREES = 1e-10
+_TINY = 1e-300
 _FLOAT64 = {torch.complex64: torch.complex128, torch.complex128: torch.complex128}
 
 
@@ -57,6 +71,9 @@ class Arbitration:
     possible: list[bool]
     """Whether each side's result lies within rounding error."""
     evidence: list[str]
+    trusted: bool = True
+    """Whether NumPy comes to the same in float64, as far as it has the operator: a processor that computes wrongly may
+    do so in float64, too."""
 
 
 def arbitrate(
@@ -89,20 +106,37 @@ def arbitrate(
         if captured.function in _EXACT:
             line = f"{'is' if worst <= 1.0 else 'is not'} what the operator, which does not round, must give"
         evidence.append(f"in float64 from the same inputs, replica {replica_id}'s result {line}")
-    return Arbitration(possible, evidence)
+    return Arbitration(possible, evidence, _agrees_with_numpy(captured, exact[0], magnitude[0]))
+
+
+def _agrees_with_numpy(captured: Captured, exact: Tensor, magnitude: Tensor) -> bool:
+    by_numpy = _BY_NUMPY.get(captured.function)
+    if by_numpy is None or not (exact.is_floating_point() or exact.is_complex()):
+        return True
+    args, kwargs = _converted(captured, lambda leaf: _double(leaf).numpy() if isinstance(leaf, Tensor) else leaf)
+    with numpy.errstate(all="ignore"):
+        error = numpy.abs(numpy.asarray(by_numpy(*args, **kwargs)) - exact.numpy())
+    judged = numpy.isfinite(error) & numpy.isfinite(magnitude.numpy())
+    # Far more than float64's own rounding, far less than float32's.
+    return bool((error <= _FLOAT64_AGREES * numpy.abs(magnitude.numpy()) + _TINY)[judged].all())
 
 
 def _run(captured: Captured, convert: Callable[[Tensor | float], Any]) -> list[Tensor]:
     """The operator's results, None among them left out, with `convert` applied to what it computes with."""
     namespace, name, overload = captured.function.split(".")
     function = getattr(getattr(getattr(torch.ops, namespace), name), overload)
+    args, kwargs = _converted(captured, convert)
+    # A reduction may be told its result's dtype, and nothing else decides here.
+    dtype = {"dtype": torch.float64} if kwargs.get("dtype") in {torch.float16, torch.bfloat16, torch.float32} else {}
+    return tensors_in(function(*args, **{**kwargs, **dtype}))
+
+
+def _converted(captured: Captured, convert: Callable[[Tensor | float], Any]) -> tuple[Any, dict[str, Any]]:
+    """Positional and keyword arguments, sparse tensors as what they stand for, with `convert` applied to numbers."""
     args, kwargs = tree_map(lambda leaf: _dense(leaf) if isinstance(leaf, Tensor) else leaf, captured.arguments)
     scalars = captured.function in _ELEMENTWISE
     converted = tree_map(lambda leaf: convert(leaf) if _is_number(leaf, scalars) else leaf, args)
-    factors = {key: convert(value) for key, value in kwargs.items() if key in {"alpha", "beta"}}
-    # A reduction may be told its result's dtype, and nothing else decides here.
-    dtype = {"dtype": torch.float64} if kwargs.get("dtype") in {torch.float16, torch.bfloat16, torch.float32} else {}
-    return tensors_in(function(*converted, **{**kwargs, **factors, **dtype}))
+    return converted, {key: convert(value) if key in {"alpha", "beta"} else value for key, value in kwargs.items()}
 
 
 def _is_number(leaf: Any, scalars: bool) -> bool:

@@ -5,6 +5,7 @@ Pure, as `decide` is.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from itertools import combinations
 from typing import Any
 
 from dreplica.agreement.verdict import suspects_of
@@ -50,7 +51,7 @@ def decide_deterministic(
         line = "replicas differ exactly as their declared settings do"
         return replace(found, cause="declared-override", suspects=declared, evidence=[*found.evidence, line])
     if place is not None and not place.same_structure:
-        return replace(found, cause="structure-differs")
+        return replace(found, cause="structure-differs") if _all_part_so(witnesses, classes, stage) else _several(found)
     if divides_as([repr(witness.layout) for witness in witnesses], classes):
         line = "parameters, buffers or inputs lie in memory otherwise (strides, memory format), which rounds otherwise"
         return replace(found, cause="structure-differs", evidence=[*found.evidence, line])
@@ -122,6 +123,13 @@ def other_numbers(place: OpDifference, here: str, there: str) -> str:
         f"operator {place.index}, {place.record}, was called with other numbers, made by no operator: "
         f"({place.one.scalars}) {here}, ({place.other.scalars}) {there}"
     )
+
+
+def _all_part_so(witnesses: Sequence[Witness], classes: list[list[int]], stage: str | None) -> bool:
+    """Whether any two classes part in structure, and not some in that and others in something else."""
+    pairs = combinations([witnesses[ids[0]].records for ids in classes], 2)
+    places = [difference_behind(one, other, stage) for one, other in pairs]
+    return all(place is not None and not place.same_structure for place in places)
 
 
 def _several(decision: Decision) -> Decision:

@@ -65,7 +65,8 @@ def diagnose(
         if found.stage == "batch":
             examined = attempt(channel, lambda: _examine_samples(dataset, indices))
             own = replace(own, loaded_by_workers=num_workers > 0, **examined)
-        decision = decide(channel.gather(own), facts.overrides, _differences_now(channel, facts))
+        differences = _differences_now(channel, facts)
+        decision = decide(channel.gather(own), facts.overrides, differences)
         decision = _doubt_transient(decision, first.tracer.records, found.stage, channel, facts)
         decision = doubt_struck(decision, replayer, indices, channel)
         decision = compare_outputs(decision, replayer, indices, channel)
@@ -74,6 +75,9 @@ def diagnose(
             decision = add(decision, [f"first such sample: {describe(dataset, int(indices[decision.positions[0]]))}"])
         if earlier:
             decision = add(decision, [f"already step {step} is not reproducible"])
+        if decision.cause == "unexplained":
+            changed = [str(row) for row in differences if row not in facts.differences and not row.may_round]
+            decision = add(decision, [f"differs, as it stands now: {row}" for row in changed])
         verdict = _as_verdict(found, decision)
     except AttemptFailed as error:
         line = f"the step could not be run again: {error}"

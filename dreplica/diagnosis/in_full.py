@@ -71,7 +71,8 @@ def doubt_struck(decision: Decision, replayer: Replayer, indices: Tensor, channe
         elif struck.index is not None and bool((sound == sound.flatten()[0]).all()):
             doubts.append("on the other side all elements are the same number, which may have come from anywhere")
     decision = add(decision, [*lines, *doubts])
-    return replace(decision, cause="unexplained") if doubts or not lines else decision
+    # Who wrote there last is then not known: it was no operator.
+    return replace(decision, cause="unexplained", operator=None) if doubts or not lines else decision
 
 
 def was_written(difference: Difference) -> bool:
@@ -168,18 +169,23 @@ def _settle(decision: Decision, captured: Captured | None, outputs: Sequence[Any
         return None if captured is None else arbitrate(captured, [outputs[side] for side in sides], sides)
 
     try:
-        judged = [row for row in channel.gather(attempt(channel, judge)) if row is not None]
+        rows = channel.gather(attempt(channel, judge))
     except AttemptFailed as error:
         return _unsettled(add(decision, [f"the operator could not be run in float64: {error}"]))
-    if not judged:
+    judges = {replica_id: row for replica_id, row in enumerate(rows) if row is not None}
+    if not judges:
         return _unsettled(add(decision, ["nothing bounds this operator's rounding error, to tell which side is wrong"]))
-    decision = add(decision, judged[0].evidence)
-    if any(row.possible != judged[0].possible for row in judged):
-        line = (
-            "but the other side's own run in float64 says otherwise: one of the two cannot be trusted in float64 either"
-        )
-        return _unsettled(add(decision, [line]))
-    wrong = [side for side, possible in zip(sides, judged[0].possible, strict=True) if not possible]
+    trusted = {replica_id: row for replica_id, row in judges.items() if row.trusted}
+    lines = [
+        f"replica {replica_id} is not heard: in float64, too, torch comes to something else there than NumPy"
+        for replica_id in judges.keys() - trusted.keys()
+    ]
+    heard = next(iter(trusted.values()), None)
+    if heard is None or any(row.possible != heard.possible for row in trusted.values()):
+        lines.append("the two sides' own runs of the operator in float64 do not agree on who is wrong")
+        return _unsettled(add(decision, lines))
+    decision = add(decision, [*lines, *heard.evidence])
+    wrong = [side for side, possible in zip(sides, heard.possible, strict=True) if not possible]
     if len(wrong) == 1:
         (whole_class,) = (ids for ids in decision.classes or [wrong] if wrong[0] in ids)
         return replace(decision, suspects=whole_class)

@@ -101,6 +101,15 @@ class FlagInForward(Wrapped):
         return super().forward(images)
 
 
+class FlagInFourthForward(Wrapped):
+    """Later than at the build, so that replays of the steps before it run with the flag as well."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        if rank() == 1 and self.calls == 3:
+            torch.backends.mkldnn.enabled = False
+        return super().forward(images)
+
+
 class ChannelsLastOnReplica1(Wrapped):
     """The same weights, in another memory format."""
 
@@ -225,6 +234,23 @@ def wrong_addmm_on_replica_0_and_1(num_classes: int) -> nn.Module:
     return tiny_model(num_classes)
 
 
+def relu_wrong_in_any_precision_on_replica_0(num_classes: int) -> nn.Module:
+    _computes_wrongly("relu", {0}, lambda images: torch.clamp_min(images, 0) * 1.1)
+    return tiny_model(num_classes)
+
+
+def relu_wrong_in_any_precision_on_replica_0_and_1(num_classes: int) -> nn.Module:
+    _computes_wrongly("relu", {0, 1}, lambda images: torch.clamp_min(images, 0) * 1.1)
+    return tiny_model(num_classes)
+
+
+def hardtanh_wrong_in_any_precision_on_replica_0(num_classes: int) -> nn.Module:
+    _computes_wrongly("hardtanh", {0}, lambda images, low=-1.0, high=1.0: torch.clamp(images, low, high) * 1.1)
+    model = tiny_model(num_classes)
+    model[2] = nn.Hardtanh()
+    return model
+
+
 def wrong_relu_on_replica_1(num_classes: int) -> nn.Module:
     _computes_wrongly("relu", {1}, _relu)
     return tiny_model(num_classes)
@@ -287,6 +313,10 @@ def plain_attribute(num_classes: int) -> nn.Module:
 
 def flag_in_forward(num_classes: int) -> nn.Module:
     return FlagInForward(num_classes)
+
+
+def flag_in_fourth_forward(num_classes: int) -> nn.Module:
+    return FlagInFourthForward(num_classes)
 
 
 def channels_last_on_replica_1(num_classes: int) -> nn.Module:

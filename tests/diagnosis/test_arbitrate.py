@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from dreplica.diagnosis import arbitrate as arbitrate_module
 from dreplica.diagnosis.arbitrate import Arbitration, arbitrate
 from dreplica.diagnosis.operators import Captured, OpTracer
 
@@ -233,7 +234,7 @@ EXACT = {
 }
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float64])
 @pytest.mark.parametrize("function", EXACT)
 def test_what_does_not_round_has_one_possible_result(function: str, dtype: torch.dtype) -> None:
     x = random(6, 7, dtype=dtype)
@@ -260,6 +261,9 @@ def test_products_in_place() -> None:
     x = random(30, 40)
     captured = capture("aten.mul_.Tensor", lambda: x.clone().mul_(0.3))
     assert judge(captured, captured.outputs, flip(captured.outputs, 3)) == [True, False]
+    double = capture("aten.mul_.Tensor", lambda: x.double().mul_(0.3))
+    for _ in range(2):  # the second time from the same inputs
+        assert judge(double, double.outputs, flip(captured.outputs, 3)) == [True, False]
     counted = capture("aten.add_.Tensor", lambda: torch.tensor(41).add_(1))
     assert judge(counted, counted.outputs, [torch.tensor(43)]) == [True, False]
 
@@ -299,3 +303,30 @@ def test_the_newer_flags_of_precision_do_not_get_in_the_way() -> None:
         assert judge(on_gpu, [((a * (1 + 2.0**-12)) @ b)]) == [True]
     finally:
         matmul.fp32_precision = before
+
+
+def test_a_judge_that_is_wrong_in_float64_is_not_to_be_trusted(monkeypatch: pytest.MonkeyPatch) -> None:
+    bias, a, b = random(12, seed=2), random(20, 300), random(300, 12, seed=1)
+    runs = {
+        "aten.mm.default": lambda: a @ b,
+        "aten.addmm.default": lambda: torch.addmm(bias, a, b, alpha=-0.5, beta=2.0),
+        "aten.mul.Tensor": lambda: a * 0.3,
+        "aten.add.Tensor": lambda: torch.add(a, a, alpha=-3),
+        "aten.relu.default": lambda: a.relu(),
+        "aten.mm.default ": lambda: (a * math.nan) @ b,
+        "aten.mul.Tensor ": lambda: (a > 0) * (a < 1),
+        "aten.add.Tensor ": lambda: torch.arange(5) + torch.arange(5),
+    }
+    sound = arbitrate_module._run
+    for name, run in runs.items():
+        captured = capture(name.strip(), run)
+        judged = arbitrate(captured, [captured.outputs], [0])
+        assert judged is not None
+        assert judged.trusted
+    for name in ("aten.mm.default", "aten.addmm.default", "aten.mul.Tensor", "aten.add.Tensor", "aten.relu.default"):
+        captured = capture(name, runs[name])
+        monkeypatch.setattr(arbitrate_module, "_run", lambda *args: [part * 1.000001 for part in sound(*args)])
+        judged = arbitrate(captured, [captured.outputs], [0])
+        monkeypatch.setattr(arbitrate_module, "_run", sound)
+        assert judged is not None
+        assert not judged.trusted

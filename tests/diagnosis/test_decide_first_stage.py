@@ -151,6 +151,15 @@ def test_of_two_structures_the_suspects_is_named_with_its_source() -> None:
         assert told(decision, f"aten.gelu.default in relu (forward) at model.py:12 on replica {suspect}")
 
 
+def test_three_results_of_which_two_share_a_structure_have_no_one_cause() -> None:
+    """One replica has a declared precision, and casts; another computes wrongly. Three structures are no such thing."""
+    casting = [always(GOOD | {"output": digest(f"{n} casts")}, records=[LOGGED] * n + [CONV, RELU]) for n in (1, 2)]
+    witnesses = [witness(records=[CONV, RELU]), casting[0], rounding()]
+    decision = decide(witnesses, {1: {"train": {"amp": "bf16"}}}, [])
+    assert (decision.cause, decision.suspects) == ("unexplained", [])
+    assert decide([witnesses[0], *casting], {}, []).cause == "structure-differs"
+
+
 def test_where_no_replica_reproduces_itself_the_vote_is_all_there_is() -> None:
     sides = [witness(second=bad("output")) for _ in range(3)]
     sides[2] = replace(sides[2], original=bad("output"))
@@ -197,6 +206,12 @@ def test_an_optimizers_setting_explains_what_the_optimizer_does_and_no_forward_p
     longer = [CONV, RELU, replace(RELU, name="aten.clamp.default", module="head"), SGD]
     decision = decide([witness(), always(bad("output"), records=longer), witness()], {1: LR}, [])
     assert (decision.cause, decision.suspects) == ("structure-differs", [1])
+
+
+@pytest.mark.parametrize("override", [{"checkpoint": {"keep": 1}}, {"run": {"resume": "never"}}])
+def test_a_setting_that_no_replay_reads_explains_nothing(override: dict[str, Any]) -> None:
+    decision = decide([witness(), slower(), witness()], {1: override}, [])
+    assert (decision.cause, decision.suspects) == ("unexplained", [1])
 
 
 def test_a_setting_may_have_acted_in_a_step_before_that_was_not_compared() -> None:

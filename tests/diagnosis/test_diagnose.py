@@ -13,11 +13,13 @@ from dreplica.agreement.verdict import Verdict
 from dreplica.data.datasets import TensorImages
 from dreplica.data.loader import Batch
 from dreplica.diagnosis.conclude import RunFacts
-from dreplica.diagnosis.diagnose import can_replay, diagnose, digest_samples
+from dreplica.diagnosis.diagnose import _approach, can_replay, diagnose, digest_samples
 from dreplica.replica.rng import get_rng_state, seed_generators, set_rng_state
 from dreplica.training.history import History, StepEntry
 from dreplica.world.channel import Channel
+from dreplica.world.process_group import World
 from tests.diagnosis.test_replay import NUM_STEPS, Trained, everything, load, train, with_adamw, with_momentum
+from tests.harness import run_replicas
 
 IMAGES = TensorImages(torch.arange(80.0).view(10, 2, 2, 2), torch.arange(10) % 5)
 INDICES = torch.tensor([3, 1, 7])
@@ -146,13 +148,15 @@ def test_a_whole_tensor_written_once_is_no_flip_of_bits() -> None:
 
 def test_a_tensor_of_another_shape_is_no_flip_of_bits_and_no_exception() -> None:
     trained = train(with_momentum)
-    model = trained.replica.model
-    model.body[5].weight.data = model.body[5].weight.data[:, :7].clone()
+    norm = trained.replica.model.body[1]
+    norm.running_mean = norm.running_mean[:7].clone()
+    original = without(trained.stages[NUM_STEPS], "buffers")
     replayer = trained.replayer(load)
-    verdict = diagnose(
-        finding(NUM_STEPS), without(trained.stages[NUM_STEPS], "weights"), replayer, IMAGES, 0, Channel(), RunFacts(1)
-    )
+    found = finding(NUM_STEPS, "buffers").with_(tensor="body.1.running_mean")
+    verdict = diagnose(found, original, replayer, IMAGES, 0, Channel(), RunFacts(1))
     assert (verdict.cause, verdict.suspects) == ("unexplained", [0])
+    assert any("torch.float32 (7,) on one side, torch.float32 (8,) on the other" in line for line in verdict.evidence)
+    assert norm.running_mean.shape == (7,)
 
 
 def test_bits_that_are_still_there_are_compared_with_the_replay() -> None:
@@ -180,6 +184,39 @@ def test_a_failure_in_a_replay_is_evidence_and_leaves_the_replica_as_found() -> 
     assert verdict.cause == "unexplained"
     assert "could not be run again: replica 0: it raised OSError: the disk is gone" in verdict.evidence[-1]
     assert everything(trained.replica) == before
+
+
+def test_a_state_that_cannot_be_put_back_is_said_on_all_replicas() -> None:
+    trained = train(with_momentum)
+    replayer = trained.replayer(load)
+
+    def fails() -> None:
+        raise RuntimeError("unsupported operation: more than one element shares memory")
+
+    replayer.close = fails  # type: ignore[method-assign]
+    original = without(trained.stages[3], "weights")
+    verdict = diagnose(finding(3), original, replayer, IMAGES, 0, Channel(), RunFacts(1))
+    assert verdict.cause == "transient-fault"
+    assert "could not be put back: replica 0: it raised RuntimeError: unsupported" in verdict.evidence[-1]
+
+
+class Stumbling:
+    """Stands for a replayer: on the way to step 5, replica 1 stumbles at step 3, and replica 2 at step 4."""
+
+    def __init__(self, replica_id: int) -> None:
+        self.stumbles = {1: 3, 2: 4}.get(replica_id)
+
+    def approach(self, step: int) -> int | None:
+        return self.stumbles if self.stumbles is not None and self.stumbles < step else None
+
+
+def approached(world: World) -> tuple[int, bool]:
+    replayer: Any = Stumbling(world.replica_id)
+    return _approach(5, replayer, world.channel)
+
+
+def test_only_the_replica_that_stumbled_first_is_said_not_to_reproduce_itself() -> None:
+    assert run_replicas(approached, 3) == [(3, True), (3, False), (3, True)]
 
 
 def test_an_earlier_step_that_does_not_reproduce_is_said() -> None:

@@ -152,6 +152,14 @@ def test_a_precision_set_by_the_newer_flags_on_one_replica_is_the_environment() 
     assert any("onednn_conv_fp32_precision" in line for line in verdict["evidence"])
 
 
+def test_a_flag_that_a_forward_pass_has_changed_is_told_where_it_cannot_be_proved() -> None:
+    verdict = verdict_of(run("model.factory", "flag_in_fourth_forward"))
+    if verdict["agreed"]:  # a processor on which oneDNN rounds as the other kernels do
+        return
+    assert (verdict["cause"], verdict["suspects"], verdict["step"]) == ("unexplained", [1], 4)
+    assert any(line.startswith("differs, as it stands now: numerics.onednn:") for line in verdict["evidence"])
+
+
 def test_the_sign_of_a_zero_in_the_build_is_found_and_not_laid_to_the_seed() -> None:
     verdict = verdict_of(run("model.factory", "negative_zero_on_replica_1"))
     assert (verdict["cause"], verdict["step"], verdict["tensor"]) == ("unexplained", 0, "1.bias")
@@ -221,6 +229,30 @@ def test_a_processor_that_computes_wrongly_is_not_laid_to_the_learning_rate() ->
 def test_between_two_what_does_not_round_tells_who_computes_wrongly(replica: int) -> None:
     verdict = verdict_of(run("model.factory", f"wrong_relu_on_replica_{replica}", num_replicas=2))
     assert (verdict["cause"], verdict["suspects"]) == ("persistent-fault", [replica])
+
+
+@pytest.mark.parametrize(("num_replicas", "cause", "suspects"), [(2, "unexplained", []), (3, "persistent-fault", [0])])
+def test_a_processor_that_is_wrong_in_float64_too_cannot_turn_the_blame_around(
+    num_replicas: int, cause: str, suspects: list[int]
+) -> None:
+    """Each side takes itself to be right: then the vote decides, if there is one."""
+    verdict = verdict_of(
+        run("model.factory", "hardtanh_wrong_in_any_precision_on_replica_0", num_replicas=num_replicas)
+    )
+    assert (verdict["cause"], verdict["suspects"]) == (cause, suspects)
+    assert any("do not agree on who is wrong" in line for line in verdict["evidence"])
+
+
+@pytest.mark.parametrize(
+    ("replicas", "num_replicas", "suspects"), [("0", 2, [0]), ("0", 3, [0]), ("0_and_1", 3, [0, 1])]
+)
+def test_where_numpy_knows_better_a_processor_that_is_wrong_in_float64_is_not_heard(
+    replicas: str, num_replicas: int, suspects: list[int]
+) -> None:
+    name = f"relu_wrong_in_any_precision_on_replica_{replicas}"
+    verdict = verdict_of(run("model.factory", name, num_replicas=num_replicas))
+    assert (verdict["cause"], verdict["suspects"]) == ("persistent-fault", suspects)
+    assert any(line.startswith("replica 0 is not heard") for line in verdict["evidence"])
 
 
 def test_two_of_three_that_compute_wrongly_in_the_same_way_are_the_suspects() -> None:
