@@ -37,6 +37,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     cases.add_argument("--timeout", type=_positive, default=120, help="seconds until a case is ended (default: 120)")
     cases.set_defaults(help=False)
 
+    text = "prove that an interrupted run comes to what an uninterrupted one does, or name what was not restored"
+    certify = _add_command(commands, "certify-resume", text)
+    certify.add_argument("--at-step", type=_positive, metavar="K", help="interrupt after this step")
+    certify.add_argument("--keep", type=Path, metavar="FOLDER", help="keep the run folders there")
+
     argv = sys.argv[1:] if argv is None else argv
     known, settings = parser.parse_known_args(argv)
     if known.help:
@@ -54,6 +59,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         except UsageError as error:
             print(f"error: {error}", file=sys.stderr)
             return ExitCode.UNUSABLE
+    if known.command == "certify-resume":
+        if known.at_step is None:
+            certify.error("--at-step K is needed: the step after which to interrupt, best in mid-epoch")
+        from dreplica.certify import certify_resume
+
+        return certify_resume(settings, known.replicas, known.at_step, known.keep)
     if known.command == "bench":
         steps = [] if known.steps is None else [f"--steps={known.steps}"]
         settings = [f"--rounds={known.rounds}", *steps, *settings]

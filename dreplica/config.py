@@ -18,6 +18,7 @@ from dreplica.replica.build import ModelConfig, ReplicaConfig
 from dreplica.replica.components import CriterionConfig, OptimConfig, ScheduleConfig
 from dreplica.replica.rng import SeedConfig, check_model_seeds
 from dreplica.section import Lockstep, Section, describe_errors
+from dreplica.training.checkpoint import CheckpointConfig
 from dreplica.training.step import TrainConfig
 from dreplica.world.determinism import DeterminismConfig
 from dreplica.world.process_group import WorldConfig
@@ -41,6 +42,7 @@ class RunConfig(Section):
     data: DataConfig = DataConfig()
     train: TrainConfig = TrainConfig()
     determinism: DeterminismConfig = DeterminismConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
     agreement: AgreementConfig = AgreementConfig()
     inject: list[FaultConfig] = Field(default_factory=list)
     """Faults to inject: a list of {replica, step, target, tensor, bits, repeat, seed}."""

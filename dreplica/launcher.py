@@ -1,13 +1,17 @@
 """Starts the workers of a run with torchrun's own launcher, and tells their exit codes apart."""
 
 import logging
+import os
+import tempfile
 from collections.abc import Sequence
+from pathlib import Path
 
 from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.run import get_args_parser, run
 
 from dreplica.errors import ExitCode
+from dreplica.worker import EXIT_CODES
 
 
 def launch(module: str, arguments: Sequence[str], num_replicas: int) -> ExitCode:
@@ -20,14 +24,19 @@ def launch(module: str, arguments: Sequence[str], num_replicas: int) -> ExitCode
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
     logging.getLogger("torch.distributed.run").setLevel(logging.ERROR)
     options = ["--standalone", f"--nproc_per_node={num_replicas}", "--module", module]
-    try:
-        run(get_args_parser().parse_args([*options, *arguments]))
-    except SignalException:
-        return ExitCode.FAILED  # asked to stop: the workers have stopped at the same step and written the report
-    except ChildFailedError as error:
-        codes = {failure.exitcode for failure in error.failures.values()}
-        for code in (ExitCode.UNUSABLE, ExitCode.DIVERGED, ExitCode.STOPPED):
-            if code in codes:
-                return code
-        return ExitCode.FAILED
-    return ExitCode.AGREED
+    with tempfile.TemporaryDirectory(prefix="dreplica-codes-") as folder:
+        os.environ[EXIT_CODES] = folder
+        try:
+            run(get_args_parser().parse_args([*options, *arguments]))
+        except SignalException:  # it does not say with which codes the workers have ended
+            codes = {int(path.read_text()) for path in Path(folder).iterdir()}
+        except ChildFailedError as error:
+            codes = {failure.exitcode for failure in error.failures.values()}
+        else:
+            return ExitCode.AGREED
+        finally:
+            del os.environ[EXIT_CODES]
+    for code in (ExitCode.UNUSABLE, ExitCode.DIVERGED, ExitCode.STOPPED):
+        if code in codes:
+            return code
+    return ExitCode.FAILED

@@ -14,6 +14,7 @@ from dreplica.agreement.stages import rng_stage
 from dreplica.agreement.trace import Trace
 from dreplica.agreement.verdict import Divergence, Verdict, split_into_classes, suspects_of
 from dreplica.cases.inject import FaultyCoordinator, Injector
+from dreplica.continuation import Checkpoints, Start
 from dreplica.data.prepare import prepare_data
 from dreplica.data.samples import DataSets
 from dreplica.diagnosis import conclude as diagnosis
@@ -28,9 +29,11 @@ from dreplica.replica.replica import Replica
 from dreplica.replica.rng import fresh_seed, model_seed, seed_generators, shares_model_seed
 from dreplica.replica.wiring import WiringError, check_wiring
 from dreplica.report.recorder import Recorder
+from dreplica.report.run_report import RunReport
 from dreplica.report.terminal import ProgressDisplay, Screen
 from dreplica.training.history import History
 from dreplica.training.loop import EpochDone, StepDone, Stopped, train
+from dreplica.training.position import Position
 from dreplica.training.smallest_part import check_smallest_part
 from dreplica.training.spread import measure_spread
 from dreplica.training.step import check_criterion_weighs, make_scaler
@@ -64,7 +67,6 @@ class Run:
         self.config, self.own, self.device = prepared.config, prepared.own, prepared.device
         self.world, self.channel = world, world.channel
         self.stop_request = stop_request
-        self.stopped_at: int | None = None
         shared = shares_model_seed(self.config.seed, world.num_replicas)
         expect = self.config.agreement.expect
         self.expect: Literal["identical", "independent"]
@@ -81,10 +83,18 @@ class Run:
         self.agreement: Agreement | None = None
         self.history: History | None = None
         self.explained: Verdict | None = None
+        self.start = Start()
+        self.stopped_with: ExitCode | None = None
         self.seed = model_seed(self.config.seed, world.replica_id)
         self.console = Screen()
         run = self.config.run
-        self.recorder = Recorder(world, self.console, run.root, str(run.name), self.expect, self.config.to_yaml())
+        self.recorder = Recorder(world, self.console, run, str(run.name), self.expect, self.config.to_yaml())
+
+    @property
+    def report(self) -> RunReport:
+        """What is recorded, once the run folder is open."""
+        assert self.recorder.report is not None
+        return self.recorder.report
 
     def conduct(self) -> ExitCode:
         """The whole run. Every way it can end, on any replica, ends it on all of them."""
@@ -99,8 +109,10 @@ class Run:
                 self.preflight(self.data, weights_digest(self.own))
                 self.check_build(self.replica)
                 self.injector = self.arm()
-                self.coordinator = FaultyCoordinator(self.channel, data_seed, self.injector)
                 self.open_record()
+                self.start = self.go_on()
+                data_seed = data_seed if self.start.data_seed is None else self.start.data_seed
+                self.coordinator = FaultyCoordinator(self.channel, data_seed, self.injector)
                 verdict = self.train()
             except Concluded as end:
                 verdict = end.verdict
@@ -178,8 +190,9 @@ class Run:
         display = ProgressDisplay(self.console, self.world.is_coordinator, self.expect, kept)
         trace_path = self.recorder.folder / "trace.jsonl" if self.world.is_coordinator else None
         watch = LearningWatch(self.replica)
-        with closing(display), Trace(trace_path, self.world.num_replicas) as trace:
+        with closing(display), Trace(trace_path, self.world.num_replicas, self.start.num_trace_lines) as trace:
             agreement = self.agreement = self.make_agreement(trace)
+            agreement.steps_checked = self.start.steps_checked
             history = self.history = self.make_history()
             for event in train(
                 self.replica,
@@ -191,20 +204,62 @@ class Run:
                 self.device.device,
                 self.stop_request,
                 history,
+                self.start.position,
             ):
                 match event:
                     case StepDone():
                         display.step(event)
+                        if event.saves:
+                            self.save(event.position, trace)
                     case EpochDone():
                         display.epoch(event)
                         self.recorder.epoch(event)
                         self.check_learning(watch, event)
                         self.measure_distance(event)
+                        if event.epoch % (self.config.checkpoint.every_epochs or event.epoch + 1) == 0:
+                            self.save(event.position, trace)
+                        self.check_reproduces(trace)
                     case Stopped():
-                        self.stopped_at = event.step
+                        self.stop(event, trace)
                 if agreement.divergence is not None and self.explained is None:
                     self.explained = self.explain(agreement.divergence)
+            self.report.warnings += self.checkpoints.finish()
+            self.check_reproduces(trace)
         return self.finish(agreement)
+
+    def go_on(self) -> Start:
+        """Where this run begins: at its beginning or, in the folder of an interrupted run, at its newest checkpoint."""
+        shared = self.expect == "identical"
+        section, folder = self.config.checkpoint, self.recorder.folder
+        self.checkpoints = Checkpoints(section, self.world, self.replica, folder, shared)
+        if not self.recorder.goes_on:
+            return Start()
+        start = self.checkpoints.restore()
+        self.recorder.go_on(start.position.epoch)
+        self.report.resumed_from = start.step
+        self.report.warnings += [f"skipped checkpoint {line}" for line in start.skipped]
+        self.learning_settled = start.step > 0
+        return start
+
+    def save(self, position: Position, trace: Trace) -> None:
+        """Saves the state, unless replicas that should agree have parted."""
+        agreement = self.agreement
+        assert agreement is not None
+        if agreement.divergence is None:
+            self.checkpoints.save(position, self.coordinator.seed, agreement.steps_checked, trace.num_lines)
+
+    def stop(self, event: Stopped, trace: Trace) -> None:
+        """Saves the state of a run that was told to stop: it can go on if that has worked."""
+        self.save(event.position, trace)
+        failures = self.checkpoints.finish()
+        self.report.stopped_after = event.step
+        self.stopped_with = ExitCode.FAILED if failures else ExitCode.STOPPED
+
+    def check_reproduces(self, trace: Trace) -> None:
+        """Raises Concluded if a run that goes on comes to something else than it had recorded before."""
+        differing = self.channel.gather(trace.not_reproduced)[0]
+        if differing is not None:
+            raise Concluded(diagnosis.not_reproduced(*differing))
 
     def make_agreement(self, trace: Trace) -> Agreement:
         """Compares the build, too. Raises Divergence."""
@@ -218,6 +273,7 @@ class Run:
             lag=AGREEMENT_LAG,
             trace=trace,
             channel=self.channel,
+            steps_done=self.start.step,
         )
 
     def make_history(self) -> History:
@@ -253,15 +309,14 @@ class Run:
 
     def finish(self, agreement: Agreement) -> Verdict:
         """The end of training: final fingerprints, and the spread if replicas are independent."""
-        report = self.recorder.report
-        assert report is not None
+        report = self.report
         report.fingerprints = agreement.fingerprints()
         for faults in self.channel.gather(self.injector.never_struck):
             report.warnings += [f"fault injection: never struck: {fault}" for fault in faults]
         if self.expect == "independent" and report.epochs:
             evaluation = report.epochs[-1].evaluation
-            assert evaluation is not None
-            report.spread = measure_spread(evaluation, self.channel)
+            if evaluation is not None:  # a run that had nothing left to do has made none
+                report.spread = measure_spread(evaluation, self.channel)
         if agreement.divergence is not None:
             return self.explained or self.explain(agreement.divergence)
         differing = None if self.expect == "independent" else report.first_differing_result()
@@ -270,16 +325,15 @@ class Run:
         every = self.config.agreement.every
         steps = agreement.steps_checked if every else agreement.steps_done
         verdict = diagnosis.agreed(self.facts, steps, self.expect == "independent", compared=every > 0)
-        if self.stopped_at is not None:
-            verdict = verdict.with_(summary=f"{verdict.summary}; stopped on request after step {self.stopped_at}")
+        if report.stopped_after is not None:
+            verdict = verdict.with_(summary=f"{verdict.summary}; stopped on request after step {report.stopped_after}")
         return verdict
 
     def open_record(self) -> None:
         """Makes the run folder: once there is something to keep, so that an unusable run leaves nothing behind."""
         self.recorder.open(self.manifests)
-        assert self.recorder.report is not None
-        self.recorder.report.warnings += [f"fault injection: {fault}" for fault in self.config.inject]
-        self.recorder.report.skipped = self.skipped
+        self.report.warnings += [f"fault injection: {fault}" for fault in self.config.inject]
+        self.report.skipped = self.skipped
 
     def conclude(self, verdict: Verdict) -> ExitCode:
         """Names the cause, writes the report, and says with what code to exit."""
@@ -287,7 +341,7 @@ class Run:
             self.open_record()
         self.recorder.conclude(verdict, self.steps_checked)
         if verdict.cause == "none":
-            return ExitCode.AGREED if self.stopped_at is None else ExitCode.FAILED
+            return self.stopped_with or ExitCode.AGREED
         return ExitCode.DIVERGED
 
     @property

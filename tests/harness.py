@@ -135,15 +135,7 @@ def run_job(*arguments: str, num_replicas: int = 2, root: Path | None = None, ti
     not there: it does not end the other workers when one has failed.
     """
     root = root or Path(tempfile.mkdtemp(prefix="dreplica-"))
-    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    argv = _arguments(root, arguments)
-    outputs = Path(tempfile.mkdtemp(prefix="dreplica-output-"))
-    processes = [
-        _CONTEXT.Process(target=_work, args=(argv, rank, num_replicas, store.port, outputs), daemon=False)
-        for rank in range(num_replicas)
-    ]
-    for process in processes:
-        process.start()
+    processes, _store, outputs = start_job(_arguments(root, arguments), num_replicas)
     end = time.monotonic() + timeout
     for process in processes:
         process.join(max(0.0, end - time.monotonic()))
@@ -159,7 +151,20 @@ def run_job(*arguments: str, num_replicas: int = 2, root: Path | None = None, ti
     return Job(int(bool(codes)), codes, stdout, stderr, root / "job")
 
 
-def _work(argv: list[str], rank: int, num_replicas: int, port: int, outputs: Path) -> None:
+def start_job(argv: Sequence[str], num_replicas: int) -> tuple[list[Any], dist.Store, Path]:
+    """Workers, the store they meet at, which must live as long as they, and the folder of what they print."""
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    outputs = Path(tempfile.mkdtemp(prefix="dreplica-output-"))
+    processes = [
+        _CONTEXT.Process(target=_work, args=(argv, rank, num_replicas, store.port, outputs), daemon=False)
+        for rank in range(num_replicas)
+    ]
+    for process in processes:
+        process.start()
+    return processes, store, outputs
+
+
+def _work(argv: Sequence[str], rank: int, num_replicas: int, port: int, outputs: Path) -> None:
     for stream, name in ((sys.stdout, "out"), (sys.stderr, "err")):
         os.dup2(os.open(outputs / f"{rank}.{name}", os.O_WRONLY | os.O_CREAT), stream.fileno())
     os.environ |= _rank_environment(rank, num_replicas, port)

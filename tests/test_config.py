@@ -371,7 +371,7 @@ def test_help_lists_every_field_with_its_docstring_and_default() -> None:
     for line in (
         "--overrides VALUE Replica id to a partial config",
         "--optim.lr VALUE Learning rate. (default: 0.01)",
-        "A second run of the same name gets a suffix. (default: null)",
+        "A second run of the same name gets a suffix, unless it resumes. (default: null)",
         "--determinism.cublas_workspace_config VALUE CUBLAS_WORKSPACE_CONFIG, set before",
     ):
         assert squeeze(line) in text

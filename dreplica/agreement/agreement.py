@@ -54,6 +54,8 @@ class _Pending:
     posted: Posted
     phase: str | None
     """`evaluation`, or None."""
+    recorded: bool
+    """Whether it goes into the trace."""
 
 
 class Agreement:
@@ -85,6 +87,8 @@ class Agreement:
         lag: 0 compares at the step itself; 1 completes the comparison during the next step, so that replicas need not
             wait for each other at every step. The verdict names the exact step either way.
         trace: where each checked step is recorded.
+        steps_done: of a run that goes on: how many steps it had taken. Its state is compared as it is now, in place of
+            the build's.
         channel: how replicas talk; by default a gloo group of its own.
 
     Attributes:
@@ -110,13 +114,14 @@ class Agreement:
         lag: Literal[0, 1] = 0,
         trace: Trace | None = None,
         channel: Channel | None = None,
+        steps_done: int = 0,
     ) -> None:
         _check_choice("expect", expect, ("identical", "independent"))
         _check_choice("on_divergence", on_divergence, ("stop", "continue"))
         _check_choice("lag", lag, (0, 1))
         if every < 0:
             raise ValueError(f"every: {every} will not do: give a number of steps, or 0 for never.")
-        self.steps_done = 0
+        self.steps_done = steps_done
         self.steps_checked = 0
         self.bytes_per_step = 0
         self.agreed_until = -1
@@ -138,8 +143,10 @@ class Agreement:
         self._last_checked = -1
         if every:
             build = self._state()
-            build.pop("optimizer", None)  # it has no state yet, and its settings are compared at step 1
-            self._check(0, None, self._make(build))
+            if not steps_done:
+                build.pop("optimizer", None)  # it has no state yet, and its settings are compared at step 1
+            self._check(steps_done, None, self._make(build), lag=0, recorded=not steps_done)
+            self.steps_checked = 0
 
     def step(
         self,
@@ -161,7 +168,8 @@ class Agreement:
             indices: the samples' indices, int64.
             epoch: for the record.
             stop: this replica wants to stop, from now on.
-            check: compare this step even if `every` would not: the last one before an evaluation.
+            check: compare this step even if `every` would not, and at once: the last one before an evaluation or a
+                checkpoint.
 
         Returns whether any replica wanted to stop, as of the newest completed comparison: the same on all replicas.
         With `every` 0 nothing is exchanged, so nobody learns of it and the answer is always False.
@@ -172,7 +180,7 @@ class Agreement:
         if self._every and (check or self.steps_done % self._every == 0):
             stages = self.observe(indices=indices, batch=batch, outputs=outputs, loss=loss)
             self.bytes_per_step = sum(stage.num_bytes for stage in stages.values())
-            self._check(self.steps_done, epoch, stages)
+            self._check(self.steps_done, epoch, stages, lag=0 if check else None)
         return self._stop
 
     def evaluation(
@@ -224,12 +232,13 @@ class Agreement:
         stages: dict[str, Stage],
         lag: int | None = None,
         phase: str | None = None,
+        recorded: bool = True,
     ) -> None:
         self._complete()
         self.last_word = protocol.fold(step, stages)
         posted = protocol.post(self._channel, self.last_word, self._wants_stop)
-        self._pending = _Pending(step, epoch, stages, posted, phase)
-        if step == 0 or not (self._lag if lag is None else lag):
+        self._pending = _Pending(step, epoch, stages, posted, phase, recorded)
+        if not (self._lag if lag is None else lag):
             self._complete()
 
     def _complete(self) -> None:
@@ -244,7 +253,7 @@ class Agreement:
                 self.steps_checked += 1
             if outcome.agreed and self.divergence is None:
                 self.agreed_until = pending.step
-        if pending.stages:
+        if pending.stages and pending.recorded:
             self._trace.step(pending.step, pending.epoch, outcome.agreed, pending.stages)
         if not outcome.agreed and self.divergence is None:
             self.diverged_stages = pending.stages

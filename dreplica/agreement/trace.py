@@ -4,6 +4,7 @@ Nothing in it depends on time or place, so two runs that computed the same have 
 """
 
 import json
+from collections import deque
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
@@ -12,15 +13,39 @@ from typing import Any
 import torch
 
 from dreplica.agreement.fingerprint import ALGORITHM
-from dreplica.agreement.stages import Stage
+from dreplica.agreement.stages import STAGES, Stage
 
 
 class Trace:
-    """Writes a trace, each line flushed as it comes; with no path, writes nothing."""
+    """Writes a trace, each line flushed as it comes; with no path, writes nothing.
 
-    def __init__(self, path: Path | None, num_replicas: int) -> None:
-        self._file = None if path is None else path.open("a", encoding="utf-8")
-        self._write({"algorithm": ALGORITHM, "torch": str(torch.__version__), "replicas": num_replicas})
+    An interrupted run that goes on has recorded more than it goes on from. What it comes to again is compared with
+    what was recorded, and not written twice.
+
+    Args:
+        path: of the file; appended to.
+        num_replicas: for the header.
+        num_lines: of the lines that are there already, those of what is not done again.
+
+    Attributes:
+        num_lines: lines of what has been done so far.
+        not_reproduced: the first step, with its stage, that came out otherwise than it had been recorded; None if none
+            has.
+    """
+
+    def __init__(self, path: Path | None, num_replicas: int, num_lines: int = 0) -> None:
+        self.num_lines = num_lines
+        self.not_reproduced: tuple[int, str] | None = None
+        self._recorded: deque[str] = deque()
+        self._file = None
+        if path is not None:
+            self._recorded = _recorded_after(path, num_lines)
+            self._file = path.open("a", encoding="utf-8")
+        if num_lines == 0 and self._recorded:
+            self._recorded.popleft()  # its header
+            self.num_lines = 1
+        elif num_lines == 0:
+            self._write({"algorithm": ALGORITHM, "torch": str(torch.__version__), "replicas": num_replicas})
 
     def step(self, step: int, epoch: int | None, agreed: bool, stages: Mapping[str, Stage]) -> None:
         """A checked step: whether all replicas agreed, and this replica's digest of every stage."""
@@ -39,6 +64,39 @@ class Trace:
         self.close()
 
     def _write(self, line: dict[str, Any]) -> None:
-        if self._file is not None:
-            self._file.write(json.dumps(line) + "\n")
-            self._file.flush()
+        if self._file is None:
+            return
+        self.num_lines += 1
+        if self._recorded:
+            recorded = self._recorded.popleft()
+            if recorded == json.dumps(line):
+                return
+            self.not_reproduced = self.not_reproduced or (line["step"], _first_difference(json.loads(recorded), line))
+            self._recorded.clear()
+        self._file.write(json.dumps(line) + "\n")
+        self._file.flush()
+
+
+def _recorded_after(path: Path, num_lines: int) -> "deque[str]":
+    """The lines after the first `num_lines`; a last one that was cut off in mid-line is taken out of the file."""
+    recorded: deque[str] = deque()
+    whole, parted = 0, False
+    if not path.exists():
+        return recorded
+    with path.open("rb+") as file:
+        for number, line in enumerate(file):
+            if not line.endswith(b"\n"):
+                break
+            whole += len(line)
+            parted = parted or b'"agreed": false' in line  # what came of a fault is not to come again
+            if number >= num_lines and not parted:
+                recorded.append(line.decode().rstrip("\n"))
+        file.truncate(whole)
+    return recorded
+
+
+def _first_difference(one: dict[str, Any], other: dict[str, Any]) -> str:
+    if one["step"] != other["step"]:
+        return "step"
+    stages = (stage for stage in STAGES if one["digests"].get(stage) != other["digests"].get(stage))
+    return next(stages, "agreed")

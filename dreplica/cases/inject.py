@@ -142,14 +142,13 @@ class FaultyCoordinator(Coordinator):
     def __init__(self, channel: Channel, seed: int, injector: Injector) -> None:
         super().__init__(channel, seed)
         self._injector = injector
-        self._steps_before = 0
 
-    def training_batches(self, num_samples: int, batch_size: int, epoch: int) -> IndexStream:
-        """As the coordinator's, then struck. Only batches of the first two windows of an epoch can be."""
-        stream = super().training_batches(num_samples, batch_size, epoch)
-        for number in range(min(len(stream), stream.num_received)):
-            self._injector.indices(self._steps_before + number + 1, stream.batch(number), num_samples)
-        self._steps_before += len(stream)
+    def training_batches(self, num_samples: int, batch_size: int, epoch: int, first: int = 0) -> IndexStream:
+        """As the coordinator's, then struck. Only batches of the first two windows can be."""
+        stream = super().training_batches(num_samples, batch_size, epoch, first)
+        steps_before = (epoch - 1) * len(stream)
+        for number in range(first, min(len(stream), stream.num_received)):
+            self._injector.indices(steps_before + number + 1, stream.batch(number), num_samples)
         return stream
 
 

@@ -20,23 +20,28 @@ class IndexStream:
     collectives. `serial`: which of its coordinator's passes this is, from 1: the same on every replica.
     """
 
-    def __init__(self, channel: Channel, order: Tensor | None, num_samples: int, batch_size: int, serial: int) -> None:
+    def __init__(
+        self, channel: Channel, order: Tensor | None, num_samples: int, batch_size: int, serial: int, first: int = 0
+    ) -> None:
+        """`order`: (num_samples,) int64, on rank 0; `first`: the batch to begin with."""
         assert (order is None) == (channel.rank != 0), "rank 0 draws the order, and only rank 0"
         self.serial = serial
         self.batch_size = batch_size
         self.num_samples = num_samples
+        self.first = first
         self._channel = channel
         self._order = order
         self._indices = torch.empty(num_samples, dtype=torch.int64)
         self._received = 0
-        self._receive()
-        self._receive()
+        for _ in range(first // WINDOW + 2):
+            self._receive()
 
     def __len__(self) -> int:
+        """Batches of the whole pass."""
         return -(-self.num_samples // self.batch_size)
 
     def __iter__(self) -> Iterator[list[int]]:
-        return (self.batch(number).tolist() for number in range(len(self)))
+        return (self.batch(number).tolist() for number in range(self.first, len(self)))
 
     def batch(self, number: int) -> Tensor:
         """The sample indices of batch `number` (from 0), int64."""
@@ -51,7 +56,7 @@ class IndexStream:
 
     def consumed(self, number: int) -> None:
         """The loop has begun batch `number`: at the first of a window, receives the next window."""
-        if number % WINDOW == 0 and number > 0:
+        if number % WINDOW == 0 and number > self.first:
             self._receive()
 
     def _receive(self) -> None:
@@ -73,12 +78,12 @@ class Coordinator:
         self._channel = channel
         self._passes = 0
 
-    def training_batches(self, num_samples: int, batch_size: int, epoch: int) -> IndexStream:
-        """A new permutation each epoch (from 1); the last batch may be smaller. A collective."""
+    def training_batches(self, num_samples: int, batch_size: int, epoch: int, first: int = 0) -> IndexStream:
+        """A new permutation each epoch (from 1), from batch `first` on; the last may be smaller. A collective."""
         order = None
         if self._channel.rank == 0:
             order = draw_order(num_samples, self.seed, epoch)
-        return self._stream(order, num_samples, batch_size)
+        return self._stream(order, num_samples, batch_size, first)
 
     def redraw(self, num_samples: int, batch_size: int, epoch: int, number: int) -> Tensor:
         """The sample indices (int64) of batch `number` of an epoch, drawn again on this rank. No collective."""
@@ -90,9 +95,9 @@ class Coordinator:
         order = torch.arange(num_samples) if self._channel.rank == 0 else None
         return self._stream(order, num_samples, batch_size)
 
-    def _stream(self, order: Tensor | None, num_samples: int, batch_size: int) -> IndexStream:
+    def _stream(self, order: Tensor | None, num_samples: int, batch_size: int, first: int = 0) -> IndexStream:
         self._passes += 1
-        return IndexStream(self._channel, order, num_samples, batch_size, self._passes)
+        return IndexStream(self._channel, order, num_samples, batch_size, self._passes, first)
 
 
 def draw_order(num_samples: int, seed: int, epoch: int) -> Tensor:

@@ -81,7 +81,7 @@ def load_batches(
     """
     assert num_workers * _PREFETCH < WINDOW, "workers must not read past the window that was sent"
     if isinstance(dataset, OnDevice) and dataset.is_complete:
-        for number in range(len(stream)):
+        for number in range(stream.first, len(stream)):
             stream.consumed(number)
             indices = stream.batch(number)
             yield _make_batch(dataset, indices, dataset.get(indices), device, memory_format, labels, weights)
@@ -96,7 +96,7 @@ def load_batches(
         generator=epoch_generator(seed, epoch),
         worker_init_fn=leave_the_group,
     )
-    for number, loaded in enumerate(loader):
+    for number, loaded in enumerate(loader, start=stream.first):
         stream.consumed(number)
         yield _make_batch(dataset, stream.batch(number), loaded, device, memory_format, labels, weights)
 
@@ -138,7 +138,8 @@ class _Placed:
         return len(self.stream)
 
     def __iter__(self) -> Iterator[Any]:
-        return (((self.stream.serial, number), indices) for number, indices in enumerate(self.stream))
+        stream = self.stream
+        return (((stream.serial, number), indices) for number, indices in enumerate(stream, stream.first))
 
 
 class _Batches(Dataset[Any]):

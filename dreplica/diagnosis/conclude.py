@@ -85,6 +85,20 @@ def results_differ(epoch: int, what: str, values: Sequence[float]) -> Verdict:
     return _with_remedy(verdict)
 
 
+def not_reproduced(step: int, stage: str) -> Verdict:
+    """The verdict on a run that went on and came to something else than it had recorded before its interruption."""
+    verdict = Verdict(
+        False,
+        "unexplained",
+        f"gone on with, the run does not come to what it had recorded at step {step} before it was interrupted",
+        step=step,
+        stage=stage,
+        evidence=[f"replicas agree with each other; the trace has another digest of {stage} for step {step}"],
+        remedy=["compare manifest.json with the environment as it is now; begin anew with --run.resume never"],
+    )
+    return _with_remedy(verdict)
+
+
 def wiring_fault(error: WiringError, replica_ids: list[int], num_replicas: int) -> Verdict:
     """The verdict on a replica whose parts do not belong together; `replica_ids`: where it was found."""
     others = [replica_id for replica_id in range(num_replicas) if replica_id not in replica_ids]

@@ -1,5 +1,6 @@
 """Keeps the record of a run: the run folder while it goes, the report at every end it can have."""
 
+import json
 import logging
 import math
 import time
@@ -12,12 +13,14 @@ from rich.console import Console
 from dreplica.agreement.verdict import Verdict
 from dreplica.diagnosis.conclude import replica_lost
 from dreplica.errors import ExitCode, UsageError
-from dreplica.report.run_report import RunReport, append_metrics, write_json
+from dreplica.report.resumable import Completed, NotResumable, check_resumable
+from dreplica.report.run_report import RunReport, append_metrics, read_metrics, write_json
 from dreplica.report.terminal import print_report
 from dreplica.training.loop import EpochDone
+from dreplica.world.manifest import compare_values
 from dreplica.world.process_group import World
 from dreplica.world.roll_call import Lost, ReplicaLost, describe_failure
-from dreplica.world.run_folder import create_run_folder
+from dreplica.world.run_folder import FolderLock, RunFolderConfig, create_run_folder, newest_run_folder
 
 log = logging.getLogger(__name__)
 
@@ -27,11 +30,17 @@ _NOT_FINITE = "is not finite"
 class Recorder:
     """The record of one run. Every replica keeps the report, since any may have to write it."""
 
-    def __init__(self, world: World, console: Console, root: str, name: str, expect: str, config_yaml: str) -> None:
+    def __init__(
+        self, world: World, console: Console, config: RunFolderConfig, name: str, expect: str, config_yaml: str
+    ) -> None:
         self.report: RunReport | None = None
+        self.goes_on = False
+        """Whether this run goes on with an interrupted one, in its folder."""
+        self._lock: FolderLock | None = None
+        self._recorded_epochs = 0
         self._world = world
         self._console = console
-        self._root, self._name, self._expect, self._config_yaml = root, name, expect, config_yaml
+        self._config, self._name, self._expect, self._config_yaml = config, name, expect, config_yaml
         self._started = time.monotonic()
 
     @property
@@ -41,18 +50,64 @@ class Recorder:
         return self.report.folder
 
     def open(self, manifests: Sequence[Mapping[str, Any]]) -> None:
-        """Rank 0 makes the run folder and puts config and manifests in. A collective.
+        """Rank 0 makes the run folder and puts config and manifests in, or finds that of an interrupted run. A
+        collective.
 
         `manifests`: one per replica; none if the run ends before they are known. Raises SharedUsageError.
         """
-        make = self._world.together(self._make_folder if self._world.is_coordinator else lambda: None)
-        folder: Path = self._world.channel.gather(make)[0]
+        own = self._world.together(self._find_or_make_folder if self._world.is_coordinator else lambda: None)
+        folder, self.goes_on = self._world.channel.gather(own)[0]
         self._begin(folder, manifests)
         if self._world.is_coordinator:
-            self._write_inputs(manifests)
+            if self.goes_on:
+                self._compare_manifests(manifests)
+            else:
+                self._write_inputs(manifests)
+
+    def go_on(self, epoch: int) -> None:
+        """Takes over what an interrupted run recorded of the epochs before `epoch`."""
+        assert self.report is not None
+        done = read_metrics(self.folder / "metrics.jsonl") if self._world.is_coordinator else None
+        done = self._world.channel.gather(done)[0]
+        self._recorded_epochs = max((item.epoch for item in done), default=0)
+        self.report.epochs = [item for item in done if item.epoch < epoch]
+
+    def _find_or_make_folder(self) -> tuple[Path, bool]:
+        newest = newest_run_folder(self._config.root, self._name) if self._config.resume == "auto" else None
+        if newest is not None:
+            try:
+                self._lock = FolderLock(newest)
+                if self._lock.taken:
+                    raise NotResumable("another run is writing to it")
+                check_resumable(newest, self._config_yaml)
+                return newest, True
+            except Completed:
+                pass
+            except (NotResumable, OSError) as reason:
+                log.warning("run.resume: a new run, rather than going on with %s: %s", newest, reason)
+            if self._lock is not None and not self._lock.taken:
+                self._lock.release()
+        folder = self._make_folder()
+        self._lock = FolderLock(folder)
+        return folder, False
 
     def _make_folder(self) -> Path:
-        return create_run_folder(self._root, self._name)
+        return create_run_folder(self._config.root, self._name)
+
+    def _compare_manifests(self, manifests: Sequence[Mapping[str, Any]]) -> None:
+        """Warns where the interrupted run had another environment: what it comes to may then be another."""
+        assert self.report is not None
+        log.info("run folder: %s", self.folder)
+        try:
+            before = json.loads((self.folder / "manifest.json").read_text(encoding="utf-8"))[0]
+        except (OSError, ValueError, LookupError) as error:
+            log.warning("manifest.json of %s cannot be read: %s", self.folder, error)
+            return
+        now = json.loads(json.dumps({"replica": 0, **manifests[0]}))
+        for difference in compare_values([before, now]):
+            one, other = difference.values
+            self.report.warnings.append(f"before the interruption {difference.field} was {one!r}, and is {other!r} now")
+            log.warning(self.report.warnings[-1])
 
     def _begin(self, folder: Path, manifests: Sequence[Mapping[str, Any]]) -> None:
         replicas: list[dict[str, Any]] = [
@@ -82,7 +137,7 @@ class Recorder:
             self.report.epochs[-1] = self.report.epochs[-1].without_predictions()
         self.report.epochs.append(done)
         self._warn_of_losses(done)
-        if self._world.is_coordinator:
+        if self._world.is_coordinator and done.epoch > self._recorded_epochs:
             append_metrics(self.folder / "metrics.jsonl", done)
 
     def _warn_of_losses(self, done: EpochDone) -> None:

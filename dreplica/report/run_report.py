@@ -9,6 +9,7 @@ from typing import Any
 
 from dreplica.agreement.verdict import Verdict
 from dreplica.training.loop import EpochDone
+from dreplica.training.position import Position
 from dreplica.training.spread import Spread
 
 SCHEMA = 1
@@ -33,6 +34,10 @@ class RunReport:
     skipped: list[str] = field(default_factory=list)
     """Samples left out because they cannot be loaded (`data.on_error: skip`)."""
     warnings: list[str] = field(default_factory=list)
+    resumed_from: int | None = None
+    """The step from which an interrupted run went on."""
+    stopped_after: int | None = None
+    """The step after which it was stopped on request."""
 
     def first_differing_result(self) -> tuple[int, str, list[float]] | None:
         """The first epoch in which replicas report other numbers: the epoch, which number, and each replica's."""
@@ -47,7 +52,13 @@ class RunReport:
         """JSON values, in the order of the schema."""
         return {
             "schema": SCHEMA,
-            "run": {"name": self.name, "folder": str(self.folder), "seconds": round(self.seconds, 1)},
+            "run": {
+                "name": self.name,
+                "folder": str(self.folder),
+                "seconds": round(self.seconds, 1),
+                "resumed_from": self.resumed_from,
+                "stopped_after": self.stopped_after,
+            },
             "expect": self.expect,
             "replicas": self.replicas,
             "steps_checked": self.steps_checked,
@@ -87,6 +98,26 @@ def append_metrics(path: Path, done: EpochDone) -> None:
     line["images_per_second"] = round(done.images_per_second, 1)
     with path.open("a", encoding="utf-8") as file:
         file.write(json.dumps(_finite(line), allow_nan=False) + "\n")
+
+
+def read_metrics(path: Path) -> list[EpochDone]:
+    """The epochs in metrics.jsonl; a last line that was cut off is taken out of the file, and its epoch left out."""
+    if not path.exists():
+        return []
+    content = path.read_bytes()
+    whole = content[: content.rfind(b"\n") + 1]
+    if whole != content:
+        os.truncate(path, len(whole))
+    return [_epoch_done(json.loads(line)) for line in whole.splitlines()]
+
+
+def _epoch_done(row: dict[str, Any]) -> EpochDone:
+    train, val = (
+        {name: [math.nan if value is None else value for value in values] for name, values in row[part].items()}
+        for part in ("train", "val")
+    )
+    position = Position(row["epoch"] + 1)
+    return EpochDone(row["epoch"], row["step"], train, val, row["seconds"], row["images_per_second"], None, position)
 
 
 def _finite(value: Any) -> Any:

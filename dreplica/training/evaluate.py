@@ -10,6 +10,7 @@ from dreplica.agreement.stages import batch_stage
 from dreplica.data.coordinator import Coordinator
 from dreplica.data.loader import Labels, load_batches
 from dreplica.replica.replica import Replica
+from dreplica.training.position import Position
 from dreplica.training.step import TrainConfig, forward, reduction_of
 
 
@@ -28,6 +29,15 @@ class Tally:
         """An empty tally."""
         dtype = torch.float32 if device.type == "mps" else torch.float64
         return cls(torch.zeros((), dtype=torch.int64, device=device), torch.zeros((), dtype=dtype, device=device))
+
+    @classmethod
+    def of(cls, position: Position, device: torch.device) -> "Tally":
+        """The tally of the batches of its epoch that were done at `position`."""
+        tally = cls.zero(device)
+        tally.correct += position.correct
+        tally.loss_sum += position.loss_sum
+        tally.count = position.count
+        return tally
 
     def add(self, loss: Tensor, logits: Tensor, labels: Tensor, reduction: str = "mean") -> None:
         """Adds a batch: its loss (0-dim; `reduction`: mean or sum), logits (batch, num_classes), labels (batch,)."""

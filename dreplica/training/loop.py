@@ -1,5 +1,6 @@
 """The training loop."""
 
+import math
 import time
 from collections.abc import Generator
 from contextlib import closing
@@ -15,6 +16,7 @@ from dreplica.data.samples import DataSets, at_epoch
 from dreplica.replica.replica import Replica
 from dreplica.training.evaluate import Evaluation, Tally, evaluate
 from dreplica.training.history import History, StepEntry
+from dreplica.training.position import Position
 from dreplica.training.step import reduction_of, training_step
 from dreplica.world.process_group import World
 from dreplica.world.signals import StopRequest
@@ -34,6 +36,14 @@ class StepDone:
     tally: Tally
     """Of this epoch's steps so far, on this replica."""
 
+    saves: bool
+    """Whether `checkpoint.every_steps` wants a checkpoint now; all replicas are known to agree then."""
+
+    @property
+    def position(self) -> Position:
+        """Where training goes on."""
+        return _position(self.epoch, self.step_in_epoch, self.tally)
+
 
 @dataclass(frozen=True)
 class EpochDone:
@@ -48,6 +58,8 @@ class EpochDone:
     """Training samples of one replica per second of training."""
     evaluation: Evaluation | None
     """This replica's predictions."""
+    position: Position
+    """Where training goes on."""
 
     def without_predictions(self) -> "EpochDone":
         """A copy that does not keep them in memory."""
@@ -64,6 +76,8 @@ class Stopped:
 
     step: int
     epoch: int
+    position: Position
+    """Where training goes on."""
 
 
 def train(
@@ -76,19 +90,27 @@ def train(
     device: torch.device,
     stop_request: StopRequest,
     history: History,
+    start: Position = Position(),  # noqa: B008  # immutable
 ) -> Generator[StepDone | EpochDone | Stopped, None, None]:
     """Trains, step by step, and yields what has been done. A collective: replicas advance it in lock-step.
+
+    `start`: where to begin, and the replica's state is that of this place.
 
     Raises `Divergence` when replicas part and `ReplicaLost` when one is gone.
     """
     batch_size, num_workers = config.data.batch_size, config.data.num_workers
     memory_format = torch.channels_last if config.model.channels_last else torch.preserve_format
     labels = Labels(data.num_classes, getattr(replica.criterion, "ignore_index", None))
-    for epoch in range(1, config.train.epochs + 1):
+    for epoch in range(start.epoch, config.train.epochs + 1):
+        if agreement.steps_done >= (config.train.max_steps or math.inf):
+            break  # a run that goes on may have nothing left to do
         started = time.perf_counter()
-        tally = Tally.zero(device)
-        replica.model.train()
-        stream = coordinator.training_batches(len(data.train), batch_size, epoch)  # type: ignore[arg-type]
+        number = start.num_batches if epoch == start.epoch else 0
+        tally = Tally.of(start, device) if number else Tally.zero(device)
+        count_before = tally.count
+        if not number:
+            replica.model.train()
+        stream = coordinator.training_batches(len(data.train), batch_size, epoch, number)  # type: ignore[arg-type]
         batches = load_batches(
             at_epoch(data.train, epoch),
             stream,
@@ -101,9 +123,12 @@ def train(
             weights=data.weights,
         )
         with closing(batches):  # ends the loader's workers at once, also in mid-epoch
-            for number, batch in enumerate(batches, start=1):
+            for number, batch in enumerate(batches, start=number + 1):  # noqa: B020
                 output = training_step(replica, batch, config.train)
-                last = agreement.steps_done + 1 == config.train.max_steps
+                step = agreement.steps_done + 1
+                last = step == config.train.max_steps
+                halts = step == config.run.stop_after
+                saves = not last and step % (config.checkpoint.every_steps or step + 1) == 0
                 stop = agreement.step(
                     indices=batch.indices,
                     batch=batch.tensors(),
@@ -111,7 +136,7 @@ def train(
                     loss=output.loss,
                     epoch=epoch,
                     stop=bool(stop_request),
-                    check=last or number == len(stream),
+                    check=last or saves or halts or number == len(stream),
                 )
                 generator = torch.get_rng_state().numpy().tobytes()
                 history.step(
@@ -121,32 +146,46 @@ def train(
                 tally.add(output.loss, output.logits, batch.labels, reduction_of(replica.criterion))
                 if world.roll_call is not None:
                     world.roll_call.step = agreement.steps_done
-                yield StepDone(agreement.steps_done, epoch, number, len(stream), tally)
-                if stop:
+                yield StepDone(step, epoch, number, len(stream), tally, saves)
+                if (stop or halts) and not last:
                     agreement.finish()
-                    yield Stopped(agreement.steps_done, epoch)
+                    yield Stopped(agreement.steps_done, epoch, _position(epoch, number, tally))
                     return
                 if last:
                     break
         trained = time.perf_counter()
+        position = _position(epoch, number, tally)
         if number == len(stream):  # not if max_steps cut the epoch short
             if replica.scheduler is not None:
                 replica.scheduler.step()
             history.epoch_end(epoch)
+            position = Position(epoch + 1)
         evaluation = evaluate(replica, data.val, coordinator, device, batch_size, num_workers, config.train, labels)
         history.evaluated()
         agreement.evaluation({"logits": evaluation.logits}, epoch, evaluation.batches)
-        yield _gather_epoch(epoch, agreement.steps_done, tally, evaluation, started, trained, world)
+        images_per_second = (tally.count - count_before) / (trained - started)
+        yield _gather_epoch(agreement.steps_done, epoch, tally, evaluation, started, images_per_second, position, world)
         if any(world.channel.gather(bool(stop_request))):  # with agreement.every 0 no step's message carries it
-            yield Stopped(agreement.steps_done, epoch)
+            yield Stopped(agreement.steps_done, epoch, position)
             break
         if agreement.steps_done == config.train.max_steps:
             break
     agreement.finish()
 
 
+def _position(epoch: int, num_batches: int, tally: Tally) -> Position:
+    return Position(epoch, num_batches, int(tally.correct), float(tally.loss_sum), tally.count)
+
+
 def _gather_epoch(
-    epoch: int, step: int, tally: Tally, evaluation: Evaluation, started: float, trained: float, world: World
+    step: int,
+    epoch: int,
+    tally: Tally,
+    evaluation: Evaluation,
+    started: float,
+    images_per_second: float,
+    position: Position,
+    world: World,
 ) -> EpochDone:
     own = (tally.accuracy, tally.loss, evaluation.tally.accuracy, evaluation.tally.loss)
     train_accuracy, train_loss, val_accuracy, val_loss = (
@@ -158,6 +197,7 @@ def _gather_epoch(
         train={"accuracy": train_accuracy, "loss": train_loss},
         val={"accuracy": val_accuracy, "loss": val_loss},
         seconds=time.perf_counter() - started,
-        images_per_second=tally.count / (trained - started),
+        images_per_second=images_per_second,
         evaluation=evaluation,
+        position=position,
     )

@@ -16,6 +16,7 @@ from pydantic import Field
 from dreplica.errors import SharedUsageError, UsageError
 from dreplica.section import Lockstep, Section
 from dreplica.world.channel import Channel
+from dreplica.world.joining import store_of_this_start
 from dreplica.world.roll_call import ReplicaLost, RollCall, describe_failure
 
 log = logging.getLogger(__name__)
@@ -122,7 +123,8 @@ def open_world(timeout: float) -> Iterator[World]:
     if num_replicas == 1:
         yield World(0, 1, Channel(), None, host)
         return
-    store, _, _ = next(dist.rendezvous("env://", timeout=timedelta(seconds=_JOIN_SECONDS)))
+    shared, _, _ = next(dist.rendezvous("env://", timeout=timedelta(seconds=_JOIN_SECONDS)))
+    store = store_of_this_start(shared, replica_id, num_replicas)
     holds_store = replica_id == 0 and not _launcher_holds_store()
     roll_call = RollCall(store, replica_id, num_replicas, holds_store, last_seconds=_LAST_SECONDS)
     try:

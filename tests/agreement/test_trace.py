@@ -73,12 +73,48 @@ def test_lines_are_on_disk_as_they_come(tmp_path: Path) -> None:
             assert json.loads(lines[-1])["step"] == step
 
 
-def test_a_second_opening_appends(tmp_path: Path) -> None:
+def record(path: Path, steps: range, value: float = 1.0, num_lines: int = 0, agreed: bool = True) -> Trace:
+    with Trace(path, 1, num_lines) as trace:
+        for step in steps:
+            trace.step(step, None, agreed, {"weights": tensors_stage({"w": torch.full((1,), value)})})
+    return trace
+
+
+@pytest.mark.parametrize("num_lines", [0, 2, 5, 6])
+def test_what_a_run_that_goes_on_comes_to_again_is_not_written_twice(num_lines: int, tmp_path: Path) -> None:
     path = tmp_path / "trace.jsonl"
-    for _ in range(2):
-        with Trace(path, 1):
-            pass
-    assert len(path.read_text().splitlines()) == 2
+    assert record(path, range(1, 6)).num_lines == 6
+    again = record(path, range(max(num_lines, 1), 9), num_lines=num_lines)
+    assert (again.num_lines, again.not_reproduced) == (9, None)
+    steps = [json.loads(line).get("step") for line in path.read_text().splitlines()]
+    assert steps == [None, *range(1, 9)]
+
+
+def test_what_comes_out_otherwise_is_named_and_kept_beside_what_was_recorded(tmp_path: Path) -> None:
+    path = tmp_path / "trace.jsonl"
+    record(path, range(1, 6))
+    again = record(path, range(3, 8), value=2.0, num_lines=3)
+    assert again.not_reproduced == (3, "weights")
+    steps = [json.loads(line).get("step") for line in path.read_text().splitlines()]
+    assert steps == [None, 1, 2, 3, 4, 5, 3, 4, 5, 6, 7]
+
+
+def test_what_came_after_replicas_had_parted_is_not_expected_again(tmp_path: Path) -> None:
+    path = tmp_path / "trace.jsonl"
+    record(path, range(1, 4))
+    record(path, range(4, 5), value=7.0, num_lines=4, agreed=False)
+    again = record(path, range(2, 6), num_lines=2)
+    assert again.not_reproduced is None
+    assert len(path.read_text().splitlines()) == 7
+
+
+def test_a_last_line_that_was_cut_off_is_taken_out(tmp_path: Path) -> None:
+    path = tmp_path / "trace.jsonl"
+    record(path, range(1, 4))
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-5])
+    record(path, range(3, 4), num_lines=3)
+    assert path.read_bytes() == whole
 
 
 def test_without_a_path_nothing_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from dreplica.errors import ExitCode
+from dreplica.training.checkpoint import checkpoint_name, list_checkpoints
 from tests.end_to_end.by_hand import by_hand, job_of
 from tests.fixtures import SMALL
 from tests.harness import REPOSITORY, Job, environment, torchrun, torchrun_command
@@ -157,7 +159,11 @@ def test_a_job_that_is_told_to_stop_ends_by_itself_at_the_same_step(
     assert "stopped on request after step" in report["verdict"]["summary"]
     one, two = report["fingerprints"]
     assert one["weights"] == two["weights"]
+    assert report["run"]["stopped_after"] == int(report["verdict"]["summary"].rpartition(" ")[2])
+    newest = list_checkpoints(root / "job" / "checkpoints")[0]
+    assert newest.name == checkpoint_name(report["run"]["stopped_after"])
     assert process.returncode != 0
     assert "KeyboardInterrupt" not in output
     if launcher == "dreplica":
+        assert process.returncode == ExitCode.STOPPED
         assert "Traceback" not in output

@@ -10,12 +10,15 @@ import pytest
 from dreplica.report import run_report
 from dreplica.report.run_report import RunReport, append_metrics, write_json
 from dreplica.training.loop import EpochDone
+from dreplica.training.position import Position
 
 
 def done(epoch: int, **values: list[float]) -> EpochDone:
     part = {"accuracy": [0.5, 0.5], "loss": [1.0, 1.0]}
     val = {name: values.get(name, given) for name, given in part.items()}
-    return EpochDone(epoch, 5 * epoch, part, val, seconds=1.0, images_per_second=80.0, evaluation=None)
+    return EpochDone(
+        epoch, 5 * epoch, part, val, seconds=1.0, images_per_second=80.0, evaluation=None, position=Position(9)
+    )
 
 
 def strictly(text: str) -> Any:

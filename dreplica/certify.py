@@ -1,0 +1,175 @@
+"""`dreplica certify-resume`: does an interrupted run come to what an uninterrupted one comes to, bit for bit?"""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from dreplica.agreement.stages import STAGES
+from dreplica.errors import ExitCode
+
+_COMPONENTS = {
+    "indices": "the position in the data",
+    "batch": "what loading or augmenting a sample depends on",
+    "buffers": "buffers, or what the forward pass depends on beside the weights",
+    "output": "something that the forward pass depends on beside weights and buffers",
+    "gradients": "something that the backward pass depends on",
+    "optimizer": "the state of the optimizer, the scheduler or the scaler",
+    "weights": "weights, or something that the optimizer's step depends on",
+    "rng": "the state of the random number generators",
+    "predictions": "something that the evaluation depends on",
+}
+"""What a difference that begins at a stage says of what was not restored."""
+_TAIL_LINES = 15
+
+Key = tuple[int, bool]
+"""(step, whether it is of an evaluation)."""
+
+
+@dataclass(frozen=True)
+class Certificate:
+    """What the comparison came to."""
+
+    passed: bool
+    text: str
+    """One line."""
+
+
+def certify_resume(settings: Sequence[str], num_replicas: int, at_step: int, keep: Path | None = None) -> ExitCode:
+    """Runs a job straight through, then stopped after `at_step` and gone on with in fresh processes; compares all.
+
+    `settings`: of the job, as for `dreplica train`. `keep`: where the run folders are left. Prints a certificate, or
+    the first component that was not restored, and returns AGREED or DIVERGED; UNUSABLE or FAILED if a run failed.
+    """
+    console = Console(highlight=False)
+    with ExitStack() as stack:
+        root = keep or Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="dreplica-certify-")))
+        common = [*settings, f"--run.root={root}"]
+        for name in ("straight", "interrupted", "straight-again"):
+            shutil.rmtree(root / name, ignore_errors=True)
+        console.print(f"1 of 3: the run, straight through (output in {root})")
+        code, output = _run(root, "straight", common, num_replicas)
+        if code != ExitCode.AGREED:
+            return _failed("the run itself did not end well", code, output)
+        console.print(f"2 of 3: the same, stopped after step {at_step}")
+        code, output = _run(root, "interrupted", [*common, f"--run.stop_after={at_step}"], num_replicas)
+        if code == ExitCode.AGREED:
+            num_steps = max(step for step, _ in _read_trace(root / "straight"))
+            print(f"error: --at-step: {at_step}: the run has {num_steps} steps. Give less.", file=sys.stderr)
+            return ExitCode.UNUSABLE
+        if code != ExitCode.STOPPED:
+            return _failed("the run could not be stopped", code, output)
+        console.print("3 of 3: the rest, in fresh processes")
+        code, output = _run(root, "interrupted", common, num_replicas)
+        if code not in (ExitCode.AGREED, ExitCode.DIVERGED, ExitCode.UNUSABLE):
+            return _failed("the rest of the run did not end well", code, output)
+        certificate = judge(root / "straight", root / "interrupted", at_step, code, output)
+        if not certificate.passed:
+            _run(root, "straight-again", common, num_replicas)
+            again = _first_difference(root / "straight", root / "straight-again")
+            if again is not None:
+                step, stage = again
+                text = f"the job does not reproduce without an interruption either: step {step}, {stage}"
+                certificate = Certificate(False, f"{text}. Mend that first: dreplica train --replicas 2")
+    mark = "[green]CERTIFIED[/]" if certificate.passed else "[red]NOT CERTIFIED[/]"
+    console.print(mark, end=" ")
+    console.print(certificate.text, markup=False, soft_wrap=True)
+    return ExitCode.AGREED if certificate.passed else ExitCode.DIVERGED
+
+
+def judge(straight: Path, interrupted: Path, at_step: int, code: int, output: str) -> Certificate:
+    """Compares every digest of two run folders, and their reports' results.
+
+    `code`, `output`: the exit code of the run that went on, and what it printed.
+    """
+    if code == ExitCode.UNUSABLE:
+        return Certificate(False, _last_error(output))
+    one, other = (
+        json.loads((folder / "report.json").read_text(encoding="utf-8")) for folder in (straight, interrupted)
+    )
+    skipped = [line for line in other["warnings"] if line.startswith("skipped checkpoint")]
+    if skipped or other["run"]["resumed_from"] != at_step:
+        return Certificate(False, skipped[0] if skipped else f"it went on from step {other['run']['resumed_from']}")
+    difference = _first_difference(straight, interrupted)
+    if difference is not None:
+        step, stage = difference
+        return Certificate(False, f"not restored: {_COMPONENTS.get(stage, stage)} (step {step}, {stage})")
+    for field in ("fingerprints", "epochs"):
+        if one[field] != other[field]:
+            return Certificate(False, f"not restored: something that {field} in report.json depend on")
+    trace = _read_trace(interrupted)
+    after = [digests for (step, _), digests in trace.items() if step > at_step]
+    num_digests = sum(map(len, after))
+    last = max(step for step, _ in trace)
+    return Certificate(
+        True,
+        f"interrupted after step {at_step} of {last}: {last - at_step} steps gone on with, {num_digests} digests of "
+        f"their stages, {len(one['epochs'])} epochs' results and the final state are those of the uninterrupted run",
+    )
+
+
+def _first_difference(one: Path, other: Path) -> tuple[int, str] | None:
+    """The first step and stage at which two runs' traces differ; of a line that only one has, nothing can be said."""
+    here, there = _read_trace(one), _read_trace(other)
+    for key in sorted(here.keys() & there.keys()):
+        for stage in STAGES:
+            if here[key].get(stage) != there[key].get(stage):
+                return key[0], stage
+    missing = [step for step, _ in here.keys() - there.keys()]
+    return (min(missing), "steps") if missing else None
+
+
+def _read_trace(folder: Path) -> dict[Key, Mapping[str, Any]]:
+    found: dict[Key, Mapping[str, Any]] = {}
+    try:
+        lines = (folder / "trace.jsonl").read_text(encoding="utf-8").splitlines()
+    except FileNotFoundError:
+        return found
+    for row in map(json.loads, lines[1:]):
+        found[row["step"], "predictions" in row["digests"]] = row["digests"]
+    return found
+
+
+def _run(root: Path, name: str, arguments: Sequence[str], num_replicas: int) -> tuple[int, str]:
+    """Exit code and output of one run."""
+    root.mkdir(parents=True, exist_ok=True)
+    package_root = str(Path(__file__).parents[1])
+    environment = os.environ | {
+        "PYTHONPATH": os.pathsep.join(filter(None, [package_root, os.environ.get("PYTHONPATH")]))
+    }
+    command = [sys.executable, "-m", "dreplica.cli", "train", f"--replicas={num_replicas}", f"--run.name={name}"]
+    process = subprocess.run(
+        [*command, *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        stdin=subprocess.DEVNULL,
+        env=environment,
+        check=False,
+    )
+    with (root / f"{name}.log").open("a", encoding="utf-8") as log:
+        log.write(process.stdout)
+    return process.returncode, process.stdout
+
+
+def _failed(what: str, code: int, output: str) -> ExitCode:
+    if code == ExitCode.UNUSABLE:
+        print(f"error: {_last_error(output)}", file=sys.stderr)
+        return ExitCode.UNUSABLE
+    tail = "\n".join(output.splitlines()[-_TAIL_LINES:])
+    print(f"error: {what} (exit code {code}):\n{tail}", file=sys.stderr)
+    return ExitCode.FAILED
+
+
+def _last_error(output: str) -> str:
+    errors = [line.removeprefix("error: ") for line in output.splitlines() if line.startswith("error: ")]
+    return errors[-1] if errors else output[-500:]

@@ -1,0 +1,132 @@
+"""How a run is saved on its way, and goes on after an interruption from the newest checkpoint that verifies."""
+
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from dreplica.errors import SharedUsageError
+from dreplica.replica.replica import Replica
+from dreplica.training.checkpoint import (
+    CheckpointConfig,
+    CheckpointError,
+    list_checkpoints,
+    parse,
+    read_files,
+    remove_leftovers,
+)
+from dreplica.training.position import Position
+from dreplica.training.saved_state import restore_state, save_state
+from dreplica.training.saver import Saver
+from dreplica.world.process_group import World
+
+log = logging.getLogger(__name__)
+
+_FOLDER = "checkpoints"
+
+
+@dataclass(frozen=True)
+class Start:
+    """Where a run begins, or goes on."""
+
+    position: Position = field(default_factory=Position)
+    step: int = 0
+    data_seed: int | None = None
+    """Of the order of samples; None: not drawn yet."""
+    steps_checked: int = 0
+    num_trace_lines: int = 0
+    skipped: tuple[str, ...] = ()
+    """Newer checkpoints that cannot be used, and why."""
+
+
+class Checkpoints:
+    """A run's checkpoints. Every method is a collective.
+
+    Args:
+        folder: the run's.
+        shared: whether all replicas have the same state: rank 0 then writes one copy for all, and sends it to all when
+            a run goes on, however many there are then. Otherwise each replica writes and reads its own.
+    """
+
+    def __init__(self, config: CheckpointConfig, world: World, replica: Replica, folder: Path, shared: bool) -> None:
+        self._world, self._replica, self._shared = world, replica, shared
+        self._folder = folder / _FOLDER
+        self._part = None if shared else f"replica_{world.replica_id}"
+        self._saver = Saver(self._folder, config.keep, self._part)
+        self._saved_step: int | None = None
+
+    def restore(self) -> Start:
+        """Puts the newest checkpoint that verifies into the replica, and says which were skipped and why.
+
+        Without any checkpoint, the run begins at its beginning. Raises SharedUsageError if there are some and none is
+        whole.
+        """
+        if self._world.is_coordinator:
+            remove_leftovers(self._folder)
+        names = self._world.channel.gather([path.name for path in list_checkpoints(self._folder)])[0]
+        skipped: list[str] = []
+        for name in names:
+            state, reason = self._restore(self._folder / name)
+            reasons = {rank: text for rank, text in enumerate(self._world.channel.gather(reason)) if text is not None}
+            if not reasons:
+                assert state is not None
+                log.info("going on from %s", self._folder / name)
+                self._saved_step = state["step"]
+                return Start(
+                    Position(**state["position"]),
+                    state["step"],
+                    state["data_seed"],
+                    state["steps_checked"],
+                    state["num_trace_lines"],
+                    tuple(skipped),
+                )
+            rank, text = next(iter(reasons.items()))
+            skipped.append(f"{name}: {text} (replica {rank})")
+            if self._world.is_coordinator:
+                log.warning("run.resume: skipped %s", skipped[-1])
+        if names:
+            raise SharedUsageError(
+                f"run.resume: 'auto', but no checkpoint in {str(self._folder)!r} can be used: {'; '.join(skipped)}. "
+                "Begin anew with --run.resume never."
+            )
+        return Start()
+
+    def _restore(self, place: Path) -> tuple[Mapping[str, Any] | None, str | None]:
+        """The saved state, or why there is none."""
+        files, reason = None, None
+        try:
+            if self._world.is_coordinator or not self._shared:
+                files = read_files(place if self._part is None else place / self._part)
+        except CheckpointError as error:
+            reason = str(error)
+        if self._shared:
+            files, reason = self._world.channel.gather((files, reason))[0]
+        if files is None:
+            return None, reason
+        try:
+            contents = parse(files)
+            restore_state(self._replica, contents)
+        except CheckpointError as error:
+            return None, str(error)
+        return contents.state, None
+
+    def save(self, position: Position, data_seed: int, steps_checked: int, num_trace_lines: int) -> None:
+        """Copies the state, and writes it while training goes on. All replicas have agreed on it, or need not."""
+        if self._replica.steps_done == self._saved_step:
+            return
+        self._saved_step = self._replica.steps_done
+        if not self._shared:
+            self._saver.wait()
+            self._world.channel.gather(None)  # older ones may go only when all have written the one before
+        if self._world.is_coordinator or not self._shared:
+            run = {"data_seed": data_seed, "steps_checked": steps_checked, "num_trace_lines": num_trace_lines}
+            self._saver.save(save_state(self._replica, position, run))
+
+    def finish(self) -> list[str]:
+        """Waits until everything is written. Returns what could not be: a line each, the same on all replicas."""
+        self._saver.wait()
+        failures = [line for lines in self._world.channel.gather(self._saver.failures) for line in lines]
+        if not failures and (self._world.is_coordinator or not self._shared):
+            self._saver.prune()
+        return failures

@@ -1,0 +1,69 @@
+"""Whether an earlier run of the same name is one to go on with."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from dreplica.training.checkpoint import list_checkpoints
+from dreplica.world.manifest import compare_values
+
+_MAY_DIFFER: dict[str, set[str] | None] = {
+    "world": None,
+    "run": None,
+    "checkpoint": None,
+    "agreement": {"snapshot_every", "on_divergence"},
+    "data": {"num_workers", "cache", "decode", "root"},
+    "train": {"epochs", "max_steps"},
+}
+"""Sections, or keys of a section, that do not change what a run comes to, only how far or how fast."""
+
+_OF_THE_MACHINES = {"replica-lost", "transient-fault", "persistent-fault"}
+"""Causes that do not lie in the run itself."""
+
+
+class NotResumable(Exception):
+    """Why a run is not one to go on with."""
+
+
+class Completed(NotResumable):
+    """It came to its end."""
+
+
+def check_resumable(folder: Path, config_yaml: str) -> None:
+    """Raises NotResumable unless the run in `folder` was interrupted, and was given what this one is given."""
+    try:
+        report = json.loads((folder / "report.json").read_text(encoding="utf-8"))
+        stopped, cause = report["run"]["stopped_after"] is not None, report["verdict"]["cause"]
+        if not stopped and cause not in _OF_THE_MACHINES:
+            raise Completed("it came to its end")
+    except FileNotFoundError:
+        pass  # killed before it could write one
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise NotResumable(f"its report.json cannot be read: {error}") from None
+    try:
+        before = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise NotResumable(f"its config.yaml cannot be read: {error}") from None
+    seeds = (before or {}).get("seed", {})
+    if None in (seeds.get("model"), seeds.get("data")) and not list_checkpoints(folder / "checkpoints"):
+        raise NotResumable("it drew seeds of its own, and left no checkpoint")
+    differences = compare_values([_decisive(before), _decisive(yaml.safe_load(config_yaml))])
+    if differences:
+        one, other = differences[0].values
+        raise NotResumable(f"it had another config: {differences[0].field} was {one!r}, and is {other!r} now")
+
+
+def _decisive(config: Any) -> dict[str, Any]:
+    """What a run's results depend on."""
+    kept = {}
+    for section, values in (config or {}).items():
+        dropped = _MAY_DIFFER.get(section, set())
+        if dropped is None:
+            continue
+        kept[section] = values
+        if isinstance(values, Mapping):
+            kept[section] = {key: value for key, value in values.items() if key not in dropped}
+    return kept

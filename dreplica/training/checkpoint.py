@@ -1,0 +1,219 @@
+"""Checkpoints on disk: written whole or not at all, and read only if every byte is as it was written.
+
+A checkpoint is a folder of three files: `model.safetensors` (parameters and buffers), `optimizer.pt` (the optimizer's
+state, the scheduler's, what else a step reads; loaded with `weights_only=True`, so that nothing in it is executed) and
+`state.json` (step, position in the data, generators, digests), which is written last and holds digests of the others.
+"""
+
+import base64
+import io
+import json
+import os
+import re
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy
+import torch
+import xxhash
+from pydantic import Field
+from safetensors import SafetensorError
+from safetensors.torch import load, save_file
+from torch import Tensor
+
+from dreplica.section import Lockstep, Section
+
+SCHEMA = 1
+MODEL_FILE, OPTIMIZER_FILE, STATE_FILE = "model.safetensors", "optimizer.pt", "state.json"
+_SAFETENSORS_DTYPES = {
+    torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.int32, torch.int16, torch.int8,
+    torch.uint8, torch.bool,
+}  # fmt: skip
+_STEP_FOLDER = re.compile(r"step_(\d{6,})")
+
+
+class CheckpointConfig(Section):
+    """When a run's state is saved, so that it can go on after an interruption."""
+
+    every_steps: Annotated[int | None, Lockstep()] = Field(None, ge=1)
+    """Save every so many steps; null: not by steps."""
+    every_epochs: Annotated[int | None, Lockstep()] = Field(1, ge=1)
+    """Save at the end of every so many epochs; null: not by epochs. A run that is told to stop saves in any case."""
+    keep: Annotated[int, Lockstep()] = Field(2, ge=1)
+    """How many checkpoints to keep, the newest."""
+
+
+class CheckpointError(Exception):
+    """A checkpoint that cannot be used; the message says why."""
+
+
+@dataclass(frozen=True)
+class Contents:
+    """What a checkpoint holds."""
+
+    tensors: dict[str, Tensor]
+    """Parameters and buffers of the model, by name, on the CPU or to be copied there."""
+    optimizer: dict[str, Any]
+    """Tensors and plain values, for `torch.save`."""
+    state: dict[str, Any]
+    """JSON values."""
+
+
+def checkpoint_name(step: int) -> str:
+    """The name of a checkpoint's folder."""
+    return f"step_{step:06}"
+
+
+def list_checkpoints(folder: Path) -> list[Path]:
+    """The checkpoints in a run's `checkpoints` folder, newest first; whole or not."""
+    if not folder.is_dir():
+        return []
+    steps = {path: _STEP_FOLDER.fullmatch(path.name) for path in folder.iterdir()}
+    found = [(int(match[1]), path) for path, match in steps.items() if match]
+    return [path for _, path in sorted(found, reverse=True)]
+
+
+def prune_checkpoints(folder: Path, keep: int, part: str | None = None) -> None:
+    """Removes all but the newest `keep`; of those that have parts, this `part`. Raises OSError."""
+    places = [path if part is None else path / part for path in list_checkpoints(folder)]
+    for place in [place for place in places if place.is_dir()][keep:]:
+        # Under another name first: what is half removed is not to be taken for a damaged checkpoint.
+        doomed = place.with_name(f".{place.name}.{os.getpid()}.old")
+        place.rename(doomed)
+        shutil.rmtree(doomed)
+        if part is not None and not any(place.parent.iterdir()):
+            place.parent.rmdir()
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Removes what a process that was killed while it wrote has left behind. Only where nobody else writes."""
+    for pattern in (".*.tmp", ".*.old", "step_*/.*.tmp", "step_*/.*.old"):
+        for path in folder.glob(pattern):
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def write_checkpoint(place: Path, contents: Contents) -> None:
+    """Writes to a folder beside `place`, flushes it to the disk, and renames it. Raises OSError; `place` is then as it
+    was."""
+    temporary = place.with_name(f".{place.name}.{os.getpid()}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    try:
+        temporary.mkdir(parents=True)
+        in_file, elsewhere = _divide(contents.tensors)
+        try:
+            save_file(in_file, temporary / MODEL_FILE, metadata={"format": "pt"})
+        except SafetensorError as error:
+            raise OSError(f"{MODEL_FILE}: {error}") from error
+        try:
+            torch.save({**contents.optimizer, "tensors": elsewhere}, temporary / OPTIMIZER_FILE)
+        except RuntimeError as error:  # how torch reports a disk that is full
+            raise OSError(f"{OPTIMIZER_FILE}: {str(error).splitlines()[0]}") from error
+        files = {name: _digest_file(temporary / name) for name in (MODEL_FILE, OPTIMIZER_FILE)}
+        state = {"schema": SCHEMA, **contents.state, "files": files}
+        with (temporary / STATE_FILE).open("w", encoding="utf-8") as file:
+            json.dump(state | {"digest": _digest_state(state)}, file)
+            file.write("\n")
+        for name in (MODEL_FILE, OPTIMIZER_FILE, STATE_FILE, "."):
+            _flush(temporary / name)
+        if place.exists():  # it was not fit to go on from
+            place.rename(place.with_name(f".{place.name}.{os.getpid()}.old"))
+        temporary.rename(place)
+        _flush(place.parent)
+    except OSError:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    shutil.rmtree(place.with_name(f".{place.name}.{os.getpid()}.old"), ignore_errors=True)
+
+
+def read_files(place: Path) -> dict[str, bytes]:
+    """The three files' contents. Raises CheckpointError."""
+    try:
+        return {name: (place / name).read_bytes() for name in (STATE_FILE, MODEL_FILE, OPTIMIZER_FILE)}
+    except FileNotFoundError as error:
+        raise CheckpointError(f"there is no {Path(error.filename).name}") from None
+    except OSError as error:
+        raise CheckpointError(f"{error.filename} cannot be read: {error.strerror}") from None
+
+
+def parse(files: Mapping[str, bytes]) -> Contents:
+    """What `write_checkpoint` was given. Raises CheckpointError unless every byte is as it was written."""
+    try:
+        state = json.loads(files[STATE_FILE])
+        digest = state.pop("digest")
+        schema, digests = state.get("schema"), state.get("files")
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise CheckpointError(f"{STATE_FILE} is damaged, or none of dreplica's") from None
+    if digest != _digest_state(state):
+        raise CheckpointError(f"{STATE_FILE} is not as it was written")
+    if schema != SCHEMA:
+        raise CheckpointError(f"it is of schema {schema}, and this version reads schema {SCHEMA}")
+    for name in (MODEL_FILE, OPTIMIZER_FILE):
+        if xxhash.xxh3_128_hexdigest(files[name]) != digests[name]:
+            raise CheckpointError(f"{name} is not as it was written")
+    try:
+        optimizer = torch.load(io.BytesIO(files[OPTIMIZER_FILE]), map_location="cpu", weights_only=True)
+    except Exception as error:  # whatever a pickle that is not to be trusted makes of it
+        raise CheckpointError(f"{OPTIMIZER_FILE} cannot be loaded: {str(error).splitlines()[0]}") from None
+    return Contents({**load(files[MODEL_FILE]), **optimizer.pop("tensors")}, optimizer, state)
+
+
+def rng_to_json(rng: Mapping[str, Any]) -> dict[str, Any]:
+    """The generators' states, as `get_rng_state` gives them, as JSON values."""
+    version, words, gauss = rng["python"]
+    name, keys, position, has_gauss, cached = rng["numpy"]
+    tensors = {key: base64.b64encode(rng[key].numpy().tobytes()).decode() for key in ("torch", "cuda") if key in rng}
+    return {
+        "python": [version, list(words), gauss],
+        "numpy": [name, keys.tolist(), position, has_gauss, cached],
+        **tensors,
+    }
+
+
+def rng_from_json(values: Mapping[str, Any]) -> dict[str, Any]:
+    """What `rng_to_json` was given."""
+    version, words, gauss = values["python"]
+    name, keys, position, has_gauss, cached = values["numpy"]
+    tensors = {
+        key: torch.frombuffer(bytearray(base64.b64decode(values[key])), dtype=torch.uint8)
+        for key in ("torch", "cuda")
+        if key in values
+    }
+    return {
+        "python": (version, tuple(words), gauss),
+        "numpy": (name, numpy.array(keys, dtype=numpy.uint32), position, has_gauss, cached),
+        **tensors,
+    }
+
+
+def _divide(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Those that the safetensors format can hold, and the rest."""
+    on_cpu = {name: tensor.detach().cpu() for name, tensor in tensors.items()}
+    fits = {
+        name: tensor.contiguous()
+        for name, tensor in on_cpu.items()
+        if tensor.layout is torch.strided and tensor.dtype in _SAFETENSORS_DTYPES
+    }
+    return fits, {name: tensor for name, tensor in on_cpu.items() if name not in fits}
+
+
+def _digest_file(path: Path) -> str:
+    hashed = xxhash.xxh3_128()
+    with path.open("rb") as file:
+        while chunk := file.read(1 << 22):
+            hashed.update(chunk)
+    return hashed.hexdigest()
+
+
+def _digest_state(state: Mapping[str, Any]) -> str:
+    return xxhash.xxh3_128_hexdigest(json.dumps(state, sort_keys=True).encode())
+
+
+def _flush(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

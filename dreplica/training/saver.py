@@ -1,0 +1,69 @@
+"""Writes checkpoints while training goes on."""
+
+import logging
+import threading
+from pathlib import Path
+
+from dreplica.training.checkpoint import (
+    Contents,
+    checkpoint_name,
+    parse,
+    prune_checkpoints,
+    read_files,
+    write_checkpoint,
+)
+
+log = logging.getLogger(__name__)
+
+
+class Saver:
+    """Writes the checkpoints of one run, one at a time, in a thread of its own.
+
+    Training waits only where the one before is still being written. One that cannot be written (a full disk) is warned
+    of, and training goes on: the one before is kept.
+
+    Args:
+        folder: where checkpoints go: the run's `checkpoints`.
+        keep: how many.
+        part: the folder within each that this replica writes; None where one copy is for all.
+    """
+
+    def __init__(self, folder: Path, keep: int, part: str | None = None) -> None:
+        self.failures: list[str] = []
+        self._folder, self._keep, self._part = folder, keep, part
+        self._thread: threading.Thread | None = None
+        self._proved = False
+
+    def save(self, contents: Contents) -> None:
+        """Begins to write. All replicas have waited for the checkpoint before, which is why older ones may go now."""
+        self.wait()
+        self.prune()
+        self._thread = threading.Thread(target=self._write, args=(contents,), name="dreplica-saver")
+        self._thread.start()
+
+    def wait(self) -> None:
+        """Returns when nothing is being written."""
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+
+    def prune(self) -> None:
+        """Removes the checkpoints that are not to be kept."""
+        try:
+            prune_checkpoints(self._folder, self._keep, self._part)
+        except OSError as error:
+            log.warning("older checkpoints could not be removed: %s", error)
+
+    def _write(self, contents: Contents) -> None:
+        step = contents.state["step"]
+        place = self._folder / checkpoint_name(step)
+        try:
+            place = place if self._part is None else place / self._part
+            write_checkpoint(place, contents)
+            if not self._proved:
+                parse(read_files(place))  # an optimizer may keep what is only code to a reader that executes none
+                self._proved = True
+        except Exception as error:
+            # Whatever it is must reach the run's report, and not end as a traceback in a thread.
+            self.failures.append(f"the checkpoint at step {step} could not be written: {type(error).__name__}: {error}")
+            log.warning("%s; training goes on", self.failures[-1])

@@ -1,0 +1,239 @@
+"""Whole jobs that are interrupted and go on: bit for bit as if they had not been."""
+
+import json
+import shutil
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dreplica.training.checkpoint import list_checkpoints
+from dreplica.world.run_folder import FolderLock
+from tests.data.pictures import make_folder
+from tests.end_to_end.test_bad_input import messages
+from tests.end_to_end.test_image_folder import AUGMENTED, JOB
+from tests.fixtures import SMALL
+from tests.harness import REPOSITORY, Job, environment, run_job, torchrun_command
+
+STOP = "--run.stop_after=7"
+"""Of 10 steps, in the middle of the second epoch."""
+CONFIGS = {
+    "sgd with momentum": ("--optim={name: SGD, lr: 0.05, momentum: 0.9}", "--schedule={name: StepLR, step_size: 1}"),
+    "adamw in bf16": ("--optim={name: AdamW, lr: 0.01}", "--train.amp=bf16", "--train.grad_clip=1"),
+    "fp16 with a scaler": ("--train.amp=fp16",),
+    "nothing compared": ("--agreement.every=0",),
+    "compared now and then": ("--agreement.every=3",),
+    "an order of its own": ("--seed.data=null",),
+    "independent": ("--seed.model=distinct",),
+}
+
+
+def facts(job: Job) -> dict[str, Any]:
+    """What two runs that came to the same have in common."""
+    report = job.report
+    metrics = [json.loads(line) for line in (job.folder / "metrics.jsonl").read_text().splitlines()]
+    return {
+        "trace": job.trace,
+        "verdict": report["verdict"],
+        "steps_checked": report["steps_checked"],
+        "epochs": report["epochs"],
+        "fingerprints": report["fingerprints"],
+        "metrics": [{key: row[key] for key in ("step", "epoch", "train", "val")} for row in metrics],
+    }
+
+
+@pytest.mark.parametrize("arguments", CONFIGS.values(), ids=CONFIGS.keys())
+def test_a_run_that_goes_on_is_one_that_was_never_interrupted(arguments: tuple[str, ...], tmp_path: Path) -> None:
+    job = [*SMALL, *arguments]
+    stopped = run_job(*job, STOP, root=tmp_path)
+    assert stopped.exitcodes == {0: 4, 1: 4}, stopped.output
+    assert stopped.report["run"]["stopped_after"] == 7
+    resumed = run_job(*job, root=tmp_path)
+    assert resumed.returncode == 0, resumed.output
+    assert resumed.folder == stopped.folder
+    assert [path.name for path in tmp_path.iterdir()] == ["job"]
+    assert resumed.report["run"]["resumed_from"] == 7
+    if "--seed.data=null" in arguments:
+        assert len({line.split('"indices": "')[1][:32] for line in resumed.trace[2:] if '"indices"' in line}) == 10
+        return
+    expected = run_job(*job)
+    if any(argument.startswith("--agreement.every") for argument in arguments):
+        # Before a checkpoint the state is compared in any case, which is a line, and a step checked, more.
+        assert [line for line in resumed.trace if line in expected.trace] == expected.trace
+        assert resumed.report["fingerprints"] == expected.report["fingerprints"]
+        assert resumed.report["epochs"] == expected.report["epochs"]
+        return
+    assert facts(resumed) == facts(expected)
+
+
+def test_with_workers_augmentation_and_sample_weights(tmp_path: Path) -> None:
+    root = make_folder(tmp_path / "images")
+    job = [*JOB, *AUGMENTED, f"--data.root={root}", "--data.num_workers=2"]
+    stopped = run_job(*job, "--run.stop_after=6", root=tmp_path / "runs")
+    assert stopped.exitcodes == {0: 4, 1: 4}, stopped.output
+    resumed = run_job(*job[:-1], "--data.num_workers=1", root=tmp_path / "runs")
+    assert resumed.report["run"]["resumed_from"] == 6
+    assert facts(resumed) == facts(run_job(*job))
+
+
+@pytest.mark.parametrize("num_replicas", [1, 3])
+def test_any_number_of_replicas_that_agree_may_go_on(num_replicas: int, tmp_path: Path) -> None:
+    assert run_job(*SMALL, STOP, root=tmp_path).exitcodes == {0: 4, 1: 4}
+    resumed = run_job(*SMALL, root=tmp_path, num_replicas=num_replicas)
+    assert resumed.returncode == 0, resumed.output
+    assert resumed.report["run"]["resumed_from"] == 7
+    assert resumed.trace == run_job(*SMALL).trace
+    assert len(resumed.report["fingerprints"]) == num_replicas
+
+
+def test_independent_replicas_do_not_go_on_in_another_number(tmp_path: Path) -> None:
+    run_job(*SMALL, "--seed.model=distinct", STOP, root=tmp_path)
+    resumed = run_job(*SMALL, "--seed.model=distinct", root=tmp_path, num_replicas=3)
+    assert resumed.exitcodes == {0: 2, 1: 2, 2: 2}
+    assert "(replica 2)" in resumed.output
+    (message,) = messages(resumed.output)
+    assert message.startswith("error: run.resume: 'auto', but no checkpoint in ")
+
+
+@pytest.mark.parametrize(
+    ("killed", "arguments"), [("1:8", ("--checkpoint.every_steps=3",)), ("0:3", ()), ("0:10", ("--checkpoint.keep=1",))]
+)
+def test_torchrun_starts_a_killed_group_again_and_the_trace_has_no_gap(
+    killed: str, arguments: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = [*SMALL, "--model.factory=tests.end_to_end.interrupted:KilledOnce", *arguments]
+    expected = run_job(*job)
+    monkeypatch.setenv("KILL", f"{killed}:{tmp_path / 'mark'}")
+    command = torchrun_command(*job, root=tmp_path)
+    command.insert(command.index("--standalone"), "--max-restarts=1")
+    process = subprocess.run(
+        command, capture_output=True, text=True, timeout=100, cwd=REPOSITORY, env=environment(), check=False
+    )
+    resumed = Job(process.returncode, {}, process.stdout, process.stderr, tmp_path / "job")
+    assert process.returncode == 0, resumed.output
+    assert (tmp_path / "mark").exists()
+    assert facts(resumed) == facts(expected)
+
+
+def flip_one_bit(place: Path) -> None:
+    content = bytearray((place / "model.safetensors").read_bytes())
+    content[-9] ^= 1
+    (place / "model.safetensors").write_bytes(content)
+
+
+def leave_half(place: Path) -> None:
+    (place / "state.json").unlink()
+
+
+@pytest.mark.parametrize(
+    ("damage", "words"),
+    [(flip_one_bit, "model.safetensors is not as it was written"), (leave_half, "there is no state.json")],
+)
+def test_a_damaged_checkpoint_is_skipped_and_the_one_before_is_as_good(
+    damage: Callable[[Path], None], words: str, tmp_path: Path
+) -> None:
+    stopped = run_job(*SMALL, STOP, root=tmp_path)
+    newest, before = list_checkpoints(stopped.folder / "checkpoints")
+    damage(newest)
+    resumed = run_job(*SMALL, root=tmp_path)
+    assert f"run.resume: skipped {newest.name}: {words} (replica 0)\n" in resumed.output
+    assert f"skipped checkpoint {newest.name}: {words} (replica 0)" in resumed.report["warnings"]
+    assert resumed.report["run"]["resumed_from"] == 5
+    assert before.name == "step_000005"
+    assert facts(resumed) == facts(run_job(*SMALL))
+
+
+def test_without_a_whole_checkpoint_there_is_an_error_and_nothing_is_lost(tmp_path: Path) -> None:
+    stopped = run_job(*SMALL, STOP, root=tmp_path)
+    for place in list_checkpoints(stopped.folder / "checkpoints"):
+        flip_one_bit(place)
+    before = stopped.trace
+    resumed = run_job(*SMALL, root=tmp_path)
+    assert resumed.exitcodes == {0: 2, 1: 2}
+    (message,) = messages(resumed.output)
+    assert message.endswith("Begin anew with --run.resume never.")
+    assert stopped.trace == before
+    assert len(list_checkpoints(stopped.folder / "checkpoints")) == 2
+    anew = run_job(*SMALL, "--run.resume=never", root=tmp_path)
+    assert anew.returncode == 0
+    assert (tmp_path / "job-2" / "report.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("--optim.lr=0.2",), "it had another config: optim.lr was "),
+        (("--inject=[{replica: 0, step: 9, target: weights}]",), "it had another config: inject"),
+    ],
+)
+def test_another_config_is_another_run(arguments: tuple[str, ...], words: str, tmp_path: Path) -> None:
+    stopped = run_job(*SMALL, STOP, root=tmp_path)
+    before = stopped.trace
+    job = run_job(*SMALL, *arguments, root=tmp_path)
+    assert words in job.output
+    assert stopped.trace == before
+    assert len((tmp_path / "job-2" / "trace.jsonl").read_text().splitlines()) > 8
+
+
+def test_a_run_that_came_to_its_end_is_not_gone_on_with(tmp_path: Path) -> None:
+    first = run_job(*SMALL, root=tmp_path)
+    before = first.trace
+    second = run_job(*SMALL, root=tmp_path)
+    assert second.returncode == 0
+    assert "resume" not in second.output
+    assert first.trace == before == (tmp_path / "job-2" / "trace.jsonl").read_text().splitlines()
+
+
+def test_a_folder_that_another_run_writes_to_is_left_alone(tmp_path: Path) -> None:
+    stopped = run_job(*SMALL, STOP, root=tmp_path)
+    before = stopped.trace
+    lock = FolderLock(stopped.folder)
+    assert not lock.taken
+    job = run_job(*SMALL, root=tmp_path)
+    lock.release()
+    assert "another run is writing to it" in job.output
+    assert stopped.trace == before
+    assert (tmp_path / "job-2" / "report.json").exists()
+
+
+def test_what_comes_out_otherwise_than_it_was_recorded_is_told(tmp_path: Path) -> None:
+    stopped = run_job(*SMALL, STOP, root=tmp_path)
+    newest, _ = list_checkpoints(stopped.folder / "checkpoints")
+    shutil.rmtree(newest)
+    path = stopped.folder / "trace.jsonl"
+    *lines, last = path.read_text().splitlines()
+    row = json.loads(last)
+    assert row["step"] == 7
+    row["digests"]["weights"] = "0" * 32
+    path.write_text("\n".join([*lines, json.dumps(row)]) + "\n")
+    resumed = run_job(*SMALL, root=tmp_path)
+    verdict = resumed.report["verdict"]
+    assert resumed.exitcodes == {0: 3, 1: 3}
+    assert (verdict["cause"], verdict["step"], verdict["stage"]) == ("unexplained", 7, "weights")
+
+
+def test_lines_that_were_cut_off_in_mid_write_are_written_again(tmp_path: Path) -> None:
+    stopped = run_job(*SMALL, STOP, root=tmp_path)
+    newest, _ = list_checkpoints(stopped.folder / "checkpoints")
+    shutil.rmtree(newest)
+    (stopped.folder / "report.json").unlink()
+    for name in ("trace.jsonl", "metrics.jsonl"):
+        with (stopped.folder / name).open("a") as file:
+            file.write('{"step": 8, "ep')
+    resumed = run_job(*SMALL, root=tmp_path)
+    assert facts(resumed) == facts(run_job(*SMALL))
+
+
+def test_checkpoints_that_cannot_be_written_are_told_and_training_goes_on(tmp_path: Path) -> None:
+    stopped = run_job(*SMALL, "--run.stop_after=2", root=tmp_path)
+    shutil.rmtree(stopped.folder / "checkpoints")
+    (stopped.folder / "checkpoints").write_text("in the way")
+    job = run_job(*SMALL, root=tmp_path)
+    assert job.returncode == 0, job.output
+    warnings = [line for line in job.report["warnings"] if "could not be written" in line]
+    assert [line.split(" could")[0] for line in warnings] == ["the checkpoint at step 5", "the checkpoint at step 10"]
+    assert (stopped.folder / "checkpoints").read_text() == "in the way"
+    again = run_job(*SMALL, "--run.stop_after=2", "--run.name=other", root=tmp_path)
+    assert again.exitcodes == {0: 4, 1: 4}

@@ -1,0 +1,59 @@
+"""`dreplica certify-resume`: green where all is restored, red and naming what is not."""
+
+import contextlib
+from pathlib import Path
+
+import pytest
+
+from dreplica.certify import judge
+from dreplica.cli import main
+from dreplica.errors import ExitCode
+from tests.data.pictures import make_folder
+from tests.end_to_end.test_image_folder import AUGMENTED, JOB
+from tests.fixtures import SMALL
+from tests.harness import REPOSITORY, run_job
+
+
+@pytest.fixture(autouse=True)
+def here(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(REPOSITORY)
+
+
+def test_all_is_restored(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    root = make_folder(tmp_path)
+    job = (*JOB, *AUGMENTED, f"--data.root={root}", "--data.num_workers=1", "--optim={name: AdamW}", "--train.amp=bf16")
+    assert main(["certify-resume", "--at-step=6", *job]) == ExitCode.AGREED
+    assert "CERTIFIED interrupted after step 6 of 8: 2 steps gone on with" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("what", "words"),
+    [
+        ("nothing", "interrupted after step 7 of 10: 3 steps gone on with"),
+        ("position", "not restored: the position in the data (step 8, indices)"),
+        ("generators", "torch.cpu of rng does not come out as it was saved"),
+        ("momentum", "0.weight.momentum_buffer of optimizer does not come out as it was saved"),
+        ("scheduler", "StepLR.last_epoch of optimizer does not come out as it was saved"),
+    ],
+)
+def test_what_a_checkpoint_leaves_out_is_named(what: str, words: str, tmp_path: Path) -> None:
+    factory = f"--model.factory=tests.end_to_end.leaving_out:{what}"
+    job = (*SMALL, factory, "--schedule={name: StepLR, step_size: 1}", "--checkpoint.every_epochs=null")
+    job += ("--optim={name: SGD, lr: 0.05, momentum: 0.9}",)
+    straight = run_job(*job)
+    stopped = run_job(*job, "--run.stop_after=7", root=tmp_path)
+    assert stopped.exitcodes == {0: 4, 1: 4}, stopped.output
+    resumed = run_job(*job, root=tmp_path)
+    found = judge(straight.folder, resumed.folder, 7, resumed.exitcodes.get(0, 0), resumed.output)
+    assert found.passed == (what == "nothing")
+    assert words in found.text
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [(["--at-step=3", "--optim.lr=-1"], "optim.lr: -1 will not do"), ([], "--at-step K is needed")],
+)
+def test_bad_input(arguments: list[str], words: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with contextlib.suppress(SystemExit):
+        assert main(["certify-resume", *SMALL, *arguments]) == ExitCode.UNUSABLE
+    assert words in capsys.readouterr().err

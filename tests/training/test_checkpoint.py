@@ -1,0 +1,329 @@
+"""Checkpoints on disk: whole or not at all, and nothing that is not as it was written is taken for one."""
+
+import json
+import os
+import pickle
+import resource
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from dreplica.replica.replica import Replica
+from dreplica.replica.rng import seed_generators
+from dreplica.training.checkpoint import (
+    MODEL_FILE,
+    OPTIMIZER_FILE,
+    STATE_FILE,
+    CheckpointError,
+    Contents,
+    list_checkpoints,
+    parse,
+    prune_checkpoints,
+    read_files,
+    remove_leftovers,
+    write_checkpoint,
+)
+from dreplica.training.position import Position
+from dreplica.training.saved_state import restore_state, save_state
+from dreplica.training.saver import Saver
+from tests.fixtures import tiny_model
+
+POSITION = Position(2, 3, 17, 0.1 + 0.2, 24)
+
+
+class Stateful(nn.Module):
+    """State of every kind: tied weights, buffers that are not saved, a counter, a generator of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = tiny_model(5)
+        self.tied = nn.Linear(5, 5)
+        self.again = self.tied
+        self.register_buffer("hidden", torch.rand(3), persistent=False)
+        self.register_buffer("late", None)
+        self.register_buffer("waves", torch.rand(2, dtype=torch.complex64))
+        self.empty: Tensor = torch.empty(0)
+        self.calls = 0
+        self.seen: list[int] = []
+        self.generator = torch.Generator().manual_seed(3)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        self.calls += 1
+        self.seen.append(len(inputs))
+        self.late = torch.full((2,), float(self.calls))
+        self.empty = torch.rand(1, generator=self.generator)
+        return self.again(self.body(inputs))
+
+
+def make(seed: int = 1) -> Replica:
+    seed_generators(seed)
+    model = Stateful()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1, amsgrad=True)
+    scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.2, 20)
+    return Replica(model, nn.CrossEntropyLoss(), optimizer, scheduler)
+
+
+def take_steps(replica: Replica, count: int) -> None:
+    for _ in range(count):
+        replica.optimizer.zero_grad()
+        replica.model(torch.rand(4, 3, 8, 8)).square().sum().backward()
+        replica.optimizer.step()
+        replica.scheduler.step()
+        replica.steps_done += 1
+
+
+def save(replica: Replica, place: Path) -> Contents:
+    contents = save_state(replica, POSITION, {"data_seed": 5})
+    write_checkpoint(place, contents)
+    return contents
+
+
+def saved(folder: Path, step: int = 3) -> Path:
+    replica = make()
+    take_steps(replica, step)
+    save(replica, folder / f"step_{step:06}")
+    return folder / f"step_{step:06}"
+
+
+def state_of(replica: Replica) -> dict[str, Any]:
+    """Everything, as bytes."""
+    model = replica.model
+    assert isinstance(model, Stateful)
+    contents = save_state(replica, Position(), {})
+    generator = model.generator.get_state().numpy().tobytes()
+    return {
+        "json": contents.state,
+        "tensors": {name: (tensor.dtype, tensor.numpy().tobytes()) for name, tensor in contents.tensors.items()},
+        "plain": (model.calls, list(model.seen), model.empty.numpy().tobytes(), generator),
+    }
+
+
+def test_what_is_saved_goes_on_in_another_replica_as_if_it_had_never_stopped(tmp_path: Path) -> None:
+    replica = make()
+    take_steps(replica, 3)
+    save(replica, tmp_path / "step_000003")
+    at_save = state_of(replica)
+    other = make(seed=99)
+    contents = parse(read_files(tmp_path / "step_000003"))
+    restore_state(other, contents)
+    assert state_of(other) == at_save
+    assert Position(**contents.state["position"]) == POSITION
+    assert contents.state["data_seed"] == 5
+    take_steps(other, 3)
+    restored_run = state_of(other)
+    restore_state(replica, parse(read_files(tmp_path / "step_000003")))  # the generators are this process's own
+    take_steps(replica, 3)
+    assert state_of(replica) == restored_run
+
+
+def test_the_weights_can_be_read_by_anyone(tmp_path: Path) -> None:
+    from safetensors.torch import load_file
+
+    replica = make()
+    save(replica, tmp_path / "step_000000")
+    weights = load_file(tmp_path / "step_000000" / MODEL_FILE)
+    assert weights["body.0.weight"].numpy().tobytes() == replica.model.body[0].weight.detach().numpy().tobytes()  # type: ignore[union-attr,index]
+    assert weights.keys() == {*dict(replica.model.named_parameters()), *dict(replica.model.named_buffers())} - {"waves"}
+
+
+def truncate(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-3])
+
+
+def flip_one_bit(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 4
+    path.write_bytes(content)
+
+
+def flip_a_digit(path: Path) -> None:
+    """Of the position in the data: still good JSON."""
+    content = path.read_bytes()
+    changed = content.replace(b'"num_batches": 3', b'"num_batches": 2')
+    path.write_bytes(changed if changed != content else content + b"\0")
+
+
+def not_json(path: Path) -> None:
+    path.write_bytes(b"[1, 2]\n")
+
+
+@pytest.mark.parametrize("name", [MODEL_FILE, OPTIMIZER_FILE, STATE_FILE])
+@pytest.mark.parametrize("damage", [truncate, flip_one_bit, flip_a_digit, not_json, Path.unlink])
+def test_a_damaged_file(damage: Callable[[Path], None], name: str, tmp_path: Path) -> None:
+    place = saved(tmp_path)
+    parse(read_files(place))
+    damage(place / name)
+    with pytest.raises(CheckpointError, match=name):
+        parse(read_files(place))
+
+
+class Bomb:
+    def __init__(self, path: str) -> None:
+        self.path = path
+
+    def __reduce__(self) -> Any:
+        return os.mkdir, (self.path,)
+
+
+def test_code_in_a_checkpoint_is_not_run(tmp_path: Path) -> None:
+    place, mark = tmp_path / "step_000001", tmp_path / "mark"
+    replica = make()
+    contents = save_state(replica, POSITION, {})
+    contents.optimizer["others"] = [Bomb(str(mark))]
+    write_checkpoint(place, contents)  # with digests that are right
+    with pytest.raises(CheckpointError, match=r"optimizer\.pt cannot be loaded"):
+        parse(read_files(place))
+    assert not mark.exists()
+    with (place / OPTIMIZER_FILE).open("rb") as file:
+        torch.load(file, weights_only=False)
+    assert mark.exists(), "the bomb was no bomb"
+    assert pickle.dumps(Bomb("x"))
+
+
+def another_model() -> Replica:
+    replica = make()
+    model = tiny_model(7)
+    return Replica(model, replica.criterion, torch.optim.SGD(model.parameters(), lr=0.1))
+
+
+def another_optimizer() -> Replica:
+    replica = make()
+    optimizer = torch.optim.SGD(replica.model.parameters(), lr=0.1, momentum=0.9)
+    scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 3)
+    return Replica(replica.model, replica.criterion, optimizer, scheduler)
+
+
+def other_groups() -> Replica:
+    replica = make()
+    parameters = list(replica.model.parameters())
+    optimizer = torch.optim.AdamW([{"params": parameters[:2]}, {"params": parameters[2:]}], lr=0.1)
+    return Replica(replica.model, replica.criterion, optimizer, torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.2, 20))
+
+
+@pytest.mark.parametrize("build", [another_model, another_optimizer, other_groups])
+def test_a_checkpoint_of_something_else(build: Callable[[], Replica], tmp_path: Path) -> None:
+    contents = parse(read_files(saved(tmp_path)))
+    with pytest.raises(CheckpointError):
+        restore_state(build(), contents)
+
+
+@pytest.mark.parametrize(
+    ("leave_out", "words"),
+    [
+        (lambda contents: contents.optimizer["state"].clear(), r"body\.0\.weight\.step of optimizer does not come out"),
+        (lambda contents: contents.optimizer["groups"][0].update(lr=0.5), "lr of optimizer does not come out"),
+        (lambda contents: contents.optimizer["others"][0].update(last_epoch=0), "of optimizer does not come out"),
+        (lambda contents: contents.tensors["body.1.running_var"].add_(1), r"body\.1\.running_var of buffers does not"),
+        (lambda contents: contents.tensors["tied.bias"].neg_(), r"tied\.bias of weights does not come out"),
+        (lambda contents: contents.state["rng"]["python"][1].__setitem__(0, 1), "python of rng does not come out"),
+        (lambda contents: contents.state["rng"]["numpy"].__setitem__(2, 7), "numpy of rng does not come out"),
+    ],
+)
+def test_what_does_not_come_out_as_it_was_saved_is_named(
+    leave_out: Callable[[Contents], Any], words: str, tmp_path: Path
+) -> None:
+    contents = parse(read_files(saved(tmp_path)))
+    leave_out(contents)
+    with pytest.raises(CheckpointError, match=words):
+        restore_state(make(), contents)
+
+
+def test_a_full_disk_leaves_what_was_there(tmp_path: Path) -> None:
+    replica = make()
+    place = tmp_path / "step_000000"
+    save(replica, place)
+    before = read_files(place)
+    process = os.fork()
+    if not process:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (6000, 6000))
+        try:
+            save(replica, place)
+        except OSError:
+            os._exit(7)
+        os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]) == 7
+    assert read_files(place) == before
+    assert [path.name for path in tmp_path.iterdir()] == [place.name]
+
+
+@pytest.mark.parametrize("kept", [1, 2, 5])
+def test_the_newest_are_kept(kept: int, tmp_path: Path) -> None:
+    for step in (2, 10, 1_000_000, 999_999):
+        (tmp_path / f"step_{step:06}").mkdir()
+    (tmp_path / "notes").mkdir()
+    prune_checkpoints(tmp_path, kept)
+    steps = [int(path.name[5:]) for path in list_checkpoints(tmp_path)]
+    assert steps == [1_000_000, 999_999, 10, 2][:kept]
+    assert (tmp_path / "notes").is_dir()
+
+
+def test_a_part_goes_without_the_others(tmp_path: Path) -> None:
+    for step in (1, 2, 3):
+        for part in ("replica_0", "replica_1"):
+            (tmp_path / f"step_{step:06}" / part).mkdir(parents=True)
+    prune_checkpoints(tmp_path, 1, "replica_0")
+    assert len(list_checkpoints(tmp_path)) == 3
+    prune_checkpoints(tmp_path, 1, "replica_1")
+    assert [path.name for path in list_checkpoints(tmp_path)] == ["step_000003"]
+
+
+def test_what_a_killed_process_leaves_is_no_checkpoint_and_goes(tmp_path: Path) -> None:
+    place = saved(tmp_path)
+    shutil.copytree(place, tmp_path / ".step_000004.17.tmp")
+    shutil.copytree(place, tmp_path / "step_000005" / ".replica_0.17.tmp")
+    assert [path.name for path in list_checkpoints(tmp_path)] == ["step_000005", place.name]
+    remove_leftovers(tmp_path)
+    assert not list(tmp_path.rglob("*.tmp"))
+    parse(read_files(place))
+
+
+def test_training_goes_on_while_a_checkpoint_is_written_and_after_one_that_could_not_be(tmp_path: Path) -> None:
+    replica = make()
+    folder = tmp_path / "checkpoints"
+    saver = Saver(folder, keep=1)
+    at_save = []
+    for _ in range(3):
+        take_steps(replica, 1)
+        saver.save(save_state(replica, POSITION, {}))
+        at_save.append(state_of(replica))
+        take_steps(replica, 1)  # while the thread writes
+    saver.wait()
+    assert [path.name for path in list_checkpoints(folder)] == ["step_000005", "step_000003"], "one more meanwhile"
+    saver.prune()
+    assert [path.name for path in list_checkpoints(folder)] == ["step_000005"]
+    other = make(seed=7)
+    restore_state(other, parse(read_files(folder / "step_000005")))
+    assert state_of(other) == at_save[-1]
+    assert not saver.failures
+    shutil.rmtree(folder)
+    folder.write_text("in the way")
+    saver.save(save_state(replica, POSITION, {}))
+    saver.wait()
+    assert len(saver.failures) == 1
+    assert saver.failures[0].startswith("the checkpoint at step 6 could not be written: ")
+
+
+class Helper:
+    pass
+
+
+def test_an_optimizer_that_keeps_what_is_only_code_to_a_reader_is_told_at_the_first_checkpoint(tmp_path: Path) -> None:
+    replica = make()
+    take_steps(replica, 1)
+    replica.optimizer.state[next(iter(replica.model.parameters()))]["helper"] = Helper()
+    saver = Saver(tmp_path / "checkpoints", keep=1)
+    saver.save(save_state(replica, POSITION, {}))
+    saver.wait()
+    assert "optimizer.pt cannot be loaded" in saver.failures[0]
+
+
+def test_state_json_says_what_the_design_says(tmp_path: Path) -> None:
+    state = json.loads((saved(tmp_path) / STATE_FILE).read_text())
+    assert state["step"] == 3
+    assert state.keys() >= {"schema", "step", "position", "rng", "digests", "files", "digest"}
+    assert state["digests"].keys() == {"weights", "buffers", "optimizer", "rng"}
