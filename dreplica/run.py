@@ -4,40 +4,29 @@ import logging
 import traceback
 from collections.abc import Sequence
 from contextlib import closing
-from typing import Any, Literal
+from typing import Literal
 
-import torch
 from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
 from dreplica.agreement.agreement import Agreement
-from dreplica.agreement.stages import rng_stage
 from dreplica.agreement.trace import Trace
-from dreplica.agreement.verdict import Divergence, Verdict, split_into_classes, suspects_of
-from dreplica.cases.inject import FaultyCoordinator, Injector
+from dreplica.agreement.verdict import Divergence, Verdict
+from dreplica.cases.inject import FaultyCoordinator
 from dreplica.continuation import Checkpoints, Start
-from dreplica.data.prepare import prepare_data
-from dreplica.data.samples import DataSets
 from dreplica.diagnosis import conclude as diagnosis
-from dreplica.diagnosis.conclude import BuildFacts, RunFacts
 from dreplica.diagnosis.distance import measure_distance
 from dreplica.diagnosis.learning import LearningWatch
 from dreplica.errors import ExitCode, UsageError
 from dreplica.explain import Explainer
 from dreplica.meet import Prepared, end_at_once, meet
-from dreplica.replica.build import broadcast_state, build_replica, weights_digest
-from dreplica.replica.replica import Replica
-from dreplica.replica.rng import fresh_seed, model_seed, seed_generators, shares_model_seed
-from dreplica.replica.wiring import WiringError, check_wiring
+from dreplica.preparation import Concluded, Preparation
 from dreplica.report.recorder import Recorder
 from dreplica.report.run_report import RunReport
 from dreplica.report.terminal import ProgressDisplay, Screen
 from dreplica.training.history import History
 from dreplica.training.loop import EpochDone, StepDone, Stopped, train
 from dreplica.training.position import Position
-from dreplica.training.smallest_part import check_smallest_part
 from dreplica.training.spread import measure_spread
-from dreplica.training.step import check_criterion_weighs, make_scaler
-from dreplica.world.manifest import collect_manifest, compare_manifests, compare_values
 from dreplica.world.process_group import World
 from dreplica.world.roll_call import ReplicaLost
 from dreplica.world.signals import StopRequest
@@ -52,14 +41,6 @@ def run_worker(argv: Sequence[str]) -> ExitCode:
     return meet(argv, lambda prepared, world, stop_request: Run(prepared, world, stop_request).conduct())
 
 
-class Concluded(Exception):
-    """The run ends here, with a verdict that needs no further diagnosis."""
-
-    def __init__(self, verdict: Verdict) -> None:
-        super().__init__(verdict.summary)
-        self.verdict = verdict
-
-
 class Run:
     """One replica's part in a run. The methods stand in the order in which they are called."""
 
@@ -67,25 +48,15 @@ class Run:
         self.config, self.own, self.device = prepared.config, prepared.own, prepared.device
         self.world, self.channel = world, world.channel
         self.stop_request = stop_request
-        shared = shares_model_seed(self.config.seed, world.num_replicas)
-        expect = self.config.agreement.expect
-        self.expect: Literal["identical", "independent"]
-        self.expect = ("identical" if shared else "independent") if expect == "auto" else expect
-        self.facts = RunFacts(
-            num_replicas=world.num_replicas,
-            seeded=self.config.seed.model is not None,
-            shared_seed=shared,
-            overrides=self.config.declared_differences(),
-        )
-        self.manifests: list[dict[str, Any]] = []
-        self.skipped: list[str] = []
+        self.parts = Preparation(prepared, world)
+        self.expect = self.parts.expect
+        self.facts = self.parts.facts
         self.learning_settled = False
         self.agreement: Agreement | None = None
         self.history: History | None = None
         self.explained: Verdict | None = None
         self.start = Start()
         self.stopped_with: ExitCode | None = None
-        self.seed = model_seed(self.config.seed, world.replica_id)
         self.console = Screen()
         run = self.config.run
         self.recorder = Recorder(world, self.console, run, str(run.name), self.expect, self.config.to_yaml())
@@ -101,17 +72,11 @@ class Run:
         try:
             try:
                 self.world.together(lambda: None)  # another replica's input may be unusable
-                self.compare_configs()
-                self.data, data_seed = self.load()
-                self.preflight(self.data)
-                self.replica = self.build(self.data.num_classes)
-                # Again: a factory may have changed flags, and which weights were read is known now.
-                self.preflight(self.data, weights_digest(self.own))
-                self.check_build(self.replica)
-                self.injector = self.arm()
+                self.parts.prepare()
+                self.data, self.replica, self.injector = self.parts.data, self.parts.replica, self.parts.injector
                 self.open_record()
                 self.start = self.go_on()
-                data_seed = data_seed if self.start.data_seed is None else self.start.data_seed
+                data_seed = self.parts.data_seed if self.start.data_seed is None else self.start.data_seed
                 self.coordinator = FaultyCoordinator(self.channel, data_seed, self.injector)
                 verdict = self.train()
             except Concluded as end:
@@ -124,65 +89,6 @@ class Run:
         except (Exception, SystemExit, KeyboardInterrupt) as error:
             self.conclude_without(error)
             raise
-
-    def compare_configs(self) -> None:
-        """Raises Concluded (`config-differs`) unless all replicas were given the same config."""
-        configs = self.channel.gather(self.config.model_dump(mode="json"))
-        differences = compare_values(configs)
-        if differences:
-            classes = split_into_classes([repr(config).encode() for config in configs])
-            raise Concluded(diagnosis.config_differs(differences, classes, suspects_of(classes)))
-
-    def load(self) -> tuple[DataSets, int]:
-        """The data sets, and the seed of the data order: rank 0's own draw if `seed.data` is null."""
-        data = prepare_data(self.own.data, self.own.seed.augment, self.world, self.device.device)
-        self.skipped = list(data.skipped)
-        seed = self.config.seed.data
-        if seed is None:
-            seed = int(self.channel.gather(fresh_seed())[0])
-            log.info("seed.data is null: this run's order of samples is drawn from %d", seed)
-        return data, seed
-
-    def preflight(self, data: DataSets, weights: str | None = None) -> None:
-        """Exchanges manifests. Raises Concluded (`environment-differs`) where replicas must match and do not."""
-        self.manifests = self.channel.gather(collect_manifest(self.world, self.device, self.seed, data.digest, weights))
-        self.facts.manifests = self.manifests
-        self.facts.differences = compare_manifests(self.manifests, self.facts.overrides)
-        wrong = [difference for difference in self.facts.differences if not difference.allowed]
-        if wrong:
-            classes = split_into_classes([repr(value).encode() for value in wrong[0].values])
-            raise Concluded(diagnosis.environment_differs(wrong, classes, suspects_of(classes)))
-
-    def build(self, num_classes: int) -> Replica:
-        """This process's replica, from its own seed."""
-        self.seed = seed_generators(self.seed)
-        before = rng_stage().digest
-        replica = self.world.together(lambda: build_replica(self.own, num_classes, self.device.device))
-        replica.scaler = make_scaler(self.own.train, self.device.device)
-        built = BuildFacts(self.seed, torch.initial_seed(), before, rng_stage().digest)
-        self.facts.builds = self.channel.gather(built)
-        return replica
-
-    def check_build(self, replica: Replica) -> None:
-        """Raises Concluded if any replica is not wired right; then sends rank 0's state if `model.init` wants it."""
-        faults = self.channel.gather(_wiring_fault(replica))
-        faulty = [replica_id for replica_id, fault in enumerate(faults) if fault is not None]
-        if faulty:
-            raise Concluded(diagnosis.wiring_fault(faults[faulty[0]], faulty, self.world.num_replicas))
-        replica.model.train()
-        device = self.device.device
-        self.world.together(lambda: check_criterion_weighs(replica.criterion, self.data.weights))
-        self.world.together(lambda: check_smallest_part(replica.model, self.data.train, self.own, device))
-        if self.config.model.init == "broadcast":
-            broadcast_state(replica.model, self.channel, with_rng=self.expect == "identical")
-
-    def arm(self) -> Injector:
-        """Puts the faults that the config asks for in place, and says so loudly."""
-        injector = self.world.together(lambda: Injector(self.config.inject, self.world.replica_id, self.replica))
-        if self.world.is_coordinator:
-            for fault in self.config.inject:
-                log.warning("FAULT INJECTION: %s", fault)
-        return injector
 
     def train(self) -> Verdict:
         """Trains to the end and returns the verdict; raises Divergence where replicas part and are to stop."""
@@ -295,10 +201,10 @@ class Run:
 
     def explain(self, found: Verdict) -> Verdict:
         """The verdict on a divergence, with its cause."""
-        assert self.seed is not None
+        assert self.parts.seed is not None
         device, coordinator, injector = self.device.device, self.coordinator, self.injector
         explainer = Explainer(
-            self.own, self.seed, device, self.replica, self.data, coordinator, injector, self.channel, self.facts
+            self.own, self.parts.seed, device, self.replica, self.data, coordinator, injector, self.channel, self.facts
         )
         return explainer.explain(found, self.agreement, self.history)
 
@@ -331,9 +237,9 @@ class Run:
 
     def open_record(self) -> None:
         """Makes the run folder: once there is something to keep, so that an unusable run leaves nothing behind."""
-        self.recorder.open(self.manifests)
+        self.recorder.open(self.facts.manifests)
         self.report.warnings += [f"fault injection: {fault}" for fault in self.config.inject]
-        self.report.skipped = self.skipped
+        self.report.skipped = self.parts.skipped
 
     def conclude(self, verdict: Verdict) -> ExitCode:
         """Names the cause, writes the report, and says with what code to exit."""
@@ -358,14 +264,6 @@ class Run:
             traceback.print_exception(error)
             get_error_handler().record_exception(error)
         steps_done = None if self.agreement is None else self.agreement.steps_done
-        code = self.recorder.conclude_without(error, self.manifests, steps_done, self.steps_checked)
+        code = self.recorder.conclude_without(error, self.facts.manifests, steps_done, self.steps_checked)
         if self.world.roll_call is not None:
             end_at_once(code)
-
-
-def _wiring_fault(replica: Replica) -> WiringError | None:
-    try:
-        check_wiring(replica.model, replica.optimizer, replica.scheduler, replica.criterion)
-    except WiringError as error:
-        return error
-    return None

@@ -71,9 +71,10 @@ class Agreement:
         agreement.finish()
 
     Creating it compares the build (step 0), generators included: seed Python's, NumPy's and torch's alike before.
-    Creating it, `step`, `evaluation` and `finish` are collectives: every replica calls them in the same order. Each
-    raises `Divergence`, which carries the verdict, unless `on_divergence` is "continue"; then `divergence` holds the
-    first verdict. `ReplicaLost` is raised when a replica is gone, ValueError for an argument that is none of the below.
+    Creating it, `step`, `complete`, `evaluation` and `finish` are collectives: every replica calls them in the same
+    order. Each raises `Divergence`, which carries the verdict, unless `on_divergence` is "continue"; then `divergence`
+    holds the first verdict. `ReplicaLost` is raised when a replica is gone, ValueError for an argument that is none of
+    the below.
 
     Args:
         model: its parameters, buffers and gradients are compared.
@@ -168,8 +169,7 @@ class Agreement:
             indices: the samples' indices, int64.
             epoch: for the record.
             stop: this replica wants to stop, from now on.
-            check: compare this step even if `every` would not, and at once: the last one before an evaluation or a
-                checkpoint.
+            check: compare this step even if `every` would not: the last one before an evaluation or a checkpoint.
 
         Returns whether any replica wanted to stop, as of the newest completed comparison: the same on all replicas.
         With `every` 0 nothing is exchanged, so nobody learns of it and the answer is always False.
@@ -180,7 +180,12 @@ class Agreement:
         if self._every and (check or self.steps_done % self._every == 0):
             stages = self.observe(indices=indices, batch=batch, outputs=outputs, loss=loss)
             self.bytes_per_step = sum(stage.num_bytes for stage in stages.values())
-            self._check(self.steps_done, epoch, stages, lag=0 if check else None)
+            self._check(self.steps_done, epoch, stages)
+        return self._stop
+
+    def complete(self) -> bool:
+        """Completes the comparison that is under way; returns what `step` does."""
+        self._complete()
         return self._stop
 
     def evaluation(

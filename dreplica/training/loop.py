@@ -143,6 +143,8 @@ def train(
                     StepEntry(agreement.steps_done, epoch, number - 1, batch.indices, agreement.last_word, generator),
                     agreement.agreed_until,
                 )
+                if saves or halts:
+                    stop = agreement.complete()
                 tally.add(output.loss, output.logits, batch.labels, reduction_of(replica.criterion))
                 if world.roll_call is not None:
                     world.roll_call.step = agreement.steps_done

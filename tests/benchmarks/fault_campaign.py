@@ -1,6 +1,6 @@
 """Flips random bits in random places and checks every verdict; prints a confusion matrix.
 
-    torchrun --standalone --nproc_per_node=3 tests/benchmarks/fault_campaign.py --faults 300 --clean-steps 2000
+    torchrun --standalone --nproc_per_node=3 -m tests.benchmarks.fault_campaign --faults 300 --clean-steps 2000
 
 Each trial trains a small model for a few steps with one fault. The verdict must name its very step, its stage, the
 tensor that was struck (of a repeated fault in an activation, the module that wrote it), the replica, and whether it was

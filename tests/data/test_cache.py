@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from dreplica.data import device_cache, images, memory, sharing
+from dreplica.data import coordinator, device_cache, images, loader, memory, sharing
 from dreplica.data.config import DataConfig
 from dreplica.data.coordinator import Coordinator
 from dreplica.data.datasets import load_data
@@ -64,15 +64,15 @@ def epoch_of(
     data: DataSets,
     epoch: int,
     num_workers: int,
-    coordinator: Coordinator,
+    sender: Coordinator,
     device: str = "cpu",
     memory_format: torch.memory_format = torch.preserve_format,
 ) -> list[Any]:
     """The batches of an epoch of training (0: of a validation pass), as bytes."""
     if epoch == 0:
-        stream, part = coordinator.evaluation_batches(len(data.val), 5), data.val  # type: ignore[arg-type]
+        stream, part = sender.evaluation_batches(len(data.val), 5), data.val  # type: ignore[arg-type]
     else:
-        stream = coordinator.training_batches(len(data.train), 5, epoch)  # type: ignore[arg-type]
+        stream = sender.training_batches(len(data.train), 5, epoch)  # type: ignore[arg-type]
         part = at_epoch(data.train, epoch)
     where = torch.device(device)
     batches = list(load_batches(part, stream, where, num_workers, 0, epoch, memory_format))
@@ -86,8 +86,8 @@ EPOCHS = (1, 0, 2, 0, 3)
 
 
 def epochs_of(data: DataSets, num_workers: int = 0, channel: Channel | None = None, **more: Any) -> list[Any]:
-    coordinator = Coordinator(channel or Channel(), 0)
-    return [epoch_of(data, epoch, num_workers, coordinator, **more) for epoch in EPOCHS]
+    sender = Coordinator(channel or Channel(), 0)
+    return [epoch_of(data, epoch, num_workers, sender, **more) for epoch in EPOCHS]
 
 
 @pytest.mark.parametrize("augment", [None, "flip", "crop_flip", "resized_crop", "trivial"])
@@ -145,12 +145,21 @@ def test_an_epoch_cut_short_leaves_a_cache_that_the_next_one_fills(
     expected = epochs_of(prepared(root, augment="flip"))
     counting(tmp_path, monkeypatch)
     for cache, num_reads in (("memory", 12), ("device", 17)):
-        data, coordinator = prepared(root, augment="flip", cache=cache), Coordinator(Channel(), 0)
-        first = load_batches(at_epoch(data.train, 1), coordinator.training_batches(12, 5, 1), CPU, 0, 0, 1)
+        data, sender = prepared(root, augment="flip", cache=cache), Coordinator(Channel(), 0)
+        first = load_batches(at_epoch(data.train, 1), sender.training_batches(12, 5, 1), CPU, 0, 0, 1)
         assert bytes_of(next(first)) == expected[0][0]
         first.close()
-        assert [epoch_of(data, epoch, 0, coordinator) for epoch in (2, 3)] == [expected[2], expected[4]]
+        assert [epoch_of(data, epoch, 0, sender) for epoch in (2, 3)] == [expected[2], expected[4]]
         assert len(reads(tmp_path)) == num_reads
+
+
+def test_what_is_on_the_device_is_put_together_at_the_pace_of_the_windows(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root = make_folder(tmp_path, 8)
+    for module in (coordinator, loader):
+        monkeypatch.setattr(module, "WINDOW", 1)
+    assert epochs_of(prepared(root, cache="device")) == epochs_of(prepared(root))
 
 
 def load_shared(world: World, root: str, folder: str, num_workers: int, more: dict[str, Any]) -> Any:
@@ -215,9 +224,9 @@ def test_a_ring_gives_no_stale_pixels(num_batches: int, tmp_path: Path, monkeypa
     shared = DataSets(train, val, 2, "")
     assert epochs_of(shared) == epochs_of(plain)
     counting(tmp_path, monkeypatch)
-    coordinator, other = Coordinator(Channel(), 0), Coordinator(Channel(), 0)
+    sender, other = Coordinator(Channel(), 0), Coordinator(Channel(), 0)
     for _ in range(2):
-        assert epoch_of(shared, 1, 0, coordinator) == epoch_of(plain, 1, 0, other)
+        assert epoch_of(shared, 1, 0, sender) == epoch_of(plain, 1, 0, other)
     assert len(reads(tmp_path)) == 4 * 12  # nothing is taken over from an earlier pass, so a benchmark may repeat one
     # Not even where the pass has the same number.
     for view, same in ((train, plain.train), (train.at_epoch(2), at_epoch(plain.train, 2)), (val, plain.val)):
