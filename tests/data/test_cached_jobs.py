@@ -7,11 +7,13 @@ import signal
 from contextlib import closing
 from pathlib import Path
 
+import numpy
 import PIL.Image
 import pytest
 import torch
 from PIL import ImageOps
 from rich.console import Console
+from torch.utils.data import Dataset
 
 from dreplica.data import images
 from dreplica.data.config import DataConfig
@@ -97,6 +99,28 @@ def test_a_mistake_in_decoding_that_is_kept_is_no_fault_of_the_file(tmp_path: Pa
     job = run(make_folder(tmp_path), data, "--data.cache=memory")
     verdict = job.report["verdict"]
     assert (verdict["cause"], verdict["step"], verdict["suspects"]) == ("transient-fault", 1, [1]), verdict
+
+
+class Noise(Dataset[tuple[torch.Tensor, int]]):
+    """Drawn from NumPy's global generator, of whatever process loads it."""
+
+    def __len__(self) -> int:
+        return 20
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
+        return torch.from_numpy(numpy.random.randint(0, 256, (3, 32, 32), dtype=numpy.uint8)), index % 2
+
+
+def noise(_config: DataConfig) -> tuple[Noise, Noise, int]:
+    return Noise(), Noise(), 2
+
+
+@pytest.mark.parametrize("cache", ["none", "memory"])
+def test_what_is_drawn_in_workers_is_seen_through_a_cache(cache: str, tmp_path: Path) -> None:
+    arguments = ("--data.name=tests.data.test_cached_jobs:noise", f"--overrides.1.data.cache={cache}")
+    job = run(tmp_path, *arguments, "--overrides.1.data.num_workers=2")
+    verdict = job.report["verdict"]
+    assert (verdict["cause"], verdict["step"], verdict["stage"]) == ("batch-differs", 1, "batch"), verdict
 
 
 def kill_when_reading(image: PIL.Image.Image) -> PIL.Image.Image:
