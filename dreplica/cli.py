@@ -4,9 +4,13 @@ import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from dreplica.config import format_help
 from dreplica.errors import ExitCode, UsageError
+
+if TYPE_CHECKING:
+    from dreplica.launcher import Nodes
 
 _SETTINGS = "[--config FILE] [--section.key VALUE ...]"
 
@@ -16,8 +20,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser("dreplica", description="Train replicas in lock-step and compare every bit.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
-    train = _add_command(commands, "train", "train replicas on this machine: torchrun without typing it")
+    train = _add_command(commands, "train", "train replicas: torchrun without typing it")
     train.set_defaults(module="dreplica.worker")
+    train.add_argument("--nodes", type=_positive, default=1, metavar="N", help="how many machines (default: 1)")
+    train.add_argument("--node-rank", type=int, default=None, metavar="K", help="which of them this is, from 0")
+    train.add_argument("--head", default=None, metavar="HOST:PORT", help="where they meet: an address of machine 0")
 
     bench = _add_command(commands, "bench", "measure what the trainer and its checks cost on a config")
     bench.add_argument("--rounds", type=_positive, default=12, help="alternating rounds (default: 12)")
@@ -72,7 +79,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     from dreplica.launcher import launch  # it configures torchrun's logging when imported
 
     try:
-        return launch(known.module, settings, known.replicas)
+        return launch(known.module, settings, known.replicas, _nodes(known))
     except UsageError as error:
         print(f"error: {error}", file=sys.stderr)
         return ExitCode.UNUSABLE
@@ -85,6 +92,27 @@ def _add_command(
     command.add_argument("-h", "--help", action="store_true", help="show this help, and every config field")
     command.add_argument("--replicas", type=_positive, default=2, metavar="N", help="how many replicas (default: 2)")
     return command
+
+
+def _nodes(known: argparse.Namespace) -> "Nodes | None":
+    """Raises UsageError."""
+    from dreplica.launcher import Nodes
+
+    if getattr(known, "nodes", 1) == 1:
+        return None
+    example = f"--nodes {known.nodes} --node-rank 0 --head node0:29500"
+    if known.node_rank is None or not 0 <= known.node_rank < known.nodes:
+        raise UsageError(
+            f"--node-rank: {known.node_rank} will not do: expected 0 to {known.nodes - 1}, another on each of "
+            f"the {known.nodes} machines. For instance {example}."
+        )
+    host, _, port = (known.head or "").rpartition(":")
+    if not host or not port.isdigit():
+        raise UsageError(
+            f"--head: {known.head} will not do: expected HOST:PORT, an address of machine 0 that all machines reach. "
+            f"For instance {example}."
+        )
+    return Nodes(known.nodes, known.node_rank, known.head)
 
 
 def _positive(text: str) -> int:

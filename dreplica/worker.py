@@ -5,15 +5,12 @@ import signal
 import sys
 import traceback
 from collections.abc import Callable
-from pathlib import Path
 from typing import NoReturn
 
 from torch.distributed.elastic.multiprocessing.errors import record
 
+from dreplica import exit_codes
 from dreplica.errors import ExitCode
-
-EXIT_CODES = "DREPLICA_EXIT_CODES"
-"""Environment variable: a folder in which each worker leaves its exit code, for a launcher that was told to stop."""
 
 
 def main() -> NoReturn:
@@ -35,8 +32,7 @@ def run_process(work: Callable[[], ExitCode]) -> NoReturn:
         os._exit(ExitCode.FAILED)
     # The launcher ends the rest as soon as one worker has failed; each is to end with its own code.
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    if EXIT_CODES in os.environ:
-        (Path(os.environ[EXIT_CODES]) / os.environ["RANK"]).write_text(str(int(code)))
+    exit_codes.leave(int(code))
     sys.exit(int(code))
 
 

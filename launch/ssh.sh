@@ -1,0 +1,25 @@
+#!/usr/bin/env bash
+# Machines that you reach with ssh, without a batch system: HOSTS="node0 node1" CONFIG=my.yaml launch/ssh.sh
+#
+# The repository stands in the same folder on each machine, installed. Ctrl-C or SIGTERM stops all replicas at the same
+# step, with a checkpoint (exit code 4); the same command goes on from there.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+
+read -ra hosts <<<"${HOSTS:?the machines, the head first: HOSTS='node0 node1'}"
+export REPLICAS_PER_NODE="${REPLICAS_PER_NODE:-1}"
+export CONFIG="${CONFIG:-configs/digits.yaml}"
+export RUN_NAME="${RUN_NAME:-cluster}"
+export RUN_ROOT="${RUN_ROOT:-runs}"
+export SETTINGS="${SETTINGS:-}"
+export STOP_SECONDS="${STOP_SECONDS:-120}"
+
+first=${hosts[0]##*@}
+export HEAD="${HEAD:-$first:29500}"
+
+on_node() {
+    ssh -o BatchMode=yes -o ServerAliveInterval=15 "${hosts[$1]}" "bash -c $(printf %q "$2")"
+}
+
+. launch/hosts.bash
+run_everywhere

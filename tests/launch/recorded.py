@@ -1,0 +1,40 @@
+"""A `dreplica` command that trains nothing, and records how it was called."""
+
+import json
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+_PROGRAM = """#!{python}
+import json, os, sys
+from pathlib import Path
+path = Path({folder!r}) / f"call-{{os.getpid()}}.json"
+told = {{"grace": os.environ.get("TORCH_ELASTIC_SHUTDOWN_TIMEOUT"), "cwd": os.getcwd()}}
+path.with_suffix(".part").write_text(json.dumps([sys.argv[1:], told]))
+path.with_suffix(".part").rename(path)
+sys.exit({code})
+"""
+
+
+@dataclass(frozen=True)
+class Calls:
+    """Calls of a `dreplica` that ends with `code`."""
+
+    folder: Path
+    code: int = 0
+
+    def environment(self, path: str) -> dict[str, str]:
+        """What puts it first on `path`."""
+        self.folder.mkdir()
+        program = self.folder / "dreplica"
+        program.write_text(_PROGRAM.format(python=sys.executable, folder=str(self.folder), code=self.code))
+        program.chmod(0o755)
+        return {"PATH": f"{self.folder}:{path}", "VIRTUAL_ENV": sys.prefix}
+
+    def read(self) -> list[dict[str, str]]:
+        """The arguments of each call by name, and what its environment told it; in the order of node ranks."""
+        calls = []
+        for path in self.folder.glob("call-*.json"):
+            (command, *arguments), told = json.loads(path.read_text())
+            calls.append({"command": command, **dict(zip(arguments[::2], arguments[1::2], strict=True)), **told})
+        return sorted(calls, key=lambda call: int(call["--node-rank"]))

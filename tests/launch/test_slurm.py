@@ -1,0 +1,88 @@
+"""launch/slurm.sbatch on a real Slurm: it runs, and whatever way it is requeued, ends as if it had not been."""
+
+import json
+import re
+import shlex
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.fixtures import SMALL
+from tests.harness import Job, run_job
+from tests.launch.cluster import Cluster, SlurmJob, cluster, missing
+from tests.launch.recorded import Calls
+from tests.launch.slow import NUM_EPOCHS
+
+pytestmark = [pytest.mark.skipif(missing() is not None, reason=str(missing())), pytest.mark.timeout(300)]
+
+BASE = [setting for setting in SMALL if not setting.startswith(("--train.epochs", "--model.factory"))]
+SLOW = (*BASE, f"--train.epochs={NUM_EPOCHS}", "--model.factory=tests.launch.slow:until_requeued")
+
+
+@pytest.fixture(scope="module")
+def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    with cluster(tmp_path_factory.mktemp("slurm")) as result:
+        yield result
+
+
+@pytest.fixture(scope="module")
+def limited(slurm: Cluster) -> SlurmJob:
+    """A job that will reach its time limit while the other tests run: Slurm looks twice a minute."""
+    return slurm.submit("limited", "--time=1", "--signal=B:USR2@5", settings=shlex.join(SLOW))
+
+
+@pytest.fixture(scope="module")
+def uninterrupted() -> Job:
+    return run_job(*SMALL, f"--train.epochs={NUM_EPOCHS}")
+
+
+def report_of(folder: Path) -> dict:
+    return json.loads((folder / "report.json").read_text())
+
+
+def assert_went_on(job: SlurmJob, expected: Job) -> None:
+    """It ended well, was interrupted, and came to what a run comes to that was not."""
+    state, report = job.wait(), report_of(job.folder)
+    assert (state["JobState"], state["ExitCode"], state["Restarts"]) == ("COMPLETED", "0:0", "1"), job.log
+    assert [path.name for path in job.root.iterdir() if path.is_dir()] == ["job"]
+    assert 0 < report["run"]["resumed_from"] < 5 * NUM_EPOCHS
+    assert (job.folder / "trace.jsonl").read_text().splitlines() == expected.trace
+    for key in ("verdict", "fingerprints", "epochs", "steps_checked"):
+        assert report[key] == expected.report[key]
+
+
+def test_two_nodes_agree(slurm: Cluster, limited: SlurmJob) -> None:
+    job = slurm.submit("plain", settings=shlex.join(SMALL))
+    state = job.wait()
+    assert (state["JobState"], state["ExitCode"], state["NumNodes"]) == ("COMPLETED", "0:0", "2"), job.log
+    report = report_of(job.folder)
+    assert report["verdict"]["summary"] == "2 replicas, 10 steps: bit-identical"
+    assert (job.folder / "trace.jsonl").read_text().splitlines() == run_job(*SMALL).trace
+
+
+@pytest.mark.parametrize("code", [2, 3, 4])
+def test_what_the_replicas_end_with_is_the_exit_code_of_the_job(slurm: Cluster, limited: SlurmJob, code: int) -> None:
+    calls = Calls(slurm.folder / f"calls-{code}", code)
+    job = slurm.submit(f"code-{code}", settings="", **calls.environment(slurm.environment["PATH"]))
+    state = job.wait()
+    # 4 without a time limit ahead: somebody asked it to stop, and it is not started again.
+    assert (state["JobState"], state["ExitCode"], state["Restarts"]) == ("FAILED", f"{code}:0", "0"), job.log
+    assert sorted(call["--node-rank"] for call in calls.read()) == ["0", "1"]
+
+
+def test_requeued_in_mid_run(slurm: Cluster, limited: SlurmJob, uninterrupted: Job) -> None:
+    job = slurm.submit("requeued", settings=shlex.join(SLOW))
+    job.wait_until("under way", lambda job: job.num_lines > 8)
+    slurm.call("scontrol", "requeue", str(job.number))
+    job.start_now()
+    assert_went_on(job, uninterrupted)
+
+
+def test_the_time_limit_leads_to_a_checkpoint_and_a_requeue(limited: SlurmJob, uninterrupted: Job) -> None:
+    limited.start_now()
+    report = report_of(limited.folder)
+    assert "stopped with a checkpoint: requeued" in limited.log
+    assert re.search(r"stopped on request after step (\d+)", limited.log)
+    assert report["run"]["stopped_after"] is not None
+    assert_went_on(limited, uninterrupted)

@@ -1,0 +1,135 @@
+"""Two hosts: two network namespaces, joined by a cable that can be cut."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from tests.fixtures import SMALL
+from tests.harness import REPOSITORY, environment, run_job
+from tests.launch.cluster import wait_for
+
+TIMEOUT = 5.0
+"""world.timeout of a run under test, in seconds."""
+_MARGIN = 30.0
+
+
+def ip(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(["ip", *arguments], capture_output=True, text=True, timeout=10, check=False)
+
+
+def missing() -> str | None:
+    """Why there can be no network namespaces here; None if there can."""
+    if shutil.which("ip") is None:
+        return "no `ip`: apt-get install iproute2"
+    if os.geteuid() != 0:
+        return "network namespaces need root"
+    probe = f"dreplica-{os.getpid()}"
+    made = ip("netns", "add", probe)
+    ip("netns", "delete", probe)
+    return f"no network namespaces: {made.stderr.strip()}" if made.returncode else None
+
+
+pytestmark = pytest.mark.skipif(missing() is not None, reason=str(missing()))
+
+
+@dataclass(frozen=True)
+class Host:
+    """One end of the cable. Each host has a disk of its own: the folder that its processes run in."""
+
+    rank: int
+    namespace: str
+    device: str
+    folder: Path
+
+    @property
+    def address(self) -> str:
+        return f"10.213.77.{self.rank + 1}"
+
+    def unplug(self) -> None:
+        """Cuts the cable."""
+        assert ip("-n", self.namespace, "link", "set", self.device, "down").returncode == 0
+
+    @contextmanager
+    def torchrun(self, head: "Host", *arguments: str) -> "Iterator[subprocess.Popen[str]]":
+        """This host's half of a run."""
+        launcher = [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc-per-node=1"]
+        place = [f"--node-rank={self.rank}", f"--master-addr={head.address}", "--master-port=29500"]
+        command = ["ip", "netns", "exec", self.namespace, *launcher, *place, str(REPOSITORY / "train.py"), *arguments]
+        own = environment() | {"GLOO_SOCKET_IFNAME": self.device}
+        with (self.folder / "log").open("w") as log:
+            process = subprocess.Popen(command, cwd=self.folder, env=own, stdout=log, stderr=log, text=True)
+        try:
+            yield process
+        finally:
+            # Workers are ended by their launcher, which SIGKILL would not let do so.
+            process.terminate()
+            process.wait(40)
+
+    @property
+    def log(self) -> str:
+        return (self.folder / "log").read_text()
+
+
+@pytest.fixture
+def hosts(tmp_path: Path) -> Iterator[tuple[Host, Host]]:
+    number = os.getpid()
+    ends = [
+        Host(rank, f"dreplica-{number}-{rank}", f"dr{number % 10**8}v{rank}", tmp_path / str(rank)) for rank in (0, 1)
+    ]
+    one, other = ends
+    try:
+        for host in ends:
+            host.folder.mkdir()
+            assert ip("netns", "add", host.namespace).returncode == 0
+        end = ["type", "veth", "peer", "name", other.device, "netns", other.namespace]
+        made = ip("link", "add", one.device, "netns", one.namespace, *end)
+        assert made.returncode == 0, made.stderr
+        for host in ends:
+            ip("-n", host.namespace, "addr", "add", f"{host.address}/24", "dev", host.device)
+            ip("-n", host.namespace, "link", "set", "lo", "up")
+            ip("-n", host.namespace, "link", "set", host.device, "up")
+        yield one, other
+    finally:
+        for host in ends:
+            ip("netns", "delete", host.namespace)
+
+
+def test_two_hosts_agree(hosts: tuple[Host, Host]) -> None:
+    one, other = hosts
+    with one.torchrun(one, *SMALL, "--run.name=job") as first, other.torchrun(one, *SMALL, "--run.name=job") as second:
+        assert (first.wait(60), second.wait(60)) == (0, 0), one.log + other.log
+    report = json.loads((one.folder / "runs/job/report.json").read_text())
+    assert report["verdict"]["summary"] == "2 replicas, 10 steps: bit-identical"
+    assert (one.folder / "runs/job/trace.jsonl").read_text().splitlines() == run_job(*SMALL).trace
+    assert not (other.folder / "runs").exists()
+
+
+def test_a_cable_that_is_cut_ends_both_hosts_and_each_names_the_other(hosts: tuple[Host, Host]) -> None:
+    one, other = hosts
+    endless = [setting for setting in SMALL if not setting.startswith("--train.epochs")]
+    run = [*endless, "--train.epochs=100000", f"--world.timeout={TIMEOUT}", "--run.name=job"]
+    trace = one.folder / "runs/job/trace.jsonl"
+
+    def under_way() -> bool:
+        return trace.exists() and len(trace.read_text().splitlines()) > 8
+
+    with one.torchrun(one, *run) as first, other.torchrun(one, *run) as second:
+        wait_for("under way", under_way, 60, lambda: one.log + other.log)
+        other.unplug()
+        cut = time.monotonic()
+        assert first.wait(TIMEOUT + _MARGIN) != 0
+        assert second.wait(max(cut + TIMEOUT + _MARGIN - time.monotonic(), 0.1)) != 0
+    verdict = json.loads((one.folder / "runs/job/report.json").read_text())["verdict"]
+    assert (verdict["cause"], verdict["suspects"]) == ("replica-lost", [1])
+    assert "VERDICT replica-lost: replica 1 was lost in step" in one.log
+    assert "VERDICT replica-lost: replica 0 was lost in step" in other.log
+    assert "report.json could not be written" in other.log  # it has no run folder: that is on rank 0's disk
