@@ -14,7 +14,11 @@ from tests.launch.cluster import Cluster, SlurmJob, cluster, missing
 from tests.launch.recorded import Calls
 from tests.launch.slow import NUM_EPOCHS
 
-pytestmark = [pytest.mark.skipif(missing() is not None, reason=str(missing())), pytest.mark.timeout(300)]
+pytestmark = [
+    pytest.mark.skipif(missing() is not None, reason=str(missing())),
+    pytest.mark.timeout(300),
+    pytest.mark.xdist_group("slurm"),  # one cluster at a time
+]
 
 BASE = [setting for setting in SMALL if not setting.startswith(("--train.epochs", "--model.factory"))]
 SLOW = (*BASE, f"--train.epochs={NUM_EPOCHS}", "--model.factory=tests.launch.slow:until_requeued")

@@ -38,7 +38,7 @@ def missing() -> str | None:
     return f"no network namespaces: {made.stderr.strip()}" if made.returncode else None
 
 
-pytestmark = pytest.mark.skipif(missing() is not None, reason=str(missing()))
+pytestmark = [pytest.mark.skipif(missing() is not None, reason=str(missing())), pytest.mark.xdist_group("hosts")]
 
 
 @dataclass(frozen=True)
