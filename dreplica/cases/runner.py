@@ -108,7 +108,7 @@ def run_case(case: Case, root: Path, timeout: float = 120.0) -> Result:
 
 def _launch(case: Case, root: Path, timeout: float) -> tuple[str, bool]:
     """What the run printed, and whether it ended by itself in time."""
-    arguments = [f"--config={case.path}", f"--run.root={root}", f"--run.name={case.name}"]
+    arguments = [f"--config={case.path}", f"--run.root={root}", f"--run.name={case.name}", "--run.resume=never"]
     package_root = str(Path(__file__).parents[2])
     environment = os.environ | {
         "PYTHONPATH": os.pathsep.join(filter(None, [package_root, os.environ.get("PYTHONPATH")])),
