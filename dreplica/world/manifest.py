@@ -108,7 +108,7 @@ def collect_manifest(
         "seed": seed,
         "code": source_digest(),
         "python": platform.python_version(),
-        "packages": {name: _version(name) for name in ("dreplica", "torch", "torchvision", "numpy")},
+        "packages": {name: _version(name) for name in ("dreplica", "torch", "torchvision", "numpy", "pillow")},
         "cpu": {"capability": torch.backends.cpu.get_cpu_capability(), "model": _cpu_model()},
         "device": _describe_device(device),
         "numerics": numerics_flags(),

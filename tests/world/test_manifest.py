@@ -47,6 +47,7 @@ def test_a_manifest_is_json_and_holds_what_decides_a_number(manifest: dict[str, 
     [
         ("packages.torch", "2.0.0"),
         ("packages.numpy", None),
+        ("packages.pillow", "9.0"),
         ("python", "3.8.0"),
         ("code", "f" * 32),
         ("data", "1" * 32),
