@@ -174,9 +174,9 @@ def say(what: str, ratios: list[float], limit: str) -> None:
 def main() -> None:
     """Prints a line for each limit."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--images", type=int, default=400)
+    parser.add_argument("--images", type=int, default=600)
     parser.add_argument("--workers", type=int, default=2)
-    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--rounds", type=int, default=5)
     arguments = parser.parse_args()
     num_workers, rounds = arguments.workers, arguments.rounds
     torch.set_num_threads(1)
