@@ -194,7 +194,7 @@ def test_the_first_epoch_says_how_many_images_are_kept_so_far(
         display = terminal.ProgressDisplay(console, True, "identical", kept)
         with closing(display), caplog.at_level(logging.INFO):
             for epoch in (3, 4):
-                display.step(StepDone(epoch, epoch, 1, 4, tally))
+                display.step(StepDone(epoch, epoch, 1, 4, tally, False))
                 if display._progress is not None:
                     display._progress.refresh()
                 shown.append(console.file.getvalue() + caplog.text)  # type: ignore[attr-defined]

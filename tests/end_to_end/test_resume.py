@@ -98,7 +98,7 @@ def test_independent_replicas_do_not_go_on_in_another_number(tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize(
-    ("killed", "arguments"), [("1:8", ("--checkpoint.every_steps=3",)), ("0:3", ()), ("0:10", ("--checkpoint.keep=1",))]
+    ("killed", "arguments"), [("1:8", ("--checkpoint.every_steps=3", "--checkpoint.keep=1")), ("0:3", ())]
 )
 def test_torchrun_starts_a_killed_group_again_and_the_trace_has_no_gap(
     killed: str, arguments: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
