@@ -9,7 +9,7 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -156,7 +156,7 @@ def start_job(argv: Sequence[str], num_replicas: int) -> tuple[list[Any], dist.S
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     outputs = Path(tempfile.mkdtemp(prefix="dreplica-output-"))
     processes = [
-        _CONTEXT.Process(target=_work, args=(argv, rank, num_replicas, store.port, outputs), daemon=False)
+        _CONTEXT.Process(target=_work, args=(argv, rank, num_replicas, store.port, outputs, environment()))
         for rank in range(num_replicas)
     ]
     for process in processes:
@@ -164,10 +164,12 @@ def start_job(argv: Sequence[str], num_replicas: int) -> tuple[list[Any], dist.S
     return processes, store, outputs
 
 
-def _work(argv: Sequence[str], rank: int, num_replicas: int, port: int, outputs: Path) -> None:
+def _work(
+    argv: Sequence[str], rank: int, num_replicas: int, port: int, outputs: Path, variables: Mapping[str, str]
+) -> None:
     for stream, name in ((sys.stdout, "out"), (sys.stderr, "err")):
         os.dup2(os.open(outputs / f"{rank}.{name}", os.O_WRONLY | os.O_CREAT), stream.fileno())
-    os.environ |= _rank_environment(rank, num_replicas, port)
+    os.environ |= variables | _rank_environment(rank, num_replicas, port)
     sys.argv = ["train.py", *argv]
     multiprocessing.set_start_method(None, force=True)  # of the loader's workers: Python's default, as under torchrun
     os.chdir(REPOSITORY)

@@ -62,7 +62,7 @@ def test_replicas_with_different_command_lines_are_told_apart(tmp_path: Path) ->
 
 
 def test_a_flag_changed_by_a_factory_on_one_replica_is_found_before_the_first_step() -> None:
-    job = torchrun(*SMALL, "--model.factory=tests.end_to_end.bad_input:model_with_other_threads", num_replicas=3)
+    job = run_job(*SMALL, "--model.factory=tests.end_to_end.bad_input:model_with_other_threads", num_replicas=3)
     assert job.exitcodes == {0: 3, 1: 3, 2: 3}, job.output
     verdict = job.report["verdict"]
     assert (verdict["agreed"], verdict["cause"], verdict["suspects"]) == (False, "environment-differs", [1])
@@ -71,7 +71,7 @@ def test_a_flag_changed_by_a_factory_on_one_replica_is_found_before_the_first_st
 
 
 def test_a_sample_that_no_replica_can_read_is_one_message_too() -> None:
-    job = torchrun(*SMALL, "--data.name=tests.end_to_end.bad_input:broken_image")
+    job = run_job(*SMALL, "--data.name=tests.end_to_end.bad_input:broken_image")
     assert set(job.exitcodes.values()) <= {1, 2}, job.output
     assert 2 in job.exitcodes.values()
     assert messages(job.output) == ["error: data.root: sample 7 is no image. Remove it."]

@@ -19,7 +19,7 @@ from dreplica.data.images import Images
 from dreplica.replica.build import build_replica
 from tests.data.pictures import make_folder
 from tests.end_to_end.test_bad_input import messages
-from tests.harness import REPOSITORY, Job, run_job, torchrun
+from tests.harness import REPOSITORY, Job, run_job
 from tests.replica.test_pretrained import put, random_state
 
 CPU = torch.device("cpu")
@@ -178,7 +178,7 @@ def test_the_fine_tuning_recipe_gives_one_trace_with_0_2_and_4_workers(
     root = make_folder(tmp_path / "images")
     settings = ("--config=configs/finetune_folder.yaml", f"--data.root={root}", "--data.image_size=64")
     settings += ("--data.batch_size=7", "--train.epochs=2", "--schedule.step_size=1")
-    jobs = [torchrun(*settings, f"--data.num_workers={num_workers}") for num_workers in (0, 2, 4)]
+    jobs = [run_job(*settings, f"--data.num_workers={num_workers}") for num_workers in (0, 2, 4)]
     for job in jobs:
         assert job.returncode == 0, job.output
         assert "; the head 'fc' is drawn from the seed" in job.output

@@ -190,6 +190,7 @@ def test_shellcheck() -> None:
     run("shellcheck", *map(str, scripts), own=bare_environment())
 
 
+@pytest.mark.cluster
 def test_a_signal_to_ssh_stops_all_machines_at_the_same_step_and_the_same_command_goes_on(tmp_path: Path) -> None:
     program(tmp_path / "ssh", _SSH.format(hosts=tmp_path / "hosts"))
     endless = " ".join(f"'{setting}'" for setting in SMALL if not setting.startswith("--train.epochs"))

@@ -17,6 +17,7 @@ from tests.launch.slow import NUM_EPOCHS
 pytestmark = [
     pytest.mark.skipif(missing() is not None, reason=str(missing())),
     pytest.mark.timeout(300),
+    pytest.mark.cluster,
     pytest.mark.xdist_group("slurm"),  # one cluster at a time
 ]
 

@@ -38,7 +38,11 @@ def missing() -> str | None:
     return f"no network namespaces: {made.stderr.strip()}" if made.returncode else None
 
 
-pytestmark = [pytest.mark.skipif(missing() is not None, reason=str(missing())), pytest.mark.xdist_group("hosts")]
+pytestmark = [
+    pytest.mark.skipif(missing() is not None, reason=str(missing())),
+    pytest.mark.xdist_group("hosts"),
+    pytest.mark.cluster,
+]
 
 
 @dataclass(frozen=True)

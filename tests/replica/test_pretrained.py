@@ -32,7 +32,7 @@ from dreplica.replica.published import arguments_for, find_published
 from dreplica.replica.rng import seed_generators
 from dreplica.world.process_group import World
 from tests.fixtures import tiny_model
-from tests.harness import run_job, run_replicas, torchrun
+from tests.harness import run_job, run_replicas
 
 SHUFFLE = "shufflenet_v2_x0_5"
 """The smallest model that torchvision has weights for."""
@@ -559,7 +559,7 @@ JOB = ("--data.name=tests.fixtures:tiny_images", "--data.batch_size=16", "--trai
 def test_two_replicas_train_offline_from_torchvisions_cache(cache: Path) -> None:
     state = random_state("mobilenet_v3_small")
     path = put(cache, "mobilenet_v3_small", state)
-    job = torchrun("--model.name=mobilenet_v3_small", "--model.weights=DEFAULT", *JOB)
+    job = run_job("--model.name=mobilenet_v3_small", "--model.weights=DEFAULT", *JOB)
     assert job.returncode == 0, job.output
     assert f"{len(state) - 2} tensors from {path}; the head 'classifier.3' is drawn from the seed" in job.output
     assert job.output.count(" tensors from ") == 1, "said once"
