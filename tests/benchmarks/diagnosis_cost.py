@@ -1,6 +1,6 @@
 """What a verdict costs: its time in steps, the time of a traced step, and the memory that a trace takes.
 
-    torchrun --standalone --nproc_per_node=2 tests/benchmarks/diagnosis_cost.py
+    torchrun --standalone --nproc_per_node=2 -m tests.benchmarks.diagnosis_cost
 
 Verdicts: the default config, with a weight's bit flipped on replica 1 so many steps after the snapshot; the limit is
 3 x (steps since the snapshot + 2) step times. Tracing: alternating rounds of plain and traced steps. Memory: two models
