@@ -123,6 +123,11 @@ class Checkpoints:
             run = {"data_seed": data_seed, "steps_checked": steps_checked, "num_trace_lines": num_trace_lines}
             self._saver.save(save_state(self._replica, position, run))
 
+    def newest_is_there(self) -> bool:
+        """Whether the newest checkpoint has been written, on all replicas that write one; waits for it."""
+        self._saver.wait()
+        return all(self._world.channel.gather(not self._saver.newest_failed))
+
     def finish(self) -> list[str]:
         """Waits until everything is written. Returns what could not be: a line each, the same on all replicas."""
         self._saver.wait()

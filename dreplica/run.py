@@ -157,9 +157,8 @@ class Run:
     def stop(self, event: Stopped, trace: Trace) -> None:
         """Saves the state of a run that was told to stop: it can go on if that has worked."""
         self.save(event.position, trace)
-        failures = self.checkpoints.finish()
         self.report.stopped_after = event.step
-        self.stopped_with = ExitCode.FAILED if failures else ExitCode.STOPPED
+        self.stopped_with = ExitCode.STOPPED if self.checkpoints.newest_is_there() else ExitCode.FAILED
 
     def check_reproduces(self, trace: Trace) -> None:
         """Raises Concluded if a run that goes on comes to something else than it had recorded before."""
@@ -218,7 +217,8 @@ class Run:
         report = self.report
         report.fingerprints = agreement.fingerprints()
         for faults in self.channel.gather(self.injector.never_struck):
-            report.warnings += [f"fault injection: never struck: {fault}" for fault in faults]
+            due = [fault for fault in faults if fault.repeat or fault.step > self.start.step]
+            report.warnings += [f"fault injection: never struck: {fault}" for fault in due]
         if self.expect == "independent" and report.epochs:
             evaluation = report.epochs[-1].evaluation
             if evaluation is not None:  # a run that had nothing left to do has made none
@@ -235,16 +235,16 @@ class Run:
             verdict = verdict.with_(summary=f"{verdict.summary}; stopped on request after step {report.stopped_after}")
         return verdict
 
-    def open_record(self) -> None:
-        """Makes the run folder: once there is something to keep, so that an unusable run leaves nothing behind."""
-        self.recorder.open(self.facts.manifests)
+    def open_record(self, anew: bool = False) -> None:
+        """Opens the run folder: once there is something to keep, so that an unusable run leaves nothing behind."""
+        self.recorder.open(self.facts.manifests, anew)
         self.report.warnings += [f"fault injection: {fault}" for fault in self.config.inject]
         self.report.skipped = self.parts.skipped
 
     def conclude(self, verdict: Verdict) -> ExitCode:
         """Names the cause, writes the report, and says with what code to exit."""
         if self.recorder.report is None:
-            self.open_record()
+            self.open_record(anew=True)
         self.recorder.conclude(verdict, self.steps_checked)
         if verdict.cause == "none":
             return self.stopped_with or ExitCode.AGREED

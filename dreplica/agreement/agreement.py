@@ -147,7 +147,6 @@ class Agreement:
             if not steps_done:
                 build.pop("optimizer", None)  # it has no state yet, and its settings are compared at step 1
             self._check(steps_done, None, self._make(build), lag=0, recorded=not steps_done)
-            self.steps_checked = 0
 
     def step(
         self,
@@ -183,11 +182,6 @@ class Agreement:
             self._check(self.steps_done, epoch, stages)
         return self._stop
 
-    def complete(self) -> bool:
-        """Completes the comparison that is under way; returns what `step` does."""
-        self._complete()
-        return self._stop
-
     def evaluation(
         self, predictions: Mapping[str, Tensor], epoch: int | None = None, batch: Batch | None = None
     ) -> None:
@@ -198,7 +192,7 @@ class Agreement:
             epoch: for the record.
             batch: what they were made from; tensors, or digests as bytes, in dicts, lists or tuples.
         """
-        self._complete()
+        self.complete()
         if self._every:
             self._compare_state()
             makers = {"predictions": lambda: tensors_stage(predictions)}
@@ -213,7 +207,7 @@ class Agreement:
 
         Notices when replicas have taken different numbers of steps.
         """
-        self._complete()
+        self.complete()
         self._compare_state()
         self._check(self.steps_done, None, {}, lag=0)
 
@@ -239,22 +233,23 @@ class Agreement:
         phase: str | None = None,
         recorded: bool = True,
     ) -> None:
-        self._complete()
+        self.complete()
         self.last_word = protocol.fold(step, stages)
         posted = protocol.post(self._channel, self.last_word, self._wants_stop)
         self._pending = _Pending(step, epoch, stages, posted, phase, recorded)
         if not (self._lag if lag is None else lag):
-            self._complete()
+            self.complete()
 
-    def _complete(self) -> None:
+    def complete(self) -> bool:
+        """Completes the comparison that is under way, if one is; returns what `step` does."""
         pending, self._pending = self._pending, None
         if pending is None:
-            return
+            return self._stop
         outcome = protocol.read(self._channel, pending.posted)
         self._stop = self._stop or outcome.stop
         if pending.stages and pending.phase is None:
             self._last_checked = pending.step
-            if pending.step > 0:
+            if pending.step > 0 and pending.recorded:
                 self.steps_checked += 1
             if outcome.agreed and self.divergence is None:
                 self.agreed_until = pending.step
@@ -266,6 +261,7 @@ class Agreement:
             self.divergence = describe(place, pending.epoch, self._channel.size)
             if self._on_divergence == "stop":
                 raise Divergence(self.divergence)
+        return self._stop
 
     def observe(
         self,

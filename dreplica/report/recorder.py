@@ -5,6 +5,7 @@ import logging
 import math
 import time
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -49,13 +50,15 @@ class Recorder:
         assert self.report is not None, "open() comes first"
         return self.report.folder
 
-    def open(self, manifests: Sequence[Mapping[str, Any]]) -> None:
+    def open(self, manifests: Sequence[Mapping[str, Any]], anew: bool = False) -> None:
         """Rank 0 makes the run folder and puts config and manifests in, or finds that of an interrupted run. A
         collective.
 
-        `manifests`: one per replica; none if the run ends before they are known. Raises SharedUsageError.
+        `manifests`: one per replica; none if the run ends before they are known. `anew`: make one in any case: a run
+        that ends before its first step has nothing to say in the folder of another. Raises SharedUsageError.
         """
-        own = self._world.together(self._find_or_make_folder if self._world.is_coordinator else lambda: None)
+        find = partial(self._find_or_make_folder, anew)
+        own = self._world.together(find if self._world.is_coordinator else lambda: None)
         folder, self.goes_on = self._world.channel.gather(own)[0]
         self._begin(folder, manifests)
         if self._world.is_coordinator:
@@ -72,8 +75,9 @@ class Recorder:
         self._recorded_epochs = max((item.epoch for item in done), default=0)
         self.report.epochs = [item for item in done if item.epoch < epoch]
 
-    def _find_or_make_folder(self) -> tuple[Path, bool]:
-        newest = newest_run_folder(self._config.root, self._name) if self._config.resume == "auto" else None
+    def _find_or_make_folder(self, anew: bool) -> tuple[Path, bool]:
+        may_go_on = self._config.resume == "auto" and not anew
+        newest = newest_run_folder(self._config.root, self._name) if may_go_on else None
         if newest is not None:
             try:
                 self._lock = FolderLock(newest)

@@ -36,9 +36,11 @@ def check_resumable(folder: Path, config_yaml: str) -> None:
     """Raises NotResumable unless the run in `folder` was interrupted, and was given what this one is given."""
     try:
         report = json.loads((folder / "report.json").read_text(encoding="utf-8"))
-        stopped, cause = report["run"]["stopped_after"] is not None, report["verdict"]["cause"]
-        if not stopped and cause not in _OF_THE_MACHINES:
+        stopped, verdict = report["run"]["stopped_after"] is not None, report["verdict"]
+        if not stopped and verdict["agreed"]:
             raise Completed("it came to its end")
+        if not stopped and verdict["cause"] not in _OF_THE_MACHINES:
+            raise NotResumable(f"it ended in {verdict['cause']}")
     except FileNotFoundError:
         pass  # killed before it could write one
     except (OSError, ValueError, KeyError, TypeError) as error:

@@ -30,6 +30,7 @@ class Saver:
 
     def __init__(self, folder: Path, keep: int, part: str | None = None) -> None:
         self.failures: list[str] = []
+        self.newest_failed = False
         self._folder, self._keep, self._part = folder, keep, part
         self._thread: threading.Thread | None = None
         self._proved = False
@@ -56,6 +57,7 @@ class Saver:
 
     def _write(self, contents: Contents) -> None:
         step = contents.state["step"]
+        self.newest_failed = True
         place = self._folder / checkpoint_name(step)
         try:
             place = place if self._part is None else place / self._part
@@ -63,6 +65,7 @@ class Saver:
             if not self._proved:
                 parse(read_files(place))  # an optimizer may keep what is only code to a reader that executes none
                 self._proved = True
+            self.newest_failed = False
         except Exception as error:
             # Whatever it is must reach the run's report, and not end as a traceback in a thread.
             self.failures.append(f"the checkpoint at step {step} could not be written: {type(error).__name__}: {error}")

@@ -90,6 +90,13 @@ def epochs_of(data: DataSets, num_workers: int = 0, channel: Channel | None = No
     return [epoch_of(data, epoch, num_workers, sender, **more) for epoch in EPOCHS]
 
 
+def assert_replays_read_anew(cached: DataSets, plain: DataSets, tmp_path: Path) -> None:
+    """A replay takes nothing over from what was kept."""
+    again = load_again(at_epoch(cached.train, 2), torch.tensor([3, 5]), CPU)
+    assert len(reads(tmp_path)) == 2
+    assert bytes_of(again) == bytes_of(load_again(at_epoch(plain.train, 2), torch.tensor([3, 5]), CPU))
+
+
 @pytest.mark.parametrize("augment", [None, "flip", "crop_flip", "resized_crop", "trivial"])
 @pytest.mark.parametrize("num_workers", [0, 1, 4])
 def test_memory_gives_the_same_pixels_and_reads_each_file_once(
@@ -104,11 +111,7 @@ def test_memory_gives_the_same_pixels_and_reads_each_file_once(
     assert epochs_of(cached, num_workers) == expected
     files = reads(tmp_path)
     assert len(files) == len(set(files)) == 16
-    # A replay takes nothing over from what was kept.
-    again = load_again(at_epoch(cached.train, 2), torch.tensor([3, 5]), CPU)
-    assert len(reads(tmp_path)) == 2
-    plain = load_again(at_epoch(prepared(root, augment=augment).train, 2), torch.tensor([3, 5]), CPU)
-    assert bytes_of(again) == bytes_of(plain)
+    assert_replays_read_anew(cached, prepared(root, augment=augment), tmp_path)
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -131,10 +134,7 @@ def test_device_gives_the_same_pixels_and_reads_each_file_once(
     assert epochs_of(cached, num_workers, **layout) == expected
     files = reads(tmp_path)
     assert len(files) == len(set(files)) == 16
-    again = load_again(at_epoch(cached.train, 2), torch.tensor([3, 5]), CPU)
-    assert len(reads(tmp_path)) == 2
-    plain = load_again(at_epoch(prepared(root, augment=augment).train, 2), torch.tensor([3, 5]), CPU)
-    assert bytes_of(again) == bytes_of(plain)
+    assert_replays_read_anew(cached, prepared(root, augment=augment), tmp_path)
     assert cached.train[3][0].numpy().tobytes() == prepared(root, augment=augment).train[3][0].numpy().tobytes()
 
 

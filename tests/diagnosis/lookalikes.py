@@ -11,32 +11,16 @@ from torch import Tensor, nn
 from dreplica import Replica
 from dreplica.config import RunConfig
 from dreplica.data.datasets import DataConfig, TensorImages
+from tests.diagnosis.stateful import Counting, rank
 from tests.fixtures import tiny_images, tiny_model
 
 Sets = tuple[TensorImages, TensorImages, int]
 
 
-def rank() -> int:
-    return int(os.environ["RANK"])
-
-
 # ---- models
 
 
-class Wrapped(nn.Module):
-    """`tiny_model` as `body`; `calls` counts the training-mode forwards, replays included."""
-
-    def __init__(self, num_classes: int) -> None:
-        super().__init__()
-        self.body = tiny_model(num_classes)
-        self.calls = 0
-
-    def forward(self, images: Tensor) -> Tensor:
-        self.calls += self.training
-        return self.body(images)
-
-
-class OwnTorchGenerator(Wrapped):
+class OwnTorchGenerator(Counting):
     """Noise from a generator that no state_dict holds."""
 
     def __init__(self, num_classes: int) -> None:
@@ -48,14 +32,14 @@ class OwnTorchGenerator(Wrapped):
         return logits + 0.01 * torch.randn(logits.shape, generator=self.generator)
 
 
-class GlobalPythonAndNumpy(Wrapped):
+class GlobalPythonAndNumpy(Counting):
     """Draws from Python's and NumPy's global generators, which are seeded."""
 
     def forward(self, images: Tensor) -> Tensor:
         return super().forward(images * (1 + random.random())) + float(numpy.random.rand())
 
 
-class StochasticDepth(Wrapped):
+class StochasticDepth(Counting):
     """Skips an operator at random, by a generator of its own, seeded alike on all replicas."""
 
     def __init__(self, num_classes: int) -> None:
@@ -67,20 +51,20 @@ class StochasticDepth(Wrapped):
         return logits.clamp(-0.5, 0.5) if self.training and self.random.random() < 0.5 else logits
 
 
-class DataDependentBranch(Wrapped):
+class DataDependentBranch(Counting):
     def forward(self, images: Tensor) -> Tensor:
         logits = super().forward(images)
         return logits * 0.5 if logits.mean() > 0 else logits.clamp(-5.0, 5.0)
 
 
-class AllNan(Wrapped):
+class AllNan(Counting):
     """NaN in every output, loss, gradient and, from step 1, weight."""
 
     def forward(self, images: Tensor) -> Tensor:
         return super().forward(images) * float("nan")
 
 
-class PlainAttribute(Wrapped):
+class PlainAttribute(Counting):
     """A tensor that is no buffer: zeros, as BatchNorm's bias is, but something else on replica 1."""
 
     def __init__(self, num_classes: int) -> None:
@@ -92,7 +76,7 @@ class PlainAttribute(Wrapped):
         return self.body[1:](hidden)
 
 
-class FlagInForward(Wrapped):
+class FlagInForward(Counting):
     """From its first step on, replica 1 runs without oneDNN."""
 
     def forward(self, images: Tensor) -> Tensor:
@@ -101,7 +85,7 @@ class FlagInForward(Wrapped):
         return super().forward(images)
 
 
-class FlagInFourthForward(Wrapped):
+class FlagInFourthForward(Counting):
     """Later than at the build, so that replays of the steps before it run with the flag as well."""
 
     def forward(self, images: Tensor) -> Tensor:
@@ -110,7 +94,7 @@ class FlagInFourthForward(Wrapped):
         return super().forward(images)
 
 
-class ChannelsLastOnReplica1(Wrapped):
+class ChannelsLastOnReplica1(Counting):
     """The same weights, in another memory format."""
 
     def __init__(self, num_classes: int) -> None:
@@ -119,7 +103,7 @@ class ChannelsLastOnReplica1(Wrapped):
             self.to(memory_format=torch.channels_last)
 
 
-class ForkedGenerator(Wrapped):
+class ForkedGenerator(Counting):
     """Replica 1 puts the generator back after the noise, which all replicas add alike."""
 
     def forward(self, images: Tensor) -> Tensor:
@@ -128,7 +112,7 @@ class ForkedGenerator(Wrapped):
             return logits + 0.01 * torch.rand(1)
 
 
-class OneMoreDrawOnce(Wrapped):
+class OneMoreDrawOnce(Counting):
     """After its third forward, replica 1 draws a number that nobody uses, as a logger of sample images does."""
 
     def forward(self, images: Tensor) -> Tensor:
@@ -163,14 +147,14 @@ def _(gradient: Tensor) -> Tensor:
 sound_scale.register_autograd(lambda ctx, gradient: racy_backward(gradient))
 
 
-class RacyBackward(Wrapped):
+class RacyBackward(Counting):
     """An operator whose forward is sound and whose backward is not."""
 
     def forward(self, images: Tensor) -> Tensor:
         return super().forward(sound_scale(self.body[0](images))[:, :3])
 
 
-class OtherShapeOnReplica1(Wrapped):
+class OtherShapeOnReplica1(Counting):
     """A plain tensor that is broadcast: nought for each class, but one number for all on replica 1."""
 
     def __init__(self, num_classes: int) -> None:
@@ -188,7 +172,7 @@ class OtherDtypeOnReplica1(OtherShapeOnReplica1):
         self.shift = torch.zeros(num_classes) if rank() != 1 else torch.full((num_classes,), 1e-3).half()
 
 
-class Temperature(Wrapped):
+class Temperature(Counting):
     def __init__(self, num_classes: int) -> None:
         super().__init__(num_classes)
         self.temperature = nn.Parameter(torch.tensor([1.3]))
@@ -197,7 +181,7 @@ class Temperature(Wrapped):
         return super().forward(images) * self.temperature
 
 
-class OnePixelOnReplica1(Wrapped):
+class OnePixelOnReplica1(Counting):
     """Replica 1 sets a pixel of its input through NumPy."""
 
     def forward(self, images: Tensor) -> Tensor:

@@ -1,11 +1,14 @@
 """Models that jobs under test name in their configs, and that are interrupted."""
 
+import errno
 import os
 import signal
 from pathlib import Path
 
+import torch
 from torch import Tensor, nn
 
+import dreplica.training.saver
 from tests import fixtures
 
 
@@ -26,3 +29,22 @@ class KilledOnce(nn.Module):
             Path(mark).touch()
             os.kill(os.getpid(), signal.SIGKILL)
         return self.body(inputs)
+
+
+def other_threads(num_classes: int) -> nn.Module:
+    """Changes a flag on replica 1 where the environment says so (`OTHER_THREADS`), as another node might have it."""
+    if os.environ["RANK"] == "1" and "OTHER_THREADS" in os.environ:
+        torch.set_num_threads(torch.get_num_threads() + 1)
+    return fixtures.tiny_model(num_classes)
+
+
+def full_once(num_classes: int) -> nn.Module:
+    """The disk is full when the first checkpoint is written."""
+    write = dreplica.training.saver.write_checkpoint
+
+    def write_to_full_disk(*_arguments: object) -> None:
+        dreplica.training.saver.write_checkpoint = write
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    dreplica.training.saver.write_checkpoint = write_to_full_disk
+    return fixtures.tiny_model(num_classes)

@@ -237,3 +237,38 @@ def test_checkpoints_that_cannot_be_written_are_told_and_training_goes_on(tmp_pa
     assert (stopped.folder / "checkpoints").read_text() == "in the way"
     again = run_job(*SMALL, "--run.stop_after=2", "--run.name=other", root=tmp_path)
     assert again.exitcodes == {0: 4, 1: 4}
+
+
+def test_an_attempt_that_ends_before_its_first_step_leaves_the_interrupted_run_as_it_was(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = (*SMALL, "--model.factory=tests.end_to_end.interrupted:other_threads")
+    stopped = run_job(*job, STOP, root=tmp_path)
+    before = stopped.report
+    monkeypatch.setenv("OTHER_THREADS", "1")
+    attempt = run_job(*job, root=tmp_path)
+    assert attempt.exitcodes == {0: 3, 1: 3}, attempt.output
+    assert stopped.report == before
+    verdict = json.loads((tmp_path / "job-2" / "report.json").read_text())["verdict"]
+    assert verdict["cause"] == "environment-differs"
+    shutil.rmtree(tmp_path / "job-2")
+    monkeypatch.delenv("OTHER_THREADS")
+    assert run_job(*job, root=tmp_path).report["run"]["resumed_from"] == 7
+
+
+def test_a_divergence_that_comes_back_is_not_gone_on_with(tmp_path: Path) -> None:
+    job = (*SMALL, "--overrides={1: {optim: {lr: 0.02}}}", "--checkpoint.every_steps=1")
+    assert run_job(*job, root=tmp_path).exitcodes == {0: 3, 1: 3}
+    again = run_job(*job, root=tmp_path)
+    assert "it ended in declared-override" in again.output
+    assert (tmp_path / "job-2" / "report.json").exists()
+
+
+def test_a_stop_counts_as_saved_if_its_own_checkpoint_is_there(tmp_path: Path) -> None:
+    factory = "--model.factory=tests.end_to_end.interrupted:full_once"
+    stopped = run_job(*SMALL, factory, STOP, "--checkpoint.every_steps=3", root=tmp_path)
+    assert stopped.exitcodes == {0: 4, 1: 4}, stopped.output
+    newest, *_ = list_checkpoints(stopped.folder / "checkpoints")
+    assert newest.name == "step_000007"
+    (warning,) = stopped.report["warnings"]
+    assert warning.startswith("the checkpoint at step 3 could not be written: OSError: ")
