@@ -17,7 +17,7 @@ from dreplica.training.checkpoint import (
     remove_leftovers,
 )
 from dreplica.training.position import Position
-from dreplica.training.saved_state import restore_state, save_state
+from dreplica.training.saved_state import copy_state, restore_state
 from dreplica.training.saver import Saver
 from dreplica.world.process_group import World
 
@@ -121,7 +121,7 @@ class Checkpoints:
             self._world.channel.gather(None)  # older ones may go only when all have written the one before
         if self._world.is_coordinator or not self._shared:
             run = {"data_seed": data_seed, "steps_checked": steps_checked, "num_trace_lines": num_trace_lines}
-            self._saver.save(save_state(self._replica, position, run))
+            self._saver.save(copy_state(self._replica, position, run))
 
     def newest_is_there(self) -> bool:
         """Whether the newest checkpoint has been written, on all replicas that write one; waits for it."""

@@ -51,7 +51,7 @@ class Stage:
 
 def tensors_stage(tensors: Mapping[str, Tensor]) -> Stage:
     """Named tensors, in their order."""
-    return _stage(tensors.items())
+    return make_stage(tensors.items())
 
 
 def batch_stage(batch: Tensor | Mapping[str, Any] | Sequence[Any]) -> Stage:
@@ -59,7 +59,7 @@ def batch_stage(batch: Tensor | Mapping[str, Any] | Sequence[Any]) -> Stage:
 
     NumPy arrays, numbers and strings count too. Raises TypeError for anything else, naming its place.
     """
-    return _stage(_batch_entries("", batch))
+    return make_stage(_batch_entries("", batch))
 
 
 def weights_stage(model: nn.Module) -> Stage:
@@ -74,7 +74,7 @@ def buffers_stage(model: nn.Module) -> Stage:
 
 def gradients_stage(model: nn.Module) -> Stage:
     """The gradients of all parameters, last layer first: the order in which the backward pass makes them."""
-    return _stage((name, parameter.grad) for name, parameter in reversed(list(model.named_parameters())))
+    return make_stage((name, parameter.grad) for name, parameter in reversed(list(model.named_parameters())))
 
 
 def optimizer_stage(model: nn.Module, optimizer: torch.optim.Optimizer, *others: Any) -> Stage:
@@ -84,7 +84,7 @@ def optimizer_stage(model: nn.Module, optimizer: torch.optim.Optimizer, *others:
     since no other stage holds them. Functions count by name and other objects by type, because their `repr` may hold
     an address.
     """
-    return _stage(_optimizer_entries(model, optimizer, others))
+    return make_stage(optimizer_entries(model, optimizer, *others))
 
 
 def parameter_names(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[Tensor, str]:
@@ -98,6 +98,11 @@ def parameter_names(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[
 
 def rng_stage() -> Stage:
     """The global generators of Python, NumPy, torch on the CPU and, once CUDA is in use, torch on this GPU."""
+    return make_stage(rng_entries())
+
+
+def rng_entries() -> list[Entry]:
+    """What `rng_stage` hashes."""
     entries: list[Entry] = [
         ("python", _python_state()),
         ("numpy", _numpy_state()),
@@ -105,10 +110,11 @@ def rng_stage() -> Stage:
     ]
     if torch.cuda.is_initialized():
         entries.append(("torch.cuda", torch.cuda.get_rng_state()))
-    return _stage(entries)
+    return entries
 
 
-def _stage(entries: Iterable[Entry]) -> Stage:
+def make_stage(entries: Iterable[Entry]) -> Stage:
+    """Hashes the entries."""
     digests: dict[str, bytes] = {}
     total = 0
     for given, value in entries:
@@ -129,9 +135,8 @@ def _unused(name: str, taken: Mapping[str, bytes]) -> str:
     return f"{name}#{number}"
 
 
-def _optimizer_entries(
-    model: nn.Module, optimizer: torch.optim.Optimizer, others: tuple[Any, ...]
-) -> Iterable[tuple[str, Tensor | bytes]]:
+def optimizer_entries(model: nn.Module, optimizer: torch.optim.Optimizer, *others: Any) -> Iterable[Entry]:
+    """What `optimizer_stage` hashes."""
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     for index, group in enumerate(optimizer.param_groups):
         yield from _leaves(f"group{index}", {key: value for key, value in group.items() if key not in _NOT_STATE})

@@ -8,10 +8,12 @@ state, the scheduler's, what else a step reads; loaded with `weights_only=True`,
 import base64
 import io
 import json
+import mmap
 import os
 import re
 import shutil
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -23,6 +25,7 @@ from pydantic import Field
 from safetensors import SafetensorError
 from safetensors.torch import load, save_file
 from torch import Tensor
+from torch.utils.serialization import config as serialization_config
 
 from dreplica.section import Lockstep, Section
 
@@ -55,7 +58,7 @@ class Contents:
     """What a checkpoint holds."""
 
     tensors: dict[str, Tensor]
-    """Parameters and buffers of the model, by name, on the CPU or to be copied there."""
+    """Parameters and buffers of the model, by name, on the CPU."""
     optimizer: dict[str, Any]
     """Tensors and plain values, for `torch.save`."""
     state: dict[str, Any]
@@ -102,21 +105,19 @@ def write_checkpoint(place: Path, contents: Contents) -> None:
     shutil.rmtree(temporary, ignore_errors=True)
     try:
         temporary.mkdir(parents=True)
-        in_file, elsewhere = _divide(contents.tensors)
-        try:
-            save_file(in_file, temporary / MODEL_FILE, metadata={"format": "pt"})
-        except SafetensorError as error:
-            raise OSError(f"{MODEL_FILE}: {error}") from error
-        try:
-            torch.save({**contents.optimizer, "tensors": elsewhere}, temporary / OPTIMIZER_FILE)
-        except RuntimeError as error:  # how torch reports a disk that is full
-            raise OSError(f"{OPTIMIZER_FILE}: {str(error).splitlines()[0]}") from error
-        files = {name: _digest_file(temporary / name) for name in (MODEL_FILE, OPTIMIZER_FILE)}
+        in_file = _in_safetensors(contents.tensors)
+        rest = {name: tensor for name, tensor in contents.tensors.items() if name not in in_file}
+        with ThreadPoolExecutor(1, "dreplica-flush") as beside:
+            _write_model(temporary / MODEL_FILE, in_file)
+            model_digest = beside.submit(_flush_and_digest, temporary / MODEL_FILE)
+            _write_optimizer(temporary / OPTIMIZER_FILE, {**contents.optimizer, "tensors": rest})
+            optimizer_digest = _flush_and_digest(temporary / OPTIMIZER_FILE)
+            files = {MODEL_FILE: model_digest.result(), OPTIMIZER_FILE: optimizer_digest}
         state = {"schema": SCHEMA, **contents.state, "files": files}
         with (temporary / STATE_FILE).open("w", encoding="utf-8") as file:
             json.dump(state | {"digest": _digest_state(state)}, file)
             file.write("\n")
-        for name in (MODEL_FILE, OPTIMIZER_FILE, STATE_FILE, "."):
+        for name in (STATE_FILE, "."):
             _flush(temporary / name)
         if place.exists():  # it was not fit to go on from
             place.rename(place.with_name(f".{place.name}.{os.getpid()}.old"))
@@ -188,23 +189,36 @@ def rng_from_json(values: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _divide(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Those that the safetensors format can hold, and the rest."""
-    on_cpu = {name: tensor.detach().cpu() for name, tensor in tensors.items()}
-    fits = {
+def _in_safetensors(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Those that the safetensors format can hold; none under two names."""
+    first_name = {id(tensor): name for name, tensor in reversed([*tensors.items()])}
+    return {
         name: tensor.contiguous()
-        for name, tensor in on_cpu.items()
-        if tensor.layout is torch.strided and tensor.dtype in _SAFETENSORS_DTYPES
+        for name, tensor in tensors.items()
+        if tensor.layout is torch.strided and tensor.dtype in _SAFETENSORS_DTYPES and first_name[id(tensor)] == name
     }
-    return fits, {name: tensor for name, tensor in on_cpu.items() if name not in fits}
 
 
-def _digest_file(path: Path) -> str:
-    hashed = xxhash.xxh3_128()
-    with path.open("rb") as file:
-        while chunk := file.read(1 << 22):
-            hashed.update(chunk)
-    return hashed.hexdigest()
+def _write_model(path: Path, tensors: dict[str, Tensor]) -> None:
+    try:
+        save_file(tensors, path, metadata={"format": "pt"})
+    except SafetensorError as error:
+        raise OSError(f"{path.name}: {error}") from error
+
+
+def _write_optimizer(path: Path, values: dict[str, Any]) -> None:
+    try:
+        # Its own checksums would take as long as the writing, and `state.json` holds better ones.
+        with serialization_config.patch({"save.compute_crc32": False}):  # type: ignore[attr-defined]
+            torch.save(values, path)
+    except RuntimeError as error:  # how torch reports a disk that is full
+        raise OSError(f"{path.name}: {str(error).splitlines()[0]}") from error
+
+
+def _flush_and_digest(path: Path) -> str:
+    _flush(path)
+    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+        return xxhash.xxh3_128_hexdigest(content)
 
 
 def _digest_state(state: Mapping[str, Any]) -> str:

@@ -8,6 +8,7 @@ import copy
 import random
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import numpy
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from dreplica.agreement.fingerprint import ALGORITHM
-from dreplica.agreement.stages import Stage, buffers_stage, optimizer_stage, rng_stage, weights_stage
+from dreplica.agreement.stages import Entry, Stage, make_stage, optimizer_entries, rng_entries
 from dreplica.replica.replica import Replica
 from dreplica.replica.rng import get_rng_state, set_rng_state
 from dreplica.training.checkpoint import CheckpointError, Contents, rng_from_json, rng_to_json
@@ -35,22 +36,40 @@ _GENERATORS: dict[str, tuple[type, Callable[[Any], Any], Callable[[Any, Any], An
 """Of a module's own: type, and how the state is read and set."""
 
 
-def save_state(replica: Replica, position: Position, run: Mapping[str, Any]) -> Contents:
-    """A copy of everything that the rest of the run depends on; tensors stay on their device until they are written.
+@dataclass(frozen=True)
+class Copied:
+    """A copy of everything that the rest of a run depends on; tensors are on their device still."""
+
+    tensors: dict[str, Tensor]
+    optimizer: dict[str, Any]
+    state: dict[str, Any]
+    entries: dict[str, list[Entry]]
+    """What each stage's digests are taken of."""
+
+    def contents(self) -> Contents:
+        """What a checkpoint holds, with digests: the part of saving that training need not wait for."""
+        on_cpu = _Copies(lambda tensor: tensor.cpu())
+        digests = {stage: _hex(make_stage(on_cpu.of(entries))) for stage, entries in self.entries.items()}
+        return Contents(on_cpu.of(self.tensors), on_cpu.of(self.optimizer), self.state | {"digests": digests})
+
+
+def copy_state(replica: Replica, position: Position, run: Mapping[str, Any]) -> Copied:
+    """Copies the state out of training's way.
 
     `run`: what else belongs into `state.json`, as JSON values.
     """
     numbers = _numbers(replica.optimizer)
+    copies = _Copies(lambda tensor: tensor.detach().clone())
     optimizer = {
-        "state": [(numbers[parameter], _copy(state)) for parameter, state in replica.optimizer.state.items()],
-        "groups": [_copy({key: group[key] for key in group if key != "params"}) for group in _groups(replica)],
-        "others": [_copy(other.state_dict()) for other in _others(replica)],
-        "criterion": _copy(_tensors(replica.criterion)),
+        "state": [(numbers[parameter], copies.of(state)) for parameter, state in replica.optimizer.state.items()],
+        "groups": [copies.of({key: group[key] for key in group if key != "params"}) for group in _groups(replica)],
+        "others": [copies.of(other.state_dict()) for other in _others(replica)],
+        "criterion": copies.of(_tensors(replica.criterion)),
         "buffers": {
             path: {name: buffer is not None for name, buffer in module._buffers.items()}
             for path, module in _modules(replica)
         },
-        "attributes": {path: _copy(_attributes(module)) for path, module in _modules(replica)},
+        "attributes": {path: copies.of(_attributes(module)) for path, module in _modules(replica)},
         "generators": {path: _own_generators(module) for path, module in _modules(replica)},
     }
     state = {
@@ -59,9 +78,8 @@ def save_state(replica: Replica, position: Position, run: Mapping[str, Any]) -> 
         **run,
         "rng": rng_to_json(get_rng_state()),
         "algorithm": ALGORITHM,
-        "digests": {stage: _hex(made) for stage, made in state_stages(replica).items()},
     }
-    return Contents(_copy(_tensors(replica.model)), optimizer, state)
+    return Copied(copies.of(_tensors(replica.model)), optimizer, state, copies.of(_state_entries(replica)))
 
 
 def restore_state(replica: Replica, contents: Contents) -> None:
@@ -78,21 +96,21 @@ def restore_state(replica: Replica, contents: Contents) -> None:
         _put_back(replica, contents)
     except (KeyError, ValueError, TypeError, RuntimeError, AttributeError, IndexError) as error:
         raise CheckpointError(f"it does not fit this replica: {type(error).__name__}: {error}") from error
-    for stage, made in state_stages(replica).items():
-        saved, now = state["digests"][stage], _hex(made)
+    for stage, entries in _state_entries(replica).items():
+        saved, now = state["digests"][stage], _hex(make_stage(entries))
         for name in [*saved, *now]:
             if saved.get(name) != now.get(name):
                 raise CheckpointError(f"{name} of {stage} does not come out as it was saved")
 
 
-def state_stages(replica: Replica) -> dict[str, Stage]:
+def _state_entries(replica: Replica) -> dict[str, list[Entry]]:
     """All that lasts from step to step, stage by stage."""
     model = replica.model
     return {
-        "buffers": buffers_stage(model),
-        "optimizer": optimizer_stage(model, replica.optimizer, replica.scheduler, replica.scaler),
-        "weights": weights_stage(model),
-        "rng": rng_stage(),
+        "buffers": list(model.named_buffers()),
+        "optimizer": list(optimizer_entries(model, replica.optimizer, *_others(replica))),
+        "weights": list(model.named_parameters()),
+        "rng": rng_entries(),
     }
 
 
@@ -214,12 +232,21 @@ def _hex(stage: Stage) -> dict[str, str]:
     return {name: digest.hex() for name, digest in stage.entries().items()}
 
 
-def _copy(value: Any) -> Any:
-    """A deep copy in which tensors are detached clones."""
-    if isinstance(value, Tensor):
-        return value.detach().clone()
-    if type(value) in (list, tuple, set):
-        return type(value)(_copy(item) for item in value)
-    if isinstance(value, dict):
-        return {key: _copy(item) for key, item in value.items()}
-    return copy.deepcopy(value)
+class _Copies:
+    """Deep copies that share what the originals share: a tensor that is met again has one copy."""
+
+    def __init__(self, copy_tensor: Callable[[Tensor], Tensor]) -> None:
+        self._copy_tensor = copy_tensor
+        self._tensors: dict[Tensor, Tensor] = {}
+
+    def of(self, value: Any) -> Any:
+        """The copy of a value; of a tensor by `copy_tensor`."""
+        if isinstance(value, Tensor):
+            if value not in self._tensors:
+                self._tensors[value] = self._copy_tensor(value)
+            return self._tensors[value]
+        if type(value) in (list, tuple, set):
+            return type(value)(self.of(item) for item in value)
+        if isinstance(value, dict):
+            return {key: self.of(item) for key, item in value.items()}
+        return copy.deepcopy(value)

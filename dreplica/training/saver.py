@@ -5,13 +5,13 @@ import threading
 from pathlib import Path
 
 from dreplica.training.checkpoint import (
-    Contents,
     checkpoint_name,
     parse,
     prune_checkpoints,
     read_files,
     write_checkpoint,
 )
+from dreplica.training.saved_state import Copied
 
 log = logging.getLogger(__name__)
 
@@ -35,11 +35,11 @@ class Saver:
         self._thread: threading.Thread | None = None
         self._proved = False
 
-    def save(self, contents: Contents) -> None:
+    def save(self, copied: Copied) -> None:
         """Begins to write. All replicas have waited for the checkpoint before, which is why older ones may go now."""
         self.wait()
         self.prune()
-        self._thread = threading.Thread(target=self._write, args=(contents,), name="dreplica-saver")
+        self._thread = threading.Thread(target=self._write, args=(copied,), name="dreplica-saver")
         self._thread.start()
 
     def wait(self) -> None:
@@ -55,13 +55,13 @@ class Saver:
         except OSError as error:
             log.warning("older checkpoints could not be removed: %s", error)
 
-    def _write(self, contents: Contents) -> None:
-        step = contents.state["step"]
+    def _write(self, copied: Copied) -> None:
+        step = copied.state["step"]
         self.newest_failed = True
         place = self._folder / checkpoint_name(step)
         try:
             place = place if self._part is None else place / self._part
-            write_checkpoint(place, contents)
+            write_checkpoint(place, copied.contents())
             if not self._proved:
                 parse(read_files(place))  # an optimizer may keep what is only code to a reader that executes none
                 self._proved = True

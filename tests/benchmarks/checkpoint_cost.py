@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from dreplica.replica.replica import Replica
 from dreplica.training.checkpoint import write_checkpoint
 from dreplica.training.position import Position
-from dreplica.training.saved_state import save_state
+from dreplica.training.saved_state import copy_state
 
 
 def make_replica() -> Replica:
@@ -66,14 +66,14 @@ def main() -> None:
     times: dict[str, list[float]] = {"pause": [], "clone": [], "checkpoint": [], "plain": []}
     with tempfile.TemporaryDirectory(prefix="dreplica-checkpoints-", dir=".") as name:
         folder = Path(name)
-        contents = save_state(replica, Position(), {})
-        write_checkpoint(folder / "first", contents)
+        copied = copy_state(replica, Position(), {})
+        write_checkpoint(folder / "first", copied.contents())
         files = {path.name: path.read_bytes() for path in (folder / "first").iterdir()}
         for number in range(arguments.rounds):
             one, other = folder / f"step_{number:06}", folder / f"plain_{number}"
-            times["pause"].append(seconds(lambda: save_state(replica, Position(), {})))
+            times["pause"].append(seconds(lambda: copy_state(replica, Position(), {})))
             times["clone"].append(seconds(lambda: [tensor.detach().clone() for tensor in state_tensors(replica)]))
-            times["checkpoint"].append(seconds(lambda place=one: write_checkpoint(place, contents)))  # type: ignore[misc]
+            times["checkpoint"].append(seconds(lambda place=one: write_checkpoint(place, copied.contents())))  # type: ignore[misc]
             times["plain"].append(seconds(lambda place=other: write_plainly(place, files)))  # type: ignore[misc]
             shutil.rmtree(one)
             shutil.rmtree(other)

@@ -29,7 +29,7 @@ from dreplica.training.checkpoint import (
     write_checkpoint,
 )
 from dreplica.training.position import Position
-from dreplica.training.saved_state import restore_state, save_state
+from dreplica.training.saved_state import copy_state, restore_state
 from dreplica.training.saver import Saver
 from tests.fixtures import tiny_model
 
@@ -78,7 +78,7 @@ def take_steps(replica: Replica, count: int) -> None:
 
 
 def save(replica: Replica, place: Path) -> Contents:
-    contents = save_state(replica, POSITION, {"data_seed": 5})
+    contents = copy_state(replica, POSITION, {"data_seed": 5}).contents()
     write_checkpoint(place, contents)
     return contents
 
@@ -94,7 +94,7 @@ def state_of(replica: Replica) -> dict[str, Any]:
     """Everything, as bytes."""
     model = replica.model
     assert isinstance(model, Stateful)
-    contents = save_state(replica, Position(), {})
+    contents = copy_state(replica, Position(), {}).contents()
     generator = model.generator.get_state().numpy().tobytes()
     return {
         "json": contents.state,
@@ -173,7 +173,7 @@ class Bomb:
 def test_code_in_a_checkpoint_is_not_run(tmp_path: Path) -> None:
     place, mark = tmp_path / "step_000001", tmp_path / "mark"
     replica = make()
-    contents = save_state(replica, POSITION, {})
+    contents = copy_state(replica, POSITION, {}).contents()
     contents.optimizer["others"] = [Bomb(str(mark))]
     write_checkpoint(place, contents)  # with digests that are right
     with pytest.raises(CheckpointError, match=r"optimizer\.pt cannot be loaded"):
@@ -289,7 +289,7 @@ def test_training_goes_on_while_a_checkpoint_is_written_and_after_one_that_could
     at_save = []
     for _ in range(3):
         take_steps(replica, 1)
-        saver.save(save_state(replica, POSITION, {}))
+        saver.save(copy_state(replica, POSITION, {}))
         at_save.append(state_of(replica))
         take_steps(replica, 1)  # while the thread writes
     saver.wait()
@@ -302,7 +302,7 @@ def test_training_goes_on_while_a_checkpoint_is_written_and_after_one_that_could
     assert not saver.failures
     shutil.rmtree(folder)
     folder.write_text("in the way")
-    saver.save(save_state(replica, POSITION, {}))
+    saver.save(copy_state(replica, POSITION, {}))
     saver.wait()
     assert len(saver.failures) == 1
     assert saver.failures[0].startswith("the checkpoint at step 6 could not be written: ")
@@ -317,7 +317,7 @@ def test_an_optimizer_that_keeps_what_is_only_code_to_a_reader_is_told_at_the_fi
     take_steps(replica, 1)
     replica.optimizer.state[next(iter(replica.model.parameters()))]["helper"] = Helper()
     saver = Saver(tmp_path / "checkpoints", keep=1)
-    saver.save(save_state(replica, POSITION, {}))
+    saver.save(copy_state(replica, POSITION, {}))
     saver.wait()
     assert "optimizer.pt cannot be loaded" in saver.failures[0]
 
