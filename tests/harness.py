@@ -4,6 +4,7 @@ import json
 import multiprocessing
 import os
 import pickle
+import socket
 import subprocess
 import sys
 import tempfile
@@ -135,7 +136,17 @@ def run_job(*arguments: str, num_replicas: int = 2, root: Path | None = None, ti
     not there: it does not end the other workers when one has failed.
     """
     root = root or Path(tempfile.mkdtemp(prefix="dreplica-"))
-    processes, _store, outputs = start_job(_arguments(root, arguments), num_replicas)
+    return run_workers([arguments] * num_replicas, root, timeout=timeout)
+
+
+def run_workers(
+    arguments: Sequence[Sequence[str]], root: Path, rank_0_holds_store: bool = False, timeout: float = 120.0
+) -> Job:
+    """As `run_job`, for workers that have each its own arguments.
+
+    `rank_0_holds_store`: as where a scheduler starts the workers; otherwise one holds it who outlives them.
+    """
+    processes, _store, outputs = start_workers([_arguments(root, own) for own in arguments], rank_0_holds_store)
     end = time.monotonic() + timeout
     for process in processes:
         process.join(max(0.0, end - time.monotonic()))
@@ -151,25 +162,33 @@ def run_job(*arguments: str, num_replicas: int = 2, root: Path | None = None, ti
     return Job(int(bool(codes)), codes, stdout, stderr, root / "job")
 
 
-def start_job(argv: Sequence[str], num_replicas: int) -> tuple[list[Any], dist.Store, Path]:
+def start_workers(
+    argvs: Sequence[Sequence[str]], rank_0_holds_store: bool = False
+) -> tuple[list[Any], dist.Store | None, Path]:
     """Workers, the store they meet at, which must live as long as they, and the folder of what they print."""
-    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    store = None if rank_0_holds_store else dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    port = _free_port() if store is None else store.port
     outputs = Path(tempfile.mkdtemp(prefix="dreplica-output-"))
-    processes = [
-        _CONTEXT.Process(target=_work, args=(argv, rank, num_replicas, store.port, outputs, environment()))
-        for rank in range(num_replicas)
-    ]
-    for process in processes:
-        process.start()
+    processes = []
+    for rank, argv in enumerate(argvs):
+        variables = environment() | _rank_environment(rank, len(argvs), port)
+        if rank_0_holds_store:
+            del variables["TORCHELASTIC_USE_AGENT_STORE"]
+        processes.append(_CONTEXT.Process(target=_work, args=(argv, rank, outputs, variables)))
+        processes[-1].start()
     return processes, store, outputs
 
 
-def _work(
-    argv: Sequence[str], rank: int, num_replicas: int, port: int, outputs: Path, variables: Mapping[str, str]
-) -> None:
+def _free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
+def _work(argv: Sequence[str], rank: int, outputs: Path, variables: Mapping[str, str]) -> None:
     for stream, name in ((sys.stdout, "out"), (sys.stderr, "err")):
         os.dup2(os.open(outputs / f"{rank}.{name}", os.O_WRONLY | os.O_CREAT), stream.fileno())
-    os.environ |= variables | _rank_environment(rank, num_replicas, port)
+    os.environ |= variables
     sys.argv = ["train.py", *argv]
     multiprocessing.set_start_method(None, force=True)  # of the loader's workers: Python's default, as under torchrun
     os.chdir(REPOSITORY)

@@ -4,11 +4,11 @@ from pathlib import Path
 
 import pytest
 
-from dreplica.certify import judge
+from dreplica.certify import Certificate, judge
 from dreplica.cli import main
 from dreplica.errors import ExitCode
 from tests.data.pictures import make_folder
-from tests.end_to_end.test_image_folder import AUGMENTED, JOB
+from tests.end_to_end.test_image_folder import AUGMENTED
 from tests.fixtures import SMALL
 from tests.harness import REPOSITORY, run_job
 
@@ -18,11 +18,31 @@ def here(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(REPOSITORY)
 
 
-def test_all_is_restored(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    root = make_folder(tmp_path)
-    job = (*JOB, *AUGMENTED, f"--data.root={root}", "--data.num_workers=1", "--optim={name: AdamW}", "--train.amp=bf16")
-    assert main(["certify-resume", "--at-step=6", *job]) == ExitCode.AGREED
-    assert "CERTIFIED interrupted after step 6 of 8: 2 steps gone on with" in capsys.readouterr().out
+STEP = ("--schedule={name: StepLR, step_size: 1}", "--checkpoint.every_epochs=null")
+
+
+def certify(*job: str, at_step: int, root: Path) -> Certificate:
+    """As `certify_resume` does, with workers that start quickly."""
+    straight = run_job(*job)
+    assert straight.returncode == 0, straight.output
+    stopped = run_job(*job, f"--run.stop_after={at_step}", root=root)
+    assert stopped.exitcodes == {0: 4, 1: 4}, stopped.output
+    resumed = run_job(*job, root=root)
+    return judge(straight.folder, resumed.folder, at_step, resumed.exitcodes.get(0, 0), resumed.output)
+
+
+def test_all_is_restored(tmp_path: Path) -> None:
+    images = ("--data.name=imagefolder", "--data.image_size=8", "--data.batch_size=5", "--data.val_fraction=0.25")
+    loading = (f"--data.root={make_folder(tmp_path / 'images')}", "--data.num_workers=1", *AUGMENTED)
+    job = (*SMALL[1:], *images, *loading, *STEP, "--optim={name: AdamW}", "--train.amp=bf16", "--seed.model=3")
+    found = certify(*job, at_step=6, root=tmp_path)
+    assert found.passed, found.text
+    assert "interrupted after step 6 of 8: 2 steps gone on with" in found.text
+
+
+def test_the_command(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["certify-resume", "--at-step=7", "--replicas=1", *SMALL]) == ExitCode.AGREED
+    assert "CERTIFIED interrupted after step 7 of 10: 3 steps gone on with" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -37,13 +57,7 @@ def test_all_is_restored(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
 )
 def test_what_a_checkpoint_leaves_out_is_named(what: str, words: str, tmp_path: Path) -> None:
     factory = f"--model.factory=tests.end_to_end.leaving_out:{what}"
-    job = (*SMALL, factory, "--schedule={name: StepLR, step_size: 1}", "--checkpoint.every_epochs=null")
-    job += ("--optim={name: SGD, lr: 0.05, momentum: 0.9}",)
-    straight = run_job(*job)
-    stopped = run_job(*job, "--run.stop_after=7", root=tmp_path)
-    assert stopped.exitcodes == {0: 4, 1: 4}, stopped.output
-    resumed = run_job(*job, root=tmp_path)
-    found = judge(straight.folder, resumed.folder, 7, resumed.exitcodes.get(0, 0), resumed.output)
+    found = certify(*SMALL, factory, *STEP, "--optim={name: SGD, lr: 0.05, momentum: 0.9}", at_step=7, root=tmp_path)
     assert found.passed == (what == "nothing")
     assert words in found.text
 

@@ -20,7 +20,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from tests.harness import start_job
+from tests.harness import start_workers
 
 NUM_REPLICAS = 2
 KILLS_PER_JOB = 5
@@ -38,7 +38,7 @@ JOB = (
 
 def start(root: Path) -> list[Any]:
     """The processes of one start of the job, and the store they meet at, which must live as long as they."""
-    return start_job([*JOB, f"--run.root={root}", "--run.name=job"], NUM_REPLICAS)
+    return start_workers([[*JOB, f"--run.root={root}", "--run.name=job"]] * NUM_REPLICAS)
 
 
 def kill_somewhere(root: Path, draw: random.Random) -> tuple[str, list[int]] | None:

@@ -12,8 +12,8 @@ import dreplica.training.saver
 from tests import fixtures
 
 
-class KilledOnce(nn.Module):
-    """On the replica that the environment names, as `KILL=replica:step:mark`, killed in mid-step, the first time."""
+class Killed(nn.Module):
+    """Killed in mid-step where the environment says so, as `KILL=replica:step:mark ...`: once for each mark."""
 
     def __init__(self, num_classes: int) -> None:
         super().__init__()
@@ -24,10 +24,10 @@ class KilledOnce(nn.Module):
     def forward(self, inputs: Tensor) -> Tensor:
         """Logits."""
         self.calls += self.training
-        replica, step, mark = os.environ.get("KILL", "9:9:/").split(":")
-        if self.training and (os.environ["RANK"], self.calls) == (replica, int(step)) and not Path(mark).exists():
-            Path(mark).touch()
-            os.kill(os.getpid(), signal.SIGKILL)
+        for replica, step, mark in (order.split(":") for order in os.environ.get("KILL", "").split()):
+            if self.training and (os.environ["RANK"], self.calls) == (replica, int(step)) and not Path(mark).exists():
+                Path(mark).touch()
+                os.kill(os.getpid(), signal.SIGKILL)
         return self.body(inputs)
 
 

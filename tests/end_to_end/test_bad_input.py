@@ -6,9 +6,8 @@ import pytest
 
 from dreplica.errors import ExitCode
 from dreplica.run import run_worker
-from tests.end_to_end.by_hand import by_hand, job_of
 from tests.fixtures import SMALL
-from tests.harness import Job, run_job, torchrun
+from tests.harness import Job, run_job, run_workers, torchrun
 
 
 def messages(text: str) -> list[str]:
@@ -38,18 +37,14 @@ def test_help_is_printed_once_and_is_no_failure() -> None:
 
 
 def test_a_config_file_that_one_replica_lacks_ends_all_and_names_it(tmp_path: Path) -> None:
-    root = f"--run.root={tmp_path}"
-    ended = by_hand([root], [root, "--config=not/on/this/node.yaml"])
-    message = assert_unusable(job_of(ended, tmp_path))
+    job = run_workers([SMALL, [*SMALL, "--config=not/on/this/node.yaml"]], tmp_path)
+    message = assert_unusable(job)
     assert message.startswith("error: replica 1: --config: there is no file 'not/on/this/node.yaml'")
-    assert messages(ended[0].stderr) == [message]
     assert list(tmp_path.iterdir()) == []
 
 
 def test_replicas_with_different_command_lines_are_told_apart(tmp_path: Path) -> None:
-    same = [f"--run.root={tmp_path}", "--run.name=job"]
-    ended = by_hand([*same, "--optim.lr=0.1"], [*same, "--optim.lr=0.2"], [*same, "--optim.lr=0.1"])
-    job = job_of(ended, tmp_path)
+    job = run_workers([[*SMALL, f"--optim.lr={lr}"] for lr in (0.1, 0.2, 0.1)], tmp_path)
     assert job.exitcodes == {0: 3, 1: 3, 2: 3}, job.output
     verdict = job.report["verdict"]
     assert (verdict["agreed"], verdict["cause"]) == (False, "config-differs")

@@ -97,23 +97,23 @@ def test_independent_replicas_do_not_go_on_in_another_number(tmp_path: Path) -> 
     assert message.startswith("error: run.resume: 'auto', but no checkpoint in ")
 
 
-@pytest.mark.parametrize(
-    ("killed", "arguments"), [("1:8", ("--checkpoint.every_steps=3", "--checkpoint.keep=1")), ("0:3", ())]
-)
 def test_torchrun_starts_a_killed_group_again_and_the_trace_has_no_gap(
-    killed: str, arguments: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    job = [*SMALL, "--model.factory=tests.end_to_end.interrupted:KilledOnce", *arguments]
+    """Killed before the first checkpoint, and then between two."""
+    factory = "--model.factory=tests.end_to_end.interrupted:Killed"
+    job = [*SMALL, factory, "--checkpoint.every_steps=3", "--checkpoint.keep=1"]
     expected = run_job(*job)
-    monkeypatch.setenv("KILL", f"{killed}:{tmp_path / 'mark'}")
+    marks = [tmp_path / "first", tmp_path / "second"]
+    monkeypatch.setenv("KILL", f"0:2:{marks[0]} 1:8:{marks[1]}")
     command = torchrun_command(*job, root=tmp_path)
-    command.insert(command.index("--standalone"), "--max-restarts=1")
+    command.insert(command.index("--standalone"), "--max-restarts=2")
     process = subprocess.run(
         command, capture_output=True, text=True, timeout=100, cwd=REPOSITORY, env=environment(), check=False
     )
     resumed = Job(process.returncode, {}, process.stdout, process.stderr, tmp_path / "job")
     assert process.returncode == 0, resumed.output
-    assert (tmp_path / "mark").exists()
+    assert [mark.exists() for mark in marks] == [True, True]
     assert facts(resumed) == facts(expected)
 
 
