@@ -49,6 +49,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     certify.add_argument("--at-step", type=_positive, metavar="K", help="interrupt after this step")
     certify.add_argument("--keep", type=Path, metavar="FOLDER", help="keep the run folders there")
 
+    text = "look for what on this machine would break determinism; exit code 0 if strict mode would hold, 1 if not"
+    doctor = commands.add_parser("doctor", help=text, description=text, allow_abbrev=False)
+    doctor.add_argument("--json", action="store_true", help="print what was found as JSON")
+    doctor.set_defaults(help=False)
+
     argv = sys.argv[1:] if argv is None else argv
     known, settings = parser.parse_known_args(argv)
     if known.help:
@@ -66,6 +71,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         except UsageError as error:
             print(f"error: {error}", file=sys.stderr)
             return ExitCode.UNUSABLE
+    if known.command == "doctor":
+        if settings:
+            doctor.error(f"unrecognized arguments: {' '.join(settings)}")
+        from dreplica.doctor.examine import run_doctor
+
+        return run_doctor(known.json)
     if known.command == "certify-resume":
         if known.at_step is None:
             certify.error("--at-step K is needed: the step after which to interrupt, best in mid-epoch")

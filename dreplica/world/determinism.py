@@ -15,7 +15,8 @@ from dreplica.section import Section
 
 log = logging.getLogger(__name__)
 
-_DETERMINISTIC_WORKSPACES = {":4096:8", ":16:8"}
+DETERMINISTIC_WORKSPACES = {":4096:8", ":16:8"}
+"""Values of CUBLAS_WORKSPACE_CONFIG with which cuBLAS is deterministic."""
 
 
 class DeterminismConfig(Section):
@@ -47,11 +48,11 @@ def set_environment(config: DeterminismConfig) -> None:
     if config.cublas_workspace_config is None or config.mode == "off":
         return
     present = os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", config.cublas_workspace_config)
-    if present not in _DETERMINISTIC_WORKSPACES:
+    if present not in DETERMINISTIC_WORKSPACES:
         log.warning(
             "CUBLAS_WORKSPACE_CONFIG is %s and is left so; cuBLAS is deterministic only with one of %s.",
             present,
-            ", ".join(sorted(_DETERMINISTIC_WORKSPACES)),
+            ", ".join(sorted(DETERMINISTIC_WORKSPACES)),
         )
 
 

@@ -1,0 +1,155 @@
+"""Looks at everything, in the order in which it can be seen: before CUDA starts, then with it, then in processes."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from rich.console import Console
+from rich.markup import escape
+
+from dreplica.doctor.check import Check
+from dreplica.doctor.gpus import check_gpus
+from dreplica.doctor.judge import first_difference, judge_devices, judge_flags, judge_joining, judge_probes
+from dreplica.doctor.machine import check_machine, check_threads
+from dreplica.doctor.settings import check_hashes, check_settings
+from dreplica.errors import ExitCode
+from dreplica.world.channel import Channel
+from dreplica.world.manifest import collect_manifest
+from dreplica.world.process_group import World, WorldConfig, bind_device
+
+_PROCESSES = 2
+_SECONDS = 180.0
+_COLOURS = {"ok": "green", "warn": "yellow", "bad": "red", "unknown": "blue"}
+
+
+@dataclass(frozen=True)
+class Examination:
+    """What the doctor found."""
+
+    checks: Sequence[Check]
+    manifest: Mapping[str, Any]
+    """What a replica on this machine would exchange before the first step, with the flags as the environment leaves
+    them. Compare two machines' to see what they differ in."""
+
+    @property
+    def strict_holds(self) -> bool:
+        """Whether strict mode would hold here: nothing is `bad`."""
+        return all(check.status != "bad" for check in self.checks)
+
+    def as_dict(self) -> dict[str, Any]:
+        """JSON values."""
+        return {
+            "schema": 1,
+            "strict_holds": self.strict_holds,
+            "checks": [check.as_dict() for check in self.checks],
+            "manifest": dict(self.manifest),
+        }
+
+
+def run_doctor(as_json: bool = False) -> ExitCode:
+    """Examines this machine and prints what was found; `as_json`: as JSON.
+
+    Returns `AGREED` (0) if strict mode would hold, `FAILED` (1) if not.
+    """
+    found = examine()
+    if as_json:
+        print(json.dumps(found.as_dict(), indent=1))
+    else:
+        _print(found, Console(highlight=False, soft_wrap=True))
+    return ExitCode.AGREED if found.strict_holds else ExitCode.FAILED
+
+
+def examine(timeout: float = _SECONDS) -> Examination:
+    """Looks at everything; takes some ten seconds. `timeout`: seconds that its processes may take."""
+    gpu, cuda_started = torch.cuda.is_available(), torch.cuda.is_initialized()
+    alone = World(0, 1, Channel(), None, socket.gethostname())
+    manifest = collect_manifest(alone, bind_device(WorldConfig()), seed=None, data_digest="")
+    settings = check_settings(manifest, gpu, cuda_started)
+    machine = check_machine()
+    trials, problem = _run_trials(timeout)
+    if problem:
+        why = "Without these processes nothing can be said of strict mode."
+        return Examination([*settings, *machine, *check_gpus(), Check("self-test", "bad", problem, why)], manifest)
+    tried, joined = zip(*trials, strict=True)
+    on_one_thread = tried[0]["devices"]["cpu"]["runs"][0]
+    threads = check_threads(first_difference(on_one_thread, tried[0].get("threads", on_one_thread)))
+    checks = [
+        *settings,
+        check_hashes([row["hash"] for row in tried]),
+        *(threads if check.name == threads.name else check for check in machine),
+        *check_gpus(),
+        judge_flags([row["flags"] for row in tried]),
+        *judge_devices([row["devices"] for row in tried]),
+        *judge_probes(tried[0]["probes"]),
+        judge_joining(joined),
+    ]
+    return Examination(checks, manifest)
+
+
+def _run_trials(timeout: float) -> tuple[list[tuple[dict[str, Any], dict[str, Any]]], str]:
+    """What each process printed, and what went wrong if one did not get that far."""
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-m", "dreplica.doctor.trial"],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env=os.environ | _rank_environment(rank, store.port),
+        )
+        for rank in range(_PROCESSES)
+    ]
+    end = time.monotonic() + timeout
+    found, problem = [], ""
+    for process in processes:
+        try:
+            printed, errors = process.communicate(timeout=max(0.1, end - time.monotonic()))
+        except subprocess.TimeoutExpired:
+            process.kill()
+            printed, errors = process.communicate()
+            errors += f"\nit did not end within {timeout:.0f} s"
+        last = (errors.strip() or f"it ended with {process.returncode} and said nothing").splitlines()[-1]
+        match [json.loads(line) for line in printed.splitlines()]:
+            case [trial, joined]:
+                found.append((trial, joined))
+            case [trial]:
+                found.append((trial, {"error": last}))
+            case _:
+                problem = problem or f"a process of the trial failed: {last}"
+    return found, problem
+
+
+def _rank_environment(rank: int, port: int) -> dict[str, str]:
+    return {
+        "RANK": str(rank),
+        "WORLD_SIZE": str(_PROCESSES),
+        "LOCAL_RANK": str(rank),
+        "LOCAL_WORLD_SIZE": str(_PROCESSES),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "TORCHELASTIC_USE_AGENT_STORE": str(True),  # this process holds the store, and outlives rank 0
+    }
+
+
+def _print(found: Examination, console: Console) -> None:
+    width = max(len(check.name) for check in found.checks)
+    for check in found.checks:
+        colour = _COLOURS[check.status]
+        console.print(f"[{colour}]{check.status:7}[/]  {check.name:{width}}  {escape(check.seen)}")
+        if check.status in {"warn", "bad"}:
+            console.print(f"         {check.why}", markup=False)
+            for line in check.remedy:
+                console.print(f"         remedy: {line}", markup=False)
+    counts = {status: sum(check.status == status for check in found.checks) for status in _COLOURS}
+    counted = ", ".join(f"{count} {status}" for status, count in counts.items() if count)
+    verdict = "would hold" if found.strict_holds else "would not hold"
+    console.print(f"[bold]strict mode {verdict} on this machine[/]: {counted}")

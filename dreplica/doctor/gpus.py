@@ -1,0 +1,119 @@
+"""The GPUs of this machine, as torch and nvidia-smi have them."""
+
+import csv
+import shutil
+import subprocess
+from collections.abc import Sequence
+
+import torch
+
+from dreplica.doctor.check import Check
+
+_FIELDS = (
+    "index",
+    "name",
+    "driver_version",
+    "mig.mode.current",
+    "ecc.mode.current",
+    "ecc.errors.corrected.volatile.total",
+    "ecc.errors.uncorrected.volatile.total",
+)
+_SECONDS = 30.0
+
+
+def check_gpus() -> list[Check]:
+    """Judges the GPUs; one check where there is none."""
+    rows = ask_nvidia_smi()
+    names = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
+    if not names:
+        return [_none(rows)]
+    return [_models(names), *_reported(rows)]
+
+
+def ask_nvidia_smi() -> list[dict[str, str]] | str:
+    """One row per GPU of the machine, of `_FIELDS`; or why there is none."""
+    program = shutil.which("nvidia-smi")
+    if program is None:
+        return "there is no nvidia-smi"
+    command = [program, f"--query-gpu={','.join(_FIELDS)}", "--format=csv,noheader,nounits"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=_SECONDS, check=False)
+    except subprocess.TimeoutExpired:
+        return f"nvidia-smi did not answer within {_SECONDS:.0f} s"
+    if done.returncode:
+        return f"nvidia-smi: {(done.stdout + done.stderr).strip()}"
+    rows = csv.reader(done.stdout.splitlines(), skipinitialspace=True)
+    return [dict(zip(_FIELDS, row, strict=True)) for row in rows]
+
+
+def _none(rows: list[dict[str, str]] | str) -> Check:
+    if isinstance(rows, str) or not rows:
+        return Check("GPUs", "ok", f"torch sees none, and {rows or 'nvidia-smi lists none'}; replicas run on the CPU")
+    seen = f"nvidia-smi lists {len(rows)}, driver {rows[0]['driver_version']}, and torch sees none"
+    why = f"This torch is built for CUDA {torch.version.cuda or 'none'}: the driver may be older, or GPUs be hidden."
+    return Check(
+        "GPUs", "warn", seen, why, ("echo $CUDA_VISIBLE_DEVICES", "python -c 'import torch; torch.cuda.init()'")
+    )
+
+
+def _models(names: Sequence[str]) -> Check:
+    counted = ", ".join(f"{names.count(name)} x {name}" for name in dict.fromkeys(names))
+    if len(set(names)) == 1:
+        return Check("GPUs", "ok", counted)
+    return Check(
+        "GPUs",
+        "warn",
+        counted,
+        "Models of GPU round differently: replicas on two of them part.",
+        ("export CUDA_DEVICE_ORDER=PCI_BUS_ID CUDA_VISIBLE_DEVICES=0,1  # of one model, in nvidia-smi's numbers",),
+    )
+
+
+def _reported(rows: list[dict[str, str]] | str) -> list[Check]:
+    if isinstance(rows, str):
+        return [Check("GPU memory errors", "unknown", rows), Check("MIG", "unknown", rows)]
+    return [_errors(rows), _mig(rows)]
+
+
+def _errors(rows: Sequence[dict[str, str]]) -> Check:
+    name = "GPU memory errors"
+    why = "An uncorrected error is a wrong number; without ECC nobody counts them."
+    remedy = ("nvidia-smi -q -d ECC,ROW_REMAPPER  # which GPU; take it out of service if they go on",)
+    corrected, uncorrected = (
+        {row["index"]: int(row[f"ecc.errors.{kind}.volatile.total"]) for row in rows if _is_number(row, kind)}
+        for kind in ("corrected", "uncorrected")
+    )
+    off = [row["index"] for row in rows if row["ecc.mode.current"] != "Enabled"]
+    seen = f"since the driver was loaded: {_counts(corrected)} corrected, {_counts(uncorrected)} uncorrected"
+    if off:
+        seen += f"; ECC is not on for GPU {', '.join(off)}"
+    if any(uncorrected.values()):
+        return Check(name, "bad", seen, why, remedy)
+    if any(corrected.values()):
+        return Check(name, "warn", seen, why, remedy)
+    if off:
+        return Check(name, "warn", seen, why, ("sudo nvidia-smi -e 1  # and restart, where the GPU has ECC",))
+    return Check(name, "ok", seen, why)
+
+
+def _is_number(row: dict[str, str], kind: str) -> bool:
+    return row[f"ecc.errors.{kind}.volatile.total"].isdecimal()  # otherwise `[N/A]`
+
+
+def _counts(by_index: dict[str, int]) -> str:
+    struck = {index: count for index, count in by_index.items() if count}
+    return ", ".join(f"{count} on GPU {index}" for index, count in struck.items()) or "0"
+
+
+def _mig(rows: Sequence[dict[str, str]]) -> Check:
+    sliced = [row["index"] for row in rows if row["mig.mode.current"] == "Enabled"]
+    if not sliced:
+        return Check("MIG", "ok", "off")
+    return Check(
+        "MIG",
+        "warn",
+        f"on for GPU {', '.join(sliced)}",
+        "Libraries choose kernels by the number of multiprocessors: slices of other sizes, and whole GPUs, may round "
+        "differently.",
+        ("nvidia-smi -L  # give every replica a slice of one size",),
+    )

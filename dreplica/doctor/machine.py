@@ -1,0 +1,164 @@
+"""What the machine gives to processes: CPUs, memory, descriptors, disk. Read from the kernel."""
+
+import os
+import resource
+import shutil
+from pathlib import Path
+
+import torch
+
+from dreplica.doctor.check import Check
+
+_SHM = Path("/dev/shm")
+_CGROUP = Path("/sys/fs/cgroup")
+_EDAC = Path("/sys/devices/system/edac/mc")
+_GIB = 2**30
+_SHM_WANTED = 4 * 256 * 3 * 224 * 224 * 4
+"""Bytes of what two workers, each two batches ahead, hold: 256 images of 224 x 224 in float32 are one."""
+_DESCRIPTORS_WANTED = 4096
+_DISK_WANTED = 5 * _GIB
+_DISK_NEEDED = _GIB // 10
+
+
+def check_machine() -> list[Check]:
+    """Judges this machine, or the container that this process is in."""
+    return [check_threads(), check_shared_memory(), check_descriptors(), check_disk(Path.cwd()), check_memory_errors()]
+
+
+def check_threads(differ_at: str | None = None) -> Check:
+    """The number of threads that an operator runs on by default.
+
+    `differ_at`: the first place at which a training run on that many parts from one on a single thread, if known.
+    """
+    threads, cpus, limit = torch.get_num_threads(), len(os.sched_getaffinity(0)), cpu_limit()
+    names = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OMP_DYNAMIC")
+    variables = {name: os.environ[name] for name in names if name in os.environ}
+    seen = f"{threads} by default on {cpus} CPU{'s' * (cpus > 1)}"
+    seen += f" of which a cgroup grants {limit:g}" if limit is not None and limit < cpus else ""
+    seen += "".join(f", {name}={value}" for name, value in variables.items())
+    problems, remedy = [], []
+    if "OMP_NUM_THREADS" not in variables and threads > 1:
+        seen += ", and 1 under torchrun with several processes, which sets OMP_NUM_THREADS where it is not set"
+        problems.append("The same script runs on another number of threads under torchrun than without it.")
+        remedy.append("export OMP_NUM_THREADS=1")
+    if differ_at is not None:
+        problems.append(f"A sum is split by threads: here {threads} and 1 part at {differ_at}.")
+    if limit is not None and threads > limit:
+        problems.append("More threads than the cgroup grants CPUs wait for each other.")
+        remedy = remedy or [f"export OMP_NUM_THREADS={max(1, int(limit))}"]
+    if threads_follow_the_load():
+        problems.append(
+            "OMP_DYNAMIC lets the number of threads follow the machine's load: sums are split otherwise each time, and "
+            "a backward pass that waits for as many threads as it asked for can hang (seen with torch 2.15)."
+        )
+        remedy.append("unset OMP_DYNAMIC")
+    if not remedy:
+        return Check("threads", "ok", seen, " ".join(problems))
+    why = " ".join([*problems, "dreplica sets determinism.threads; a loop of your own has to."])
+    return Check("threads", "warn", seen, why, (*remedy, "torch.set_num_threads(1)  # in the code, whatever starts it"))
+
+
+def threads_follow_the_load() -> bool:
+    """Whether OpenMP may give an operator fewer threads than it asks for."""
+    return os.environ.get("OMP_DYNAMIC", "").strip().lower() == "true"
+
+
+def cpu_limit(root: Path = _CGROUP, own: Path = Path("/proc/self/cgroup")) -> float | None:
+    """CPUs that this process's cgroup, or one around it, grants (cpu.max, or version 1's quota); None: no limit."""
+    limits = []
+    for line in own.read_text().splitlines() if own.exists() else ():
+        _, controllers, path = line.split(":", 2)
+        if controllers not in {"", "cpu", "cpu,cpuacct", "cpuacct,cpu"}:
+            continue
+        base = root / controllers
+        folder = base / path.strip("/")
+        for place in (folder, *folder.parents):
+            if place == root.parent:
+                break
+            limits.append(_quota(place))
+    return min((limit for limit in limits if limit is not None), default=None)
+
+
+def _quota(folder: Path) -> float | None:
+    try:
+        if (folder / "cpu.max").exists():
+            quota, period = (folder / "cpu.max").read_text().split()
+        else:
+            quota, period = ((folder / f"cpu.cfs_{key}_us").read_text().strip() for key in ("quota", "period"))
+    except OSError:
+        return None
+    return None if quota in {"max", "-1"} else int(quota) / int(period)
+
+
+def check_shared_memory(folder: Path = _SHM) -> Check:
+    """/dev/shm, through which a loader's workers hand over their batches."""
+    name = "shared memory"
+    why = "Loader workers hand batches over through it, and one that does not fit ends its worker with a bus error."
+    remedy = (
+        f"mount -o remount,size=8G {folder}  # in a container: docker run --shm-size=8g",
+        "--data.num_workers 0  # or: load in the training process",
+    )
+    if not os.access(folder, os.W_OK):
+        return Check(name, "bad", f"{folder} is not there, or cannot be written to", why, remedy)
+    free = shutil.disk_usage(folder).free
+    seen = f"{_size(free)} free in {folder}"
+    if free < _SHM_WANTED:
+        return Check(
+            name, "warn", f"{seen}; four batches of 256 images of 224 x 224 take {_size(_SHM_WANTED)}", why, remedy
+        )
+    return Check(name, "ok", seen, why)
+
+
+def check_descriptors() -> Check:
+    """The limit on open files."""
+    name = "open files"
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    why = "torch hands tensors between processes as open files; a loader that runs out of them ends the run."
+    seen = f"{_limit(soft)} allowed, {_limit(hard)} at most"
+    if soft != resource.RLIM_INFINITY and soft < _DESCRIPTORS_WANTED:
+        if hard != resource.RLIM_INFINITY and hard < _DESCRIPTORS_WANTED:
+            remedy = "docker run --ulimit nofile=65536  # outside of containers: nofile in /etc/security/limits.conf"
+        else:
+            remedy = f"ulimit -n {_DESCRIPTORS_WANTED}"
+        return Check(name, "warn", seen, why, (remedy,))
+    return Check(name, "ok", seen, why)
+
+
+def check_disk(folder: Path) -> Check:
+    """Space where run folders go."""
+    name = "disk"
+    free = shutil.disk_usage(folder).free
+    why = "Checkpoints go there; one that cannot be written ends the run."
+    remedy = ("--run.root FOLDER  # with more space", "--checkpoint.keep 1")
+    seen = f"{_size(free)} free in {folder}"
+    if not os.access(folder, os.W_OK):
+        return Check(name, "warn", f"{folder} cannot be written to", why, remedy[:1])
+    if free < _DISK_NEEDED:
+        return Check(name, "bad", seen, why, remedy)
+    return Check(name, "warn" if free < _DISK_WANTED else "ok", seen, why, remedy if free < _DISK_WANTED else ())
+
+
+def check_memory_errors(folder: Path = _EDAC) -> Check:
+    """What the memory controllers have counted since the machine started."""
+    name = "memory errors"
+    why = "Memory without error correction, or with errors beyond it, flips bits that nothing but a comparison shows."
+    controllers = [place for place in sorted(folder.glob("mc*")) if (place / "ce_count").exists()]
+    if not controllers:
+        seen = f"no memory controller reports in {folder}: no ECC memory, no driver, or a virtual machine"
+        return Check(name, "unknown", seen, why)
+    corrected, uncorrected = (
+        sum(int((place / f"{kind}_count").read_text()) for place in controllers) for kind in ("ce", "ue")
+    )
+    seen = f"{corrected} corrected, {uncorrected} uncorrected in {len(controllers)} controllers"
+    remedy = ("edac-util -v  # which module; have it replaced",)
+    if uncorrected:
+        return Check(name, "bad", seen, why, remedy)
+    return Check(name, "warn" if corrected else "ok", seen, why, remedy if corrected else ())
+
+
+def _limit(value: int) -> str:
+    return "any number" if value == resource.RLIM_INFINITY else str(value)
+
+
+def _size(num_bytes: int) -> str:
+    return f"{num_bytes / _GIB:.1f} GiB"

@@ -1,0 +1,113 @@
+"""The documentation says what the code says: causes, remedies, cases, settings, links, and examples that run."""
+
+import importlib.util
+import json
+import re
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+from dreplica.agreement.verdict import Verdict
+from dreplica.cases.case import find_cases
+from dreplica.diagnosis.causes import CAUSES
+from tests.harness import REPOSITORY
+
+_DOCS = REPOSITORY / "docs"
+_PAGES = {path.stem: path for path in (_DOCS / "causes").glob("*.md")}
+_TEXTS = [REPOSITORY / "README.md", *sorted(_DOCS.rglob("*.md"))]
+_LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)|<img [^>]*src=\"([^\"]+)\"|srcset=\"([^\"]+)\"")
+_HEADING = re.compile(r"^#+ (.+)$", re.MULTILINE)
+_FENCED = re.compile(r"^```.*?^```", re.MULTILINE | re.DOTALL)
+
+
+@pytest.fixture(scope="module")
+def update() -> ModuleType:
+    """docs/update.py."""
+    spec = importlib.util.spec_from_file_location("docs_update", _DOCS / "update.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def _words(text: str) -> str:
+    """Without line breaks and the marks of a quotation, so that a sentence may be wrapped."""
+    return " ".join(text.replace("\n> ", "\n").split())
+
+
+def test_every_cause_has_a_page() -> None:
+    assert set(_PAGES) == set(CAUSES) - {"none"}
+
+
+@pytest.mark.parametrize("cause", sorted(_PAGES))
+def test_a_page_says_what_the_catalogue_says(cause: str) -> None:
+    text = _PAGES[cause].read_text()
+    assert text.startswith(f"# {cause}\n\n> ")
+    assert CAUSES[cause].explanation in _words(text)
+    blocks = [set(block.group().splitlines()) for block in _FENCED.finditer(text)]
+    assert any(set(CAUSES[cause].remedy) <= block for block in blocks), f"put in: {CAUSES[cause].remedy}"
+
+
+@pytest.mark.parametrize("cause", sorted(_PAGES))
+def test_a_page_shows_its_case_and_names_the_others(cause: str, update: ModuleType) -> None:
+    text = _PAGES[cause].read_text()
+    (shown,) = update.SHOWN_CASE.finditer(text)
+    expected = {case.name: case.expected["cause"] for case in find_cases()}
+    assert expected[shown["name"]] == cause
+    assert f"`dreplica cases {shown['name']}`" in text
+    assert shown["output"].startswith(f"VERDICT {cause}: "), "python docs/update.py cases"
+    assert str(REPOSITORY) not in shown["output"]
+    named = set(re.findall(r"configs/cases/(\w+)\.yaml", text))
+    assert named >= {name for name, other in expected.items() if other == cause}
+
+
+def test_the_settings_are_those_of_the_code(update: ModuleType) -> None:
+    assert update.CONFIGURATION.read_text() == update.configuration(), f"out of date; run: {update.COMMAND}"
+
+
+def test_every_field_of_a_verdict_is_explained() -> None:
+    text = (_DOCS / "verdicts.md").read_text()
+    for field in Verdict.__dataclass_fields__:
+        assert f"`{field}`" in text, field
+    for cause in CAUSES:
+        assert f"`{cause}`" in text or f"(causes/{cause}.md)" in text, cause
+
+
+@pytest.mark.parametrize("path", _TEXTS, ids=lambda path: str(path.relative_to(REPOSITORY)))
+def test_links_lead_somewhere(path: Path) -> None:
+    text = _FENCED.sub("", path.read_text())
+    for target in (next(filter(None, groups)) for groups in _LINK.findall(text)):
+        if re.match(r"[a-z]+:", target):
+            continue
+        name, _, anchor = target.partition("#")
+        leads_to = (path.parent / name).resolve() if name else path
+        assert leads_to.exists(), target
+        if anchor:
+            assert anchor in _anchors(leads_to), target
+
+
+def _anchors(path: Path) -> set[str]:
+    """As GitHub makes them of headings."""
+    headings = _HEADING.findall(_FENCED.sub("", path.read_text()))
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+def test_every_page_can_be_reached_from_the_index() -> None:
+    seen: set[Path] = set()
+    pending = [_DOCS / "README.md"]
+    while pending:
+        path = pending.pop()
+        seen.add(path)
+        for groups in _LINK.findall(_FENCED.sub("", path.read_text())):
+            target = (path.parent / next(filter(None, groups)).partition("#")[0]).resolve()
+            if target.suffix == ".md" and target.is_relative_to(_DOCS) and target not in seen:
+                pending.append(target)
+    assert seen == set(_DOCS.rglob("*.md"))
+
+
+def test_reports_that_are_shown_are_json() -> None:
+    for path in _TEXTS:
+        for block in re.findall(r"^```json\n(.*?)^```", path.read_text(), re.MULTILINE | re.DOTALL):
+            json.loads(block)

@@ -1,0 +1,148 @@
+"""What the kernel says, and what follows from it."""
+
+import os
+import resource
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+
+from dreplica.doctor.machine import (
+    check_descriptors,
+    check_disk,
+    check_memory_errors,
+    check_shared_memory,
+    check_threads,
+    cpu_limit,
+)
+
+_GIB = 2**30
+
+
+class _Usage(NamedTuple):
+    total: int
+    used: int
+    free: int
+
+
+@pytest.fixture
+def machine(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
+    """Eight CPUs, eight threads, no limit, nothing set."""
+    for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OMP_DYNAMIC"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 8)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)))
+    monkeypatch.setattr("dreplica.doctor.machine.cpu_limit", lambda: None)
+    return monkeypatch
+
+
+def test_threads_that_torchrun_would_change(machine: pytest.MonkeyPatch) -> None:
+    check = check_threads("step 1, gradients, 0.weight")
+    assert check.status == "warn"
+    assert "8 by default on 8 CPUs, and 1 under torchrun" in check.seen
+    assert "8 and 1 part at step 1, gradients, 0.weight" in check.why
+    assert "export OMP_NUM_THREADS=1" in check.remedy
+
+
+def test_threads_that_are_fixed(machine: pytest.MonkeyPatch) -> None:
+    machine.setenv("OMP_NUM_THREADS", "8")
+    assert check_threads().status == "ok"
+
+
+def test_one_thread_is_one_everywhere(machine: pytest.MonkeyPatch) -> None:
+    machine.setattr(torch, "get_num_threads", lambda: 1)
+    assert check_threads().status == "ok"
+
+
+def test_more_threads_than_a_cgroup_grants(machine: pytest.MonkeyPatch) -> None:
+    machine.setenv("OMP_NUM_THREADS", "8")
+    machine.setattr("dreplica.doctor.machine.cpu_limit", lambda: 2.5)
+    check = check_threads()
+    assert check.status == "warn"
+    assert "of which a cgroup grants 2.5" in check.seen
+    assert "export OMP_NUM_THREADS=2" in check.remedy
+
+
+def test_threads_that_follow_the_load(machine: pytest.MonkeyPatch) -> None:
+    machine.setenv("OMP_NUM_THREADS", "8")
+    machine.setenv("OMP_DYNAMIC", "TRUE")
+    check = check_threads()
+    assert check.status == "warn"
+    assert "can hang" in check.why
+    assert "unset OMP_DYNAMIC" in check.remedy
+
+
+@pytest.mark.parametrize(
+    ("files", "own", "limit"),
+    [
+        ({"cpu.max": "150000 100000\n"}, "0::/\n", 1.5),
+        ({"cpu.max": "max 100000\n"}, "0::/\n", None),
+        ({"a/cpu.max": "200000 100000\n", "a/b/cpu.max": "max 100000\n"}, "0::/a/b\n", 2.0),
+        ({"cpu,cpuacct/x/cpu.cfs_quota_us": "50000\n", "cpu,cpuacct/x/cpu.cfs_period_us": "100000\n"}, "", 0.5),
+        ({"cpu,cpuacct/x/cpu.cfs_quota_us": "-1\n", "cpu,cpuacct/x/cpu.cfs_period_us": "100000\n"}, "", None),
+        ({}, "8:pids:/\n", None),
+    ],
+)
+def test_a_cgroups_limit(files: dict[str, str], own: str, limit: float | None, tmp_path: Path) -> None:
+    root = tmp_path / "cgroup"
+    root.mkdir()
+    for name, text in files.items():
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_text(text)
+    listed = tmp_path / "self"
+    listed.write_text(own or "4:cpu,cpuacct:/x\n3:pids:/\n")
+    assert cpu_limit(root, listed) == limit
+
+
+def _with_free(monkeypatch: pytest.MonkeyPatch, num_bytes: int) -> None:
+    monkeypatch.setattr("shutil.disk_usage", lambda _: _Usage(0, 0, num_bytes))
+
+
+@pytest.mark.parametrize(("free", "status"), [(64 * 2**20, "warn"), (8 * _GIB, "ok")])
+def test_shared_memory(free: int, status: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    _with_free(monkeypatch, free)
+    check = check_shared_memory(tmp_path)
+    assert check.status == status
+    assert bool(check.remedy) == (status == "warn")
+    assert check_shared_memory(tmp_path / "absent").status == "bad"
+
+
+@pytest.mark.parametrize(("free", "status"), [(10 * 2**20, "bad"), (_GIB, "warn"), (50 * _GIB, "ok")])
+def test_disk(free: int, status: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    _with_free(monkeypatch, free)
+    assert check_disk(tmp_path).status == status
+
+
+@pytest.mark.parametrize(
+    ("limits", "status", "remedy"),
+    [
+        ((1024, 65536), "warn", ("ulimit -n 4096",)),
+        ((1024, resource.RLIM_INFINITY), "warn", ("ulimit -n 4096",)),
+        ((65536, 65536), "ok", ()),
+        ((resource.RLIM_INFINITY, resource.RLIM_INFINITY), "ok", ()),
+    ],
+)
+def test_open_files(limits: Any, status: str, remedy: tuple[str, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(resource, "getrlimit", lambda _: limits)
+    check = check_descriptors()
+    assert (check.status, check.remedy) == (status, remedy)
+
+
+def test_a_limit_that_a_process_cannot_raise(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(resource, "getrlimit", lambda _: (512, 1024))
+    (remedy,) = check_descriptors().remedy
+    assert remedy.startswith("docker run --ulimit")
+
+
+@pytest.mark.parametrize(
+    ("counts", "status"),
+    [([], "unknown"), ([(0, 0)], "ok"), ([(0, 0), (3, 0)], "warn"), ([(3, 0), (0, 1)], "bad")],
+)
+def test_memory_errors(counts: list[tuple[int, int]], status: str, tmp_path: Path) -> None:
+    for number, (corrected, uncorrected) in enumerate(counts):
+        folder = tmp_path / f"mc{number}"
+        folder.mkdir()
+        (folder / "ce_count").write_text(f"{corrected}\n")
+        (folder / "ue_count").write_text(f"{uncorrected}\n")
+    assert check_memory_errors(tmp_path).status == status
