@@ -157,7 +157,8 @@ def replica_lost(lost: Sequence[Lost], step: int | None, noticed: str) -> Verdic
         evidence=evidence,
     )
     if lost and all(item.reason.startswith("it raised") for item in lost):
-        verdict = verdict.with_(remedy=[f"mend what raised; its traceback stands above: {lost[0].reason[3:]}"])
+        raised = lost[0].reason.removeprefix("it raised ")
+        verdict = verdict.with_(remedy=[f"mend this; its traceback stands above: {raised}"])
     return _with_remedy(verdict)
 
 

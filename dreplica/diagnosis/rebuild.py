@@ -45,19 +45,20 @@ def explain_build(found: Verdict, rebuilt: Rebuilt, channel: Channel) -> Verdict
             "numpy.random.default_rng(torch.initial_seed())  # or: seed a generator of your own from it",
         ]
         reseeded = found.with_(cause="build-not-seeded", remedy=remedy)
-        return _add(reseeded, line, place, (random_ones[0], random_ones[0]))
+        return _add(reseeded, line, place, ("in one build", "in the next"))
     one, other = (ids[0] for ids in found.classes[:2])
     place = first_difference(rows[one].records, rows[other].records)
-    return _add(found, "built again from the same seed, every replica reproduces itself", place, (one, other))
+    sides = (f"on replica {one}", f"on replica {other}")
+    return _add(found, "built again from the same seed, every replica reproduces itself", place, sides)
 
 
-def _add(found: Verdict, line: str, place: OpDifference | None, replica_ids: tuple[int, int]) -> Verdict:
+def _add(found: Verdict, line: str, place: OpDifference | None, whose: tuple[str, str]) -> Verdict:
     if place is None:
         line += "; every operator of the build gave the same: what differs was made outside of torch's operators"
         return found.with_(evidence=[*found.evidence, line])
     sides = [
-        f"{record.name} at {record.source or 'unknown'} on replica {replica_id}" if record else "nothing more"
-        for record, replica_id in zip((place.one, place.other), replica_ids, strict=True)
+        f"{record.name} at {record.source or 'unknown'} {where}" if record else f"nothing more {where}"
+        for record, where in zip((place.one, place.other), whose, strict=True)
     ]
     line += f"; the builds part at operator {place.index}: {sides[0]}, {sides[1]}"
     return found.with_(operator=place.record.name, phase="build", evidence=[*found.evidence, line])

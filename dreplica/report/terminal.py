@@ -109,9 +109,7 @@ def print_report(console: Console, report: RunReport) -> None:
     for index, replica in enumerate(report.replicas):
         table.add_row(
             str(index),
-            escape(str(replica["host"])),
-            str(replica["device"]),
-            str(replica["seed"]),
+            *("" if replica[key] is None else escape(str(replica[key])) for key in ("host", "device", "seed")),
             f"{last.train['accuracy'][index]:.4f}" if last else "",
             f"{last.val['accuracy'][index]:.4f}" if last else "",
             report.fingerprints[index]["weights"][:12] if report.fingerprints else "",
@@ -161,14 +159,15 @@ def _print_verdict(console: Console, report: RunReport) -> None:
         place = [
             f"{key} {value}"
             for key in ("step", "stage", "tensor", "module", "operator", "phase")
-            if (value := getattr(verdict, key)) is not None
+            if (value := getattr(verdict, key)) not in (None, "")
         ]
-        for label, text in (
-            ("where", ", ".join(place)),
-            ("who", f"suspects {verdict.suspects or 'none singled out'}, classes {verdict.classes}"),
+        who = f"suspects {verdict.suspects or 'none singled out'}, classes {verdict.classes}"
+        for label, lines in (
+            ("where", [", ".join(place)] if place else []),
+            ("who", [who]),
+            ("evidence", verdict.evidence),
+            ("remedy", verdict.remedy),
         ):
-            console.print(f"  {label}: {escape(text)}", highlight=False, soft_wrap=True)
-        for label, lines in (("evidence", verdict.evidence), ("remedy", verdict.remedy)):
             for line in lines:
                 console.print(f"  {label}: {escape(line)}", highlight=False, soft_wrap=True)
     console.print(f"report: {escape(str(report.folder / 'report.json'))}", highlight=False, soft_wrap=True)

@@ -1,6 +1,7 @@
 """A build run again tells what it draws that nobody seeded, and where two builds part."""
 
 import random
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -139,6 +140,7 @@ def test_a_build_that_does_not_reproduce_itself_is_not_seeded() -> None:
         verdict = explained(*builds)
         assert verdict.cause == "build-not-seeded"
         assert f"replicas [{number}] do not reproduce themselves" in verdict.evidence[-1]
+        assert re.search(r"operator \d+: \S+ at \S+ in one build, \S+ at \S+ in the next", verdict.evidence[-1])
         assert any("default_rng" in line for line in verdict.remedy)
         assert verdict.phase == "build"
 
