@@ -98,7 +98,7 @@ def describe(place: Place, epoch: int | None, num_replicas: int, ddp: bool = Fal
     if place.phase is not None:
         when = f"in the {place.phase} after step {place.step}"
     cause = _CAUSE_OF_STAGE.get(place.stage or "", "unexplained")
-    remedy = _SEED_ALL if place.step == 0 and place.stage == "rng" else ()
+    remedy: tuple[str, ...] = _SEED_ALL if place.step == 0 and place.stage == "rng" else ()
     if ddp and place.stage is not None:
         remedy = _DDP_BUFFERS if place.stage == "buffers" else _DDP
     return Verdict(

@@ -89,18 +89,13 @@ class Subject:
 
 def unwrapped(model: nn.Module) -> nn.Module:
     """The module within DistributedDataParallel and `torch.compile`, in whatever order."""
-    while True:
-        if isinstance(model, DistributedDataParallel):
-            model = model.module
-        elif hasattr(model, "_orig_mod"):
-            model = model._orig_mod
-        else:
-            return model
+    within = model.module if isinstance(model, DistributedDataParallel) else getattr(model, "_orig_mod", model)
+    return model if within is model else unwrapped(within)
 
 
 def _in_ddp(model: nn.Module) -> DistributedDataParallel | None:
-    model = getattr(model, "_orig_mod", model)
-    return model if isinstance(model, DistributedDataParallel) else None
+    within = getattr(model, "_orig_mod", model)
+    return within if isinstance(within, DistributedDataParallel) else None
 
 
 def _checked(models: Mapping[str, nn.Module]) -> dict[str, nn.Module]:

@@ -127,7 +127,7 @@ _STAGES_OF_PHASE = {
 
 def could_have_made(record: OpRecord, stage: str | None) -> bool:
     """Whether replicas that part first in `stage` may have parted in what this operator gave."""
-    return stage in _STAGES_OF_PHASE.get(record.phase, ())
+    return record.earlier or stage in _STAGES_OF_PHASE.get(record.phase, ())
 
 
 def first_stage(rows: Sequence[Mapping[str, bytes]]) -> str | None:

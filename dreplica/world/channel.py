@@ -78,10 +78,10 @@ class Channel:
             self.roll_call.waiting = False
         return posted.tensor
 
-    def broadcast(self, tensor: Tensor) -> Tensor:
-        """Rank 0's `tensor` (CPU, contiguous, same shape and dtype everywhere), in place, on every replica."""
+    def broadcast(self, tensor: Tensor, rank: int = 0) -> Tensor:
+        """That rank's `tensor` (CPU, contiguous, same shape and dtype everywhere), in place, on every replica."""
         if self.size > 1:
-            source = dist.get_global_rank(self.group, 0) if self.group is not None else 0
+            source = dist.get_global_rank(self.group, rank) if self.group is not None else rank
             sent = tensor.view(-1).view(torch.uint8)  # as bytes, since gloo does not take every dtype
             self.wait(Posted(sent, self._start(dist.broadcast, sent, src=source)))
         return tensor
