@@ -57,7 +57,8 @@ def diagnose(
 
     Args:
         step: takes one step on the batch it is given: forward, backward, optimizer. What it returns (a loss, outputs)
-            is compared, too. It must not communicate with other processes.
+            is compared, too, so let it return the outputs as well: what rounds to the same loss is then told apart.
+            It must not communicate with other processes.
         batch: what it is given: a tensor, or tensors in dicts, lists and tuples. The step gets a copy.
         model: what the step trains; several by name. Not wrapped in DistributedDataParallel.
         optimizer: what trains it; several by name.
@@ -117,6 +118,7 @@ def _diagnose(repeated: Repeated, found: Verdict | None, channel: Channel, diffe
         verdict = _parted(found, "taken from one state, the step parts replicas", runs[0])
     decision = decide(witnesses, {}, differing)
     decision = compare_outputs(decision, repeated, NO_INDICES, channel)
+    decision = _blame_varying(decision, witnesses)
     decision = _doubt(decision, stage, found, differing)
     verdict = as_verdict(verdict, replace(decision, evidence=[*lines, *decision.evidence]))
     if decision.cause != "environment-differs":
@@ -168,6 +170,19 @@ def _alike(found: Verdict | None, channel: Channel, lines: list[str]) -> Verdict
     replicas = f"{channel.size} replica{'s' * (channel.size > 1)}"
     summary = f"{replicas}: from one state the step comes to the same on each, bit for bit, both times"
     return Verdict(True, "none", summary, classes=[list(range(channel.size))], evidence=lines)
+
+
+def _blame_varying(decision: Decision, witnesses: Sequence[Witness]) -> Decision:
+    """The operator that parts replicas may vary on one by itself, without its showing in what the step returns."""
+    place = decision.operator
+    if place is None or not place.made_here or decision.cause == "nondeterministic-operator":
+        return decision
+    own = [row.against_itself for row in witnesses]
+    varying = [r for r, each in enumerate(own) if each is not None and each.made_here and each.index == place.index]
+    if not varying:
+        return decision
+    line = f"on replicas {varying} that operator gave other outputs for the same inputs in two runs"
+    return add(decision, [line], cause="nondeterministic-operator", suspects=varying)
 
 
 def _doubt(decision: Decision, stage: str | None, found: Verdict | None, differing: Sequence[Difference]) -> Decision:

@@ -76,14 +76,15 @@ class Loop:
     weight: Tensor
     """Of the classes, known to nobody but the step."""
 
-    def step(self, batch: Any) -> Tensor:
+    def step(self, batch: Any) -> tuple[Tensor, Tensor]:
         inputs, labels = batch
         inputs.mul_(1 + random.random() + float(numpy.random.rand()))  # in place: the copy that the step was given
-        loss = nn.functional.cross_entropy(self.model(inputs), labels, weight=self.weight)
+        logits = self.model(inputs)
+        loss = nn.functional.cross_entropy(logits, labels, weight=self.weight)
         loss.backward()
         self.optimizer.step()
         self.optimizer.zero_grad()
-        return loss
+        return loss, logits
 
 
 def make(after: Callable[[Tensor], Tensor] = mean, size: int = 8) -> Loop:
@@ -200,6 +201,27 @@ def test_own_steps() -> None:
     lines = one["threads"][0].evidence
     assert "replicas that differ in their result differ in numerics.threads: 1 on replica 0; 2 on replica 1" in lines
     assert one["threads"][0].remedy == ["let all replicas have the same numerics.threads"]
+
+
+@torch.library.custom_op("tests::drifting", mutates_args=())
+def drifting(maps: Tensor) -> Tensor:
+    """Gives something else on every replica and, a little, each time."""
+    Counting.calls += 1
+    return maps + torch.distributed.get_rank() + 2.0**-10 * Counting.calls
+
+
+def _rounded(world: World) -> Verdict:
+    model = nn.Linear(2, 2)
+    nn.init.zeros_(model.weight), nn.init.zeros_(model.bias)
+    return dreplica.diagnose(lambda batch: drifting(model(batch)).detach().round(), torch.ones(3, 2), model)
+
+
+def test_an_operator_that_varies_is_to_blame_though_what_the_step_returns_does_not() -> None:
+    one, two = run_replicas(_rounded, 2)
+    assert isinstance(one, Verdict), one
+    assert one == two
+    assert (one.cause, one.operator) == ("nondeterministic-operator", "tests.drifting.default")
+    assert one.suspects == [0, 1]
 
 
 def _clipped_gan(world: World) -> Verdict:
