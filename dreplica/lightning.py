@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.strategies import DDPStrategy
 from torch import Tensor
 
 from dreplica.agreement.agreement import Agreement
@@ -34,7 +35,15 @@ class AgreementCallback(Callback):
         self._global_step = 0
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Compares the build: models are wrapped by now, optimizers made and checkpoints loaded."""
+        """Compares the build: models are wrapped by now, optimizers made and checkpoints loaded.
+
+        Raises ValueError under a strategy that does not keep the whole state on every rank, unless `expect` was given.
+        """
+        if trainer.world_size > 1 and not isinstance(trainer.strategy, DDPStrategy) and "expect" not in self._arguments:
+            raise ValueError(
+                f"strategy: {type(trainer.strategy).__name__} may keep other parts of the state on each rank, and they "
+                "need not agree. Use strategy='ddp', or say what to expect: AgreementCallback(expect=..., stages=...)."
+            )
         optimizers = trainer.optimizers
         several = {f"optimizer{number}": optimizer for number, optimizer in enumerate(optimizers)}
         schedulers = [config.scheduler for config in trainer.lr_scheduler_configs]

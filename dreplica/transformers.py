@@ -44,7 +44,16 @@ class AgreementCallback(TrainerCallback):
         lr_scheduler: Any,
         **rest: Any,
     ) -> None:
-        """Compares the build: the optimizer is made and a checkpoint loaded by now."""
+        """Compares the build: the optimizer is made and a checkpoint loaded by now.
+
+        Raises ValueError under FSDP and DeepSpeed, which keep other parts of the state on each rank, unless `expect`
+        was given.
+        """
+        if (args.fsdp or args.deepspeed) and "expect" not in self._arguments:
+            raise ValueError(
+                "fsdp, deepspeed: each rank keeps another part of the state, and they need not agree. Leave them out, or "
+                "say what to expect: AgreementCallback(expect=..., stages=...)."
+            )
         arguments = dict(self._arguments)
         if (
             args.world_size > 1

@@ -5,6 +5,7 @@ import json
 import multiprocessing
 import os
 import pickle
+import signal
 import subprocess
 import sys
 import tempfile
@@ -47,6 +48,8 @@ def run_replicas(
     results = [_receive(pipe, timeout) for pipe in pipes]
     for process in processes:
         process.join(5)
+        process.terminate()
+        process.join(1)
         process.kill()
     return results
 
@@ -58,6 +61,7 @@ def _import_and_fork(imports: Sequence[str], rows: Sequence[Sequence[Any]]) -> N
     children = [fork.Process(target=_enter, args=row, daemon=True) for row in rows]
     for child in children:
         child.start()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # which ends the children, too
     for row in rows:
         row[0].close()
     for child in children:

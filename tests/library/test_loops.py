@@ -6,6 +6,7 @@ The examples of docs/library.md print what the page says.
 import os
 import warnings
 from functools import cache
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -50,21 +51,35 @@ def _run_loops(world: World) -> dict[tuple[str, bool], Any]:
     return results
 
 
+def _refusals() -> list[str]:
+    """What the callbacks say where each rank has a part of the state."""
+    from dreplica import lightning, transformers
+
+    trainer, arguments = SimpleNamespace(world_size=2, strategy=SimpleNamespace()), SimpleNamespace(fsdp="full_shard")
+    with pytest.raises(ValueError, match="need not agree") as of_lightning:
+        lightning.AgreementCallback().on_train_start(trainer, None)
+    with pytest.raises(ValueError, match="need not agree") as of_transformers:
+        transformers.AgreementCallback().on_train_begin(
+            arguments, None, None, model=None, optimizer=None, lr_scheduler=None
+        )
+    return [str(of_lightning.value), str(of_transformers.value)]
+
+
 def _run_page() -> list[str]:
     dist.init_process_group = lambda *_: None  # it is there already
     beginning, examples = examples_of(PAGE)
     return [run(beginning, example) for example in examples]
 
 
-def _run_all(world: World) -> tuple[dict[tuple[str, bool], Any], list[str]]:
+def _run_all(world: World) -> tuple[dict[tuple[str, bool], Any], list[str], list[str]]:
     warnings.simplefilter("ignore")
     os.environ["TORCHELASTIC_RUN_ID"] = "test"  # by which Lightning knows that the ranks are there already
-    return _run_loops(world), _run_page()
+    return _run_loops(world), _run_page(), _refusals()
 
 
 @cache
 def results() -> list[Any]:
-    return run_replicas(_run_all, 2, imports=HEAVY)
+    return run_replicas(_run_all, 2, imports=HEAVY, timeout=150.0)
 
 
 @pytest.mark.parametrize("name", LOOPS)
@@ -89,3 +104,10 @@ def test_the_examples_of_the_page_print_what_it_says() -> None:
         assert example.prints(printed), f"{example.code}\nprints\n{printed}"
         assert example.output, example.code
     assert sum(one == two for one, two in zip(one[1], two[1], strict=True)) >= 8  # but for a time it took
+
+
+def test_where_each_rank_has_a_part_of_the_state_the_callbacks_refuse() -> None:
+    one, two = results()
+    assert isinstance(one, tuple), one
+    assert one[2] == two[2]
+    assert all("AgreementCallback(expect=" in message for message in one[2])
