@@ -51,8 +51,8 @@ class AgreementCallback(TrainerCallback):
         """
         if (args.fsdp or args.deepspeed) and "expect" not in self._arguments:
             raise ValueError(
-                "fsdp, deepspeed: each rank keeps another part of the state, and they need not agree. Leave them out, or "
-                "say what to expect: AgreementCallback(expect=..., stages=...)."
+                "fsdp, deepspeed: each rank keeps another part of the state, and they need not agree. Leave them out, "
+                "or say what to expect: AgreementCallback(expect=..., stages=...)."
             )
         arguments = dict(self._arguments)
         if (

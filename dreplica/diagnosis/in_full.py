@@ -188,7 +188,7 @@ def _settle(decision: Decision, captured: Captured | None, outputs: Sequence[Any
     wrong = [side for side, possible in zip(sides, heard.possible, strict=True) if not possible]
     if len(wrong) == 1:
         (whole_class,) = (ids for ids in decision.classes or [wrong] if wrong[0] in ids)
-        return replace(decision, suspects=whole_class)
+        return replace(decision, suspects=whole_class, settled=True)
     line = "both are legitimate ways of rounding, though settings and environment are the same"
     if wrong:
         line = "neither is what it should be, and no fault would strike both sides: what is expected here may be wrong"

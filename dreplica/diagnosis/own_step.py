@@ -192,6 +192,9 @@ def _doubt(decision: Decision, stage: str | None, found: Verdict | None, differi
     if decision.cause == "persistent-fault" and others:
         dividing = [d for d in others if divides_as([repr(value) for value in d.values], decision.classes or [])]
         decision = replace(decision, cause="environment-differs" if dividing else "unexplained")
+    if decision.cause == "persistent-fault" and not decision.settled:
+        line = "only the vote says who is wrong, and the step may read what lies in memory otherwise on some replicas"
+        decision = add(decision, [line], cause="unexplained")
     if found is not None and found.stage in STAGES:
         record = None if decision.operator is None else decision.operator.record
         later = stage is not None and STAGES.index(stage) > STAGES.index(found.stage)

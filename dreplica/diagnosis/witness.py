@@ -115,6 +115,8 @@ class Decision:
     positions: list[int] = field(default_factory=list)
     """Positions in the batch of the samples that differ."""
     struck: Struck | None = None
+    settled: bool = False
+    """Whether the operator, run in float64, has told which side is wrong."""
 
 
 _STAGES_OF_PHASE = {

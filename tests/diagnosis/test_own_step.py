@@ -224,6 +224,41 @@ def test_an_operator_that_varies_is_to_blame_though_what_the_step_returns_does_n
     assert one.suspects == [0, 1]
 
 
+class Wrong(torch.utils._python_dispatch.TorchDispatchMode):
+    """A processor that gets one operator wrong."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__()
+        self.name = name
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        return result * 1.01 if str(func) == self.name else result
+
+
+def _faulty(world: World) -> dict[str, Verdict]:
+    verdicts = {}
+    for name in ("aten.addmm.default", "aten.gelu.default"):
+        seed_generators(0)
+        model = nn.Linear(8, 4)
+        with Wrong(name if world.replica_id == 1 else ""):
+            verdicts[name] = dreplica.diagnose(
+                lambda x, model=model: nn.functional.gelu(model(x)), torch.ones(3, 8), model
+            )
+    return verdicts
+
+
+def test_a_replica_is_blamed_where_a_run_in_float64_says_so_and_not_by_a_vote_alone() -> None:
+    one, *others = run_replicas(_faulty, 3)
+    assert isinstance(one, dict), one
+    assert [one, one] == others
+    verdict = one["aten.addmm.default"]
+    assert (verdict.cause, verdict.suspects, verdict.operator) == ("persistent-fault", [1], "aten.addmm.default")
+    verdict = one["aten.gelu.default"]
+    assert (verdict.cause, verdict.suspects, verdict.operator) == ("unexplained", [1], "aten.gelu.default")
+    assert any("only the vote says who is wrong" in line for line in verdict.evidence)
+
+
 def _clipped_gan(world: World) -> Verdict:
     """The critic's weights are clipped on one replica only, after its own step; the loss is the generator's."""
     seed_generators(0)
