@@ -3,7 +3,8 @@
 from dreplica.agreement.agreement import Agreement
 from dreplica.agreement.fingerprint import fingerprint
 from dreplica.agreement.verdict import Divergence
+from dreplica.diagnosis.own_step import diagnose
 from dreplica.replica.replica import Replica
 from dreplica.replica.wiring import check_wiring
 
-__all__ = ["Agreement", "Divergence", "Replica", "check_wiring", "fingerprint"]
+__all__ = ["Agreement", "Divergence", "Replica", "check_wiring", "diagnose", "fingerprint"]

@@ -1,9 +1,11 @@
 """Bodies run on N gloo processes, and whole jobs, with torchrun and without."""
 
+import importlib
 import json
 import multiprocessing
 import os
 import pickle
+import signal
 import socket
 import subprocess
 import sys
@@ -24,28 +26,47 @@ _CONTEXT = multiprocessing.get_context("forkserver")
 _CONTEXT.set_forkserver_preload(["torch", "torch._dynamo", "tests.harness", "dreplica", "dreplica.run"])
 
 
-def run_replicas(body: Callable[..., Any], num_replicas: int, *args: Any, timeout: float = 60.0) -> list[Any]:
+def run_replicas(
+    body: Callable[..., Any], num_replicas: int, *args: Any, timeout: float = 60.0, imports: Sequence[str] = ()
+) -> list[Any]:
     """What `body(world, *args)` returns on each of `num_replicas` gloo processes, by replica id.
 
     `body` is a module-level function. An exception is returned in place of a result; None for a process that was killed
-    or did not end within `timeout` seconds (it is killed then).
+    or did not end within `timeout` seconds (it is killed then). `imports`: modules that take seconds to import, which
+    are imported once for all of the processes.
     """
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    processes, pipes = [], []
-    for replica_id in range(num_replicas):
-        ours, theirs = _CONTEXT.Pipe(duplex=False)
-        process = _CONTEXT.Process(
-            target=_enter, args=(theirs, body, replica_id, num_replicas, store.port, args), daemon=True
-        )
+    pipes, ends = zip(*(_CONTEXT.Pipe(duplex=False) for _ in range(num_replicas)), strict=True)
+    rows = [(theirs, body, replica_id, num_replicas, store.port, args) for replica_id, theirs in enumerate(ends)]
+    if imports:
+        processes = [_CONTEXT.Process(target=_import_and_fork, args=(imports, rows))]
+    else:
+        processes = [_CONTEXT.Process(target=_enter, args=row, daemon=True) for row in rows]
+    for process in processes:
         process.start()
+    for theirs in ends:
         theirs.close()
-        processes.append(process)
-        pipes.append(ours)
     results = [_receive(pipe, timeout) for pipe in pipes]
     for process in processes:
         process.join(5)
+        process.terminate()
+        process.join(1)
         process.kill()
     return results
+
+
+def _import_and_fork(imports: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
+    for name in imports:
+        importlib.import_module(name)
+    fork = multiprocessing.get_context("fork")
+    children = [fork.Process(target=_enter, args=row, daemon=True) for row in rows]
+    for child in children:
+        child.start()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # which ends the children, too
+    for row in rows:
+        row[0].close()
+    for child in children:
+        child.join()
 
 
 def _enter(

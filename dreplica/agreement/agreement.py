@@ -4,32 +4,19 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
-import torch
 from pydantic import Field
-from torch import Tensor, nn
+from torch import Tensor
 
 from dreplica.agreement import protocol
 from dreplica.agreement.place import describe
-from dreplica.agreement.stages import (
-    STAGES,
-    Stage,
-    batch_stage,
-    buffers_stage,
-    gradients_stage,
-    optimizer_stage,
-    rng_stage,
-    tensors_stage,
-    weights_stage,
-)
+from dreplica.agreement.stages import STAGES, Optimizers, Stage, batch_stage, tensors_stage
+from dreplica.agreement.subject import Expect, Models, Subject
 from dreplica.agreement.trace import Trace
 from dreplica.agreement.verdict import Divergence, Verdict
-from dreplica.section import Lockstep, Section, nearest
+from dreplica.section import Lockstep, Section
 from dreplica.world.channel import Channel, Posted, gloo_channel
 
 Batch = Tensor | Mapping[str, Any] | Sequence[Any]
-
-INDEPENDENT_STAGES = ("indices", "batch")
-"""What replicas from distinct seeds still share."""
 
 
 class AgreementConfig(Section):
@@ -77,12 +64,15 @@ class Agreement:
     the below.
 
     Args:
-        model: its parameters, buffers and gradients are compared.
-        optimizer: its settings and state are compared; None if there is none.
+        model: its parameters, buffers and gradients are compared; several by name: `{"generator": g, "critic": c}`.
+            Tensors have the names they have in the model itself, without DistributedDataParallel and `torch.compile`.
+        optimizer: its settings and state are compared; several by name, or None if there is none.
         others: further objects with a `state_dict` that belong to the optimizer stage: scheduler, GradScaler.
-        expect: "identical": every one of `stages` must agree; "independent": only `indices` and `batch`.
-        stages: what is compared; by default all that must agree. Under DDP, where every rank has a batch of its own:
-            `("gradients", "optimizer", "weights")`.
+        expect: "identical": every one of `stages` must agree; "independent": only `indices` and `batch`; "ddp", where
+            every rank has a batch of its own and gradients are averaged: `gradients`, `optimizer` and `weights`, and
+            `buffers` unless DistributedDataParallel broadcasts them before each forward pass (`broadcast_buffers`, its
+            default). By default "ddp" if a model is in DistributedDataParallel, otherwise "identical".
+        stages: what is compared; by default all that must agree.
         every: compare every so many steps; 0: only count them.
         on_divergence: "stop" raises, "continue" records.
         lag: 0 compares at the step itself; 1 completes the comparison during the next step, so that replicas need not
@@ -104,11 +94,11 @@ class Agreement:
 
     def __init__(
         self,
-        model: nn.Module,
-        optimizer: torch.optim.Optimizer | None = None,
+        model: Models,
+        optimizer: Optimizers = None,
         *,
         others: Sequence[Any] = (),
-        expect: Literal["identical", "independent"] = "identical",
+        expect: Expect | None = None,
         stages: Collection[str] | None = None,
         every: int = 1,
         on_divergence: Literal["stop", "continue"] = "stop",
@@ -117,7 +107,8 @@ class Agreement:
         channel: Channel | None = None,
         steps_done: int = 0,
     ) -> None:
-        _check_choice("expect", expect, ("identical", "independent"))
+        if expect is not None:
+            _check_choice("expect", expect, ("identical", "independent", "ddp"))
         _check_choice("on_divergence", on_divergence, ("stop", "continue"))
         _check_choice("lag", lag, (0, 1))
         if every < 0:
@@ -129,10 +120,9 @@ class Agreement:
         self.last_word: bytes | None = None
         self.divergence: Verdict | None = None
         self.diverged_stages: dict[str, Stage] = {}
-        self._model = model
-        self._optimizer = optimizer
-        self._others = tuple(others)
-        self._compared = _stages_compared(expect, stages)
+        self._subject = Subject(model, optimizer, others)
+        self._expect = expect or ("ddp" if self._subject.is_ddp else "identical")
+        self._compared = self._subject.compared(self._expect, stages)
         self._every = every
         self._on_divergence = on_divergence
         self._lag = lag
@@ -143,7 +133,7 @@ class Agreement:
         self._stop = False
         self._last_checked = -1
         if every:
-            build = self._state()
+            build = self._subject.state()
             if not steps_done:
                 build.pop("optimizer", None)  # it has no state yet, and its settings are compared at step 1
             self._check(steps_done, None, self._make(build), lag=0, recorded=not steps_done)
@@ -161,8 +151,13 @@ class Agreement:
     ) -> bool:
         """Compares the state after a training step; call it after `optimizer.step()`.
 
+        Once for each step of the optimizer, however many micro-batches its gradients were accumulated over; of several
+        optimizers, once when all that a batch gives rise to is done. Gradients are compared as they are: call it before
+        they are set to zero.
+
         Args:
-            batch: what reached the model: a tensor, or tensors in dicts, lists and tuples.
+            batch: what reached the model: a tensor, or tensors in dicts, lists and tuples; several micro-batches as a
+                list of them.
             loss: the loss, 0-dim.
             outputs: the model's output: a tensor, or tensors in dicts, lists and tuples.
             indices: the samples' indices, int64.
@@ -213,13 +208,13 @@ class Agreement:
 
     def _compare_state(self) -> None:
         """Compares the state as it is now, unless the last step's comparison has."""
-        state = self._state()
+        state = self._subject.state()
         if self._last_checked < self.steps_done and self._compared & state.keys():
             self._check(self.steps_done, None, self._make(state), lag=0)
 
     def fingerprints(self) -> list[dict[str, str]]:
         """The digest of the weights, buffers and optimizer of every replica, 32 hex digits each. A collective."""
-        state = self._state()
+        state = self._subject.state()
         return self._channel.gather(
             {name: state[name]().digest.hex() for name in ("weights", "buffers", "optimizer") if name in state}
         )
@@ -258,7 +253,7 @@ class Agreement:
         if not outcome.agreed and self.divergence is None:
             self.diverged_stages = pending.stages
             place = protocol.locate(self._channel, pending.step, pending.stages, pending.phase)
-            self.divergence = describe(place, pending.epoch, self._channel.size)
+            self.divergence = describe(place, pending.epoch, self._channel.size, self._expect == "ddp")
             if self._on_divergence == "stop":
                 raise Divergence(self.divergence)
         return self._stop
@@ -273,7 +268,7 @@ class Agreement:
     ) -> dict[str, Stage]:
         """This replica's stages as they are now, without comparing them; arguments as in `step`."""
         output = {name: value for name, value in (("logits", outputs), ("loss", loss)) if value is not None}
-        makers = {"gradients": lambda: gradients_stage(self._model)} | self._state()
+        makers = {"gradients": self._subject.gradients} | self._subject.state()
         if indices is not None:
             makers["indices"] = lambda: tensors_stage({"indices": indices})
         if batch is not None:
@@ -285,28 +280,6 @@ class Agreement:
     def _make(self, makers: Mapping[str, Callable[[], Stage]]) -> dict[str, Stage]:
         """Those of the stages that are compared, in causal order."""
         return {name: makers[name]() for name in STAGES if name in makers and name in self._compared}
-
-    def _state(self) -> dict[str, Callable[[], Stage]]:
-        """How to make the stages that exist at any time."""
-        model, optimizer = self._model, self._optimizer
-        state = {"buffers": lambda: buffers_stage(model), "weights": lambda: weights_stage(model), "rng": rng_stage}
-        if optimizer is not None:
-            state["optimizer"] = lambda: optimizer_stage(model, optimizer, *self._others)
-        return state
-
-
-def _stages_compared(expect: str, stages: Collection[str] | None) -> frozenset[str]:
-    """Raises ValueError for a name that is no stage, and for one that independent replicas do not share."""
-    comparable = STAGES if expect == "identical" else INDEPENDENT_STAGES
-    for name in stages or ():
-        if name not in STAGES:
-            raise ValueError(f"stages: {name!r} is no stage. {nearest(name, STAGES)}")
-        if name not in comparable:
-            raise ValueError(
-                f"stages: {name!r} is not compared where expect is 'independent', only {', '.join(comparable)}. "
-                "Leave it out, or use expect='identical' with the stages that must agree."
-            )
-    return frozenset(comparable if stages is None else stages)
 
 
 def _check_choice(name: str, value: Any, choices: Sequence[Any]) -> None:

@@ -13,6 +13,16 @@ _SEED_ALL = (
     "build the model without a draw that depends on the rank",
 )
 
+_DDP = (
+    "make no code that sets requires_grad, writes to parameters or steps the optimizer depend on the rank",
+    "call the wrapped model, not model.module, and the last backward pass outside of no_sync()",
+)
+_DDP_BUFFERS = (
+    "DistributedDataParallel(model)  # its default for buffers: rank 0's on all ranks before each forward pass",
+    "model = torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)  # statistics of the whole batch; before wrapping it",
+    'Agreement(model, optimizer, stages=("gradients", "optimizer", "weights"))  # if each rank is to have its own',
+)
+
 
 @dataclass(frozen=True)
 class Place:
@@ -74,8 +84,11 @@ def first_difference(
     )
 
 
-def describe(place: Place, epoch: int | None, num_replicas: int) -> Verdict:
-    """The verdict as far as the comparison alone can tell: where, and who; the cause only where the stage says it."""
+def describe(place: Place, epoch: int | None, num_replicas: int, ddp: bool = False) -> Verdict:
+    """The verdict as far as the comparison alone can tell: where, and who; the cause only where the stage says it.
+
+    `ddp`: whether replicas are the ranks of one data-parallel model.
+    """
     suspects = suspects_of(place.classes)
     evidence = _evidence(place)
     if not suspects:
@@ -85,6 +98,9 @@ def describe(place: Place, epoch: int | None, num_replicas: int) -> Verdict:
     if place.phase is not None:
         when = f"in the {place.phase} after step {place.step}"
     cause = _CAUSE_OF_STAGE.get(place.stage or "", "unexplained")
+    remedy: tuple[str, ...] = _SEED_ALL if place.step == 0 and place.stage == "rng" else ()
+    if ddp and place.stage is not None:
+        remedy = _DDP_BUFFERS if place.stage == "buffers" else _DDP
     return Verdict(
         agreed=False,
         cause="structure-differs" if place.is_structural else cause,
@@ -98,7 +114,7 @@ def describe(place: Place, epoch: int | None, num_replicas: int) -> Verdict:
         suspects=suspects,
         classes=place.classes,
         evidence=evidence,
-        remedy=list(_SEED_ALL) if place.step == 0 and place.stage == "rng" else [],
+        remedy=list(remedy),
     )
 
 

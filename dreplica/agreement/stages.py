@@ -21,8 +21,14 @@ from dreplica.agreement.fingerprint import ABSENT, digest_bytes, digest_tensor, 
 STAGES = ("indices", "batch", "buffers", "output", "gradients", "optimizer", "weights", "rng", "predictions")
 """In the causal order within a step: of several that differ, the first is the one to report."""
 
+_FROZEN = " (requires_grad=False)"
+"""Follows a parameter's name in the stage `gradients`: frozen on one replica only, it may show in nothing else."""
+
 _NOT_STATE = {"params", "foreach", "fused", "capturable", "differentiable"}
 """Of a parameter group: all but the first say how a step is computed, not what it depends on."""
+
+Optimizers = torch.optim.Optimizer | Mapping[str, torch.optim.Optimizer] | None
+"""One, several by name, or none."""
 
 Entry = tuple[str, Tensor | bytes | None]
 """A name, and what is hashed under it; None: something that could be there and is not."""
@@ -64,22 +70,27 @@ def batch_stage(batch: Tensor | Mapping[str, Any] | Sequence[Any]) -> Stage:
 
 def weights_stage(model: nn.Module) -> Stage:
     """All parameters, in the order of their registration (tied ones once)."""
-    return tensors_stage(dict(model.named_parameters()))
+    return tensors_stage({plain_name(name): parameter for name, parameter in model.named_parameters()})
 
 
 def buffers_stage(model: nn.Module) -> Stage:
     """All buffers, those that are not saved included."""
-    return tensors_stage(dict(model.named_buffers()))
+    return tensors_stage({plain_name(name): buffer for name, buffer in model.named_buffers()})
 
 
 def gradients_stage(model: nn.Module) -> Stage:
-    """The gradients of all parameters, last layer first: the order in which the backward pass makes them."""
-    return make_stage((name, parameter.grad) for name, parameter in reversed(list(model.named_parameters())))
+    """The gradients of all parameters, last layer first: the order in which the backward pass makes them.
+
+    The name of one that requires none ends in ` (requires_grad=False)`.
+    """
+    parameters = reversed(list(model.named_parameters()))
+    return make_stage((plain_name(name) + _FROZEN * (not each.requires_grad), each.grad) for name, each in parameters)
 
 
-def optimizer_stage(model: nn.Module, optimizer: torch.optim.Optimizer, *others: Any) -> Stage:
+def optimizer_stage(model: nn.Module, optimizer: Optimizers, *others: Any) -> Stage:
     """The optimizer's settings (lr, momentum, …) and its state per parameter; `others`: a scheduler, a GradScaler.
 
+    Of several optimizers, names begin with the optimizer's own, unless the parameter's does: `head.group0.lr`.
     Parameters that are not the model's (`group0.params.3`: a loss's own, say) are compared here with their values,
     since no other stage holds them. Functions count by name and other objects by type, because their `repr` may hold
     an address.
@@ -87,13 +98,30 @@ def optimizer_stage(model: nn.Module, optimizer: torch.optim.Optimizer, *others:
     return make_stage(optimizer_entries(model, optimizer, *others))
 
 
-def parameter_names(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[Tensor, str]:
-    """Every parameter of either, and the name under which `optimizer_stage` has its state."""
-    names: dict[Tensor, str] = {parameter: name for name, parameter in model.named_parameters()}
+def by_name(optimizer: Optimizers) -> dict[str, torch.optim.Optimizer]:
+    """Several optimizers, or the only one under the name "" (none: an empty dict)."""
+    if optimizer is None:
+        return {}
+    return dict(optimizer) if isinstance(optimizer, Mapping) else {"": optimizer}
+
+
+def parameter_names(model: nn.Module, optimizer: torch.optim.Optimizer, own_name: str = "") -> dict[Tensor, str]:
+    """Every parameter of either, and the name under which `optimizer_stage` has its state.
+
+    `own_name`: the optimizer's among several.
+    """
+    names: dict[Tensor, str] = {
+        parameter: _prefixed(own_name, plain_name(name)) for name, parameter in model.named_parameters()
+    }
     for index, group in enumerate(optimizer.param_groups):
         for position, parameter in enumerate(group["params"]):
-            names.setdefault(parameter, _name_in_group(index, position))
+            names.setdefault(parameter, _prefixed(own_name, f"group{index}.params.{position}"))
     return names
+
+
+def plain_name(name: str) -> str:
+    """The name that a parameter or buffer has where its module is not wrapped by `torch.compile`."""
+    return name.replace("_orig_mod.", "")
 
 
 def rng_stage() -> Stage:
@@ -135,30 +163,30 @@ def _unused(name: str, taken: Mapping[str, bytes]) -> str:
     return f"{name}#{number}"
 
 
-def optimizer_entries(model: nn.Module, optimizer: torch.optim.Optimizer, *others: Any) -> Iterable[Entry]:
+def optimizer_entries(model: nn.Module, optimizers: Optimizers, *others: Any) -> Iterable[Entry]:
     """What `optimizer_stage` hashes."""
-    names = {id(parameter): name for name, parameter in model.named_parameters()}
-    for index, group in enumerate(optimizer.param_groups):
-        yield from _leaves(f"group{index}", {key: value for key, value in group.items() if key not in _NOT_STATE})
-    visited = set()
-    for index, group in enumerate(optimizer.param_groups):
-        for position, parameter in enumerate(group["params"]):
-            visited.add(id(parameter))
-            name = names.get(id(parameter))
-            if name is None:
-                name = _name_in_group(index, position)
-                yield name, parameter
-            yield from _leaves(name, optimizer.state.get(parameter, {}))
-    for number, (key, state) in enumerate(optimizer.state.items()):
-        if id(key) not in visited:
-            yield from _leaves(f"state.{key if isinstance(key, str) else number}", state)
+    own = {id(parameter) for parameter in model.parameters()}
+    for own_name, optimizer in by_name(optimizers).items():
+        names = parameter_names(model, optimizer, own_name)
+        for index, group in enumerate(optimizer.param_groups):
+            settings = {key: value for key, value in group.items() if key not in _NOT_STATE}
+            yield from _leaves(_prefixed(own_name, f"group{index}"), settings)
+        held = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        for parameter in held:
+            if id(parameter) not in own:
+                yield names[parameter], parameter
+            yield from _leaves(names[parameter], optimizer.state.get(parameter, {}))
+        visited = set(map(id, held))
+        for number, (key, state) in enumerate(optimizer.state.items()):
+            if id(key) not in visited:
+                yield from _leaves(_prefixed(own_name, f"state.{key if isinstance(key, str) else number}"), state)
     for other in others:
         if other is not None:
             yield from _leaves(type(other).__name__, other.state_dict())
 
 
-def _name_in_group(index: int, position: int) -> str:
-    return f"group{index}.params.{position}"
+def _prefixed(own_name: str, name: str) -> str:
+    return name if not own_name or name.startswith(f"{own_name}.") else f"{own_name}.{name}"
 
 
 def _leaves(name: str, value: Any) -> Iterable[tuple[str, Tensor | bytes]]:
@@ -182,7 +210,7 @@ def _batch_entries(name: str, value: Any) -> Iterable[tuple[str, Tensor | bytes]
         yield name or "inputs", value
     elif isinstance(value, Mapping | list | tuple):
         pairs: Iterable[tuple[Any, Any]] = value.items() if isinstance(value, Mapping) else enumerate(value)
-        if not name and isinstance(value, list | tuple) and len(value) == 2:
+        if not name and isinstance(value, list | tuple) and _is_pair(value):
             pairs = zip(("inputs", "labels"), value, strict=True)
         for key, item in pairs:
             yield from _batch_entries(f"{name}.{key}" if name else str(key), item)
@@ -192,6 +220,11 @@ def _batch_entries(name: str, value: Any) -> Iterable[tuple[str, Tensor | bytes]
         raise TypeError(
             f"cannot compare the {type(value).__name__} at {name or 'the top'!r}; pass tensors in dicts, lists, tuples"
         )
+
+
+def _is_pair(value: Sequence[Any]) -> bool:
+    """Of inputs and labels, rather than of two micro-batches, each of which is such a pair."""
+    return len(value) == 2 and not all(isinstance(item, list | tuple) for item in value)
 
 
 def _is_plain(value: Any) -> bool:

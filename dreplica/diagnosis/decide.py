@@ -132,7 +132,7 @@ def _not_reproducible(
         line = f"operator {place.index}, {place.record}: same inputs, other outputs in two runs on one replica"
         evidence.append(line)
         cause = "nondeterministic-operator"
-    if not could_have_made(place.record, stage):
+    if stage is not None and not could_have_made(place.record, stage):
         evidence.append(f"but replicas parted in {stage}, and agreed in all that this operator has to do with")
         return Decision("unexplained", suspects, evidence, replica_against_itself=replica_id)
     # It is the operator that is to blame then, on every replica on which it was seen to vary.

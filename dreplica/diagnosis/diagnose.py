@@ -17,7 +17,7 @@ from dreplica.diagnosis.decide import decide
 from dreplica.diagnosis.in_full import add, compare_outputs, doubt_moved, doubt_struck
 from dreplica.diagnosis.nondeterminism import may_vary
 from dreplica.diagnosis.operators import OpRecord
-from dreplica.diagnosis.replay import Replayed, Replayer
+from dreplica.diagnosis.replay import Repeats, Replayed, Replayer
 from dreplica.diagnosis.witness import Decision, Witness, could_have_made, difference_behind, first_difference
 from dreplica.replica.rng import seed_generators
 from dreplica.training.history import History, StepEntry
@@ -78,14 +78,15 @@ def diagnose(
         if decision.cause == "unexplained":
             changed = [str(row) for row in differences if row not in facts.differences and not row.may_round]
             decision = add(decision, [f"differs, as it stands now: {row}" for row in changed])
-        verdict = _as_verdict(found, decision)
+        verdict = as_verdict(found, decision)
     except AttemptFailed as error:
         line = f"the step could not be run again: {error}"
         verdict = found.with_(cause="unexplained", evidence=[*found.evidence, line])
-    return _close(verdict, replayer, channel)
+    return put_back(verdict, replayer, channel)
 
 
-def _close(verdict: Verdict, replayer: Replayer, channel: Channel) -> Verdict:
+def put_back(verdict: Verdict, replayer: Repeats, channel: Channel) -> Verdict:
+    """Closes the replayer; the verdict, which says so where that has failed. A collective."""
     try:
         attempt(channel, replayer.close)
     except AttemptFailed as error:
@@ -170,7 +171,8 @@ def digest_samples(dataset: Dataset[Any], indices: Tensor, seed: int = 0) -> lis
     return [batch_stage(default_collate([dataset[int(index)]])).digest for index in indices]
 
 
-def _as_verdict(found: Verdict, decision: Decision) -> Verdict:
+def as_verdict(found: Verdict, decision: Decision) -> Verdict:
+    """What the comparison has found, with the cause and place that were decided on."""
     place = decision.operator
     record = None if place is None else place.record
     return found.with_(

@@ -12,7 +12,7 @@ from dreplica.diagnosis.arbitrate import Arbitration, arbitrate
 from dreplica.diagnosis.attempt import AttemptFailed, attempt
 from dreplica.diagnosis.elements import Difference, compare_elements
 from dreplica.diagnosis.operators import Captured
-from dreplica.diagnosis.replay import Replayer
+from dreplica.diagnosis.replay import Repeats, Replayer
 from dreplica.diagnosis.struck import MOST_STRUCK_BITS
 from dreplica.diagnosis.witness import Decision
 from dreplica.world.channel import Channel
@@ -32,7 +32,7 @@ def add(decision: Decision, lines: Sequence[str], **changes: Any) -> Decision:
     return replace(decision, evidence=[*decision.evidence, *lines], **changes)
 
 
-def doubt_struck(decision: Decision, replayer: Replayer, indices: Tensor, channel: Channel) -> Decision:
+def doubt_struck(decision: Decision, replayer: Repeats, indices: Tensor, channel: Channel) -> Decision:
     """Looks at memory that seems to have changed by itself: a fault flips few bits. A collective.
 
     Where many differ, something has written there that is no operator of torch's: NumPy, or a C extension. Where the
@@ -132,7 +132,7 @@ def _look_at_moved(
     return lines, doubts
 
 
-def compare_outputs(decision: Decision, replayer: Replayer, indices: Tensor, channel: Channel) -> Decision:
+def compare_outputs(decision: Decision, replayer: Repeats, indices: Tensor, channel: Channel) -> Decision:
     """Runs the operator in question once more where it matters, and compares the two results. A collective.
 
     Of what seems a persistent fault, it also tells which side is wrong, if one is.
@@ -188,7 +188,7 @@ def _settle(decision: Decision, captured: Captured | None, outputs: Sequence[Any
     wrong = [side for side, possible in zip(sides, heard.possible, strict=True) if not possible]
     if len(wrong) == 1:
         (whole_class,) = (ids for ids in decision.classes or [wrong] if wrong[0] in ids)
-        return replace(decision, suspects=whole_class)
+        return replace(decision, suspects=whole_class, settled=True)
     line = "both are legitimate ways of rounding, though settings and environment are the same"
     if wrong:
         line = "neither is what it should be, and no fault would strike both sides: what is expected here may be wrong"

@@ -19,6 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 from dreplica.agreement.fingerprint import ABSENT, digest_tensor
+from dreplica.agreement.stages import Optimizers, by_name
 from dreplica.diagnosis.module_paths import ModulePaths
 from dreplica.diagnosis.op_signature import signature_of, tensors_in
 
@@ -48,6 +49,8 @@ class OpRecord:
     """Its other arguments, numbers and dtypes, in the order of the call."""
     shows: bytes = field(default=b"", compare=False)
     """For a view, 16 bytes for the tensor viewed and for each result: not compared, but to follow contents by."""
+    earlier: bool = field(default=False, compare=False)
+    """Whether another forward or backward pass follows the optimizer's step that it precedes or belongs to."""
 
     def __str__(self) -> str:
         where = f" in {self.module}" if self.module else ""
@@ -75,7 +78,7 @@ class OpTracer(TorchDispatchMode):
     """A context in which every operator is recorded; with `capture`, the tensors of that one operator are kept instead.
 
     Args:
-        optimizer: its step is the phase `optimizer`, even before any backward pass.
+        optimizer: its step is the phase `optimizer`, even before any backward pass; several by name.
         capture: the number of an operator in `records` of a run that takes the same course.
         generators: also record that Python's or NumPy's global generator was drawn from between two operators.
         model: whose module paths to use; without it, paths begin beneath the first module called. Must be given if it
@@ -87,7 +90,7 @@ class OpTracer(TorchDispatchMode):
 
     def __init__(
         self,
-        optimizer: torch.optim.Optimizer | None = None,
+        optimizer: Optimizers = None,
         capture: int | None = None,
         model: nn.Module | None = None,
         generators: bool = False,
@@ -101,16 +104,16 @@ class OpTracer(TorchDispatchMode):
         self._generator = b""
         self._capture = capture
         self._count = 0
-        self._optimizer = optimizer
+        self._optimizers = by_name(optimizer).values()
         self._in_optimizer = False
         self._modules = ModulePaths(model)
         self._handles: list[Any] = []
 
     def __enter__(self) -> "OpTracer":
-        if self._optimizer is not None:
-            self._handles = [
-                self._optimizer.register_step_pre_hook(lambda *_: self._set_in_optimizer(True)),
-                self._optimizer.register_step_post_hook(lambda *_: self._set_in_optimizer(False)),
+        for optimizer in self._optimizers:
+            self._handles += [
+                optimizer.register_step_pre_hook(lambda *_: self._set_in_optimizer(True)),
+                optimizer.register_step_post_hook(lambda *_: self._set_in_optimizer(False)),
             ]
         self._generator = _cpu_generator()
         self._modules.__enter__()

@@ -13,7 +13,7 @@ from dreplica.agreement.fingerprint import digest_tensor
 from dreplica.agreement.stages import parameter_names
 from dreplica.data.loader import Batch
 from dreplica.diagnosis.operators import OpRecord
-from dreplica.replica.replica import Replica
+from dreplica.replica.replica import Parts
 
 DIGEST_BYTES = 16
 
@@ -28,7 +28,7 @@ class Contents:
     """Stage to name to digest, of what it left behind: weights, buffers, gradients, optimizer."""
 
 
-def contents_before(replica: Replica, batch: Batch) -> frozenset[bytes]:
+def contents_before(replica: Parts, batch: Batch) -> frozenset[bytes]:
     """Digests of everything that a step on `batch` begins with."""
     stages = contents_after(replica)
     held = {digest for name, stage in stages.items() if name != "gradients" for digest in stage.values()}
@@ -36,7 +36,7 @@ def contents_before(replica: Replica, batch: Batch) -> frozenset[bytes]:
     return frozenset(held | set(_digests([batch.inputs, batch.labels, *criterion])))
 
 
-def contents_after(replica: Replica) -> dict[str, dict[str, bytes]]:
+def contents_after(replica: Parts) -> dict[str, dict[str, bytes]]:
     """Digests of the replica's state, by stage and name."""
     weights = dict(replica.model.named_parameters())
     return {
@@ -49,15 +49,17 @@ def contents_after(replica: Replica) -> dict[str, dict[str, bytes]]:
     }
 
 
-def optimizer_tensors(replica: Replica) -> dict[str, Tensor]:
+def optimizer_tensors(replica: Parts) -> dict[str, Tensor]:
     """The tensors of the stage `optimizer`, as it names them: state, and parameters that are not the model's."""
-    names = parameter_names(replica.model, replica.optimizer)
     own = {id(parameter) for parameter in replica.model.parameters()}
-    tensors = {name: parameter for parameter, name in names.items() if id(parameter) not in own}
-    for parameter, state in replica.optimizer.state.items():
-        tensors |= {
-            f"{names.get(parameter, '')}.{key}": value for key, value in state.items() if isinstance(value, Tensor)
-        }
+    tensors: dict[str, Tensor] = {}
+    for own_name, optimizer in replica.optimizers.items():
+        names = parameter_names(replica.model, optimizer, own_name)
+        tensors |= {name: parameter for parameter, name in names.items() if id(parameter) not in own}
+        for parameter, state in optimizer.state.items():
+            tensors |= {
+                f"{names.get(parameter, '')}.{key}": value for key, value in state.items() if isinstance(value, Tensor)
+            }
     return tensors
 
 

@@ -1,11 +1,12 @@
 """Runs recent steps again, from the last agreed snapshot, through the same step function that took them."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from dreplica.agreement.agreement import Agreement
 from dreplica.agreement.fingerprint import digest_bytes
@@ -35,6 +36,19 @@ class Replayed:
     """State of torch's CPU generator afterwards."""
     layout: bytes
     """16 bytes over how parameters, buffers and inputs lie in memory."""
+
+
+class Repeats(Protocol):
+    """Takes one step again and again on one replica; `close` puts back the state in which the replica was found."""
+
+    def again(self, indices: Tensor, capture: int | None = None) -> Replayed:
+        """Takes the step again, every operator recorded; with `capture`, that operator's tensors kept."""
+
+    def replayed(self, stage: str, name: str) -> Tensor | None:
+        """A tensor, on the CPU, as the replay just run left it."""
+
+    def close(self) -> None:
+        """Restores the state in which the replica was found."""
 
 
 class Replayer:
@@ -101,7 +115,7 @@ class Replayer:
         stages = self._take(batch, tracer)
         generator = torch.get_rng_state().numpy().tobytes()
         contents = Contents(before, contents_after(self._replica))
-        return Replayed(stages, tracer, contents, generator, _layout(self._replica, batch))
+        return Replayed(stages, tracer, contents, generator, layout(self._replica.model, [batch.inputs]))
 
     @property
     def original_generator(self) -> bytes:
@@ -133,7 +147,8 @@ class Replayer:
         )
 
 
-def _layout(replica: Replica, batch: Batch) -> bytes:
-    named = [*replica.model.named_parameters(), *replica.model.named_buffers(), ("inputs", batch.inputs)]
+def layout(model: nn.Module, inputs: Sequence[Tensor]) -> bytes:
+    """16 bytes over how parameters, buffers and inputs lie in memory."""
+    named = [*model.named_parameters(), *model.named_buffers(), *(("inputs", tensor) for tensor in inputs)]
     strides = [(name, tensor.stride() if tensor.layout is torch.strided else None) for name, tensor in named]
     return digest_bytes("layout", repr(strides).encode())

@@ -115,6 +115,8 @@ class Decision:
     positions: list[int] = field(default_factory=list)
     """Positions in the batch of the samples that differ."""
     struck: Struck | None = None
+    settled: bool = False
+    """Whether the operator, run in float64, has told which side is wrong."""
 
 
 _STAGES_OF_PHASE = {
@@ -127,7 +129,7 @@ _STAGES_OF_PHASE = {
 
 def could_have_made(record: OpRecord, stage: str | None) -> bool:
     """Whether replicas that part first in `stage` may have parted in what this operator gave."""
-    return stage in _STAGES_OF_PHASE.get(record.phase, ())
+    return record.earlier or stage in _STAGES_OF_PHASE.get(record.phase, ())
 
 
 def first_stage(rows: Sequence[Mapping[str, bytes]]) -> str | None:

@@ -1,10 +1,27 @@
 """The parts of one replica."""
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import nn
+
+
+class Parts(Protocol):
+    """All that a training step reads and writes, whoever takes it: the trainer's replica, or a loop of one's own."""
+
+    model: nn.Module
+    criterion: nn.Module
+    steps_done: int
+
+    @property
+    def optimizers(self) -> Mapping[str, torch.optim.Optimizer]:
+        """By name; the only one under ""."""
+
+    @property
+    def others(self) -> Sequence[Any]:
+        """Further objects with a `state_dict`."""
 
 
 @dataclass
@@ -21,3 +38,13 @@ class Replica:
     scheduler: Any = None
     scaler: torch.amp.GradScaler | None = None
     steps_done: int = 0
+
+    @property
+    def optimizers(self) -> dict[str, torch.optim.Optimizer]:
+        """The optimizer, as `Parts` has it."""
+        return {"": self.optimizer}
+
+    @property
+    def others(self) -> list[Any]:
+        """Scheduler and scaler, where there are any."""
+        return [other for other in (self.scheduler, self.scaler) if other is not None]

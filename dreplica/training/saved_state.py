@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from dreplica.agreement.fingerprint import ALGORITHM
-from dreplica.agreement.stages import Entry, Stage, make_stage, optimizer_entries, rng_entries
+from dreplica.agreement.stages import Entry, Stage, make_stage, optimizer_entries, plain_name, rng_entries
 from dreplica.replica.replica import Replica
 from dreplica.replica.rng import get_rng_state, set_rng_state
 from dreplica.training.checkpoint import CheckpointError, Contents, rng_from_json, rng_to_json
@@ -107,9 +107,9 @@ def _state_entries(replica: Replica) -> dict[str, list[Entry]]:
     """All that lasts from step to step, stage by stage."""
     model = replica.model
     return {
-        "buffers": list(model.named_buffers()),
+        "buffers": [(plain_name(name), buffer) for name, buffer in model.named_buffers()],
         "optimizer": list(optimizer_entries(model, replica.optimizer, *_others(replica))),
-        "weights": list(model.named_parameters()),
+        "weights": [(plain_name(name), parameter) for name, parameter in model.named_parameters()],
         "rng": rng_entries(),
     }
 

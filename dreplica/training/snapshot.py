@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from dreplica.agreement.stages import parameter_names
-from dreplica.replica.replica import Replica
+from dreplica.replica.replica import Parts
 from dreplica.replica.rng import get_rng_state, set_rng_state
 from dreplica.training.plain_state import KeptTensor, PlainState
 
@@ -42,29 +42,29 @@ class Snapshot:
         return None if kept is None else kept.values
 
 
-def take_snapshot(replica: Replica) -> Snapshot:
+def take_snapshot(replica: Parts) -> Snapshot:
     """Copies the state; the replica is not changed."""
-    named = _tensors(replica)
+    named = state_tensors(replica)
     # A buffer that autograd has made is kept without its graph, in which there may be a step's activations.
     tensors = {name: KeptTensor.of(tensor if tensor.is_leaf else tensor.detach()) for name, tensor in named.items()}
     return Snapshot(
         tensors=tensors,
         gradients={name: _copy(parameter.grad) for name, parameter in _parameters(replica)},
         plain=PlainState(_owners(replica), [tensor for tensor in named.values() if tensor.is_leaf], _is_optimizer),
-        others=[_copy(other.state_dict()) for other in _others(replica)],
+        others=[_copy(other.state_dict()) for other in replica.others],
         rng=get_rng_state(),
         steps_done=replica.steps_done,
     )
 
 
 @torch.no_grad()
-def restore_snapshot(replica: Replica, snapshot: Snapshot) -> None:
+def restore_snapshot(replica: Parts, snapshot: Snapshot) -> None:
     """Puts the state back, byte for byte.
 
     Parameters, buffers and the optimizer's state are the same tensors in the same memory as at the snapshot, whatever
     has come to stand in their place since; only gradients are new ones.
     """
-    for other, state in zip(_others(replica), snapshot.others, strict=True):
+    for other, state in zip(replica.others, snapshot.others, strict=True):
         other.load_state_dict(_copy(state))
     snapshot.plain.restore()
     for tensor in snapshot.tensors.values():
@@ -75,23 +75,25 @@ def restore_snapshot(replica: Replica, snapshot: Snapshot) -> None:
     set_rng_state(snapshot.rng)
 
 
-def state_beside_weights(replica: Replica) -> PlainState:
+def state_beside_weights(replica: Parts) -> PlainState:
     """Of the modules of model and criterion, all but parameters and large tensors: what an evaluation may change."""
     return PlainState(_modules(replica), max_bytes=_MOST_BYTES)
 
 
-def _tensors(replica: Replica) -> dict[str, Tensor]:
+def state_tensors(replica: Parts) -> dict[str, Tensor]:
+    """Parameters, buffers and the optimizers' state, named as in `Snapshot.tensors`."""
     named: dict[str, Tensor] = {}
     for prefix, module in (("model.", replica.model), ("criterion.", replica.criterion)):
         named |= {prefix + name: tensor for name, tensor in module.named_parameters()}
         named |= {prefix + name: tensor for name, tensor in module.named_buffers()}
-    names = parameter_names(replica.model, replica.optimizer)
-    for parameter, state in _states(replica.optimizer):
-        named |= {
-            f"optimizer.{names.get(parameter)}.{key}": value
-            for key, value in state.items()
-            if isinstance(value, Tensor)
-        }
+    for own_name, optimizer in replica.optimizers.items():
+        names = parameter_names(replica.model, optimizer, own_name)
+        for parameter, state in _states(optimizer):
+            named |= {
+                f"optimizer.{names.get(parameter)}.{key}": value
+                for key, value in state.items()
+                if isinstance(value, Tensor)
+            }
     return named
 
 
@@ -100,29 +102,26 @@ def _states(optimizer: torch.optim.Optimizer) -> Iterator[tuple[Any, Mapping[Any
     return ((key, state) for key, state in optimizer.state.items() if isinstance(state, Mapping))
 
 
-def _parameters(replica: Replica) -> Iterator[tuple[str, nn.Parameter]]:
+def _parameters(replica: Parts) -> Iterator[tuple[str, nn.Parameter]]:
     for prefix, module in (("model.", replica.model), ("criterion.", replica.criterion)):
         for name, parameter in module.named_parameters():
             yield prefix + name, parameter
 
 
-def _modules(replica: Replica) -> list[nn.Module]:
+def _modules(replica: Parts) -> list[nn.Module]:
     return [*replica.model.modules(), *replica.criterion.modules()]
 
 
-def _owners(replica: Replica) -> list[object]:
+def _owners(replica: Parts) -> list[object]:
     """What has state in its attributes: also objects of the optimizer's own that it keeps as a parameter's state."""
-    kept = [value for _, state in _states(replica.optimizer) for value in state.values()]
-    return [*_modules(replica), replica.optimizer, *(value for value in kept if not isinstance(value, Tensor))]
+    optimizers = replica.optimizers.values()
+    kept = [value for optimizer in optimizers for _, state in _states(optimizer) for value in state.values()]
+    return [*_modules(replica), *optimizers, *(value for value in kept if not isinstance(value, Tensor))]
 
 
 def _is_optimizer(value: object) -> bool:
     """One optimizer may wrap another."""
     return isinstance(value, torch.optim.Optimizer)
-
-
-def _others(replica: Replica) -> list[Any]:
-    return [other for other in (replica.scheduler, replica.scaler) if other is not None]
 
 
 def _copy(value: Any) -> Any:

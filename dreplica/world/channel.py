@@ -1,6 +1,7 @@
 """The collectives that control traffic needs: kilobytes of CPU data over gloo, and no wait without an end."""
 
 import io
+import os
 import pickle
 import time
 from dataclasses import dataclass
@@ -77,10 +78,10 @@ class Channel:
             self.roll_call.waiting = False
         return posted.tensor
 
-    def broadcast(self, tensor: Tensor) -> Tensor:
-        """Rank 0's `tensor` (CPU, contiguous, same shape and dtype everywhere), in place, on every replica."""
+    def broadcast(self, tensor: Tensor, rank: int = 0) -> Tensor:
+        """That rank's `tensor` (CPU, contiguous, same shape and dtype everywhere), in place, on every replica."""
         if self.size > 1:
-            source = dist.get_global_rank(self.group, 0) if self.group is not None else 0
+            source = dist.get_global_rank(self.group, rank) if self.group is not None else rank
             sent = tensor.view(-1).view(torch.uint8)  # as bytes, since gloo does not take every dtype
             self.wait(Posted(sent, self._start(dist.broadcast, sent, src=source)))
         return tensor
@@ -113,8 +114,17 @@ class Channel:
 
 
 def gloo_channel(timeout: float = 300.0) -> Channel:
-    """A channel over a gloo group of its own, in which it meets no collective of the user's. A collective itself."""
+    """A channel over a gloo group of its own, in which it meets no collective of the user's. A collective itself.
+
+    This process alone where there is no process group. Raises ValueError where a launcher has started several.
+    """
     group: dist.ProcessGroup | None = None
+    launched = os.environ.get("WORLD_SIZE", "1")
+    if not dist.is_initialized() and launched != "1":
+        raise ValueError(
+            f"WORLD_SIZE is {launched} but there is no process group, so nothing would be compared. Call "
+            'torch.distributed.init_process_group("gloo") first, or leave WORLD_SIZE unset for a process by itself.'
+        )
     if dist.is_initialized():
         group = cast(dist.ProcessGroup, dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout)))
     return Channel(group, timeout=timeout)

@@ -19,7 +19,7 @@ from dreplica.agreement.trace import Trace
 from dreplica.agreement.verdict import Divergence, Verdict
 from dreplica.world.process_group import World
 from dreplica.world.roll_call import ReplicaLost
-from tests.agreement.bodies import flip_bit, seed_everything, tiny_model
+from tests.agreement.bodies import seed_everything, tiny_model
 from tests.harness import run_replicas
 
 # Different structure
@@ -233,38 +233,6 @@ def test_with_the_default_group() -> None:
     assert one == two
     assert one[:2] == [2, "5.bias"]
     assert one[2][0] != one[2][1]
-
-
-def _distributed_data_parallel(world: World, faulty: bool) -> Verdict | None:
-    """Every rank has a batch, random numbers and BatchNorm statistics of its own."""
-    seed_everything(0)
-    network = tiny_model()
-    model = nn.parallel.DistributedDataParallel(network, broadcast_buffers=False)
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
-    seed_everything(world.replica_id)
-    agreement = Agreement(model, optimizer, stages=("gradients", "optimizer", "weights"), on_divergence="continue")
-    for step in range(1, 4):
-        inputs, labels = torch.randn(4, 1, 4, 4), torch.randint(3, (4,))
-        optimizer.zero_grad()
-        loss = nn.functional.cross_entropy(model(inputs), labels)
-        loss.backward()
-        optimizer.step()
-        if faulty and step == 2 and world.replica_id == 1:
-            flip_bit(network[5].bias)
-        agreement.step(batch=(inputs, labels), loss=loss)
-    agreement.finish()
-    return agreement.divergence
-
-
-def _with_and_without_fault(world: World) -> list[Verdict | None]:
-    return [_distributed_data_parallel(world, faulty) for faulty in (False, True)]
-
-
-def test_under_ddp_what_ranks_share_is_compared() -> None:
-    for clean, verdict in run_replicas(_with_and_without_fault, 3):
-        assert clean is None
-        assert (verdict.step, verdict.stage, verdict.tensor) == (2, "weights", "module.5.bias")
-        assert verdict.suspects == [1]
 
 
 def test_an_unknown_stage_is_refused() -> None:

@@ -1,0 +1,105 @@
+"""Whose state is compared: one model or several, bare or wrapped, with what trains them; and what of it must agree."""
+
+from collections.abc import Callable, Collection, Mapping, Sequence
+from functools import partial
+from typing import Any, Literal
+
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from dreplica.agreement.stages import (
+    STAGES,
+    Optimizers,
+    Stage,
+    buffers_stage,
+    by_name,
+    gradients_stage,
+    optimizer_stage,
+    rng_stage,
+    weights_stage,
+)
+from dreplica.section import nearest
+
+Models = nn.Module | Mapping[str, nn.Module]
+"""One, or several by name."""
+
+Expect = Literal["identical", "independent", "ddp"]
+
+INDEPENDENT_STAGES = ("indices", "batch")
+"""What replicas from distinct seeds still share."""
+
+DDP_STAGES = ("gradients", "optimizer", "weights")
+"""What the ranks of one data-parallel model share after every step; buffers, too, if no forward pass mends them."""
+
+
+class Subject:
+    """Models and optimizers under the names that a verdict gives to their tensors.
+
+    Attributes:
+        model: without DistributedDataParallel and `torch.compile` around it; several models as one, `nn.ModuleDict`.
+        optimizers: by name; the only one under "".
+        others: further objects with a `state_dict`.
+    """
+
+    def __init__(self, model: Models, optimizer: Optimizers = None, others: Sequence[Any] = ()) -> None:
+        models = model if isinstance(model, Mapping) else {"": model}
+        self.model = nn.ModuleDict(_checked(models)) if isinstance(model, Mapping) else unwrapped(model)
+        self.optimizers = by_name(optimizer)
+        self.others = tuple(other for other in others if other is not None)
+        wrapped = [each for each in map(_in_ddp, models.values()) if each is not None]
+        self.is_ddp = bool(wrapped)
+        self._mends_buffers = all(each.broadcast_buffers for each in wrapped)
+
+    def gradients(self) -> Stage:
+        """As they are now."""
+        return gradients_stage(self.model)
+
+    def state(self) -> dict[str, Callable[[], Stage]]:
+        """How to make the stages that exist at any time."""
+        model = self.model
+        stages: dict[str, Callable[[], Stage]] = {
+            "buffers": partial(buffers_stage, model),
+            "weights": partial(weights_stage, model),
+            "rng": rng_stage,
+        }
+        if self.optimizers:
+            stages["optimizer"] = partial(optimizer_stage, model, self.optimizers, *self.others)
+        return stages
+
+    def compared(self, expect: Expect, stages: Collection[str] | None) -> frozenset[str]:
+        """The stages to compare: those given, or all that must agree.
+
+        Raises ValueError for a name that is no stage, and for one that independent replicas do not share.
+        """
+        comparable = INDEPENDENT_STAGES if expect == "independent" else STAGES
+        for name in stages or ():
+            if name not in STAGES:
+                raise ValueError(f"stages: {name!r} is no stage. {nearest(name, STAGES)}")
+            if name not in comparable:
+                raise ValueError(
+                    f"stages: {name!r} is not compared where expect is 'independent', only {', '.join(comparable)}. "
+                    "Leave it out, or use expect='identical' with the stages that must agree."
+                )
+        if stages is not None:
+            return frozenset(stages)
+        if expect == "ddp":
+            return frozenset(DDP_STAGES if self._mends_buffers else (*DDP_STAGES, "buffers"))
+        return frozenset(comparable)
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The module within DistributedDataParallel and `torch.compile`, in whatever order."""
+    within = model.module if isinstance(model, DistributedDataParallel) else getattr(model, "_orig_mod", model)
+    return model if within is model else unwrapped(within)
+
+
+def _in_ddp(model: nn.Module) -> DistributedDataParallel | None:
+    within = getattr(model, "_orig_mod", model)
+    return within if isinstance(within, DistributedDataParallel) else None
+
+
+def _checked(models: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
+    for name in models:
+        if not isinstance(name, str) or not name.isidentifier() or hasattr(nn.ModuleDict, name):
+            raise ValueError(f"model: {name!r} cannot be a model's name; give another word, such as 'generator'.")
+    return {name: unwrapped(model) for name, model in models.items()}

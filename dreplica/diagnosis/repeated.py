@@ -1,0 +1,122 @@
+"""A step of anyone's own loop, taken again and again from one state."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import _disable_current_modes
+from torch.utils._pytree import tree_leaves, tree_map
+
+from dreplica.agreement.agreement import Batch
+from dreplica.agreement.stages import STAGES, Stage, batch_stage
+from dreplica.agreement.subject import Subject
+from dreplica.diagnosis.operators import OpRecord, OpTracer
+from dreplica.diagnosis.provenance import DIGEST_BYTES, Contents
+from dreplica.diagnosis.replay import Replayed, layout
+from dreplica.training.snapshot import Snapshot, restore_snapshot, take_snapshot
+
+NO_INDICES = torch.empty(0, dtype=torch.int64)
+"""The step is given its batch: there is nothing to load."""
+
+
+@dataclass
+class _OwnParts:
+    """What the step reads and writes; see `Parts`."""
+
+    model: nn.Module
+    optimizers: Mapping[str, torch.optim.Optimizer]
+    others: Sequence[Any]
+    criterion: nn.Module = field(default_factory=nn.Module)
+    steps_done: int = 0
+
+
+class Repeated:
+    """Takes the step on one replica; see `Repeats`.
+
+    Attributes:
+        parts: what the step reads and writes.
+        batch, state: digests of what it is given, and of the state as it was found.
+    """
+
+    def __init__(self, step: Callable[[Any], Any], batch: Batch, subject: Subject) -> None:
+        self.parts = _OwnParts(subject.model, subject.optimizers, subject.others)
+        self.batch = {"batch": batch_stage(batch)}
+        self.state = {name: make() for name, make in subject.state().items()}
+        self._step, self._given, self._subject = step, batch, subject
+        self._present = take_snapshot(self.parts)
+        self._before: Snapshot | None = None
+
+    def begin(self) -> None:
+        """From the state as it is now, without gradients, the step is taken each time."""
+        for parameter in self.parts.model.parameters():
+            parameter.grad = None
+        self._before = take_snapshot(self.parts)
+
+    def again(self, indices: Tensor = NO_INDICES, capture: int | None = None) -> Replayed:
+        """Takes the step, every operator recorded; with `capture`, that operator's tensors kept."""
+        assert self._before is not None, "begin() comes first"
+        restore_snapshot(self.parts, self._before)
+        tracer = OpTracer(self.parts.optimizers, capture, self.parts.model)
+        batch = tree_map(lambda leaf: leaf.detach().clone() if isinstance(leaf, Tensor) else leaf, self._given)
+        inputs = [leaf for leaf in tree_leaves(batch) if isinstance(leaf, Tensor)]
+        with _gradients_used(self._subject) as gradients, tracer:
+            returned = self._step(batch)
+        tracer.records = _with_turns(tracer.records)
+        outputs = [leaf for leaf in tree_leaves(returned) if isinstance(leaf, Tensor)]
+        makers = self._subject.state() | {"gradients": lambda: _joined(gradients or [self._subject.gradients()])}
+        if outputs:
+            named = {f"returned.{number}": tensor for number, tensor in enumerate(outputs)}
+            makers["output"] = lambda: batch_stage(named)
+        stages = {name: makers[name]() for name in STAGES if name in makers}
+        generator = torch.get_rng_state().numpy().tobytes()
+        return Replayed(stages, tracer, _all_accounted(tracer), generator, layout(self.parts.model, inputs))
+
+    def replayed(self, stage: str, name: str) -> Tensor | None:
+        """A tensor, on the CPU, as the step has just left it."""
+        tensor = take_snapshot(self.parts).find(stage, name)
+        return None if tensor is None else tensor.cpu()
+
+    def close(self) -> None:
+        """Restores the state in which the replica was found, byte for byte."""
+        restore_snapshot(self.parts, self._present)
+
+
+@contextmanager
+def _gradients_used(subject: Subject) -> Iterator[list[Stage]]:
+    """Those that each optimizer's step begins with: afterwards the step may have set them to zero."""
+    stages: list[Stage] = []
+
+    def note(*_: Any) -> None:
+        with _disable_current_modes():  # what it takes to hash them is no operator of the step's
+            stages.append(subject.gradients())
+
+    handles = [optimizer.register_step_pre_hook(note) for optimizer in subject.optimizers.values()]
+    try:
+        yield stages
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _joined(stages: Sequence[Stage]) -> Stage:
+    """As one: `weight` of the first, `weight#2` of the second."""
+    numbered = enumerate(stages, start=1)
+    names = (name if number == 1 else f"{name}#{number}" for number, stage in numbered for name in stage.names)
+    return Stage(tuple(names), b"".join(stage.digests for stage in stages))
+
+
+def _with_turns(records: Sequence[OpRecord]) -> list[OpRecord]:
+    """The records, those marked that another forward or backward pass comes after, as one optimizer's step may."""
+    last = max((i for i, record in enumerate(records) if record.phase != "optimizer"), default=-1)
+    before = max((i for i in range(last) if records[i].phase == "optimizer"), default=-1)
+    return [replace(record, earlier=True) for record in records[: before + 1]] + list(records[before + 1 :])
+
+
+def _all_accounted(tracer: OpTracer) -> Contents:
+    """A step of one's own may read tensors from anywhere: none is called memory that has changed by itself."""
+    inputs = (record.inputs for record in tracer.records)
+    digests = (row[at : at + DIGEST_BYTES] for row in inputs for at in range(0, len(row), DIGEST_BYTES))
+    return Contents(frozenset(digests), {})

@@ -1,0 +1,148 @@
+"""Several models and optimizers, wrapped and compiled ones: every tensor under the name it has in its own model."""
+
+import re
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from dreplica.agreement.agreement import Agreement
+from dreplica.agreement.stages import batch_stage, gradients_stage, optimizer_stage
+from dreplica.agreement.subject import Subject
+from dreplica.agreement.verdict import Verdict
+from dreplica.world.process_group import World
+from tests.agreement.bodies import flip_bit, seed_everything, tiny_model
+from tests.harness import run_replicas
+
+FAULTS: dict[str, tuple[str, str]] = {
+    "none": ("", ""),
+    "generator": ("weights", "generator.0.bias"),
+    "gradient": ("gradients", "critic.0.weight"),
+    "exp_avg": ("optimizer", "critic.0.weight.exp_avg"),
+    "lr": ("optimizer", "generator.group0.lr"),
+    "statistics": ("buffers", "generator.1.running_mean"),
+}
+
+
+def _gan(world: World, fault: str) -> Verdict | None:
+    seed_everything(0)
+    generator = nn.Sequential(nn.Linear(2, 4), nn.BatchNorm1d(4))
+    critic = nn.Sequential(nn.Linear(4, 1))
+    optimizers = {
+        "generator": torch.optim.Adam(generator.parameters(), lr=0.01),
+        "critic": torch.optim.Adam(critic.parameters(), lr=0.01),
+    }
+    agreement = Agreement({"generator": generator, "critic": critic}, optimizers, on_divergence="continue")
+    for step in range(1, 4):
+        real, noise = torch.randn(8, 4), torch.randn(8, 2)
+        optimizers["critic"].zero_grad()
+        (critic(generator(noise).detach()).mean() - critic(real).mean()).backward()
+        optimizers["critic"].step()
+        optimizers["generator"].zero_grad()
+        loss = -critic(generator(noise)).mean()
+        loss.backward()
+        optimizers["generator"].step()
+        if world.replica_id == 1 and step == 2:
+            tensors: dict[str, Tensor] = {
+                "generator": generator[0].bias,
+                "gradient": critic[0].weight.grad,
+                "exp_avg": optimizers["critic"].state[critic[0].weight]["exp_avg"],
+                "statistics": generator[1].running_mean,
+            }
+            if fault in tensors:
+                flip_bit(tensors[fault])
+            elif fault == "lr":
+                optimizers["generator"].param_groups[0]["lr"] = 0.02
+        agreement.step(batch={"real": real, "noise": noise}, loss=loss)
+    agreement.finish()
+    return agreement.divergence
+
+
+def _gans(world: World) -> dict[str, Verdict | None]:
+    return {fault: _gan(world, fault) for fault in FAULTS}
+
+
+def test_each_tensor_of_several_models_and_optimizers_is_compared() -> None:
+    one, two = run_replicas(_gans, 2)
+    assert isinstance(one, dict), one
+    assert one == two
+    for fault, verdict in one.items():
+        found = None if verdict is None else (verdict.step, verdict.stage, verdict.tensor)
+        assert found == (None if fault == "none" else (2, *FAULTS[fault])), fault
+
+
+def test_a_parameter_in_two_optimizers_has_two_states() -> None:
+    model = nn.Linear(2, 1, bias=False)
+    optimizers = {name: torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9) for name in ("fast", "slow")}
+    model(torch.ones(2)).sum().backward()
+    for optimizer in optimizers.values():
+        optimizer.step()
+    before = optimizer_stage(model, optimizers).entries()
+    assert {"fast.weight.momentum_buffer", "slow.weight.momentum_buffer", "fast.group0.lr"} <= before.keys()
+    optimizers["slow"].state[model.weight]["momentum_buffer"] += 1
+    after = optimizer_stage(model, optimizers).entries()
+    assert [name for name in before if before[name] != after[name]] == ["slow.weight.momentum_buffer"]
+
+
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        lambda model: torch.compile(model),
+        lambda model: nn.Sequential(*map(torch.compile, model)),
+        lambda model: torch.compile(nn.Sequential(*map(torch.compile, model))),
+    ],
+)
+def test_a_compiled_model_has_the_names_of_the_model_itself(wrap: Any) -> None:
+    model = tiny_model()
+    optimizer = torch.optim.AdamW(model.parameters())
+    for parameter in model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+    plain = Agreement(model, optimizer).observe()
+    assert Agreement(wrap(model), optimizer).observe() == plain
+    assert "0.weight" in plain["weights"].names
+
+
+def test_a_frozen_parameter_is_another_entry_than_one_without_a_gradient() -> None:
+    model = nn.Linear(2, 2)
+    before = gradients_stage(model)
+    model.weight.requires_grad_(False)
+    frozen = gradients_stage(model)
+    assert (before.names, frozen.names) == (("bias", "weight"), ("bias", "weight (requires_grad=False)"))
+    model.weight.grad = torch.ones(2, 2)
+    assert gradients_stage(model).digest != frozen.digest
+
+
+def test_micro_batches_are_no_inputs_and_labels() -> None:
+    pair = (torch.zeros(2, 3), torch.zeros(2))
+    assert batch_stage(pair).names == ("inputs", "labels")
+    assert batch_stage([pair, pair]).names == ("0.0", "0.1", "1.0", "1.1")
+    assert batch_stage([pair, pair, pair]).names[:2] == ("0.0", "0.1")
+    assert batch_stage(({"ids": pair[0], "mask": pair[0]}, pair[1])).names == ("inputs.ids", "inputs.mask", "labels")
+
+
+def test_without_an_optimizer_there_is_no_such_stage() -> None:
+    agreement = Agreement({"only": nn.Linear(2, 2)})
+    agreement.step(loss=torch.ones(()))
+    assert set(agreement.observe()) == {"buffers", "gradients", "weights", "rng"}
+    assert "only.weight" in agreement.observe()["weights"].names
+    assert set(agreement.fingerprints()[0]) == {"weights", "buffers"}
+
+
+def test_a_tensor_without_memory_is_named() -> None:
+    model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2, device="meta"))
+    with pytest.raises(TypeError, match=r"'1\.weight': a fingerprint needs .* on meta"):
+        Agreement(model)
+
+
+@pytest.mark.parametrize("name", ["a.b", "", "train", 3])
+def test_a_name_that_no_model_can_have_is_refused(name: Any) -> None:
+    with pytest.raises(ValueError, match=re.escape(f"model: {name!r} cannot be a model's name")):
+        Subject({name: nn.Linear(2, 2)})
+
+
+def test_several_processes_without_a_group_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match=r"WORLD_SIZE is 2 but there is no process group.*init_process_group"):
+        Agreement(nn.Linear(2, 2))

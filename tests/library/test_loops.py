@@ -1,0 +1,113 @@
+"""A planted divergence is found at its step, stage and tensor in loops of every kind, and clean ones are silent.
+
+The examples of docs/library.md print what the page says.
+"""
+
+import os
+import warnings
+from functools import cache
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch.distributed as dist
+
+from dreplica.agreement.verdict import Divergence, Verdict
+from dreplica.world.process_group import World
+from tests.harness import REPOSITORY, run_replicas
+from tests.library.loops import LOOPS, STEP, Net
+from tests.library.page import examples_of, run
+
+pytestmark = pytest.mark.xdist_group("library")  # one worker, which starts the processes once
+
+HEAVY = ("lightning.pytorch", "transformers.trainer", "accelerate")
+PAGE = REPOSITORY / "docs" / "library.md"
+
+PLANTED = {
+    "mnist": ("gradients", "fc.weight"),
+    "ddp": ("optimizer", "conv.bias.momentum_buffer"),
+    "lightning": ("optimizer", "group0.lr"),
+    "transformers": ("weights", "net.fc.weight"),
+}
+SIZE = 4 * sum(parameter.numel() for parameter in Net().parameters())
+"""Bytes of weights, as of gradients."""
+READ = {
+    "ddp": 3 * SIZE,  # weights, gradients and momentum
+    "lightning": 3 * SIZE,
+    "transformers": 4 * SIZE + 4 * len(list(Net().parameters())),  # AdamW's two moments, and a step for each tensor
+}
+
+
+def _run_loops(world: World) -> dict[tuple[str, bool], Any]:
+    """The verdict with which each loop stops; or how many steps it has compared, and bytes read in the last."""
+    results: dict[tuple[str, bool], Any] = {}
+    for name, loop in LOOPS.items():
+        for planted in (False, True):
+            try:
+                agreement = loop(planted and world.replica_id == 1)
+                results[name, planted] = agreement.steps_checked, agreement.bytes_per_step
+            except Divergence as divergence:
+                results[name, planted] = divergence.verdict
+    return results
+
+
+def _refusals() -> list[str]:
+    """What the callbacks say where each rank has a part of the state."""
+    from dreplica import lightning, transformers
+
+    trainer, arguments = SimpleNamespace(world_size=2, strategy=SimpleNamespace()), SimpleNamespace(fsdp="full_shard")
+    with pytest.raises(ValueError, match="need not agree") as of_lightning:
+        lightning.AgreementCallback().on_train_start(trainer, None)
+    with pytest.raises(ValueError, match="need not agree") as of_transformers:
+        transformers.AgreementCallback().on_train_begin(
+            arguments, None, None, model=None, optimizer=None, lr_scheduler=None
+        )
+    return [str(of_lightning.value), str(of_transformers.value)]
+
+
+def _run_page() -> list[str]:
+    dist.init_process_group = lambda *_: None  # it is there already
+    beginning, examples = examples_of(PAGE)
+    return [run(beginning, example) for example in examples]
+
+
+def _run_all(world: World) -> tuple[dict[tuple[str, bool], Any], list[str], list[str]]:
+    warnings.simplefilter("ignore")
+    os.environ["TORCHELASTIC_RUN_ID"] = "test"  # by which Lightning knows that the ranks are there already
+    return _run_loops(world), _run_page(), _refusals()
+
+
+@cache
+def results() -> list[Any]:
+    return run_replicas(_run_all, 2, imports=HEAVY, timeout=150.0)
+
+
+@pytest.mark.parametrize("name", LOOPS)
+def test_a_planted_divergence_stops_all_ranks_at_its_step_and_a_clean_loop_is_silent(name: str) -> None:
+    one, two = results()
+    assert isinstance(one, tuple), one
+    assert one[0] == two[0]
+    steps_checked, bytes_per_step = one[0][name, False]
+    assert steps_checked == 12
+    assert bytes_per_step == READ.get(name, bytes_per_step)  # at the hook, gradients are still there
+    verdict = one[0][name, True]
+    assert isinstance(verdict, Verdict), verdict
+    assert (verdict.step, verdict.epoch, verdict.stage, verdict.tensor) == (STEP, 2, *PLANTED[name])
+
+
+def test_the_examples_of_the_page_print_what_it_says() -> None:
+    one, two = results()
+    assert isinstance(one, tuple), one
+    _, examples = examples_of(PAGE)
+    assert len(examples) == len(one[1]) == 9
+    for example, printed in zip(examples, one[1], strict=True):
+        assert example.prints(printed), f"{example.code}\nprints\n{printed}"
+        assert example.output, example.code
+    assert sum(one == two for one, two in zip(one[1], two[1], strict=True)) >= 8  # but for a time it took
+
+
+def test_where_each_rank_has_a_part_of_the_state_the_callbacks_refuse() -> None:
+    one, two = results()
+    assert isinstance(one, tuple), one
+    assert one[2] == two[2]
+    assert all("AgreementCallback(expect=" in message for message in one[2])
