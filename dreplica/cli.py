@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dreplica.config import format_help
 from dreplica.errors import ExitCode, UsageError
 
 if TYPE_CHECKING:
@@ -49,9 +48,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     certify.add_argument("--at-step", type=_positive, metavar="K", help="interrupt after this step")
     certify.add_argument("--keep", type=Path, metavar="FOLDER", help="keep the run folders there")
 
+    text = "compare two recorded runs: the first step, stage and tensor that differ, or the proof that none does"
+    compare = commands.add_parser("compare", help=text, description=text, allow_abbrev=False)
+    compare.add_argument("runs", nargs=2, type=Path, metavar="RUN", help="a run folder, or a trace.jsonl")
+    compare.add_argument("--json", action="store_true", help="print what is found as JSON")
+    compare.add_argument(
+        "--prefix", action="store_true", help="exit with 0, too, if one run ends sooner and is the same up to there"
+    )
+    compare.set_defaults(help=False)
+
     argv = sys.argv[1:] if argv is None else argv
     known, settings = parser.parse_known_args(argv)
     if known.help:
+        from dreplica.config import format_help
+
         print(f"usage: dreplica {known.command} [--replicas N] {_SETTINGS}\n")
         print(commands.choices[known.command].format_help().split("\n\n", 1)[1])
         print(format_help("dreplica"))
@@ -63,6 +73,16 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         try:
             return run_cases(known.names, known.json, known.keep, known.timeout)
+        except UsageError as error:
+            print(f"error: {error}", file=sys.stderr)
+            return ExitCode.UNUSABLE
+    if known.command == "compare":
+        if settings:
+            compare.error(f"unrecognized arguments: {' '.join(settings)}")
+        from dreplica.compare import compare_runs
+
+        try:
+            return compare_runs(known.runs[0], known.runs[1], known.json, known.prefix)
         except UsageError as error:
             print(f"error: {error}", file=sys.stderr)
             return ExitCode.UNUSABLE

@@ -9,6 +9,8 @@ from typing import Literal
 from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
 from dreplica.agreement.agreement import Agreement
+from dreplica.agreement.recorded import TENSORS_NAME, TRACE_NAME
+from dreplica.agreement.tensor_record import TensorRecord
 from dreplica.agreement.trace import Trace
 from dreplica.agreement.verdict import Divergence, Verdict
 from dreplica.cases.inject import FaultyCoordinator
@@ -94,9 +96,8 @@ class Run:
         """Trains to the end and returns the verdict; raises Divergence where replicas part and are to stop."""
         kept = len(self.data.train) if self.own.data.cache != "none" else 0  # type: ignore[arg-type]
         display = ProgressDisplay(self.console, self.world.is_coordinator, self.expect, kept)
-        trace_path = self.recorder.folder / "trace.jsonl" if self.world.is_coordinator else None
         watch = LearningWatch(self.replica)
-        with closing(display), Trace(trace_path, self.world.num_replicas, self.start.num_trace_lines) as trace:
+        with closing(display), self.open_trace() as trace:
             agreement = self.agreement = self.make_agreement(trace)
             agreement.steps_checked = self.start.steps_checked
             history = self.history = self.make_history()
@@ -132,6 +133,15 @@ class Run:
             self.report.warnings += self.checkpoints.finish()
             self.check_reproduces(trace)
         return self.finish(agreement)
+
+    def open_trace(self) -> Trace:
+        """Rank 0's digests go into the run folder."""
+        path = tensors = None
+        if self.world.is_coordinator:
+            path = self.recorder.folder / TRACE_NAME
+            if self.config.agreement.record == "tensors":
+                tensors = TensorRecord(self.recorder.folder / TENSORS_NAME)
+        return Trace(path, self.world.num_replicas, self.start.num_trace_lines, tensors)
 
     def go_on(self) -> Start:
         """Where this run begins: at its beginning or, in the folder of an interrupted run, at its newest checkpoint."""

@@ -44,6 +44,9 @@ class AgreementConfig(Section):
     """Steps between snapshots kept in memory, from which a divergence is replayed; 0: no snapshots, no replay."""
     on_divergence: Annotated[Literal["stop", "continue"], Lockstep()] = "stop"
     """`stop` at the first difference, or `continue` and only record it."""
+    record: Annotated[Literal["stages", "tensors"], Lockstep()] = "stages"
+    """What the run folder keeps of every checked step: the digest of each stage (trace.jsonl) or, beside it, of each
+    single tensor, too (tensors.bin: 16 bytes for each), so that `dreplica compare` can name the tensor."""
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from dreplica.agreement.stages import STAGES, Stage
+from dreplica.agreement.stage import STAGES, Stage
 from dreplica.agreement.verdict import Verdict, split_into_classes, suspects_of
 
 _CAUSE_OF_STAGE = {"indices": "indices-differ", "batch": "batch-differs", "predictions": "evaluation-differs"}

@@ -1,0 +1,73 @@
+"""A recorded run with which one that is under way is compared, step by step."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from dreplica.agreement.comparison import part_at, place_of
+from dreplica.agreement.fingerprint import ALGORITHM
+from dreplica.agreement.place import Place
+from dreplica.agreement.recorded import RecordedTrace
+from dreplica.agreement.stage import Stage
+from dreplica.errors import UsageError
+
+
+@dataclass(frozen=True)
+class Apart:
+    """Where a run parts from its reference."""
+
+    place: Place
+    """The reference is replica 1 of it."""
+    recorded: dict[str, str]
+    """What the reference has there: stage to 32 hex digits."""
+    is_first: bool
+    """Whether the reference has no training step before."""
+
+
+class Reference:
+    """The trace of a recorded run, for `Agreement`. Only the replica of rank 0 needs it.
+
+    Steps that it has not recorded, and stages, are not compared.
+
+    Raises UsageError if there is no trace, or one whose digests are of another algorithm than this run's.
+
+    Args:
+        path: of the run folder, or of the trace itself.
+
+    Attributes:
+        trace: as read through.
+        num_compared: how many checked steps and evaluations have been compared so far, and were the same.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.trace = RecordedTrace(path)
+        if self.trace.algorithm != ALGORITHM:
+            raise UsageError(
+                f"{str(self.trace.path)!r} has digests of algorithm {self.trace.algorithm!r}, and this run's are of "
+                f"{ALGORITHM!r}: they would differ whatever the runs did. Record it again with this release."
+            )
+        self.trace.read_through()
+        self.num_compared = 0
+        self._lines = self.trace.lines()
+        self._line = next(self._lines, None)
+        self._first_step: int | None = None
+
+    def compare(self, step: int, is_evaluation: bool, stages: Mapping[str, Stage]) -> Apart | None:
+        """Where this run's `stages` of a checked step differ from the recorded ones; None if they do not.
+
+        Steps are asked for in order.
+        """
+        key = step, is_evaluation
+        while self._line is not None and self._line.key <= key:
+            line, self._line = self._line, next(self._lines, None)
+            if self._first_step is None and line.key[0] > 0:
+                self._first_step = line.key[0]
+            if line.key == key:
+                recorded = line.parsed()
+                own = {name: stage.digest.hex() for name, stage in stages.items()}
+                differing_stages = part_at(own, recorded)
+                if differing_stages:
+                    place = place_of(key, differing_stages, stages, self.trace.tensors(line))
+                    return Apart(place, recorded, is_first=self._first_step in (None, step))
+                self.num_compared += bool(own.keys() & recorded.keys())
+        return None
