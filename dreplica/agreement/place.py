@@ -93,7 +93,7 @@ def describe(place: Place, epoch: int | None, num_replicas: int) -> Verdict:
         epoch=epoch,
         stage=place.stage,
         tensor=place.tensor,
-        module=_module_of(place.stage, place.tensor),
+        module=module_of(place.stage, place.tensor),
         phase=place.phase,
         suspects=suspects,
         classes=place.classes,
@@ -117,7 +117,7 @@ def _evidence(place: Place) -> list[str]:
     return evidence
 
 
-def _module_of(stage: str | None, tensor: str | None) -> str | None:
+def module_of(stage: str | None, tensor: str | None) -> str | None:
     """The module path that a parameter's or buffer's name begins with."""
     if tensor is None or stage not in {"weights", "gradients", "buffers"} or "." not in tensor:
         return None

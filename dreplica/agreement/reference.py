@@ -6,9 +6,10 @@ from pathlib import Path
 
 from dreplica.agreement.comparison import part_at, place_of
 from dreplica.agreement.fingerprint import ALGORITHM
-from dreplica.agreement.place import Place
+from dreplica.agreement.place import Place, module_of
 from dreplica.agreement.recorded import RecordedTrace
 from dreplica.agreement.stage import Stage
+from dreplica.agreement.verdict import Divergence, Verdict
 from dreplica.errors import UsageError
 
 
@@ -16,6 +17,8 @@ from dreplica.errors import UsageError
 class Apart:
     """Where a run parts from its reference."""
 
+    reference: str
+    """Its path, as given."""
     place: Place
     """The reference is replica 1 of it."""
     recorded: dict[str, str]
@@ -41,6 +44,7 @@ class Reference:
 
     def __init__(self, path: Path) -> None:
         self.trace = RecordedTrace(path)
+        self._name = str(path)
         if self.trace.algorithm != ALGORITHM:
             raise UsageError(
                 f"{str(self.trace.path)!r} has digests of algorithm {self.trace.algorithm!r}, and this run's are of "
@@ -68,6 +72,45 @@ class Reference:
                 differing_stages = part_at(own, recorded)
                 if differing_stages:
                     place = place_of(key, differing_stages, stages, self.trace.tensors(line))
-                    return Apart(place, recorded, is_first=self._first_step in (None, step))
+                    return Apart(self._name, place, recorded, is_first=self._first_step in (None, step))
                 self.num_compared += bool(own.keys() & recorded.keys())
         return None
+
+
+class ReferenceDiffers(Divergence):
+    """Replicas agree, and what they have is not what the reference has recorded; `apart` says what that is."""
+
+    def __init__(self, verdict: Verdict, apart: Apart) -> None:
+        super().__init__(verdict)
+        self.args = verdict, apart  # that unpickling calls it with again
+        self.apart = apart
+
+
+def describe_apart(apart: Apart, epoch: int | None, num_replicas: int) -> Verdict:
+    """The verdict as far as the comparison alone can tell: where."""
+    place = apart.place
+    assert place.stage is not None
+    evidence = [f"differing stages: {', '.join(place.differing_stages)}"]
+    if place.num_entries:
+        evidence.insert(0, f"{place.num_differing} of {place.num_entries} entries of {place.stage} differ")
+        sides = ("here", "in the reference")
+        evidence += [f"{name} is only {sides[ids[0]]}" for name, ids in list(place.only_on.items())[:5]]
+    else:
+        evidence.append("the reference has not recorded which tensor it is: record it with --agreement.record tensors")
+    when = "at the build (step 0)" if place.step == 0 else f"at step {place.step}"
+    if place.phase is not None:
+        when = f"in the {place.phase} after step {place.step}"
+    where = ", ".join(part for part in (place.stage, place.tensor) if part)
+    return Verdict(
+        agreed=False,
+        cause="unexplained",
+        summary=f"parted from the reference {apart.reference} {when}: {where}",
+        step=place.step,
+        epoch=epoch,
+        stage=place.stage,
+        tensor=place.tensor,
+        module=module_of(place.stage, place.tensor),
+        phase=place.phase,
+        classes=[list(range(num_replicas))],
+        evidence=evidence,
+    )
