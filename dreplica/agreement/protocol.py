@@ -26,7 +26,7 @@ class Outcome:
 
     agreed: bool
     stop: bool
-    apart: bool
+    apart: bool = False
     """Whether rank 0 has found a difference from its reference."""
 
 

@@ -28,8 +28,10 @@ _SHOWS_IN: dict[str, tuple[str, ...]] = {
     "schedule": ("optimizer",),
 }
 """Config sections and keys to the stage in which a difference must show, in the first step."""
-_SHOWS_IN_BUILD = {"seed.model", "model.name", "model.factory", "model.weights", "replica.factory"}
+_SHOWS_IN_BUILD = {"seed.model", "model.name", "model.weights"}
 """And those that must show in the build."""
+_SHOWS_NOWHERE = {"optim.foreach", "optim.fused", "optim.capturable", "optim.differentiable"}
+"""They say how a step is computed, and no digest has them."""
 _ACTS_ON: dict[str, tuple[str, ...]] = {
     "seed": (),
     "data": ("indices", "batch"),
@@ -86,13 +88,11 @@ class AgainstReference:
             stages = again()
         with_ = " and ".join(f"{item.field} {show(item.one)}" for item in tried)
         if all(stages[name] == recorded[name] for name in stages.keys() & recorded.keys()):
-            lines.append(f"with {with_}, as in the reference, the same step comes to what the reference has")
+            lines.append(f"with {with_}, as in the reference, the step comes to what the reference has")
             given = {_own_key(item.field) for item in self.config}
             is_set = all(given & set(follows_from(item.field)) for item in tried)
             return Decision("config-differs" if is_set else "environment-differs", [], lines)
-        lines.append(
-            f"with {with_}, as in the reference, the same step does not come to what the reference has, either"
-        )
+        lines.append(f"with {with_}, as in the reference, the step does not come to what the reference has, either")
         excluded = {item.field for item in tried} | {key for item in tried for key in follows_from(item.field)}
         return _begin_with(lines, self.account(excluded))
 
@@ -145,7 +145,7 @@ class AgainstReference:
             return any(fault["step"] == place.step for faults in (item.one, item.other) for fault in faults)
         if place.step == 0:
             return key in _SHOWS_IN_BUILD and place.stage in _BUILT
-        stages = _SHOWS_IN.get(key, _SHOWS_IN.get(key.partition(".")[0], ()))
+        stages = () if key in _SHOWS_NOWHERE else _SHOWS_IN.get(key, _SHOWS_IN.get(key.partition(".")[0], ()))
         return self.apart.is_first and place.phase is None and place.stage in stages
 
     def _may_act(self, field: str) -> bool:

@@ -34,7 +34,7 @@ def can_replay(found: Verdict, history: History) -> bool:
 
 
 Judge = Callable[[Sequence[Witness], Callable[[], Mapping[str, bytes]]], Decision]
-"""Decides on what every replica has to say; a second argument runs the step once more, and gives its stages' digests."""
+"""Decides on what every replica has to say; its second argument takes the step once more, for its stages' digests."""
 
 
 def diagnose(
