@@ -60,20 +60,16 @@ class RecordedTrace:
     What is known once all lines have been read:
 
     Attributes:
-        num_lines: whole lines behind the header.
         last_key: of the newest step in it; (-1, False) if there is none.
         is_cut_off: whether its last line is not whole, and therefore not read.
         parted_at: the first step at which its own replicas had parted; None if they agreed all along.
-        done_again: the first step of which there are several lines; None if there is none.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path / TRACE_NAME if path.is_dir() else path
-        self.num_lines = 0
         self.last_key: Key = (-1, False)
         self.is_cut_off = False
         self.parted_at: int | None = None
-        self.done_again: int | None = None
         self._again: list[tuple[int, Key]] = []
         try:
             with self.path.open("rb") as file:
@@ -94,34 +90,39 @@ class RecordedTrace:
         """The lines in order, from `start` on or from the first. Raises UsageError at one that is none.
 
         A run that was interrupted after its replicas had parted, or that did not come to what it had recorded, went on
-        from an earlier step: the second time that all lines are read, only the last ones of such steps are given.
+        from an earlier step: once all lines have been read, only the last ones of such steps are given.
         """
-        superseding, self._again = self._again, []
-        self.is_cut_off, self.parted_at, self.done_again = False, None, None
         start = start or Start()
-        self.num_lines = start.num_lines
-        self.last_key = last = (start.step, False)
+        last = newest = (start.step, False)
+        parted_at: int | None = None
+        again: list[tuple[int, Key]] = []
         with self.path.open("rb") as file:
             file.readline()
             file.seek(start.num_bytes, os.SEEK_CUR)
-            for line in self._parsed(file, start):
+            for number, line in enumerate(self._parsed(file, start), start=start.num_lines):
                 if line.key <= last:
-                    self._again.append((self.num_lines, line.key))
-                    self.done_again = min(line.key[0], self.last_key[0] if self.done_again is None else self.done_again)
+                    again.append((number, line.key))
                 last = line.key
-                number = self.num_lines
-                self.num_lines += 1
-                self.last_key = max(self.last_key, line.key)
-                if not (superseding and any(at > number and key <= line.key for at, key in superseding)):
-                    if not line.agreed and self.parted_at is None:
-                        self.parted_at = line.key[0]
-                    yield line
+                newest = max(newest, last)
+                if self._again and any(at > number and key <= last for at, key in self._again):
+                    continue
+                if not line.agreed and parted_at is None:
+                    parted_at = last[0]
+                yield line
+        self.last_key, self.parted_at, self._again = newest, parted_at, again
 
-    def read_through(self) -> "RecordedTrace":
+    def read_through(self) -> None:
         """Reads all lines, for what can only be known then."""
         for _ in self.lines():
             pass
-        return self
+        if self._again:
+            for _ in self.lines():
+                pass
+
+    @property
+    def done_again(self) -> int | None:
+        """The first step of which there are several lines; None if there is none."""
+        return min((key[0] for _, key in self._again), default=None)
 
     def tensors(self, line: Line) -> dict[str, Stage] | None:
         """The digests of the line's single tensors, stage by stage; None where they have not been recorded."""
