@@ -24,7 +24,7 @@ class Apart:
     recorded: dict[str, str]
     """What the reference has there: stage to 32 hex digits."""
     is_first: bool
-    """Whether the reference has no training step before."""
+    """Whether no training step before it has been compared."""
 
 
 class Reference:
@@ -54,7 +54,7 @@ class Reference:
         self.num_compared = 0
         self._lines = self.trace.lines()
         self._line = next(self._lines, None)
-        self._first_step: int | None = None
+        self._has_begun = False
 
     def compare(self, step: int, is_evaluation: bool, stages: Mapping[str, Stage]) -> Apart | None:
         """Where this run's `stages` of a checked step differ from the recorded ones; None if they do not.
@@ -64,16 +64,15 @@ class Reference:
         key = step, is_evaluation
         while self._line is not None and self._line.key <= key:
             line, self._line = self._line, next(self._lines, None)
-            if self._first_step is None and line.key[0] > 0:
-                self._first_step = line.key[0]
             if line.key == key:
                 recorded = line.parsed()
                 own = {name: stage.digest.hex() for name, stage in stages.items()}
                 differing_stages = part_at(own, recorded)
                 if differing_stages:
                     place = place_of(key, differing_stages, stages, self.trace.tensors(line))
-                    return Apart(self._name, place, recorded, is_first=self._first_step in (None, step))
+                    return Apart(self._name, place, recorded, is_first=not self._has_begun)
                 self.num_compared += bool(own.keys() & recorded.keys())
+                self._has_begun = step > 0
         return None
 
 

@@ -50,8 +50,21 @@ _ACTS_ON: dict[str, tuple[str, ...]] = {
 }
 """Config sections and keys to the stages in which a difference may show first, all before being equal."""
 _CHANGEABLE = {f"numerics.{name}" for name in CHANGEABLE}
-_OF_THE_DATA = {"data", "packages.torchvision", "packages.pillow"}
-_NO_ENVIRONMENT = {"host", "seed", "device.index", "device.uuid", "device.shared"}
+_ENVIRONMENT_ACTS_ON: dict[str, tuple[str, ...]] = {
+    "indices": ("data", "code", "packages.torch"),
+    "batch": ("data", "code", "packages.torch", "packages.torchvision", "packages.pillow", "packages.numpy", "cpu."),
+}
+_ENVIRONMENT_ACTS = (
+    "code",
+    "weights",
+    "packages.torch",
+    "packages.torchvision",
+    "cpu.",
+    "device.",
+    "numerics.",
+    "variables.",
+)
+"""Manifest fields, or how they begin, to what they may change: some stages, and all others."""
 
 
 @dataclass(frozen=True)
@@ -111,11 +124,12 @@ class AgainstReference:
             return Decision("indices-differ", [], ["seed.data is null: each run draws an order of samples of its own"])
         if is_build and "seed.model" in self.unseeded:
             return Decision("build-not-seeded", [], ["seed.model is null: each run draws a seed of its own"])
-        settings = [item for item in self.config if item.matters and stage in _acts_on(_own_key(item.field))]
-        environment = [item for item in self.manifest if self._may_act(item.field)]
-        settings, environment = (
-            [item for item in items if item.field not in excluded] for items in (settings, environment)
+        config, manifest = (
+            [item for item in items if item.matters and item.field not in excluded]
+            for items in (self.config, self.manifest)
         )
+        settings = [item for item in config if stage in _acts_on(_own_key(item.field))]
+        environment = [item for item in manifest if self._may_act(item.field)]
         cause = {"indices": "indices-differ", "batch": "batch-differs", "predictions": "evaluation-differs"}
         unexplained = cause.get(stage or "", "unexplained")
         if not settings and not environment:
@@ -123,10 +137,11 @@ class AgainstReference:
             return Decision(unexplained, [], [line])
         line = f"of what the two runs differ in, this can act on {stage}: {_names([*settings, *environment])}"
         if not self.apart.is_first:
-            late = "but all steps before are the same, and it would have acted on them, too"
+            late = "but the steps compared before are the same, and it would have acted on them, too"
             return Decision(unexplained, [], [line, late])
         if settings and environment:
             return Decision(unexplained, [], [line, "which of it is the cause cannot be told from here"])
+        line += "; that the reference itself was sound is taken for granted"
         return Decision("config-differs" if settings else "environment-differs", [], [line])
 
     def remedy(self, cause: str) -> list[str]:
@@ -142,23 +157,19 @@ class AgainstReference:
     def _must_show(self, item: RunDifference) -> bool:
         place, key = self.apart.place, _own_key(item.field)
         if key == "inject":
-            return any(fault["step"] == place.step for faults in (item.one, item.other) for fault in faults)
+            faults = [*(item.one or []), *(item.other or [])]
+            return any((fault["replica"], fault["step"]) == (0, place.step) for fault in faults)
         if place.step == 0:
             return key in _SHOWS_IN_BUILD and place.stage in _BUILT
         stages = () if key in _SHOWS_NOWHERE else _SHOWS_IN.get(key, _SHOWS_IN.get(key.partition(".")[0], ()))
         return self.apart.is_first and place.phase is None and place.stage in stages
 
     def _may_act(self, field: str) -> bool:
-        """Whether a manifest field, that does not just follow from a setting, may change what the stage is."""
-        stage = self.apart.place.stage
-        changed = {_own_key(item.field) for item in self.config}
-        if field in _NO_ENVIRONMENT or changed & set(follows_from(field)):
+        """Whether a manifest field, unless it just follows from a setting, may change what the stage is."""
+        if {_own_key(item.field) for item in self.config} & set(follows_from(field)):
             return False
-        if stage == "indices":
-            return field in {"data", "code", "packages.torch", "packages.numpy"}
-        if stage == "batch":
-            return field in _OF_THE_DATA or field.startswith(("packages.", "code", "python", "cpu."))
-        return field not in _OF_THE_DATA  # which would have shown in the batch
+        names = _ENVIRONMENT_ACTS_ON.get(self.apart.place.stage or "", _ENVIRONMENT_ACTS)
+        return any(field == name or (name.endswith(".") and field.startswith(name)) for name in names)
 
 
 def _begin_with(lines: Sequence[str], decision: Decision) -> Decision:

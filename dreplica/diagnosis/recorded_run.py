@@ -10,8 +10,8 @@ import yaml
 
 _CHANGES_NOTHING = {"run", "checkpoint", "agreement", "world.timeout", "train.epochs", "train.max_steps"}
 """Config sections and keys that no digest depends on: names, what is compared and kept, and how far a run goes."""
-_NAMES_A_MACHINE = {"host", "device.index", "device.uuid"}
-"""Manifest fields that say which of several alike it was."""
+_NAMES_A_MACHINE = {"host", "device.index", "device.uuid", "device.shared"}
+"""Manifest fields that say which of several machines or devices alike it was."""
 
 
 @dataclass(frozen=True)

@@ -104,7 +104,7 @@ def test_a_setting_that_has_changed_nothing_so_far_is_not_named_later(reference:
     config.write_text(config.read_text().replace("grad_clip: null", "grad_clip: 1000.0"))
     verdict = run(faulty).report["verdict"]
     assert (verdict["cause"], verdict["step"]) == ("unexplained", 7)
-    assert "but all steps before are the same, and it would have acted on them, too" in verdict["evidence"]
+    assert "but the steps compared before are the same, and it would have acted on them, too" in verdict["evidence"]
     assert any("train.grad_clip (1000.0 there, null here)" in line for line in verdict["evidence"])
 
 
