@@ -130,6 +130,16 @@ def test_of_what_was_done_again_the_last_counts(tmp_path: Path) -> None:
     assert (trace.done_again, trace.parted_at) == (5, None)
 
 
+@pytest.mark.usefixtures("same_beginning")
+def test_what_both_have_done_again_counts_once_and_is_known(tmp_path: Path) -> None:
+    one, other = (record(tmp_path / name, range(7)) for name in ("one", "other"))
+    for folder in (one, other):
+        record(folder, range(4, 9), *((step, "weights", "one") for step in range(4, 9)), num_lines=5)
+    trace = RecordedTrace(other)
+    found = compare_traces(RecordedTrace(one), trace)
+    assert (found.place, found.num_steps, found.num_same["weights"], trace.done_again) == (None, 8, 9, 4)
+
+
 def test_where_a_run_had_parted_itself_is_known(tmp_path: Path) -> None:
     one = record(tmp_path / "one", range(6))
     other = record(tmp_path / "other", range(4))

@@ -93,6 +93,17 @@ def test_what_a_run_that_goes_on_comes_to_again_is_hardly_written_twice(tmp_path
     assert len(after) - len(before) <= 16 + 4 * 16  # the last step's, which may have lacked its evaluation
 
 
+def test_an_evaluation_of_which_only_the_trace_has_come_to_disk_is_written_again(tmp_path: Path) -> None:
+    folder = record(tmp_path / "run", range(5), evaluated=[4], tensors=True)
+    path = folder / TENSORS_NAME
+    layout, frame = len('{"predictions": ["one", "two"]}') + 16, 16 + 2 * 16
+    path.write_bytes(path.read_bytes()[: -frame - layout])
+    line = list(RecordedTrace(folder).lines())[-1]
+    assert RecordedTrace(folder).tensors(line) is None
+    record(folder, range(3, 5), num_lines=4, evaluated=[4], tensors=True)
+    assert RecordedTrace(folder).tensors(line) == stages_of(4, names=["predictions"])
+
+
 def test_what_comes_out_otherwise_is_kept_beside_what_was_recorded(tmp_path: Path) -> None:
     folder = record(tmp_path / "run", range(6), tensors=True)
     other = (3, "weights", "two")
