@@ -10,7 +10,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from dreplica.agreement.comparison import Comparison, compare_traces
-from dreplica.agreement.place import Place
+from dreplica.agreement.place import Place, module_of
 from dreplica.agreement.recorded import RecordedTrace
 from dreplica.diagnosis.recorded_run import (
     RecordedRun,
@@ -82,7 +82,8 @@ class RunPair:
         first: dict[str, Any] | None = None
         if place is not None:
             first = {"step": place.step, "epoch": found.epoch, "stage": place.stage, "tensor": place.tensor}
-            first |= {"phase": place.phase, "differing_stages": place.differing_stages}
+            first |= {"module": module_of(place.stage, place.tensor), "phase": place.phase}
+            first |= {"differing_stages": place.differing_stages}
             first |= {"num_differing": place.num_differing, "num_entries": place.num_entries}
         runs = [
             {
@@ -162,8 +163,9 @@ def _print(console: Console, pair: RunPair) -> None:
     place = pair.found.place
     if place is None:
         return
-    where = {"step": place.step, "epoch": pair.found.epoch, "stage": place.stage, "tensor": place.tensor}
-    line = ", ".join(f"{key} {value}" for key, value in {**where, "phase": place.phase}.items() if value is not None)
+    first = pair.as_dict()["first_difference"]
+    keys = ("step", "epoch", "stage", "tensor", "module", "phase")
+    line = ", ".join(f"{key} {first[key]}" for key in keys if first[key] is not None)
     console.print(f"  where: {escape(line)}", soft_wrap=True)
     for line in _evidence(pair.found, place):
         console.print(f"  evidence: {escape(line)}", soft_wrap=True)
