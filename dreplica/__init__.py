@@ -1,10 +1,30 @@
 """Train replicas in lock-step, compare every bit of their state at every step, and name the cause when they part."""
 
-from dreplica.agreement.agreement import Agreement
-from dreplica.agreement.fingerprint import fingerprint
-from dreplica.agreement.verdict import Divergence
-from dreplica.diagnosis.own_step import diagnose
-from dreplica.replica.replica import Replica
-from dreplica.replica.wiring import check_wiring
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from dreplica.agreement.agreement import Agreement
+    from dreplica.agreement.fingerprint import fingerprint
+    from dreplica.agreement.verdict import Divergence
+    from dreplica.diagnosis.own_step import diagnose
+    from dreplica.replica.replica import Replica
+    from dreplica.replica.wiring import check_wiring
 
 __all__ = ["Agreement", "Divergence", "Replica", "check_wiring", "diagnose", "fingerprint"]
+
+# Imported when it is asked for: `dreplica compare` needs no torch, which takes seconds and half a gigabyte to import.
+_MODULES = {
+    "Agreement": "dreplica.agreement.agreement",
+    "Divergence": "dreplica.agreement.verdict",
+    "Replica": "dreplica.replica.replica",
+    "check_wiring": "dreplica.replica.wiring",
+    "diagnose": "dreplica.diagnosis.own_step",
+    "fingerprint": "dreplica.agreement.fingerprint",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(_MODULES[name]), name)

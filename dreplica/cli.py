@@ -2,11 +2,10 @@
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dreplica.config import format_help
 from dreplica.errors import ExitCode, UsageError
 
 if TYPE_CHECKING:
@@ -37,46 +36,42 @@ def main(argv: Sequence[str] | None = None) -> int:
     bench.set_defaults(module="dreplica.bench")
 
     text = "run the known causes of disagreement and check what is found"
-    cases = commands.add_parser("cases", help=text, description=text, allow_abbrev=False)
+    cases = _add_plain_command(commands, "cases", text, _cases)
     cases.add_argument("names", nargs="*", metavar="NAME", help="files in configs/cases, without .yaml (default: all)")
     cases.add_argument("--json", action="store_true", help="print results as JSON instead of a table")
     cases.add_argument("--keep", type=Path, metavar="FOLDER", help="keep the run folders there")
     cases.add_argument("--timeout", type=_positive, default=120, help="seconds until a case is ended (default: 120)")
-    cases.set_defaults(help=False)
 
     text = "prove that an interrupted run comes to what an uninterrupted one does, or name what was not restored"
     certify = _add_command(commands, "certify-resume", text)
     certify.add_argument("--at-step", type=_positive, metavar="K", help="interrupt after this step")
     certify.add_argument("--keep", type=Path, metavar="FOLDER", help="keep the run folders there")
 
+    text = "compare two recorded runs: the first step, stage and tensor that differ, or the proof that none does"
+    compare = _add_plain_command(commands, "compare", text, _compare)
+    compare.add_argument("runs", nargs=2, type=Path, metavar="RUN", help="a run folder, or a trace.jsonl")
+    compare.add_argument("--json", action="store_true", help="print what is found as JSON")
+    compare.add_argument(
+        "--prefix", action="store_true", help="exit with 0, too, if one run ends sooner and is the same up to there"
+    )
+
     text = "look for what on this machine would break determinism; exit code 0 if strict mode would hold, 1 if not"
-    doctor = commands.add_parser("doctor", help=text, description=text, allow_abbrev=False)
+    doctor = _add_plain_command(commands, "doctor", text, _doctor)
     doctor.add_argument("--json", action="store_true", help="print what was found as JSON")
-    doctor.set_defaults(help=False)
 
     argv = sys.argv[1:] if argv is None else argv
     known, settings = parser.parse_known_args(argv)
+    if known.function is not None:
+        if settings:
+            commands.choices[known.command].error(f"unrecognized arguments: {' '.join(settings)}")
+        return _told(lambda: known.function(known))
     if known.help:
+        from dreplica.config import format_help
+
         print(f"usage: dreplica {known.command} [--replicas N] {_SETTINGS}\n")
         print(commands.choices[known.command].format_help().split("\n\n", 1)[1])
         print(format_help("dreplica"))
         return ExitCode.AGREED
-    if known.command == "cases":
-        if settings:
-            cases.error(f"unrecognized arguments: {' '.join(settings)}")
-        from dreplica.cases.runner import run_cases
-
-        try:
-            return run_cases(known.names, known.json, known.keep, known.timeout)
-        except UsageError as error:
-            print(f"error: {error}", file=sys.stderr)
-            return ExitCode.UNUSABLE
-    if known.command == "doctor":
-        if settings:
-            doctor.error(f"unrecognized arguments: {' '.join(settings)}")
-        from dreplica.doctor.examine import run_doctor
-
-        return run_doctor(known.json)
     if known.command == "certify-resume":
         if known.at_step is None:
             certify.error("--at-step K is needed: the step after which to interrupt, best in mid-epoch")
@@ -89,17 +84,53 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     from dreplica.launcher import launch  # it configures torchrun's logging when imported
 
+    return _told(lambda: launch(known.module, settings, known.replicas, _nodes(known)))
+
+
+def _told(action: Callable[[], int]) -> int:
+    """The action's exit code; a UsageError is printed."""
     try:
-        return launch(known.module, settings, known.replicas, _nodes(known))
+        return action()
     except UsageError as error:
         print(f"error: {error}", file=sys.stderr)
         return ExitCode.UNUSABLE
+
+
+def _add_plain_command(
+    commands: "argparse._SubParsersAction[argparse.ArgumentParser]",
+    name: str,
+    text: str,
+    function: Callable[[argparse.Namespace], int],
+) -> argparse.ArgumentParser:
+    """One that takes no settings of a run."""
+    command = commands.add_parser(name, help=text, description=text, allow_abbrev=False)
+    command.set_defaults(function=function)
+    return command
+
+
+def _cases(known: argparse.Namespace) -> int:
+    from dreplica.cases.runner import run_cases
+
+    return run_cases(known.names, known.json, known.keep, known.timeout)
+
+
+def _compare(known: argparse.Namespace) -> int:
+    from dreplica.compare import compare_runs
+
+    return compare_runs(known.runs[0], known.runs[1], known.json, known.prefix)
+
+
+def _doctor(known: argparse.Namespace) -> int:
+    from dreplica.doctor.examine import run_doctor
+
+    return run_doctor(known.json)
 
 
 def _add_command(
     commands: "argparse._SubParsersAction[argparse.ArgumentParser]", name: str, text: str
 ) -> argparse.ArgumentParser:
     command = commands.add_parser(name, help=text, description=text, add_help=False, allow_abbrev=False)
+    command.set_defaults(function=None)
     command.add_argument("-h", "--help", action="store_true", help="show this help, and every config field")
     command.add_argument("--replicas", type=_positive, default=2, metavar="N", help="how many replicas (default: 2)")
     return command

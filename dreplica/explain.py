@@ -14,11 +14,13 @@ from dreplica.config import RunConfig
 from dreplica.data.coordinator import Coordinator
 from dreplica.data.loader import Batch, load_again
 from dreplica.data.samples import DataSets, at_epoch, by_itself
+from dreplica.diagnosis.against_reference import AgainstReference
 from dreplica.diagnosis.attempt import AttemptFailed, attempt
 from dreplica.diagnosis.conclude import RunFacts, conclude, conclude_build
-from dreplica.diagnosis.diagnose import can_replay, diagnose
+from dreplica.diagnosis.diagnose import Judge, can_replay, diagnose
 from dreplica.diagnosis.rebuild import explain_build, rebuild
 from dreplica.diagnosis.replay import Replayer
+from dreplica.diagnosis.witness import Decision
 from dreplica.replica.build import build_replica
 from dreplica.replica.replica import Replica
 from dreplica.training.history import History, StepEntry
@@ -55,27 +57,57 @@ class Explainer:
             agreement: None while the build is still being compared.
             history: of the steps taken since; None likewise.
         """
+        verdict = self.explain_build(found) if found.step == 0 else self.replay(found, agreement, history)
+        return conclude(verdict, self.facts)
+
+    def explain_apart(
+        self, found: Verdict, against: AgainstReference, agreement: Agreement | None, history: History | None
+    ) -> Verdict:
+        """The verdict on a difference from a reference. A collective, as `explain`."""
+        account = against.account()
         if found.step == 0:
-            return conclude(self.explain_build(found), self.facts)
+            verdict = self.rebuild_alone(found, account)
+        elif agreement is None or history is None or not can_replay(found, history):
+            line = "this step was not run again: whether this side reproduces itself is not known"
+            verdict = found.with_(cause=account.cause, evidence=[*found.evidence, line, *account.evidence])
+        else:
+            verdict = self.replay(found, agreement, history, against.judge)
+        remedy = against.remedy(verdict.cause)
+        return conclude(verdict.with_(evidence=[*verdict.evidence, *against.evidence()], remedy=remedy), self.facts)
+
+    def rebuild_alone(self, found: Verdict, account: Decision) -> Verdict:
+        """Builds again, to see whether this side reproduces itself. A collective."""
+        build = partial(build_replica, self.config, self.data.num_classes, self.device)
+        try:
+            rebuilt = attempt(self.channel, lambda: rebuild(build, self.seed))
+        except AttemptFailed as error:
+            return found.with_(evidence=[*found.evidence, f"the replica could not be built again: {error}"])
+        if not all(self.channel.gather(rebuilt.reproducible)):
+            return explain_build(found, rebuilt, self.channel)
+        line = "built again from the same seed, every replica reproduces itself"
+        return found.with_(cause=account.cause, evidence=[*found.evidence, line, *account.evidence])
+
+    def replay(
+        self, found: Verdict, agreement: Agreement | None, history: History | None, judge: Judge | None = None
+    ) -> Verdict:
+        """What replays of the step tell; `found`, where it cannot be run again. A collective."""
         if agreement is None or history is None or not can_replay(found, history):
-            return conclude(found, self.facts)
-        log.info("replicas parted at step %s: running it again to find out why", found.step)
+            return found
+        log.info("parted at step %s: running it again to find out why", found.step)
         make = partial(Replayer, self.replica, history, self.redraw, self.load, self.config.train, agreement)
         try:
             replayer = attempt(self.channel, make)
         except AttemptFailed as error:
             line = f"the step could not be run again: {error}"
-            unexplained = found.with_(cause="unexplained", evidence=[*found.evidence, line])
-            return conclude(unexplained, self.facts)
+            return found.with_(cause="unexplained", evidence=[*found.evidence, line])
         original = agreement.diverged_stages
         num_workers = self.config.data.num_workers
         dataset = by_itself(at_epoch(self.data.train, found.epoch or 1))
         data = PlainState([self.data.train], enter=_is_of_the_data, max_bytes=_MOST_BYTES)
         try:
-            verdict = diagnose(found, original, replayer, dataset, num_workers, self.channel, self.facts)
+            return diagnose(found, original, replayer, dataset, num_workers, self.channel, self.facts, judge)
         finally:
             data.restore()
-        return conclude(verdict, self.facts)
 
     def explain_build(self, found: Verdict) -> Verdict:
         """Names the cause of a difference at the build, and the draw where the builds part."""

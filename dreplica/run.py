@@ -9,6 +9,9 @@ from typing import Literal
 from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
 from dreplica.agreement.agreement import Agreement
+from dreplica.agreement.recorded import TENSORS_NAME, TRACE_NAME
+from dreplica.agreement.reference import Apart, ReferenceDiffers
+from dreplica.agreement.tensor_record import TensorRecord
 from dreplica.agreement.trace import Trace
 from dreplica.agreement.verdict import Divergence, Verdict
 from dreplica.cases.inject import FaultyCoordinator
@@ -20,6 +23,7 @@ from dreplica.errors import ExitCode, UsageError
 from dreplica.explain import Explainer
 from dreplica.meet import Prepared, end_at_once, meet
 from dreplica.preparation import Concluded, Preparation
+from dreplica.referring import Referring
 from dreplica.report.recorder import Recorder
 from dreplica.report.run_report import RunReport
 from dreplica.report.terminal import ProgressDisplay, Screen
@@ -72,15 +76,19 @@ class Run:
         try:
             try:
                 self.world.together(lambda: None)  # another replica's input may be unusable
+                self.referring = Referring(self.config, self.world)
                 self.parts.prepare()
                 self.data, self.replica, self.injector = self.parts.data, self.parts.replica, self.parts.injector
                 self.open_record()
+                self.referring.look_into(self.recorder.folder, self.facts.manifests)
                 self.start = self.go_on()
                 data_seed = self.parts.data_seed if self.start.data_seed is None else self.start.data_seed
                 self.coordinator = FaultyCoordinator(self.channel, data_seed, self.injector)
                 verdict = self.train()
             except Concluded as end:
                 verdict = end.verdict
+            except ReferenceDiffers as difference:
+                verdict = self.explain(difference.verdict, difference.apart)
             except Divergence as divergence:
                 verdict = self.explain(divergence.verdict)
             return self.conclude(verdict)
@@ -94,9 +102,8 @@ class Run:
         """Trains to the end and returns the verdict; raises Divergence where replicas part and are to stop."""
         kept = len(self.data.train) if self.own.data.cache != "none" else 0  # type: ignore[arg-type]
         display = ProgressDisplay(self.console, self.world.is_coordinator, self.expect, kept)
-        trace_path = self.recorder.folder / "trace.jsonl" if self.world.is_coordinator else None
         watch = LearningWatch(self.replica)
-        with closing(display), Trace(trace_path, self.world.num_replicas, self.start.num_trace_lines) as trace:
+        with closing(display), self.open_trace() as trace:
             agreement = self.agreement = self.make_agreement(trace)
             agreement.steps_checked = self.start.steps_checked
             history = self.history = self.make_history()
@@ -128,10 +135,19 @@ class Run:
                     case Stopped():
                         self.stop(event, trace)
                 if agreement.divergence is not None and self.explained is None:
-                    self.explained = self.explain(agreement.divergence)
+                    self.explained = self.explain(agreement.divergence, agreement.apart)
             self.report.warnings += self.checkpoints.finish()
             self.check_reproduces(trace)
         return self.finish(agreement)
+
+    def open_trace(self) -> Trace:
+        """Rank 0's digests go into the run folder."""
+        path = tensors = None
+        if self.world.is_coordinator:
+            path = self.recorder.folder / TRACE_NAME
+            if self.config.agreement.record == "tensors":
+                tensors = TensorRecord(self.recorder.folder / TENSORS_NAME)
+        return Trace(path, self.world.num_replicas, self.start.num_trace_lines, tensors)
 
     def go_on(self) -> Start:
         """Where this run begins: at its beginning or, in the folder of an interrupted run, at its newest checkpoint."""
@@ -177,6 +193,7 @@ class Run:
             on_divergence=self.config.agreement.on_divergence,
             lag=AGREEMENT_LAG,
             trace=trace,
+            reference=self.referring.reference,
             channel=self.channel,
             steps_done=self.start.step,
         )
@@ -198,13 +215,15 @@ class Run:
         if replica_ids:
             raise Concluded(diagnosis.not_learning(done.step, done.epoch, replica_ids, still[replica_ids[0]]))
 
-    def explain(self, found: Verdict) -> Verdict:
-        """The verdict on a divergence, with its cause."""
+    def explain(self, found: Verdict, apart: Apart | None = None) -> Verdict:
+        """The verdict on a divergence, or a difference from the reference (`apart`), with its cause."""
         assert self.parts.seed is not None
         device, coordinator, injector = self.device.device, self.coordinator, self.injector
         explainer = Explainer(
             self.own, self.parts.seed, device, self.replica, self.data, coordinator, injector, self.channel, self.facts
         )
+        if apart is not None:
+            return explainer.explain_apart(found, self.referring.against(apart), self.agreement, self.history)
         return explainer.explain(found, self.agreement, self.history)
 
     def measure_distance(self, done: EpochDone) -> None:
@@ -224,13 +243,15 @@ class Run:
             if evaluation is not None:  # a run that had nothing left to do has made none
                 report.spread = measure_spread(evaluation, self.channel)
         if agreement.divergence is not None:
-            return self.explained or self.explain(agreement.divergence)
+            return self.explained or self.explain(agreement.divergence, agreement.apart)
         differing = None if self.expect == "independent" else report.first_differing_result()
         if differing is not None:
             return diagnosis.results_differ(*differing)
         every = self.config.agreement.every
         steps = agreement.steps_checked if every else agreement.steps_done
         verdict = diagnosis.agreed(self.facts, steps, self.expect == "independent", compared=every > 0)
+        verdict, warnings = self.referring.conclude(verdict, agreement.steps_done)
+        report.warnings += warnings
         if report.stopped_after is not None:
             verdict = verdict.with_(summary=f"{verdict.summary}; stopped on request after step {report.stopped_after}")
         return verdict

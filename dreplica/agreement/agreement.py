@@ -9,6 +9,7 @@ from torch import Tensor
 
 from dreplica.agreement import protocol
 from dreplica.agreement.place import describe
+from dreplica.agreement.reference import Apart, Reference, ReferenceDiffers, describe_apart
 from dreplica.agreement.stages import STAGES, Optimizers, Stage, batch_stage, tensors_stage
 from dreplica.agreement.subject import Expect, Models, Subject
 from dreplica.agreement.trace import Trace
@@ -31,6 +32,9 @@ class AgreementConfig(Section):
     """Steps between snapshots kept in memory, from which a divergence is replayed; 0: no snapshots, no replay."""
     on_divergence: Annotated[Literal["stop", "continue"], Lockstep()] = "stop"
     """`stop` at the first difference, or `continue` and only record it."""
+    record: Annotated[Literal["stages", "tensors"], Lockstep()] = "stages"
+    """What the run folder keeps of every checked step: the digest of each stage (trace.jsonl) or, beside it, of each
+    single tensor, too (tensors.bin: 16 bytes for each), so that `dreplica compare` can name the tensor."""
 
 
 @dataclass(frozen=True)
@@ -43,6 +47,8 @@ class _Pending:
     """`evaluation`, or None."""
     recorded: bool
     """Whether it goes into the trace."""
+    apart: Apart | None
+    """On rank 0, its difference from the reference."""
 
 
 class Agreement:
@@ -78,6 +84,8 @@ class Agreement:
         lag: 0 compares at the step itself; 1 completes the comparison during the next step, so that replicas need not
             wait for each other at every step. The verdict names the exact step either way.
         trace: where each checked step is recorded.
+        reference: a recorded run, on rank 0: what replicas agree on is compared with it, and the first difference is
+            a divergence, too (`ReferenceDiffers`).
         steps_done: of a run that goes on: how many steps it had taken. Its state is compared as it is now, in place of
             the build's.
         channel: how replicas talk; by default a gloo group of its own.
@@ -90,6 +98,7 @@ class Agreement:
         agreed_until: the newest step whose state all replicas are known to have agreed on; -1 before the build's.
         last_word: `protocol.fold` of what this replica compared last; None after a step that is not compared.
         diverged_stages: this replica's stages at the first difference.
+        apart: that difference, if it is one from the reference: the same on all replicas.
     """
 
     def __init__(
@@ -104,6 +113,7 @@ class Agreement:
         on_divergence: Literal["stop", "continue"] = "stop",
         lag: Literal[0, 1] = 0,
         trace: Trace | None = None,
+        reference: Reference | None = None,
         channel: Channel | None = None,
         steps_done: int = 0,
     ) -> None:
@@ -120,6 +130,7 @@ class Agreement:
         self.last_word: bytes | None = None
         self.divergence: Verdict | None = None
         self.diverged_stages: dict[str, Stage] = {}
+        self.apart: Apart | None = None
         self._subject = Subject(model, optimizer, others)
         self._expect = expect or ("ddp" if self._subject.is_ddp else "identical")
         self._compared = self._subject.compared(self._expect, stages)
@@ -128,6 +139,7 @@ class Agreement:
         self._lag = lag
         self._channel = channel or gloo_channel()
         self._trace = trace or Trace(None, self._channel.size)
+        self._reference = reference
         self._pending: _Pending | None = None
         self._wants_stop = False
         self._stop = False
@@ -230,8 +242,11 @@ class Agreement:
     ) -> None:
         self.complete()
         self.last_word = protocol.fold(step, stages)
-        posted = protocol.post(self._channel, self.last_word, self._wants_stop)
-        self._pending = _Pending(step, epoch, stages, posted, phase, recorded)
+        apart = None
+        if self._reference is not None and recorded and self.divergence is None:
+            apart = self._reference.compare(step, phase is not None, stages)
+        posted = protocol.post(self._channel, self.last_word, self._wants_stop, apart is not None)
+        self._pending = _Pending(step, epoch, stages, posted, phase, recorded, apart)
         if not (self._lag if lag is None else lag):
             self.complete()
 
@@ -246,7 +261,7 @@ class Agreement:
             self._last_checked = pending.step
             if pending.step > 0 and pending.recorded:
                 self.steps_checked += 1
-            if outcome.agreed and self.divergence is None:
+            if outcome.agreed and not outcome.apart and self.divergence is None:
                 self.agreed_until = pending.step
         if pending.stages and pending.recorded:
             self._trace.step(pending.step, pending.epoch, outcome.agreed, pending.stages)
@@ -256,6 +271,13 @@ class Agreement:
             self.divergence = describe(place, pending.epoch, self._channel.size, self._expect == "ddp")
             if self._on_divergence == "stop":
                 raise Divergence(self.divergence)
+        elif outcome.apart and self.divergence is None:
+            self.diverged_stages = pending.stages
+            apart: Apart = self._channel.gather(pending.apart)[0]
+            self.apart = apart
+            self.divergence = describe_apart(apart, pending.epoch, self._channel.size)
+            if self._on_divergence == "stop":
+                raise ReferenceDiffers(self.divergence, apart)
         return self._stop
 
     def observe(

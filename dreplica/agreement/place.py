@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from dreplica.agreement.stages import STAGES, Stage
+from dreplica.agreement.stage import STAGES, Stage
 from dreplica.agreement.verdict import Verdict, split_into_classes, suspects_of
 
 _CAUSE_OF_STAGE = {"indices": "indices-differ", "batch": "batch-differs", "predictions": "evaluation-differs"}
@@ -109,7 +109,7 @@ def describe(place: Place, epoch: int | None, num_replicas: int, ddp: bool = Fal
         epoch=epoch,
         stage=place.stage,
         tensor=place.tensor,
-        module=_module_of(place.stage, place.tensor),
+        module=module_of(place.stage, place.tensor),
         phase=place.phase,
         suspects=suspects,
         classes=place.classes,
@@ -133,7 +133,7 @@ def _evidence(place: Place) -> list[str]:
     return evidence
 
 
-def _module_of(stage: str | None, tensor: str | None) -> str | None:
+def module_of(stage: str | None, tensor: str | None) -> str | None:
     """The module path that a parameter's or buffer's name begins with."""
     if tensor is None or stage not in {"weights", "gradients", "buffers"} or "." not in tensor:
         return None

@@ -1,4 +1,4 @@
-"""One message per step: are all replicas' digests equal, and does anyone want to stop?
+"""One message per step: are all replicas' digests equal, and does anyone want to stop, or differ from a reference?
 
 Each replica folds its stage digests into one 128-bit word, and one all-reduce takes the maximum over the words and over
 their complements. max(~w) = ~min(w), so the two results are complements of each other exactly if the largest word is
@@ -26,6 +26,8 @@ class Outcome:
 
     agreed: bool
     stop: bool
+    apart: bool = False
+    """Whether rank 0 has found a difference from its reference."""
 
 
 def fold(step: int, stages: Mapping[str, Stage]) -> bytes:
@@ -35,21 +37,22 @@ def fold(step: int, stages: Mapping[str, Stage]) -> bytes:
     )
 
 
-def message(word: bytes, stop: bool) -> Tensor:
+def message(word: bytes, stop: bool, apart: bool = False) -> Tensor:
     """What a replica with this `word` (16 bytes) sends: (5,) int64. The replies are its element-wise maximum."""
     low, high = struct.unpack("<qq", word)
-    return torch.tensor([low, high, ~low, ~high, int(stop)], dtype=torch.int64)
+    # In the maximum, `apart` hides another replica's `stop`, which that one sends again with the next message.
+    return torch.tensor([low, high, ~low, ~high, int(stop) | 2 * apart], dtype=torch.int64)
 
 
 def outcome(maximum: Tensor) -> Outcome:
     """What the element-wise maximum of all replicas' messages says."""
-    low, high, inverted_low, inverted_high, stop = maximum.tolist()
-    return Outcome(agreed=low == ~inverted_low and high == ~inverted_high, stop=bool(stop))
+    low, high, inverted_low, inverted_high, flags = maximum.tolist()
+    return Outcome(low == ~inverted_low and high == ~inverted_high, stop=bool(flags & 1), apart=bool(flags & 2))
 
 
-def post(channel: Channel, word: bytes, stop: bool) -> Posted:
+def post(channel: Channel, word: bytes, stop: bool, apart: bool = False) -> Posted:
     """Starts the comparison of `word` (16 bytes); complete it with `read`."""
-    return channel.post_max(message(word, stop))
+    return channel.post_max(message(word, stop, apart))
 
 
 def read(channel: Channel, posted: Posted) -> Outcome:

@@ -1,25 +1,29 @@
-"""What makes up training state, stage by stage, and each part's digest.
-
-A stage is a list of entries (name, 16-byte digest) in causal order: the first entry that differs between replicas is
-the one to report.
-"""
+"""How the stages of training state are taken from a model, an optimizer, a batch and the generators."""
 
 import random
 import struct
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
-from functools import cached_property
 from typing import Any
 
 import numpy
 import torch
-import xxhash
 from torch import Tensor, nn
 
 from dreplica.agreement.fingerprint import ABSENT, digest_bytes, digest_tensor, num_bytes
+from dreplica.agreement.stage import STAGES, Stage
 
-STAGES = ("indices", "batch", "buffers", "output", "gradients", "optimizer", "weights", "rng", "predictions")
-"""In the causal order within a step: of several that differ, the first is the one to report."""
+__all__ = [
+    "STAGES",
+    "Stage",
+    "batch_stage",
+    "buffers_stage",
+    "gradients_stage",
+    "optimizer_stage",
+    "parameter_names",
+    "rng_stage",
+    "tensors_stage",
+    "weights_stage",
+]
 
 _FROZEN = " (requires_grad=False)"
 """Follows a parameter's name in the stage `gradients`: frozen on one replica only, it may show in nothing else."""
@@ -32,27 +36,6 @@ Optimizers = torch.optim.Optimizer | Mapping[str, torch.optim.Optimizer] | None
 
 Entry = tuple[str, Tensor | bytes | None]
 """A name, and what is hashed under it; None: something that could be there and is not."""
-
-
-@dataclass(frozen=True)
-class Stage:
-    """The digests of one stage on one replica."""
-
-    names: tuple[str, ...]
-    """Distinct."""
-    digests: bytes
-    """16 bytes for each name, in order."""
-    num_bytes: int = field(default=0, compare=False)
-    """How many bytes of tensors were hashed."""
-
-    @cached_property
-    def digest(self) -> bytes:
-        """16 bytes over all names and digests."""
-        return xxhash.xxh3_128_digest(b"\0".join(name.encode() for name in self.names) + b"\1" + self.digests)
-
-    def entries(self) -> dict[str, bytes]:
-        """Name to digest, in causal order."""
-        return {name: self.digests[16 * i : 16 * i + 16] for i, name in enumerate(self.names)}
 
 
 def tensors_stage(tensors: Mapping[str, Tensor]) -> Stage:

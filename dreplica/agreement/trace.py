@@ -14,6 +14,7 @@ import torch
 
 from dreplica.agreement.fingerprint import ALGORITHM
 from dreplica.agreement.stages import STAGES, Stage
+from dreplica.agreement.tensor_record import TensorRecord
 
 
 class Trace:
@@ -26,6 +27,7 @@ class Trace:
         path: of the file; appended to.
         num_replicas: for the header.
         num_lines: of the lines that are there already, those of what is not done again.
+        tensors: where the digests of single tensors are recorded beside it; None: nowhere.
 
     Attributes:
         num_lines: lines of what has been done so far.
@@ -33,11 +35,14 @@ class Trace:
             has.
     """
 
-    def __init__(self, path: Path | None, num_replicas: int, num_lines: int = 0) -> None:
+    def __init__(
+        self, path: Path | None, num_replicas: int, num_lines: int = 0, tensors: TensorRecord | None = None
+    ) -> None:
         self.num_lines = num_lines
         self.not_reproduced: tuple[int, str] | None = None
         self._recorded: deque[str] = deque()
         self._file = None
+        self._tensors = tensors
         if path is not None:
             self._recorded = _recorded_after(path, num_lines)
             self._file = path.open("a", encoding="utf-8")
@@ -50,12 +55,16 @@ class Trace:
     def step(self, step: int, epoch: int | None, agreed: bool, stages: Mapping[str, Stage]) -> None:
         """A checked step: whether all replicas agreed, and this replica's digest of every stage."""
         digests = {name: stage.digest.hex() for name, stage in stages.items()}
-        self._write({"step": step, "epoch": epoch, "agreed": agreed, "digests": digests})
+        is_new = self._write({"step": step, "epoch": epoch, "agreed": agreed, "digests": digests})
+        if self._tensors is not None and (is_new or step >= self._tensors.last_step):
+            self._tensors.step(step, stages)
 
     def close(self) -> None:
-        """Closes the file."""
+        """Closes the file, and that of the tensors."""
         if self._file is not None:
             self._file.close()
+        if self._tensors is not None:
+            self._tensors.close()
 
     def __enter__(self) -> "Trace":
         return self
@@ -63,18 +72,20 @@ class Trace:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
         self.close()
 
-    def _write(self, line: dict[str, Any]) -> None:
+    def _write(self, line: dict[str, Any]) -> bool:
+        """Whether the line was not there yet."""
         if self._file is None:
-            return
+            return False
         self.num_lines += 1
         if self._recorded:
             recorded = self._recorded.popleft()
             if recorded == json.dumps(line):
-                return
+                return False
             self.not_reproduced = self.not_reproduced or (line["step"], _first_difference(json.loads(recorded), line))
             self._recorded.clear()
         self._file.write(json.dumps(line) + "\n")
         self._file.flush()
+        return True
 
 
 def _recorded_after(path: Path, num_lines: int) -> "deque[str]":

@@ -24,7 +24,7 @@ _ALL = (
     Cause("none", "All replicas are bit for bit the same."),
     Cause(
         "config-differs",
-        "Replicas were started with different configs.",
+        "Replicas were started with different configs, or a run with another than its reference.",
         (
             "start every replica with the same --config file and the same arguments",
             "--overrides '{1: {optim: {lr: 0.01}}}'  # for what is meant to differ: replica id, section, key, value",
@@ -32,7 +32,7 @@ _ALL = (
     ),
     Cause(
         "environment-differs",
-        "Replicas run on different software, devices, numerics flags or data.",
+        "Replicas run on different software, devices, numerics flags or data, or a run on others than its reference.",
         (
             "install the same versions on every node:  pip install -r requirements.txt",
             "run all replicas on the same model of GPU or CPU",

@@ -50,6 +50,38 @@ def decide(
     return replace(decision, evidence=[*decision.evidence, *later])
 
 
+def decide_alone(witnesses: Sequence[Witness], recorded: Mapping[str, bytes]) -> Decision | None:
+    """Names the cause of a difference from a recorded run, of which no replay can be had.
+
+    None if it is not to be found on this side: its replays come to what it came to.
+
+    Args:
+        witnesses: one per replica; what happened is the same on all of them.
+        recorded: what the other run has: stage to 16 bytes.
+    """
+    common = [stage for stage in STAGES if stage in recorded and stage in witnesses[0].original]
+    stage = next(stage for stage in common if recorded[stage] != witnesses[0].original[stage])
+    last = None if any(witness.unreproduced is not None for witness in witnesses) else stage
+    irreproducible = [r for r, row in enumerate(witnesses) if _parts_from_itself(row, last)]
+    if irreproducible:
+        return _not_reproducible(witnesses, irreproducible, stage, last)
+    moved = _moved(witnesses, stage)
+    if not moved:
+        return None
+    names = common[: common.index(stage) + 1]
+    if any(row.first.get(name) != recorded[name] for row in witnesses for name in names):
+        line = f"the replays of replicas {moved} come to neither what happened nor what the reference has"
+        return Decision("unexplained", [], [line])
+    line = f"the replays come to what the reference has: what happened on replicas {moved} does not come back"
+    if len(witnesses) > 1:
+        line += ", and it was the same on all of them, which is not how one fault strikes"
+        return Decision("unexplained", [], [line])
+    doubts = [*_other_draws(witnesses, moved, stage), *_foreign_operators(witnesses, stage)]
+    if witnesses[0].loaded_by_workers and witnesses[0].samples_are_random:
+        doubts.append("the samples are drawn at random by the process that loads them, and workers loaded them")
+    return Decision("unexplained" if doubts else "transient-fault", moved, [line, *doubts])
+
+
 def _moved(witnesses: Sequence[Witness], last: str | None) -> list[int]:
     """The replicas that do not come to what happened, up to the stage `last`."""
     return [r for r, row in enumerate(witnesses) if up_to(row.original, last) != up_to(row.first, last)]

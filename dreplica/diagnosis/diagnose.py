@@ -1,6 +1,6 @@
 """From the place where replicas part to the verdict, through replays of the step."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -33,6 +33,10 @@ def can_replay(found: Verdict, history: History) -> bool:
     return any(isinstance(entry, StepEntry) and entry.step == found.step for entry in history.entries)
 
 
+Judge = Callable[[Sequence[Witness], Callable[[], Mapping[str, bytes]]], Decision]
+"""Decides on what every replica has to say; its second argument takes the step once more, for its stages' digests."""
+
+
 def diagnose(
     found: Verdict,
     original: Mapping[str, Stage],
@@ -41,6 +45,7 @@ def diagnose(
     num_workers: int,
     channel: Channel,
     facts: RunFacts,
+    judge: Judge | None = None,
 ) -> Verdict:
     """The verdict on a divergence at a training step. A collective; the replica is left as it was found.
 
@@ -52,6 +57,7 @@ def diagnose(
         num_workers: that loaded this replica's batches.
         channel: between all replicas.
         facts: what else is known of the run.
+        judge: in place of `decide`, for a divergence that is not between replicas. A collective.
     """
     assert found.step is not None
     try:
@@ -66,7 +72,10 @@ def diagnose(
             examined = attempt(channel, lambda: _examine_samples(dataset, indices))
             own = replace(own, loaded_by_workers=num_workers > 0, **examined)
         differences = _differences_now(channel, facts)
-        decision = decide(channel.gather(own), facts.overrides, differences)
+        if judge is None:
+            decision = decide(channel.gather(own), facts.overrides, differences)
+        else:
+            decision = judge(channel.gather(own), lambda: _digests(attempt(channel, lambda: replayer.again(indices))))
         decision = _doubt_transient(decision, first.tracer.records, found.stage, channel, facts)
         decision = doubt_struck(decision, replayer, indices, channel)
         decision = compare_outputs(decision, replayer, indices, channel)
@@ -121,8 +130,8 @@ def _witness(
     records = first.tracer.records, second.tracer.records
     return Witness(
         original={name: stage.digest for name, stage in original.items()},
-        first={name: stage.digest for name, stage in first.stages.items()},
-        second={name: stage.digest for name, stage in second.stages.items()},
+        first=_digests(first),
+        second=_digests(second),
         records=first.tracer.records,
         contents=first.contents,
         generator=first.generator,
@@ -133,6 +142,10 @@ def _witness(
         against_itself=difference_behind(*records, stage) or first_difference(*records),
         sample_digests=[],
     )
+
+
+def _digests(replayed: Replayed) -> dict[str, bytes]:
+    return {name: stage.digest for name, stage in replayed.stages.items()}
 
 
 def _differences_now(channel: Channel, facts: RunFacts) -> list[Difference]:

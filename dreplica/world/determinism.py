@@ -6,6 +6,8 @@ documentation of `torch.use_deterministic_algorithms`.
 
 import logging
 import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, Literal
 
 import torch
@@ -17,6 +19,9 @@ log = logging.getLogger(__name__)
 
 DETERMINISTIC_WORKSPACES = {":4096:8", ":16:8"}
 """Values of CUBLAS_WORKSPACE_CONFIG with which cuBLAS is deterministic."""
+
+CHANGEABLE = ("threads", "onednn")
+"""Flags that change how numbers are rounded on the CPU, and that may be changed and put back between two steps."""
 
 
 class DeterminismConfig(Section):
@@ -95,6 +100,19 @@ def numerics_flags() -> dict[str, Any]:
         "default_dtype": str(torch.get_default_dtype()),
         "cublas_workspace_config": os.environ.get("CUBLAS_WORKSPACE_CONFIG"),
     }
+
+
+@contextmanager
+def numerics_as(flags: Mapping[str, Any]) -> Iterator[None]:
+    """Inside, the flags in `CHANGEABLE` are as `flags` has them; keys as of `numerics_flags`."""
+    before = torch.get_num_threads(), torch.backends.mkldnn.enabled
+    torch.set_num_threads(flags.get("threads", before[0]))
+    torch.backends.mkldnn.enabled = flags.get("onednn", before[1])
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before[0])
+        torch.backends.mkldnn.enabled = before[1]
 
 
 def fp32_precision() -> dict[str, str]:

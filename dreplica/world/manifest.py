@@ -149,6 +149,11 @@ def _is_allowed(difference: Difference, declared: Mapping[int, Mapping[str, Any]
     return all(value == undeclared[0] for value in undeclared)
 
 
+def follows_from(field: str) -> tuple[str, ...]:
+    """The config keys (dotted) that decide a manifest field; none for a fact of the machine or its software."""
+    return _FOLLOWS_FROM.get(field, ())
+
+
 @cache
 def source_digest() -> str:
     """32 hex digits over dreplica's own source files: which code runs, whatever its version says."""

@@ -31,6 +31,10 @@ class RunFolderConfig(Section):
     stop_after: Annotated[int | None, Lockstep()] = Field(None, ge=1)
     """Stop after this step with a checkpoint and exit code 4, as a signal to stop would; null: go on to the end."""
 
+    reference: Annotated[str | None, Lockstep()] = None
+    """A recorded run's folder, or its trace, to compare every checked step with while training; stops at the first
+    difference. Where there are several machines, the first of them needs to have it."""
+
     @field_validator("root")
     @classmethod
     def _check_root(cls, root: str) -> str:

@@ -1,0 +1,132 @@
+"""tensors.bin: the digest of every single tensor, of every step in trace.jsonl; only where it is asked for.
+
+A stage's digest in the trace says that something in the stage differs; with the digests of its tensors, two runs that
+were made at different times can be told which tensor it was.
+
+The file begins with a line of JSON, `{"format": "dreplica-tensors/1"}`. Frames follow, each of them a head of 16 bytes
+(little-endian: uint32 layout, uint32 size, int64 step) and `size` bytes:
+
+- layout 0 announces names: JSON `{"weights": ["conv1.weight", ...], ...}`, stages in causal order. The first that is
+  announced is layout 1, the next layout 2; step is -1.
+- layout n is a step: 16 bytes for each name of layout n, in order. So names stand there once, and a step of 62 tensors
+  takes 1008 bytes.
+
+A step in the trace and its frame are found by the step's number and by the digest of each stage, which follows from the
+names and digests in the frame: a frame that is not what the trace speaks of is never taken for it. A frame that was cut
+off ends what can be read.
+"""
+
+import json
+import os
+import struct
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import BinaryIO
+
+from dreplica.agreement.stage import Stage
+
+_HEAD = struct.Struct("<IIq")
+_FIRST_LINE = b'{"format": "dreplica-tensors/1"}\n'
+
+Layout = tuple[tuple[str, tuple[str, ...]], ...]
+"""Stages with their names."""
+_Frame = tuple[int, int, int, int]
+"""Layout, size, step, and where its content begins."""
+
+
+class TensorRecord:
+    """Writes tensors.bin, each step flushed as it comes; goes on with a file that is there.
+
+    Attributes:
+        last_step: the newest step that was in it already; -1 if none was.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.last_step = -1
+        self._layouts: dict[Layout, int] = {}
+        end = 0
+        if path.exists():
+            with path.open("rb", buffering=0) as file:
+                end = len(_FIRST_LINE) if _is_ours(file) else 0
+                for layout, size, step, start in _frames(file):
+                    if not layout:
+                        self._layouts[_layout(os.pread(file.fileno(), size, start))] = len(self._layouts) + 1
+                    self.last_step = max(self.last_step, step)
+                    end = start + size
+        self._file = path.open("ab")
+        self._file.truncate(end)
+        if not end:
+            self._file.write(_FIRST_LINE)
+
+    def step(self, step: int, stages: Mapping[str, Stage]) -> None:
+        """The digests of a step's tensors."""
+        layout = tuple((name, stage.names) for name, stage in stages.items())
+        number = self._layouts.get(layout)
+        if number is None:
+            number = self._layouts[layout] = len(self._layouts) + 1
+            self._write(0, -1, json.dumps(dict(layout)).encode())
+        self._write(number, step, b"".join(stage.digests for stage in stages.values()))
+        self._file.flush()
+
+    def close(self) -> None:
+        """Closes the file."""
+        self._file.close()
+
+    def _write(self, layout: int, step: int, content: bytes) -> None:
+        self._file.write(_HEAD.pack(layout, len(content), step) + content)
+
+
+def find_stages(path: Path, step: int, digests: Mapping[str, str]) -> dict[str, Stage] | None:
+    """The stages of the step of which the trace has `digests` (stage to 32 hex digits), each with its tensors' digests.
+
+    None where the file does not have it.
+    """
+    if not path.exists():
+        return None
+    layouts: list[Layout] = []
+    with path.open("rb", buffering=0) as file:
+        for layout, size, of_step, start in _frames(file):
+            if layout and of_step != step:
+                continue
+            content = os.pread(file.fileno(), size, start)
+            if not layout:
+                layouts.append(_layout(content))
+                continue
+            stages = _stages(layouts[layout - 1], content)
+            if {name: stage.digest.hex() for name, stage in stages.items()} == dict(digests):
+                return stages
+    return None
+
+
+def _frames(file: BinaryIO) -> Iterator[_Frame]:
+    """The whole frames of a file; none of one in another format."""
+    descriptor, length = file.fileno(), os.fstat(file.fileno()).st_size
+    if not _is_ours(file):
+        return
+    place, num_layouts = len(_FIRST_LINE), 0
+    while place + _HEAD.size <= length:
+        layout, size, step = _HEAD.unpack(os.pread(descriptor, _HEAD.size, place))
+        start = place + _HEAD.size
+        if layout > num_layouts or start + size > length or (not layout and not size):
+            return  # cut off, or never written: some file systems leave zeros behind when the power fails
+        num_layouts += not layout
+        yield layout, size, step, start
+        place = start + size
+
+
+def _is_ours(file: BinaryIO) -> bool:
+    """Whether it is of this format."""
+    return os.pread(file.fileno(), len(_FIRST_LINE), 0) == _FIRST_LINE
+
+
+def _layout(content: bytes) -> Layout:
+    return tuple((stage, tuple(names)) for stage, names in json.loads(content).items())
+
+
+def _stages(layout: Layout, content: bytes) -> dict[str, Stage]:
+    stages, start = {}, 0
+    for name, names in layout:
+        end = start + 16 * len(names)
+        stages[name] = Stage(names, content[start:end])
+        start = end
+    return stages

@@ -1,0 +1,216 @@
+"""Two recorded traces: the first difference, or how far there is none, in any state in which a run may leave them."""
+
+import json
+import tracemalloc
+from pathlib import Path
+
+import pytest
+
+from dreplica.agreement import comparison
+from dreplica.agreement.comparison import Comparison, compare_traces
+from dreplica.agreement.recorded import TRACE_NAME, RecordedTrace
+from dreplica.errors import UsageError
+from tests.agreement.recording import record
+
+
+def compare(one: Path, other: Path) -> Comparison:
+    return compare_traces(RecordedTrace(one), RecordedTrace(other))
+
+
+def append(folder: Path, text: str) -> None:
+    with (folder / TRACE_NAME).open("a") as file:
+        file.write(text)
+
+
+@pytest.fixture(params=["in blocks", "line by line"])
+def same_beginning(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With blocks of a few lines, and with blocks that hold no whole line, so that each line is looked at."""
+    monkeypatch.setattr(comparison, "_BLOCK_BYTES", 700 if request.param == "in blocks" else 10)
+
+
+@pytest.mark.usefixtures("same_beginning")
+def test_the_same_steps(tmp_path: Path) -> None:
+    one, other = (record(tmp_path / name, range(40), evaluated=[20, 39]) for name in ("one", "other"))
+    found = compare(one, other)
+    assert (found.place, found.num_steps, found.last_step) == (None, 39, 39)
+    same = {stage: count for stage, count in found.num_same.items() if count}
+    assert same == {"batch": 40, "weights": 40, "predictions": 2}
+    assert found.num_digests == 82
+
+
+@pytest.mark.usefixtures("same_beginning")
+@pytest.mark.parametrize("step", [0, 1, 17, 39])
+@pytest.mark.parametrize("tensors", [False, True])
+def test_the_first_step_stage_and_tensor(step: int, tensors: bool, tmp_path: Path) -> None:
+    one = record(tmp_path / "one", range(40), tensors=tensors)
+    changes = [(step, "weights", "two"), (step, "batch", "two"), (39, "batch", "one")]
+    place = compare(one, record(tmp_path / "other", range(40), *changes, tensors=tensors)).place
+    assert place is not None
+    assert (place.step, place.stage, place.phase) == (step, "batch", None)
+    assert place.differing_stages == ["batch", "weights"]
+    tensor = "one" if step == 39 else "two"
+    assert (place.tensor, place.num_entries) == ((tensor, 2) if tensors else (None, 0))
+
+
+def test_of_tensors_that_only_one_side_has_recorded_none_is_named(tmp_path: Path) -> None:
+    one = record(tmp_path / "one", range(4), tensors=True)
+    place = compare(one, record(tmp_path / "other", range(4), (2, "weights", "one"))).place
+    assert place is not None
+    assert (place.step, place.stage, place.tensor) == (2, "weights", None)
+
+
+@pytest.mark.usefixtures("same_beginning")
+def test_an_evaluation_comes_after_its_step(tmp_path: Path) -> None:
+    one = record(tmp_path / "one", range(6), evaluated=[3, 5])
+    other = record(tmp_path / "other", range(6), (3, "predictions", "two"), (4, "batch", "one"), evaluated=[3, 5])
+    place = compare(one, other).place
+    assert place is not None
+    assert (place.step, place.stage, place.phase) == (3, "predictions", "evaluation")
+
+
+@pytest.mark.usefixtures("same_beginning")
+def test_one_that_ends_sooner(tmp_path: Path) -> None:
+    traces = [
+        RecordedTrace(record(tmp_path / "one", range(30))),
+        RecordedTrace(record(tmp_path / "other", range(20))),
+    ]
+    found = compare_traces(*traces)
+    assert (found.place, found.num_steps, found.last_step) == (None, 19, 19)
+    assert [trace.last_key for trace in traces] == [(29, False), (19, False)]
+
+
+@pytest.mark.usefixtures("same_beginning")
+@pytest.mark.parametrize("cut", [1, 30, 100])
+def test_a_line_that_was_cut_off_is_left_out(cut: int, tmp_path: Path) -> None:
+    one, other = (record(tmp_path / name, range(10)) for name in ("one", "other"))
+    path = other / TRACE_NAME
+    path.write_bytes(path.read_bytes()[:-cut])
+    trace = RecordedTrace(other)
+    found = compare_traces(RecordedTrace(one), trace)
+    assert (found.place, found.last_step) == (None, 8)
+    assert (trace.is_cut_off, trace.last_key) == (True, (8, False))
+    again = compare(other, other)
+    assert (again.place, again.last_step) == (None, 8)
+
+
+@pytest.mark.usefixtures("same_beginning")
+def test_only_what_both_have_recorded_is_compared(tmp_path: Path) -> None:
+    one = record(tmp_path / "one", range(13))
+    every_third = record(tmp_path / "other", range(0, 13, 3), (4, "weights", "one"))
+    found = compare(one, every_third)
+    assert (found.place, found.num_steps, found.num_alone) == (None, 4, [8, 0])
+    assert compare(every_third, one).num_alone == [0, 8]
+    fewer = record(tmp_path / "fewer", range(13), (2, "weights", "one"), names=["batch", "rng"])
+    found = compare(one, fewer)
+    assert (found.place, found.num_digests) == (None, 13)
+    assert compare(one, record(tmp_path / "none", range(13), names=["rng"])).num_digests == 0
+
+
+@pytest.mark.usefixtures("same_beginning")
+def test_another_epoch_or_another_number_of_replicas_is_no_difference(tmp_path: Path) -> None:
+    one = record(tmp_path / "one", range(9), epochs=dict.fromkeys(range(9), 1))
+    other = record(tmp_path / "other", range(9), epochs=dict.fromkeys(range(5, 9), 2), num_replicas=3)
+    found = compare(one, other)
+    assert (found.place, found.num_steps, found.epochs_differ_at) == (None, 8, 0)
+
+
+@pytest.mark.usefixtures("same_beginning")
+def test_of_what_was_done_again_the_last_counts(tmp_path: Path) -> None:
+    """As by a run whose replicas parted at step 5, and that went on from step 4 later."""
+    good = record(tmp_path / "good", range(9))
+    resumed = record(tmp_path / "resumed", range(5))
+    record(resumed, range(5, 7), (5, "weights", "one"), (6, "weights", "one"), num_lines=6, agreed=False)
+    parted = compare(good, resumed).place
+    assert parted is not None
+    assert parted.step == 5
+    record(resumed, range(4, 9), num_lines=5)
+    trace = RecordedTrace(resumed)
+    found = compare_traces(RecordedTrace(good), trace)
+    assert (found.place, found.num_steps, found.last_step) == (None, 8, 8)
+    assert (trace.done_again, trace.parted_at) == (5, None)
+
+
+@pytest.mark.usefixtures("same_beginning")
+def test_what_both_have_done_again_counts_once_and_is_known(tmp_path: Path) -> None:
+    one, other = (record(tmp_path / name, range(7)) for name in ("one", "other"))
+    for folder in (one, other):
+        record(folder, range(4, 9), *((step, "weights", "one") for step in range(4, 9)), num_lines=5)
+    trace = RecordedTrace(other)
+    found = compare_traces(RecordedTrace(one), trace)
+    assert (found.place, found.num_steps, found.num_same["weights"], trace.done_again) == (None, 8, 9, 4)
+
+
+def test_where_a_run_had_parted_itself_is_known(tmp_path: Path) -> None:
+    one = record(tmp_path / "one", range(6))
+    other = record(tmp_path / "other", range(4))
+    record(other, range(4, 6), (4, "weights", "one"), num_lines=5, agreed=False)
+    trace = RecordedTrace(other)
+    found = compare_traces(RecordedTrace(one), trace)
+    assert found.place is not None
+    assert (found.place.step, found.agreed, trace.parted_at) == (4, (True, False), 4)
+
+
+def test_another_program_s_spacing_is_read_too(tmp_path: Path) -> None:
+    one, other = record(tmp_path / "one", range(6), evaluated=[3]), tmp_path / "other.jsonl"
+    rows = [json.loads(line) for line in (one / TRACE_NAME).read_text().splitlines()]
+    other.write_text("".join(json.dumps(row, separators=(",", ":")) + "\n" for row in rows))
+    assert compare(one, other).num_digests == 13
+    rows[3]["digests"]["weights"] = "0" * 32
+    other.write_text("".join(json.dumps(row, separators=(",", ":")) + "\n" for row in rows))
+    place = compare(one, other).place
+    assert place is not None
+    assert (place.step, place.stage) == (2, "weights")
+
+
+def test_digests_of_different_algorithms_are_never_compared(tmp_path: Path) -> None:
+    one, other = (record(tmp_path / name, range(3)) for name in ("one", "other"))
+    path = other / TRACE_NAME
+    path.write_text(path.read_text().replace("xxh3-128/1", "sha256/1"))
+    with pytest.raises(UsageError, match=r"'xxh3-128/1'.* of 'sha256/1'"):
+        compare(one, other)
+    assert compare(other, other).num_steps == 2
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (None, "is no folder and no file"),
+        ("", "does not begin with the header"),
+        ("[1]\n", "does not begin with the header"),
+        ('{"algorithm": "xxh3-128/1", "torch": "2", "replicas": 2}\n{"step": 1}\n', "line 2 is none of a trace"),
+        ('{"algorithm": "xxh3-128/1", "torch": "2", "replicas": 2}\n\0\0\n', "line 2 is none of a trace"),
+    ],
+)
+def test_what_is_no_trace_is_refused(content: str | None, words: str, tmp_path: Path) -> None:
+    path = tmp_path / "trace.jsonl"
+    if content is not None:
+        path.write_text(content)
+    with pytest.raises(UsageError, match=words):
+        compare(path, path)
+    with pytest.raises(UsageError, match="trace.jsonl" if content is not None else "has no trace.jsonl"):
+        compare(tmp_path, tmp_path)
+
+
+def test_the_same_line_twice_is_done_again_too(tmp_path: Path) -> None:
+    one = record(tmp_path / "one", range(5))
+    other = record(tmp_path / "other", range(5))
+    append(other, (other / TRACE_NAME).read_text().splitlines()[-1] + "\n")
+    found = compare(one, other)
+    assert (found.place, found.num_steps) == (None, 4)
+
+
+def test_memory_does_not_grow_with_the_trace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(comparison, "_BLOCK_BYTES", 2**14)
+    one, other = tmp_path / "one.jsonl", tmp_path / "other.jsonl"
+    header = '{"algorithm": "xxh3-128/1", "torch": "2.15.0", "replicas": 2}\n'
+    for path, epoch in ((one, 1), (other, 2)):  # the slow way, line by line
+        rows = (
+            f'{{"step": {step}, "epoch": {epoch}, "agreed": true, "digests": {{"weights": "{step:032x}"}}}}\n'
+            for step in range(5_000)
+        )
+        path.write_text(header + "".join(rows))
+    tracemalloc.start()
+    assert compare(one, one).num_steps == compare(one, other).num_steps == 4_999
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < one.stat().st_size / 2, "of two files of that size"

@@ -1,0 +1,77 @@
+"""What `dreplica compare` takes on long traces, each case in a process of its own.
+
+    python -m tests.benchmarks.compare_cost [--steps 1000000] [--folder FOLDER]
+
+The traces are of random digests: eight stages a step, 433 bytes a line.
+"""
+
+import argparse
+import json
+import os
+import random
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+STAGES = ("indices", "batch", "buffers", "output", "gradients", "optimizer", "weights", "rng")
+
+
+def write_trace(path: Path, num_steps: int, epochs_from: int = 1, other_at: int | None = None) -> None:
+    """`epochs_from`: the number of the first epoch; `other_at`: a step with another digest of the weights."""
+    draw = random.Random(0)
+    with path.open("w", encoding="utf-8") as file:
+        file.write(json.dumps({"algorithm": "xxh3-128/1", "torch": "2.15.0", "replicas": 2}) + "\n")
+        for step in range(1, num_steps + 1):
+            numbers = draw.randbytes(16 * len(STAGES)).hex()
+            digests = {stage: numbers[32 * i : 32 * i + 32] for i, stage in enumerate(STAGES)}
+            if step == other_at:
+                digests["weights"] = "0" * 32
+            epoch = step // 1000 + epochs_from
+            file.write(json.dumps({"step": step, "epoch": epoch, "agreed": True, "digests": digests}) + "\n")
+
+
+def measure(one: Path, other: Path) -> tuple[int, float, float, str]:
+    """Exit code, seconds, peak resident memory in MB, and the verdict."""
+    started = time.perf_counter()
+    process = subprocess.Popen(
+        [sys.executable, "-m", "dreplica.cli", "compare", str(one), str(other)], stdout=subprocess.PIPE, text=True
+    )
+    assert process.stdout is not None
+    output = process.stdout.read()
+    _, status, usage = os.wait4(process.pid, 0)
+    seconds = time.perf_counter() - started
+    words = ("IDENTICAL", "DIFFERENT", "SAME SO FAR")
+    verdict = next((line for line in output.splitlines() if line.startswith(words)), output)
+    return os.waitstatus_to_exitcode(status), seconds, usage.ru_maxrss / 1024, verdict
+
+
+def main() -> None:
+    """Prints a line for each case."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--steps", type=int, default=1_000_000)
+    parser.add_argument("--folder", type=Path)
+    given = parser.parse_args()
+    with tempfile.TemporaryDirectory(dir=given.folder) as name:
+        folder = Path(name)
+        one, other = folder / "one.jsonl", folder / "other.jsonl"
+        write_trace(one, given.steps)
+        print(f"{given.steps:,} steps, {one.stat().st_size / 2**20:.0f} MB each; exit code, seconds, peak MB, verdict")
+        cases = {
+            "the same": {},
+            "another digest in the last step": {"other_at": given.steps},
+            "epochs counted from 2": {"epochs_from": 2},
+        }
+        for case, keywords in cases.items():
+            write_trace(other, given.steps, **keywords)
+            code, seconds, peak, verdict = measure(one, other)
+            print(f"{case:32s} {code} {seconds:6.1f} s {peak:6.0f} MB  {verdict[:80]}", flush=True)
+        with other.open("rb+") as file:
+            file.truncate(other.stat().st_size - 100)
+        code, seconds, peak, verdict = measure(one, other)
+        print(f"{'cut off in its last line':32s} {code} {seconds:6.1f} s {peak:6.0f} MB  {verdict[-80:]}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,72 @@
+"""In what two runs differ, as far as they have left it."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dreplica.config import RunConfig
+from dreplica.diagnosis.recorded_run import RunDifference, config_differences, manifest_differences, read_run
+
+CONFIG: dict[str, Any] = {
+    "run": {"name": "a", "root": "runs"},
+    "optim": {"lr": 0.1, "betas": [0.9, 0.99]},
+    "world": {"device": "cpu", "timeout": 300.0},
+    "train": {"epochs": 1, "amp": None},
+    "overrides": {},
+}
+
+
+def test_config_key_by_key_in_its_own_order() -> None:
+    other = {
+        **CONFIG,
+        "run": {"name": "b", "root": "runs"},
+        "optim": {"betas": [0.9, 0.999], "lr": 0.1, "eps": 1e-8},
+        "world": {"device": "cuda", "timeout": 5.0},
+        "train": {"epochs": 2, "amp": "bf16"},
+        "overrides": {1: {"optim": {"lr": 0.2}}},
+    }
+    assert config_differences(CONFIG, CONFIG) == []
+    assert [(item.field, item.one, item.other, item.matters) for item in config_differences(CONFIG, other)] == [
+        ("run.name", "a", "b", False),
+        ("optim.betas", [0.9, 0.99], [0.9, 0.999], True),
+        ("world.device", "cpu", "cuda", True),
+        ("world.timeout", 300.0, 5.0, False),
+        ("train.epochs", 1, 2, False),
+        ("train.amp", None, "bf16", True),
+        ("optim.eps", None, 1e-8, True),
+        ("overrides.1.optim.lr", None, 0.2, True),
+    ]
+
+
+def test_what_is_said_to_change_no_digest_are_keys_that_exist() -> None:
+    from dreplica.diagnosis import recorded_run
+
+    config = RunConfig().model_dump()
+    for name in recorded_run._CHANGES_NOTHING:
+        section, _, key = name.partition(".")
+        assert section in config
+        assert not key or key in config[section], name
+
+
+def test_the_number_of_replicas_is_no_difference_of_the_environment() -> None:
+    row = {"host": "a", "seed": 42, "cpu": {"model": "X"}}
+    one = [{"replica": 0, **row}, {"replica": 1, **row}]
+    assert manifest_differences(one, [{"replica": 0, **row}]) == []
+    other = [{"replica": 0, **row, "cpu": {"model": "Y"}}, {"replica": 1, **row, "host": "b"}]
+    assert manifest_differences(one, other) == [
+        RunDifference("host", "a", ["a", "b"], matters=False),
+        RunDifference("cpu.model", "X", ["Y", "X"], matters=True),
+    ]
+
+
+@pytest.mark.parametrize("content", ["{", "[]", "7"])
+def test_what_cannot_be_read_is_said(content: str, tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_text(content)
+    (tmp_path / "report.json").write_text(json.dumps({"verdict": {"cause": "none"}}))
+    run = read_run(tmp_path)
+    assert (run.config, run.manifests, run.verdict) == (None, None, {"cause": "none"})
+    first, second = run.missing
+    assert first.startswith("config.yaml ")
+    assert second == "there is no manifest.json"

@@ -1,0 +1,164 @@
+"""`dreplica compare` on real runs: what a person and a program read, and the exit code."""
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dreplica.cli import main
+from dreplica.errors import ExitCode
+from tests.fixtures import SMALL
+from tests.harness import REPOSITORY, environment, run_job
+
+pytestmark = pytest.mark.xdist_group("compare")
+
+RUNS = {
+    "one": (2, ()),
+    "again": (1, ()),
+    "threads": (1, ("--determinism.threads=2",)),
+    "seed": (1, ("--seed.data=7",)),
+    "stopped": (1, ("--run.stop_after=7",)),
+    "parted": (2, ("--inject=[{replica: 0, step: 8, target: weights}]", "--agreement.on_divergence=continue")),
+}
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of run folders, each with its tensors recorded."""
+    root = tmp_path_factory.mktemp("runs")
+    for name, (num_replicas, arguments) in RUNS.items():
+        arguments = (*SMALL, "--agreement.record=tensors", f"--run.name={name}", *arguments)
+        job = run_job(*arguments, root=root, num_replicas=num_replicas)
+        assert job.returncode == 0 or name in ("stopped", "parted"), job.output
+    return root
+
+
+def compare(capsys: pytest.CaptureFixture[str], *arguments: Any) -> tuple[int, str]:
+    code = main(["compare", *map(str, arguments)])
+    return code, capsys.readouterr().out
+
+
+def compare_json(capsys: pytest.CaptureFixture[str], *arguments: Any) -> tuple[int, dict[str, Any]]:
+    code, output = compare(capsys, "--json", *arguments)
+    return code, json.loads(output)
+
+
+def test_the_same_config_twice_is_identical(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """With another number of replicas, too, and under another name."""
+    code, found = compare_json(capsys, runs / "one", runs / "again")
+    assert (code, found["outcome"]) == (ExitCode.AGREED, "identical")
+    assert (found["steps_same"], found["first_difference"]) == (10, None)
+    assert found["digests_same"] == {
+        **dict.fromkeys(["indices", "output", "gradients", "optimizer"], 10),
+        "batch": 12,
+        "buffers": 11,
+        "weights": 11,
+        "rng": 11,
+        "predictions": 2,
+    }
+    assert [(item["field"], item["matters"]) for item in found["config"]] == [("run.name", False)]
+    assert found["manifest"] == []
+    assert found["notes"] == ["2 and 1 replicas"]
+    code, output = compare(capsys, runs / "one", runs / "again")
+    assert code == ExitCode.AGREED
+    assert output.splitlines()[-1].startswith("IDENTICAL 10 steps, 87 digests of indices, batch, buffers, ")
+
+
+def test_another_number_of_threads(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    code, found = compare_json(capsys, runs / "one", runs / "threads")
+    assert (code, found["outcome"]) == (ExitCode.DIVERGED, "differ")
+    first = found["first_difference"]
+    stages = [json.loads((runs / name / "trace.jsonl").read_text().splitlines()[2]) for name in ("one", "threads")]
+    assert [row["step"] for row in stages] == [1, 1]
+    names = list(stages[0]["digests"])
+    differing = [name for name in names if stages[0]["digests"][name] != stages[1]["digests"][name]]
+    assert (first["step"], first["stage"], first["differing_stages"]) == (1, differing[0], differing)
+    assert first["tensor"] in {"0.weight", "0.bias", "5.weight", "5.bias", "1.running_mean", "1.running_var", "logits"}
+    assert 0 < first["num_differing"] <= first["num_entries"]
+    fields = {item["field"]: (item["one"], item["other"]) for item in found["config"] + found["manifest"]}
+    assert fields["determinism.threads"] == fields["numerics.threads"] == (1, 2)
+    _, output = compare(capsys, runs / "one", runs / "threads")
+    (verdict,) = (line for line in output.splitlines() if line.startswith("DIFFERENT"))
+    where = f"parted at step 1: {first['stage']}, {first['tensor']}"
+    differences = "the configs differ in determinism.threads (1, 2) and the manifests in numerics.threads (1, 2)"
+    assert verdict == f"DIFFERENT {where}; {differences}"
+
+
+def test_another_data_seed(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    code, found = compare_json(capsys, runs / "one", runs / "seed")
+    assert code == ExitCode.DIVERGED
+    first = found["first_difference"]
+    assert (first["step"], first["stage"], first["tensor"]) == (1, "indices", "indices")
+    assert found["summary"].endswith("the configs differ in seed.data (0, 7)")
+
+
+def test_a_run_that_ended_sooner(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    code, found = compare_json(capsys, runs / "one", runs / "stopped")
+    assert (code, found["outcome"]) == (ExitCode.FAILED, "prefix")
+    assert [run["last_step"] for run in found["runs"]] == [10, 7]
+    assert f"{runs / 'stopped'} ends at step 7; up to there both are the same: 7 steps" in found["summary"]
+    assert compare(capsys, runs / "one", runs / "stopped", "--prefix")[0] == ExitCode.AGREED
+    assert compare(capsys, runs / "one", runs / "seed", "--prefix")[0] == ExitCode.DIVERGED
+
+
+def test_a_trace_that_was_cut_off_in_mid_line(runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    shutil.copytree(runs / "again", tmp_path / "cut")
+    path = tmp_path / "cut" / "trace.jsonl"
+    path.write_bytes(path.read_bytes()[:-20])
+    code, found = compare_json(capsys, runs / "one", tmp_path / "cut")
+    assert (code, found["outcome"]) == (ExitCode.FAILED, "prefix")
+    assert "ends at step 10; up to there" in found["summary"], "its last whole line is step 10's, not the evaluation's"
+    assert any("the last line was cut off" in note for note in found["notes"])
+
+
+def test_a_run_whose_own_replicas_parted(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    code, found = compare_json(capsys, runs / "one", runs / "parted")
+    assert code == ExitCode.DIVERGED
+    first = found["first_difference"]
+    assert (first["step"], first["stage"]) == (8, "weights"), "the flipped bit is replica 0's"
+    assert [run["parted_at"] for run in found["runs"]] == [None, 8]
+    assert any("its own 2 replicas had parted at step 8 (" in note for note in found["notes"])
+
+
+def test_traces_alone(runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    shutil.copy(runs / "seed" / "trace.jsonl", tmp_path / "some.jsonl")
+    code, found = compare_json(capsys, runs / "one" / "trace.jsonl", tmp_path / "some.jsonl")
+    assert code == ExitCode.DIVERGED
+    assert (found["config"], found["manifest"], found["first_difference"]["tensor"]) == (None, None, None)
+    assert "in what the runs differ is not recorded" in found["summary"]
+    assert f"{tmp_path / 'some.jsonl'}: there is no config.yaml" in found["notes"]
+
+
+def test_what_cannot_be_compared(runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    shutil.copytree(runs / "again", tmp_path / "run")
+    path = tmp_path / "run" / "trace.jsonl"
+    path.write_text(path.read_text().replace("xxh3-128/1", "xxh3-128/0"))
+    for other, words in ((tmp_path / "nowhere", "is no folder"), (tmp_path / "run", "they would differ whatever")):
+        assert main(["compare", str(runs / "one"), str(other)]) == ExitCode.UNUSABLE
+        (line,) = capsys.readouterr().err.splitlines()
+        assert line.startswith("error: ")
+        assert words in line
+    with pytest.raises(SystemExit) as exited:
+        main(["compare", str(runs / "one")])
+    assert exited.value.code == ExitCode.UNUSABLE
+
+
+def test_what_users_write_is_no_markup(runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    shutil.copytree(runs / "again", tmp_path / "[bold]run[/]")
+    config = tmp_path / "[bold]run[/]" / "config.yaml"
+    config.write_text(re.sub("name: again", "name: '[red]x[/nothing]'", config.read_text()))
+    code, output = compare(capsys, runs / "one", tmp_path / "[bold]run[/]")
+    assert code == ExitCode.AGREED
+    assert "[red]x[/nothing]" in output
+
+
+def test_it_needs_no_torch(runs: Path) -> None:
+    """Which takes seconds to import, and more memory than comparing does."""
+    code = "import sys; from dreplica.cli import main; code = main(sys.argv[1:]); assert 'torch' not in sys.modules"
+    command = [sys.executable, "-c", code, "compare", str(runs / "one"), str(runs / "again")]
+    subprocess.run(command, check=True, capture_output=True, cwd=REPOSITORY, env=environment(), timeout=60)
