@@ -49,6 +49,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     certify.add_argument("--at-step", type=_positive, metavar="K", help="interrupt after this step")
     certify.add_argument("--keep", type=Path, metavar="FOLDER", help="keep the run folders there")
 
+    text = "make report.html of what a run has recorded, also while it runs, or after it has crashed"
+    report = commands.add_parser("report", help=text, description=text, allow_abbrev=False)
+    report.add_argument("run", type=Path, metavar="RUN", help="the run's folder")
+    report.set_defaults(help=False)
+
     argv = sys.argv[1:] if argv is None else argv
     known, settings = parser.parse_known_args(argv)
     if known.help:
@@ -66,6 +71,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         except UsageError as error:
             print(f"error: {error}", file=sys.stderr)
             return ExitCode.UNUSABLE
+    if known.command == "report":
+        if settings:
+            report.error(f"unrecognized arguments: {' '.join(settings)}")
+        return _report(known.run)
     if known.command == "certify-resume":
         if known.at_step is None:
             certify.error("--at-step K is needed: the step after which to interrupt, best in mid-epoch")
@@ -92,6 +101,20 @@ def _add_command(
     command.add_argument("-h", "--help", action="store_true", help="show this help, and every config field")
     command.add_argument("--replicas", type=_positive, default=2, metavar="N", help="how many replicas (default: 2)")
     return command
+
+
+def _report(folder: Path) -> ExitCode:
+    from dreplica.report.html import write_report
+
+    try:
+        print(write_report(folder))
+    except UsageError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return ExitCode.UNUSABLE
+    except OSError as error:
+        print(f"error: the report cannot be written: {error}", file=sys.stderr)
+        return ExitCode.FAILED
+    return ExitCode.AGREED
 
 
 def _nodes(known: argparse.Namespace) -> "Nodes | None":
