@@ -1,7 +1,7 @@
 """The path of a difference: from the first operator that differs to the outputs, how far apart the results are."""
 
 from collections.abc import Collection, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +15,8 @@ from dreplica.world.channel import Channel
 
 if TYPE_CHECKING:
     from dreplica.diagnosis.replay import Replayer
+
+T = TypeVar("T")
 
 _MOST_OPERATORS = 48
 _MOST_ELEMENTS = 2**18
@@ -78,7 +80,7 @@ def measure_path(
     one, other = sides
     across = records[one], second if one == other else records[other]
     differing = channel.gather(_differing(*across, place.index))[one]
-    chosen = _evenly(differing, _MOST_OPERATORS)
+    chosen = evenly(differing, _MOST_OPERATORS)
     takes_part = channel.rank in sides and bool(chosen)
 
     def sample(times: int) -> list[dict[int, list[tuple[Tensor, int]]]]:
@@ -123,10 +125,12 @@ def _differing(one: Sequence[OpRecord], other: Sequence[OpRecord], start: int) -
     return found
 
 
-def _evenly(values: Sequence[int], most: int) -> list[int]:
-    """At most so many of the values, evenly spaced, the first and the last among them."""
+def evenly(values: Sequence[T], most: int) -> list[T]:
+    """At most so many of the values, evenly spaced, the first and the last among them; of one, the last."""
     if len(values) <= most:
         return list(values)
+    if most == 1:
+        return [values[-1]]
     return [values[round(number * (len(values) - 1) / (most - 1))] for number in range(most)]
 
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from dreplica.agreement.stages import STAGES
+from dreplica.diagnosis.path import evenly
 from dreplica.report.charts import (
     LineChart,
     Table,
@@ -19,6 +20,10 @@ from dreplica.report.charts import (
 from dreplica.report.run_files import RunFiles
 from dreplica.training.timing import PHASES
 
+_MOST_VALUES = 4000
+"""In a chart's table, by part of the data; a tenth as many rows in that of seconds. A page is to be mailed."""
+_MOST_IN_PAIRS = 40
+"""Replicas, in a table of every one against every other."""
 _PHASE_ENDS_IN = {"forward": "the loss", "backward": "the gradients", "optimizer": "the updated weights"}
 
 
@@ -162,12 +167,13 @@ def class_name(number: int) -> str:
 
 
 def training_charts(run: RunFiles) -> list[LineChart]:
-    """Loss and accuracy of every replica, epoch by epoch."""
-    epochs = [row["epoch"] for row in run.epochs]
+    """Loss and accuracy of every replica, epoch by epoch; of very many epochs, evenly spaced ones."""
+    shown = evenly(run.epochs, max(20, _MOST_VALUES // run.num_replicas))
+    epochs = [row["epoch"] for row in shown]
     charts = []
     for title, key in (("Loss", "loss"), ("Accuracy", "accuracy")):
         parts = {
-            name: [row[part].get(key, []) for row in run.epochs]
+            name: [row[part].get(key, []) for row in shown]
             for name, part in (("training", "train"), ("validation", "val"))
         }
         if any(any(rows) for rows in parts.values()):
@@ -188,7 +194,8 @@ def distance_charts(run: RunFiles) -> list[LineChart]:
 
 
 def time_bars(run: RunFiles) -> tuple[list[Bar], Table] | None:
-    """Where each replica's time went over all epochs that were measured; None if none were."""
+    """Where each replica's time went over all epochs that were measured, and the seconds of these, or of evenly spaced
+    ones where there are many; None if none were."""
     measured = [row for row in run.epochs if row.get("timing")]
     if not measured:
         return None
@@ -203,7 +210,7 @@ def time_bars(run: RunFiles) -> tuple[list[Bar], Table] | None:
         bars.append(Bar(f"replica {r}", [(phase, 100 * totals[phase][r] / whole) for phase in PHASES]))
     rows = [
         [(str(row["epoch"]), row["epoch"]), str(r), *(exact(_at(row["timing"].get(phase, []), r)) for phase in PHASES)]
-        for row in measured
+        for row in evenly(measured, max(1, _MOST_VALUES // 10 // replicas))
         for r in range(replicas)
     ]
     return bars, Table(["epoch", "replica", *(f"{phase}, s" for phase in PHASES)], rows)
@@ -254,6 +261,6 @@ def spread_figure(run: RunFiles) -> SpreadFigure | None:
             ],
             "Part of the validation samples on which two replicas predict different classes",
         )
-        if pairs
+        if pairs and spread["n"] <= _MOST_IN_PAIRS
         else None,
     )

@@ -30,7 +30,7 @@ def test_operators_that_differ_are_followed_to_the_end_of_their_phase() -> None:
 
 @pytest.mark.parametrize("count", [1, 5, 6, 7, 100])
 def test_of_many_operators_evenly_spaced_ones_are_compared(count: int) -> None:
-    chosen = path._evenly(range(10, 10 + count), 6)
+    chosen = path.evenly(range(10, 10 + count), 6)
     assert len(chosen) == min(count, 6)
     assert (chosen[0], chosen[-1]) == (10, 9 + count)
     assert chosen == sorted(set(chosen))

@@ -116,6 +116,21 @@ def test_a_run_in_progress_says_so_and_how_far_it_is(folder: Path) -> None:
     assert len(read_run(folder).epochs) == 1, "the second is not written to its end yet"
 
 
+def test_a_long_run_of_many_replicas_is_no_large_file(folder: Path) -> None:
+    (row, *_) = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
+    with (folder / "metrics.jsonl").open("w") as file:
+        for epoch in range(1, 301):
+            values = [epoch / 7 + r for r in range(64)]
+            parts = {part: {"loss": values, "accuracy": values} for part in ("train", "val")}
+            timing = dict.fromkeys(row["timing"], values)
+            file.write(json.dumps(row | parts | {"epoch": epoch, "timing": timing}) + "\n")
+    report = json.loads((folder / "report.json").read_text())
+    (folder / "report.json").write_text(json.dumps(report | {"replicas": 32 * report["replicas"]}))
+    page = render(read_run(folder))
+    assert "62 of 300 epochs, evenly spaced." in Text(page).text
+    assert len(page) < 3_000_000
+
+
 def test_a_crash_before_the_first_step(folder: Path) -> None:
     for name in ("report.json", "trace.jsonl", "metrics.jsonl", "manifest.json"):
         (folder / name).unlink()
