@@ -1,5 +1,6 @@
 """What a browser makes of the report: headless Chromium at the width of a phone and of a desktop."""
 
+import json
 import os
 import shutil
 from collections.abc import Iterator
@@ -173,6 +174,18 @@ def test_a_remedy_is_copied(browser: Any, folders: dict[str, Path]) -> None:
         opened.page.locator("button.copy.done").wait_for()
         text = opened.page.evaluate("navigator.clipboard.readText()")
         assert text == "remove the override, or set it for all replicas"
+
+
+def test_many_replicas_are_scrolled_within_their_figure(browser: Any, folders: dict[str, Path], tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(folders["diverged"], tmp_path / "run"))
+    report = json.loads((folder / "report.json").read_text())
+    classes = report["divergence"]["stage_classes"]
+    report["divergence"]["stage_classes"] = {stage: [[replica] for replica in range(40)] for stage in classes}
+    (folder / "report.json").write_text(json.dumps(report))
+    write_report(folder)
+    with Opened(browser, folder, PHONE) as opened:
+        assert opened.page.locator("table.grid td").count() == 40 * len(classes)
+        assert opened.page.evaluate("document.documentElement.scrollWidth") <= PHONE[0]
 
 
 def test_it_is_dark_where_the_reader_s_system_is(browser: Any, folders: dict[str, Path]) -> None:
