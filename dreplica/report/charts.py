@@ -167,7 +167,7 @@ def name_replicas(ids: Sequence[int], replicas: int) -> str:
 def exact(value: Any) -> tuple[str, float]:
     """A cell with a number, and what to sort by; what is no number comes first."""
     if not _is_finite(value):
-        return "not a number", LAST
+        return "not finite", LAST
     return f"{value:.6g}", value
 
 

@@ -58,7 +58,8 @@ def headline(run: RunFiles) -> Headline:
     summary = str(verdict.get("summary", ""))
     stopped_after = (report.get("run") or {}).get("stopped_after")
     if verdict.get("cause") != "none":
-        return _of_cause(verdict, summary, len(report.get("replicas") or []))
+        parted = bool((report.get("divergence") or {}).get("stage_classes"))
+        return _of_cause(verdict, summary, len(report.get("replicas") or []), parted)
     if stopped_after is not None:
         goes_on = "The same command goes on from the newest checkpoint."
         if not run.has_checkpoint:
@@ -71,31 +72,33 @@ def headline(run: RunFiles) -> Headline:
     return Headline("good", label, "", f"{_upper(summary)}.", [])
 
 
-def _of_cause(verdict: dict[str, Any], summary: str, replicas: int) -> Headline:
+def _of_cause(verdict: dict[str, Any], summary: str, replicas: int, parted: bool) -> Headline:
+    """`parted`: whether it was found by comparing replicas' states, rather than by looking at each."""
     code = str(verdict.get("cause"))
     cause = CAUSES.get(code)
     evidence = [str(line) for line in verdict.get("evidence") or []]
     if cause is not None and evidence[:1] == [cause.explanation]:
         del evidence[0]  # it is the title
-    classes = verdict.get("classes") or []
-    parted = len(classes) > 1 and not verdict.get("agreed")
-    label = "Replica lost" if code == "replica-lost" else "Diverged" if parted else "Fault found"
+    label = {"replica-lost": "Replica lost", "unexplained": "Unexplained"}.get(code, "Fault found")
     return Headline(
         tone="bad",
-        label=label,
+        label="Diverged" if parted else label,
         cause=code,
         title=cause.explanation if cause is not None else summary,
-        sentences=[_where(verdict) or f"{_upper(summary.removeprefix(f'{code}: '))}.", *_who(verdict, replicas)],
-        facts=_facts(verdict, replicas),
+        sentences=[
+            (parted and _where(verdict)) or f"{_upper(summary.removeprefix(f'{code}: '))}.",
+            *_who(verdict, replicas),
+        ],
+        facts=_facts(verdict, replicas, parted),
         remedies=[_remedy(str(line)) for line in verdict.get("remedy") or []],
         evidence=evidence,
     )
 
 
 def _where(verdict: dict[str, Any]) -> str | None:
-    """Where replicas parted; None if that is not what the verdict is about."""
+    """Where replicas parted; None if it is not told."""
     step, stage, tensor = (verdict.get(key) for key in ("step", "stage", "tensor"))
-    if step is None or stage is None or len(verdict.get("classes") or []) < 2:
+    if step is None or stage is None:
         return None
     epoch = f" of epoch {verdict['epoch']}" if verdict.get("epoch") else ""
     when = "at the build, before the first step" if step == 0 else f"at step {step}{epoch}"
@@ -114,7 +117,7 @@ def _who(verdict: dict[str, Any], replicas: int) -> list[str]:
     return ["No replica is singled out."] if len(classes) > 1 else []
 
 
-def _facts(verdict: dict[str, Any], replicas: int) -> list[tuple[str, str]]:
+def _facts(verdict: dict[str, Any], replicas: int, parted: bool) -> list[tuple[str, str]]:
     facts = [
         ("step", "0, the build" if verdict.get("step") == 0 else verdict.get("step")),
         ("epoch", verdict.get("epoch")),
@@ -125,7 +128,7 @@ def _facts(verdict: dict[str, Any], replicas: int) -> list[tuple[str, str]]:
         ("phase", verdict.get("phase")),
     ]
     classes = verdict.get("classes") or []
-    if len(classes) > 1:
+    if parted and len(classes) > 1:
         facts.append(("alike among themselves", "; ".join(name_replicas(ids, replicas) for ids in classes)))
     return [(name, str(value)) for name, value in facts if value not in (None, "")]
 

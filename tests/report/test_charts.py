@@ -36,7 +36,7 @@ def test_what_is_no_number_is_a_gap_and_said() -> None:
     made = chart([1.0], [None], [math.inf], [2.0], [3.0])
     assert made.lines[0].path == "M0 100M75 50L100 0"
     assert made.notes == ["2 values are infinite or not a number, and not drawn"]
-    assert made.table.rows[1][1][0] == "not a number"
+    assert made.table.rows[1][1][0] == "not finite"
     assert line_chart("Loss", [1], {"training": [[None, math.nan]]}) is None
 
 

@@ -12,6 +12,8 @@ import pytest
 from torch import Tensor, nn
 
 from dreplica import cli
+from dreplica.diagnosis.conclude import wiring_fault
+from dreplica.replica.wiring import WiringError
 from dreplica.report.html import render
 from dreplica.report.run_files import read_run
 from tests.fixtures import SMALL, tiny_model
@@ -114,6 +116,16 @@ def test_a_run_in_progress_says_so_and_how_far_it_is(folder: Path) -> None:
     assert f"Last step recorded: {last['step']} of epoch {last['epoch']}." in text
     assert "replicas agree in all of them" in text
     assert len(read_run(folder).epochs) == 1, "the second is not written to its end yet"
+
+
+def test_a_fault_found_on_a_replica_by_itself_is_not_told_as_a_parting(folder: Path) -> None:
+    report = json.loads((folder / "report.json").read_text())
+    verdict = wiring_fault(WiringError("optimizer-not-bound", "it holds none of them", "0.weight", []), [1], 2)
+    (folder / "report.json").write_text(json.dumps(report | {"verdict": verdict.as_dict(), "divergence": None}))
+    text = text_of(folder)
+    assert "Fault found optimizer-not-bound" in text
+    assert "It holds none of them. Suspected: replica 1." in text
+    assert "They parted" not in text
 
 
 def test_a_long_run_of_many_replicas_is_no_large_file(folder: Path) -> None:
