@@ -47,6 +47,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     certify.add_argument("--at-step", type=_positive, metavar="K", help="interrupt after this step")
     certify.add_argument("--keep", type=Path, metavar="FOLDER", help="keep the run folders there")
 
+    text = "make report.html of what a run has recorded, also while it runs, or after it has crashed"
+    report = _add_plain_command(commands, "report", text, _report)
+    report.add_argument("run", type=Path, metavar="RUN", help="the run's folder")
+
     text = "compare two recorded runs: the first step, stage and tensor that differ, or the proof that none does"
     compare = _add_plain_command(commands, "compare", text, _compare)
     compare.add_argument("runs", nargs=2, type=Path, metavar="RUN", help="a run folder, or a trace.jsonl")
@@ -124,6 +128,17 @@ def _doctor(known: argparse.Namespace) -> int:
     from dreplica.doctor.examine import run_doctor
 
     return run_doctor(known.json)
+
+
+def _report(known: argparse.Namespace) -> int:
+    from dreplica.report.html import write_report
+
+    try:
+        print(write_report(known.run))
+    except OSError as error:
+        print(f"error: the report cannot be written: {error}", file=sys.stderr)
+        return ExitCode.FAILED
+    return ExitCode.AGREED
 
 
 def _add_command(

@@ -17,6 +17,7 @@ from dreplica.errors import UsageError
 from dreplica.replica.build import ModelConfig, ReplicaConfig
 from dreplica.replica.components import CriterionConfig, OptimConfig, ScheduleConfig
 from dreplica.replica.rng import SeedConfig, check_model_seeds
+from dreplica.report.sinks import ReportConfig
 from dreplica.section import Lockstep, Section, describe_errors
 from dreplica.training.checkpoint import CheckpointConfig
 from dreplica.training.step import TrainConfig
@@ -44,6 +45,7 @@ class RunConfig(Section):
     determinism: DeterminismConfig = DeterminismConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     agreement: AgreementConfig = AgreementConfig()
+    report: ReportConfig = ReportConfig()
     inject: list[FaultConfig] = Field(default_factory=list)
     """Faults to inject: a list of {replica, step, target, tensor, bits, repeat, seed}."""
     overrides: dict[int, dict[str, Any]] = Field(default_factory=dict)

@@ -4,6 +4,7 @@ import logging
 import traceback
 from collections.abc import Sequence
 from contextlib import closing
+from functools import partial
 from typing import Literal
 
 from torch.distributed.elastic.multiprocessing.errors import get_error_handler
@@ -26,6 +27,7 @@ from dreplica.preparation import Concluded, Preparation
 from dreplica.referring import Referring
 from dreplica.report.recorder import Recorder
 from dreplica.report.run_report import RunReport
+from dreplica.report.sinks import check_sinks
 from dreplica.report.terminal import ProgressDisplay, Screen
 from dreplica.training.history import History
 from dreplica.training.loop import EpochDone, StepDone, Stopped, train
@@ -63,7 +65,8 @@ class Run:
         self.stopped_with: ExitCode | None = None
         self.console = Screen()
         run = self.config.run
-        self.recorder = Recorder(world, self.console, run, str(run.name), self.expect, self.config.to_yaml())
+        name, report = str(run.name), self.config.report
+        self.recorder = Recorder(world, self.console, run, name, self.expect, self.config.to_yaml(), report)
 
     @property
     def report(self) -> RunReport:
@@ -75,7 +78,9 @@ class Run:
         """The whole run. Every way it can end, on any replica, ends it on all of them."""
         try:
             try:
-                self.world.together(lambda: None)  # another replica's input may be unusable
+                # Another replica's input may be unusable, too.
+                check = partial(check_sinks, self.config.report)
+                self.world.together(check if self.world.is_coordinator else lambda: None)
                 self.referring = Referring(self.config, self.world)
                 self.parts.prepare()
                 self.data, self.replica, self.injector = self.parts.data, self.parts.replica, self.parts.injector

@@ -1,7 +1,7 @@
 """Where replicas part first, and the verdict as far as the comparison alone can tell."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from dreplica.agreement.stage import STAGES, Stage
 from dreplica.agreement.verdict import Verdict, split_into_classes, suspects_of
@@ -45,6 +45,8 @@ class Place:
     """The stage's entries that only some replicas have, and which."""
     phase: str | None = None
     """`evaluation`, where that is what was compared."""
+    stage_classes: dict[str, list[list[int]]] = field(default_factory=dict)
+    """Every stage compared, in causal order, with its classes."""
 
     @property
     def is_structural(self) -> bool:
@@ -81,6 +83,7 @@ def first_difference(
         differing_stages=differing_stages,
         only_on={name: replicas for name, replicas in owners.items() if len(replicas) < len(rows)},
         phase=moments[0][1],
+        stage_classes={name: split_into_classes(digests[name]) for name in STAGES if any(digests[name])},
     )
 
 
@@ -115,6 +118,7 @@ def describe(place: Place, epoch: int | None, num_replicas: int, ddp: bool = Fal
         classes=place.classes,
         evidence=evidence,
         remedy=list(remedy),
+        stage_classes=place.stage_classes,
     )
 
 

@@ -23,10 +23,14 @@ class Verdict:
     classes: list[list[int]] = field(default_factory=list)
     evidence: list[str] = field(default_factory=list)
     remedy: list[str] = field(default_factory=list)
+    stage_classes: dict[str, list[list[int]]] = field(default_factory=dict)
+    """Every stage compared at that step, in causal order, with its classes."""
+    path: dict[str, Any] = field(default_factory=dict)
+    """From the first operator that differs to the outputs, how far apart two replicas are; as `measure_path` gives."""
 
     def as_dict(self) -> dict[str, Any]:
-        """JSON values."""
-        return asdict(self)
+        """JSON values: the fields of `verdict`; `stage_classes` and `path` stand by themselves in the report."""
+        return {name: value for name, value in asdict(self).items() if name not in {"stage_classes", "path"}}
 
     def with_(self, **changes: Any) -> "Verdict":
         """A copy with some fields changed."""

@@ -17,6 +17,7 @@ from dreplica.diagnosis.decide import decide
 from dreplica.diagnosis.in_full import add, compare_outputs, doubt_moved, doubt_struck
 from dreplica.diagnosis.nondeterminism import may_vary
 from dreplica.diagnosis.operators import OpRecord
+from dreplica.diagnosis.path import measure_path
 from dreplica.diagnosis.replay import Repeats, Replayed, Replayer
 from dreplica.diagnosis.witness import Decision, Witness, could_have_made, difference_behind, first_difference
 from dreplica.replica.rng import seed_generators
@@ -72,10 +73,11 @@ def diagnose(
             examined = attempt(channel, lambda: _examine_samples(dataset, indices))
             own = replace(own, loaded_by_workers=num_workers > 0, **examined)
         differences = _differences_now(channel, facts)
+        witnesses = channel.gather(own)
         if judge is None:
-            decision = decide(channel.gather(own), facts.overrides, differences)
+            decision = decide(witnesses, facts.overrides, differences)
         else:
-            decision = judge(channel.gather(own), lambda: _digests(attempt(channel, lambda: replayer.again(indices))))
+            decision = judge(witnesses, lambda: _digests(attempt(channel, lambda: replayer.again(indices))))
         decision = _doubt_transient(decision, first.tracer.records, found.stage, channel, facts)
         decision = doubt_struck(decision, replayer, indices, channel)
         decision = compare_outputs(decision, replayer, indices, channel)
@@ -87,7 +89,8 @@ def diagnose(
         if decision.cause == "unexplained":
             changed = [str(row) for row in differences if row not in facts.differences and not row.may_round]
             decision = add(decision, [f"differs, as it stands now: {row}" for row in changed])
-        verdict = as_verdict(found, decision)
+        runs = [witness.records for witness in witnesses], second.tracer.records
+        verdict = as_verdict(found, decision).with_(path=measure_path(decision, *runs, replayer, indices, channel))
     except AttemptFailed as error:
         line = f"the step could not be run again: {error}"
         verdict = found.with_(cause="unexplained", evidence=[*found.evidence, line])

@@ -1,6 +1,6 @@
 """Runs recent steps again, from the last agreed snapshot, through the same step function that took them."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Protocol
@@ -14,6 +14,7 @@ from dreplica.agreement.protocol import fold
 from dreplica.agreement.stages import Stage
 from dreplica.data.loader import Batch
 from dreplica.diagnosis.operators import OpTracer
+from dreplica.diagnosis.path import OutputSampler
 from dreplica.diagnosis.provenance import Contents, contents_after, contents_before
 from dreplica.replica.replica import Replica
 from dreplica.replica.rng import set_rng_state
@@ -104,12 +105,15 @@ class Replayer:
         assert self._target is not None, "approach() comes first"
         return self._redraw(self._target)
 
-    def again(self, indices: Tensor, capture: int | None = None) -> Replayed:
-        """Takes the step in question again, every operator recorded; with `capture`, that operator's tensors kept."""
+    def again(self, indices: Tensor, capture: int | None = None, sampled: Collection[int] = ()) -> Replayed:
+        """Takes the step in question again, every operator recorded; with `capture`, that operator's tensors kept, and
+        with `sampled`, samples of those operators' results."""
         assert self._target is not None, "approach() comes first"
         assert self._before is not None
         restore_snapshot(self._replica, self._before)
         tracer = OpTracer(self._replica.optimizer, capture, self._replica.model)
+        if sampled:
+            tracer = OutputSampler(self._replica.optimizer, sampled, self._replica.model)
         batch = self._load(indices, self._target)
         before = contents_before(self._replica, batch)
         stages = self._take(batch, tracer)

@@ -9,13 +9,16 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import yaml
 from rich.console import Console
 
 from dreplica.agreement.verdict import Verdict
 from dreplica.diagnosis.conclude import replica_lost
 from dreplica.errors import ExitCode, UsageError
+from dreplica.report.html import FILE_NAME, write_report
 from dreplica.report.resumable import Completed, NotResumable, check_resumable
 from dreplica.report.run_report import RunReport, append_metrics, read_metrics, write_json
+from dreplica.report.sinks import ReportConfig, Sinks
 from dreplica.report.terminal import print_report
 from dreplica.training.loop import EpochDone
 from dreplica.world.manifest import compare_values
@@ -32,12 +35,21 @@ class Recorder:
     """The record of one run. Every replica keeps the report, since any may have to write it."""
 
     def __init__(
-        self, world: World, console: Console, config: RunFolderConfig, name: str, expect: str, config_yaml: str
+        self,
+        world: World,
+        console: Console,
+        config: RunFolderConfig,
+        name: str,
+        expect: str,
+        config_yaml: str,
+        sinks: ReportConfig,
     ) -> None:
         self.report: RunReport | None = None
         self.goes_on = False
         """Whether this run goes on with an interrupted one, in its folder."""
         self._lock: FolderLock | None = None
+        self._sinks_config = sinks
+        self._sinks: Sinks | None = None
         self._recorded_epochs = 0
         self._world = world
         self._console = console
@@ -66,6 +78,7 @@ class Recorder:
                 self._compare_manifests(manifests)
             else:
                 self._write_inputs(manifests)
+            self._sinks = Sinks(self._sinks_config, folder, self._name, yaml.safe_load(self._config_yaml))
 
     def go_on(self, epoch: int) -> None:
         """Takes over what an interrupted run recorded of the epochs before `epoch`."""
@@ -143,6 +156,8 @@ class Recorder:
         self._warn_of_losses(done)
         if self._world.is_coordinator and done.epoch > self._recorded_epochs:
             append_metrics(self.folder / "metrics.jsonl", done)
+            if self._sinks is not None:
+                self._sinks.epoch(done)
 
     def _warn_of_losses(self, done: EpochDone) -> None:
         """Once, of losses that are infinite or not a number: replicas may well agree on them."""
@@ -234,3 +249,9 @@ class Recorder:
             print_report(self._console, self.report)
         except OSError as error:
             log.error("the report could not be printed: %s", error)
+        try:
+            write_report(self.folder)
+        except Exception as error:  # whatever it is, the run ends as it would have
+            log.warning("%s could not be made: %s", self.folder / FILE_NAME, describe_failure(error))
+        if self._sinks is not None:
+            self._sinks.close(self.report)

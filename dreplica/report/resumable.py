@@ -14,6 +14,7 @@ _MAY_DIFFER: dict[str, set[str] | None] = {
     "world": None,
     "run": None,
     "checkpoint": None,
+    "report": None,
     "agreement": {"snapshot_every", "on_divergence", "record"},
     "data": {"num_workers", "cache", "decode", "root"},
     "train": {"epochs", "max_steps"},

@@ -63,6 +63,9 @@ class RunReport:
             "replicas": self.replicas,
             "steps_checked": self.steps_checked,
             "verdict": None if self.verdict is None else self.verdict.as_dict(),
+            "divergence": None
+            if self.verdict is None or not self.verdict.stage_classes
+            else {"stage_classes": self.verdict.stage_classes, "path": self.verdict.path},
             "epochs": [epoch.as_dict() for epoch in self.epochs],
             "fingerprints": [
                 {"replica": replica_id, **digests} for replica_id, digests in enumerate(self.fingerprints)
@@ -96,6 +99,8 @@ def append_metrics(path: Path, done: EpochDone) -> None:
     """Adds one epoch's line to metrics.jsonl."""
     line = {"step": done.step, **done.as_dict(), "seconds": round(done.seconds, 3)}
     line["images_per_second"] = round(done.images_per_second, 1)
+    line["throughput"] = [round(value, 1) for value in done.throughput]
+    line["timing"] = {phase: [round(value, 6) for value in values] for phase, values in done.timing.items()}
     with path.open("a", encoding="utf-8") as file:
         file.write(json.dumps(_finite(line), allow_nan=False) + "\n")
 

@@ -4,7 +4,7 @@ import math
 import time
 from collections.abc import Generator
 from contextlib import closing
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,6 +18,7 @@ from dreplica.training.evaluate import Evaluation, Tally, evaluate
 from dreplica.training.history import History, StepEntry
 from dreplica.training.position import Position
 from dreplica.training.step import reduction_of, training_step
+from dreplica.training.timing import PhaseTimer
 from dreplica.world.process_group import World
 from dreplica.world.signals import StopRequest
 
@@ -60,6 +61,10 @@ class EpochDone:
     """This replica's predictions."""
     position: Position
     """Where training goes on."""
+    throughput: list[float] = field(default_factory=list)
+    """`images_per_second` of every replica."""
+    timing: dict[str, list[float]] = field(default_factory=dict)
+    """Seconds of every replica in each phase, as `PhaseTimer` tells them."""
 
     def without_predictions(self) -> "EpochDone":
         """A copy that does not keep them in memory."""
@@ -105,6 +110,7 @@ def train(
         if agreement.steps_done >= (config.train.max_steps or math.inf):
             break  # a run that goes on may have nothing left to do
         started = time.perf_counter()
+        timer = PhaseTimer()
         number = start.num_batches if epoch == start.epoch else 0
         tally = Tally.of(start, device) if number else Tally.zero(device)
         count_before = tally.count
@@ -124,7 +130,8 @@ def train(
         )
         with closing(batches):  # ends the loader's workers at once, also in mid-epoch
             for number, batch in enumerate(batches, start=number + 1):  # noqa: B020
-                output = training_step(replica, batch, config.train)
+                timer.lap("loading")
+                output = training_step(replica, batch, config.train, timer.lap)
                 step = agreement.steps_done + 1
                 last = step == config.train.max_steps
                 halts = step == config.run.stop_after
@@ -148,7 +155,9 @@ def train(
                 tally.add(output.loss, output.logits, batch.labels, reduction_of(replica.criterion))
                 if world.roll_call is not None:
                     world.roll_call.step = agreement.steps_done
+                timer.lap("checks")
                 yield StepDone(step, epoch, number, len(stream), tally, saves)
+                timer.lap("saving")
                 if (stop or halts) and not last:
                     agreement.finish()
                     yield Stopped(agreement.steps_done, epoch, _position(epoch, number, tally))
@@ -156,6 +165,7 @@ def train(
                 if last:
                     break
         trained = time.perf_counter()
+        timer.lap("loading")
         position = _position(epoch, number, tally)
         if number == len(stream):  # not if max_steps cut the epoch short
             if replica.scheduler is not None:
@@ -163,10 +173,13 @@ def train(
             history.epoch_end(epoch)
             position = Position(epoch + 1)
         evaluation = evaluate(replica, data.val, coordinator, device, batch_size, num_workers, config.train, labels)
+        timer.lap("evaluation")
         history.evaluated()
         agreement.evaluation({"logits": evaluation.logits}, epoch, evaluation.batches)
+        timer.lap("checks")
         images_per_second = (tally.count - count_before) / (trained - started)
-        yield _gather_epoch(agreement.steps_done, epoch, tally, evaluation, started, images_per_second, position, world)
+        step = agreement.steps_done
+        yield _gather_epoch(step, epoch, tally, evaluation, started, images_per_second, position, world, timer)
         if any(world.channel.gather(bool(stop_request))):  # with agreement.every 0 no step's message carries it
             yield Stopped(agreement.steps_done, epoch, position)
             break
@@ -188,10 +201,11 @@ def _gather_epoch(
     images_per_second: float,
     position: Position,
     world: World,
+    timer: PhaseTimer,
 ) -> EpochDone:
-    own = (tally.accuracy, tally.loss, evaluation.tally.accuracy, evaluation.tally.loss)
-    train_accuracy, train_loss, val_accuracy, val_loss = (
-        list(row) for row in zip(*world.channel.gather(own), strict=True)
+    own = (tally.accuracy, tally.loss, evaluation.tally.accuracy, evaluation.tally.loss, images_per_second)
+    train_accuracy, train_loss, val_accuracy, val_loss, throughput, *seconds = (
+        list(row) for row in zip(*world.channel.gather((*own, *timer.seconds.values())), strict=True)
     )
     return EpochDone(
         epoch,
@@ -202,4 +216,6 @@ def _gather_epoch(
         images_per_second=images_per_second,
         evaluation=evaluation,
         position=position,
+        throughput=throughput,
+        timing=dict(zip(timer.seconds, seconds, strict=True)),
     )

@@ -1,6 +1,7 @@
 """One training step: the same function for the loop and for the replay, so that what is replayed is what was run."""
 
 import copy
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
@@ -44,15 +45,22 @@ class StepOutput:
     """(batch, num_classes)."""
 
 
-def training_step(replica: Replica, batch: Batch, config: TrainConfig) -> StepOutput:
-    """Forward, backward and optimizer step on `batch`. The gradients stay in place until the next step."""
+def training_step(
+    replica: Replica, batch: Batch, config: TrainConfig, lap: Callable[[str], None] = lambda _phase: None
+) -> StepOutput:
+    """Forward, backward and optimizer step on `batch`. The gradients stay in place until the next step.
+
+    `lap` is called at the end of each phase, with its name: `PhaseTimer.lap`.
+    """
     replica.optimizer.zero_grad()
     losses, logits = [], []
     parts = min(config.accumulate, len(batch.labels))
     for part in _split(batch, parts):
         part_loss, part_logits = forward(replica, part.inputs, part.labels, config, part.weights)
         part_loss = part_loss * _share(replica.criterion, part, batch)
+        lap("forward")
         (part_loss if replica.scaler is None else replica.scaler.scale(part_loss)).backward()
+        lap("backward")
         losses.append(part_loss.detach())
         logits.append(part_logits.detach())
     _clip(replica, config.grad_clip)
@@ -62,6 +70,7 @@ def training_step(replica: Replica, batch: Batch, config: TrainConfig) -> StepOu
         replica.scaler.step(replica.optimizer)
         replica.scaler.update()
     replica.steps_done += 1
+    lap("optimizer")
     return StepOutput(torch.stack(losses).sum() if len(losses) > 1 else losses[0], torch.cat(logits))
 
 

@@ -30,6 +30,7 @@ def test_the_first_stage_in_causal_order_and_its_first_entry() -> None:
         num_entries=3,
         differing_stages=["weights", "rng"],
         only_on={},
+        stage_classes={"buffers": [[0, 1, 2]], "weights": [[0, 2], [1]], "rng": [[0, 2], [1]]},
     )
     assert not place.is_structural
 

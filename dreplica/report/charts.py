@@ -1,0 +1,208 @@
+"""The figures of the report as numbers: lines and ticks in percent of the plot, which the page draws at any width."""
+
+import math
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+_NUM_COLORS = 8
+"""Of the page's palette."""
+_MOST_DOTS = 60
+"""Points of a line that are marked one by one."""
+LAST = -sys.float_info.max
+"""What to sort by where there is no number; infinity is none that the page's script reads."""
+
+
+@dataclass
+class Tick:
+    """A mark on an axis."""
+
+    at: float
+    """Percent of the plot, from the left or from the bottom."""
+    label: str
+
+
+@dataclass
+class Line:
+    """One line of a chart: that of one replica, or of several that have the very same values."""
+
+    label: str
+    color: int
+    dashed: bool
+    path: str
+    """SVG path in a plot of 100 by 100, y downwards."""
+    dots: str
+    """The same for its points, drawn as round dots by a line of no length; empty where there are many."""
+
+
+@dataclass
+class Table:
+    """A figure's data, or facts. A cell is what is shown, or (what is shown, the number to sort by)."""
+
+    columns: list[str]
+    rows: list[list[Any]]
+    caption: str = ""
+
+
+@dataclass
+class LineChart:
+    """Lines over epochs."""
+
+    title: str
+    lines: list[Line]
+    x_ticks: list[Tick]
+    y_ticks: list[Tick]
+    table: Table
+    notes: list[str] = field(default_factory=list)
+
+
+def line_chart(
+    title: str,
+    epochs: Sequence[int],
+    parts: Mapping[str, Sequence[Sequence[float | None]]],
+    in_percent: bool = False,
+    logarithmic: bool = False,
+) -> LineChart | None:
+    """Curves of every replica; None if there is nothing to draw.
+
+    Args:
+        title: of the chart.
+        epochs: along the x axis.
+        parts: name (`training`, `validation`) to a row for each epoch: one value per replica, None where it is no
+            number. The first of several is dashed.
+        in_percent: whether values are parts of one.
+        logarithmic: whether the y axis is; values of 0 are not drawn then.
+    """
+    drawn = {part: [[_height(value, logarithmic) for value in row] for row in rows] for part, rows in parts.items()}
+    heights = [value for rows in drawn.values() for row in rows for value in row if value is not None]
+    if not epochs or not heights:
+        return None
+    ticks = nice_ticks(min(heights), max(heights), whole=logarithmic)
+    if in_percent:
+        ticks = [tick for tick in ticks if -1e-9 <= tick <= 1 + 1e-9]
+    low, high = min(*ticks, *heights), max(*ticks, *heights)
+
+    def x(epoch: int) -> float:
+        return 100 * (epoch - epochs[0]) / (epochs[-1] - epochs[0]) if len(epochs) > 1 else 50.0
+
+    lines = []
+    replicas = max(len(row) for rows in parts.values() for row in rows)
+    for number, (part, rows) in enumerate(drawn.items()):
+        for ids in _alike(rows, replicas):
+            column = [row[ids[0]] if ids[0] < len(row) else None for row in rows]
+            points = [
+                None if value is None else (x(epoch), 100 * (high - value) / (high - low))
+                for epoch, value in zip(epochs, column, strict=True)
+            ]
+            name = name_replicas(ids, replicas)
+            label = f"{part}, {name}" if len(parts) > 1 else name
+            if any(points):
+                lines.append(Line(label, ids[0] % _NUM_COLORS, number == 0 and len(parts) > 1, *_paths(points)))
+    num_missing = sum(not _is_finite(value) for rows in parts.values() for row in rows for value in row)
+    return LineChart(
+        title,
+        lines,
+        [Tick(x(epoch), str(epoch)) for epoch in _whole_ticks(epochs[0], epochs[-1])],
+        [Tick(100 * (tick - low) / (high - low), _tick_text(tick, in_percent, logarithmic)) for tick in ticks],
+        _table_of(epochs, parts, replicas),
+        [f"{num_missing} values are infinite or not a number, and not drawn"] if num_missing else [],
+    )
+
+
+def _height(value: float | None, logarithmic: bool) -> float | None:
+    if value is None or not math.isfinite(value):
+        return None
+    if not logarithmic:
+        return value
+    return math.log10(value) if value > 0 else None
+
+
+def _tick_text(tick: float, in_percent: bool, logarithmic: bool) -> str:
+    return f"1e{tick:.0f}" if logarithmic else number_text(tick, in_percent)
+
+
+def _alike(rows: Sequence[Sequence[float | None]], replicas: int) -> list[list[int]]:
+    """Replicas grouped by equal curves."""
+    groups: dict[str, list[int]] = {}
+    for replica_id in range(replicas):
+        curve = [row[replica_id] if replica_id < len(row) else None for row in rows]
+        groups.setdefault(repr(curve), []).append(replica_id)
+    return list(groups.values())
+
+
+def _paths(points: Sequence[tuple[float, float] | None]) -> tuple[str, str]:
+    line, dots, pen_is_down = [], [], False
+    for index, point in enumerate(points):
+        if point is None:
+            pen_is_down = False
+            continue
+        x, y = (f"{value:.2f}".rstrip("0").rstrip(".") for value in point)
+        line.append(f"{'L' if pen_is_down else 'M'}{x} {y}")
+        neighbours = [*points[max(index - 1, 0) : index], *points[index + 1 : index + 2]]
+        if len(points) <= _MOST_DOTS or all(neighbour is None for neighbour in neighbours):
+            dots.append(f"M{x} {y}h0")
+        pen_is_down = True
+    return "".join(line), "".join(dots)
+
+
+def _table_of(epochs: Sequence[int], parts: Mapping[str, Sequence[Sequence[float | None]]], replicas: int) -> Table:
+    columns = ["epoch"]
+    cells: list[list[Any]] = [[(str(epoch), epoch)] for epoch in epochs]
+    for part, rows in parts.items():
+        groups = _alike(rows, replicas)
+        columns += [f"{part}, {name_replicas(ids, replicas)}" for ids in groups]
+        for line, row in zip(cells, rows, strict=True):
+            line += [exact(row[ids[0]] if ids[0] < len(row) else None) for ids in groups]
+    return Table(columns, cells)
+
+
+def name_replicas(ids: Sequence[int], replicas: int) -> str:
+    """`all replicas`, `replica 1`, `replicas 0, 2`."""
+    if len(ids) == replicas > 1:
+        return "all replicas"
+    return f"replica{'s' * (len(ids) > 1)} {', '.join(map(str, ids))}"
+
+
+def exact(value: Any) -> tuple[str, float]:
+    """A cell with a number, and what to sort by; what is no number comes first."""
+    if not _is_finite(value):
+        return "not finite", LAST
+    return f"{value:.6g}", value
+
+
+def percent(value: float) -> tuple[str, float]:
+    """A cell with a part of one, in percent."""
+    return f"{100 * value:.6g}%", value
+
+
+def nice_ticks(low: float, high: float, about: int = 4, whole: bool = False) -> list[float]:
+    """About so many round numbers, in steps of 1, 2, 2.5 or 5 times a power of ten, that enclose low to high.
+
+    `whole`: only whole ones.
+    """
+    if not low < high:
+        low, high = low - (abs(low) or 1.0) / 10, high + (abs(high) or 1.0) / 10
+    rough = (high - low) / about
+    power = 10.0 ** math.floor(math.log10(rough))
+    step = next(factor * power for factor in (1, 2, 2.5, 5, 10) if factor * power >= rough * (1 - 1e-9))
+    if whole:
+        step = max(1.0, math.ceil(step))
+    first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
+    return [number * step for number in range(first, last + 1)]
+
+
+def number_text(value: float, in_percent: bool = False) -> str:
+    """As on an axis."""
+    return f"{100 * value:.4g}%" if in_percent else f"{value:.4g}"
+
+
+def _whole_ticks(first: int, last: int) -> list[int]:
+    """A few round numbers from `first` to `last`."""
+    if first == last:
+        return [first]
+    return [int(tick) for tick in nice_ticks(first, last, about=6, whole=True) if first <= tick <= last]
+
+
+def _is_finite(value: Any) -> bool:
+    return isinstance(value, int | float) and math.isfinite(value)

@@ -1,0 +1,125 @@
+"""trace.jsonl in so many cells, however long it is: how many steps were compared in each, and how many differ.
+
+Read as a stream, in constant memory, to the last whole line: a run in progress writes on, and a crash cuts a line off.
+"""
+
+import json
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+MOST_CELLS = 160
+
+_LINE = re.compile(rb'\{"step": (\d+), "epoch": (\d+|null), "agreed": (true|false), .*\}\n')
+"""As the trace writes it; taken apart without reading the digests, which are most of it."""
+
+
+@dataclass
+class Cell:
+    """Some steps in a row."""
+
+    first: int
+    last: int
+    compared: int = 0
+    """How many of these steps were compared,"""
+    differing: int = 0
+    """and in how many of them replicas differ, evaluations included."""
+
+
+@dataclass
+class TraceSummary:
+    """What the report says of a trace."""
+
+    header: dict[str, Any] = field(default_factory=dict)
+    cells: list[Cell] = field(default_factory=list)
+    build_agreed: bool | None = None
+    """Whether replicas agreed at step 0; None where it is not recorded."""
+    last_step: int | None = None
+    last_epoch: int | None = None
+    first_differing: int | None = None
+    num_compared: int = 0
+    num_differing: int = 0
+    cut: bool = False
+    """Whether what comes after some line cannot be read: the last one was cut off, say."""
+
+
+def read_trace(path: Path, most_cells: int = MOST_CELLS) -> TraceSummary:
+    """The summary of a trace, in at most `most_cells` cells of equally many steps; empty if there is no such file."""
+    summary = TraceSummary()
+    if not path.exists():
+        return summary
+    strip = _Strip(most_cells)
+    previous: tuple[int, bool] | None = None
+    with path.open("rb") as file:
+        for number, line in enumerate(file):
+            row = _header(line, summary) if number == 0 else _parse(line)
+            if row is None:
+                summary.cut = True
+                break
+            if number == 0:
+                continue
+            step, epoch, agreed = row
+            summary.last_step, summary.last_epoch = step, epoch if epoch is not None else summary.last_epoch
+            if not agreed and summary.first_differing is None:
+                summary.first_differing = step
+            if step == 0:
+                summary.build_agreed = agreed and summary.build_agreed is not False
+                continue
+            # An evaluation has a line of its own, with the number of the step that it follows.
+            again = previous is not None and previous[0] == step
+            counted = again and previous is not None and not previous[1]
+            strip.add(step, compared=int(not again), differing=int(not agreed and not counted))
+            previous = step, agreed and not counted
+    summary.cells = strip.cells()
+    summary.num_compared = sum(cell.compared for cell in summary.cells)
+    summary.num_differing = sum(cell.differing for cell in summary.cells)
+    return summary
+
+
+def _header(line: bytes, summary: TraceSummary) -> tuple[int, None, bool] | None:
+    try:
+        summary.header = dict(json.loads(line))
+    except (ValueError, TypeError):
+        return None
+    return 0, None, True
+
+
+def _parse(line: bytes) -> tuple[int, int | None, bool] | None:
+    """Step, epoch and whether replicas agreed; None for what is no whole line."""
+    found = _LINE.fullmatch(line)
+    if found is not None:
+        step, epoch, agreed = found.groups()
+        return int(step), None if epoch == b"null" else int(epoch), agreed == b"true"
+    try:
+        row = json.loads(line)
+        return int(row["step"]), row["epoch"], bool(row["agreed"])
+    except (ValueError, KeyError, TypeError):
+        return None
+
+
+class _Strip:
+    """Cells that grow twice as wide each time that there would be more than `most` of them."""
+
+    def __init__(self, most: int) -> None:
+        self._most = most
+        self._width = 1
+        self._counts: list[list[int]] = []
+
+    def add(self, step: int, compared: int, differing: int) -> None:
+        while (step - 1) // self._width >= self._most:
+            pairs = zip(self._counts[::2], [*self._counts[1::2], [0, 0]], strict=False)
+            self._counts = [[one[0] + other[0], one[1] + other[1]] for one, other in pairs]
+            self._width *= 2
+        index = (step - 1) // self._width
+        self._counts += [[0, 0] for _ in range(index + 1 - len(self._counts))]
+        self._counts[index][0] += compared
+        self._counts[index][1] += differing
+        self._last = step
+
+    def cells(self) -> list[Cell]:
+        width = self._width
+        cells = [Cell(1 + i * width, (i + 1) * width, *counts) for i, counts in enumerate(self._counts)]
+        if cells:
+            cells[-1].last = self._last
+        return cells

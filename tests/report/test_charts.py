@@ -1,0 +1,67 @@
+"""The numbers that figures are drawn from."""
+
+import math
+from itertools import pairwise
+
+import pytest
+
+from dreplica.report.charts import LineChart, line_chart, nice_ticks
+
+
+def chart(*rows: list[float | None], **options: bool) -> LineChart:
+    made = line_chart("Loss", list(range(1, len(rows) + 1)), {"training": list(rows)}, **options)
+    assert made is not None
+    return made
+
+
+def test_replicas_with_the_same_curve_share_a_line() -> None:
+    same = chart([1.0, 1.0, 1.0], [2.0, 2.0, 2.0])
+    assert [line.label for line in same.lines] == ["all replicas"]
+    apart = chart([1.0, 1.0, 1.0], [2.0, math.nextafter(2.0, 3.0), 2.0])
+    assert [line.label for line in apart.lines] == ["replicas 0, 2", "replica 1"]
+    assert apart.lines[0].color != apart.lines[1].color
+    assert apart.table.columns == ["epoch", "training, replicas 0, 2", "training, replica 1"]
+    assert apart.table.rows[1][2] == ("2", math.nextafter(2.0, 3.0))
+
+
+def test_points_lie_where_the_ticks_say() -> None:
+    made = chart([0.0], [4.0], [1.0])
+    assert [(tick.at, tick.label) for tick in made.y_ticks] == [(25.0 * n, str(n)) for n in range(5)]
+    assert [(tick.at, tick.label) for tick in made.x_ticks] == [(0.0, "1"), (50.0, "2"), (100.0, "3")]
+    assert made.lines[0].path == "M0 100L50 0L100 75"
+    assert chart([1.0]).lines[0].path == "M50 50", "a single epoch stands in the middle"
+
+
+def test_what_is_no_number_is_a_gap_and_said() -> None:
+    made = chart([1.0], [None], [math.inf], [2.0], [3.0])
+    assert made.lines[0].path == "M0 100M75 50L100 0"
+    assert made.notes == ["2 values are infinite or not a number, and not drawn"]
+    assert made.table.rows[1][1][0] == "not finite"
+    assert line_chart("Loss", [1], {"training": [[None, math.nan]]}) is None
+
+
+def test_a_replica_that_was_not_there_has_no_point() -> None:
+    made = chart([1.0], [2.0, 3.0])
+    assert [line.label for line in made.lines] == ["replica 0", "replica 1"]
+    assert made.lines[1].path == "M100 0"
+
+
+def test_a_logarithmic_axis_leaves_out_zero() -> None:
+    made = chart([0.0, 1e-6], [0.0, 1e-3], logarithmic=True)
+    assert [tick.label for tick in made.y_ticks] == ["1e-6", "1e-5", "1e-4", "1e-3"]
+    assert [(line.label, line.path) for line in made.lines] == [("replica 1", "M0 100L100 0")]
+    assert not made.notes
+
+
+def test_an_accuracy_is_not_drawn_beyond_one() -> None:
+    assert [tick.label for tick in chart([1.0], [1.0], in_percent=True).y_ticks][-1] == "100%"
+
+
+@pytest.mark.parametrize(("low", "high"), [(0, 1), (0.71, 0.98), (-3, 5), (1e-9, 2e-9), (7, 7), (0, 0), (1, 1e6)])
+def test_ticks_enclose_the_values_in_even_steps(low: float, high: float) -> None:
+    ticks = nice_ticks(low, high)
+    assert ticks[0] <= low * (1 + 1e-9 * (low < 0))
+    assert high <= ticks[-1] * (1 + 1e-9)
+    assert 3 <= len(ticks) <= 8
+    steps = [b - a for a, b in pairwise(ticks)]
+    assert max(steps) == pytest.approx(min(steps))

@@ -1,0 +1,230 @@
+"""report.html of runs in every state, without a browser; what a browser makes of it is in test_browser."""
+
+import json
+import os
+import re
+import shutil
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+from torch import Tensor, nn
+
+from dreplica import cli
+from dreplica.diagnosis.conclude import wiring_fault
+from dreplica.replica.wiring import WiringError
+from dreplica.report.html import render
+from dreplica.report.run_files import read_run
+from tests.fixtures import SMALL, tiny_model
+from tests.harness import run_job
+
+pytestmark = pytest.mark.xdist_group("report")  # one worker makes the runs
+
+EVIL = "\"'><script>alert(1)</script><img src=x onerror=alert(1)>"
+
+
+class Text(HTMLParser):
+    """The text of a page, without its script and style, and the names of its elements."""
+
+    def __init__(self, page: str) -> None:
+        super().__init__()
+        self.parts: list[str] = []
+        self.elements: list[str] = []
+        self.attributes: set[str] = set()
+        self._within = ""
+        self.feed(page)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self._within = tag
+        self.elements.append(tag)
+        self.attributes |= {name for name, _ in attrs}
+
+    def handle_endtag(self, tag: str) -> None:
+        self._within = ""
+
+    def handle_data(self, data: str) -> None:
+        if self._within not in {"script", "style"}:
+            self.parts.append(data)
+
+    @property
+    def text(self) -> str:
+        return re.sub(r"\s+", " ", "".join(self.parts))
+
+
+def text_of(folder: Path) -> str:
+    return Text(render(read_run(folder))).text
+
+
+@pytest.fixture(scope="module")
+def diverged(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a run that parted at its first step and went on."""
+    root = tmp_path_factory.mktemp("runs")
+    arguments = ("--overrides.1.determinism.onednn=false", "--agreement.on_divergence=continue", "--run.name=parted")
+    job = run_job(*SMALL, *arguments, root=root)
+    assert job.exitcodes == {0: 3, 1: 3}, job.output
+    return root / "parted"
+
+
+@pytest.fixture
+def folder(diverged: Path, tmp_path: Path) -> Path:
+    """A copy of it to change."""
+    return Path(shutil.copytree(diverged, tmp_path / "run"))
+
+
+def test_a_run_leaves_its_report(diverged: Path) -> None:
+    page = (diverged / "report.html").read_text()
+    text = Text(page).text
+    assert "Replicas differ in what the config declares to differ." in text
+    assert "They parted at step 1 of epoch 1, in the buffers, first in 1.running_mean." in text
+    assert "remove the override, or set it for all replicas" in text
+    assert "10 steps compared, replicas differ in 10." in text
+    assert "numerics.onednn" in text
+    assert len(page) < 500_000
+    operators = json.loads((diverged / "report.json").read_text())["divergence"]["path"]["operators"]
+    for row in operators:
+        assert f"{row['max_ulp']:,} ULP" in text
+    for phase in ("loading", "forward", "backward", "optimizer", "checks", "evaluation"):
+        assert re.search(rf"{phase} \d+\.\d%", text), phase
+
+
+def test_it_is_made_again_from_the_folder_alone(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = Text((folder / "report.html").read_text()).text
+    (folder / "report.html").unlink()
+    assert cli.main(["report", str(folder)]) == 0
+    assert capsys.readouterr().out.strip() == str(folder / "report.html")
+    after = Text((folder / "report.html").read_text()).text
+    assert after.partition("Made by")[0] == before.partition("Made by")[0]
+
+
+def test_what_is_no_run_folder_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for path in (tmp_path, tmp_path / "nowhere"):
+        assert cli.main(["report", str(path)]) == 2
+        assert "is not a run folder" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_run_in_progress_says_so_and_how_far_it_is(folder: Path) -> None:
+    (folder / "report.json").unlink()
+    lines = (folder / "trace.jsonl").read_text().replace('"agreed": false', '"agreed": true').splitlines(keepends=True)
+    (folder / "trace.jsonl").write_text("".join(lines[:9]) + lines[9][:50])
+    rows = (folder / "metrics.jsonl").read_text().splitlines(keepends=True)
+    (folder / "metrics.jsonl").write_text(rows[0] + rows[1][:-1])
+    text = text_of(folder)
+    assert "Still running, or ended without a report." in text
+    last = json.loads(lines[8])
+    assert f"Last step recorded: {last['step']} of epoch {last['epoch']}." in text
+    assert "replicas agree in all of them" in text
+    assert len(read_run(folder).epochs) == 1, "the second is not written to its end yet"
+
+
+def test_a_fault_found_on_a_replica_by_itself_is_not_told_as_a_parting(folder: Path) -> None:
+    report = json.loads((folder / "report.json").read_text())
+    verdict = wiring_fault(WiringError("optimizer-not-bound", "it holds none of them", "0.weight", []), [1], 2)
+    (folder / "report.json").write_text(json.dumps(report | {"verdict": verdict.as_dict(), "divergence": None}))
+    text = text_of(folder)
+    assert "Fault found optimizer-not-bound" in text
+    assert "It holds none of them. Suspected: replica 1." in text
+    assert "They parted" not in text
+
+
+def test_a_long_run_of_many_replicas_is_no_large_file(folder: Path) -> None:
+    (row, *_) = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
+    with (folder / "metrics.jsonl").open("w") as file:
+        for epoch in range(1, 301):
+            values = [epoch / 7 + r for r in range(64)]
+            parts = {part: {"loss": values, "accuracy": values} for part in ("train", "val")}
+            timing = dict.fromkeys(row["timing"], values)
+            file.write(json.dumps(row | parts | {"epoch": epoch, "timing": timing}) + "\n")
+    report = json.loads((folder / "report.json").read_text())
+    (folder / "report.json").write_text(json.dumps(report | {"replicas": 32 * report["replicas"]}))
+    page = render(read_run(folder))
+    assert "62 of 300 epochs, evenly spaced." in Text(page).text
+    assert len(page) < 3_000_000
+
+
+def test_a_crash_before_the_first_step(folder: Path) -> None:
+    for name in ("report.json", "trace.jsonl", "metrics.jsonl", "manifest.json"):
+        (folder / name).unlink()
+    text = text_of(folder)
+    assert "Still running, or ended without a report." in text
+    assert "No step is recorded yet." in text
+
+
+def test_replicas_that_differ_in_a_run_in_progress_are_not_hidden(folder: Path) -> None:
+    (folder / "report.json").unlink()
+    assert "Replicas differ at step 1; the cause has not been written down." in text_of(folder)
+
+
+@pytest.mark.parametrize("name", ["report.json", "manifest.json", "metrics.jsonl", "config.yaml"])
+def test_a_file_that_cannot_be_read_is_said_and_the_rest_is_shown(folder: Path, name: str) -> None:
+    (folder / name).write_text('{"cut": off\n')
+    text = text_of(folder)
+    assert f"{name} cannot be read" in text
+    assert "10 steps compared" in text
+
+
+def test_a_run_that_went_on_does_not_show_the_report_of_its_first_attempt(folder: Path) -> None:
+    report = json.loads((folder / "report.json").read_text())
+    report["run"]["stopped_after"] = 10
+    report["verdict"] |= {"agreed": True, "cause": "none", "summary": "2 replicas, 10 steps: bit-identical; stopped"}
+    (folder / "report.json").write_text(json.dumps(report))
+    assert "Stopped on request after step 10." in text_of(folder)
+    report["run"]["stopped_after"] = 4
+    (folder / "report.json").write_text(json.dumps(report))
+    text = text_of(folder)
+    assert "Still running, or ended without a report." in text
+    assert "report.json is that of an earlier attempt" in text
+
+
+def poisoned(value: Any) -> Any:
+    """With markup behind every text in it."""
+    if isinstance(value, dict):
+        return {key: poisoned(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [poisoned(item) for item in value]
+    return value + EVIL if isinstance(value, str) else value
+
+
+def poison(folder: Path) -> None:
+    """Puts markup into every text of a run's report, manifests and config."""
+    for name in ("report.json", "manifest.json"):
+        content = poisoned(json.loads((folder / name).read_text()))
+        if name == "report.json":
+            content["warnings"] = [EVIL]
+            content["skipped"] = {"count": 1, "samples": [EVIL]}
+        (folder / name).write_text(json.dumps(content))
+    (folder / "config.yaml").write_text((folder / "config.yaml").read_text() + f"\n# {EVIL}\n")
+
+
+def test_markup_in_any_text_is_shown_as_text(folder: Path) -> None:
+    page = render(read_run(folder))
+    before = Text(page)
+    poison(folder)
+    after = Text(render(read_run(folder)))
+    assert after.text.count(EVIL) > 50
+    assert after.elements.count("script") == before.elements.count("script") == 1
+    assert set(after.elements) == set(before.elements) | {"ul", "li", "details"}
+    assert after.attributes == before.attributes
+
+
+class InTheWay(nn.Module):
+    """Puts a folder where the report is to be written, as soon as there is a run folder."""
+
+    def __init__(self, num_classes: int) -> None:
+        super().__init__()
+        self.body = tiny_model(num_classes)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        (Path(os.environ["IN_THE_WAY"]) / "full").mkdir(parents=True, exist_ok=True)
+        return self.body(inputs)
+
+
+def test_a_report_that_cannot_be_made_changes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("IN_THE_WAY", str(tmp_path / "job" / "report.html"))
+    arguments = (*SMALL, "--train.max_steps=2", "--model.factory=tests.report.test_html:InTheWay")
+    job = run_job(*arguments, root=tmp_path)
+    assert job.exitcodes == {}, job.output
+    assert job.report["verdict"]["cause"] == "none"
+    assert "report.html could not be made" in job.stderr
+    assert not [path for path in job.folder.iterdir() if path.suffix == ".tmp"]
