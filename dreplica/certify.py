@@ -10,12 +10,12 @@ from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
 
-from dreplica.agreement.stages import STAGES
-from dreplica.errors import ExitCode
+from dreplica.agreement.recorded import Key, RecordedTrace
+from dreplica.agreement.stage import STAGES
+from dreplica.errors import ExitCode, UsageError
 
 _COMPONENTS = {
     "indices": "the position in the data",
@@ -30,9 +30,6 @@ _COMPONENTS = {
 }
 """What a difference that begins at a stage says of what was not restored."""
 _TAIL_LINES = 15
-
-Key = tuple[int, bool]
-"""(step, whether it is of an evaluation)."""
 
 
 @dataclass(frozen=True)
@@ -128,15 +125,11 @@ def _first_difference(one: Path, other: Path) -> tuple[int, str] | None:
     return (min(missing), "steps") if missing else None
 
 
-def _read_trace(folder: Path) -> dict[Key, Mapping[str, Any]]:
-    found: dict[Key, Mapping[str, Any]] = {}
+def _read_trace(folder: Path) -> dict[Key, Mapping[str, str]]:
     try:
-        lines = (folder / "trace.jsonl").read_text(encoding="utf-8").splitlines()
-    except FileNotFoundError:
-        return found
-    for row in map(json.loads, lines[1:]):
-        found[row["step"], "predictions" in row["digests"]] = row["digests"]
-    return found
+        return {line.key: line.parsed() for line in RecordedTrace(folder).lines()}
+    except UsageError:  # it ended before it recorded anything
+        return {}
 
 
 def _run(root: Path, name: str, arguments: Sequence[str], num_replicas: int) -> tuple[int, str]:

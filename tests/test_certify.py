@@ -40,6 +40,12 @@ def test_all_is_restored(tmp_path: Path) -> None:
     assert "interrupted after step 6 of 8: 2 steps gone on with" in found.text
 
 
+def test_of_independent_replicas_the_steps_before_an_evaluation_count_too(tmp_path: Path) -> None:
+    found = certify(*SMALL, *STEP, "--seed.model=distinct", at_step=7, root=tmp_path)
+    assert found.passed, found.text
+    assert "3 steps gone on with, 7 digests" in found.text, "indices and batch of each, and the evaluation's batch"
+
+
 def test_the_command(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["certify-resume", "--at-step=7", "--replicas=1", *SMALL]) == ExitCode.AGREED
     assert "CERTIFIED interrupted after step 7 of 10: 3 steps gone on with" in capsys.readouterr().out
