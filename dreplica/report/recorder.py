@@ -246,12 +246,12 @@ class Recorder:
         except OSError as error:
             log.error("%s could not be written: %s", self.folder / "report.json", error)
         try:
-            print_report(self._console, self.report)
-        except OSError as error:
-            log.error("the report could not be printed: %s", error)
-        try:
             write_report(self.folder)
         except Exception as error:  # whatever it is, the run ends as it would have
             log.warning("%s could not be made: %s", self.folder / FILE_NAME, describe_failure(error))
+        try:
+            print_report(self._console, self.report)
+        except OSError as error:
+            log.error("the report could not be printed: %s", error)
         if self._sinks is not None:
             self._sinks.close(self.report)
