@@ -17,7 +17,7 @@ from dreplica.training.checkpoint import (
     remove_leftovers,
 )
 from dreplica.training.position import Position
-from dreplica.training.saved_state import copy_state, restore_state
+from dreplica.training.saved_state import attributes_as_built, copy_state, restore_state
 from dreplica.training.saver import Saver
 from dreplica.world.process_group import World
 
@@ -53,6 +53,7 @@ class Checkpoints:
         self._world, self._replica, self._shared = world, replica, shared
         self._folder = folder / _FOLDER
         self._part = None if shared else f"replica_{world.replica_id}"
+        self._as_built = attributes_as_built(replica)
         self._saver = Saver(self._folder, config.keep, self._part)
         self._saved_step: int | None = None
 
@@ -106,7 +107,7 @@ class Checkpoints:
             return None, reason
         try:
             contents = parse(files)
-            restore_state(self._replica, contents)
+            restore_state(self._replica, contents, self._as_built)
         except CheckpointError as error:
             return None, str(error)
         return contents.state, None
@@ -121,7 +122,7 @@ class Checkpoints:
             self._world.channel.gather(None)  # older ones may go only when all have written the one before
         if self._world.is_coordinator or not self._shared:
             run = {"data_seed": data_seed, "steps_checked": steps_checked, "num_trace_lines": num_trace_lines}
-            self._saver.save(copy_state(self._replica, position, run))
+            self._saver.save(copy_state(self._replica, position, run, self._as_built))
 
     def newest_is_there(self) -> bool:
         """Whether the newest checkpoint has been written, on all replicas that write one; waits for it."""
