@@ -97,6 +97,8 @@ class Run:
         trace_path = self.recorder.folder / "trace.jsonl" if self.world.is_coordinator else None
         watch = LearningWatch(self.replica)
         with closing(display), Trace(trace_path, self.world.num_replicas, self.start.num_trace_lines) as trace:
+            if trace.num_missing:
+                self.report.warnings.append(f"trace.jsonl has lost its last {trace.num_missing} lines: it has a gap")
             agreement = self.agreement = self.make_agreement(trace)
             agreement.steps_checked = self.start.steps_checked
             history = self.history = self.make_history()

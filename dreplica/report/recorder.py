@@ -74,6 +74,9 @@ class Recorder:
         done = self._world.channel.gather(done)[0]
         self._recorded_epochs = max((item.epoch for item in done), default=0)
         self.report.epochs = [item for item in done if item.epoch < epoch]
+        missing = sorted(set(range(1, epoch)) - {item.epoch for item in done})
+        if missing:
+            self.report.warnings.append(f"metrics.jsonl has lost epochs {missing}, which this report lacks, too")
 
     def _find_or_make_folder(self, anew: bool) -> tuple[Path, bool]:
         may_go_on = self._config.resume == "auto" and not anew

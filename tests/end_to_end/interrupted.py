@@ -4,6 +4,7 @@ import errno
 import os
 import signal
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -47,4 +48,20 @@ def full_once(num_classes: int) -> nn.Module:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     dreplica.training.saver.write_checkpoint = write_to_full_disk
+    return fixtures.tiny_model(num_classes)
+
+
+def full_on_replica_1(num_classes: int) -> nn.Module:
+    """Replica 1's disk is full from its second checkpoint on."""
+    write = dreplica.training.saver.write_checkpoint
+    written = 0
+
+    def write_once(*arguments: Any) -> None:
+        nonlocal written
+        written += 1
+        if os.environ["RANK"] == "1" and written > 1:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        write(*arguments)
+
+    dreplica.training.saver.write_checkpoint = write_once
     return fixtures.tiny_model(num_classes)

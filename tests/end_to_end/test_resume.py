@@ -272,3 +272,40 @@ def test_a_stop_counts_as_saved_if_its_own_checkpoint_is_there(tmp_path: Path) -
     assert newest.name == "step_000007"
     (warning,) = stopped.report["warnings"]
     assert warning.startswith("the checkpoint at step 3 could not be written: OSError: ")
+
+
+def test_the_good_checkpoint_stays_until_there_is_a_newer_good_one(tmp_path: Path) -> None:
+    """Though one is kept, a newer one lies there, which is damaged, and the next cannot be written."""
+    job = (*SMALL, "--model.factory=tests.end_to_end.interrupted:full_once", "--checkpoint.every_steps=2")
+    stopped = run_job(*job, STOP, root=tmp_path)
+    newest, before, *_ = list_checkpoints(stopped.folder / "checkpoints")
+    flip_one_bit(newest)
+    failed = run_job(*job, "--run.stop_after=8", "--checkpoint.keep=1", root=tmp_path)
+    assert failed.exitcodes == {0: 1, 1: 1}, failed.output
+    assert before.is_dir()
+    assert before.name == "step_000006"
+    expected = run_job(*job, root=tmp_path / "reference")
+    assert facts(run_job(*job, "--checkpoint.keep=1", root=tmp_path)) == facts(expected)
+    assert [path.name for path in list_checkpoints(stopped.folder / "checkpoints")] == ["step_000010"]
+
+
+def test_independent_replicas_keep_the_newest_that_all_of_them_have(tmp_path: Path) -> None:
+    factory = "--model.factory=tests.end_to_end.interrupted:full_on_replica_1"
+    job = (*SMALL, factory, "--seed.model=distinct", "--checkpoint.every_steps=2", "--checkpoint.keep=1")
+    failed = run_job(*job, STOP, root=tmp_path)
+    assert failed.exitcodes == {0: 1, 1: 1}, failed.output
+    resumed = run_job(*job, root=tmp_path)
+    assert resumed.report["run"]["resumed_from"] == 2, resumed.output
+
+
+def test_a_record_that_has_lost_lines_is_told(tmp_path: Path) -> None:
+    stopped = run_job(*SMALL, STOP, root=tmp_path)
+    before = stopped.trace
+    (stopped.folder / "trace.jsonl").write_text("\n".join(before[:5]) + "\n")
+    (stopped.folder / "metrics.jsonl").write_bytes(b"\0" * 9 + b"\n")
+    resumed = run_job(*SMALL, root=tmp_path)
+    assert resumed.returncode == 0, resumed.output
+    warnings = "\n".join(resumed.report["warnings"])
+    assert "metrics.jsonl has lost epochs [1], which this report lacks, too" in warnings
+    assert f"trace.jsonl has lost its last {len(before) - 5} lines: it has a gap" in warnings
+    assert resumed.trace == [*before[:5], *run_job(*SMALL).trace[len(before) :]]

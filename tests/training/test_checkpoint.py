@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+import xxhash
 from torch import Tensor, nn
 
 from dreplica.replica.replica import Replica
@@ -183,6 +184,18 @@ def test_code_in_a_checkpoint_is_not_run(tmp_path: Path) -> None:
         torch.load(file, weights_only=False)
     assert mark.exists(), "the bomb was no bomb"
     assert pickle.dumps(Bomb("x"))
+
+
+@pytest.mark.parametrize("header", [b"", b"\xff" * 20, b"\x09\0\0\0\0\0\0\0{'a': 1}"])
+def test_a_foreign_file_with_a_digest_that_is_right(header: bytes, tmp_path: Path) -> None:
+    place = saved(tmp_path)
+    files = read_files(place) | {MODEL_FILE: header}
+    state = json.loads(files[STATE_FILE])
+    state["files"][MODEL_FILE] = xxhash.xxh3_128_hexdigest(header)
+    del state["digest"]
+    state["digest"] = xxhash.xxh3_128_hexdigest(json.dumps(state, sort_keys=True).encode())
+    with pytest.raises(CheckpointError, match=r"model\.safetensors cannot be loaded: "):
+        parse(files | {STATE_FILE: json.dumps(state).encode()})
 
 
 def another_model() -> Replica:
