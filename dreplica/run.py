@@ -181,6 +181,7 @@ class Run:
             trace=trace,
             channel=self.channel,
             steps_done=self.start.step,
+            stoppable=True,
         )
 
     def make_history(self) -> History:

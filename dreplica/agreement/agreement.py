@@ -88,6 +88,8 @@ class Agreement:
         lag: 0 compares at the step itself; 1 completes the comparison during the next step, so that replicas need not
             wait for each other at every step. The verdict names the exact step either way.
         trace: where each checked step is recorded.
+        stoppable: exchange at every step, compared or not, whether a replica wants to stop; otherwise only where
+            something is compared.
         steps_done: of a run that goes on: how many steps it had taken. Its state is compared as it is now, in place of
             the build's.
         channel: how replicas talk; by default a gloo group of its own.
@@ -116,6 +118,7 @@ class Agreement:
         trace: Trace | None = None,
         channel: Channel | None = None,
         steps_done: int = 0,
+        stoppable: bool = False,
     ) -> None:
         _check_choice("expect", expect, ("identical", "independent"))
         _check_choice("on_divergence", on_divergence, ("stop", "continue"))
@@ -136,6 +139,7 @@ class Agreement:
         self._every = every
         self._on_divergence = on_divergence
         self._lag = lag
+        self._stoppable = stoppable
         self._channel = channel or gloo_channel()
         self._trace = trace or Trace(None, self._channel.size)
         self._pending: _Pending | None = None
@@ -171,7 +175,7 @@ class Agreement:
             check: compare this step even if `every` would not: the last one before an evaluation or a checkpoint.
 
         Returns whether any replica wanted to stop, as of the newest completed comparison: the same on all replicas.
-        With `every` 0 nothing is exchanged, so nobody learns of it and the answer is always False.
+        With `every` 0 nothing is exchanged unless `stoppable`, so nobody learns of it and the answer is always False.
         """
         self.steps_done += 1
         self._wants_stop = self._wants_stop or stop
@@ -180,6 +184,9 @@ class Agreement:
             stages = self.observe(indices=indices, batch=batch, outputs=outputs, loss=loss)
             self.bytes_per_step = sum(stage.num_bytes for stage in stages.values())
             self._check(self.steps_done, epoch, stages)
+        elif self._stoppable:
+            self._check(self.steps_done, epoch, {})
+            self.last_word = None
         return self._stop
 
     def evaluation(

@@ -167,7 +167,7 @@ def train(
         agreement.evaluation({"logits": evaluation.logits}, epoch, evaluation.batches)
         images_per_second = (tally.count - count_before) / (trained - started)
         yield _gather_epoch(agreement.steps_done, epoch, tally, evaluation, started, images_per_second, position, world)
-        if any(world.channel.gather(bool(stop_request))):  # with agreement.every 0 no step's message carries it
+        if any(world.channel.gather(bool(stop_request))):  # it came during the evaluation
             yield Stopped(agreement.steps_done, epoch, position)
             break
         if agreement.steps_done == config.train.max_steps:

@@ -65,3 +65,19 @@ def full_on_replica_1(num_classes: int) -> nn.Module:
 
     dreplica.training.saver.write_checkpoint = write_once
     return fixtures.tiny_model(num_classes)
+
+
+class ToldToStop(nn.Module):
+    """Replica 1 gets the signal STOP_SIGNAL in its third step."""
+
+    def __init__(self, num_classes: int) -> None:
+        super().__init__()
+        self.body = fixtures.tiny_model(num_classes)
+        self._calls = 0
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        """Logits."""
+        self._calls += self.training
+        if self.training and self._calls == 3 and os.environ["RANK"] == "1":
+            os.kill(os.getpid(), signal.Signals[os.environ["STOP_SIGNAL"]])
+        return self.body(inputs)

@@ -68,6 +68,19 @@ def test_a_run_that_goes_on_is_one_that_was_never_interrupted(arguments: tuple[s
     assert facts(resumed) == facts(expected)
 
 
+@pytest.mark.parametrize(("every", "number"), [(1, "SIGTERM"), (100, "SIGUSR2"), (0, "SIGINT")])
+def test_one_replica_that_is_told_to_stop_stops_all_at_the_same_step(
+    every: int, number: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However seldom states are compared."""
+    monkeypatch.setenv("STOP_SIGNAL", number)
+    factory = "--model.factory=tests.end_to_end.interrupted:ToldToStop"
+    stopped = run_job(*SMALL, factory, f"--agreement.every={every}", root=tmp_path)
+    assert stopped.exitcodes == {0: 4, 1: 4}, stopped.output
+    assert stopped.report["run"]["stopped_after"] == 4
+    assert [path.name for path in list_checkpoints(stopped.folder / "checkpoints")] == ["step_000004"]
+
+
 def test_with_workers_augmentation_and_sample_weights(tmp_path: Path) -> None:
     root = make_folder(tmp_path / "images")
     job = [*JOB, *AUGMENTED, f"--data.root={root}", "--data.num_workers=2"]
