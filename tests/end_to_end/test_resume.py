@@ -322,3 +322,16 @@ def test_a_record_that_has_lost_lines_is_told(tmp_path: Path) -> None:
     assert "metrics.jsonl has lost epochs [1], which this report lacks, too" in warnings
     assert f"trace.jsonl has lost its last {len(before) - 5} lines: it has a gap" in warnings
     assert resumed.trace == [*before[:5], *run_job(*SMALL).trace[len(before) :]]
+
+
+def test_other_data_are_another_run(tmp_path: Path) -> None:
+    root = make_folder(tmp_path / "images")
+    job = [*JOB, f"--data.root={root}"]
+    stopped = run_job(*job, "--run.stop_after=2", root=tmp_path / "runs")
+    assert stopped.exitcodes == {0: 4, 1: 4}, stopped.output
+    image = next(path for path in sorted(root.rglob("*")) if path.is_file())
+    shutil.copyfile(image, image.with_stem("another"))
+    job_2 = run_job(*job, root=tmp_path / "runs")
+    assert "it had other data: their digest was " in job_2.output
+    assert (tmp_path / "runs" / "job-2" / "report.json").exists()
+    assert stopped.report["run"]["stopped_after"] == 2
