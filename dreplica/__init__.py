@@ -13,7 +13,8 @@ if TYPE_CHECKING:
 
 __all__ = ["Agreement", "Divergence", "Replica", "check_wiring", "diagnose", "fingerprint"]
 
-# Imported when it is asked for: `dreplica compare` needs no torch, which takes seconds and half a gigabyte to import.
+# Imported when they are asked for: torch takes seconds and half a gigabyte, a worker has things to do before it, and
+# `dreplica compare` needs none.
 _MODULES = {
     "Agreement": "dreplica.agreement.agreement",
     "Divergence": "dreplica.agreement.verdict",

@@ -50,19 +50,19 @@ def certify_resume(settings: Sequence[str], num_replicas: int, at_step: int, kee
     console = Console(highlight=False)
     with ExitStack() as stack:
         root = keep or Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="dreplica-certify-")))
-        common = [*settings, f"--run.root={root}"]
+        common = [*settings, f"--run.root={root}", "--run.resume=auto"]
         for name in ("straight", "interrupted", "straight-again"):
             shutil.rmtree(root / name, ignore_errors=True)
         console.print(f"1 of 3: the run, straight through (output in {root})")
         code, output = _run(root, "straight", common, num_replicas)
         if code != ExitCode.AGREED:
             return _failed("the run itself did not end well", code, output)
-        console.print(f"2 of 3: the same, stopped after step {at_step}")
-        code, output = _run(root, "interrupted", [*common, f"--run.stop_after={at_step}"], num_replicas)
-        if code == ExitCode.AGREED:
-            num_steps = max(step for step, _ in _read_trace(root / "straight"))
+        num_steps = max((step for step, _ in _read_trace(root / "straight")), default=0)
+        if at_step >= num_steps:
             print(f"error: --at-step: {at_step}: the run has {num_steps} steps. Give less.", file=sys.stderr)
             return ExitCode.UNUSABLE
+        console.print(f"2 of 3: the same, stopped after step {at_step}")
+        code, output = _run(root, "interrupted", [*common, f"--run.stop_after={at_step}"], num_replicas)
         if code != ExitCode.STOPPED:
             return _failed("the run could not be stopped", code, output)
         console.print("3 of 3: the rest, in fresh processes")
@@ -74,9 +74,7 @@ def certify_resume(settings: Sequence[str], num_replicas: int, at_step: int, kee
             _run(root, "straight-again", common, num_replicas)
             again = _first_difference(root / "straight", root / "straight-again")
             if again is not None:
-                step, stage = again
-                text = f"the job does not reproduce without an interruption either: step {step}, {stage}"
-                certificate = Certificate(False, f"{text}. Mend that first: dreplica train --replicas 2")
+                certificate = _does_not_reproduce(*again)
     mark = "[green]CERTIFIED[/]" if certificate.passed else "[red]NOT CERTIFIED[/]"
     console.print(mark, end=" ")
     console.print(certificate.text, markup=False, soft_wrap=True)
@@ -99,6 +97,8 @@ def judge(straight: Path, interrupted: Path, at_step: int, code: int, output: st
     difference = _first_difference(straight, interrupted)
     if difference is not None:
         step, stage = difference
+        if (step, stage == "predictions") <= (at_step, False):
+            return _does_not_reproduce(step, stage)  # it had not been interrupted by then
         return Certificate(False, f"not restored: {_COMPONENTS.get(stage, stage)} (step {step}, {stage})")
     for field in ("fingerprints", "epochs"):
         if one[field] != other[field]:
@@ -112,6 +112,11 @@ def judge(straight: Path, interrupted: Path, at_step: int, code: int, output: st
         f"interrupted after step {at_step} of {last}: {last - at_step} steps gone on with, {num_digests} digests of "
         f"their stages, {len(one['epochs'])} epochs' results and the final state are those of the uninterrupted run",
     )
+
+
+def _does_not_reproduce(step: int, stage: str) -> Certificate:
+    text = f"the job does not reproduce without an interruption either: step {step}, {stage}"
+    return Certificate(False, f"{text}. Mend that first: dreplica train --replicas 2")
 
 
 def _first_difference(one: Path, other: Path) -> tuple[int, str] | None:
@@ -139,9 +144,9 @@ def _run(root: Path, name: str, arguments: Sequence[str], num_replicas: int) -> 
     environment = os.environ | {
         "PYTHONPATH": os.pathsep.join(filter(None, [package_root, os.environ.get("PYTHONPATH")]))
     }
-    command = [sys.executable, "-m", "dreplica.cli", "train", f"--replicas={num_replicas}", f"--run.name={name}"]
+    command = [sys.executable, "-m", "dreplica.cli", "train", f"--replicas={num_replicas}"]
     process = subprocess.run(
-        [*command, *arguments],
+        [*command, *arguments, f"--run.name={name}"],
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,

@@ -6,18 +6,21 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from dreplica.errors import SharedUsageError
 from dreplica.replica.replica import Replica
 from dreplica.training.checkpoint import (
     CheckpointConfig,
     CheckpointError,
+    checkpoint_name,
     list_checkpoints,
     parse,
     read_files,
     remove_leftovers,
 )
 from dreplica.training.position import Position
-from dreplica.training.saved_state import copy_state, restore_state
+from dreplica.training.saved_state import attributes_as_built, copy_state, restore_state
 from dreplica.training.saver import Saver
 from dreplica.world.process_group import World
 
@@ -53,7 +56,9 @@ class Checkpoints:
         self._world, self._replica, self._shared = world, replica, shared
         self._folder = folder / _FOLDER
         self._part = None if shared else f"replica_{world.replica_id}"
-        self._saver = Saver(self._folder, config.keep, self._part)
+        self._as_built = attributes_as_built(replica)
+        records = [folder / "trace.jsonl", folder / "metrics.jsonl"]
+        self._saver = Saver(self._folder, config.keep, self._part, records)
         self._saved_step: int | None = None
 
     def restore(self) -> Start:
@@ -81,6 +86,7 @@ class Checkpoints:
                     state["num_trace_lines"],
                     tuple(skipped),
                 )
+            self._saver.unusable.add(name)
             rank, text = next(iter(reasons.items()))
             skipped.append(f"{name}: {text} (replica {rank})")
             if self._world.is_coordinator:
@@ -94,34 +100,50 @@ class Checkpoints:
 
     def _restore(self, place: Path) -> tuple[Mapping[str, Any] | None, str | None]:
         """The saved state, or why there is none."""
-        files, reason = None, None
+        files: Mapping[str, bytes] | None = None
+        reason = None
         try:
             if self._world.is_coordinator or not self._shared:
                 files = read_files(place if self._part is None else place / self._part)
         except CheckpointError as error:
             reason = str(error)
         if self._shared:
-            files, reason = self._world.channel.gather((files, reason))[0]
+            files, reason = self._send_to_all(files, reason)
         if files is None:
             return None, reason
         try:
             contents = parse(files)
-            restore_state(self._replica, contents)
+            restore_state(self._replica, contents, self._as_built)
         except CheckpointError as error:
             return None, str(error)
         return contents.state, None
+
+    def _send_to_all(
+        self, files: Mapping[str, bytes] | None, reason: str | None
+    ) -> tuple[Mapping[str, bytes] | None, str | None]:
+        """Rank 0's, on every replica: the files or, where there are none, the reason."""
+        own = None if files is None else {name: len(content) for name, content in files.items()}
+        sizes, reason = self._world.channel.gather((own, reason))[0]
+        if sizes is None:
+            return None, reason
+        received = {}
+        for name, size in sizes.items():
+            content = bytearray(size) if files is None else bytearray(files[name])
+            if size:
+                self._world.channel.broadcast(torch.frombuffer(content, dtype=torch.uint8))
+            received[name] = bytes(content)
+        return received, None
 
     def save(self, position: Position, data_seed: int, steps_checked: int, num_trace_lines: int) -> None:
         """Copies the state, and writes it while training goes on. All replicas have agreed on it, or need not."""
         if self._replica.steps_done == self._saved_step:
             return
-        self._saved_step = self._replica.steps_done
-        if not self._shared:
-            self._saver.wait()
-            self._world.channel.gather(None)  # older ones may go only when all have written the one before
+        before, self._saved_step = self._saved_step, self._replica.steps_done
+        if not self._shared and before is not None and not self.newest_is_there():
+            self._saver.unusable.add(checkpoint_name(before))  # some part of it is missing: older ones must stay
         if self._world.is_coordinator or not self._shared:
             run = {"data_seed": data_seed, "steps_checked": steps_checked, "num_trace_lines": num_trace_lines}
-            self._saver.save(copy_state(self._replica, position, run))
+            self._saver.save(copy_state(self._replica, position, run, self._as_built))
 
     def newest_is_there(self) -> bool:
         """Whether the newest checkpoint has been written, on all replicas that write one; waits for it."""
@@ -130,8 +152,8 @@ class Checkpoints:
 
     def finish(self) -> list[str]:
         """Waits until everything is written. Returns what could not be: a line each, the same on all replicas."""
-        self._saver.wait()
+        complete = self.newest_is_there()
         failures = [line for lines in self._world.channel.gather(self._saver.failures) for line in lines]
-        if not failures and (self._world.is_coordinator or not self._shared):
+        if complete and (self._world.is_coordinator or not self._shared):
             self._saver.prune()
         return failures

@@ -109,6 +109,8 @@ class Run:
         display = ProgressDisplay(self.console, self.world.is_coordinator, self.expect, kept)
         watch = LearningWatch(self.replica)
         with closing(display), self.open_trace() as trace:
+            if trace.num_missing:
+                self.report.warnings.append(f"trace.jsonl has lost its last {trace.num_missing} lines: it has a gap")
             agreement = self.agreement = self.make_agreement(trace)
             agreement.steps_checked = self.start.steps_checked
             history = self.history = self.make_history()
@@ -201,6 +203,7 @@ class Run:
             reference=self.referring.reference,
             channel=self.channel,
             steps_done=self.start.step,
+            stoppable=True,
         )
 
     def make_history(self) -> History:

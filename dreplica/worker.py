@@ -7,10 +7,9 @@ import traceback
 from collections.abc import Callable
 from typing import NoReturn
 
-from torch.distributed.elastic.multiprocessing.errors import record
-
 from dreplica import exit_codes
 from dreplica.errors import ExitCode
+from dreplica.world.signals import hold_signals
 
 
 def main() -> NoReturn:
@@ -20,6 +19,9 @@ def main() -> NoReturn:
 
 def run_process(work: Callable[[], ExitCode]) -> NoReturn:
     """Runs `work` as the whole of a worker process, and ends the process with the exit code it returns."""
+    hold_signals()  # first of all: what else is imported takes seconds, and a group that stops, stops as one
+    from torch.distributed.elastic.multiprocessing.errors import record
+
     # Huge pages: torch reads this at its first allocation, and reading all state each step goes a quarter faster.
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     try:

@@ -1,5 +1,6 @@
 """`dreplica certify-resume`: green where all is restored, red and naming what is not."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -66,6 +67,40 @@ def test_what_a_checkpoint_leaves_out_is_named(what: str, words: str, tmp_path: 
     found = certify(*SMALL, factory, *STEP, "--optim={name: SGD, lr: 0.05, momentum: 0.9}", at_step=7, root=tmp_path)
     assert found.passed == (what == "nothing")
     assert words in found.text
+
+
+@pytest.mark.parametrize(
+    ("step", "stage", "words"),
+    [
+        (6, "weights", "the job does not reproduce without an interruption either: step 6, weights."),
+        (7, "weights", "the job does not reproduce without an interruption either: step 7, weights."),
+        (7, "predictions", "not restored: something that the evaluation depends on (step 7, predictions)"),
+        (8, "weights", "not restored: weights, or something that the optimizer's step depends on (step 8, weights)"),
+    ],
+)
+def test_what_differs_before_the_interruption_was_not_lost_in_it(
+    step: int, stage: str, words: str, tmp_path: Path
+) -> None:
+    for name in ("straight", "interrupted"):
+        (tmp_path / name).mkdir()
+        report = {"warnings": [], "run": {"resumed_from": 7}}
+        (tmp_path / name / "report.json").write_text(json.dumps(report))
+        other = name == "interrupted"
+        rows = [{"step": number, "digests": {"weights": "a"}} for number in range(1, 9)]
+        rows.append({"step": 7, "digests": {"predictions": "a"}})
+        for row in rows:
+            row["digests"] |= {key: "b" for key in row["digests"] if (row["step"], key) == (step, stage) and other}
+        (tmp_path / name / "trace.jsonl").write_text("\n".join(["{}", *map(json.dumps, rows)]) + "\n")
+    found = judge(tmp_path / "straight", tmp_path / "interrupted", 7, ExitCode.AGREED, "")
+    assert not found.passed
+    assert found.text.startswith(words)
+
+
+def test_a_step_that_the_run_does_not_reach(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["certify-resume", "--at-step=10", "--replicas=1", *SMALL]) == ExitCode.UNUSABLE
+    printed = capsys.readouterr()
+    assert printed.err == "error: --at-step: 10: the run has 10 steps. Give less.\n"
+    assert "2 of 3" not in printed.out
 
 
 def test_without_a_step_to_interrupt_at(capsys: pytest.CaptureFixture[str]) -> None:

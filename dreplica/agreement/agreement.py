@@ -86,6 +86,8 @@ class Agreement:
         trace: where each checked step is recorded.
         reference: a recorded run, on rank 0: what replicas agree on is compared with it, and the first difference is
             a divergence, too (`ReferenceDiffers`).
+        stoppable: exchange at every step, compared or not, whether a replica wants to stop; otherwise only where
+            something is compared.
         steps_done: of a run that goes on: how many steps it had taken. Its state is compared as it is now, in place of
             the build's.
         channel: how replicas talk; by default a gloo group of its own.
@@ -116,6 +118,7 @@ class Agreement:
         reference: Reference | None = None,
         channel: Channel | None = None,
         steps_done: int = 0,
+        stoppable: bool = False,
     ) -> None:
         if expect is not None:
             _check_choice("expect", expect, ("identical", "independent", "ddp"))
@@ -137,6 +140,7 @@ class Agreement:
         self._every = every
         self._on_divergence = on_divergence
         self._lag = lag
+        self._stoppable = stoppable
         self._channel = channel or gloo_channel()
         self._trace = trace or Trace(None, self._channel.size)
         self._reference = reference
@@ -178,7 +182,7 @@ class Agreement:
             check: compare this step even if `every` would not: the last one before an evaluation or a checkpoint.
 
         Returns whether any replica wanted to stop, as of the newest completed comparison: the same on all replicas.
-        With `every` 0 nothing is exchanged, so nobody learns of it and the answer is always False.
+        With `every` 0 nothing is exchanged unless `stoppable`, so nobody learns of it and the answer is always False.
         """
         self.steps_done += 1
         self._wants_stop = self._wants_stop or stop
@@ -187,6 +191,9 @@ class Agreement:
             stages = self.observe(indices=indices, batch=batch, outputs=outputs, loss=loss)
             self.bytes_per_step = sum(stage.num_bytes for stage in stages.values())
             self._check(self.steps_done, epoch, stages)
+        elif self._stoppable:
+            self._check(self.steps_done, epoch, {})
+            self.last_word = None
         return self._stop
 
     def evaluation(

@@ -31,6 +31,7 @@ class Trace:
 
     Attributes:
         num_lines: lines of what has been done so far.
+        num_missing: of those that should be there already, how many are not.
         not_reproduced: the first step, with its stage, that came out otherwise than it had been recorded; None if none
             has.
     """
@@ -38,18 +39,19 @@ class Trace:
     def __init__(
         self, path: Path | None, num_replicas: int, num_lines: int = 0, tensors: TensorRecord | None = None
     ) -> None:
-        self.num_lines = num_lines
+        self.num_lines, self.num_missing = num_lines, 0
         self.not_reproduced: tuple[int, str] | None = None
         self._recorded: deque[str] = deque()
         self._file = None
         self._tensors = tensors
         if path is not None:
-            self._recorded = _recorded_after(path, num_lines)
+            self._recorded, self.num_lines = _recorded_after(path, num_lines)
+            self.num_missing = num_lines - self.num_lines
             self._file = path.open("a", encoding="utf-8")
-        if num_lines == 0 and self._recorded:
+        if self.num_lines == 0 and self._recorded:
             self._recorded.popleft()  # its header
             self.num_lines = 1
-        elif num_lines == 0:
+        elif self.num_lines == 0:
             self._write({"algorithm": ALGORITHM, "torch": str(torch.__version__), "replicas": num_replicas})
 
     def step(self, step: int, epoch: int | None, agreed: bool, stages: Mapping[str, Stage]) -> None:
@@ -88,22 +90,35 @@ class Trace:
         return True
 
 
-def _recorded_after(path: Path, num_lines: int) -> "deque[str]":
-    """The lines after the first `num_lines`; a last one that was cut off in mid-line is taken out of the file."""
+def _recorded_after(path: Path, num_lines: int) -> tuple[deque[str], int]:
+    """The lines after the first `num_lines`, and how many of these there are.
+
+    From the first one on that was cut off in mid-line, or is none of a trace's (a host that went down may leave zeros),
+    they are taken out of the file.
+    """
     recorded: deque[str] = deque()
-    whole, parted = 0, False
+    whole, found, parted = 0, 0, False
     if not path.exists():
-        return recorded
+        return recorded, 0
     with path.open("rb+") as file:
         for number, line in enumerate(file):
-            if not line.endswith(b"\n"):
+            if not line.endswith(b"\n") or (number >= num_lines and not _is_row(line)):
                 break
             whole += len(line)
+            found += number < num_lines
             parted = parted or b'"agreed": false' in line  # what came of a fault is not to come again
             if number >= num_lines and not parted:
                 recorded.append(line.decode().rstrip("\n"))
         file.truncate(whole)
-    return recorded
+    return recorded, found
+
+
+def _is_row(line: bytes) -> bool:
+    try:
+        row = json.loads(line)
+    except ValueError:
+        return False
+    return isinstance(row, dict) and ("algorithm" in row or ("step" in row and isinstance(row.get("digests"), dict)))
 
 
 def _first_difference(one: dict[str, Any], other: dict[str, Any]) -> str:

@@ -69,7 +69,7 @@ class Recorder:
         `manifests`: one per replica; none if the run ends before they are known. `anew`: make one in any case: a run
         that ends before its first step has nothing to say in the folder of another. Raises SharedUsageError.
         """
-        find = partial(self._find_or_make_folder, anew)
+        find = partial(self._find_or_make_folder, anew, manifests[0]["data"] if manifests else None)
         own = self._world.together(find if self._world.is_coordinator else lambda: None)
         folder, self.goes_on = self._world.channel.gather(own)[0]
         self._begin(folder, manifests)
@@ -87,8 +87,11 @@ class Recorder:
         done = self._world.channel.gather(done)[0]
         self._recorded_epochs = max((item.epoch for item in done), default=0)
         self.report.epochs = [item for item in done if item.epoch < epoch]
+        missing = sorted(set(range(1, epoch)) - {item.epoch for item in done})
+        if missing:
+            self.report.warnings.append(f"metrics.jsonl has lost epochs {missing}, which this report lacks, too")
 
-    def _find_or_make_folder(self, anew: bool) -> tuple[Path, bool]:
+    def _find_or_make_folder(self, anew: bool, data_digest: str | None) -> tuple[Path, bool]:
         may_go_on = self._config.resume == "auto" and not anew
         newest = newest_run_folder(self._config.root, self._name) if may_go_on else None
         if newest is not None:
@@ -96,7 +99,7 @@ class Recorder:
                 self._lock = FolderLock(newest)
                 if self._lock.taken:
                     raise NotResumable("another run is writing to it")
-                check_resumable(newest, self._config_yaml)
+                check_resumable(newest, self._config_yaml, data_digest)
                 return newest, True
             except Completed:
                 pass

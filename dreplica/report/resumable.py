@@ -33,8 +33,11 @@ class Completed(NotResumable):
     """It came to its end."""
 
 
-def check_resumable(folder: Path, config_yaml: str) -> None:
-    """Raises NotResumable unless the run in `folder` was interrupted, and was given what this one is given."""
+def check_resumable(folder: Path, config_yaml: str, data_digest: str | None) -> None:
+    """Raises NotResumable unless the run in `folder` was interrupted, and was given what this one is given.
+
+    `data_digest`: of the data sets, as manifests have it.
+    """
     try:
         report = json.loads((folder / "report.json").read_text(encoding="utf-8"))
         stopped, verdict = report["run"]["stopped_after"] is not None, report["verdict"]
@@ -57,6 +60,12 @@ def check_resumable(folder: Path, config_yaml: str) -> None:
     if differences:
         one, other = differences[0].values
         raise NotResumable(f"it had another config: {differences[0].field} was {one!r}, and is {other!r} now")
+    try:
+        data_before = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))[0]["data"]
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        raise NotResumable(f"its manifest.json cannot be read: {error}") from None
+    if data_before != data_digest:
+        raise NotResumable(f"it had other data: their digest was {data_before}, and is {data_digest} now")
 
 
 def _decisive(config: Any) -> dict[str, Any]:

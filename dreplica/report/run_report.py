@@ -106,14 +106,23 @@ def append_metrics(path: Path, done: EpochDone) -> None:
 
 
 def read_metrics(path: Path) -> list[EpochDone]:
-    """The epochs in metrics.jsonl; a last line that was cut off is taken out of the file, and its epoch left out."""
+    """The epochs in metrics.jsonl.
+
+    From the first line on that was cut off, or is none of an epoch's, they are taken out of the file.
+    """
     if not path.exists():
         return []
-    content = path.read_bytes()
-    whole = content[: content.rfind(b"\n") + 1]
-    if whole != content:
-        os.truncate(path, len(whole))
-    return [_epoch_done(json.loads(line)) for line in whole.splitlines()]
+    epochs: list[EpochDone] = []
+    whole = 0
+    with path.open("rb+") as file:
+        for line in file:
+            try:
+                epochs.append(_epoch_done(json.loads(line)))
+            except (ValueError, LookupError, TypeError, AttributeError):
+                break
+            whole += len(line)
+        file.truncate(whole)
+    return epochs
 
 
 def _epoch_done(row: dict[str, Any]) -> EpochDone:

@@ -12,8 +12,9 @@ import mmap
 import os
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -79,16 +80,21 @@ def list_checkpoints(folder: Path) -> list[Path]:
     return [path for _, path in sorted(found, reverse=True)]
 
 
-def prune_checkpoints(folder: Path, keep: int, part: str | None = None) -> None:
-    """Removes all but the newest `keep`; of those that have parts, this `part`. Raises OSError."""
-    places = [path if part is None else path / part for path in list_checkpoints(folder)]
+def prune_checkpoints(folder: Path, keep: int, part: str | None = None, unusable: Collection[str] = ()) -> None:
+    """Removes all but the newest `keep`; of those that have parts, this `part`. Raises OSError.
+
+    `unusable`: names of those that do not count, and go as soon as there are enough others.
+    """
+    newest_first = sorted(list_checkpoints(folder), key=lambda path: path.name in unusable)
+    places = [path if part is None else path / part for path in newest_first]
     for place in [place for place in places if place.is_dir()][keep:]:
         # Under another name first: what is half removed is not to be taken for a damaged checkpoint.
         doomed = place.with_name(f".{place.name}.{os.getpid()}.old")
         place.rename(doomed)
         shutil.rmtree(doomed)
-        if part is not None and not any(place.parent.iterdir()):
-            place.parent.rmdir()
+        if part is not None:
+            with suppress(OSError):  # other parts are there still, or their replica was quicker
+                place.parent.rmdir()
 
 
 def remove_leftovers(folder: Path) -> None:
@@ -104,7 +110,8 @@ def write_checkpoint(place: Path, contents: Contents) -> None:
     temporary = place.with_name(f".{place.name}.{os.getpid()}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     try:
-        temporary.mkdir(parents=True)
+        _make_folder(place.parent)
+        temporary.mkdir()
         in_file = _in_safetensors(contents.tensors)
         rest = {name: tensor for name, tensor in contents.tensors.items() if name not in in_file}
         with ThreadPoolExecutor(1, "dreplica-flush") as beside:
@@ -118,11 +125,11 @@ def write_checkpoint(place: Path, contents: Contents) -> None:
             json.dump(state | {"digest": _digest_state(state)}, file)
             file.write("\n")
         for name in (STATE_FILE, "."):
-            _flush(temporary / name)
+            flush(temporary / name)
         if place.exists():  # it was not fit to go on from
             place.rename(place.with_name(f".{place.name}.{os.getpid()}.old"))
         temporary.rename(place)
-        _flush(place.parent)
+        flush(place.parent)
     except OSError:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
@@ -144,7 +151,7 @@ def parse(files: Mapping[str, bytes]) -> Contents:
     try:
         state = json.loads(files[STATE_FILE])
         digest = state.pop("digest")
-        schema, digests = state.get("schema"), state.get("files")
+        schema, digests = state["schema"], {name: state["files"][name] for name in (MODEL_FILE, OPTIMIZER_FILE)}
     except (ValueError, KeyError, TypeError, AttributeError):
         raise CheckpointError(f"{STATE_FILE} is damaged, or none of dreplica's") from None
     if digest != _digest_state(state):
@@ -155,10 +162,14 @@ def parse(files: Mapping[str, bytes]) -> Contents:
         if xxhash.xxh3_128_hexdigest(files[name]) != digests[name]:
             raise CheckpointError(f"{name} is not as it was written")
     try:
+        tensors = load(files[MODEL_FILE])
+    except (SafetensorError, ValueError, KeyError) as error:
+        raise CheckpointError(f"{MODEL_FILE} cannot be loaded: {_first_line(error)}") from None
+    try:
         optimizer = torch.load(io.BytesIO(files[OPTIMIZER_FILE]), map_location="cpu", weights_only=True)
+        return Contents({**tensors, **optimizer.pop("tensors")}, optimizer, state)
     except Exception as error:  # whatever a pickle that is not to be trusted makes of it
-        raise CheckpointError(f"{OPTIMIZER_FILE} cannot be loaded: {str(error).splitlines()[0]}") from None
-    return Contents({**load(files[MODEL_FILE]), **optimizer.pop("tensors")}, optimizer, state)
+        raise CheckpointError(f"{OPTIMIZER_FILE} cannot be loaded: {_first_line(error)}") from None
 
 
 def rng_to_json(rng: Mapping[str, Any]) -> dict[str, Any]:
@@ -212,11 +223,11 @@ def _write_optimizer(path: Path, values: dict[str, Any]) -> None:
         with serialization_config.patch({"save.compute_crc32": False}):  # type: ignore[attr-defined]
             torch.save(values, path)
     except RuntimeError as error:  # how torch reports a disk that is full
-        raise OSError(f"{path.name}: {str(error).splitlines()[0]}") from error
+        raise OSError(f"{path.name}: {_first_line(error)}") from error
 
 
 def _flush_and_digest(path: Path) -> str:
-    _flush(path)
+    flush(path)
     with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
         return xxhash.xxh3_128_hexdigest(content)
 
@@ -225,9 +236,22 @@ def _digest_state(state: Mapping[str, Any]) -> str:
     return xxhash.xxh3_128_hexdigest(json.dumps(state, sort_keys=True).encode())
 
 
-def _flush(path: Path) -> None:
+def _make_folder(folder: Path) -> None:
+    """With those above it, each flushed to where it stands: what is in them is not to vanish with them."""
+    if not folder.is_dir():
+        _make_folder(folder.parent)
+        folder.mkdir(exist_ok=True)
+        flush(folder.parent)
+
+
+def flush(path: Path) -> None:
+    """Has what was written to a file, or made in a folder, on the disk. Raises OSError."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]

@@ -180,7 +180,7 @@ def train(
         images_per_second = (tally.count - count_before) / (trained - started)
         step = agreement.steps_done
         yield _gather_epoch(step, epoch, tally, evaluation, started, images_per_second, position, world, timer)
-        if any(world.channel.gather(bool(stop_request))):  # with agreement.every 0 no step's message carries it
+        if any(world.channel.gather(bool(stop_request))):  # it came during the evaluation
             yield Stopped(agreement.steps_done, epoch, position)
             break
         if agreement.steps_done == config.train.max_steps:

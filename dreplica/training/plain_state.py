@@ -30,7 +30,7 @@ _LEFT_ALONE = frozenset(
 )
 """Of the common types those that hold nothing that changes, or nothing that is kept here."""
 
-_GENERATORS: dict[type, tuple[Callable[[Any], Any], Callable[[Any, Any], Any]]] = {
+GENERATORS: dict[type, tuple[Callable[[Any], Any], Callable[[Any, Any], Any]]] = {
     random.Random: (random.Random.getstate, random.Random.setstate),
     torch.Generator: (torch.Generator.get_state, torch.Generator.set_state),
     numpy.random.RandomState: (numpy.random.RandomState.get_state, numpy.random.RandomState.set_state),
@@ -133,7 +133,7 @@ class PlainState:
             if array.flags.writeable and (array.shape, array.dtype) == (values.shape, values.dtype):
                 array[...] = values
         for generator, state in self._generators:
-            _GENERATORS[type(generator)][1](generator, state)
+            GENERATORS[type(generator)][1](generator, state)
 
     def _open(self, owner: object) -> None:
         attributes = getattr(owner, "__dict__", None)
@@ -161,8 +161,8 @@ class PlainState:
         elif kind is numpy.ndarray:
             if self._is_small(value.nbytes) and value.flags.writeable:
                 self._arrays.append((value, value.copy()))
-        elif kind in _GENERATORS:
-            self._generators.append((value, _GENERATORS[kind][0](value)))
+        elif kind in GENERATORS:
+            self._generators.append((value, GENERATORS[kind][0](value)))
         elif self._enter(value):
             self._open(value)
 

@@ -5,35 +5,33 @@ process has built.
 """
 
 import copy
-import random
-from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping
+import pickle
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 
 from dreplica.agreement.fingerprint import ALGORITHM
 from dreplica.agreement.stages import Entry, Stage, make_stage, optimizer_entries, plain_name, rng_entries
 from dreplica.replica.replica import Replica
 from dreplica.replica.rng import get_rng_state, set_rng_state
 from dreplica.training.checkpoint import CheckpointError, Contents, rng_from_json, rng_to_json
+from dreplica.training.plain_state import GENERATORS
+from dreplica.training.portable import Originals, Portable, holds_arrays, is_portable, put_into
 from dreplica.training.position import Position
 
-_MODEL, _CRITERION = "model", "criterion"
-_PLAIN = (type(None), bool, int, float, complex, str, bytes, Tensor)
-_GENERATORS: dict[str, tuple[type, Callable[[Any], Any], Callable[[Any, Any], Any]]] = {
-    "python": (random.Random, random.Random.getstate, random.Random.setstate),
-    "torch": (torch.Generator, torch.Generator.get_state, torch.Generator.set_state),
-    "numpy": (
-        numpy.random.Generator,
-        lambda generator: generator.bit_generator.state,
-        lambda generator, state: setattr(generator.bit_generator, "state", state),
-    ),
-}
-"""Of a module's own: type, and how the state is read and set."""
+_MODEL, _CRITERION, _OPTIMIZER = "model", "criterion", "optimizer"
+_PARAMETER, _OTHER = "parameter", "other"
+_KINDS = {f"{kind.__module__}.{kind.__qualname__}": kind for kind in GENERATORS}
+"""Of an object's own generators: a checkpoint's word for each type."""
+_KEPT_ELSEWHERE = vars(nn.Module()).keys() - {"training"} | {"state", "param_groups", "defaults"}
+"""Attributes of modules and optimizers that are not plain state of theirs."""
+
+AsBuilt = Mapping[str, Mapping[str, Any]]
+"""Plain attributes without tensors or arrays as they were when the replica had been built, by owner and name."""
 
 
 @dataclass(frozen=True)
@@ -48,29 +46,46 @@ class Copied:
 
     def contents(self) -> Contents:
         """What a checkpoint holds, with digests: the part of saving that training need not wait for."""
-        on_cpu = _Copies(lambda tensor: tensor.cpu())
-        digests = {stage: _hex(make_stage(on_cpu.of(entries))) for stage, entries in self.entries.items()}
-        return Contents(on_cpu.of(self.tensors), on_cpu.of(self.optimizer), self.state | {"digests": digests})
+        on_cpu = Portable(lambda tensor: tensor.cpu()).tensor
+        tensors, optimizer, entries = tree_map_only(Tensor, on_cpu, (self.tensors, self.optimizer, self.entries))
+        digests = {stage: _hex(make_stage(of_stage)) for stage, of_stage in entries.items()}
+        return Contents(tensors, optimizer, self.state | {"digests": digests})
 
 
-def copy_state(replica: Replica, position: Position, run: Mapping[str, Any]) -> Copied:
+def attributes_as_built(replica: Replica) -> AsBuilt:
+    """Taken of a replica that has been built and has done nothing yet, for `copy_state`."""
+    return {
+        path: {name: copy.deepcopy(value) for name, value in _attributes(owner).items() if not holds_arrays(value)}
+        for path, owner in _owners(replica)
+    }
+
+
+def copy_state(replica: Replica, position: Position, run: Mapping[str, Any], as_built: AsBuilt) -> Copied:
     """Copies the state out of training's way.
 
-    `run`: what else belongs into `state.json`, as JSON values.
+    `run`: what else belongs into `state.json`, as JSON values. `as_built`: attributes that are still so are left out:
+    one that says where a replica runs, say, is not that of the replica that restores the copy.
     """
-    numbers = _numbers(replica.optimizer)
-    copies = _Copies(lambda tensor: tensor.detach().clone())
+    numbers = _numbers(replica)
+    copies = Portable(lambda tensor: tensor.detach().clone())
     optimizer = {
-        "state": [(numbers[parameter], copies.of(state)) for parameter, state in replica.optimizer.state.items()],
-        "groups": [copies.of({key: group[key] for key in group if key != "params"}) for group in _groups(replica)],
+        "optimizers": [
+            {
+                "state": [(_key(key, numbers), copies.of(state)) for key, state in optimizer.state.items()],
+                "groups": [copies.of(_settings(group)) for group in optimizer.param_groups],
+            }
+            for _, optimizer in _optimizers(replica)
+        ],
         "others": [copies.of(other.state_dict()) for other in _others(replica)],
-        "criterion": copies.of(_tensors(replica.criterion)),
+        "criterion": {name: copies.tensor(tensor) for name, tensor in _tensors(replica.criterion).items()},
         "buffers": {
             path: {name: buffer is not None for name, buffer in module._buffers.items()}
             for path, module in _modules(replica)
         },
-        "attributes": {path: copies.of(_attributes(module)) for path, module in _modules(replica)},
-        "generators": {path: _own_generators(module) for path, module in _modules(replica)},
+        "attributes": {
+            path: copies.of(_changed(_attributes(owner), as_built.get(path, {}))) for path, owner in _owners(replica)
+        },
+        "generators": {path: copies.of(_own_generators(owner)) for path, owner in _owners(replica)},
     }
     state = {
         "step": replica.steps_done,
@@ -79,11 +94,18 @@ def copy_state(replica: Replica, position: Position, run: Mapping[str, Any]) -> 
         "rng": rng_to_json(get_rng_state()),
         "algorithm": ALGORITHM,
     }
-    return Copied(copies.of(_tensors(replica.model)), optimizer, state, copies.of(_state_entries(replica)))
+    tensors = {name: copies.tensor(tensor) for name, tensor in _tensors(replica.model).items()}
+    entries = {
+        stage: [(name, copies.tensor(value) if isinstance(value, Tensor) else value) for name, value in of_stage]
+        for stage, of_stage in _state_entries(replica).items()
+    }
+    return Copied(tensors, optimizer, state, entries)
 
 
-def restore_state(replica: Replica, contents: Contents) -> None:
+def restore_state(replica: Replica, contents: Contents, as_built: AsBuilt) -> None:
     """Puts a saved state into a replica that was built as the saved one was; tensors of `contents` become part of it.
+
+    `as_built`: attributes that are not in `contents` were so; they may have changed with a state that did not fit.
 
     Raises CheckpointError if it is another model's or optimizer's, or if anything does not come out with the digest it
     was saved with, naming the first such tensor; what is restored by then is not undone.
@@ -93,7 +115,7 @@ def restore_state(replica: Replica, contents: Contents) -> None:
         raise CheckpointError(f"its digests are of {state['algorithm']}, and here they are of {ALGORITHM}")
     _check_same_model(replica.model, contents.tensors)
     try:
-        _put_back(replica, contents)
+        _put_back(replica, contents, as_built)
     except (KeyError, ValueError, TypeError, RuntimeError, AttributeError, IndexError) as error:
         raise CheckpointError(f"it does not fit this replica: {type(error).__name__}: {error}") from error
     for stage, entries in _state_entries(replica).items():
@@ -115,26 +137,32 @@ def _state_entries(replica: Replica) -> dict[str, list[Entry]]:
 
 
 @torch.no_grad()
-def _put_back(replica: Replica, contents: Contents) -> None:
+def _put_back(replica: Replica, contents: Contents, as_built: AsBuilt) -> None:
     saved = contents.optimizer
+    originals = Originals(next((parameter.device for parameter in replica.model.parameters()), torch.device("cpu")))
     for path, module in _modules(replica):
         prefix, tensors = (_MODEL, contents.tensors) if path.startswith(_MODEL) else (_CRITERION, saved["criterion"])
         _restore_buffers(module, saved["buffers"][path], path.removeprefix(prefix).removeprefix("."), tensors)
-        module.__dict__.update(saved["attributes"][path])
-        for name, state in saved["generators"][path].items():
-            _set_generator(getattr(module, name), state)
     for module, tensors in ((replica.model, contents.tensors), (replica.criterion, saved["criterion"])):
         for name, tensor in _tensors(module).items():
             tensor.copy_(tensors[name])
     for other, state in zip(_others(replica), saved["others"], strict=True):
-        other.load_state_dict(state)
-    for group, settings in zip(_groups(replica), saved["groups"], strict=True):
-        group.update(settings)
-    # Not load_state_dict, which casts the state to its parameter's dtype.
-    parameters = list(_numbers(replica.optimizer))
-    replica.optimizer.state = defaultdict(
-        dict, {parameters[number]: _on_device(values, parameters[number]) for number, values in saved["state"]}
-    )
+        other.load_state_dict(originals.of(state))
+    parameters = list(_numbers(replica))
+    for (_, optimizer), kept in zip(_optimizers(replica), saved["optimizers"], strict=True):
+        for group, settings in zip(optimizer.param_groups, kept["groups"], strict=True):
+            group.update(originals.of(settings))
+        # In place, for one optimizer may wrap another and share it; not by load_state_dict, which casts the state to
+        # its parameter's dtype.
+        state = [_state_of(key, originals.of(values), optimizer, parameters) for key, values in kept["state"]]
+        optimizer.state.clear()
+        optimizer.state.update(state)
+    for path, owner in _owners(replica):
+        unchanged = copy.deepcopy(_changed(as_built.get(path, {}), _attributes(owner)))
+        for name, value in (unchanged | originals.of(saved["attributes"][path])).items():
+            vars(owner)[name] = put_into(vars(owner).get(name), value)
+        for name, (kind, state) in saved["generators"][path].items():
+            GENERATORS[_KINDS[kind]][1](vars(owner)[name], originals.of(state))
     replica.steps_done = contents.state["step"]
     set_rng_state(rng_from_json(contents.state["rng"]))
 
@@ -156,20 +184,46 @@ def _restore_buffers(module: nn.Module, before: Mapping[str, bool], path: str, t
         kept = tensors.get(f"{path}.{name}" if path else name)
         if not was_tensor:
             module._buffers[name] = None
-        elif kept is not None and (now is None or (now.shape, now.dtype) != (kept.shape, kept.dtype)):
+        elif kept is not None and (now is None or not _can_hold(now, kept)):
             device = next((parameter.device for parameter in module.parameters()), kept.device)
             module._buffers[name] = kept.to(device)
 
 
-def _on_device(values: Any, parameter: Tensor) -> Any:
-    """State tensors where the optimizer has them: with their parameter, but for 0-dim step counts, which the ordinary
-    optimizers keep on the CPU."""
-    if not isinstance(values, Mapping):
-        return values
-    return {
-        key: value.to(parameter.device) if isinstance(value, Tensor) and value.dim() else value
-        for key, value in values.items()
-    }
+def _can_hold(buffer: Tensor, kept: Tensor) -> bool:
+    """Whether it can be written to, element by element: not where several are one in memory (`expand`)."""
+    if (buffer.shape, buffer.dtype, buffer.layout) != (kept.shape, kept.dtype, kept.layout):
+        return False
+    if buffer.layout is not torch.strided:
+        return True
+    return all(stride for size, stride in zip(buffer.shape, buffer.stride(), strict=True) if size > 1)
+
+
+def _key(key: Any, numbers: Mapping[Tensor, int]) -> tuple[str, Any]:
+    """Of an entry of an optimizer's state: which parameter it is of, or what else it is kept under."""
+    return (_PARAMETER, numbers[key]) if isinstance(key, Tensor) and key in numbers else (_OTHER, key)
+
+
+def _state_of(
+    key: tuple[str, Any], values: Any, optimizer: torch.optim.Optimizer, parameters: Sequence[Tensor]
+) -> tuple[Any, Any]:
+    """What `_key` was given, and its values: with their parameter, should it be on a device and was on the CPU."""
+    kind, of = key
+    if kind == _OTHER:
+        return of, values
+    parameter = parameters[of]
+    group = next((group for group in optimizer.param_groups if any(parameter is one for one in group["params"])), {})
+    # As Optimizer.load_state_dict has it: else 0-dim counts of steps are kept on the CPU.
+    counts_too = group.get("fused") or group.get("capturable")
+
+    def place(tensor: Tensor) -> Tensor:
+        return tensor.to(parameter.device) if tensor.dim() or counts_too else tensor
+
+    return parameter, tree_map_only(Tensor, place, values)
+
+
+def _settings(group: Mapping[str, Any]) -> dict[str, Any]:
+    """Of a parameter group; functions and the like are as the config has them."""
+    return {key: value for key, value in group.items() if key != "params" and is_portable(value)}
 
 
 def _tensors(module: nn.Module) -> dict[str, Tensor]:
@@ -183,45 +237,52 @@ def _modules(replica: Replica) -> Iterator[tuple[str, nn.Module]]:
             yield f"{prefix}.{path}" if path else prefix, module
 
 
-def _attributes(module: nn.Module) -> dict[str, Any]:
-    """Plain values that the module keeps beside its tensors: its mode, a counter, a rate that a schedule changes."""
+def _optimizers(replica: Replica) -> list[tuple[str, torch.optim.Optimizer]]:
+    """The replica's, and those that it wraps."""
+    found = [(_OPTIMIZER, replica.optimizer)]
+    for path, optimizer in found:
+        for name, value in vars(optimizer).items():
+            if isinstance(value, torch.optim.Optimizer) and all(value is not one for _, one in found):
+                found.append((f"{path}.{name}", value))
+    return found
+
+
+def _owners(replica: Replica) -> Iterator[tuple[str, object]]:
+    """What has plain state in its attributes."""
+    yield from _modules(replica)
+    yield from _optimizers(replica)
+
+
+def _attributes(owner: object) -> dict[str, Any]:
+    """What it keeps beside its tensors: its mode, a counter, a rate that a schedule changes."""
+    return {name: value for name, value in vars(owner).items() if name not in _KEPT_ELSEWHERE and is_portable(value)}
+
+
+def _changed(attributes: Mapping[str, Any], before: Mapping[str, Any]) -> dict[str, Any]:
+    """Those that are not as they were; tensors and arrays always. As bytes: 0 is neither 0.0 nor -0.0."""
     return {
         name: value
-        for name, value in vars(module).items()
-        if (name == "training" or not name.startswith("_")) and _is_plain(value)
+        for name, value in attributes.items()
+        if holds_arrays(value)
+        or name not in before
+        or (value is not before[name] and pickle.dumps(value) != pickle.dumps(before[name]))
     }
 
 
-def _own_generators(module: nn.Module) -> dict[str, tuple[str, Any]]:
+def _own_generators(owner: object) -> dict[str, tuple[str, Any]]:
     return {
-        name: (kind, get_state(value))
-        for name, value in vars(module).items()
-        for kind, (cls, get_state, _) in _GENERATORS.items()
+        name: (kind, GENERATORS[cls][0](value))
+        for name, value in vars(owner).items()
+        for kind, cls in _KINDS.items()
         if type(value) is cls
     }
 
 
-def _set_generator(generator: Any, kept: tuple[str, Any]) -> None:
-    kind, state = kept
-    _GENERATORS[kind][2](generator, state)
-
-
-def _is_plain(value: Any) -> bool:
-    if isinstance(value, nn.Parameter):
-        return False
-    if type(value) in (list, tuple, set, dict):
-        return all(map(_is_plain, [*value, *value.values()] if isinstance(value, dict) else value))
-    return type(value) in _PLAIN
-
-
-def _numbers(optimizer: torch.optim.Optimizer) -> dict[Tensor, int]:
-    """Each of its parameters, and which one it is."""
-    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+def _numbers(replica: Replica) -> dict[Tensor, int]:
+    """Each parameter that an optimizer may have state of, and which one it is."""
+    groups = [group for _, optimizer in _optimizers(replica) for group in optimizer.param_groups]
+    parameters = dict.fromkeys(parameter for group in groups for parameter in group["params"])
     return {parameter: number for number, parameter in enumerate(parameters)}
-
-
-def _groups(replica: Replica) -> list[dict[str, Any]]:
-    return replica.optimizer.param_groups
 
 
 def _others(replica: Replica) -> list[Any]:
@@ -230,23 +291,3 @@ def _others(replica: Replica) -> list[Any]:
 
 def _hex(stage: Stage) -> dict[str, str]:
     return {name: digest.hex() for name, digest in stage.entries().items()}
-
-
-class _Copies:
-    """Deep copies that share what the originals share: a tensor that is met again has one copy."""
-
-    def __init__(self, copy_tensor: Callable[[Tensor], Tensor]) -> None:
-        self._copy_tensor = copy_tensor
-        self._tensors: dict[Tensor, Tensor] = {}
-
-    def of(self, value: Any) -> Any:
-        """The copy of a value; of a tensor by `copy_tensor`."""
-        if isinstance(value, Tensor):
-            if value not in self._tensors:
-                self._tensors[value] = self._copy_tensor(value)
-            return self._tensors[value]
-        if type(value) in (list, tuple, set):
-            return type(value)(self.of(item) for item in value)
-        if isinstance(value, dict):
-            return {key: self.of(item) for key, item in value.items()}
-        return copy.deepcopy(value)

@@ -2,10 +2,12 @@
 
 import logging
 import threading
+from collections.abc import Sequence
 from pathlib import Path
 
 from dreplica.training.checkpoint import (
     checkpoint_name,
+    flush,
     parse,
     prune_checkpoints,
     read_files,
@@ -26,11 +28,19 @@ class Saver:
         folder: where checkpoints go: the run's `checkpoints`.
         keep: how many.
         part: the folder within each that this replica writes; None where one copy is for all.
+        records: files that each checkpoint refers to: on the disk before it is.
+
+    Attributes:
+        failures: what could not be written, a line each.
+        newest_failed: whether the newest checkpoint was among it.
+        unusable: names of checkpoints that cannot be gone on from: they do not count among those to keep.
     """
 
-    def __init__(self, folder: Path, keep: int, part: str | None = None) -> None:
+    def __init__(self, folder: Path, keep: int, part: str | None = None, records: Sequence[Path] = ()) -> None:
         self.failures: list[str] = []
         self.newest_failed = False
+        self.unusable: set[str] = set()
+        self._records = records
         self._folder, self._keep, self._part = folder, keep, part
         self._thread: threading.Thread | None = None
         self._proved = False
@@ -51,7 +61,7 @@ class Saver:
     def prune(self) -> None:
         """Removes the checkpoints that are not to be kept."""
         try:
-            prune_checkpoints(self._folder, self._keep, self._part)
+            prune_checkpoints(self._folder, self._keep, self._part, self.unusable)
         except OSError as error:
             log.warning("older checkpoints could not be removed: %s", error)
 
@@ -60,11 +70,16 @@ class Saver:
         self.newest_failed = True
         place = self._folder / checkpoint_name(step)
         try:
-            place = place if self._part is None else place / self._part
-            write_checkpoint(place, copied.contents())
+            for record in self._records:
+                if record.exists():
+                    flush(record)
+            write_checkpoint(place if self._part is None else place / self._part, copied.contents())
             if not self._proved:
-                parse(read_files(place))  # an optimizer may keep what is only code to a reader that executes none
+                # An optimizer may keep what is only code to a reader that executes none.
+                self.unusable.add(place.name)
+                parse(read_files(place if self._part is None else place / self._part))
                 self._proved = True
+            self.unusable.discard(place.name)
             self.newest_failed = False
         except Exception as error:
             # Whatever it is must reach the run's report, and not end as a traceback in a thread.

@@ -9,6 +9,9 @@ from types import FrameType
 _SAME_INTERRUPT_SECONDS = 3.0
 
 
+_NUMBERS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2, signal.SIGHUP)
+
+
 class StopRequest:
     """Set by SIGTERM, SIGINT, SIGHUP or SIGUSR2; carried to all replicas by the agreement message."""
 
@@ -17,6 +20,11 @@ class StopRequest:
 
     def __bool__(self) -> bool:
         return self.signal_name is not None
+
+
+def hold_signals() -> None:
+    """Keeps signals that ask to stop from this process until `stop_signals` hears them: it then learns of them."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, _NUMBERS)
 
 
 @contextmanager
@@ -37,10 +45,9 @@ def stop_signals() -> Iterator[StopRequest]:
             interrupted_at = interrupted_at or time.monotonic()
         request.signal_name = request.signal_name or signal.Signals(number).name
 
-    numbers = [signal.SIGTERM, signal.SIGINT, signal.SIGUSR2]
-    if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # nohup has it ignored
-        numbers.append(signal.SIGHUP)
-    before = {number: signal.signal(number, handle) for number in numbers}
+    ignored = {signal.SIGHUP} if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN else set()  # by nohup
+    before = {number: signal.signal(number, handle) for number in _NUMBERS if number not in ignored}
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, _NUMBERS)
     try:
         yield request
     finally:

@@ -108,13 +108,25 @@ def test_what_came_after_replicas_had_parted_is_not_expected_again(tmp_path: Pat
     assert len(path.read_text().splitlines()) == 7
 
 
-def test_a_last_line_that_was_cut_off_is_taken_out(tmp_path: Path) -> None:
+@pytest.mark.parametrize("tail", [b'{"step": 3, "ep', b"\0" * 40 + b"\n", b"\xff\n", b"3\n", b'{"step": 3}\n'])
+def test_what_is_no_line_is_taken_out(tail: bytes, tmp_path: Path) -> None:
     path = tmp_path / "trace.jsonl"
     record(path, range(1, 4))
     whole = path.read_bytes()
-    path.write_bytes(whole[:-5])
-    record(path, range(3, 4), num_lines=3)
+    path.write_bytes(b"".join(whole.splitlines(keepends=True)[:3]) + tail)
+    assert record(path, range(3, 4), num_lines=3).num_missing == 0
     assert path.read_bytes() == whole
+
+
+def test_lines_that_are_gone_are_counted(tmp_path: Path) -> None:
+    path = tmp_path / "trace.jsonl"
+    record(path, range(1, 4))
+    again = record(path, range(7, 9), num_lines=7)
+    assert (again.num_missing, again.num_lines) == (3, 6)
+    path.unlink()
+    again = record(path, range(7, 9), num_lines=7)
+    assert (again.num_missing, again.num_lines) == (7, 3)
+    assert "algorithm" in path.read_text().splitlines()[0]
 
 
 def test_without_a_path_nothing_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from dreplica.replica.replica import Replica
 from dreplica.training.checkpoint import write_checkpoint
 from dreplica.training.position import Position
-from dreplica.training.saved_state import copy_state
+from dreplica.training.saved_state import attributes_as_built, copy_state
 
 
 def make_replica() -> Replica:
@@ -63,15 +63,16 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=15)
     arguments = parser.parse_args()
     replica = make_replica()
+    as_built = attributes_as_built(replica)
     times: dict[str, list[float]] = {"pause": [], "clone": [], "checkpoint": [], "plain": []}
     with tempfile.TemporaryDirectory(prefix="dreplica-checkpoints-", dir=".") as name:
         folder = Path(name)
-        copied = copy_state(replica, Position(), {})
+        copied = copy_state(replica, Position(), {}, as_built)
         write_checkpoint(folder / "first", copied.contents())
         files = {path.name: path.read_bytes() for path in (folder / "first").iterdir()}
         for number in range(arguments.rounds):
             one, other = folder / f"step_{number:06}", folder / f"plain_{number}"
-            times["pause"].append(seconds(lambda: copy_state(replica, Position(), {})))
+            times["pause"].append(seconds(lambda: copy_state(replica, Position(), {}, as_built)))
             times["clone"].append(seconds(lambda: [tensor.detach().clone() for tensor in state_tensors(replica)]))
             times["checkpoint"].append(seconds(lambda place=one: write_checkpoint(place, copied.contents())))  # type: ignore[misc]
             times["plain"].append(seconds(lambda place=other: write_plainly(place, files)))  # type: ignore[misc]

@@ -4,6 +4,7 @@ import errno
 import os
 import signal
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -48,3 +49,35 @@ def full_once(num_classes: int) -> nn.Module:
 
     dreplica.training.saver.write_checkpoint = write_to_full_disk
     return fixtures.tiny_model(num_classes)
+
+
+def full_on_replica_1(num_classes: int) -> nn.Module:
+    """Replica 1's disk is full from its second checkpoint on."""
+    write = dreplica.training.saver.write_checkpoint
+    written = 0
+
+    def write_once(*arguments: Any) -> None:
+        nonlocal written
+        written += 1
+        if os.environ["RANK"] == "1" and written > 1:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        write(*arguments)
+
+    dreplica.training.saver.write_checkpoint = write_once
+    return fixtures.tiny_model(num_classes)
+
+
+class ToldToStop(nn.Module):
+    """Replica 1 gets the signal STOP_SIGNAL in its third step."""
+
+    def __init__(self, num_classes: int) -> None:
+        super().__init__()
+        self.body = fixtures.tiny_model(num_classes)
+        self._calls = 0
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        """Logits."""
+        self._calls += self.training
+        if self.training and self._calls == 3 and os.environ["RANK"] == "1":
+            os.kill(os.getpid(), signal.Signals[os.environ["STOP_SIGNAL"]])
+        return self.body(inputs)

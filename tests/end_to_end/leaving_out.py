@@ -18,7 +18,7 @@ def _generators(copied: Copied) -> None:
 
 
 def _momentum(copied: Copied) -> None:
-    copied.optimizer["state"].clear()
+    copied.optimizer["optimizers"][0]["state"].clear()
 
 
 def _scheduler(copied: Copied) -> None:

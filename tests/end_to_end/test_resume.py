@@ -68,6 +68,19 @@ def test_a_run_that_goes_on_is_one_that_was_never_interrupted(arguments: tuple[s
     assert facts(resumed) == facts(expected)
 
 
+@pytest.mark.parametrize(("every", "number"), [(1, "SIGTERM"), (100, "SIGUSR2"), (0, "SIGINT")])
+def test_one_replica_that_is_told_to_stop_stops_all_at_the_same_step(
+    every: int, number: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However seldom states are compared."""
+    monkeypatch.setenv("STOP_SIGNAL", number)
+    factory = "--model.factory=tests.end_to_end.interrupted:ToldToStop"
+    stopped = run_job(*SMALL, factory, f"--agreement.every={every}", root=tmp_path)
+    assert stopped.exitcodes == {0: 4, 1: 4}, stopped.output
+    assert stopped.report["run"]["stopped_after"] == 4
+    assert [path.name for path in list_checkpoints(stopped.folder / "checkpoints")] == ["step_000004"]
+
+
 def test_with_workers_augmentation_and_sample_weights(tmp_path: Path) -> None:
     root = make_folder(tmp_path / "images")
     job = [*JOB, *AUGMENTED, f"--data.root={root}", "--data.num_workers=2"]
@@ -272,3 +285,53 @@ def test_a_stop_counts_as_saved_if_its_own_checkpoint_is_there(tmp_path: Path) -
     assert newest.name == "step_000007"
     (warning,) = stopped.report["warnings"]
     assert warning.startswith("the checkpoint at step 3 could not be written: OSError: ")
+
+
+def test_the_good_checkpoint_stays_until_there_is_a_newer_good_one(tmp_path: Path) -> None:
+    """Though one is kept, a newer one lies there, which is damaged, and the next cannot be written."""
+    job = (*SMALL, "--model.factory=tests.end_to_end.interrupted:full_once", "--checkpoint.every_steps=2")
+    stopped = run_job(*job, STOP, root=tmp_path)
+    newest, before, *_ = list_checkpoints(stopped.folder / "checkpoints")
+    flip_one_bit(newest)
+    failed = run_job(*job, "--run.stop_after=8", "--checkpoint.keep=1", root=tmp_path)
+    assert failed.exitcodes == {0: 1, 1: 1}, failed.output
+    assert before.is_dir()
+    assert before.name == "step_000006"
+    expected = run_job(*job, root=tmp_path / "reference")
+    assert facts(run_job(*job, "--checkpoint.keep=1", root=tmp_path)) == facts(expected)
+    assert [path.name for path in list_checkpoints(stopped.folder / "checkpoints")] == ["step_000010"]
+
+
+def test_independent_replicas_keep_the_newest_that_all_of_them_have(tmp_path: Path) -> None:
+    factory = "--model.factory=tests.end_to_end.interrupted:full_on_replica_1"
+    job = (*SMALL, factory, "--seed.model=distinct", "--checkpoint.every_steps=2", "--checkpoint.keep=1")
+    failed = run_job(*job, STOP, root=tmp_path)
+    assert failed.exitcodes == {0: 1, 1: 1}, failed.output
+    resumed = run_job(*job, root=tmp_path)
+    assert resumed.report["run"]["resumed_from"] == 2, resumed.output
+
+
+def test_a_record_that_has_lost_lines_is_told(tmp_path: Path) -> None:
+    stopped = run_job(*SMALL, STOP, root=tmp_path)
+    before = stopped.trace
+    (stopped.folder / "trace.jsonl").write_text("\n".join(before[:5]) + "\n")
+    (stopped.folder / "metrics.jsonl").write_bytes(b"\0" * 9 + b"\n")
+    resumed = run_job(*SMALL, root=tmp_path)
+    assert resumed.returncode == 0, resumed.output
+    warnings = "\n".join(resumed.report["warnings"])
+    assert "metrics.jsonl has lost epochs [1], which this report lacks, too" in warnings
+    assert f"trace.jsonl has lost its last {len(before) - 5} lines: it has a gap" in warnings
+    assert resumed.trace == [*before[:5], *run_job(*SMALL).trace[len(before) :]]
+
+
+def test_other_data_are_another_run(tmp_path: Path) -> None:
+    root = make_folder(tmp_path / "images")
+    job = [*JOB, f"--data.root={root}"]
+    stopped = run_job(*job, "--run.stop_after=2", root=tmp_path / "runs")
+    assert stopped.exitcodes == {0: 4, 1: 4}, stopped.output
+    image = next(path for path in sorted(root.rglob("*")) if path.is_file())
+    shutil.copyfile(image, image.with_stem("another"))
+    job_2 = run_job(*job, root=tmp_path / "runs")
+    assert "it had other data: their digest was " in job_2.output
+    assert (tmp_path / "runs" / "job-2" / "report.json").exists()
+    assert stopped.report["run"]["stopped_after"] == 2

@@ -140,8 +140,10 @@ class SlurmJob:
         """Waits until `reached(self)`, which a job that has failed is not any more."""
 
         def reached_or_failed() -> bool:
-            assert reached(self) or self.state["JobState"] not in _BAD, f"{what}: {self.state}\n{self.log}"
-            return reached(self)
+            failed = self.state["JobState"] in _BAD  # first: it may change in between
+            done = reached(self)
+            assert done or not failed, f"{what}: {self.state}\n{self.log}"
+            return done
 
         wait_for(what, reached_or_failed, timeout, lambda: f"{self.state}\n{self.log}")
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+import xxhash
 from torch import Tensor, nn
 
 from dreplica.replica.replica import Replica
@@ -78,7 +79,7 @@ def take_steps(replica: Replica, count: int) -> None:
 
 
 def save(replica: Replica, place: Path) -> Contents:
-    contents = copy_state(replica, POSITION, {"data_seed": 5}).contents()
+    contents = copy_state(replica, POSITION, {"data_seed": 5}, {}).contents()
     write_checkpoint(place, contents)
     return contents
 
@@ -94,7 +95,7 @@ def state_of(replica: Replica) -> dict[str, Any]:
     """Everything, as bytes."""
     model = replica.model
     assert isinstance(model, Stateful)
-    contents = copy_state(replica, Position(), {}).contents()
+    contents = copy_state(replica, Position(), {}, {}).contents()
     generator = model.generator.get_state().numpy().tobytes()
     return {
         "json": contents.state,
@@ -110,13 +111,13 @@ def test_what_is_saved_goes_on_in_another_replica_as_if_it_had_never_stopped(tmp
     at_save = state_of(replica)
     other = make(seed=99)
     contents = parse(read_files(tmp_path / "step_000003"))
-    restore_state(other, contents)
+    restore_state(other, contents, {})
     assert state_of(other) == at_save
     assert Position(**contents.state["position"]) == POSITION
     assert contents.state["data_seed"] == 5
     take_steps(other, 3)
     restored_run = state_of(other)
-    restore_state(replica, parse(read_files(tmp_path / "step_000003")))  # the generators are this process's own
+    restore_state(replica, parse(read_files(tmp_path / "step_000003")), {})  # the generators are this process's own
     take_steps(replica, 3)
     assert state_of(replica) == restored_run
 
@@ -173,7 +174,7 @@ class Bomb:
 def test_code_in_a_checkpoint_is_not_run(tmp_path: Path) -> None:
     place, mark = tmp_path / "step_000001", tmp_path / "mark"
     replica = make()
-    contents = copy_state(replica, POSITION, {}).contents()
+    contents = copy_state(replica, POSITION, {}, {}).contents()
     contents.optimizer["others"] = [Bomb(str(mark))]
     write_checkpoint(place, contents)  # with digests that are right
     with pytest.raises(CheckpointError, match=r"optimizer\.pt cannot be loaded"):
@@ -183,6 +184,18 @@ def test_code_in_a_checkpoint_is_not_run(tmp_path: Path) -> None:
         torch.load(file, weights_only=False)
     assert mark.exists(), "the bomb was no bomb"
     assert pickle.dumps(Bomb("x"))
+
+
+@pytest.mark.parametrize("header", [b"", b"\xff" * 20, b"\x09\0\0\0\0\0\0\0{'a': 1}"])
+def test_a_foreign_file_with_a_digest_that_is_right(header: bytes, tmp_path: Path) -> None:
+    place = saved(tmp_path)
+    files = read_files(place) | {MODEL_FILE: header}
+    state = json.loads(files[STATE_FILE])
+    state["files"][MODEL_FILE] = xxhash.xxh3_128_hexdigest(header)
+    del state["digest"]
+    state["digest"] = xxhash.xxh3_128_hexdigest(json.dumps(state, sort_keys=True).encode())
+    with pytest.raises(CheckpointError, match=r"model\.safetensors cannot be loaded: "):
+        parse(files | {STATE_FILE: json.dumps(state).encode()})
 
 
 def another_model() -> Replica:
@@ -209,14 +222,24 @@ def other_groups() -> Replica:
 def test_a_checkpoint_of_something_else(build: Callable[[], Replica], tmp_path: Path) -> None:
     contents = parse(read_files(saved(tmp_path)))
     with pytest.raises(CheckpointError):
-        restore_state(build(), contents)
+        restore_state(build(), contents, {})
+
+
+def adamw(contents: Contents) -> dict[str, Any]:
+    return contents.optimizer["optimizers"][0]
 
 
 @pytest.mark.parametrize(
     ("leave_out", "words"),
     [
-        (lambda contents: contents.optimizer["state"].clear(), r"body\.0\.weight\.step of optimizer does not come out"),
-        (lambda contents: contents.optimizer["groups"][0].update(lr=0.5), "lr of optimizer does not come out"),
+        (
+            lambda contents: contents.optimizer["optimizers"][0]["state"].clear(),
+            r"body\.0\.weight\.step of optimizer does not come out",
+        ),
+        (
+            lambda contents: contents.optimizer["optimizers"][0]["groups"][0].update(lr=0.5),
+            "lr of optimizer does not come out",
+        ),
         (lambda contents: contents.optimizer["others"][0].update(last_epoch=0), "of optimizer does not come out"),
         (lambda contents: contents.tensors["body.1.running_var"].add_(1), r"body\.1\.running_var of buffers does not"),
         (lambda contents: contents.tensors["tied.bias"].neg_(), r"tied\.bias of weights does not come out"),
@@ -230,7 +253,7 @@ def test_what_does_not_come_out_as_it_was_saved_is_named(
     contents = parse(read_files(saved(tmp_path)))
     leave_out(contents)
     with pytest.raises(CheckpointError, match=words):
-        restore_state(make(), contents)
+        restore_state(make(), contents, {})
 
 
 def test_a_full_disk_leaves_what_was_there(tmp_path: Path) -> None:
@@ -289,7 +312,7 @@ def test_training_goes_on_while_a_checkpoint_is_written_and_after_one_that_could
     at_save = []
     for _ in range(3):
         take_steps(replica, 1)
-        saver.save(copy_state(replica, POSITION, {}))
+        saver.save(copy_state(replica, POSITION, {}, {}))
         at_save.append(state_of(replica))
         take_steps(replica, 1)  # while the thread writes
     saver.wait()
@@ -297,12 +320,12 @@ def test_training_goes_on_while_a_checkpoint_is_written_and_after_one_that_could
     saver.prune()
     assert [path.name for path in list_checkpoints(folder)] == ["step_000005"]
     other = make(seed=7)
-    restore_state(other, parse(read_files(folder / "step_000005")))
+    restore_state(other, parse(read_files(folder / "step_000005")), {})
     assert state_of(other) == at_save[-1]
     assert not saver.failures
     shutil.rmtree(folder)
     folder.write_text("in the way")
-    saver.save(copy_state(replica, POSITION, {}))
+    saver.save(copy_state(replica, POSITION, {}, {}))
     saver.wait()
     assert len(saver.failures) == 1
     assert saver.failures[0].startswith("the checkpoint at step 6 could not be written: ")
@@ -317,7 +340,7 @@ def test_an_optimizer_that_keeps_what_is_only_code_to_a_reader_is_told_at_the_fi
     take_steps(replica, 1)
     replica.optimizer.state[next(iter(replica.model.parameters()))]["helper"] = Helper()
     saver = Saver(tmp_path / "checkpoints", keep=1)
-    saver.save(copy_state(replica, POSITION, {}))
+    saver.save(copy_state(replica, POSITION, {}, {}))
     saver.wait()
     assert "optimizer.pt cannot be loaded" in saver.failures[0]
 

@@ -1,0 +1,130 @@
+"""Plain state in a form that a reader who executes nothing can load, and back: what a checkpoint keeps of objects."""
+
+import copy
+from collections import Counter, OrderedDict, defaultdict, deque
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy
+import torch
+from torch import Tensor
+
+_VALUES = frozenset({type(None), bool, int, float, complex, str, bytes, torch.dtype, Tensor})
+_DICTS = frozenset({dict, OrderedDict, defaultdict, Counter})
+_SEQUENCES = frozenset({list, tuple, set, frozenset, deque})
+_TAG = "dreplica.portable"
+"""The key of a dict that stands for what `torch.load(weights_only=True)` does not know."""
+
+
+def is_portable(value: Any) -> bool:
+    """Whether it is made of numbers, strings, tensors and arrays alone, in the usual containers; no parameter."""
+    kind = type(value)
+    if kind in _DICTS:
+        return all(is_portable(key) and is_portable(item) for key, item in value.items())
+    if kind in _SEQUENCES:
+        return all(map(is_portable, value))
+    return kind in _VALUES or _is_array(value)
+
+
+def holds_arrays(value: Any) -> bool:
+    """Whether there are tensors or arrays in it, whose `repr` does not say all."""
+    if isinstance(value, Mapping):
+        return any(map(holds_arrays, value.values()))
+    if type(value) in _SEQUENCES:
+        return any(map(holds_arrays, value))
+    return isinstance(value, Tensor) or _is_array(value)
+
+
+class Portable:
+    """Makes portable copies, which share what the originals share: a tensor that is met again has one copy."""
+
+    def __init__(self, copy_tensor: Callable[[Tensor], Tensor]) -> None:
+        self._copy_tensor = copy_tensor
+        self._tensors: dict[Tensor, Tensor] = {}
+
+    def tensor(self, tensor: Tensor) -> Tensor:
+        """The copy of a tensor, by `copy_tensor`."""
+        if tensor not in self._tensors:
+            self._tensors[tensor] = self._copy_tensor(tensor)
+        return self._tensors[tensor]
+
+    def of(self, value: Any) -> Any:
+        """The copy of a value; what is not portable is copied as it is."""
+        if isinstance(value, Tensor):
+            own = self.tensor(value)
+            return own if value.device.type == "cpu" else {_TAG: "on_device", "tensor": own}
+        if isinstance(value, dict):
+            return {self.of(key): self.of(item) for key, item in value.items()}
+        if type(value) in (list, tuple, set):
+            return type(value)(self.of(item) for item in value)
+        if isinstance(value, deque):
+            return {_TAG: "deque", "items": [self.of(item) for item in value], "maxlen": value.maxlen}
+        if type(value) is frozenset:
+            return {_TAG: "frozenset", "items": [self.of(item) for item in value]}
+        if _is_array(value):
+            shape = value.shape if isinstance(value, numpy.ndarray) else None
+            return {_TAG: "numpy", "dtype": value.dtype.str, "shape": shape, "bytes": value.tobytes()}
+        return copy.deepcopy(value)
+
+
+class Originals:
+    """Makes what `Portable.of` was given out of what it gave, with tensors that were not on the CPU on `device`; dicts
+    of other kinds come back as plain ones."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._tensors: dict[Tensor, Tensor] = {}
+
+    def of(self, value: Any) -> Any:
+        """Of a value."""
+        if isinstance(value, dict) and _TAG in value:
+            return self._untagged(value)
+        if isinstance(value, dict):
+            return {key: self.of(item) for key, item in value.items()}
+        if type(value) in (list, tuple, set):
+            return type(value)(map(self.of, value))
+        return value
+
+    def _untagged(self, kept: Mapping[str, Any]) -> Any:
+        match kept[_TAG]:
+            case "on_device":
+                tensor = kept["tensor"]
+                if tensor not in self._tensors:
+                    self._tensors[tensor] = tensor.to(self._device)
+                return self._tensors[tensor]
+            case "deque":
+                return deque(self.of(kept["items"]), kept["maxlen"])
+            case "frozenset":
+                return frozenset(self.of(kept["items"]))
+            case "numpy":
+                array = numpy.frombuffer(kept["bytes"], dtype=kept["dtype"]).copy()
+                return array[0] if kept["shape"] is None else array.reshape(kept["shape"])
+        raise ValueError(f"{kept[_TAG]!r} stands for nothing")
+
+
+def put_into(now: Any, value: Any) -> Any:
+    """What an attribute that is bound to `now` is to be bound to: that container, which others may refer to, too, with
+    the contents of `value`; or else `value`."""
+    if type(now) in _DICTS and isinstance(value, dict):
+        now.clear()
+        now.update(value)
+    elif type(now) is type(value) and isinstance(now, list | deque):
+        now.clear()
+        now.extend(value)
+    elif type(now) is type(value) is set:
+        now.clear()
+        now.update(value)
+    elif isinstance(now, numpy.ndarray) and isinstance(value, numpy.ndarray) and _fits(now, value):
+        now[...] = value
+    else:
+        return value
+    return now
+
+
+def _fits(now: numpy.ndarray, value: numpy.ndarray) -> bool:
+    return now.flags.writeable and (now.shape, now.dtype) == (value.shape, value.dtype)
+
+
+def _is_array(value: Any) -> bool:
+    """Of NumPy's own numbers, times or strings; neither of objects nor of records."""
+    return isinstance(value, numpy.ndarray | numpy.generic) and value.dtype.kind not in "OV"

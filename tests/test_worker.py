@@ -1,0 +1,42 @@
+"""A worker's process, from its first moment."""
+
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+
+import dreplica
+from dreplica.errors import ExitCode
+from dreplica.worker import run_process
+from dreplica.world.signals import stop_signals
+
+
+def told_to_stop_early() -> ExitCode:
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2, signal.SIGHUP):
+        os.kill(os.getpid(), number)
+    with stop_signals() as request:
+        return ExitCode.STOPPED if request else ExitCode.FAILED
+
+
+def test_a_signal_before_the_worker_can_stop_is_not_lost_and_does_not_end_it() -> None:
+    process = os.fork()
+    if not process:
+        try:
+            run_process(told_to_stop_early)
+        except SystemExit as end:
+            os._exit(end.code)  # type: ignore[arg-type]
+    assert os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]) == ExitCode.STOPPED
+
+
+def test_nothing_that_takes_seconds_is_imported_before_signals_are_held() -> None:
+    code = "import sys, dreplica.worker; print('torch' in sys.modules)"
+    process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert process.stdout == "False\n"
+
+
+def test_what_the_package_names_is_there() -> None:
+    assert [getattr(dreplica, name).__name__ for name in dreplica.__all__] == dreplica.__all__
+    with pytest.raises(AttributeError, match="no attribute 'agree'"):
+        dreplica.agree  # noqa: B018
