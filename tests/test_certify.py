@@ -81,16 +81,17 @@ def test_what_a_checkpoint_leaves_out_is_named(what: str, words: str, tmp_path: 
 def test_what_differs_before_the_interruption_was_not_lost_in_it(
     step: int, stage: str, words: str, tmp_path: Path
 ) -> None:
+    header = {"algorithm": "some", "torch": "2", "replicas": 2}
     for name in ("straight", "interrupted"):
         (tmp_path / name).mkdir()
         report = {"warnings": [], "run": {"resumed_from": 7}}
         (tmp_path / name / "report.json").write_text(json.dumps(report))
         other = name == "interrupted"
-        rows = [{"step": number, "digests": {"weights": "a"}} for number in range(1, 9)]
-        rows.append({"step": 7, "digests": {"predictions": "a"}})
+        rows = [{"step": number, "epoch": 1, "agreed": True, "digests": {"weights": "a"}} for number in range(1, 9)]
+        rows.insert(7, {"step": 7, "epoch": 1, "agreed": True, "digests": {"predictions": "a"}})
         for row in rows:
             row["digests"] |= {key: "b" for key in row["digests"] if (row["step"], key) == (step, stage) and other}
-        (tmp_path / name / "trace.jsonl").write_text("\n".join(["{}", *map(json.dumps, rows)]) + "\n")
+        (tmp_path / name / "trace.jsonl").write_text("\n".join(map(json.dumps, [header, *rows])) + "\n")
     found = judge(tmp_path / "straight", tmp_path / "interrupted", 7, ExitCode.AGREED, "")
     assert not found.passed
     assert found.text.startswith(words)

@@ -26,6 +26,7 @@ __all__ = [
 ]
 
 _FROZEN = " (requires_grad=False)"
+_WRAPPED = "_orig_mod"
 """Follows a parameter's name in the stage `gradients`: frozen on one replica only, it may show in nothing else."""
 
 _NOT_STATE = {"params", "foreach", "fused", "capturable", "differentiable"}
@@ -53,12 +54,12 @@ def batch_stage(batch: Tensor | Mapping[str, Any] | Sequence[Any]) -> Stage:
 
 def weights_stage(model: nn.Module) -> Stage:
     """All parameters, in the order of their registration (tied ones once)."""
-    return tensors_stage({plain_name(name): parameter for name, parameter in model.named_parameters()})
+    return tensors_stage(named_weights(model))
 
 
 def buffers_stage(model: nn.Module) -> Stage:
     """All buffers, those that are not saved included."""
-    return tensors_stage({plain_name(name): buffer for name, buffer in model.named_buffers()})
+    return tensors_stage(named_buffers(model))
 
 
 def gradients_stage(model: nn.Module) -> Stage:
@@ -66,8 +67,8 @@ def gradients_stage(model: nn.Module) -> Stage:
 
     The name of one that requires none ends in ` (requires_grad=False)`.
     """
-    parameters = reversed(list(model.named_parameters()))
-    return make_stage((plain_name(name) + _FROZEN * (not each.requires_grad), each.grad) for name, each in parameters)
+    parameters = reversed(named_weights(model).items())
+    return make_stage((name + _FROZEN * (not each.requires_grad), each.grad) for name, each in parameters)
 
 
 def optimizer_stage(model: nn.Module, optimizer: Optimizers, *others: Any) -> Stage:
@@ -94,7 +95,7 @@ def parameter_names(model: nn.Module, optimizer: torch.optim.Optimizer, own_name
     `own_name`: the optimizer's among several.
     """
     names: dict[Tensor, str] = {
-        parameter: _prefixed(own_name, plain_name(name)) for name, parameter in model.named_parameters()
+        parameter: _prefixed(own_name, name) for name, parameter in named_weights(model).items()
     }
     for index, group in enumerate(optimizer.param_groups):
         for position, parameter in enumerate(group["params"]):
@@ -102,9 +103,19 @@ def parameter_names(model: nn.Module, optimizer: torch.optim.Optimizer, own_name
     return names
 
 
-def plain_name(name: str) -> str:
-    """The name that a parameter or buffer has where its module is not wrapped by `torch.compile`."""
-    return name.replace("_orig_mod.", "")
+def named_weights(model: nn.Module) -> dict[str, nn.Parameter]:
+    """All parameters under the names that stages and verdicts give them."""
+    return {plain_name(name): parameter for name, parameter in model.named_parameters()}
+
+
+def named_buffers(model: nn.Module) -> dict[str, Tensor]:
+    """All buffers, likewise."""
+    return {plain_name(name): buffer for name, buffer in model.named_buffers()}
+
+
+def plain_name(path: str) -> str:
+    """The name of a module, parameter or buffer where no module is wrapped by `torch.compile`."""
+    return ".".join(part for part in path.split(".") if part != _WRAPPED) if _WRAPPED in path else path
 
 
 def rng_stage() -> Stage:

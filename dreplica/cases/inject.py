@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_leaves
 
+from dreplica.agreement.stages import named_buffers, named_weights, plain_name
 from dreplica.data.coordinator import Coordinator, IndexStream
 from dreplica.errors import UsageError
 from dreplica.replica.replica import Replica
@@ -205,23 +206,25 @@ def _choose_name(fault: FaultConfig, named: dict[str, Any], what: str) -> str:
 
 
 def _leaf_modules(model: nn.Module) -> list[tuple[str, nn.Module]]:
-    return [(name, module) for name, module in model.named_modules() if name and not list(module.children())]
+    return [
+        (plain_name(name), module) for name, module in model.named_modules() if name and not list(module.children())
+    ]
 
 
 def _weights(replica: Replica) -> dict[str, Tensor]:
-    return dict(replica.model.named_parameters())
+    return dict(named_weights(replica.model))
 
 
 def _buffers(replica: Replica) -> dict[str, Tensor]:
-    return dict(replica.model.named_buffers())
+    return named_buffers(replica.model)
 
 
 def _gradients(replica: Replica) -> dict[str, Tensor]:
-    return {name: p.grad for name, p in replica.model.named_parameters() if p.grad is not None}
+    return {name: p.grad for name, p in named_weights(replica.model).items() if p.grad is not None}
 
 
 def _optimizer_state(replica: Replica) -> dict[str, Tensor]:
-    names: dict[Tensor, str] = {parameter: name for name, parameter in replica.model.named_parameters()}
+    names: dict[Tensor, str] = {parameter: name for name, parameter in named_weights(replica.model).items()}
     return {
         f"{names.get(parameter, 'unnamed')}.{key}": value
         for parameter, state in replica.optimizer.state.items()

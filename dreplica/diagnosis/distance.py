@@ -5,6 +5,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from dreplica.agreement.stages import named_buffers, named_weights
 from dreplica.diagnosis.elements import compare_elements
 from dreplica.diagnosis.provenance import optimizer_tensors
 from dreplica.replica.replica import Replica
@@ -21,8 +22,8 @@ def measure_distance(replica: Replica, channel: Channel) -> Distance:
     Euclidean norm of the difference. Floating-point tensors only. Empty if replicas do not hold the same tensors.
     """
     stages = {
-        "weights": _floating(dict(replica.model.named_parameters())),
-        "buffers": _floating(dict(replica.model.named_buffers())),
+        "weights": _floating(named_weights(replica.model)),
+        "buffers": _floating(named_buffers(replica.model)),
         "optimizer": _floating(optimizer_tensors(replica)),
     }
     described = {

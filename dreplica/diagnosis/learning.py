@@ -2,7 +2,7 @@
 
 import torch
 
-from dreplica.agreement.stages import buffers_stage, weights_stage
+from dreplica.agreement.stages import buffers_stage, named_weights, weights_stage
 from dreplica.replica.replica import Replica
 
 
@@ -11,7 +11,7 @@ class LearningWatch:
 
     def __init__(self, replica: Replica) -> None:
         model = replica.model
-        self._trainable = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+        self._trainable = {name for name, parameter in named_weights(model).items() if parameter.requires_grad}
         self._weights = weights_stage(model).entries()
         self._buffers = buffers_stage(model).digest
         self._rates = _learning_rates(replica.optimizer)

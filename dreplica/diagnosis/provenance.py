@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from dreplica.agreement.fingerprint import digest_tensor
-from dreplica.agreement.stages import parameter_names
+from dreplica.agreement.stages import named_buffers, named_weights, parameter_names
 from dreplica.data.loader import Batch
 from dreplica.diagnosis.operators import OpRecord
 from dreplica.replica.replica import Parts
@@ -38,10 +38,10 @@ def contents_before(replica: Parts, batch: Batch) -> frozenset[bytes]:
 
 def contents_after(replica: Parts) -> dict[str, dict[str, bytes]]:
     """Digests of the replica's state, by stage and name."""
-    weights = dict(replica.model.named_parameters())
+    weights = named_weights(replica.model)
     return {
         "weights": {name: digest_tensor("", tensor) for name, tensor in weights.items()},
-        "buffers": {name: digest_tensor("", tensor) for name, tensor in replica.model.named_buffers()},
+        "buffers": {name: digest_tensor("", tensor) for name, tensor in named_buffers(replica.model).items()},
         "gradients": {
             name: digest_tensor("", tensor.grad) for name, tensor in weights.items() if tensor.grad is not None
         },

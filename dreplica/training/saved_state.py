@@ -15,7 +15,15 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 from dreplica.agreement.fingerprint import ALGORITHM
-from dreplica.agreement.stages import Entry, Stage, make_stage, optimizer_entries, plain_name, rng_entries
+from dreplica.agreement.stages import (
+    Entry,
+    Stage,
+    make_stage,
+    named_buffers,
+    named_weights,
+    optimizer_entries,
+    rng_entries,
+)
 from dreplica.replica.replica import Replica
 from dreplica.replica.rng import get_rng_state, set_rng_state
 from dreplica.training.checkpoint import CheckpointError, Contents, rng_from_json, rng_to_json
@@ -129,9 +137,9 @@ def _state_entries(replica: Replica) -> dict[str, list[Entry]]:
     """All that lasts from step to step, stage by stage."""
     model = replica.model
     return {
-        "buffers": [(plain_name(name), buffer) for name, buffer in model.named_buffers()],
+        "buffers": list(named_buffers(model).items()),
         "optimizer": list(optimizer_entries(model, replica.optimizer, *_others(replica))),
-        "weights": [(plain_name(name), parameter) for name, parameter in model.named_parameters()],
+        "weights": list(named_weights(model).items()),
         "rng": rng_entries(),
     }
 

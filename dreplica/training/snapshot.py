@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dreplica.agreement.stages import parameter_names
+from dreplica.agreement.stages import named_buffers, named_weights, parameter_names
 from dreplica.replica.replica import Parts
 from dreplica.replica.rng import get_rng_state, set_rng_state
 from dreplica.training.plain_state import KeptTensor, PlainState
@@ -84,8 +84,8 @@ def state_tensors(replica: Parts) -> dict[str, Tensor]:
     """Parameters, buffers and the optimizers' state, named as in `Snapshot.tensors`."""
     named: dict[str, Tensor] = {}
     for prefix, module in (("model.", replica.model), ("criterion.", replica.criterion)):
-        named |= {prefix + name: tensor for name, tensor in module.named_parameters()}
-        named |= {prefix + name: tensor for name, tensor in module.named_buffers()}
+        named |= {prefix + name: tensor for name, tensor in named_weights(module).items()}
+        named |= {prefix + name: tensor for name, tensor in named_buffers(module).items()}
     for own_name, optimizer in replica.optimizers.items():
         names = parameter_names(replica.model, optimizer, own_name)
         for parameter, state in _states(optimizer):
@@ -104,7 +104,7 @@ def _states(optimizer: torch.optim.Optimizer) -> Iterator[tuple[Any, Mapping[Any
 
 def _parameters(replica: Parts) -> Iterator[tuple[str, nn.Parameter]]:
     for prefix, module in (("model.", replica.model), ("criterion.", replica.criterion)):
-        for name, parameter in module.named_parameters():
+        for name, parameter in named_weights(module).items():
             yield prefix + name, parameter
 
 

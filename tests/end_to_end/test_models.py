@@ -49,7 +49,7 @@ COMPILED = {
     "model.compile eager": Kind((TINY, "--model.compile=eager"), "0", "1.weight"),
     "model.compile aot_eager": Kind((TINY, "--model.compile=aot_eager"), "0", "0.weight"),
     "compiled_in_place": factory("compiled_in_place", "0", "5.bias"),
-    "compiled_wrapper": factory("compiled_wrapper", "_orig_mod.0", "_orig_mod.0.weight"),
+    "compiled_wrapper": factory("compiled_wrapper", "0", "0.weight"),
 }
 """Compiled whole."""
 PLAIN = {

@@ -31,7 +31,7 @@ def compiled_in_place(num_classes: int) -> nn.Module:
 
 
 def compiled_wrapper(num_classes: int) -> nn.Module:
-    """Parameters are named `_orig_mod.0.weight`."""
+    """Its parameters are `_orig_mod.0.weight` and so on, which verdicts name as if it were not wrapped."""
     return torch.compile(tiny_model(num_classes), backend="eager")
 
 

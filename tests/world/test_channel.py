@@ -207,5 +207,5 @@ def posts_then_fails(world: World) -> None:
 
 
 def test_failing_with_a_collective_under_way_does_not_wait_for_its_end() -> None:
-    zero, _ = run_replicas(posts_then_fails, 2, timeout=3)  # both are killed when it is over
+    zero, _ = run_replicas(posts_then_fails, 2, timeout=8)  # both are killed when it is over
     assert isinstance(zero, ArithmeticError)
