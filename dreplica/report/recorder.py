@@ -227,13 +227,14 @@ class Recorder:
         self.report.steps_checked = steps_checked
 
     def _write(self) -> None:
-        """To the run folder and to the terminal; that one of them fails takes nothing from the other."""
+        """To the terminal and to the run folder; that one of them fails, or never answers (a file system whose server
+        is gone), takes nothing from the other."""
         assert self.report is not None
-        try:
-            write_json(self.folder / "report.json", self.report.as_dict())
-        except OSError as error:
-            log.error("%s could not be written: %s", self.folder / "report.json", error)
         try:
             print_report(self._console, self.report)
         except OSError as error:
             log.error("the report could not be printed: %s", error)
+        try:
+            write_json(self.folder / "report.json", self.report.as_dict())
+        except OSError as error:
+            log.error("%s could not be written: %s", self.folder / "report.json", error)
