@@ -4,7 +4,7 @@
 
 # shellcheck disable=SC2154
 num_hosts=${#hosts[@]}
-pid_file="/tmp/dreplica-$RUN_NAME-$$" # of the launcher, on each machine
+pid_file="/tmp/dreplica-${RUN_NAME//\//_}-$$" # of the launcher, on each machine
 # shellcheck disable=SC2034
 told= # the signal that asked to stop
 

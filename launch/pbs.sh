@@ -3,9 +3,10 @@
 #
 # PBS gives no signal ahead of the time limit, so this script keeps the time itself: WALLTIME_SECONDS is what `-l
 # walltime` says. STOP_SECONDS and a minute before it, the replicas stop at the same step and write a checkpoint (exit
-# code 4), and the job is submitted again under the same run name, to go on from there.
+# code 4), and the job is submitted again under the same run name, with the same resources, to go on from there.
 #PBS -N dreplica
 #PBS -l select=2:ncpus=8:mpiprocs=1
+#PBS -l place=scatter
 #PBS -l walltime=24:00:00
 #PBS -r y
 #PBS -j oe
@@ -44,6 +45,19 @@ code=0
 run_everywhere || code=$?
 # Not where qdel sent SIGTERM: that job is not wanted any more.
 if [[ "$code" == 4 && "$told" == USR2 ]]; then
-    qsub -V launch/pbs.sh
+    # What this job was asked for on qsub's command line does not stand in this script. qstat folds long lines.
+    attributes=$(qstat -f "$PBS_JOBID" | sed -e ':a' -e 'N' -e '$!ba' -e 's/\n\t//g' || true)
+    options=()
+    while read -r name value; do
+        case "$name" in
+        Job_Name) options+=(-N "$value") ;;
+        queue) options+=(-q "$value") ;;
+        Account_Name) options+=(-A "$value") ;;
+        Resource_List.select | Resource_List.place | Resource_List.walltime)
+            options+=(-l "${name#Resource_List.}=$value")
+            ;;
+        esac
+    done < <(sed -n 's/^ *\([A-Za-z_.]*\) = /\1 /p' <<<"$attributes")
+    env -u HEAD qsub -V "${options[@]}" launch/pbs.sh # it will run on other machines
 fi
 exit "$code"

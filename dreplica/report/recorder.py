@@ -242,8 +242,13 @@ class Recorder:
         self.report.steps_checked = steps_checked
 
     def _write(self) -> None:
-        """To the run folder and to the terminal; that one of them fails takes nothing from the other."""
+        """To the terminal and to the run folder; that one of them fails, or never answers (a file system whose server
+        is gone), takes nothing from the other."""
         assert self.report is not None
+        try:
+            print_report(self._console, self.report)
+        except OSError as error:
+            log.error("the report could not be printed: %s", error)
         try:
             write_json(self.folder / "report.json", self.report.as_dict())
         except OSError as error:
@@ -252,9 +257,5 @@ class Recorder:
             write_report(self.folder)
         except Exception as error:  # whatever it is, the run ends as it would have
             log.warning("%s could not be made: %s", self.folder / FILE_NAME, describe_failure(error))
-        try:
-            print_report(self._console, self.report)
-        except OSError as error:
-            log.error("the report could not be printed: %s", error)
         if self._sinks is not None:
             self._sinks.close(self.report)

@@ -170,9 +170,7 @@ def _print_verdict(console: Console, report: RunReport) -> None:
         ):
             for line in lines:
                 console.print(f"  {label}: {escape(line)}", highlight=False, soft_wrap=True)
-    page = report.folder / "report.html"
-    made = page if page.exists() else page.with_suffix(".json")
-    console.print(f"report: {escape(str(made))}", highlight=False, soft_wrap=True)
+    console.print(f"report: {escape(str(report.folder / 'report.html'))}", highlight=False, soft_wrap=True)
 
 
 def _spell(values: list[float]) -> str:

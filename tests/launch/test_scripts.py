@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -41,6 +42,19 @@ _PBSDSH = """#!/usr/bin/env bash
 shift 3
 exec env -i PATH=/usr/bin:/bin "$@"
 """
+_QSTAT = """Job Id: 7.server
+    Job_Name = job
+    queue = big
+    Resource_List.ncpus = 128
+    Resource_List.place = scatter
+    Resource_List.select = 4:ncpus=32:ngpus=8
+\t:mpiprocs=1
+    Resource_List.walltime = 02:00:00
+    Variable_List = PBS_O_HOME=/home/me,
+\tPBS_O_WORKDIR=/home/me/dreplica
+
+"""
+"""As OpenPBS prints it."""
 
 
 def program(path: Path, text: str) -> None:
@@ -112,11 +126,13 @@ def test_pbs_submits_a_job_again_that_its_own_clock_has_stopped(tmp_path: Path) 
     stoppable = "#!/usr/bin/env bash\ntrap 'exit 4' TERM\nwhile :; do sleep 0.1; done\n"
     program(tmp_path / "dreplica", stoppable)
     program(tmp_path / "pbsdsh", _PBSDSH)
-    program(tmp_path / "qsub", f'#!/bin/sh\necho "$@" "$RUN_NAME" >{tmp_path}/again\n')
+    program(tmp_path / "qsub", f'#!/bin/sh\necho "$@" "$RUN_NAME" "$HEAD" >{tmp_path}/again\n')
+    program(tmp_path / "qstat", f"#!/bin/sh\ncat <<'END'\n{_QSTAT}END\n")
     path = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "VIRTUAL_ENV": "/"}
     own = bare_environment(**path, **pbs, PBS_JOBNAME="job", STOP_SECONDS="5", WALLTIME_SECONDS="67")
     run("bash", "launch/pbs.sh", own=own, code=4)
-    assert (tmp_path / "again").read_text() == "-V launch/pbs.sh job-7\n"
+    asked = "-l place=scatter -l select=4:ncpus=32:ngpus=8:mpiprocs=1 -l walltime=02:00:00"
+    assert (tmp_path / "again").read_text() == f"-V -N job -q big {asked} launch/pbs.sh job-7 \n"  # HEAD is not the old
 
 
 def test_skypilot(calls: Calls) -> None:
@@ -124,7 +140,12 @@ def test_skypilot(calls: Calls) -> None:
     assert set(task) == {"name", "resources", "num_nodes", "envs", "workdir", "file_mounts", "setup", "run"}
     assert set(task["envs"]) == NAMES
     assert task["envs"]["RUN_ROOT"] in task["file_mounts"]
-    assert task["resources"]["job_recovery"]["recover_on_exit_codes"] == [4]
+    # https://github.com/skypilot-org/skypilot/blob/master/sky/utils/schemas.py: get_task_schema, job_recovery
+    assert all(isinstance(value, str) for value in task["envs"].values())
+    assert set(task["resources"]) == {"accelerators", "use_spot", "job_recovery"}
+    recovery = {"strategy": "FAILOVER", "max_restarts_on_errors": 0, "recover_on_exit_codes": [4]}
+    assert task["resources"]["job_recovery"] == recovery
+    assert {mount["mode"] for mount in task["file_mounts"].values()} == {"MOUNT_CACHED"}
     assert (REPOSITORY / task["envs"]["CONFIG"]).exists()
     run("bash", "-n", "-c", task["setup"], own=bare_environment())
     sky = {"SKYPILOT_NODE_IPS": "10.0.0.1\n10.0.0.2", "SKYPILOT_NUM_NODES": str(task["num_nodes"])}
@@ -163,7 +184,14 @@ def test_jobset(calls: Calls) -> None:
     (pod_rule,) = job["podFailurePolicy"]["rules"]
     assert pod_rule["action"] == "FailJob"
     assert pod_rule["onExitCodes"] == {"containerName": container["name"], "operator": "In", "values": [2, 3]}
+    # https://github.com/kubernetes-sigs/jobset/blob/main/api/jobset/v1alpha2/jobset_types.go: fields, and a rule's name
+    assert set(jobset["spec"]) == {"network", "failurePolicy", "replicatedJobs"}
+    assert set(jobset["spec"]["network"]) == {"enableDNSHostnames", "subdomain"}
+    assert set(jobset["spec"]["failurePolicy"]) == {"maxRestarts", "rules"}
+    assert set(replicated) == {"name", "replicas", "template"}
     (rule,) = jobset["spec"]["failurePolicy"]["rules"]
+    assert set(rule) == {"name", "action", "onJobFailureReasons"}
+    assert re.fullmatch(r"[A-Za-z]([A-Za-z0-9_,:]*[A-Za-z0-9_])?", rule["name"])
     assert (rule["action"], rule["onJobFailureReasons"]) == ("FailJobSet", ["PodFailurePolicy"])
     assert jobset["spec"]["failurePolicy"]["maxRestarts"] > 0
     assert pod["terminationGracePeriodSeconds"] > int(environ["STOP_SECONDS"]["value"])
