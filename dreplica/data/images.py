@@ -53,6 +53,7 @@ class Images(Dataset[Sample]):
         self.source = source
         self.positions = range(len(source)) if positions is None else positions
         self.size, self.normalization = size, normalization
+        self.image_shape = (3, size, size)
         self.augmentation = Augmentation(fit_image(size)) if augmentation is None else augmentation
         self._seed, self._epoch = seed, 0
         self._cache: Shelf | None = None
