@@ -14,7 +14,7 @@ from rich.console import Console
 from dreplica.agreement.verdict import Verdict
 from dreplica.diagnosis.conclude import replica_lost
 from dreplica.errors import ExitCode, UsageError
-from dreplica.report.resumable import Completed, NotResumable, check_resumable
+from dreplica.report.resumable import Completed, NotResumable, check_resumable, check_same_data
 from dreplica.report.run_report import RunReport, append_metrics, read_metrics, write_json
 from dreplica.report.terminal import print_report
 from dreplica.training.loop import EpochDone
@@ -57,7 +57,7 @@ class Recorder:
         `manifests`: one per replica; none if the run ends before they are known. `anew`: make one in any case: a run
         that ends before its first step has nothing to say in the folder of another. Raises SharedUsageError.
         """
-        find = partial(self._find_or_make_folder, anew)
+        find = partial(self._find_or_make_folder, anew, manifests)
         own = self._world.together(find if self._world.is_coordinator else lambda: None)
         folder, self.goes_on = self._world.channel.gather(own)[0]
         self._begin(folder, manifests)
@@ -75,7 +75,7 @@ class Recorder:
         self._recorded_epochs = max((item.epoch for item in done), default=0)
         self.report.epochs = [item for item in done if item.epoch < epoch]
 
-    def _find_or_make_folder(self, anew: bool) -> tuple[Path, bool]:
+    def _find_or_make_folder(self, anew: bool, manifests: Sequence[Mapping[str, Any]]) -> tuple[Path, bool]:
         may_go_on = self._config.resume == "auto" and not anew
         newest = newest_run_folder(self._config.root, self._name) if may_go_on else None
         if newest is not None:
@@ -84,6 +84,7 @@ class Recorder:
                 if self._lock.taken:
                     raise NotResumable("another run is writing to it")
                 check_resumable(newest, self._config_yaml)
+                check_same_data(newest, manifests)
                 return newest, True
             except Completed:
                 pass

@@ -1,7 +1,7 @@
 """Whether an earlier run of the same name is one to go on with."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +56,17 @@ def check_resumable(folder: Path, config_yaml: str) -> None:
     if differences:
         one, other = differences[0].values
         raise NotResumable(f"it had another config: {differences[0].field} was {one!r}, and is {other!r} now")
+
+
+def check_same_data(folder: Path, manifests: Sequence[Mapping[str, Any]]) -> None:
+    """Raises NotResumable if the run in `folder` was on other data: the order of samples is another then, in mid-epoch,
+    too. `manifests`: of this run's replicas."""
+    try:
+        before = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))[0]["data"]
+    except (OSError, ValueError, LookupError, TypeError):
+        return  # not known; told when the manifests are compared
+    if manifests and manifests[0]["data"] != before:
+        raise NotResumable("the data have changed since: other samples, or files of other sizes")
 
 
 def _decisive(config: Any) -> dict[str, Any]:

@@ -162,6 +162,20 @@ def test_skipping_leaves_out_on_all_replicas_what_one_node_cannot_read(tmp_path:
     assert job.output.count("skipped 1 samples") == 1
 
 
+def test_a_run_whose_data_have_changed_since_is_not_gone_on_with(tmp_path: Path) -> None:
+    root = make_folder(tmp_path / "images")
+    stopped = run(root, "--run.stop_after=3", root=tmp_path / "runs")
+    assert stopped.exitcodes == {0: 4, 1: 4}, stopped.output
+    with (root / "china" / "00.jpg").open("ab") as file:
+        file.write(b"?")
+    job = run(root, root=tmp_path / "runs")
+    assert job.returncode == 0, job.output
+    assert "a new run, rather than going on with" in job.output
+    assert "the data have changed since: other samples, or files of other sizes" in job.output
+    assert len((tmp_path / "runs" / "job-2" / "trace.jsonl").read_text().splitlines()) == len(run(root).trace)
+    assert stopped.report["run"]["stopped_after"] == 3  # as it was
+
+
 def test_a_batch_is_no_larger_than_what_is_left_of_the_set(tmp_path: Path) -> None:
     root = make_folder(tmp_path / "images")
     assert run(root, "--data.batch_size=18", "--train.epochs=1").report["steps_checked"] == 1
