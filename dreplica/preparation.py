@@ -17,6 +17,7 @@ from dreplica.replica.build import broadcast_state, build_replica, weights_diges
 from dreplica.replica.replica import Replica
 from dreplica.replica.rng import fresh_seed, model_seed, seed_generators, shares_model_seed
 from dreplica.replica.wiring import WiringError, check_wiring
+from dreplica.training.image_size import check_image_size
 from dreplica.training.smallest_part import check_smallest_part
 from dreplica.training.step import check_criterion_weighs, make_scaler
 from dreplica.world.manifest import collect_manifest, compare_manifests, compare_values
@@ -125,6 +126,7 @@ class Preparation:
         replica.model.train()
         device = self.device.device
         self.world.together(lambda: check_criterion_weighs(replica.criterion, self.data.weights))
+        self.world.together(lambda: check_image_size(replica.model, self.data.train, self.own))
         self.world.together(lambda: check_smallest_part(replica.model, self.data.train, self.own, device))
         if self.config.model.init == "broadcast":
             broadcast_state(replica.model, self.channel, with_rng=self.expect == "identical")

@@ -46,6 +46,9 @@ class Augmentation:
 _VALIDATION_RATIO = 256 / 224
 """How much longer than the crop the shorter side is, before the middle is cut out: the usual evaluation on ImageNet."""
 
+_LONGEST = 16
+"""Of an image that is longer than so many times its width, only the middle is looked at."""
+
 NAMES = ("flip", "crop_flip", "resized_crop", "trivial")
 
 
@@ -85,7 +88,15 @@ class _Fit:
         self.size, self.transform = size, transform
 
     def __call__(self, image: Image) -> Image:
-        return image if image.size == (self.size, self.size) else self.transform(image)
+        return image if image.size == (self.size, self.size) else self.transform(_without_far_ends(image))
+
+
+def _without_far_ends(image: Image) -> Image:
+    """A strip, which as wide as the model's images would be thousands of times as long, is cut to its middle first."""
+    short, (width, height) = min(image.size), image.size
+    if max(image.size) <= _LONGEST * short:
+        return image
+    return functional.center_crop(image, [min(height, _LONGEST * short), min(width, _LONGEST * short)])
 
 
 class _UserFunction:

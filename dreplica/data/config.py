@@ -18,7 +18,7 @@ class DataConfig(Section):
     """Folder that holds the data. For `imagefolder`: `train/` and `val/` with a folder per class in each, or a folder
     per class. For torchvision's sets: where they are, or are downloaded to; null: `data`."""
     batch_size: Annotated[int, Lockstep()] = Field(64, ge=1)
-    """Samples per step, on each replica; more than there are make one batch."""
+    """Samples per step, on each replica, no more than there are; the last batch of an epoch may be smaller."""
     num_workers: int = Field(0, ge=0, le=100)
     """Loader processes per replica; 0: load in the training process."""
     val_fraction: Annotated[float, Lockstep()] = Field(0.2, gt=0, lt=1)

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy
+import PIL.Image
 import torch
 import xxhash
 from torch import Tensor
@@ -86,12 +87,14 @@ def _from_function(config: DataConfig, augment_seed: int) -> DataSets:
     for key, part in (("training", train), ("validation", val)):
         _check_set(f"the {key} set of {config.name!r}", part)
     described = f"{config.name} {len(train)} {len(val)} {num_classes}"
-    weights = make_weights(config, _labels(train))
-    if config.augment is not None or config.image_size is not None:
-        train, val = _as_images(config, train, val, augment_seed)
-    else:
-        for key, part in (("training", train), ("validation", val)):
-            _check_sample(f"the {key} set of {config.name!r}", part)
+    weights = make_weights(config, _labels(train) if config.sample_weights == "balanced" else None)
+    as_images = config.augment is not None or config.image_size is not None
+    sample, _ = [
+        _check_first_sample(f"the {key} set of {config.name!r}", part, as_images)
+        for key, part in (("training", train), ("validation", val))
+    ]
+    if as_images:
+        train, val = _as_images(config, train, val, sample, augment_seed)
     return DataSets(train, val, int(num_classes), xxhash.xxh3_128_hexdigest(described.encode()), weights)
 
 
@@ -109,28 +112,47 @@ def _check_set(which: str, part: Any) -> None:
         raise UsageError(f"data.name: {which} is empty. Return at least one sample.")
 
 
-def _check_sample(which: str, part: Any) -> None:
-    """That a sample is one, seen on the first that can be loaded; which cannot is told, or skipped, later on."""
-    try:
-        sample = load_sample(part, 0)
-    except UsageError:
-        return
-    what = f"{type(sample).__name__}"
+def _check_first_sample(which: str, part: Any, as_image: bool) -> Any:
+    """The first sample that can be loaded, if it is one; which cannot is told, or skipped, later on. None if none can.
+
+    Raises UsageError for what is no sample.
+    """
+    sample = _first_sample(part)
+    what = type(sample).__name__
     if isinstance(sample, tuple | list):
         what = f"({', '.join(type(item).__name__ for item in sample)})"
-        if len(sample) == 2 and isinstance(sample[0], _ARRAYS) and isinstance(sample[1], _LABELS):
-            return
+        inputs = (Tensor, PIL.Image.Image) if as_image else _ARRAYS
+        if len(sample) == 2 and isinstance(sample[0], inputs) and _is_label(sample[1]):
+            return sample
+    if sample is None:
+        return None
+    wanted = "a PIL image, or a tensor of bytes (torch.uint8, 3 x H x W)," if as_image else "a tensor"
     raise UsageError(
-        f"data.name: sample 0 of {which} is {what}. Let it be (input, label), a tensor and an int; or a PIL image and "
-        "an int, and set data.image_size."
+        f"data.name: the first sample of {which} is {what}. Let it be (input, label), {wanted} and an int"
+        + ("." if as_image else "; or a PIL image and an int, and set data.image_size.")
     )
 
 
+def _is_label(value: Any) -> bool:
+    return isinstance(value, _LABELS) and getattr(value, "ndim", 0) == 0
+
+
+def _first_sample(part: Any) -> Any:
+    """The first that can be loaded; None if none can."""
+    for index in range(len(part)):
+        try:
+            return load_sample(part, index)
+        except UsageError:
+            continue
+    return None
+
+
 def _as_images(
-    config: DataConfig, train: Dataset[Any], val: Dataset[Any], augment_seed: int
+    config: DataConfig, train: Dataset[Any], val: Dataset[Any], sample: Any, augment_seed: int
 ) -> tuple[Dataset[Sample], Dataset[Sample]]:
-    """Sets of PIL images, or of uint8 tensors (3, H, W), resized and augmented as the section says."""
-    image, _ = load_sample(train, 0)
+    """Sets of PIL images, or of uint8 tensors (3, H, W), resized and augmented as the section says. `sample`: one of
+    the training set; None if none can be loaded, which raises UsageError."""
+    image, _ = load_sample(train, 0) if sample is None else sample
     if isinstance(image, Tensor) and (image.dtype is not torch.uint8 or image.dim() != 3):
         _refuse_image_settings(config, f"{config.name!r} gives {image.dtype} of shape {tuple(image.shape)}")
     size = config.image_size
@@ -153,9 +175,15 @@ def _refuse_image_settings(config: DataConfig, because: str) -> None:
 
 
 def _labels(dataset: Any) -> list[int] | None:
-    """The labels of all samples, where the data set has them at hand."""
+    """The labels of all samples, where the data set has them at hand. Raises UsageError for what are no classes."""
     for name in ("labels", "targets"):
         values = getattr(dataset, name, None)
         if values is not None and len(values) == len(dataset):
-            return [int(value) for value in values]
+            try:
+                return [int(value) for value in values]
+            except (TypeError, ValueError):
+                raise UsageError(
+                    f"data.sample_weights: 'balanced' needs the classes of all samples, and {name!r} of the training "
+                    f"set begins with {show(values[0])}. Let it hold an int for each sample, or use null."
+                ) from None
     return None

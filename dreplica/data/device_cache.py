@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from dreplica.data.samples import Sample, at_epoch, by_itself, normalization
+from dreplica.data.samples import Sample, at_epoch, by_itself, image_shape, normalization
 
 
 class Store:
@@ -31,7 +31,7 @@ class OnDevice(Dataset[Sample]):
 
     def __init__(self, dataset: Any, store: Store) -> None:
         self.dataset, self.store = dataset, store
-        self.normalization = normalization(dataset)
+        self.normalization, self.image_shape = normalization(dataset), image_shape(dataset)
         self.source: Dataset[Sample] = dataset.without_batched()
         """What the loader's workers load."""
 

@@ -1,9 +1,11 @@
 """`imagefolder`: a folder per class, with training and validation images apart or to be split."""
 
+import logging
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
-from torchvision.datasets.folder import IMG_EXTENSIONS, make_dataset
+from torchvision.datasets.folder import IMG_EXTENSIONS, has_file_allowed_extension
 
 from dreplica.data.augment import make_augmentation
 from dreplica.data.config import DataConfig
@@ -12,13 +14,20 @@ from dreplica.data.sample_weights import make_weights
 from dreplica.data.samples import DataSets, digest_files
 from dreplica.data.split import split_indices
 from dreplica.errors import UsageError
+from dreplica.world.process_group import env_rank
+
+log = logging.getLogger(__name__)
 
 _SIZE = 224
-_LIKE_VALIDATION = {"valid", "validation", "test"}
+_LIKE_TRAINING = {"train", "training"}
+_LIKE_VALIDATION = {"val", "valid", "validation", "dev", "eval", "test", "testing"}
+_OF_SYSTEMS = {"thumbs.db", "desktop.ini"}
+"""Files that file managers leave in folders of images."""
 
 
 def load_image_folder(config: DataConfig, augment_seed: int) -> DataSets:
-    """The images of `data.root`; folders and files whose name begins with a dot are not looked at.
+    """The images of `data.root`; folders and files whose name begins with a dot are not looked at, at any depth, and
+    files that have another ending than an image's are told.
 
     Classes are numbered by their names in order. The digest is over relative paths, labels and sizes of the files, not
     over what they hold, which would take as long as an epoch: files that differ in a byte show at the step that trains
@@ -40,10 +49,12 @@ def load_image_folder(config: DataConfig, augment_seed: int) -> DataSets:
         source, val_source = ImageFiles(root, files, labels), ImageFiles(root, val_files, val_labels)
         train_positions, val_positions = list(range(len(files))), list(range(len(val_files)))
     else:
-        if "train" in folders and set(folders) - {"train"} <= _LIKE_VALIDATION:
+        names = {name.lower() for name in folders}
+        if names & _LIKE_TRAINING and names <= _LIKE_TRAINING | _LIKE_VALIDATION:
             raise UsageError(
-                f"data.root: {str(root)!r} holds {', '.join(folders)}, which are no classes. "
-                "Name the folder of the validation images val, or name the folder of the classes as data.root."
+                f"data.root: {str(root)!r} holds {', '.join(folders)}, which are no classes. Name the folder of the "
+                "training images train and that of the validation images val, or name the folder of the classes as "
+                "data.root."
             )
         files, labels = _list(root, "", classes := _classes(root))
         source = val_source = ImageFiles(root, files, labels)
@@ -66,7 +77,14 @@ def load_image_folder(config: DataConfig, augment_seed: int) -> DataSets:
 
 
 def _folders(root: Path) -> list[str]:
-    return sorted(entry.name for entry in os.scandir(root) if entry.is_dir() and not entry.name.startswith("."))
+    try:
+        return sorted(entry.name for entry in os.scandir(root) if entry.is_dir() and not entry.name.startswith("."))
+    except OSError as error:
+        raise _unreadable(error) from None
+
+
+def _unreadable(error: OSError) -> UsageError:
+    return UsageError(f"data.root: {error.filename!r} cannot be read ({error.strerror}). See to its permissions.")
 
 
 def _classes(root: Path) -> dict[str, int]:
@@ -99,13 +117,43 @@ def _known(root: Path, classes: dict[str, int]) -> dict[str, int]:
 
 def _list(root: Path, part: str, classes: dict[str, int]) -> tuple[list[str], list[int]]:
     """The images of `root/part`, by path relative to `root`, with their labels, in order."""
-    pairs = make_dataset(root / part, classes, IMG_EXTENSIONS, allow_empty=True)
-    pairs = [(path, label) for path, label in pairs if not os.path.basename(path).startswith(".")]
-    numbers = {label for _, label in pairs}
-    empty = [name for name, number in classes.items() if number not in numbers]
-    if empty:
-        raise UsageError(
-            f"data.root: there is no image in {str(root / part / empty[0])!r}. Put some there, or remove the folder. "
-            f"Images are files that end in {', '.join(IMG_EXTENSIONS)}."
+    files: list[str] = []
+    labels: list[int] = []
+    others: list[str] = []
+    for name, label in classes.items():
+        found = list(_files(root / part / name))
+        images = [path for path in found if has_file_allowed_extension(path, IMG_EXTENSIONS)]
+        if not images:
+            raise UsageError(
+                f"data.root: there is no image in {str(root / part / name)!r}. Put some there, or remove the folder. "
+                f"Images are files that end in {', '.join(IMG_EXTENSIONS)}."
+            )
+        files += [Path(path).relative_to(root).as_posix() for path in images]
+        labels += [label] * len(images)
+        others += [path for path in found if not has_file_allowed_extension(path, (*IMG_EXTENSIONS, *_OF_SYSTEMS))]
+    if others and env_rank() == 0:
+        log.warning(
+            "data.root: %d files are left out, since their names do not end in %s: %s%s",
+            len(others),
+            ", ".join(IMG_EXTENSIONS),
+            ", ".join(others[:3]),
+            ", ..." if len(others) > 3 else "",
         )
-    return [Path(path).relative_to(root).as_posix() for path, _ in pairs], [label for _, label in pairs]
+    return files, labels
+
+
+def _files(folder: Path) -> Iterator[str]:
+    """All files beneath `folder`, in order; links are followed, but to no folder that they are in; nothing hidden."""
+
+    def fail(error: OSError) -> None:
+        raise _unreadable(error)
+
+    for path, folders, names in os.walk(folder, onerror=fail, followlinks=True):
+        here = Path(os.path.realpath(path))
+        around = {here, *here.parents}
+        folders[:] = sorted(
+            name
+            for name in folders
+            if not name.startswith(".") and Path(os.path.realpath(os.path.join(path, name))) not in around
+        )
+        yield from (os.path.join(path, name) for name in sorted(names) if not name.startswith("."))

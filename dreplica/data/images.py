@@ -53,6 +53,7 @@ class Images(Dataset[Sample]):
         self.source = source
         self.positions = range(len(source)) if positions is None else positions
         self.size, self.normalization = size, normalization
+        self.image_shape = (3, size, size)
         self.augmentation = Augmentation(fit_image(size)) if augmentation is None else augmentation
         self._seed, self._epoch = seed, 0
         self._cache: Shelf | None = None
@@ -183,7 +184,8 @@ def read_image(path: str) -> PIL.Image.Image:
             ImageOps.exif_transpose(image, in_place=True)  # otherwise it copies what is upright
             return image
     except FileNotFoundError:
-        raise UnreadableImageError("is not there, though it was when the run began") from None
+        what = "is a link to a file that is not there" if os.path.islink(path) else "is not there any more"
+        raise UnreadableImageError(what) from None
     except UnidentifiedImageError:
         empty = os.path.getsize(path) == 0
         raise UnreadableImageError("is an empty file" if empty else "is no image that PIL can read") from None
@@ -201,14 +203,14 @@ def to_rgb(image: PIL.Image.Image | Tensor) -> PIL.Image.Image:
     """
     if isinstance(image, Tensor):
         return to_rgb(functional.to_pil_image(image))
-    mode = str(image.mode)
-    if mode == "RGB":
+    mode, is_transparent = str(image.mode), "transparency" in image.info
+    if mode == "RGB" and not is_transparent:
         return image
     if mode == "I" or mode.startswith("I;16"):
         return _from_16_bits(image)
     if mode == "F":
         raise UnreadableImageError("has floats for pixels; convert it to 8 or 16 bits")
-    if mode in {"RGBA", "RGBa", "LA", "La", "PA"} or "transparency" in image.info:
+    if mode in {"RGBA", "RGBa", "LA", "La", "PA"} or is_transparent:
         image = image.convert("RGBA")
         return PIL.Image.alpha_composite(PIL.Image.new("RGBA", image.size, _WHITE), image).convert("RGB")
     return image.convert("RGB")
@@ -218,6 +220,7 @@ def _from_16_bits(image: PIL.Image.Image) -> PIL.Image.Image:
     values = numpy.asarray(image).astype(numpy.int64)
     if values.min() < 0 or values.max() > 65535:
         raise UnreadableImageError(f"has pixels of {values.min()} to {values.max()}; convert it to 8 or 16 bits")
+    values[values == image.info.get("transparency", -1)] = 65535
     return PIL.Image.fromarray(((values + 128) // 257).astype(numpy.uint8)).convert("RGB")
 
 
@@ -242,6 +245,6 @@ class ImageFiles:
         """Path, label and size in bytes (-1: it is not there), a line."""
         try:
             size = os.path.getsize(os.path.join(self.root, self.files[position]))
-        except FileNotFoundError:  # a link to nowhere, say
+        except OSError:  # a link to nowhere or to itself, say
             size = -1
         return f"{self.files[position]}\0{self.labels[position]}\0{size}\n"

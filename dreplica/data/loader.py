@@ -182,6 +182,8 @@ def _make_batch(
     inputs, labels = loaded
     if rule is not None:
         rule.check(labels, indices, dataset)
+    if inputs.dim() != 4:
+        memory_format = torch.preserve_format  # as nn.Module.to does: channels_last is for images
     inputs = inputs.to(device, non_blocking=True, memory_format=memory_format)
     if isinstance(dataset, OnDevice):
         inputs = dataset.keep_and_augment(indices, inputs, labels).contiguous(memory_format=memory_format)

@@ -9,6 +9,7 @@ from dreplica.data.datasets import load_data
 from dreplica.data.samples import DataSets
 from dreplica.data.sharing import keep_and_share, keep_on_device
 from dreplica.data.skip import leave_out_unreadable
+from dreplica.errors import UsageError
 from dreplica.world.process_group import World
 
 log = logging.getLogger(__name__)
@@ -22,4 +23,13 @@ def prepare_data(config: DataConfig, augment_seed: int, world: World, device: to
         data = leave_out_unreadable(data, world.channel, config.num_workers, f"{world.host} {config.root}")
         if data.skipped and world.is_coordinator:
             log.warning("data.on_error: skipped %d samples:\n  %s", len(data.skipped), "\n  ".join(data.skipped))
+    world.together(lambda: _check_batch_size(config, len(data.train)))  # type: ignore[arg-type]
     return keep_on_device(data, config, device, world)
+
+
+def _check_batch_size(config: DataConfig, num_samples: int) -> None:
+    if config.batch_size > num_samples:
+        raise UsageError(
+            f"data.batch_size: {config.batch_size} is more than the {num_samples} samples of the training set. "
+            f"Choose {num_samples} or fewer."
+        )

@@ -72,8 +72,8 @@ def _read(path: Path, files: Sequence[str], known: Collection[str]) -> Tensor:
         name = row[0].strip()
         if name not in known:
             raise UsageError(
-                f"{where}, line {number}: data.root has no image {name!r}. {_nearest(name, known)} "
-                "Paths are relative to data.root."
+                f"{where}, line {number}: data.root has no image {name!r}. {_nearest(name, known)}"
+                "Paths are relative to data.root, with forward slashes."
             )
         if name in lines:
             raise UsageError(f"{where}, line {number}: {name!r} has a weight in line {lines[name]} already. Keep one.")
@@ -84,9 +84,10 @@ def _read(path: Path, files: Sequence[str], known: Collection[str]) -> Tensor:
             f"{where} has no weight for {missing[0]!r}, and {len(missing) - 1} more of {len(files)} training images. "
             "Add a line for each."
         )
-    if not any(weights[name] for name in files):
+    result = torch.tensor([weights[name] for name in files], dtype=torch.float32)
+    if not result.any():
         raise UsageError(f"{where}: all weights are 0, so nothing would be learned. Give some sample a weight.")
-    return torch.tensor([weights[name] for name in files], dtype=torch.float32)
+    return result
 
 
 def _weight(text: str, where: str) -> float:
@@ -102,4 +103,4 @@ def _weight(text: str, where: str) -> float:
 def _nearest(name: str, known: Collection[str]) -> str:
     """A hint; files of the same name in other folders are the likeliest."""
     same = [file for file in known if file.rsplit("/", 1)[-1] == name.rsplit("/", 1)[-1]]
-    return nearest(name, same) if same else ""
+    return f"{nearest(name, same)} " if same else ""

@@ -56,6 +56,7 @@ class TensorImages(Dataset[Sample]):
 
     def __init__(self, images: Tensor, labels: Tensor) -> None:
         self.images, self.labels = images, labels
+        self.image_shape = tuple(images.shape[1:])
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -69,7 +70,7 @@ class Kept(Dataset[Sample]):
 
     def __init__(self, dataset: Dataset[Sample], kept: Sequence[int]) -> None:
         self.dataset, self.kept = dataset, kept
-        self.normalization = normalization(dataset)
+        self.normalization, self.image_shape = normalization(dataset), image_shape(dataset)
 
     def __len__(self) -> int:
         return len(self.kept)
@@ -134,6 +135,11 @@ def digest_files(*datasets: Any) -> str:
 def normalization(dataset: Dataset[Any]) -> tuple[Sequence[float], Sequence[float]]:
     """Mean and standard deviation per channel, of pixels scaled to 0…1, that uint8 images are normalised by."""
     return getattr(dataset, "normalization", (IMAGENET_MEAN, IMAGENET_STD))
+
+
+def image_shape(dataset: Dataset[Any]) -> tuple[int, ...] | None:
+    """(channels, height, width) of all samples, where the data set can tell without loading one; otherwise None."""
+    return getattr(dataset, "image_shape", None)
 
 
 def load_sample(dataset: Dataset[Any], index: int, load: Callable[[int], Any] | None = None) -> Any:

@@ -1,5 +1,7 @@
 """`data.on_error: skip`: which samples cannot be loaded, found out once, before the first step, for all replicas."""
 
+import logging
+import time
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,8 +13,11 @@ from dreplica.data.samples import DataSets, at_epoch, load_sample
 from dreplica.errors import SharedUsageError, UsageError
 from dreplica.world.channel import Channel
 
+log = logging.getLogger(__name__)
+
 _PER_MESSAGE = 64
 """Samples whose results a worker sends at once."""
+_SECONDS_BETWEEN_LINES = 10.0
 
 
 def leave_out_unreadable(data: DataSets, channel: Channel, num_workers: int, place: str) -> DataSets:
@@ -58,7 +63,14 @@ def _unreadable(dataset: Dataset[Any], first: int, every: int, num_workers: int)
         generator=torch.Generator(),  # of its own: the global ones are not drawn from
         worker_init_fn=leave_the_group,
     )
-    return dict(pair for pairs in loader for pair in pairs if pair is not None)
+    found: dict[int, str] = {}
+    told = time.monotonic()
+    for number, pairs in enumerate(loader, start=1):
+        found |= dict(pair for pair in pairs if pair is not None)
+        if first == 0 and time.monotonic() - told > _SECONDS_BETWEEN_LINES:
+            told = time.monotonic()
+            log.info("data.on_error: looked at %d of %d samples", min(number * _PER_MESSAGE, len(share)), len(share))
+    return found
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,9 @@
 """torchvision's classification data sets, by name."""
 
 import logging
-from collections.abc import Mapping
+import os
+import shutil
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -35,6 +37,8 @@ class _Set:
     size: int = 224
     """Of images that are all of one size, that; otherwise what photographs are usually brought to."""
     normalization: tuple[tuple[float, ...], tuple[float, ...]] = (IMAGENET_MEAN, IMAGENET_STD)
+    downloads: bool = True
+    """Whether torchvision can fetch it."""
 
 
 _BY_FLAG: dict[str, Any] = {"train": {"train": True}, "val": {"train": False}}
@@ -67,13 +71,18 @@ SETS: Mapping[str, _Set] = {
     "Country211": _Set(211, val={"split": "valid"}),
     "DTD": _Set(47, val={"split": "val"}),
     "EuroSAT": _Set(10, **_WHOLE, size=64),
+    "FER2013": _Set(7, val=None, size=48, normalization=_GREY, downloads=False),
     "FGVCAircraft": _Set(100, val={"split": "val"}),
     "Flowers102": _Set(102, val={"split": "val"}),
     "Food101": _Set(101),
     "GTSRB": _Set(43),
+    "INaturalist": _Set(10000, train={"version": "2021_train"}, val={"version": "2021_valid"}),
+    "ImageNet": _Set(1000, val={"split": "val"}, downloads=False),
     "Imagenette": _Set(10, val={"split": "val"}),
+    "Omniglot": _Set(964, **_WHOLE, size=105, normalization=_GREY),
     "PCAM": _Set(2, val={"split": "val"}, size=96),
     "OxfordIIITPet": _Set(37, train={"split": "trainval"}),
+    "Places365": _Set(365, train={"split": "train-standard", "small": True}, val={"split": "val", "small": True}),
     "RenderedSST2": _Set(2, val={"split": "val"}),
     "SUN397": _Set(397, **_WHOLE),
     "StanfordCars": _Set(196),
@@ -109,19 +118,17 @@ def _open_or_download(name: str, root: Path, parts: list[Mapping[str, Any]]) -> 
     """The parts. Only the process that holds the lock looks at what is there before all of it is: some sets take the
     folder for the whole of it while it is still being unpacked."""
     make = getattr(torchvision.datasets, name)
-    marker = root / f".{name}.complete"
+    marker, begun = root / f".{name}.complete", root / f".{name}.begun"
 
     def see_to_it() -> None:
-        try:
-            for part in parts:
-                make(root, **part)
-        except (RuntimeError, FileNotFoundError):  # "Dataset not found or corrupted"; USPS only opens its file
-            log.info("downloading %s to %s", name, root)
+        _refuse_part_of_a_set(name, begun)
+        for part in parts:
             try:
-                for part in parts:
-                    make(root, **part, download=True)
-            except (OSError, RuntimeError) as error:
-                raise UsageError(_how_to_get(name, root, error)) from None
+                make(root, **part)
+            except (RuntimeError, FileNotFoundError) as error:  # "Dataset not found"; USPS only opens its file
+                if not SETS[name].downloads:
+                    raise UsageError(f"data.root: {_first_line(error)}. torchvision cannot download it.") from None
+                _download(name, root, part, begun)
         marker.touch()
 
     remedy = f"Delete {str(marker)!r}, so that it is looked for and downloaded again."
@@ -135,11 +142,49 @@ def _open_or_download(name: str, root: Path, parts: list[Mapping[str, Any]]) -> 
         raise UsageError(f"data.root: {name} is not in {str(root)!r} or is damaged ({error}). {remedy}") from None
 
 
+def _download(name: str, root: Path, part: Mapping[str, Any], begun: Path) -> None:
+    """One part. torchvision takes many a set's folder for the whole of it: so a part of it must not be taken for it.
+
+    `begun`: the file that lists what was there before, for as long as this takes. Raises UsageError.
+    """
+    log.info("downloading %s to %s", name, root)
+    before = set(os.listdir(root))
+    begun.write_text("\n".join(before), encoding="utf-8", errors="surrogateescape")
+    try:
+        getattr(torchvision.datasets, name)(root, **part, download=True)
+    except Exception as error:  # of the network, an archive, a package that it takes
+        for folder in _new_folders(root, before):
+            shutil.rmtree(folder)
+        begun.unlink()
+        raise UsageError(_how_to_get(name, root, error)) from None
+    begun.unlink()
+
+
+def _refuse_part_of_a_set(name: str, begun: Path) -> None:
+    """Raises UsageError if a process was killed while it unpacked the set."""
+    if not begun.exists():
+        return
+    before = set(begun.read_text(encoding="utf-8", errors="surrogateescape").split("\n"))
+    folders = _new_folders(begun.parent, before)
+    if folders:
+        raise UsageError(
+            f"data.root: the download of {name} to {str(begun.parent)!r} was interrupted. Delete what may be a part of "
+            f"it, {', '.join(str(folder) for folder in folders)}, and {str(begun)!r}; if it is whole, the latter alone."
+        )
+
+
+def _new_folders(root: Path, before: Collection[str]) -> list[Path]:
+    return [path for path in sorted(root.iterdir()) if path.name not in before and path.is_dir()]
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0].removesuffix(".")
+
+
 def _how_to_get(name: str, root: Path, error: Exception) -> str:
-    lines = str(error).splitlines() or [type(error).__name__]
     return (
-        f"data.name: {name} is not in {str(root.absolute())!r} (data.root) and cannot be downloaded ({lines[0]}). "
-        f'{_archives(name, root)}On a machine that can, run python -c "import torchvision; '
+        f"data.name: {name} is not in {str(root.absolute())!r} (data.root) and cannot be downloaded "
+        f'({_first_line(error)}). {_archives(name, root)}On a machine that can, run python -c "import torchvision; '
         f"torchvision.datasets.{name}('{root.name}', download=True)\" and put what is then in its folder "
         f"{root.name!r} into {str(root.absolute())!r}."
     )

@@ -204,11 +204,17 @@ def _misfit(tensor: Tensor, own: Tensor) -> str | None:
     """Why a tensor of the file cannot be loaded in place of the model's own; None if it can."""
     if tensor.layout is not torch.strided or tensor.is_meta or tensor.is_quantized:
         return "no plain tensor in the file"
+    if (tensor.is_floating_point(), tensor.is_complex()) != (own.is_floating_point(), own.is_complex()):
+        return f"{_dtype(tensor)} in the file, {_dtype(own)} in the model"  # numbers that stand for others: quantised
     if tensor.shape != own.shape:
         return f"{tuple(tensor.shape)} in the file, {tuple(own.shape)} in the model"
     if tensor.is_floating_point() and tensor.numel() and tensor.isnan().all():
         return "nothing but NaN in the file"  # a place kept for values that are missing
     return None
+
+
+def _dtype(tensor: Tensor) -> str:
+    return str(tensor.dtype).removeprefix("torch.")
 
 
 def _report(fit: _Fit, source: str, path: Path, head: str | None, complete: bool) -> None:

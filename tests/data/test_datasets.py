@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from typing import Any
 
+import numpy
 import pytest
 import torch
 from hypothesis import given
@@ -131,6 +132,76 @@ def test_what_is_no_data_set(name: str, words: str) -> None:
         load_data(config(name=name))
     assert str(caught.value).startswith("data.name: ")
     assert words in str(caught.value)
+
+
+arrays, one_hots = map(
+    of_samples,
+    [
+        (numpy.zeros((9, 8, 3), dtype=numpy.uint8), 1),
+        (torch.zeros(3, 9, 8, dtype=torch.uint8), torch.tensor([0, 1])),
+    ],
+)
+
+
+@pytest.mark.parametrize(
+    ("name", "found"),
+    [
+        ("arrays", "(ndarray, int)"),
+        ("one_hots", "(Tensor, Tensor)"),
+        ("threes", "(Tensor, int, int)"),
+        ("dicts", "dict"),
+        ("texts", "(Tensor, str)"),
+    ],
+)
+def test_what_is_no_image_is_told_before_it_is_resized(name: str, found: str) -> None:
+    with pytest.raises(UsageError) as caught:
+        load_data(config(name=f"{__name__}:{name}", image_size=16))
+    assert str(caught.value) == (
+        f"data.name: the first sample of the training set of '{__name__}:{name}' is {found}. Let it be (input, label), "
+        "a PIL image, or a tensor of bytes (torch.uint8, 3 x H x W), and an int."
+    )
+
+
+class Named(TensorImages):
+    """Keeps names of classes under a name where others keep labels."""
+
+    targets = ("cat", "dog") * 40
+
+    def __init__(self, whole: TensorImages) -> None:
+        self.images, self.classes = whole.images, whole.labels
+
+    def __len__(self) -> int:
+        return len(self.classes)
+
+    def __getitem__(self, index: int) -> Any:
+        return self.images[index], int(self.classes[index])
+
+
+def named(config: DataConfig) -> Any:
+    train, val, num_classes = tiny_images(config)
+    return Named(train), val, num_classes
+
+
+def test_labels_that_are_no_numbers_are_looked_at_only_where_they_are_needed() -> None:
+    assert len(load_data(config(name=f"{__name__}:named")).train) == 80  # type: ignore[arg-type]
+    with pytest.raises(UsageError, match=r"^data.sample_weights: 'balanced' needs .* 'targets' .* begins with 'cat'"):
+        load_data(config(name=f"{__name__}:named", sample_weights="balanced"))
+
+
+def damaged_first(_config: DataConfig) -> Any:
+    class Damaged(list[Any]):
+        def __getitem__(self, index: Any) -> Any:
+            if index == 0:
+                raise OSError("damaged")
+            return super().__getitem__(index)
+
+    pairs = [(torch.zeros(3, 9, 8, dtype=torch.uint8), 1)] * 3
+    return Damaged(pairs), pairs, 2
+
+
+def test_the_size_is_that_of_the_first_image_that_can_be_loaded() -> None:
+    data = load_data(config(name=f"{__name__}:damaged_first", augment="flip"))
+    assert data.train[1][0].shape == (3, 8, 8)
 
 
 def test_a_data_set_of_ones_own() -> None:

@@ -1,5 +1,7 @@
 """Folders of images: what is found in them, and what cannot be trained on."""
 
+import errno
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -50,6 +52,12 @@ def test_train_and_val_folders_and_what_is_hidden(tmp_path: Path) -> None:
     nested = tmp_path / "train" / "china" / "more"
     nested.mkdir()
     cut("china", 9).save(nested / "a.JPG")
+    (nested / ".ipynb_checkpoints").mkdir()
+    shutil.copy(nested / "a.JPG", nested / ".ipynb_checkpoints" / "a-checkpoint.jpg")
+    (nested / "again").symlink_to("..")  # a folder that it is in
+    (tmp_path / "elsewhere").mkdir()
+    cut("china", 10).save(tmp_path / "elsewhere" / "b.jpg")
+    (nested / "linked").symlink_to(tmp_path / "elsewhere")
     data = load(tmp_path)
     assert data.num_classes == 2
     assert files(data.train) == [
@@ -57,10 +65,56 @@ def test_train_and_val_folders_and_what_is_hidden(tmp_path: Path) -> None:
         "train/china/01.jpeg",
         "train/china/02.jpg",
         "train/china/more/a.JPG",
+        "train/china/more/linked/b.jpg",
         *(f"train/flower/0{number}.{suffix}" for number, suffix in enumerate(("jpg", "jpeg", "jpg"))),
     ]
     assert files(data.val) == ["val/flower/00.jpg", "val/flower/01.jpeg"]
     assert [data.val[index][1] for index in range(2)] == [1, 1]
+
+
+def test_files_of_other_endings_are_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    root = make_folder(tmp_path, 2)
+    load(root, val_fraction=0.5)
+    assert caplog.messages == []
+    for name in ("a.gif", "b.heic", ".DS_Store", "Thumbs.db"):
+        (root / "china" / name).write_bytes(b"")
+    data = load(root, val_fraction=0.5)
+    (message,) = caplog.messages
+    assert message.startswith("data.root: 2 files are left out, since their names do not end in .jpg, ")
+    assert message.endswith(f": {root}/china/a.gif, {root}/china/b.heic")
+    assert len(data.train) + len(data.val) == 4  # type: ignore[arg-type]
+
+
+def test_a_link_to_nothing_is_told_when_it_is_trained_on(tmp_path: Path) -> None:
+    root = make_folder(tmp_path, 1)
+    (root / "china" / "away.jpg").symlink_to(tmp_path / "away.jpg")
+    (root / "china" / "self.jpg").symlink_to("self.jpg")
+    data = load(root, val_fraction=0.25, split_seed=1)
+    problems = {}
+    for dataset in (data.train, data.val):
+        for index, file in enumerate(files(dataset)):
+            try:
+                dataset[index]
+            except UsageError as error:
+                problems[file] = str(error)
+    assert set(problems) == {"china/away.jpg", "china/self.jpg"}
+    assert "(china/away.jpg) is a link to a file that is not there. Replace or remove it" in problems["china/away.jpg"]
+    assert "Too many levels of symbolic links" in problems["china/self.jpg"]
+
+
+def test_a_folder_that_may_not_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    root, scandir = make_folder(tmp_path, 2), os.scandir
+    forbidden = root / "china"
+
+    def refuse(path: Any = ".") -> Any:
+        if Path(path) == forbidden:  # as to anyone but root
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    for forbidden in (root, root / "china"):
+        with pytest.raises(UsageError, match=rf"^data.root: '{forbidden}' cannot be read \(Permission denied\)"):
+            load(root)
 
 
 def test_a_class_may_be_called_train(tmp_path: Path) -> None:
@@ -120,6 +174,11 @@ def valid_for_val(root: Path) -> None:
     make_folder(root / "valid", 2)
 
 
+def capitals(root: Path) -> None:
+    make_folder(root / "Train", 2)
+    make_folder(root / "Val", 2)
+
+
 def a_file(root: Path) -> None:
     root.rmdir()
     root.write_text("")
@@ -135,7 +194,8 @@ def a_file(root: Path) -> None:
         (empty_class_in_val, "there is no image in '{root}/val/china'"),
         (unknown_class_in_val, "'{root}/val/chinna' is a class that '{root}/train' lacks"),
         (val_without_classes, "'{root}/val' holds no folder: there is nothing to validate on"),
-        (valid_for_val, "holds train, valid, which are no classes. Name the folder of the validation images val"),
+        (valid_for_val, "holds train, valid, which are no classes. Name the folder of the training images train and"),
+        (capitals, "holds Train, Val, which are no classes"),
         (a_file, "'{root}' is no folder"),
         (lambda root: root.rmdir(), "'{root}' is not there"),
     ],

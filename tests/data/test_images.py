@@ -1,6 +1,7 @@
 """Images of every mode, as uint8 tensors of one size."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy
 import PIL.Image
@@ -47,6 +48,40 @@ def test_a_transparent_colour_of_a_palette_is_white(tmp_path: Path) -> None:
     image.save(tmp_path / "a.png", transparency=0)
     rgb = to_rgb(read_image(str(tmp_path / "a.png")))
     assert (rgb.getpixel((0, 0)), rgb.getpixel((1, 0))) == ((255, 255, 255), (40, 50, 60))
+
+
+@pytest.mark.parametrize(("mode", "colour"), [("RGB", (9, 8, 7)), ("L", 9), ("I;16", 999)])
+def test_a_transparent_colour_without_a_palette_is_white(mode: str, colour: Any, tmp_path: Path) -> None:
+    image = PIL.Image.new(mode, (2, 1), colour)
+    image.putpixel((1, 0), 0 if mode != "RGB" else (0, 0, 0))
+    image.save(tmp_path / "a.png", transparency=colour)
+    rgb = to_rgb(read_image(str(tmp_path / "a.png")))
+    assert (rgb.mode, rgb.getpixel((0, 0)), rgb.getpixel((1, 0))) == ("RGB", (255, 255, 255), (0, 0, 0))
+
+
+def test_the_first_frame_of_an_animation_and_a_wrong_ending(tmp_path: Path) -> None:
+    frames = [PIL.Image.new("RGB", (4, 4), (level, 0, 0)) for level in (200, 100, 0)]
+    frames[0].save(tmp_path / "a.gif", save_all=True, append_images=frames[1:])
+    (tmp_path / "a.gif").rename(tmp_path / "a.jpg")
+    assert pixel(read_image(str(tmp_path / "a.jpg"))) == (200, 0, 0)
+
+
+@pytest.mark.parametrize("size", [(1, 1), (40000, 1), (2, 90000)])
+def test_a_pixel_and_strips_take_little_memory(size: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes = []
+    resize = PIL.Image.Image.resize
+
+    def watched(image: PIL.Image.Image, size: Any, *args: Any, **keywords: Any) -> PIL.Image.Image:
+        sizes.append(size)
+        return resize(image, size, *args, **keywords)
+
+    monkeypatch.setattr(PIL.Image.Image, "resize", watched)
+    strip = PIL.Image.new("RGB", size)
+    strip.paste((255, 0, 0), (size[0] // 2 - 2, size[1] // 2 - 2, size[0] // 2 + 2, size[1] // 2 + 2))
+    image, _ = Images([(strip, 0)], None, 32)[0]
+    assert image.shape == (3, 32, 32)
+    assert image[0].float().mean() > 250  # the middle is red
+    assert all(max(size) <= 16 * 37 for size in sizes)
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))

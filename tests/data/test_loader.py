@@ -88,6 +88,13 @@ def test_the_memory_format_is_the_layout_only() -> None:
     assert batch.inputs[2].equal(Numbers(4)[2][0])
 
 
+def test_inputs_that_are_no_images_keep_their_layout() -> None:
+    rows = [(torch.arange(6.0) + number, number) for number in range(4)]
+    stream = Coordinator(Channel(), 0).evaluation_batches(4, 4)
+    (batch,) = load_batches(rows, stream, CPU, 0, 0, 1, torch.channels_last)  # type: ignore[arg-type]
+    assert batch.inputs[2].equal(rows[2][0])
+
+
 @pytest.mark.parametrize("num_workers", [1, 2])
 def test_workers_do_not_read_past_the_window_that_was_sent(monkeypatch: pytest.MonkeyPatch, num_workers: int) -> None:
     # The smallest window that the loader accepts for so many workers; sent ones run out just in time.

@@ -75,6 +75,7 @@ def test_a_csv_gives_each_file_its_weight(tmp_path: Path) -> None:
         (lambda lines: [*lines[:2], "china/01.jpeg", *lines[3:]], "line 3: 1 columns"),
         (lambda lines: lines[:1], "has no weight for '"),
         (lambda lines: [lines[0], *(line[:-1] + "0" for line in lines[1:])], "all weights are 0"),
+        (lambda lines: [lines[0], *(line + "e-60" for line in lines[1:])], "all weights are 0"),  # as float32
     ],
 )
 def test_a_csv_that_will_not_do(change: Any, words: str, tmp_path: Path) -> None:

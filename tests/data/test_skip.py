@@ -1,5 +1,6 @@
 """What cannot be loaded is left out on all replicas, and nothing else changes."""
 
+import logging
 import random
 from pathlib import Path
 from typing import Any
@@ -8,6 +9,7 @@ import pytest
 import torch
 
 from dreplica.agreement.stages import rng_stage
+from dreplica.data import skip
 from dreplica.data.config import DataConfig
 from dreplica.data.datasets import load_data
 from dreplica.data.samples import DataSets, at_epoch, describe
@@ -88,6 +90,17 @@ def test_where_nothing_is_wrong_nothing_changes_and_where_all_is_it_is_an_error(
         spoil(tmp_path, file)
     with pytest.raises(SharedUsageError, match=r"^data.on_error: skip leaves nothing of the val set"):
         leave_out_unreadable(data, Channel(), 0, "")
+
+
+def test_it_says_how_far_it_is(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(skip, "_SECONDS_BETWEEN_LINES", -1.0)
+    monkeypatch.setattr(skip, "_PER_MESSAGE", 4)
+    caplog.set_level(logging.INFO)
+    leave_out_unreadable(load(make_folder(tmp_path, 4)), Channel(), 0, "")
+    counts = [(4, 6), (6, 6), (2, 2)]
+    assert caplog.messages == [f"data.on_error: looked at {done} of {all_} samples" for done, all_ in counts]
 
 
 class Own(torch.utils.data.Dataset[Any]):

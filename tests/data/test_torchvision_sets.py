@@ -25,6 +25,7 @@ from dreplica.data.samples import DataSets
 from dreplica.data.torchvision_sets import SETS
 from dreplica.errors import UsageError
 from dreplica.world.process_group import World
+from tests.data.pictures import cut
 from tests.harness import run_replicas
 
 CPU = torch.device("cpu")
@@ -215,7 +216,61 @@ def test_grey_images_get_three_equal_channels(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", sorted(SETS))
 def test_every_name_in_the_table_is_a_set_with_these_parts(name: str, tmp_path: Path) -> None:
     """Constructing it fails because the data are not there, and for no other reason."""
+    arguments = {"download": False} if SETS[name].downloads else {}
     for part in (SETS[name].train, SETS[name].val):
         if part is not None:
-            with pytest.raises((RuntimeError, FileNotFoundError), match=r"not found|corrupted|h5py|No such file"):
-                getattr(torchvision.datasets, name)(tmp_path, **part, download=False)
+            with pytest.raises(
+                (RuntimeError, FileNotFoundError), match=r"not found|corrupted|h5py|No such file|not present"
+            ):
+                getattr(torchvision.datasets, name)(tmp_path, **part, **arguments)
+
+
+@pytest.mark.parametrize("name", [name for name in sorted(SETS) if not SETS[name].downloads])
+def test_what_cannot_be_downloaded_says_which_file_to_put_where(name: str, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=rf"^data.root: .*(csv|archive).*{tmp_path}.* torchvision cannot download it"):
+        load(tmp_path, name)
+
+
+def folders(root: Path) -> list[str]:
+    return sorted(path.name for path in root.iterdir() if path.is_dir())
+
+
+@pytest.mark.parametrize("error", [ValueError("the address is broken"), EOFError(), ModuleNotFoundError("no gdown")])
+def test_a_download_that_fails_leaves_no_part_of_a_set(
+    error: Exception, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "mine").mkdir()
+    fail = unpack_a_part_and(error)
+    monkeypatch.setattr(torchvision.datasets.EuroSAT, "download", fail)
+    told = f"cannot be downloaded \\({str(error) or 'EOFError'}\\)"
+    with pytest.raises(UsageError, match=rf"^data.name: EuroSAT is not in .* and {told}"):
+        load(tmp_path, "EuroSAT")
+    assert folders(tmp_path) == ["mine"]
+
+
+def test_a_download_that_was_killed_is_not_taken_for_the_whole_set(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """EuroSAT's own code asks only whether the folder is there."""
+    (tmp_path / "mine").mkdir()
+    monkeypatch.setattr(torchvision.datasets.EuroSAT, "download", unpack_a_part_and(KeyboardInterrupt()))
+    with pytest.raises(KeyboardInterrupt):
+        load(tmp_path, "EuroSAT")
+    assert len(torchvision.datasets.EuroSAT(tmp_path)) == 2
+    with pytest.raises(
+        UsageError, match=rf"was interrupted. Delete .* {tmp_path}/eurosat, and '(.*begun)'; if"
+    ) as told:
+        load(tmp_path, "EuroSAT")
+    Path(str(told.value).split("'")[-2]).unlink()
+    assert len(load(tmp_path, "EuroSAT", val_fraction=0.5).train) == 1  # type: ignore[arg-type]
+
+
+def unpack_a_part_and(error: BaseException) -> Any:
+    def download(dataset: Any) -> None:
+        for name in ("River", "Forest"):
+            folder = Path(dataset.root, "eurosat", "2750", name)
+            folder.mkdir(parents=True)
+            cut("china", 1).save(folder / "0.jpg")
+        raise error
+
+    return download

@@ -162,10 +162,17 @@ def test_skipping_leaves_out_on_all_replicas_what_one_node_cannot_read(tmp_path:
     assert job.output.count("skipped 1 samples") == 1
 
 
-def test_a_batch_larger_than_the_set_is_one_batch(tmp_path: Path) -> None:
-    job = run(make_folder(tmp_path), "--data.batch_size=100", "--train.epochs=1")
-    assert job.returncode == 0, job.output
-    assert job.report["steps_checked"] == 1
+def test_a_batch_is_no_larger_than_what_is_left_of_the_set(tmp_path: Path) -> None:
+    root = make_folder(tmp_path / "images")
+    assert run(root, "--data.batch_size=18", "--train.epochs=1").report["steps_checked"] == 1
+    break_one(root)
+    job = run(root, "--data.batch_size=18", "--data.on_error=skip", root=tmp_path / "runs")
+    assert job.exitcodes == {0: 2, 1: 2}, job.output
+    (message,) = messages(job.output)
+    assert message == (
+        "error: data.batch_size: 18 is more than the 17 samples of the training set. Choose 17 or fewer."
+    )
+    assert not (tmp_path / "runs").exists()
 
 
 def test_the_fine_tuning_recipe_gives_one_trace_with_0_2_and_4_workers(

@@ -1,0 +1,65 @@
+"""A model that refuses images of the data set's size is told before the first step."""
+
+from typing import Any
+
+import pytest
+import torch
+import torchvision
+
+from dreplica.config import RunConfig
+from dreplica.data.device_cache import OnDevice, Store
+from dreplica.data.images import Images
+from dreplica.data.samples import Kept, TensorImages
+from dreplica.errors import UsageError
+from dreplica.training.image_size import check_image_size
+from tests.end_to_end.test_bad_input import messages
+from tests.fixtures import SMALL
+from tests.harness import run_job
+
+CPU = torch.device("cpu")
+
+
+def images(size: int) -> list[Any]:
+    """The same shape in every wrapping that a run puts around it."""
+    plain = Images([(None, 0)] * 4, None, size)
+    kept = Kept(plain, [0, 2])
+    tensors = TensorImages(torch.zeros(4, 3, size, size), torch.zeros(4, dtype=torch.int64))
+    return [plain, kept, tensors, OnDevice(kept, Store(2, size, CPU))]
+
+
+@pytest.mark.parametrize(
+    ("name", "takes", "refuses"), [("vit_b_32", 224, 256), ("maxvit_t", 224, 64), ("squeezenet1_1", 32, 8)]
+)
+def test_the_size_that_a_model_takes(name: str, takes: int, refuses: int) -> None:
+    config = RunConfig.model_validate({"model": {"name": name}})
+    with torch.device("meta"):
+        model = torchvision.models.get_model(name)
+    for dataset in images(takes):
+        check_image_size(model, dataset, config)
+    for dataset in images(refuses):
+        with pytest.raises(UsageError, match=rf"^model.name: {name} does not take images of {refuses} x {refuses} \("):
+            check_image_size(model, dataset, config)
+
+
+def test_neither_the_model_nor_the_generators_are_changed() -> None:
+    config = RunConfig.model_validate({"model": {"name": "mobilenet_v3_small"}})  # batch norm, and dropout
+    model = torchvision.models.get_model(config.model.name).train()
+    state = {name: tensor.numpy().tobytes() for name, tensor in model.state_dict().items()}
+    before = torch.get_rng_state()
+    check_image_size(model, images(32)[0], config)
+    assert torch.get_rng_state().equal(before)
+    assert {name: tensor.numpy().tobytes() for name, tensor in model.state_dict().items()} == state
+
+
+def test_a_data_set_that_does_not_tell_its_shape_is_not_asked() -> None:
+    config = RunConfig.model_validate({"model": {"name": "vit_b_32"}})
+    check_image_size(torch.nn.Linear(2, 2), [(torch.zeros(3), 0)], config)  # type: ignore[arg-type]
+
+
+def test_a_run_ends_with_one_message() -> None:
+    job = run_job(*SMALL, "--model.factory=null", "--model.name=squeezenet1_1")
+    assert job.exitcodes == {0: 2, 1: 2}, job.output
+    (message,) = messages(job.output)
+    assert message.startswith("error: model.name: squeezenet1_1 does not take images of 8 x 8 (")
+    assert message.endswith("Set data.image_size to what it takes, 224 in most cases, or name another model.")
+    assert "Traceback" not in job.output
