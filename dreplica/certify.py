@@ -94,6 +94,9 @@ def judge(straight: Path, interrupted: Path, at_step: int, code: int, output: st
     skipped = [line for line in other["warnings"] if line.startswith("skipped checkpoint")]
     if skipped or other["run"]["resumed_from"] != at_step:
         return Certificate(False, skipped[0] if skipped else f"it went on from step {other['run']['resumed_from']}")
+    functions = [RecordedTrace(folder).algorithm for folder in (straight, interrupted)]
+    if functions[0] != functions[1]:
+        return Certificate(False, f"digests of {functions[0]} cannot be compared with those of {functions[1]}")
     difference = _first_difference(straight, interrupted)
     if difference is not None:
         step, stage = difference

@@ -2,7 +2,7 @@
 
 import random
 import struct
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy
@@ -48,17 +48,27 @@ def batch_stage(batch: Tensor | Mapping[str, Any] | Sequence[Any]) -> Stage:
 
     NumPy arrays, numbers and strings count too. Raises TypeError for anything else, naming its place.
     """
-    return make_stage(_batch_entries("", batch))
+    return make_stage(batch_entries(batch))
 
 
 def weights_stage(model: nn.Module) -> Stage:
     """All parameters, in the order of their registration (tied ones once)."""
-    return tensors_stage({plain_name(name): parameter for name, parameter in model.named_parameters()})
+    return make_stage(weight_entries(model))
+
+
+def weight_entries(model: nn.Module) -> Iterable[Entry]:
+    """What `weights_stage` hashes."""
+    return ((plain_name(name), parameter) for name, parameter in model.named_parameters())
 
 
 def buffers_stage(model: nn.Module) -> Stage:
     """All buffers, those that are not saved included."""
-    return tensors_stage({plain_name(name): buffer for name, buffer in model.named_buffers()})
+    return make_stage(buffer_entries(model))
+
+
+def buffer_entries(model: nn.Module) -> Iterable[Entry]:
+    """What `buffers_stage` hashes."""
+    return ((plain_name(name), buffer) for name, buffer in model.named_buffers())
 
 
 def gradients_stage(model: nn.Module) -> Stage:
@@ -66,8 +76,13 @@ def gradients_stage(model: nn.Module) -> Stage:
 
     The name of one that requires none ends in ` (requires_grad=False)`.
     """
+    return make_stage(gradient_entries(model))
+
+
+def gradient_entries(model: nn.Module) -> Iterable[Entry]:
+    """What `gradients_stage` hashes."""
     parameters = reversed(list(model.named_parameters()))
-    return make_stage((plain_name(name) + _FROZEN * (not each.requires_grad), each.grad) for name, each in parameters)
+    return ((plain_name(name) + _FROZEN * (not each.requires_grad), each.grad) for name, each in parameters)
 
 
 def optimizer_stage(model: nn.Module, optimizer: Optimizers, *others: Any) -> Stage:
@@ -125,21 +140,32 @@ def rng_entries() -> list[Entry]:
 
 
 def make_stage(entries: Iterable[Entry]) -> Stage:
-    """Hashes the entries."""
+    """Hashes the entries, on the CPU."""
     digests: dict[str, bytes] = {}
     total = 0
-    for given, value in entries:
-        name = given if given not in digests else _unused(given, digests)
-        if isinstance(value, Tensor):
-            digests[name] = digest_tensor(name, value)
-            total += num_bytes(value)
-        else:
-            digests[name] = ABSENT if value is None else digest_bytes(name, value)
+    for name, value in with_distinct_names(entries):
+        digests[name] = digest_entry(name, value)
+        total += num_bytes(value) if isinstance(value, Tensor) else 0
     return Stage(tuple(digests), b"".join(digests.values()), total)
 
 
-def _unused(name: str, taken: Mapping[str, bytes]) -> str:
-    """Two schedulers of one class, say, must not hide each other: `StepLR.last_epoch`, `StepLR.last_epoch#2`."""
+def digest_entry(name: str, value: Tensor | bytes | None) -> bytes:
+    """16 bytes over one entry, computed on the CPU."""
+    if isinstance(value, Tensor):
+        return digest_tensor(name, value)
+    return ABSENT if value is None else digest_bytes(name, value)
+
+
+def with_distinct_names(entries: Iterable[Entry]) -> Iterator[Entry]:
+    """The entries; two schedulers of one class, say, do not hide each other: `StepLR.last_epoch#2`."""
+    taken: set[str] = set()
+    for given, value in entries:
+        name = given if given not in taken else _unused(given, taken)
+        taken.add(name)
+        yield name, value
+
+
+def _unused(name: str, taken: Container[str]) -> str:
     number = 2
     while f"{name}#{number}" in taken:
         number += 1
@@ -186,6 +212,11 @@ def _leaves(name: str, value: Any) -> Iterable[tuple[str, Tensor | bytes]]:
     else:
         named = value if hasattr(value, "__qualname__") else type(value)
         yield name, f"{named.__module__}.{named.__qualname__}".encode()
+
+
+def batch_entries(batch: Tensor | Mapping[str, Any] | Sequence[Any]) -> Iterable[Entry]:
+    """What `batch_stage` hashes."""
+    return _batch_entries("", batch)
 
 
 def _batch_entries(name: str, value: Any) -> Iterable[tuple[str, Tensor | bytes]]:

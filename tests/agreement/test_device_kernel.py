@@ -155,3 +155,12 @@ def test_what_the_kernel_cannot_read_in_place() -> None:
     assert describe(images.to(memory_format=torch.channels_last)) is not None
     assert describe(images.to(memory_format=torch.channels_last)[:, :, ::2, ::2]) is None
     assert describe(torch.zeros(1, dtype=torch.bool).expand(2**31)) is None
+
+
+@pytest.mark.parametrize(("offset", "unit"), [(0, 4), (2, 2), (1, 1)])
+def test_nothing_is_loaded_across_its_alignment(offset: int, unit: int) -> None:
+    """A GPU does not do that, though a CPU does."""
+    memory = bytearray(8 * 15 + 8)
+    row = describe(torch.frombuffer(memory, dtype=torch.float64, count=15, offset=offset).view(3, 5).t())
+    assert row is not None
+    assert row[1] == unit
