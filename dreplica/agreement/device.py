@@ -3,7 +3,6 @@
 import struct
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -12,35 +11,12 @@ from dreplica.agreement import multilinear
 from dreplica.agreement.device_kernel import launch
 from dreplica.agreement.device_table import BLOCK_BYTES, describe, programs
 from dreplica.agreement.fingerprint import header
+from dreplica.agreement.hashing import Digests
 
 _MOST_PLANS = 8
 """Of a step, an evaluation and the final state, with room for batches of another size."""
 
 Named = Sequence[tuple[str, Tensor]]
-
-
-class Digests:
-    """Digests that a device is computing, 16 bytes each, on their way into memory of the host.
-
-    Args:
-        rows: (num_tensors, 2) int64, on the CPU: what is being written to.
-        written: recorded behind the copy; None if there is nothing to wait for.
-    """
-
-    def __init__(self, rows: Tensor, written: torch.cuda.Event | None) -> None:
-        self._rows, self._written = rows, written
-
-    @property
-    def ready(self) -> bool:
-        """Whether reading them would not wait."""
-        return self._written is None or self._written.query()
-
-    @cached_property
-    def all(self) -> bytes:
-        """The digests one after another. Waits for this computation, and not for what the device was given since."""
-        if self._written is not None:
-            self._written.synchronize()
-        return self._rows.numpy().tobytes()
 
 
 @dataclass

@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Callable, Iterable, Mapping
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 import torch
@@ -12,7 +13,7 @@ from dreplica.agreement.fingerprint import ALGORITHM, num_bytes
 from dreplica.agreement.stages import Entry, Stage, digest_entry, with_distinct_names
 
 if TYPE_CHECKING:
-    from dreplica.agreement.device import DeviceHash, Digests
+    from dreplica.agreement.device import DeviceHash
 
 log = logging.getLogger(__name__)
 
@@ -21,6 +22,30 @@ _WITH_MEMORY = {Tensor, nn.Parameter}
 
 _Place = tuple[torch.device, int]
 """Where a digest is to come: of the device's, the how many-th."""
+
+
+class Digests:
+    """Digests that a device is computing, 16 bytes each, on their way into memory of the host.
+
+    Args:
+        rows: (num_tensors, 2) int64, on the CPU: what is being written to.
+        written: recorded behind the copy; None if there is nothing to wait for.
+    """
+
+    def __init__(self, rows: Tensor, written: torch.cuda.Event | None) -> None:
+        self._rows, self._written = rows, written
+
+    @property
+    def ready(self) -> bool:
+        """Whether reading them would not wait."""
+        return self._written is None or self._written.query()
+
+    @cached_property
+    def all(self) -> bytes:
+        """The digests one after another. Waits for this computation, and not for what the device was given since."""
+        if self._written is not None:
+            self._written.synchronize()
+        return self._rows.numpy().tobytes()
 
 
 class Observation:
@@ -39,7 +64,7 @@ class Observation:
         self,
         parts: Mapping[str, Mapping[str, bytes | _Place]],
         sizes: Mapping[str, int],
-        on_devices: "Mapping[torch.device, Digests]",
+        on_devices: Mapping[torch.device, Digests],
     ) -> None:
         self.num_bytes = sum(sizes.values())
         self._parts, self._sizes, self._on_devices = parts, sizes, on_devices
