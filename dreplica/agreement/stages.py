@@ -108,9 +108,13 @@ def parameter_names(model: nn.Module, optimizer: torch.optim.Optimizer, own_name
 
     `own_name`: the optimizer's among several.
     """
-    names: dict[Tensor, str] = {
-        parameter: _prefixed(own_name, plain_name(name)) for name, parameter in model.named_parameters()
-    }
+    return _names(list(model.named_parameters()), optimizer, own_name)
+
+
+def _names(
+    named: Sequence[tuple[str, nn.Parameter]], optimizer: torch.optim.Optimizer, own_name: str
+) -> dict[Tensor, str]:
+    names: dict[Tensor, str] = {parameter: _prefixed(own_name, plain_name(name)) for name, parameter in named}
     for index, group in enumerate(optimizer.param_groups):
         for position, parameter in enumerate(group["params"]):
             names.setdefault(parameter, _prefixed(own_name, f"group{index}.params.{position}"))
@@ -174,9 +178,10 @@ def _unused(name: str, taken: Container[str]) -> str:
 
 def optimizer_entries(model: nn.Module, optimizers: Optimizers, *others: Any) -> Iterable[Entry]:
     """What `optimizer_stage` hashes."""
-    own = {id(parameter) for parameter in model.parameters()}
+    named = list(model.named_parameters())  # once: in a large model it takes longer than the rest
+    own = {id(parameter) for _, parameter in named}
     for own_name, optimizer in by_name(optimizers).items():
-        names = parameter_names(model, optimizer, own_name)
+        names = _names(named, optimizer, own_name)
         for index, group in enumerate(optimizer.param_groups):
             settings = {key: value for key, value in group.items() if key not in _NOT_STATE}
             yield from _leaves(_prefixed(own_name, f"group{index}"), settings)
@@ -191,7 +196,24 @@ def optimizer_entries(model: nn.Module, optimizers: Optimizers, *others: Any) ->
                 yield from _leaves(_prefixed(own_name, f"state.{key if isinstance(key, str) else number}"), state)
     for other in others:
         if other is not None:
-            yield from _leaves(type(other).__name__, other.state_dict())
+            yield from _leaves(type(other).__name__, _state_of(other))
+
+
+def _state_of(other: Any) -> Mapping[str, Any]:
+    """Its `state_dict`; of a GradScaler the tensors in it, since to read those off a GPU is to wait for it."""
+    if not isinstance(other, torch.amp.GradScaler) or not other.is_enabled():
+        return other.state_dict()
+    scale, tracker = other._scale, other._growth_tracker
+    if scale is None or tracker is None:  # until it is first used, or after a resume: the same in numbers
+        state = other.state_dict()
+        scale = torch.tensor(state["scale"], dtype=torch.float32)
+        tracker = torch.tensor(state["_growth_tracker"], dtype=torch.int32)
+    settings = ("growth_factor", "backoff_factor", "growth_interval")
+    return {
+        "scale": scale,
+        **{name: getattr(other, f"get_{name}")() for name in settings},
+        "_growth_tracker": tracker,
+    }
 
 
 def _prefixed(own_name: str, name: str) -> str:

@@ -1,6 +1,9 @@
 """The kernel computes what `multilinear` defines: on a GPU, or in Triton's interpreter where there is none."""
 
 import math
+import os
+import subprocess
+import sys
 from collections.abc import Sequence
 
 import numpy
@@ -12,6 +15,7 @@ from torch import Tensor
 
 from dreplica.agreement import multilinear
 from dreplica.agreement.device_table import BLOCK_BYTES, describe, programs
+from tests.harness import REPOSITORY
 
 device_kernel = pytest.importorskip("dreplica.agreement.device_kernel", reason="needs Triton", exc_type=ImportError)
 
@@ -164,3 +168,33 @@ def test_nothing_is_loaded_across_its_alignment(offset: int, unit: int) -> None:
     row = describe(torch.frombuffer(memory, dtype=torch.float64, count=15, offset=offset).view(3, 5).t())
     assert row is not None
     assert row[1] == unit
+
+
+_COMPILE = """
+import re, triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from dreplica.agreement import device_kernel, multilinear
+
+constants = {"ROWS": multilinear.ROWS, "COLUMNS": multilinear.COLUMNS, "FIELDS": device_kernel.FIELDS}
+types = {"addresses": "*i64", "table": "*i64", "programs": "*i32", "out": "*i64"}
+source = ASTSource(device_kernel._content, types | dict.fromkeys(constants, "constexpr"), constants)
+compiled = triton.compile(source, target=GPUTarget("cuda", 80, 32), options={"num_warps": 4})
+instructions = re.findall(r"(?:ld\\.global|atom|red\\.global|[ls][td]\\.local)\\S*", compiled.asm["ptx"])
+print(len(compiled.asm["cubin"]), *instructions)
+"""
+
+
+def test_it_compiles_for_a_gpu() -> None:
+    """Which the interpreter does not show; no GPU is needed to compile. Whole blocks are loaded 16 bytes at a time."""
+    environment = {**os.environ, "TRITON_INTERPRET": "0", "PYTHONPATH": str(REPOSITORY)}
+    process = subprocess.run(
+        [sys.executable, "-c", _COMPILE], capture_output=True, text=True, timeout=120, env=environment, check=False
+    )
+    assert process.returncode == 0, process.stderr
+    cubin, *instructions = process.stdout.split()
+    assert int(cubin) > 0
+    per_thread = BLOCK_BYTES // (4 * 32) // 16
+    assert instructions.count("ld.global.v4.b32") == per_thread
+    assert len([name for name in instructions if name.startswith(("atom", "red"))]) == 2
+    assert not [name for name in instructions if "local" in name]

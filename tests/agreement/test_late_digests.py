@@ -19,7 +19,7 @@ from tests.agreement.bodies import Fault, Job, Result, train_all
 from tests.agreement.late import LateHasher
 from tests.harness import run_replicas
 
-pytestmark = pytest.mark.xdist_group("late digests")  # whose results are made once
+pytestmark = pytest.mark.xdist_group("late")  # whose results are made once
 
 EVERYONE = (0, 1, 2)
 
