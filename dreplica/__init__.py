@@ -6,18 +6,20 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from dreplica.agreement.agreement import Agreement
     from dreplica.agreement.fingerprint import fingerprint
+    from dreplica.agreement.hashing import Hasher
     from dreplica.agreement.verdict import Divergence
     from dreplica.diagnosis.own_step import diagnose
     from dreplica.replica.replica import Replica
     from dreplica.replica.wiring import check_wiring
 
-__all__ = ["Agreement", "Divergence", "Replica", "check_wiring", "diagnose", "fingerprint"]
+__all__ = ["Agreement", "Divergence", "Hasher", "Replica", "check_wiring", "diagnose", "fingerprint"]
 
 # Imported when they are asked for: torch takes seconds and half a gigabyte, a worker has things to do before it, and
 # `dreplica compare` needs none.
 _MODULES = {
     "Agreement": "dreplica.agreement.agreement",
     "Divergence": "dreplica.agreement.verdict",
+    "Hasher": "dreplica.agreement.hashing",
     "Replica": "dreplica.replica.replica",
     "check_wiring": "dreplica.replica.wiring",
     "diagnose": "dreplica.diagnosis.own_step",

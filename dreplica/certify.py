@@ -94,6 +94,9 @@ def judge(straight: Path, interrupted: Path, at_step: int, code: int, output: st
     skipped = [line for line in other["warnings"] if line.startswith("skipped checkpoint")]
     if skipped or other["run"]["resumed_from"] != at_step:
         return Certificate(False, skipped[0] if skipped else f"it went on from step {other['run']['resumed_from']}")
+    one_algorithm, other_algorithm = _algorithm(straight), _algorithm(interrupted)
+    if one_algorithm != other_algorithm:
+        return Certificate(False, f"digests of {one_algorithm} cannot be compared with those of {other_algorithm}")
     difference = _first_difference(straight, interrupted)
     if difference is not None:
         step, stage = difference
@@ -128,6 +131,14 @@ def _first_difference(one: Path, other: Path) -> tuple[int, str] | None:
                 return key[0], stage
     missing = [step for step, _ in here.keys() - there.keys()]
     return (min(missing), "steps") if missing else None
+
+
+def _algorithm(folder: Path) -> str | None:
+    """Of the digests that a run recorded, if any."""
+    try:
+        return RecordedTrace(folder).algorithm
+    except UsageError:
+        return None
 
 
 def _read_trace(folder: Path) -> dict[Key, Mapping[str, str]]:

@@ -22,7 +22,8 @@ log = logging.getLogger(__name__)
 class Referring:
     """What the replicas of a run know of its reference. Rank 0 reads it, and tells the others.
 
-    Creating it and its methods are collectives. Raises SharedUsageError where the reference cannot be used.
+    Creating it and its methods are collectives. Raises SharedUsageError where the reference cannot be used; its digests
+    must be of this run's `algorithm`.
 
     Attributes:
         reference: on rank 0, if there is one.
@@ -30,10 +31,10 @@ class Referring:
             same on all replicas.
     """
 
-    def __init__(self, config: RunConfig, world: World) -> None:
+    def __init__(self, config: RunConfig, world: World, algorithm: str) -> None:
         self.reference: Reference | None = None
         self.differences: list[str] = []
-        self._config, self._world = config, world
+        self._config, self._world, self._algorithm = config, world, algorithm
         self._config_rows: list[RunDifference] = []
         self._manifest_rows: list[RunDifference] = []
         if config.run.reference is not None:
@@ -83,7 +84,7 @@ class Referring:
                 "agreement.every 0 none is. Set --agreement.every 1, or leave run.reference out."
             )
         try:
-            return Reference(Path(self._config.run.reference))
+            return Reference(Path(self._config.run.reference), self._algorithm)
         except UsageError as error:
             raise UsageError(f"run.reference: {error}") from None
 

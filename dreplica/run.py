@@ -10,6 +10,7 @@ from typing import Literal
 from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
 from dreplica.agreement.agreement import Agreement
+from dreplica.agreement.hashing import Hasher, hasher_for
 from dreplica.agreement.recorded import TENSORS_NAME, TRACE_NAME
 from dreplica.agreement.reference import Apart, ReferenceDiffers
 from dreplica.agreement.tensor_record import TensorRecord
@@ -63,6 +64,7 @@ class Run:
         self.explained: Verdict | None = None
         self.start = Start()
         self.stopped_with: ExitCode | None = None
+        self.warnings: list[str] = []
         self.console = Screen()
         run = self.config.run
         name, report = str(run.name), self.config.report
@@ -81,7 +83,8 @@ class Run:
                 # Another replica's input may be unusable, too.
                 check = partial(check_sinks, self.config.report)
                 self.world.together(check if self.world.is_coordinator else lambda: None)
-                self.referring = Referring(self.config, self.world)
+                self.hasher = self.choose_hasher()
+                self.referring = Referring(self.config, self.world, self.hasher.algorithm)
                 self.parts.prepare()
                 self.data, self.replica, self.injector = self.parts.data, self.parts.replica, self.parts.injector
                 self.open_record()
@@ -148,13 +151,16 @@ class Run:
         return self.finish(agreement)
 
     def open_trace(self) -> Trace:
-        """Rank 0's digests go into the run folder."""
+        """Rank 0's digests go into the run folder. A collective."""
+        return self.world.together(self._open_trace)
+
+    def _open_trace(self) -> Trace:
         path = tensors = None
         if self.world.is_coordinator:
             path = self.recorder.folder / TRACE_NAME
             if self.config.agreement.record == "tensors":
                 tensors = TensorRecord(self.recorder.folder / TENSORS_NAME)
-        return Trace(path, self.world.num_replicas, self.start.num_trace_lines, tensors)
+        return Trace(path, self.world.num_replicas, self.start.num_trace_lines, tensors, self.hasher.algorithm)
 
     def go_on(self) -> Start:
         """Where this run begins: at its beginning or, in the folder of an interrupted run, at its newest checkpoint."""
@@ -189,6 +195,18 @@ class Run:
         if differing is not None:
             raise Concluded(diagnosis.not_reproduced(*differing))
 
+    def choose_hasher(self) -> Hasher:
+        """Takes fingerprints on the device where that works on all replicas, so that all have digests of one kind."""
+        own = hasher_for([self.device.device])
+        algorithms = self.channel.gather(own.algorithm)
+        if len(set(algorithms)) == 1:
+            return own
+        each = ", ".join(f"replica {replica_id}: {algorithm}" for replica_id, algorithm in enumerate(algorithms))
+        self.warnings.append(
+            f"fingerprints are taken on the CPU, since not all replicas can take them elsewhere: {each}"
+        )
+        return Hasher()
+
     def make_agreement(self, trace: Trace) -> Agreement:
         """Compares the build, too. Raises Divergence."""
         return Agreement(
@@ -204,6 +222,7 @@ class Run:
             channel=self.channel,
             steps_done=self.start.step,
             stoppable=True,
+            hasher=self.hasher,
         )
 
     def make_history(self) -> History:
@@ -267,7 +286,7 @@ class Run:
     def open_record(self, anew: bool = False) -> None:
         """Opens the run folder: once there is something to keep, so that an unusable run leaves nothing behind."""
         self.recorder.open(self.facts.manifests, anew)
-        self.report.warnings += [f"fault injection: {fault}" for fault in self.config.inject]
+        self.report.warnings += [*self.warnings, *(f"fault injection: {fault}" for fault in self.config.inject)]
         self.report.skipped = self.parts.skipped
 
     def conclude(self, verdict: Verdict) -> ExitCode:

@@ -97,6 +97,17 @@ def test_what_differs_before_the_interruption_was_not_lost_in_it(
     assert found.text.startswith(words)
 
 
+def test_digests_of_different_functions_are_not_compared(tmp_path: Path) -> None:
+    for name, algorithm in (("straight", "one/1"), ("interrupted", "two/1")):
+        (tmp_path / name).mkdir()
+        report = {"warnings": [], "run": {"resumed_from": 1}}
+        (tmp_path / name / "report.json").write_text(json.dumps(report))
+        header = {"algorithm": algorithm, "torch": "2", "replicas": 1}
+        (tmp_path / name / "trace.jsonl").write_text(json.dumps(header) + "\n")
+    found = judge(tmp_path / "straight", tmp_path / "interrupted", 1, ExitCode.AGREED, "")
+    assert (found.passed, found.text) == (False, "digests of one/1 cannot be compared with those of two/1")
+
+
 def test_a_step_that_the_run_does_not_reach(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["certify-resume", "--at-step=10", "--replicas=1", *SMALL]) == ExitCode.UNUSABLE
     printed = capsys.readouterr()

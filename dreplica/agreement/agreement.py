@@ -1,16 +1,17 @@
 """`Agreement`: after every step of any loop, are all replicas still bit for bit the same?"""
 
-from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
 from pydantic import Field
 from torch import Tensor
 
 from dreplica.agreement import protocol
-from dreplica.agreement.place import describe
+from dreplica.agreement.hashing import Hasher, Observation, hasher_for
+from dreplica.agreement.place import describe, describe_algorithms
 from dreplica.agreement.reference import Apart, Reference, ReferenceDiffers, describe_apart
-from dreplica.agreement.stages import STAGES, Optimizers, Stage, batch_stage, tensors_stage
+from dreplica.agreement.stages import STAGES, Entry, Optimizers, Stage, batch_entries, make_stage
 from dreplica.agreement.subject import Expect, Models, Subject
 from dreplica.agreement.trace import Trace
 from dreplica.agreement.verdict import Divergence, Verdict
@@ -37,17 +38,20 @@ class AgreementConfig(Section):
     single tensor, too (tensors.bin: 16 bytes for each), so that `dreplica compare` can name the tensor."""
 
 
-@dataclass(frozen=True)
+@dataclass
 class _Pending:
     step: int
     epoch: int | None
-    stages: dict[str, Stage]
-    posted: Posted
+    observation: Observation
+    word: protocol.Word
+    wants_stop: bool
     phase: str | None
     """`evaluation`, or None."""
     recorded: bool
     """Whether it goes into the trace."""
-    apart: Apart | None
+    posted: Posted | None = field(default=None, init=False)
+    """None: not yet, since the device is still computing the word."""
+    apart: Apart | None = field(default=None, init=False)
     """On rank 0, its difference from the reference."""
 
 
@@ -91,6 +95,8 @@ class Agreement:
         steps_done: of a run that goes on: how many steps it had taken. Its state is compared as it is now, in place of
             the build's.
         channel: how replicas talk; by default a gloo group of its own.
+        hasher: takes the fingerprints, on all replicas alike; by default those of tensors on an NVIDIA GPU there. With
+            `lag` 1 the GPU is then waited for only as far as the step before.
 
     Attributes:
         divergence: the verdict of the first difference; None while there is none.
@@ -98,7 +104,7 @@ class Agreement:
         steps_checked: how many steps were compared.
         bytes_per_step: bytes of tensors that this replica hashed in the newest compared step; 0 before the first.
         agreed_until: the newest step whose state all replicas are known to have agreed on; -1 before the build's.
-        last_word: `protocol.fold` of what this replica compared last; None after a step that is not compared.
+        last_word: stands for what this replica compared last; None after a step that is not compared.
         diverged_stages: this replica's stages at the first difference.
         apart: that difference, if it is one from the reference: the same on all replicas.
     """
@@ -119,6 +125,7 @@ class Agreement:
         channel: Channel | None = None,
         steps_done: int = 0,
         stoppable: bool = False,
+        hasher: Hasher | None = None,
     ) -> None:
         if expect is not None:
             _check_choice("expect", expect, ("identical", "independent", "ddp"))
@@ -130,7 +137,7 @@ class Agreement:
         self.steps_checked = 0
         self.bytes_per_step = 0
         self.agreed_until = -1
-        self.last_word: bytes | None = None
+        self.last_word: protocol.Word | None = None
         self.divergence: Verdict | None = None
         self.diverged_stages: dict[str, Stage] = {}
         self.apart: Apart | None = None
@@ -142,7 +149,13 @@ class Agreement:
         self._lag = lag
         self._stoppable = stoppable
         self._channel = channel or gloo_channel()
-        self._trace = trace or Trace(None, self._channel.size)
+        self._hasher = hasher or hasher_for(tensor.device for tensor in self._subject.tensors())
+        self._trace = trace or Trace(None, self._channel.size, algorithm=self._hasher.algorithm)
+        if self._trace.algorithm != self._hasher.algorithm:
+            raise ValueError(
+                f"trace: its header says {self._trace.algorithm!r}, and digests are {self._hasher.algorithm!r} here; "
+                "create it with algorithm=hasher.algorithm."
+            )
         self._reference = reference
         self._pending: _Pending | None = None
         self._wants_stop = False
@@ -152,7 +165,7 @@ class Agreement:
             build = self._subject.state()
             if not steps_done:
                 build.pop("optimizer", None)  # it has no state yet, and its settings are compared at step 1
-            self._check(steps_done, None, self._make(build), lag=0, recorded=not steps_done)
+            self._check(steps_done, None, self._start(build), lag=0, recorded=not steps_done)
 
     def step(
         self,
@@ -188,11 +201,11 @@ class Agreement:
         self._wants_stop = self._wants_stop or stop
         self.last_word = None
         if self._every and (check or self.steps_done % self._every == 0):
-            stages = self.observe(indices=indices, batch=batch, outputs=outputs, loss=loss)
-            self.bytes_per_step = sum(stage.num_bytes for stage in stages.values())
-            self._check(self.steps_done, epoch, stages)
+            observation = self._observe(indices, batch, outputs, loss)
+            self.bytes_per_step = observation.num_bytes
+            self._check(self.steps_done, epoch, observation)
         elif self._stoppable:
-            self._check(self.steps_done, epoch, {})
+            self._check(self.steps_done, epoch, self._start({}))
             self.last_word = None
         return self._stop
 
@@ -209,12 +222,11 @@ class Agreement:
         self.complete()
         if self._every:
             self._compare_state()
-            makers = {"predictions": lambda: tensors_stage(predictions)}
+            entries: dict[str, Iterable[Entry]] = {"predictions": predictions.items()}
             if batch is not None:
-                makers["batch"] = lambda: batch_stage(batch)
-            stages = self._make(makers)
-            if stages:
-                self._check(self.steps_done, epoch, stages, lag=0, phase="evaluation")
+                entries["batch"] = batch_entries(batch)
+            if self._compared & entries.keys():
+                self._check(self.steps_done, epoch, self._start(entries), lag=0, phase="evaluation")
 
     def finish(self) -> None:
         """Completes what is under way and, where the last step was not compared, compares the final state.
@@ -223,63 +235,75 @@ class Agreement:
         """
         self.complete()
         self._compare_state()
-        self._check(self.steps_done, None, {}, lag=0)
+        self._check(self.steps_done, None, self._start({}), lag=0)
 
     def _compare_state(self) -> None:
         """Compares the state as it is now, unless the last step's comparison has."""
         state = self._subject.state()
         if self._last_checked < self.steps_done and self._compared & state.keys():
-            self._check(self.steps_done, None, self._make(state), lag=0)
+            self._check(self.steps_done, None, self._start(state), lag=0)
 
     def fingerprints(self) -> list[dict[str, str]]:
         """The digest of the weights, buffers and optimizer of every replica, 32 hex digits each. A collective."""
         state = self._subject.state()
         return self._channel.gather(
-            {name: state[name]().digest.hex() for name in ("weights", "buffers", "optimizer") if name in state}
+            {
+                name: make_stage(state[name]).digest.hex()
+                for name in ("weights", "buffers", "optimizer")
+                if name in state
+            }
         )
 
     def _check(
         self,
         step: int,
         epoch: int | None,
-        stages: dict[str, Stage],
+        observation: Observation,
         lag: int | None = None,
         phase: str | None = None,
         recorded: bool = True,
     ) -> None:
         self.complete()
-        self.last_word = protocol.fold(step, stages)
-        apart = None
-        if self._reference is not None and recorded and self.divergence is None:
-            apart = self._reference.compare(step, phase is not None, stages)
-        posted = protocol.post(self._channel, self.last_word, self._wants_stop, apart is not None)
-        self._pending = _Pending(step, epoch, stages, posted, phase, recorded, apart)
+        word = self.last_word = protocol.Word(lambda: protocol.fold(step, observation.stages))
+        self._pending = _Pending(step, epoch, observation, word, self._wants_stop, phase, recorded)
+        # Whether it is ready yet, replicas may see differently, and they must post in the same order as they gather.
+        if not self._hasher.is_asynchronous:
+            self._post(self._pending)
         if not (self._lag if lag is None else lag):
             self.complete()
+
+    def _post(self, pending: _Pending) -> Posted:
+        """Starts the comparison with the other replicas; waits for the device, where it is still computing."""
+        if self._reference is not None and pending.recorded and self.divergence is None:
+            is_evaluation = pending.phase is not None
+            pending.apart = self._reference.compare(pending.step, is_evaluation, pending.observation.stages)
+        differs = pending.apart is not None
+        pending.posted = protocol.post(self._channel, pending.word.value, pending.wants_stop, differs)
+        return pending.posted
 
     def complete(self) -> bool:
         """Completes the comparison that is under way, if one is; returns what `step` does."""
         pending, self._pending = self._pending, None
         if pending is None:
             return self._stop
-        outcome = protocol.read(self._channel, pending.posted)
+        outcome = protocol.read(self._channel, pending.posted or self._post(pending))
+        stages = pending.observation.stages
         self._stop = self._stop or outcome.stop
-        if pending.stages and pending.phase is None:
+        if stages and pending.phase is None:
             self._last_checked = pending.step
             if pending.step > 0 and pending.recorded:
                 self.steps_checked += 1
             if outcome.agreed and not outcome.apart and self.divergence is None:
                 self.agreed_until = pending.step
-        if pending.stages and pending.recorded:
-            self._trace.step(pending.step, pending.epoch, outcome.agreed, pending.stages)
+        if stages and pending.recorded:
+            self._trace.step(pending.step, pending.epoch, outcome.agreed, stages)
         if not outcome.agreed and self.divergence is None:
-            self.diverged_stages = pending.stages
-            place = protocol.locate(self._channel, pending.step, pending.stages, pending.phase)
-            self.divergence = describe(place, pending.epoch, self._channel.size, self._expect == "ddp")
+            self.diverged_stages = stages
+            self.divergence = self._describe(pending)
             if self._on_divergence == "stop":
                 raise Divergence(self.divergence)
         elif outcome.apart and self.divergence is None:
-            self.diverged_stages = pending.stages
+            self.diverged_stages = stages
             apart: Apart = self._channel.gather(pending.apart)[0]
             self.apart = apart
             self.divergence = describe_apart(apart, pending.epoch, self._channel.size)
@@ -296,19 +320,34 @@ class Agreement:
         loss: Tensor | None = None,
     ) -> dict[str, Stage]:
         """This replica's stages as they are now, without comparing them; arguments as in `step`."""
-        output = {name: value for name, value in (("logits", outputs), ("loss", loss)) if value is not None}
-        makers = {"gradients": self._subject.gradients} | self._subject.state()
-        if indices is not None:
-            makers["indices"] = lambda: tensors_stage({"indices": indices})
-        if batch is not None:
-            makers["batch"] = lambda: batch_stage(batch)
-        if output:
-            makers["output"] = lambda: batch_stage(output)
-        return self._make(makers)
+        return self._observe(indices, batch, outputs, loss).stages
 
-    def _make(self, makers: Mapping[str, Callable[[], Stage]]) -> dict[str, Stage]:
-        """Those of the stages that are compared, in causal order."""
-        return {name: makers[name]() for name in STAGES if name in makers and name in self._compared}
+    def _observe(
+        self, indices: Tensor | None, batch: Batch | None, outputs: Batch | None, loss: Tensor | None
+    ) -> Observation:
+        output = {name: value for name, value in (("logits", outputs), ("loss", loss)) if value is not None}
+        entries = {"gradients": self._subject.gradients()} | self._subject.state()
+        if indices is not None:
+            entries["indices"] = [("indices", indices)]
+        if batch is not None:
+            entries["batch"] = batch_entries(batch)
+        if output:
+            entries["output"] = batch_entries(output)
+        return self._start(entries)
+
+    def _start(self, entries: Mapping[str, Iterable[Entry]]) -> Observation:
+        """Hashes those of the stages that are compared, in causal order."""
+        return self._hasher.start(
+            {name: entries[name] for name in STAGES if name in entries and name in self._compared}
+        )
+
+    def _describe(self, pending: _Pending) -> Verdict:
+        """What replicas differ in. A collective."""
+        algorithms = self._channel.gather(self._hasher.algorithm)
+        if len(set(algorithms)) > 1:
+            return describe_algorithms(pending.step, algorithms)
+        place = protocol.locate(self._channel, pending.step, pending.observation.stages, pending.phase)
+        return describe(place, pending.epoch, self._channel.size, self._expect == "ddp")
 
 
 def _check_choice(name: str, value: Any, choices: Sequence[Any]) -> None:

@@ -60,9 +60,9 @@ def digest_tensor(name: str, tensor: Tensor) -> bytes:
     if tensor.layout is torch.sparse_coo:
         whole = tensor.detach().coalesce()
         parts = _content(name, whole.indices()) + _content(name, whole.values())
-        return xxhash.xxh3_128_digest(_header(name, tensor.dtype, tensor.shape, "sparse_coo") + parts)
+        return xxhash.xxh3_128_digest(header(name, tensor.dtype, tensor.shape, "sparse_coo") + parts)
     content = _content(name, tensor)
-    return xxhash.xxh3_128_digest(_header(name, tensor.dtype, tensor.shape) + content)
+    return xxhash.xxh3_128_digest(header(name, tensor.dtype, tensor.shape) + content)
 
 
 def digest_bytes(name: str, data: bytes) -> bytes:
@@ -75,6 +75,12 @@ def num_bytes(tensor: Tensor) -> int:
     if tensor.layout is torch.sparse_coo:
         return tensor._indices().nbytes + tensor._values().nbytes
     return tensor.nbytes
+
+
+@lru_cache(maxsize=65536)
+def header(name: str, dtype: torch.dtype, shape: torch.Size, layout: str = "strided") -> bytes:
+    """What a digest covers besides a tensor's bytes."""
+    return f"{name}\0{dtype}\0{tuple(shape)}\0{layout}\0".encode()
 
 
 def _content(name: str, tensor: Tensor) -> bytes:
@@ -99,15 +105,12 @@ def _as_array(tensor: Tensor) -> numpy.ndarray:
         tensor = tensor.cpu()
     if tensor.is_conj() or tensor.is_neg():
         tensor = tensor.resolve_conj().resolve_neg()
+    if not tensor.numel():
+        return numpy.empty(0, numpy.uint8)  # a slice without elements has strides that no view as bytes allows
     tensor = tensor.contiguous()
     if tensor.dtype not in _NUMPY_HAS:
         tensor = tensor.reshape(-1).view(torch.uint8)
     return tensor.numpy()
-
-
-@lru_cache(maxsize=65536)
-def _header(name: str, dtype: torch.dtype, shape: torch.Size, layout: str = "strided") -> bytes:
-    return f"{name}\0{dtype}\0{tuple(shape)}\0{layout}\0".encode()
 
 
 @lru_cache

@@ -122,6 +122,21 @@ def describe(place: Place, epoch: int | None, num_replicas: int, ddp: bool = Fal
     )
 
 
+def describe_algorithms(step: int, algorithms: Sequence[str]) -> Verdict:
+    """The verdict where replicas take fingerprints by different functions: nothing is known of their state."""
+    classes = split_into_classes([algorithm.encode() for algorithm in algorithms])
+    return Verdict(
+        agreed=False,
+        cause="environment-differs",
+        summary=f"replicas take fingerprints by different functions, which cannot be compared; classes {classes}",
+        step=step,
+        suspects=suspects_of(classes),
+        classes=classes,
+        evidence=[f"replicas {ids}: {algorithms[ids[0]]}" for ids in classes],
+        remedy=["dreplica.Agreement(..., hasher=dreplica.Hasher())  # on every replica: all on the CPU"],
+    )
+
+
 def _evidence(place: Place) -> list[str]:
     if place.stage is None:
         return ["replicas compare different steps: some took a step, or an evaluation, that others did not"]

@@ -6,8 +6,9 @@ the smallest: all are equal. The message has 40 bytes whatever the number of rep
 """
 
 import struct
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 import xxhash
@@ -35,6 +36,21 @@ def fold(step: int, stages: Mapping[str, Stage]) -> bytes:
     return xxhash.xxh3_128_digest(
         struct.pack("<q", step) + b"".join(name.encode() + b"\0" + stage.digest for name, stage in stages.items())
     )
+
+
+class Word:
+    """16 bytes that stand for what a replica observed; `compute` is called when they are first needed.
+
+    By then a device may have to be waited for.
+    """
+
+    def __init__(self, compute: Callable[[], bytes]) -> None:
+        self._compute = compute
+
+    @cached_property
+    def value(self) -> bytes:
+        """What `compute` returns."""
+        return self._compute()
 
 
 def message(word: bytes, stop: bool, apart: bool = False) -> Tensor:

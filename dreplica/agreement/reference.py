@@ -36,19 +36,21 @@ class Reference:
 
     Args:
         path: of the run folder, or of the trace itself.
+        algorithm: of this run's digests.
 
     Attributes:
         trace: as read through.
         num_compared: how many checked steps and evaluations have been compared so far, and were the same.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, algorithm: str = ALGORITHM) -> None:
         self.trace = RecordedTrace(path)
         self._name = str(path)
-        if self.trace.algorithm != ALGORITHM:
+        if self.trace.algorithm != algorithm:
             raise UsageError(
                 f"{str(self.trace.path)!r} has digests of algorithm {self.trace.algorithm!r}, and this run's are of "
-                f"{ALGORITHM!r}: they would differ whatever the runs did. Record it again with this release."
+                f"{algorithm!r}: they would differ whatever the runs did. Record it again with this release, on the "
+                "same kind of device."
             )
         self.trace.read_through()
         self.num_compared = 0

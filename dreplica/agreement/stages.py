@@ -2,7 +2,7 @@
 
 import random
 import struct
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy
@@ -49,17 +49,27 @@ def batch_stage(batch: Tensor | Mapping[str, Any] | Sequence[Any]) -> Stage:
 
     NumPy arrays, numbers and strings count too. Raises TypeError for anything else, naming its place.
     """
-    return make_stage(_batch_entries("", batch))
+    return make_stage(batch_entries(batch))
 
 
 def weights_stage(model: nn.Module) -> Stage:
     """All parameters, in the order of their registration (tied ones once)."""
-    return tensors_stage(named_weights(model))
+    return make_stage(weight_entries(model))
+
+
+def weight_entries(model: nn.Module) -> Iterable[Entry]:
+    """What `weights_stage` hashes."""
+    return named_weights(model).items()
 
 
 def buffers_stage(model: nn.Module) -> Stage:
     """All buffers, those that are not saved included."""
-    return tensors_stage(named_buffers(model))
+    return make_stage(buffer_entries(model))
+
+
+def buffer_entries(model: nn.Module) -> Iterable[Entry]:
+    """What `buffers_stage` hashes."""
+    return named_buffers(model).items()
 
 
 def gradients_stage(model: nn.Module) -> Stage:
@@ -67,8 +77,13 @@ def gradients_stage(model: nn.Module) -> Stage:
 
     The name of one that requires none ends in ` (requires_grad=False)`.
     """
+    return make_stage(gradient_entries(model))
+
+
+def gradient_entries(model: nn.Module) -> Iterable[Entry]:
+    """What `gradients_stage` hashes."""
     parameters = reversed(named_weights(model).items())
-    return make_stage((name + _FROZEN * (not each.requires_grad), each.grad) for name, each in parameters)
+    return ((name + _FROZEN * (not each.requires_grad), each.grad) for name, each in parameters)
 
 
 def optimizer_stage(model: nn.Module, optimizer: Optimizers, *others: Any) -> Stage:
@@ -94,9 +109,11 @@ def parameter_names(model: nn.Module, optimizer: torch.optim.Optimizer, own_name
 
     `own_name`: the optimizer's among several.
     """
-    names: dict[Tensor, str] = {
-        parameter: _prefixed(own_name, name) for name, parameter in named_weights(model).items()
-    }
+    return _names(named_weights(model), optimizer, own_name)
+
+
+def _names(named: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer, own_name: str) -> dict[Tensor, str]:
+    names: dict[Tensor, str] = {parameter: _prefixed(own_name, name) for name, parameter in named.items()}
     for index, group in enumerate(optimizer.param_groups):
         for position, parameter in enumerate(group["params"]):
             names.setdefault(parameter, _prefixed(own_name, f"group{index}.params.{position}"))
@@ -136,21 +153,32 @@ def rng_entries() -> list[Entry]:
 
 
 def make_stage(entries: Iterable[Entry]) -> Stage:
-    """Hashes the entries."""
+    """Hashes the entries, on the CPU."""
     digests: dict[str, bytes] = {}
     total = 0
-    for given, value in entries:
-        name = given if given not in digests else _unused(given, digests)
-        if isinstance(value, Tensor):
-            digests[name] = digest_tensor(name, value)
-            total += num_bytes(value)
-        else:
-            digests[name] = ABSENT if value is None else digest_bytes(name, value)
+    for name, value in with_distinct_names(entries):
+        digests[name] = digest_entry(name, value)
+        total += num_bytes(value) if isinstance(value, Tensor) else 0
     return Stage(tuple(digests), b"".join(digests.values()), total)
 
 
-def _unused(name: str, taken: Mapping[str, bytes]) -> str:
-    """Two schedulers of one class, say, must not hide each other: `StepLR.last_epoch`, `StepLR.last_epoch#2`."""
+def digest_entry(name: str, value: Tensor | bytes | None) -> bytes:
+    """16 bytes over one entry, computed on the CPU."""
+    if isinstance(value, Tensor):
+        return digest_tensor(name, value)
+    return ABSENT if value is None else digest_bytes(name, value)
+
+
+def with_distinct_names(entries: Iterable[Entry]) -> Iterator[Entry]:
+    """The entries; two schedulers of one class, say, do not hide each other: `StepLR.last_epoch#2`."""
+    taken: set[str] = set()
+    for given, value in entries:
+        name = given if given not in taken else _unused(given, taken)
+        taken.add(name)
+        yield name, value
+
+
+def _unused(name: str, taken: Container[str]) -> str:
     number = 2
     while f"{name}#{number}" in taken:
         number += 1
@@ -159,9 +187,10 @@ def _unused(name: str, taken: Mapping[str, bytes]) -> str:
 
 def optimizer_entries(model: nn.Module, optimizers: Optimizers, *others: Any) -> Iterable[Entry]:
     """What `optimizer_stage` hashes."""
-    own = {id(parameter) for parameter in model.parameters()}
+    named = named_weights(model)  # once: in a large model it takes longer than the rest
+    own = set(map(id, named.values()))
     for own_name, optimizer in by_name(optimizers).items():
-        names = parameter_names(model, optimizer, own_name)
+        names = _names(named, optimizer, own_name)
         for index, group in enumerate(optimizer.param_groups):
             settings = {key: value for key, value in group.items() if key not in _NOT_STATE}
             yield from _leaves(_prefixed(own_name, f"group{index}"), settings)
@@ -176,7 +205,24 @@ def optimizer_entries(model: nn.Module, optimizers: Optimizers, *others: Any) ->
                 yield from _leaves(_prefixed(own_name, f"state.{key if isinstance(key, str) else number}"), state)
     for other in others:
         if other is not None:
-            yield from _leaves(type(other).__name__, other.state_dict())
+            yield from _leaves(type(other).__name__, _state_of(other))
+
+
+def _state_of(other: Any) -> Mapping[str, Any]:
+    """Its `state_dict`; of a GradScaler the tensors in it, since to read those off a GPU is to wait for it."""
+    if not isinstance(other, torch.amp.GradScaler) or not other.is_enabled():
+        return other.state_dict()
+    scale, tracker = other._scale, other._growth_tracker
+    if scale is None or tracker is None:  # until it is first used, or after a resume: the same in numbers
+        state = other.state_dict()
+        scale = torch.tensor(state["scale"], dtype=torch.float32)
+        tracker = torch.tensor(state["_growth_tracker"], dtype=torch.int32)
+    settings = ("growth_factor", "backoff_factor", "growth_interval")
+    return {
+        "scale": scale,
+        **{name: getattr(other, f"get_{name}")() for name in settings},
+        "_growth_tracker": tracker,
+    }
 
 
 def _prefixed(own_name: str, name: str) -> str:
@@ -197,6 +243,11 @@ def _leaves(name: str, value: Any) -> Iterable[tuple[str, Tensor | bytes]]:
     else:
         named = value if hasattr(value, "__qualname__") else type(value)
         yield name, f"{named.__module__}.{named.__qualname__}".encode()
+
+
+def batch_entries(batch: Tensor | Mapping[str, Any] | Sequence[Any]) -> Iterable[Entry]:
+    """What `batch_stage` hashes."""
+    return _batch_entries("", batch)
 
 
 def _batch_entries(name: str, value: Any) -> Iterable[tuple[str, Tensor | bytes]]:

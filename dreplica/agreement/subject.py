@@ -1,22 +1,21 @@
 """Whose state is compared: one model or several, bare or wrapped, with what trains them; and what of it must agree."""
 
-from collections.abc import Callable, Collection, Mapping, Sequence
-from functools import partial
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any, Literal
 
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from dreplica.agreement.stages import (
     STAGES,
+    Entry,
     Optimizers,
-    Stage,
-    buffers_stage,
+    buffer_entries,
     by_name,
-    gradients_stage,
-    optimizer_stage,
-    rng_stage,
-    weights_stage,
+    gradient_entries,
+    optimizer_entries,
+    rng_entries,
+    weight_entries,
 )
 from dreplica.section import nearest
 
@@ -50,20 +49,24 @@ class Subject:
         self.is_ddp = bool(wrapped)
         self._mends_buffers = all(each.broadcast_buffers for each in wrapped)
 
-    def gradients(self) -> Stage:
-        """As they are now."""
-        return gradients_stage(self.model)
+    def tensors(self) -> Iterable[Tensor]:
+        """Parameters and buffers."""
+        return (*self.model.parameters(), *self.model.buffers())
 
-    def state(self) -> dict[str, Callable[[], Stage]]:
-        """How to make the stages that exist at any time."""
+    def gradients(self) -> Iterable[Entry]:
+        """As they are now."""
+        return gradient_entries(self.model)
+
+    def state(self) -> dict[str, Iterable[Entry]]:
+        """The entries of the stages that exist at any time."""
         model = self.model
-        stages: dict[str, Callable[[], Stage]] = {
-            "buffers": partial(buffers_stage, model),
-            "weights": partial(weights_stage, model),
-            "rng": rng_stage,
+        stages: dict[str, Iterable[Entry]] = {
+            "buffers": buffer_entries(model),
+            "weights": weight_entries(model),
+            "rng": rng_entries(),
         }
         if self.optimizers:
-            stages["optimizer"] = partial(optimizer_stage, model, self.optimizers, *self.others)
+            stages["optimizer"] = optimizer_entries(model, self.optimizers, *self.others)
         return stages
 
     def compared(self, expect: Expect, stages: Collection[str] | None) -> frozenset[str]:

@@ -15,6 +15,7 @@ import torch
 from dreplica.agreement.fingerprint import ALGORITHM
 from dreplica.agreement.stages import STAGES, Stage
 from dreplica.agreement.tensor_record import TensorRecord
+from dreplica.errors import UsageError
 
 
 class Trace:
@@ -28,8 +29,12 @@ class Trace:
         num_replicas: for the header.
         num_lines: of the lines that are there already, those of what is not done again.
         tensors: where the digests of single tensors are recorded beside it; None: nowhere.
+        algorithm: of the digests, for the header.
+
+    Raises UsageError if the digests that are there already are of another algorithm.
 
     Attributes:
+        algorithm: as given.
         num_lines: lines of what has been done so far.
         num_missing: of those that should be there already, how many are not.
         not_reproduced: the first step, with its stage, that came out otherwise than it had been recorded; None if none
@@ -37,14 +42,21 @@ class Trace:
     """
 
     def __init__(
-        self, path: Path | None, num_replicas: int, num_lines: int = 0, tensors: TensorRecord | None = None
+        self,
+        path: Path | None,
+        num_replicas: int,
+        num_lines: int = 0,
+        tensors: TensorRecord | None = None,
+        algorithm: str = ALGORITHM,
     ) -> None:
+        self.algorithm = algorithm
         self.num_lines, self.num_missing = num_lines, 0
         self.not_reproduced: tuple[int, str] | None = None
         self._recorded: deque[str] = deque()
         self._file = None
         self._tensors = tensors
         if path is not None:
+            _check_algorithm(path, algorithm)
             self._recorded, self.num_lines = _recorded_after(path, num_lines)
             self.num_missing = num_lines - self.num_lines
             self._file = path.open("a", encoding="utf-8")
@@ -52,7 +64,7 @@ class Trace:
             self._recorded.popleft()  # its header
             self.num_lines = 1
         elif self.num_lines == 0:
-            self._write({"algorithm": ALGORITHM, "torch": str(torch.__version__), "replicas": num_replicas})
+            self._write({"algorithm": algorithm, "torch": str(torch.__version__), "replicas": num_replicas})
 
     def step(self, step: int, epoch: int | None, agreed: bool, stages: Mapping[str, Stage]) -> None:
         """A checked step: whether all replicas agreed, and this replica's digest of every stage."""
@@ -88,6 +100,20 @@ class Trace:
         self._file.write(json.dumps(line) + "\n")
         self._file.flush()
         return True
+
+
+def _check_algorithm(path: Path, algorithm: str) -> None:
+    try:
+        with path.open("rb") as file:
+            recorded = json.loads(file.readline())["algorithm"]
+    except (FileNotFoundError, ValueError, LookupError, TypeError):
+        return  # no header, or none that is whole: nothing to go on from
+    if recorded != algorithm:
+        raise UsageError(
+            f"{str(path)!r} has digests of algorithm {recorded!r}, and this run's are of {algorithm!r}: they would "
+            "differ whatever the run did. Go on where it began, on the same kind of device, or begin anew with "
+            "--run.resume never."
+        )
 
 
 def _recorded_after(path: Path, num_lines: int) -> tuple[deque[str], int]:

@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_leaves, tree_map
 
 from dreplica.agreement.agreement import Batch
-from dreplica.agreement.stages import STAGES, Stage, batch_stage
+from dreplica.agreement.stages import STAGES, Stage, batch_stage, make_stage
 from dreplica.agreement.subject import Subject
 from dreplica.diagnosis.operators import OpRecord, OpTracer
 from dreplica.diagnosis.provenance import DIGEST_BYTES, Contents
@@ -44,7 +44,7 @@ class Repeated:
     def __init__(self, step: Callable[[Any], Any], batch: Batch, subject: Subject) -> None:
         self.parts = _OwnParts(subject.model, subject.optimizers, subject.others)
         self.batch = {"batch": batch_stage(batch)}
-        self.state = {name: make() for name, make in subject.state().items()}
+        self.state = {name: make_stage(entries) for name, entries in subject.state().items()}
         self._step, self._given, self._subject = step, batch, subject
         self._present = take_snapshot(self.parts)
         self._before: Snapshot | None = None
@@ -66,11 +66,11 @@ class Repeated:
             returned = self._step(batch)
         tracer.records = _with_turns(tracer.records)
         outputs = [leaf for leaf in tree_leaves(returned) if isinstance(leaf, Tensor)]
-        makers = self._subject.state() | {"gradients": lambda: _joined(gradients or [self._subject.gradients()])}
+        made = {name: make_stage(entries) for name, entries in self._subject.state().items()}
+        made["gradients"] = _joined(gradients or [make_stage(self._subject.gradients())])
         if outputs:
-            named = {f"returned.{number}": tensor for number, tensor in enumerate(outputs)}
-            makers["output"] = lambda: batch_stage(named)
-        stages = {name: makers[name]() for name in STAGES if name in makers}
+            made["output"] = batch_stage({f"returned.{number}": tensor for number, tensor in enumerate(outputs)})
+        stages = {name: made[name] for name in STAGES if name in made}
         generator = torch.get_rng_state().numpy().tobytes()
         return Replayed(stages, tracer, _all_accounted(tracer), generator, layout(self.parts.model, inputs))
 
@@ -91,7 +91,7 @@ def _gradients_used(subject: Subject) -> Iterator[list[Stage]]:
 
     def note(*_: Any) -> None:
         with _disable_current_modes():  # what it takes to hash them is no operator of the step's
-            stages.append(subject.gradients())
+            stages.append(make_stage(subject.gradients()))
 
     handles = [optimizer.register_step_pre_hook(note) for optimizer in subject.optimizers.values()]
     try:

@@ -96,7 +96,7 @@ class Replayer:
                 self._before = take_snapshot(self._replica)
                 return None
             stages = self._take(self._load(entry.indices, entry))
-            if entry.word is not None and fold(entry.step, stages) != entry.word:
+            if entry.word is not None and fold(entry.step, stages) != entry.word.value:
                 return entry.step
         raise AssertionError(f"step {step} is not in the history")
 

@@ -5,6 +5,7 @@ from typing import Any
 
 from torch import Tensor
 
+from dreplica.agreement.protocol import Word
 from dreplica.replica.replica import Replica
 from dreplica.replica.rng import get_rng_state
 from dreplica.training.plain_state import PlainState
@@ -21,8 +22,8 @@ class StepEntry:
     """Of the batch in its epoch, from 0."""
     indices: Tensor
     """(batch,) int64: the samples, as this replica received them."""
-    word: bytes | None
-    """16 bytes over this replica's state after the step, as compared; None if the step was not compared."""
+    word: Word | None
+    """Over this replica's state after the step, as compared; None if the step was not compared."""
     generator: bytes = b""
     """State of torch's CPU generator after the step."""
 

@@ -12,9 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from dreplica.agreement.agreement import Agreement
+from dreplica.agreement.hashing import Hasher
 from dreplica.agreement.trace import Trace
 from dreplica.agreement.verdict import Divergence, Verdict
 from dreplica.world.process_group import World
+from tests.agreement.late import LateHasher
 
 
 @dataclass(frozen=True)
@@ -58,6 +60,8 @@ class Job:
     """Which replica wants to stop, and at which step."""
     trace: str | None = None
     """A folder for every replica's trace."""
+    late: tuple[int, ...] = ()
+    """Replicas whose digests come late, as a GPU's do."""
 
 
 @dataclass(frozen=True)
@@ -113,8 +117,9 @@ def train(world: World, job: Job) -> Result:
 
     plant(0, "weights", model[5].bias)
     path = None if job.trace is None else Path(job.trace) / f"{world.replica_id}.jsonl"
+    hasher = LateHasher() if world.replica_id in job.late else Hasher()
     agreement, stops, raised = None, [], False
-    with Trace(path, world.num_replicas) as trace:
+    with Trace(path, world.num_replicas, algorithm=hasher.algorithm) as trace:
         try:
             agreement = Agreement(
                 model,
@@ -125,6 +130,7 @@ def train(world: World, job: Job) -> Result:
                 on_divergence=job.on_divergence,
                 trace=trace,
                 channel=world.channel,
+                hasher=hasher,
             )
             for step in range(1, job.steps + 1):
                 generator = torch.Generator().manual_seed(1000 + step)

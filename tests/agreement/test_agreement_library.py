@@ -144,7 +144,7 @@ def test_what_a_replay_goes_by() -> None:
     agreement.step(check=True)
     words.append(agreement.last_word)
     state = agreement.observe()
-    assert words == [None, fold(2, state), None, fold(4, state), fold(5, state)]
+    assert [word and word.value for word in words] == [None, fold(2, state), None, fold(4, state), fold(5, state)]
     assert agreed == [0, 2, 2, 4]
     assert agreement.agreed_until == 5
     agreement.step()

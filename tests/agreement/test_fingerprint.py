@@ -156,6 +156,11 @@ def test_empty_tensors_differ_by_shape_and_dtype(shape: tuple[int, ...]) -> None
     assert digest(torch.empty(shape)) != digest(torch.empty(shape, dtype=torch.int32))
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_slice_without_elements_has_the_digest_of_an_empty_tensor(dtype: torch.dtype) -> None:
+    assert digest(torch.zeros(4, dtype=dtype)[0:0:2]) == digest(torch.zeros(0, dtype=dtype))
+
+
 def test_bytes_differ_by_name_and_content() -> None:
     digests = {digest_bytes(name, data) for name in ("a", "b") for data in (b"", b"x", b"y")}
     assert len(digests) == 6

@@ -301,3 +301,18 @@ def test_addresses_do_not_count(make: Callable[[], Any]) -> None:
     one, two = make(), make()
     assert one is not two
     assert changed(of_others(Keeper(v=one)), of_others(Keeper(v=two))) == []
+
+
+def test_a_scaler_that_goes_on_has_the_entries_of_the_one_that_was_saved() -> None:
+    used = torch.amp.GradScaler("cpu", init_scale=8.0, growth_interval=1)
+    unused = of_others(used)
+    weight = torch.ones(1, requires_grad=True)
+    optimizer = torch.optim.SGD([weight], lr=0.1)
+    used.scale(weight.sum()).backward()
+    used.step(optimizer)
+    assert of_others(used) == unused
+    used.update()
+    restored = torch.amp.GradScaler("cpu")
+    restored.load_state_dict(used.state_dict())
+    assert of_others(restored) == of_others(used)
+    assert changed(unused, of_others(used)) == ["GradScaler.scale"]

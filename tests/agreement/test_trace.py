@@ -11,6 +11,7 @@ from dreplica.agreement.agreement import Agreement
 from dreplica.agreement.fingerprint import ALGORITHM
 from dreplica.agreement.stages import tensors_stage
 from dreplica.agreement.trace import Trace
+from dreplica.errors import UsageError
 from tests.agreement.bodies import Job, train_all
 from tests.harness import run_replicas
 
@@ -106,6 +107,25 @@ def test_what_came_after_replicas_had_parted_is_not_expected_again(tmp_path: Pat
     again = record(path, range(2, 6), num_lines=2)
     assert again.not_reproduced is None
     assert len(path.read_text().splitlines()) == 7
+
+
+def test_digests_of_another_algorithm_are_not_compared_with(tmp_path: Path) -> None:
+    path = tmp_path / "trace.jsonl"
+    record(path, range(1, 4))
+    whole = path.read_bytes()
+    with pytest.raises(UsageError, match=r"algorithm 'xxh3-128/1', and this run's are of 'other/1'.*--run.resume"):
+        Trace(path, 1, 2, algorithm="other/1")
+    assert path.read_bytes() == whole
+    Trace(tmp_path / "other.jsonl", 1, algorithm="other/1").close()
+    assert json.loads((tmp_path / "other.jsonl").read_text())["algorithm"] == "other/1"
+
+
+def test_the_header_is_that_of_the_digests(tmp_path: Path) -> None:
+    with (
+        Trace(tmp_path / "trace.jsonl", 1, algorithm="other/1") as trace,
+        pytest.raises(ValueError, match=r"trace: its header says 'other/1', and digests are 'xxh3-128/1' here"),
+    ):
+        Agreement(torch.nn.Linear(2, 2), trace=trace)
 
 
 @pytest.mark.parametrize("tail", [b'{"step": 3, "ep', b"\0" * 40 + b"\n", b"\xff\n", b"3\n", b'{"step": 3}\n'])

@@ -1,0 +1,139 @@
+"""The kernel that computes `multilinear.content` of any number of tensors in one launch; written in Triton."""
+
+# mypy: disallow-untyped-defs=False
+# Triton's functions take tensors of its own, and numbers that it makes constants of.
+
+from contextlib import nullcontext
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from dreplica.agreement import multilinear
+from dreplica.agreement.device_table import FIELDS
+
+_GOLDEN = tl.constexpr(multilinear.GOLDEN)
+_COLUMN_SEED = tl.constexpr(multilinear.COLUMN_SEED)
+_MIX_1, _MIX_2 = tl.constexpr(multilinear.MIX_1), tl.constexpr(multilinear.MIX_2)
+
+
+def launch(addresses: Tensor, table: Tensor, programs: Tensor, out: Tensor) -> None:
+    """Adds each tensor's content to its row of `out`, on the current stream of their device.
+
+    Args:
+        addresses: (num_tensors,) int64, where each tensor begins.
+        table: (num_tensors, FIELDS) int64.
+        programs: (num_programs, 2) int32: a tensor, and which of its blocks; each block of each tensor once.
+        out: (num_tensors, 2) int64, two lanes; bit for bit what `multilinear` calls uint64.
+    """
+    if not len(programs):
+        return
+    rows, columns = multilinear.ROWS, multilinear.COLUMNS
+    with torch.cuda.device(out.device) if out.is_cuda else nullcontext():
+        _content[(len(programs),)](addresses, table, programs, out, rows, columns, FIELDS, num_warps=4)
+
+
+@triton.jit
+def _content(
+    addresses,
+    table,
+    programs,
+    out,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    FIELDS: tl.constexpr,
+):
+    """One block of one tensor. Adding up with integer atomics, the order in which programs end does not matter."""
+    program = tl.program_id(0).to(tl.int64)
+    tensor = tl.load(programs + 2 * program).to(tl.int64)
+    block = tl.load(programs + 2 * program + 1).to(tl.int64)
+    fields = table + tensor * FIELDS
+    start = block * (4 * ROWS * COLUMNS)
+    left = tl.load(fields) - start
+    num_rows = tl.minimum((left + (4 * COLUMNS - 1)) // (4 * COLUMNS), ROWS).to(tl.int32)
+    address = tl.load(addresses + tensor)
+    here = address + start
+    columns = tl.arange(0, COLUMNS)
+    sum_0 = tl.full((COLUMNS,), 0, tl.uint64)
+    sum_1 = tl.full((COLUMNS,), 0, tl.uint64)
+    unit = tl.load(fields + 1)
+    if unit == 0:
+        if (here % 16 == 0) & (left >= 4 * ROWS * COLUMNS):
+            words = tl.multiple_of(here.to(tl.pointer_type(tl.uint32)), 16)
+            for row in tl.static_range(ROWS):
+                word = tl.load(words + (row * COLUMNS + columns))
+                sum_0, sum_1 = _add(sum_0, sum_1, word, row)
+        elif (here % 4 == 0) & (left % 4 == 0):
+            words = here.to(tl.pointer_type(tl.uint32))
+            for row in range(num_rows):
+                at = row * COLUMNS + columns
+                word = tl.load(words + at, mask=4 * at < left, other=0)
+                sum_0, sum_1 = _add(sum_0, sum_1, word, row)
+        else:
+            for row in range(num_rows):
+                word = _gather(address, fields, start, left, row * COLUMNS + columns, 1, tl.uint8, False)
+                sum_0, sum_1 = _add(sum_0, sum_1, word, row)
+    else:
+        for row in range(num_rows):
+            at = row * COLUMNS + columns
+            if unit == 4:
+                word = _gather(address, fields, start, left, at, 4, tl.uint32, True)
+            elif unit == 2:
+                word = _gather(address, fields, start, left, at, 2, tl.uint16, True)
+            else:
+                word = _gather(address, fields, start, left, at, 1, tl.uint8, True)
+            sum_0, sum_1 = _add(sum_0, sum_1, word, row)
+    columns_before = (block * COLUMNS + columns).to(tl.uint64)
+    mixed_0 = _mix64(sum_0 + _mix64((columns_before * 2 + 1) * _GOLDEN + _COLUMN_SEED))
+    mixed_1 = _mix64(sum_1 + _mix64((columns_before * 2 + 2) * _GOLDEN + _COLUMN_SEED))
+    slot = out + 2 * tensor
+    tl.atomic_add(slot, tl.sum(mixed_0).to(tl.int64, bitcast=True), sem="relaxed")
+    tl.atomic_add(slot + 1, tl.sum(mixed_1).to(tl.int64, bitcast=True), sem="relaxed")
+
+
+@triton.jit
+def _add(sum_0, sum_1, word, row):
+    """Both lanes' sums, with a row of words added."""
+    number = tl.full((), 0, tl.uint64) + row
+    turned = (word << 16) | (word >> 16)
+    sum_0 += word.to(tl.uint64) * (_mix64((number * 2 + 1) * _GOLDEN) | 1)
+    sum_1 += turned.to(tl.uint64) * (_mix64((number * 2 + 2) * _GOLDEN) | 1)
+    return sum_0, sum_1
+
+
+@triton.jit
+def _gather(address, fields, start, left, at, UNIT: tl.constexpr, UNIT_DTYPE: tl.constexpr, STRIDED: tl.constexpr):
+    """Words `at` of a block, put together from units of memory; beyond the tensor's end, zero.
+
+    Only the place where the block begins takes 64 bits to divide: from there on an element's index is small.
+    """
+    shift = tl.load(fields + 2)
+    size_1, size_2 = tl.load(fields + 3), tl.load(fields + 4)
+    stride_0, stride_1, stride_2 = tl.load(fields + 5), tl.load(fields + 6), tl.load(fields + 7)
+    first = start >> shift
+    first_1 = first // size_2
+    first_0 = first_1 // size_1
+    word = tl.full(at.shape, 0, tl.uint32)
+    for part in tl.static_range(4 // UNIT):
+        byte = 4 * at + part * UNIT
+        if STRIDED:
+            within = byte & ((1 << shift) - 1)
+            index_2 = ((byte >> shift) + first % size_2).to(tl.uint32)
+            index_1 = index_2 // size_2.to(tl.uint32) + (first_1 % size_1).to(tl.uint32)
+            index_2 = index_2 % size_2.to(tl.uint32)
+            index_0 = index_1 // size_1.to(tl.uint32) + first_0
+            index_1 = index_1 % size_1.to(tl.uint32)
+            offset = index_0 * stride_0 + index_1 * stride_1 + index_2 * stride_2 + within
+        else:
+            offset = start + byte
+        unit = tl.load((address + offset).to(tl.pointer_type(UNIT_DTYPE)), mask=byte < left, other=0)
+        word |= unit.to(tl.uint32) << (8 * UNIT * part)
+    return word
+
+
+@triton.jit
+def _mix64(value):
+    value = (value ^ (value >> 30)) * _MIX_1
+    value = (value ^ (value >> 27)) * _MIX_2
+    return value ^ (value >> 31)

@@ -1,0 +1,54 @@
+"""A device that has computed nothing before somebody waits for it."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dreplica.agreement.fingerprint import digest_tensor
+from dreplica.agreement.hashing import Digests, Hasher
+
+
+class LateHasher(Hasher):
+    """Digests of tensors with dimensions come late; those without stay on the CPU, as a model's step counts do.
+
+    Attributes:
+        waited: numbers of the computations that have been waited for, from 0, in that order.
+        num_started: of them.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(lambda tensor: tensor.dim() > 0)
+        self.waited: list[int] = []
+        self.num_started = 0
+
+    def _on(self, device: torch.device) -> Any:
+        return _LateDevice(self)
+
+
+class _LateDevice:
+    """In place of a `DeviceHash`; its digests are those of the CPU, backwards."""
+
+    def __init__(self, hasher: LateHasher) -> None:
+        self._hasher = hasher
+
+    def start(self, named: Sequence[tuple[str, Tensor]]) -> Digests:
+        number, self._hasher.num_started = self._hasher.num_started, self._hasher.num_started + 1
+        digests = b"".join(digest_tensor(name, tensor)[::-1] for name, tensor in named)
+        rows = torch.zeros(len(named), 2, dtype=torch.int64)
+        return Digests(rows, _Written(self._hasher, number, rows, digests))  # type: ignore[arg-type]
+
+
+class _Written:
+    """Stands in for the event behind the copy to the host."""
+
+    def __init__(self, hasher: LateHasher, number: int, rows: Tensor, digests: bytes) -> None:
+        self._hasher, self._number, self._rows, self._digests = hasher, number, rows, digests
+
+    def query(self) -> bool:
+        return self._number in self._hasher.waited
+
+    def synchronize(self) -> None:
+        self._hasher.waited.append(self._number)
+        self._rows.copy_(torch.frombuffer(bytearray(self._digests), dtype=torch.int64).view(-1, 2))
