@@ -2,7 +2,6 @@
 
 import logging
 import os
-import shutil
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -145,7 +144,7 @@ def _open_or_download(name: str, root: Path, parts: list[Mapping[str, Any]]) -> 
 def _download(name: str, root: Path, part: Mapping[str, Any], begun: Path) -> None:
     """One part. torchvision takes many a set's folder for the whole of it: so a part of it must not be taken for it.
 
-    `begun`: the file that lists what was there before, for as long as this takes. Raises UsageError.
+    `begun`: the file that lists what was there before, until it is all there. Raises UsageError.
     """
     log.info("downloading %s to %s", name, root)
     before = set(os.listdir(root))
@@ -153,15 +152,12 @@ def _download(name: str, root: Path, part: Mapping[str, Any], begun: Path) -> No
     try:
         getattr(torchvision.datasets, name)(root, **part, download=True)
     except Exception as error:  # of the network, an archive, a package that it takes
-        for folder in _new_folders(root, before):
-            shutil.rmtree(folder)
-        begun.unlink()
         raise UsageError(_how_to_get(name, root, error)) from None
     begun.unlink()
 
 
 def _refuse_part_of_a_set(name: str, begun: Path) -> None:
-    """Raises UsageError if a process was killed while it unpacked the set."""
+    """Raises UsageError if an earlier process failed, or was killed, while it unpacked the set."""
     if not begun.exists():
         return
     before = set(begun.read_text(encoding="utf-8", errors="surrogateescape").split("\n"))
@@ -174,7 +170,9 @@ def _refuse_part_of_a_set(name: str, begun: Path) -> None:
 
 
 def _new_folders(root: Path, before: Collection[str]) -> list[Path]:
-    return [path for path in sorted(root.iterdir()) if path.name not in before and path.is_dir()]
+    """Not deleted by us: another process may have put its own set there."""
+    added = [path for path in sorted(root.iterdir()) if path.name not in before]
+    return [path for path in added if any(inner.is_file() for inner in path.rglob("*"))]
 
 
 def _first_line(error: Exception) -> str:

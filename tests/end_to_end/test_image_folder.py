@@ -185,7 +185,10 @@ def test_the_fine_tuning_recipe_gives_one_trace_with_0_2_and_4_workers(
     root = make_folder(tmp_path / "images")
     settings = ("--config=configs/finetune_folder.yaml", f"--data.root={root}", "--data.image_size=64")
     settings += ("--data.batch_size=7", "--train.epochs=2", "--schedule.step_size=1")
-    jobs = [run_job(*settings, f"--data.num_workers={num_workers}") for num_workers in (0, 2, 4)]
+    jobs = [
+        run_job(*settings, f"--data.num_workers={num_workers}", f"--data.decode={decode}")
+        for num_workers, decode in ((0, "replica"), (2, "node"), (4, "node"))
+    ]
     for job in jobs:
         assert job.returncode == 0, job.output
         assert "; the head 'fc' is drawn from the seed" in job.output
