@@ -10,7 +10,7 @@ import yaml
 from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
 from pydantic.fields import FieldInfo
 
-from dreplica.agreement.agreement import AgreementConfig
+from dreplica.agreement.config import AgreementConfig
 from dreplica.cases.inject import FaultConfig
 from dreplica.data.config import DataConfig
 from dreplica.errors import UsageError
