@@ -90,6 +90,13 @@ def _clone(value: Any) -> Any:
     return value.clone() if isinstance(value, Tensor) else value
 
 
+def test_another_layout_or_name_or_dtype_of_the_same_shape_is_another_plan() -> None:
+    square = torch.randn(4, 4, device=DEVICE)
+    hashing = DeviceHash(DEVICE)
+    for name, tensor in (("a", square), ("a", square.t()), ("b", square), ("a", square.view(torch.int32))):
+        assert hashing.start([(name, tensor)]).all == defined(name, tensor)
+
+
 def test_plans_do_not_pile_up() -> None:
     hashing = DeviceHash(DEVICE)
     for size in [*range(1, 30), 3]:

@@ -64,6 +64,10 @@ def test_all_comes_out_as_with_digests_that_come_at_once(
         assert other.trace[0]["algorithm"] == LateHasher().algorithm
 
 
+def test_a_wish_to_stop_arrives_one_step_later(results: dict[str, tuple[list[Result], list[Result]]]) -> None:
+    assert [result.stops for result in results["stop"][1]] == [[False, False, True, True]] * 3
+
+
 def test_one_step_later_and_not_before() -> None:
     hasher = LateHasher()
     agreement = Agreement(nn.Linear(2, 2), lag=1, hasher=hasher)
