@@ -41,8 +41,7 @@ def meet(argv: Sequence[str], conduct: Callable[[Prepared, World, StopRequest], 
     except UsageError as error:
         prepared = error  # raised once the replicas have met, so that all of them end
     timeout = _DEFAULT_TIMEOUT if isinstance(prepared, UsageError) else prepared.config.world.timeout
-    # Signals first: one that is told to stop joins all the same, and all stop at the first step.
-    with stop_signals() as stop_request, open_world(timeout) as world:
+    with open_world(timeout) as world, stop_signals() as stop_request:
         try:
             if isinstance(prepared, UsageError):
                 world.together(partial(_refuse, prepared))

@@ -4,13 +4,15 @@ import os
 import signal
 import subprocess
 import sys
+import time
+from collections.abc import Callable
 
 import pytest
 
 import dreplica
 from dreplica.errors import ExitCode
 from dreplica.worker import run_process
-from dreplica.world.signals import stop_signals
+from dreplica.world.signals import ended_once_told, stop_signals
 
 
 def told_to_stop_early() -> ExitCode:
@@ -20,14 +22,39 @@ def told_to_stop_early() -> ExitCode:
         return ExitCode.STOPPED if request else ExitCode.FAILED
 
 
-def test_a_signal_before_the_worker_can_stop_is_not_lost_and_does_not_end_it() -> None:
+def in_child(work: Callable[[], ExitCode]) -> int:
+    """The exit code of a worker that does `work`."""
     process = os.fork()
     if not process:
         try:
-            run_process(told_to_stop_early)
+            run_process(work)
         except SystemExit as end:
             os._exit(end.code)  # type: ignore[arg-type]
-    assert os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]) == ExitCode.STOPPED
+    return os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
+
+
+def waits_for_nobody() -> ExitCode:
+    with ended_once_told(0.2):
+        time.sleep(0.5)
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(60)
+    return ExitCode.AGREED
+
+
+def comes_in_time() -> ExitCode:
+    with ended_once_told(60):
+        return told_to_stop_early()
+
+
+def test_a_signal_before_the_worker_can_stop_is_not_lost_and_does_not_end_it() -> None:
+    assert in_child(told_to_stop_early) == ExitCode.STOPPED
+    assert in_child(comes_in_time) == ExitCode.STOPPED
+
+
+def test_one_that_is_told_to_stop_does_not_wait_for_good_for_others_to_join() -> None:
+    begun = time.monotonic()
+    assert in_child(waits_for_nobody) == ExitCode.FAILED
+    assert time.monotonic() - begun < 30
 
 
 def test_nothing_that_takes_seconds_is_imported_before_signals_are_held() -> None:

@@ -30,7 +30,7 @@ from torch.utils.serialization import config as serialization_config
 
 from dreplica.section import Lockstep, Section
 
-SCHEMA = 1
+SCHEMA = 2
 MODEL_FILE, OPTIMIZER_FILE, STATE_FILE = "model.safetensors", "optimizer.pt", "state.json"
 _SAFETENSORS_DTYPES = {
     torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.int32, torch.int16, torch.int8,

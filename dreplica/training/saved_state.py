@@ -162,7 +162,8 @@ def _put_back(replica: Replica, contents: Contents, as_built: AsBuilt) -> None:
             group.update(originals.of(settings))
         # In place, for one optimizer may wrap another and share it; not by load_state_dict, which casts the state to
         # its parameter's dtype.
-        state = [_state_of(key, originals.of(values), optimizer, parameters) for key, values in kept["state"]]
+        groups = {parameter: group for group in optimizer.param_groups for parameter in group["params"]}
+        state = [_state_of(key, originals.of(values), parameters, groups) for key, values in kept["state"]]
         optimizer.state.clear()
         optimizer.state.update(state)
     for path, owner in _owners(replica):
@@ -212,14 +213,14 @@ def _key(key: Any, numbers: Mapping[Tensor, int]) -> tuple[str, Any]:
 
 
 def _state_of(
-    key: tuple[str, Any], values: Any, optimizer: torch.optim.Optimizer, parameters: Sequence[Tensor]
+    key: tuple[str, Any], values: Any, parameters: Sequence[Tensor], groups: Mapping[Tensor, Mapping[str, Any]]
 ) -> tuple[Any, Any]:
     """What `_key` was given, and its values: with their parameter, should it be on a device and was on the CPU."""
     kind, of = key
     if kind == _OTHER:
         return of, values
     parameter = parameters[of]
-    group = next((group for group in optimizer.param_groups if any(parameter is one for one in group["params"])), {})
+    group = groups.get(parameter, {})
     # As Optimizer.load_state_dict has it: else 0-dim counts of steps are kept on the CPU.
     counts_too = group.get("fused") or group.get("capturable")
 

@@ -43,14 +43,8 @@ def store_of_this_start(store: dist.Store, replica_id: int, num_replicas: int, t
 
 def _wait(store: dist.Store, key: str, seconds: float) -> bool:
     """Whether the key is there within so many seconds."""
-    end = time.monotonic() + seconds
-    while True:
-        left = max(end - time.monotonic(), 0.001)
-        try:
-            # In slices, for signals are not heard in between.
-            store.wait([key], timedelta(seconds=min(left, _LOOK_AGAIN_SECONDS)))
-        except dist.DistStoreError:
-            if left <= _LOOK_AGAIN_SECONDS:
-                return False
-        else:
-            return True
+    try:
+        store.wait([key], timedelta(seconds=max(seconds, 0.001)))
+    except dist.DistStoreError:
+        return False
+    return True

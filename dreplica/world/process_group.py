@@ -18,11 +18,14 @@ from dreplica.section import Lockstep, Section
 from dreplica.world.channel import Channel
 from dreplica.world.joining import store_of_this_start
 from dreplica.world.roll_call import ReplicaLost, RollCall, describe_failure
+from dreplica.world.signals import ended_once_told
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 _JOIN_SECONDS = 600.0
+_TOLD_SECONDS = 15.0
+"""That the others may take to join once this replica is told to stop: so that all stop alike, if they come."""
 _LAST_SECONDS = 30.0
 """That a replica may take to end once another is gone, before it is ended."""
 
@@ -123,19 +126,21 @@ def open_world(timeout: float) -> Iterator[World]:
     if num_replicas == 1:
         yield World(0, 1, Channel(), None, host)
         return
-    shared, _, _ = next(dist.rendezvous("env://", timeout=timedelta(seconds=_JOIN_SECONDS)))
-    store = store_of_this_start(shared, replica_id, num_replicas)
+    with ended_once_told(_TOLD_SECONDS):
+        shared, _, _ = next(dist.rendezvous("env://", timeout=timedelta(seconds=_JOIN_SECONDS)))
+        store = store_of_this_start(shared, replica_id, num_replicas)
     holds_store = replica_id == 0 and not _launcher_holds_store()
     roll_call = RollCall(store, replica_id, num_replicas, holds_store, last_seconds=_LAST_SECONDS)
     try:
         # The channel does its own waiting; gloo's limit only has to be the longer of the two.
-        dist.init_process_group(
-            "gloo",
-            store=dist.PrefixStore("gloo", store),
-            rank=replica_id,
-            world_size=num_replicas,
-            timeout=timedelta(seconds=timeout + 60),
-        )
+        with ended_once_told(_TOLD_SECONDS):
+            dist.init_process_group(
+                "gloo",
+                store=dist.PrefixStore("gloo", store),
+                rank=replica_id,
+                world_size=num_replicas,
+                timeout=timedelta(seconds=timeout + 60),
+            )
         yield World(replica_id, num_replicas, Channel(None, roll_call, timeout), roll_call, host)
     except (SharedUsageError, ReplicaLost) as error:
         # Either all replicas raise it, or it is another that is gone: this one has nothing to tell.

@@ -1,12 +1,17 @@
 """A request to stop is a flag that the loop reads; it never interrupts a step."""
 
+import os
 import signal
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
+from dreplica.errors import ExitCode
+
 _SAME_INTERRUPT_SECONDS = 3.0
+_LOOK_SECONDS = 0.1
 
 
 _NUMBERS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2, signal.SIGHUP)
@@ -25,6 +30,31 @@ class StopRequest:
 def hold_signals() -> None:
     """Keeps signals that ask to stop from this process until `stop_signals` hears them: it then learns of them."""
     signal.pthread_sigmask(signal.SIG_BLOCK, _NUMBERS)
+
+
+@contextmanager
+def ended_once_told(seconds: float) -> Iterator[None]:
+    """Ends this process if it is still inside `seconds` after a signal that `hold_signals` keeps from it.
+
+    For a wait for other processes that cannot be cut short, and that goes on for good if one of them is gone.
+    """
+    left = threading.Event()
+
+    def watch() -> None:
+        told_at: float | None = None
+        while not left.wait(_LOOK_SECONDS):
+            if told_at is None and signal.sigpending() & set(_NUMBERS):
+                told_at = time.monotonic()
+            if told_at is not None and time.monotonic() - told_at > seconds:
+                os._exit(ExitCode.FAILED)
+
+    thread = threading.Thread(target=watch, name="dreplica-told", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        left.set()
+        thread.join()
 
 
 @contextmanager
