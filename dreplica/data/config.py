@@ -20,7 +20,8 @@ class DataConfig(Section):
     batch_size: Annotated[int, Lockstep()] = Field(64, ge=1)
     """Samples per step, on each replica, no more than there are; the last batch of an epoch may be smaller."""
     num_workers: int = Field(0, ge=0, le=100)
-    """Loader processes per replica; 0: load in the training process."""
+    """Loader processes per replica; 0: load in the training process. With `decode: node` those of a node work together,
+    so that each replica needs only its share of them."""
     val_fraction: Annotated[float, Lockstep()] = Field(0.2, gt=0, lt=1)
     """Part of the samples held out for validation, where the data have no validation set of their own."""
     split_seed: Annotated[int, Lockstep()] = Field(0, ge=0, le=2**32 - 1)

@@ -7,6 +7,8 @@ model, so the job is bound by decoding. All that is compared is timed in alterna
 
 Jobs: the trainer's own epoch (every stage compared at every step, and the evaluation), from the first batch asked for
 to the last prediction, workers' start included: by 1 replica, by 2 with `decode: node`, by 2 with `decode: replica`.
+`--workers` is how many there are on the machine, which 2 replicas have half each: more processes than cores that decode
+take the cache from each other.
 Limits: `node` at most 1.15 x the time of 1 replica, and at most 0.65 x that of `replica`.
 
 Loading alone: the first and the second epoch with `cache: memory` (limit: the second 10 x as fast) and, for comparison,
@@ -113,7 +115,7 @@ def time_jobs(root: str, num_workers: int, rounds: int) -> dict[str, list[float]
     for number in range(rounds):
         for name in list(jobs) if number % 2 else reversed(jobs):
             num_replicas, decode = jobs[name]
-            arguments = settings(root, num_workers, f"--data.decode={decode}")
+            arguments = settings(root, num_workers // num_replicas, f"--data.decode={decode}")
             results = run_replicas(time_job, num_replicas, arguments, timeout=600)
             assert all(isinstance(result, float) for result in results), results
             seconds[name].append(max(results))
