@@ -23,7 +23,7 @@ import torch.distributed as dist
 REPOSITORY = Path(__file__).parents[1]
 
 _CONTEXT = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(["torch", "torch._dynamo", "tests.harness", "dreplica", "dreplica.run"])
+_CONTEXT.set_forkserver_preload(["torch", "torch._dynamo", "tests.harness", "dreplica.run", "tests.preloaded"])
 
 
 def run_replicas(

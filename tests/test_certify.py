@@ -47,6 +47,7 @@ def test_of_independent_replicas_the_steps_before_an_evaluation_count_too(tmp_pa
     assert "3 steps gone on with, 7 digests" in found.text, "indices and batch of each, and the evaluation's batch"
 
 
+@pytest.mark.cluster
 def test_the_command(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["certify-resume", "--at-step=7", "--replicas=1", *SMALL]) == ExitCode.AGREED
     assert "CERTIFIED interrupted after step 7 of 10: 3 steps gone on with" in capsys.readouterr().out
@@ -108,6 +109,7 @@ def test_digests_of_different_functions_are_not_compared(tmp_path: Path) -> None
     assert (found.passed, found.text) == (False, "digests of one/1 cannot be compared with those of two/1")
 
 
+@pytest.mark.cluster
 def test_a_step_that_the_run_does_not_reach(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["certify-resume", "--at-step=10", "--replicas=1", *SMALL]) == ExitCode.UNUSABLE
     printed = capsys.readouterr()

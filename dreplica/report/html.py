@@ -60,7 +60,7 @@ def render(run: RunFiles) -> str:
         "" if seconds is None else duration(seconds),
     ]
     grid = sections.stage_grid(run)
-    return _template().render(
+    return template().render(
         run=run,
         facts=[fact for fact in facts if fact],
         top=headline(run),
@@ -91,7 +91,8 @@ def render(run: RunFiles) -> str:
 
 
 @cache
-def _template() -> Template:
+def template() -> Template:
+    """The page's, compiled once in a process."""
     loader = FileSystemLoader(_TEMPLATES)
     made = Environment(loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     return made.get_template("report.html.j2")

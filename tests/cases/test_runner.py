@@ -13,6 +13,7 @@ from dreplica.cases.case import Case, read_case
 from dreplica.cases.runner import run_case
 
 
+@pytest.mark.cluster
 def test_two_cases_as_expected(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     keep = tmp_path / "kept"
     assert cli.main(["cases", "clean", "deepcopied_optimizer", "--json", "--keep", str(keep)]) == 0
@@ -54,6 +55,7 @@ def test_a_run_without_a_report_is_a_mismatch_with_its_last_words(tmp_path: Path
     assert "Did you mean 'model'" in result.problem
 
 
+@pytest.mark.cluster
 def test_a_run_that_does_not_end_is_ended(tmp_path: Path) -> None:
     path = tmp_path / "endless.yaml"
     path.write_text("run: {name: endless}\n")

@@ -30,7 +30,7 @@ def test_a_wrong_value_on_the_command_line_ends_every_worker_with_one_message() 
 
 
 def test_help_is_printed_once_and_is_no_failure() -> None:
-    job = torchrun("--help")
+    job = run_job("--help")
     assert job.returncode == 0, job.output
     assert job.stdout.count("--optim.lr VALUE") == 1
     assert not job.folder.exists()

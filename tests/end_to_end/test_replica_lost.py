@@ -80,11 +80,9 @@ def test_a_replica_that_raises(monkeypatch: pytest.MonkeyPatch, root: Path) -> N
     assert "ArithmeticError: the sky fell\n" in ours
 
 
-@pytest.mark.parametrize(("lost", "start"), [(0, torchrun), (2, run_job)])
-def test_a_replica_that_is_killed(
-    monkeypatch: pytest.MonkeyPatch, root: Path, lost: int, start: Callable[..., Job]
-) -> None:
-    job = lose(monkeypatch, root, f"{lost}:kill", "--data.num_workers=1", start=start)
+@pytest.mark.parametrize("lost", [0, 2])
+def test_a_replica_that_is_killed(monkeypatch: pytest.MonkeyPatch, root: Path, lost: int) -> None:
+    job = lose(monkeypatch, root, f"{lost}:kill", "--data.num_workers=1")
     assert f"replica {lost}: it ended without a word" in assert_names(job, [lost])
     assert job.exitcodes == {0: 1, 1: 1, 2: 1} | {lost: -9}
 

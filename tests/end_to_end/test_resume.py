@@ -110,6 +110,7 @@ def test_independent_replicas_do_not_go_on_in_another_number(tmp_path: Path) -> 
     assert message.startswith("error: run.resume: 'auto', but no checkpoint in ")
 
 
+@pytest.mark.cluster
 def test_torchrun_starts_a_killed_group_again_and_the_trace_has_no_gap(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
