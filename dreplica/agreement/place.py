@@ -53,6 +53,18 @@ class Place:
         """Whether replicas differ in what there is to compare, rather than in its values."""
         return self.tensor is None or bool(self.only_on)
 
+    @property
+    def when(self) -> str:
+        """The step, in words."""
+        if self.phase is not None:
+            return f"in the {self.phase} after step {self.step}"
+        return "at the build (step 0)" if self.step == 0 else f"at step {self.step}"
+
+    @property
+    def where(self) -> str:
+        """Stage and tensor, in words."""
+        return ", ".join(part for part in (self.stage, self.tensor) if part) or "the number of steps taken"
+
 
 def first_difference(
     steps: Sequence[int], stages: Sequence[Mapping[str, Stage]], phases: Sequence[str | None] | None = None
@@ -96,10 +108,6 @@ def describe(place: Place, epoch: int | None, num_replicas: int, ddp: bool = Fal
     evidence = _evidence(place)
     if not suspects:
         evidence.append(f"{num_replicas} replicas without a majority: the comparison alone cannot say who is wrong")
-    where = ", ".join(part for part in (place.stage, place.tensor) if part) or "the number of steps taken"
-    when = "at the build (step 0)" if place.step == 0 else f"at step {place.step}"
-    if place.phase is not None:
-        when = f"in the {place.phase} after step {place.step}"
     cause = _CAUSE_OF_STAGE.get(place.stage or "", "unexplained")
     remedy: tuple[str, ...] = _SEED_ALL if place.step == 0 and place.stage == "rng" else ()
     if ddp and place.stage is not None:
@@ -107,7 +115,7 @@ def describe(place: Place, epoch: int | None, num_replicas: int, ddp: bool = Fal
     return Verdict(
         agreed=False,
         cause="structure-differs" if place.is_structural else cause,
-        summary=f"replicas parted {when}: {where}; classes {place.classes}",
+        summary=f"replicas parted {place.when}: {place.where}; classes {place.classes}",
         step=place.step,
         epoch=epoch,
         stage=place.stage,

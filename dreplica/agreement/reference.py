@@ -98,14 +98,10 @@ def describe_apart(apart: Apart, epoch: int | None, num_replicas: int) -> Verdic
         evidence += [f"{name} is only {sides[ids[0]]}" for name, ids in list(place.only_on.items())[:5]]
     else:
         evidence.append("the reference has not recorded which tensor it is: record it with --agreement.record tensors")
-    when = "at the build (step 0)" if place.step == 0 else f"at step {place.step}"
-    if place.phase is not None:
-        when = f"in the {place.phase} after step {place.step}"
-    where = ", ".join(part for part in (place.stage, place.tensor) if part)
     return Verdict(
         agreed=False,
         cause="unexplained",
-        summary=f"parted from the reference {apart.reference} {when}: {where}",
+        summary=f"parted from the reference {apart.reference} {place.when}: {place.where}",
         step=place.step,
         epoch=epoch,
         stage=place.stage,
