@@ -7,7 +7,6 @@ from pathlib import Path
 import numpy
 import PIL.Image
 from PIL.Image import Image
-from sklearn.datasets import load_sample_images
 
 CLASSES = ("china", "flower")
 
@@ -15,6 +14,8 @@ CLASSES = ("china", "flower")
 @cache
 def photographs() -> dict[str, Image]:
     """The two pictures, 640 x 427, by class."""
+    from sklearn.datasets import load_sample_images  # a second, in every process that imports this module
+
     images = load_sample_images().images
     return {name: PIL.Image.fromarray(pixels) for name, pixels in zip(CLASSES, images, strict=True)}
 
