@@ -23,7 +23,13 @@ import torch.distributed as dist
 REPOSITORY = Path(__file__).parents[1]
 
 _CONTEXT = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(["torch", "torch._dynamo", "tests.harness", "dreplica.run", "tests.preloaded"])
+_CONTEXT.set_forkserver_preload(
+    [
+        *("torch", "torch._dynamo", "torch._inductor.compile_fx"),  # what compiling with any backend imports
+        *("pytest", "hypothesis"),  # what the module of a body imports
+        *("tests.harness", "dreplica.run", "tests.preloaded"),
+    ]
+)
 
 
 def run_replicas(

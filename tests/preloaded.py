@@ -1,8 +1,8 @@
-"""What a job does once, and the process that all jobs under test are forked from has done for them."""
+"""What a job or a body does once, and the process that all of them are forked from has done for them."""
 
-import torch._inductor.compile_fx  # compiling, with whatever backend, imports a second's worth of modules
+import torch
 
 from dreplica.report.html import template
 
-torch.compiler.list_backends()
+torch.compiler.list_backends()  # imports them
 template()
