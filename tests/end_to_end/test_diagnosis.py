@@ -6,17 +6,24 @@ from tests.fixtures import SMALL
 from tests.harness import run_job
 
 
-def test_another_thread_count_is_a_declared_override_and_its_operator_is_named() -> None:
-    job = run_job("--train.max_steps=1", "--data.batch_size=32", "--overrides.1.determinism.threads=2")
+@pytest.mark.parametrize(
+    ("num_replicas", "other", "classes"), [(2, 1, [[0], [1]]), (3, 0, [[1, 2], [0]])], ids=["two", "three"]
+)
+def test_another_thread_count_is_a_declared_override_and_its_operator_is_named(
+    num_replicas: int, other: int, classes: list[list[int]]
+) -> None:
+    # ResNet-18: its first BatchNorm statistics round otherwise on two threads.
+    override = f"--overrides.{other}.determinism.threads=2"
+    job = run_job("--train.max_steps=1", "--data.batch_size=32", override, num_replicas=num_replicas)
     verdict = job.report["verdict"]
-    assert verdict["cause"] == "declared-override", job.output
-    assert (verdict["step"], verdict["stage"]) == (1, "buffers")
+    assert (verdict["agreed"], verdict["cause"]) == (False, "declared-override"), job.output
+    assert (verdict["step"], verdict["stage"], verdict["phase"]) == (1, "buffers", "forward")
     assert verdict["operator"].startswith("aten.")
     assert verdict["module"].startswith("layer")
-    assert verdict["phase"] == "forward"
-    assert verdict["suspects"] == [1]
-    assert any("inputs agree" in line and "outputs do not" in line for line in verdict["evidence"])
-    assert any("ULP" in line for line in verdict["evidence"])
+    assert (verdict["classes"], verdict["suspects"]) == (classes, [other])
+    for words in (("determinism.threads=2",), ("inputs agree", "outputs do not"), ("ULP",)):
+        assert any(all(word in line for word in words) for line in verdict["evidence"]), words
+    assert set(job.exitcodes.values()) == {3}
 
 
 @pytest.mark.parametrize(

@@ -118,10 +118,10 @@ def test_a_replica_that_fails_at_the_build(root: Path) -> None:
 
 
 def test_a_divergence_is_the_exit_code_of_every_worker(root: Path) -> None:
-    job = torchrun(*SMALL, "--seed.model=null", root=root)
+    job = run_job(*SMALL, "--seed.model=null", root=root)
     assert job.exitcodes == {0: 3, 1: 3}, job.output
     assert job.report["verdict"]["cause"] == "build-not-seeded"
-    assert "Traceback" not in job.output.partition("ChildFailedError")[0].partition("torch/distributed")[0]
+    assert "Traceback" not in job.output
 
 
 def test_without_torchrun_rank_0_holds_the_store_and_is_named_no_less_rightly(

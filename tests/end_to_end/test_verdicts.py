@@ -178,28 +178,6 @@ def test_an_evaluation_that_differs_on_one_replica() -> None:
     diverged(job, "evaluation-differs", agreed=False, step=5, epoch=1, stage="predictions", classes=[[0], [1]])
 
 
-@pytest.mark.parametrize(
-    ("num_replicas", "other", "classes"), [(2, 1, [[0], [1]]), (3, 0, [[1, 2], [0]])], ids=["two", "three"]
-)
-def test_a_declared_difference_in_threads_is_found_at_the_first_step(
-    num_replicas: int, other: int, classes: list[list[int]]
-) -> None:
-    # ResNet-18: its first BatchNorm statistics round otherwise on two threads.
-    job = run_job(
-        "--train.max_steps=1",
-        "--data.batch_size=32",
-        f"--overrides.{other}.determinism.threads=2",
-        num_replicas=num_replicas,
-    )
-    verdict = job.report["verdict"]
-    assert (verdict["agreed"], verdict["step"], verdict["stage"]) == (False, 1, "buffers"), job.output
-    assert verdict["classes"] == classes
-    assert verdict["suspects"] == [other]
-    assert verdict["cause"] == "declared-override"
-    assert any("determinism.threads=2" in line for line in verdict["evidence"])
-    assert set(job.exitcodes.values()) <= {3, -15}
-
-
 def test_other_labels_to_validate_on_are_other_data_though_predictions_agree() -> None:
     job = run_job(*SHORT, f"--data.name={FAULTY}:other_labels_to_validate_on_rank_1")
     verdict = diverged(job, "batch-differs", step=5, stage="batch", tensor="validation batch 0", phase="evaluation")
