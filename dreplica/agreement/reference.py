@@ -67,7 +67,7 @@ class Reference:
         while self._line is not None and self._line.key <= key:
             line, self._line = self._line, next(self._lines, None)
             if line.key == key:
-                recorded = line.parsed()
+                recorded = self.trace.digests(line)
                 own = {name: stage.digest.hex() for name, stage in stages.items()}
                 differing_stages = part_at(own, recorded)
                 if differing_stages:

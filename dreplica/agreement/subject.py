@@ -6,6 +6,7 @@ from typing import Any, Literal
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from dreplica.agreement.stage import INDEPENDENT_STAGES
 from dreplica.agreement.stages import (
     STAGES,
     Entry,
@@ -23,9 +24,6 @@ Models = nn.Module | Mapping[str, nn.Module]
 """One, or several by name."""
 
 Expect = Literal["identical", "independent", "ddp"]
-
-INDEPENDENT_STAGES = ("indices", "batch")
-"""What replicas from distinct seeds still share."""
 
 DDP_STAGES = ("gradients", "optimizer", "weights")
 """What the ranks of one data-parallel model share after every step; buffers, too, if no forward pass mends them."""
