@@ -149,8 +149,8 @@ def compare_runs(one: Path, other: Path, as_json: bool = False, prefix: bool = F
     """Compares two runs and prints what is found.
 
     Returns AGREED if they are the same, DIVERGED if they differ, and FAILED if one ends sooner and they are the same up
-    to there (AGREED then, too, with `prefix`), or if nothing is known but that their samples are. Raises UsageError where
-    they cannot be compared.
+    to there (AGREED then, too, with `prefix`), or if nothing is known but that their samples are. Raises UsageError
+    where they cannot be compared.
     """
     pair = RunPair(one, other)
     if as_json:
