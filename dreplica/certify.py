@@ -143,7 +143,8 @@ def _algorithm(folder: Path) -> str | None:
 
 def _read_trace(folder: Path) -> dict[Key, Mapping[str, str]]:
     try:
-        return {line.key: line.parsed() for line in RecordedTrace(folder).lines()}
+        trace = RecordedTrace(folder)
+        return {line.key: trace.digests(line) for line in trace.lines()}
     except UsageError:  # it ended before it recorded anything
         return {}
 

@@ -31,7 +31,8 @@ class RunPair:
     Raises UsageError where a trace is missing or cannot be compared with the other.
 
     Attributes:
-        outcome: `identical`; `differ`; or `prefix`: the same up to where the run that ends sooner ends.
+        outcome: `identical`; `differ`; `prefix`: the same up to where the run that ends sooner ends; or `samples`: the
+            same samples, and of the states nothing is recorded, neither on the way nor at the end.
         config, manifest: in what the runs differ; None where one of them does not say.
         notes: what else a reader should know, a line each.
     """
@@ -56,8 +57,14 @@ class RunPair:
         self.sooner = ends.index(min(ends))
         """Which ends first."""
         self.outcome = "identical" if ends[0] == ends[1] else "prefix"
+        self.final: dict[str, list[int]] | None = None
+        """Stage to the replicas whose state at the end is another; None where that is not what to go by."""
         if self.found.place is not None:
             self.outcome = "differ"
+        elif self.outcome == "identical" and self.found.only_samples:
+            told = all(run.stopped_after in (None, ends[0][0]) for run in runs)
+            self.final = _differ_at_the_end(*runs) if told else None
+            self.outcome = "samples" if self.final is None else "differ" if any(self.final.values()) else "identical"
         self.notes = _notes(self.names, self.traces, runs, self.found)
 
     @property
@@ -68,6 +75,15 @@ class RunPair:
             return f"parted {_where(found.place)}; {self._differing_in()}"
         stages = ", ".join(stage for stage, count in found.num_same.items() if count)
         what = f"{found.num_steps:,} steps, {found.num_digests:,} digests of {stages}"
+        if self.outcome == "samples":
+            return (
+                f"{what}; nothing is known of the states: those of independent replicas are not recorded step by step"
+            )
+        if self.final is not None:
+            parted = ", ".join(f"{stage} on replicas {ids}" for stage, ids in self.final.items() if ids)
+            if parted:
+                return f"the same samples, and other states at the end: {parted}; {self._differing_in()}"
+            what += f"; the same {', '.join(self.final)} at the end"
         if self.outcome == "prefix":
             step, is_evaluation = self.traces[self.sooner].last_key
             after = "the evaluation after " * is_evaluation
@@ -100,6 +116,7 @@ class RunPair:
             "outcome": self.outcome,
             "summary": self.summary,
             "first_difference": first,
+            "differ_at_the_end": self.final,
             "steps_same": found.num_steps,
             "digests_same": found.num_same,
             "algorithm": self.traces[0].algorithm,
@@ -132,16 +149,18 @@ def compare_runs(one: Path, other: Path, as_json: bool = False, prefix: bool = F
     """Compares two runs and prints what is found.
 
     Returns AGREED if they are the same, DIVERGED if they differ, and FAILED if one ends sooner and they are the same up
-    to there: AGREED then, too, with `prefix`. Raises UsageError where they cannot be compared.
+    to there (AGREED then, too, with `prefix`), or if nothing is known but that their samples are. Raises UsageError
+    where they cannot be compared.
     """
     pair = RunPair(one, other)
     if as_json:
         print(json.dumps(pair.as_dict(), indent=1))
     else:
         _print(Console(highlight=False), pair)
-    if pair.outcome == "prefix":
-        return ExitCode.AGREED if prefix else ExitCode.FAILED
-    return ExitCode.AGREED if pair.outcome == "identical" else ExitCode.DIVERGED
+    if pair.outcome == "differ":
+        return ExitCode.DIVERGED
+    same = pair.outcome == "identical" or (pair.outcome == "prefix" and prefix and not pair.found.only_samples)
+    return ExitCode.AGREED if same else ExitCode.FAILED
 
 
 def _print(console: Console, pair: RunPair) -> None:
@@ -157,6 +176,7 @@ def _print(console: Console, pair: RunPair) -> None:
     word, colour = {
         "identical": ("IDENTICAL", "green"),
         "prefix": ("SAME SO FAR", "yellow"),
+        "samples": ("SAME SAMPLES", "yellow"),
         "differ": ("DIFFERENT", "red"),
     }[pair.outcome]
     console.print(f"[bold {colour}]{word}[/] {escape(pair.summary)}", soft_wrap=True)
@@ -169,6 +189,16 @@ def _print(console: Console, pair: RunPair) -> None:
     console.print(f"  where: {escape(line)}", soft_wrap=True)
     for line in _evidence(pair.found, place):
         console.print(f"  evidence: {escape(line)}", soft_wrap=True)
+
+
+def _differ_at_the_end(one: RecordedRun, other: RecordedRun) -> dict[str, list[int]] | None:
+    """By stage, the replicas that both have and whose final states are not the same; None if not both say."""
+    common = [key for key in one.final if key in other.final]
+    differing: dict[str, list[int]] = {stage: [] for _, stage in common}
+    for replica_id, stage in common:
+        if one.final[replica_id, stage] != other.final[replica_id, stage]:
+            differing[stage].append(replica_id)
+    return differing or None
 
 
 def _table(title: str, names: tuple[str, str], items: list[RunDifference]) -> Table:

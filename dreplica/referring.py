@@ -65,16 +65,23 @@ class Referring:
         """The verdict on a run in which nothing was found, and what the report should warn of."""
         if not self.is_there:
             return verdict, []
-        compared, last_step = self._world.channel.gather(
-            self.reference and (self.reference.num_compared, self.reference.trace.last_key[0])
+        reference = self.reference
+        compared, only_samples, last_step = self._world.channel.gather(
+            reference and (reference.num_compared, reference.only_samples, reference.trace.last_key[0])
         )[0]
         name = self._config.run.reference
         if not compared:
             line = f"nothing was compared with the reference {name}: it has recorded none of these steps"
             return verdict, [*self.differences, line]
         late = f"the reference {name} ends at step {last_step}: later steps were compared with nothing"
-        same = f"the same as {name} up to step {min(last_step, steps_done)}"
-        return verdict.with_(summary=f"{verdict.summary}; {same}"), self.differences + [late] * (last_step < steps_done)
+        same = f"the same {'samples ' * only_samples}as {name} up to step {min(last_step, steps_done)}"
+        lines = self.differences + [late] * (last_step < steps_done)
+        if only_samples:
+            lines.append(
+                f"of the reference {name} only the samples were compared: the states of independent replicas are not "
+                "recorded. Compare the two runs when they have ended: dreplica compare"
+            )
+        return verdict.with_(summary=f"{verdict.summary}; {same}"), lines
 
     def _open(self) -> Reference:
         assert self._config.run.reference is not None

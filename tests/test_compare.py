@@ -1,6 +1,7 @@
 """`dreplica compare` on real runs: what a person and a program read, and the exit code."""
 
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -23,6 +24,8 @@ RUNS = {
     "threads": (1, ("--determinism.threads=2",)),
     "seed": (1, ("--seed.data=7",)),
     "stopped": (1, ("--run.stop_after=7",)),
+    "independent": (2, ("--seed.model=distinct",)),
+    "other": (2, ("--seed.model=distinct", "--optim.lr=0.5")),
     "parted": (2, ("--inject=[{replica: 0, step: 8, target: weights}]", "--agreement.on_divergence=continue")),
 }
 
@@ -123,6 +126,56 @@ def test_a_run_whose_own_replicas_parted(runs: Path, capsys: pytest.CaptureFixtu
     assert (first["step"], first["stage"]) == (8, "weights"), "the flipped bit is replica 0's"
     assert [run["parted_at"] for run in found["runs"]] == [None, 8]
     assert any("its own 2 replicas had parted at step 8 (" in note for note in found["notes"])
+
+
+def test_independent_replicas_are_compared_by_what_they_have_come_to(
+    runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of the steps, only the samples are recorded: that these are the same proves nothing of the states."""
+    code, found = compare_json(capsys, runs / "independent", runs / "other")
+    assert (code, found["outcome"], found["first_difference"]) == (ExitCode.DIVERGED, "differ", None)
+    assert found["differ_at_the_end"] == {"weights": [0, 1], "buffers": [0, 1], "optimizer": [0, 1]}
+    assert found["summary"].endswith("the configs differ in optim.lr (0.05, 0.5)")
+    code, found = compare_json(capsys, runs / "one", runs / "independent")
+    assert (code, found["differ_at_the_end"]["weights"]) == (ExitCode.DIVERGED, [1]), "replica 0's seed is the same"
+    again = Path(shutil.copytree(runs / "independent", tmp_path / "again"))
+    code, found = compare_json(capsys, runs / "independent", again)
+    assert (code, found["outcome"]) == (ExitCode.AGREED, "identical")
+    assert found["summary"].endswith("of indices, batch; the same weights, buffers, optimizer at the end")
+    report = json.loads((again / "report.json").read_text())
+    report["run"]["stopped_after"] = 5  # and has gone on since
+    (again / "report.json").write_text(json.dumps(report))
+    assert compare_json(capsys, runs / "independent", again)[1]["outcome"] == "samples"
+    (again / "report.json").unlink()
+    for arguments in ((), ("--prefix",)):
+        assert compare_json(capsys, runs / "independent", again, *arguments)[0] == ExitCode.FAILED
+    assert "SAME SAMPLES 10 steps" in compare(capsys, runs / "other", again)[1]
+
+
+def test_files_that_are_not_as_they_were_written(
+    runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A line to read, whatever has become of them."""
+    folder = Path(shutil.copytree(runs / "again", tmp_path / "run"))
+    (folder / "manifest.json").write_text("[1, 2]")
+    (folder / "report.json").write_text('{"verdict": 3, "fingerprints": [4]}')
+    code, found = compare_json(capsys, runs / "one", folder)
+    assert (code, found["manifest"]) == (ExitCode.AGREED, None)
+    assert f"{folder}: manifest.json is not what a run leaves" in found["notes"]
+    header, *lines = (folder / "trace.jsonl").read_bytes().splitlines(keepends=True)
+    spoiled = {
+        b'{"algorithm": "xxh3-128/1", "torch": "2", "replicas": Infinity}\n': "does not begin with the header",
+        header
+        + b'{"step": 0, "epoch": null, "agreed": true, "digests": {"rng": "\xff"}}\n': "of step 0 holds no digests",
+        header + lines[0].replace(b'"step": 0', b'"step": ' + b"1" * 5000): "line 2 is none of a trace",
+    }
+    for content, words in spoiled.items():
+        (folder / "trace.jsonl").write_bytes(content)
+        assert main(["compare", str(runs / "one"), str(folder)]) == ExitCode.UNUSABLE
+        assert words in capsys.readouterr().err
+    os.mkfifo(tmp_path / "pipe")
+    assert main(["compare", str(runs / "one"), str(tmp_path / "pipe")]) == ExitCode.UNUSABLE
+    assert "is no plain file" in capsys.readouterr().err
 
 
 def test_traces_alone(runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,5 +1,6 @@
 """`Agreement`: after every step of any loop, are all replicas still bit for bit the same?"""
 
+import logging
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -15,6 +16,11 @@ from dreplica.agreement.subject import Expect, Models, Subject
 from dreplica.agreement.trace import Trace
 from dreplica.agreement.verdict import Divergence, Verdict
 from dreplica.world.channel import Channel, Posted, gloo_channel
+
+log = logging.getLogger(__name__)
+
+_GIVEN = frozenset({"indices", "batch", "output"})
+"""Stages that `step` has from its arguments alone."""
 
 Batch = Tensor | Mapping[str, Any] | Sequence[Any]
 
@@ -112,9 +118,9 @@ class Agreement:
             _check_choice("expect", expect, ("identical", "independent", "ddp"))
         _check_choice("on_divergence", on_divergence, ("stop", "continue"))
         _check_choice("lag", lag, (0, 1))
-        if every < 0:
-            raise ValueError(f"every: {every} will not do: give a number of steps, or 0 for never.")
-        self.steps_done = steps_done
+        if not isinstance(every, int) or every < 0:
+            raise ValueError(f"every: {every!r} will not do: give a number of steps, or 0 for never.")
+        self.steps_done = self._began_after = steps_done
         self.steps_checked = 0
         self.bytes_per_step = 0
         self.agreed_until = -1
@@ -212,11 +218,16 @@ class Agreement:
     def finish(self) -> None:
         """Completes what is under way and, where the last step was not compared, compares the final state.
 
-        Notices when replicas have taken different numbers of steps.
+        Notices when replicas have taken different numbers of steps. Warns where `step` was never given anything that is
+        compared.
         """
         self.complete()
         self._compare_state()
         self._check(self.steps_done, None, self._start({}), lag=0)
+        taken = self.steps_done - self._began_after
+        if self._every and taken and not self.steps_checked and self._compared <= _GIVEN:
+            given = ", ".join(stage for stage in STAGES if stage in self._compared)
+            log.warning("nothing was compared in %d steps: step() was given none of %s", taken, given)
 
     def _compare_state(self) -> None:
         """Compares the state as it is now, unless the last step's comparison has."""

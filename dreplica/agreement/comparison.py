@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 from dreplica.agreement.place import Place, first_difference
 from dreplica.agreement.recorded import Line, RecordedTrace, Start
-from dreplica.agreement.stage import STAGES, Stage
+from dreplica.agreement.stage import INDEPENDENT_STAGES, STAGES, Stage
 from dreplica.errors import UsageError
 
 _BLOCK_BYTES = 2**20
@@ -44,6 +44,11 @@ class Comparison:
     def num_digests(self) -> int:
         """How many digests are the same."""
         return sum(self.num_same.values())
+
+    @property
+    def only_samples(self) -> bool:
+        """Whether nothing of any replica's state is among them."""
+        return all(stage in INDEPENDENT_STAGES for stage, count in self.num_same.items() if count)
 
     def count(self, step: int, stages: Iterable[str]) -> None:
         """A step that is the same in these stages."""
@@ -97,7 +102,7 @@ def _compare(one: RecordedTrace, other: RecordedTrace, start: Start, found: Comp
                 kinds[kind] = _stages_of(kind)
             common = kinds[kind]
         else:
-            row, other_row = here.parsed(), there.parsed()
+            row, other_row = one.digests(here), other.digests(there)
             differing_stages = part_at(row, other_row)
             if differing_stages:
                 found.place = place_of(here.key, differing_stages, one.tensors(here), other.tensors(there))

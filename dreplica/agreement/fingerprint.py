@@ -49,6 +49,9 @@ def fingerprint(tensors: Mapping[str, Tensor]) -> dict[str, str]:
     Any shape, dtype and device; strided in any memory layout, or sparse COO. Raises TypeError, naming the tensor, for
     one without memory (on the meta device, fake, or lazy), a quantized or nested one, or one in another layout.
     """
+    if not isinstance(tensors, Mapping):
+        kind = type(tensors).__name__
+        raise TypeError(f"fingerprints are taken of tensors by name, {{'weight': tensor}}, not of a {kind}")
     for name, value in tensors.items():
         if not isinstance(value, Tensor):
             raise TypeError(f"{name!r}: a fingerprint is taken of a tensor, not of a {type(value).__name__}")

@@ -109,7 +109,7 @@ def describe(place: Place, epoch: int | None, num_replicas: int, ddp: bool = Fal
     if not suspects:
         evidence.append(f"{num_replicas} replicas without a majority: the comparison alone cannot say who is wrong")
     cause = _CAUSE_OF_STAGE.get(place.stage or "", "unexplained")
-    remedy: tuple[str, ...] = _SEED_ALL if place.step == 0 and place.stage == "rng" else ()
+    remedy: tuple[str, ...] = _SEED_ALL if place.step == 0 and place.tensor and not place.only_on else ()
     if ddp and place.stage is not None:
         remedy = _DDP_BUFFERS if place.stage == "buffers" else _DDP
     return Verdict(

@@ -13,7 +13,9 @@ from dreplica.errors import UsageError
 
 TRACE_NAME, TENSORS_NAME = "trace.jsonl", "tensors.bin"
 
-_AS_WRITTEN = re.compile(rb'\{"step": (\d+), "epoch": (\d+|null), "agreed": (true|false), "digests": (\{[^{}]*\})\}\n')
+_AS_WRITTEN = re.compile(
+    rb'\{"step": (\d{1,18}), "epoch": (\d{1,18}|null), "agreed": (true|false), "digests": (\{[^{}]*\})\}\n'
+)
 
 _LONGEST_HEADER = 100_000
 """Bytes: some other file may well be a single line."""
@@ -30,10 +32,6 @@ class Line(NamedTuple):
     agreed: bool
     digests: bytes
     """JSON: stage to 32 hex digits. Equal bytes mean equal digests."""
-
-    def parsed(self) -> dict[str, str]:
-        """Stage to 32 hex digits."""
-        return json.loads(self.digests)
 
 
 class Start(NamedTuple):
@@ -71,6 +69,8 @@ class RecordedTrace:
         self.is_cut_off = False
         self.parted_at: int | None = None
         self._again: list[tuple[int, Key]] = []
+        if self.path.exists() and not self.path.is_file():
+            raise UsageError(f"{str(self.path)!r} is no plain file, and a trace is read twice. Write it to one first.")
         try:
             with self.path.open("rb") as file:
                 header = json.loads(file.readline(_LONGEST_HEADER))
@@ -81,7 +81,7 @@ class RecordedTrace:
             raise UsageError(f"{str(path)!r} {what}. Name the folder of a run, or its trace.") from None
         except OSError as error:
             raise UsageError(f"{str(self.path)!r} cannot be read ({error.strerror}). Name another.") from None
-        except (ValueError, LookupError, TypeError):
+        except (ValueError, LookupError, TypeError, OverflowError):
             raise UsageError(
                 f"{str(self.path)!r} does not begin with the header of a trace. Name the folder of a run, or its trace."
             ) from None
@@ -124,9 +124,19 @@ class RecordedTrace:
         """The first step of which there are several lines; None if there is none."""
         return min((key[0] for _, key in self._again), default=None)
 
+    def digests(self, line: Line) -> dict[str, str]:
+        """The line's stages, each with its 32 hex digits. Raises UsageError if that is not what it holds."""
+        try:
+            return {str(stage): str(digest) for stage, digest in json.loads(line.digests).items()}
+        except ValueError:
+            raise UsageError(
+                f"{str(self.path)!r}: the line of step {line.key[0]} holds no digests: {line.digests[:60]!r}. Take it "
+                "out, or record again."
+            ) from None
+
     def tensors(self, line: Line) -> dict[str, Stage] | None:
         """The digests of the line's single tensors, stage by stage; None where they have not been recorded."""
-        return find_stages(self.path.with_name(TENSORS_NAME), line.key[0], line.parsed())
+        return find_stages(self.path.with_name(TENSORS_NAME), line.key[0], self.digests(line))
 
     def _parsed(self, raw_lines: Iterable[bytes], start: Start) -> Iterator[Line]:
         """The whole lines."""

@@ -8,7 +8,7 @@ from dreplica.agreement.comparison import part_at, place_of
 from dreplica.agreement.fingerprint import ALGORITHM
 from dreplica.agreement.place import Place, module_of
 from dreplica.agreement.recorded import RecordedTrace
-from dreplica.agreement.stage import Stage
+from dreplica.agreement.stage import INDEPENDENT_STAGES, Stage
 from dreplica.agreement.verdict import Divergence, Verdict
 from dreplica.errors import UsageError
 
@@ -41,6 +41,7 @@ class Reference:
     Attributes:
         trace: as read through.
         num_compared: how many checked steps and evaluations have been compared so far, and were the same.
+        only_samples: whether nothing of any replica's state was among what was compared.
     """
 
     def __init__(self, path: Path, algorithm: str = ALGORITHM) -> None:
@@ -54,6 +55,7 @@ class Reference:
             )
         self.trace.read_through()
         self.num_compared = 0
+        self.only_samples = True
         self._lines = self.trace.lines()
         self._line = next(self._lines, None)
         self._has_begun = False
@@ -67,13 +69,14 @@ class Reference:
         while self._line is not None and self._line.key <= key:
             line, self._line = self._line, next(self._lines, None)
             if line.key == key:
-                recorded = line.parsed()
+                recorded = self.trace.digests(line)
                 own = {name: stage.digest.hex() for name, stage in stages.items()}
                 differing_stages = part_at(own, recorded)
                 if differing_stages:
                     place = place_of(key, differing_stages, stages, self.trace.tensors(line))
                     return Apart(self._name, place, recorded, is_first=not self._has_begun)
                 self.num_compared += bool(own.keys() & recorded.keys())
+                self.only_samples = self.only_samples and own.keys() & recorded.keys() <= set(INDEPENDENT_STAGES)
                 self._has_begun = step > 0
         return None
 

@@ -12,6 +12,9 @@ import xxhash
 STAGES = ("indices", "batch", "buffers", "output", "gradients", "optimizer", "weights", "rng", "predictions")
 """In the causal order within a step: of several that differ, the first is the one to report."""
 
+INDEPENDENT_STAGES = ("indices", "batch")
+"""What replicas from distinct seeds still share."""
+
 
 @dataclass(frozen=True)
 class Stage:

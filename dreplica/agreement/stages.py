@@ -3,6 +3,7 @@
 import random
 import struct
 from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
+from dataclasses import fields, is_dataclass
 from typing import Any
 
 import numpy
@@ -45,7 +46,7 @@ def tensors_stage(tensors: Mapping[str, Tensor]) -> Stage:
 
 
 def batch_stage(batch: Tensor | Mapping[str, Any] | Sequence[Any]) -> Stage:
-    """A batch as it reaches the model: a tensor, or tensors in dicts, lists and tuples.
+    """A batch as it reaches the model: a tensor, or tensors in dicts, lists, tuples and dataclasses.
 
     NumPy arrays, numbers and strings count too. Raises TypeError for anything else, naming its place.
     """
@@ -259,11 +260,14 @@ def _batch_entries(name: str, value: Any) -> Iterable[tuple[str, Tensor | bytes]
             pairs = zip(("inputs", "labels"), value, strict=True)
         for key, item in pairs:
             yield from _batch_entries(f"{name}.{key}" if name else str(key), item)
+    elif is_dataclass(value) and not isinstance(value, type):
+        yield from _batch_entries(name, {field.name: getattr(value, field.name) for field in fields(value)})
     elif _is_plain(value):
         yield name or "inputs", _plain_bytes(value)
     else:
         raise TypeError(
-            f"cannot compare the {type(value).__name__} at {name or 'the top'!r}; pass tensors in dicts, lists, tuples"
+            f"cannot compare the {type(value).__name__} at {name or 'the top'!r}; pass tensors in dicts, lists, tuples "
+            "or dataclasses, or leave its stage out: stages=(...)"
         )
 
 

@@ -6,6 +6,7 @@ from typing import Any, Literal
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from dreplica.agreement.stage import INDEPENDENT_STAGES
 from dreplica.agreement.stages import (
     STAGES,
     Entry,
@@ -24,15 +25,14 @@ Models = nn.Module | Mapping[str, nn.Module]
 
 Expect = Literal["identical", "independent", "ddp"]
 
-INDEPENDENT_STAGES = ("indices", "batch")
-"""What replicas from distinct seeds still share."""
-
 DDP_STAGES = ("gradients", "optimizer", "weights")
 """What the ranks of one data-parallel model share after every step; buffers, too, if no forward pass mends them."""
 
 
 class Subject:
     """Models and optimizers under the names that a verdict gives to their tensors.
+
+    Raises ValueError for what is none, and for several of them that have no names.
 
     Attributes:
         model: without DistributedDataParallel and `torch.compile` around it; several models as one, `nn.ModuleDict`.
@@ -42,6 +42,7 @@ class Subject:
 
     def __init__(self, model: Models, optimizer: Optimizers = None, others: Sequence[Any] = ()) -> None:
         models = model if isinstance(model, Mapping) else {"": model}
+        _check_arguments(models, by_name(optimizer), others)
         self.model = nn.ModuleDict(_checked(models)) if isinstance(model, Mapping) else unwrapped(model)
         self.optimizers = by_name(optimizer)
         self.others = tuple(other for other in others if other is not None)
@@ -75,6 +76,8 @@ class Subject:
         Raises ValueError for a name that is no stage, and for one that independent replicas do not share.
         """
         comparable = INDEPENDENT_STAGES if expect == "independent" else STAGES
+        if isinstance(stages, str):
+            raise ValueError(f"stages: {stages!r} will not do: give several, or one in a list: [{stages!r}].")
         for name in stages or ():
             if name not in STAGES:
                 raise ValueError(f"stages: {name!r} is no stage. {nearest(name, STAGES)}")
@@ -83,6 +86,8 @@ class Subject:
                     f"stages: {name!r} is not compared where expect is 'independent', only {', '.join(comparable)}. "
                     "Leave it out, or use expect='identical' with the stages that must agree."
                 )
+        if stages is not None and not stages:
+            raise ValueError(f"stages: {stages!r} will not do: nothing would be compared. Name some, or leave it out.")
         if stages is not None:
             return frozenset(stages)
         if expect == "ddp":
@@ -99,6 +104,26 @@ def unwrapped(model: nn.Module) -> nn.Module:
 def _in_ddp(model: nn.Module) -> DistributedDataParallel | None:
     within = getattr(model, "_orig_mod", model)
     return within if isinstance(within, DistributedDataParallel) else None
+
+
+def _check_arguments(models: Mapping[str, Any], optimizers: Mapping[str, Any], others: Any) -> None:
+    if not models:
+        raise ValueError("model: there is none in {}, and nothing would be compared.")
+    for each in models.values():
+        if not isinstance(each, nn.Module):
+            raise _refused("model", each, "an nn.Module, or several by name: {'generator': g, 'critic': c}")
+    for each in optimizers.values():
+        if not hasattr(each, "param_groups"):
+            raise _refused("optimizer", each, "one, or several by name: {'generator': g, 'critic': c}")
+    if not isinstance(others, Sequence):
+        raise _refused("others", others, "a list: [scheduler, scaler]")
+    for each in others:
+        if not (each is None or hasattr(each, "state_dict")):
+            raise _refused("others", each, "what has a state_dict: [scheduler, scaler]")
+
+
+def _refused(name: str, value: Any, hint: str) -> ValueError:
+    return ValueError(f"{name}: a {type(value).__name__} will not do; give {hint}.")
 
 
 def _checked(models: Mapping[str, nn.Module]) -> dict[str, nn.Module]:

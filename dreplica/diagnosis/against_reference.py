@@ -128,7 +128,7 @@ class AgainstReference:
             [item for item in items if item.matters and item.field not in excluded]
             for items in (self.config, self.manifest)
         )
-        settings = [item for item in config if stage in _acts_on(_own_key(item.field))]
+        settings = [item for item in config if self._reaches(_acts_on(_own_key(item.field)))]
         environment = [item for item in manifest if self._may_act(item.field)]
         cause = {"indices": "indices-differ", "batch": "batch-differs", "predictions": "evaluation-differs"}
         unexplained = cause.get(stage or "", "unexplained")
@@ -146,12 +146,11 @@ class AgainstReference:
 
     def remedy(self, cause: str) -> list[str]:
         """Lines to paste, for differences in settings that can have been the cause."""
-        stage = self.apart.place.stage
         keys = {item.field: item for item in self.config if item.matters and not item.field.startswith("overrides.")}
         if cause != "config-differs":
             return []
         decisive = [item for item in keys.values() if self._must_show(item)]
-        decisive = decisive or [item for key, item in keys.items() if stage in _acts_on(key)]
+        decisive = decisive or [item for key, item in keys.items() if self._reaches(_acts_on(key))]
         return [f"--{item.field} {shlex.quote(json.dumps(item.one))}  # as in the reference" for item in decisive]
 
     def _must_show(self, item: RunDifference) -> bool:
@@ -164,11 +163,24 @@ class AgainstReference:
         stages = () if key in _SHOWS_NOWHERE else _SHOWS_IN.get(key, _SHOWS_IN.get(key.partition(".")[0], ()))
         return self.apart.is_first and place.phase is None and place.stage in stages
 
+    @property
+    def _came_from_before(self) -> bool:
+        """Whether the difference may have been made in an earlier step, none of which was compared, in any stage."""
+        place = self.apart.place
+        computed = place.stage not in ("indices", "batch")
+        return self.apart.is_first and computed and (place.step > 1 or place.phase is not None)
+
+    def _reaches(self, stages: Collection[str]) -> bool:
+        """Whether what acts on these stages may show in the one in which the runs part first."""
+        return self.apart.place.stage in stages or (self._came_from_before and bool(stages))
+
     def _may_act(self, field: str) -> bool:
         """Whether a manifest field, unless it just follows from a setting, may change what the stage is."""
         if {_own_key(item.field) for item in self.config} & set(follows_from(field)):
             return False
         names = _ENVIRONMENT_ACTS_ON.get(self.apart.place.stage or "", _ENVIRONMENT_ACTS)
+        if self._came_from_before:
+            names = (*names, *_ENVIRONMENT_ACTS_ON["batch"])
         return any(field == name or (name.endswith(".") and field.startswith(name)) for name in names)
 
 

@@ -1,7 +1,7 @@
 """In what two runs differ that were made at different times or places: what they were given, and what they ran on."""
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -39,6 +39,10 @@ class RecordedRun:
     """One per replica; None likewise."""
     verdict: Mapping[str, Any] | None
     """The report's; None likewise, or if the run has not ended."""
+    final: Mapping[tuple[Any, str], str]
+    """Of each replica's weights, buffers and optimizer at the end, 32 hex digits; empty likewise."""
+    stopped_after: int | None
+    """The step at which it was told to stop; it may have gone on since, and what is `final` then is not."""
     missing: tuple[str, ...] = ()
     """The files that could not be read, and why."""
 
@@ -47,7 +51,7 @@ def read_run(folder: Path) -> RecordedRun:
     """What is there; a trace by itself, or a run that was killed, may lack any of it."""
     missing: list[str] = []
 
-    def read(name: str, parse: Any, kind: type) -> Any:
+    def read(name: str, parse: Any, is_one: Callable[[Any], bool]) -> Any:
         try:
             content = parse((folder / name).read_text(encoding="utf-8"))
         except FileNotFoundError:
@@ -55,15 +59,33 @@ def read_run(folder: Path) -> RecordedRun:
         except (OSError, ValueError, yaml.YAMLError) as error:
             missing.append(f"{name} cannot be read ({error})")
         else:
-            if isinstance(content, kind):
+            if is_one(content):
                 return content
             missing.append(f"{name} is not what a run leaves")
         return None
 
-    config = read("config.yaml", yaml.safe_load, dict)
-    manifests = read("manifest.json", json.loads, list)
-    report = read("report.json", json.loads, dict)
-    return RecordedRun(config, manifests, (report or {}).get("verdict"), tuple(missing))
+    config = read("config.yaml", yaml.safe_load, lambda content: isinstance(content, dict))
+    manifests = read("manifest.json", json.loads, _is_rows)
+    report = read("report.json", json.loads, _is_report) or {}
+    final = {
+        (row.get("replica"), stage): digest
+        for row in report.get("fingerprints") or []
+        for stage, digest in row.items()
+        if stage != "replica"
+    }
+    stopped_after = (report.get("run") or {}).get("stopped_after")
+    return RecordedRun(config, manifests, report.get("verdict"), final, stopped_after, tuple(missing))
+
+
+def _is_rows(content: Any) -> bool:
+    return isinstance(content, list) and all(isinstance(row, dict) for row in content)
+
+
+def _is_report(content: Any) -> bool:
+    if not isinstance(content, dict) or not _is_rows(content.get("fingerprints") or []):
+        return False
+    verdict, run = content.get("verdict"), content.get("run") or {}
+    return isinstance(run, dict) and (verdict is None or (isinstance(verdict, dict) and "cause" in verdict))
 
 
 def config_differences(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[RunDifference]:

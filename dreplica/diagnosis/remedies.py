@@ -19,7 +19,9 @@ def as_code(remedy: Sequence[str]) -> list[str]:
     lines = []
     for line in remedy:
         if line.startswith("--"):
-            lines += [_FLAGS[name].format(value) for name, value in _FLAG.findall(line) if name in _FLAGS]
+            calls = [_FLAGS[name].format(value) for name, value in _FLAG.findall(line) if name in _FLAGS]
+            remark = line.partition("  #")[2]
+            lines += [f"{call}  #{remark}" if remark and "  #" not in call else call for call in calls]
         elif not line.startswith("dreplica "):
             lines.append(line)
     return list(dict.fromkeys(lines))

@@ -20,6 +20,7 @@ from dreplica.doctor.gpus import check_gpus
 from dreplica.doctor.judge import first_difference, judge_devices, judge_flags, judge_joining, judge_probes
 from dreplica.doctor.machine import check_machine, check_threads
 from dreplica.doctor.settings import check_hashes, check_settings
+from dreplica.doctor.trial import MARK
 from dreplica.errors import ExitCode
 from dreplica.world.channel import Channel
 from dreplica.world.manifest import collect_manifest
@@ -118,7 +119,7 @@ def _run_trials(timeout: float) -> tuple[list[tuple[dict[str, Any], dict[str, An
             printed, errors = process.communicate()
             errors += f"\nit did not end within {timeout:.0f} s"
         last = (errors.strip() or f"it ended with {process.returncode} and said nothing").splitlines()[-1]
-        match [json.loads(line) for line in printed.splitlines()]:
+        match [json.loads(line.removeprefix(MARK)) for line in printed.splitlines() if line.startswith(MARK)]:
             case [trial, joined]:
                 found.append((trial, joined))
             case [trial]:

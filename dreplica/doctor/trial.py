@@ -1,6 +1,6 @@
 """One of the doctor's processes: trains a small network in strict mode, twice on each device, and prints every digest.
 
-A line of JSON for the trial and one for joining the other processes; what fails is said in them.
+A line of JSON for the trial and one for joining the other processes, behind `MARK`; what fails is said in them.
 """
 
 import json
@@ -19,6 +19,8 @@ from dreplica.world.determinism import DeterminismConfig, apply_determinism, num
 from dreplica.world.process_group import env_rank, open_world
 
 JOIN_SECONDS = 30.0
+MARK = "dreplica-doctor: "
+"""Begins its lines: what Python imports at its start may print, too."""
 _STEPS = 2
 
 
@@ -99,7 +101,7 @@ def _try_device(device: torch.device) -> dict[str, Any]:
 
 
 def _print(output: TextIO, found: dict[str, Any]) -> None:
-    print(json.dumps(found), file=output, flush=True)
+    print(f"\n{MARK}{json.dumps(found)}", file=output, flush=True)
 
 
 if __name__ == "__main__":

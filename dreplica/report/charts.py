@@ -76,8 +76,10 @@ def line_chart(
     """
     drawn = {part: [[_height(value, logarithmic) for value in row] for row in rows] for part, rows in parts.items()}
     heights = [value for rows in drawn.values() for row in rows for value in row if value is not None]
-    if not epochs or not heights:
+    num_missing = sum(not _is_finite(value) for rows in parts.values() for row in rows for value in row)
+    if not epochs or not (heights or num_missing):
         return None
+    heights = heights or [0.0, 1.0]  # that there is nothing to draw is what there is to say
     ticks = nice_ticks(min(heights), max(heights), whole=logarithmic)
     if in_percent:
         ticks = [tick for tick in ticks if -1e-9 <= tick <= 1 + 1e-9]
@@ -99,7 +101,6 @@ def line_chart(
             label = f"{part}, {name}" if len(parts) > 1 else name
             if any(points):
                 lines.append(Line(label, ids[0] % _NUM_COLORS, number == 0 and len(parts) > 1, *_paths(points)))
-    num_missing = sum(not _is_finite(value) for rows in parts.values() for row in rows for value in row)
     return LineChart(
         title,
         lines,

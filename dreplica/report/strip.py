@@ -66,10 +66,10 @@ def read_trace(path: Path, most_cells: int = MOST_CELLS) -> TraceSummary:
             if step == 0:
                 summary.build_agreed = agreed and summary.build_agreed is not False
                 continue
-            # An evaluation has a line of its own, with the number of the step that it follows.
-            again = previous is not None and previous[0] == step
-            counted = again and previous is not None and not previous[1]
-            strip.add(step, compared=int(not again), differing=int(not agreed and not counted))
+            # An evaluation has a line of its own, with the number of the step that it follows; and a run that was
+            # interrupted after its replicas had parted has gone on from an earlier step.
+            counted = previous is not None and previous[0] == step and not previous[1]
+            strip.add(step, compared=int(step > strip.last), differing=int(not agreed and not counted))
             previous = step, agreed and not counted
     summary.cells = strip.cells()
     summary.num_compared = sum(cell.compared for cell in summary.cells)
@@ -105,6 +105,7 @@ class _Strip:
         self._most = most
         self._width = 1
         self._counts: list[list[int]] = []
+        self.last = 0
 
     def add(self, step: int, compared: int, differing: int) -> None:
         while (step - 1) // self._width >= self._most:
@@ -115,11 +116,11 @@ class _Strip:
         self._counts += [[0, 0] for _ in range(index + 1 - len(self._counts))]
         self._counts[index][0] += compared
         self._counts[index][1] += differing
-        self._last = step
+        self.last = max(self.last, step)
 
     def cells(self) -> list[Cell]:
         width = self._width
         cells = [Cell(1 + i * width, (i + 1) * width, *counts) for i, counts in enumerate(self._counts)]
         if cells:
-            cells[-1].last = self._last
+            cells[-1].last = self.last
         return cells

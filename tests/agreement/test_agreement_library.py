@@ -4,6 +4,7 @@ import json
 import os
 import re
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -204,12 +205,19 @@ def test_arguments_that_would_silently_check_nothing_are_refused(arguments: Any,
         Agreement(nn.Linear(2, 2), **arguments)
 
 
+@dataclass
+class Sample:
+    image: Tensor
+    path: str
+
+
 def test_outputs_may_be_nested_and_what_cannot_be_compared_is_named() -> None:
     agreement = Agreement(nn.Linear(2, 2))
     agreement.step(outputs={"hidden": torch.ones(2), "parts": [torch.ones(1)]}, loss=torch.ones(()))
     names = agreement.observe(outputs={"hidden": torch.ones(2), "parts": [torch.ones(1)]})["output"].names
     assert names == ("logits.hidden", "logits.parts.0")
-    with pytest.raises(TypeError, match=r"cannot compare the Linear at 'logits\.model'"):
+    assert agreement.observe(outputs=Sample(torch.ones(2), "a.png"))["output"].names == ("logits.image", "logits.path")
+    with pytest.raises(TypeError, match=r"cannot compare the Linear at 'logits\.model'.*leave its stage out"):
         agreement.step(outputs={"model": nn.Linear(1, 1)})
 
 

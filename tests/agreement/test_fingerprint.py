@@ -323,3 +323,8 @@ def test_hashing_allocates_nothing_of_the_size_of_the_tensor() -> None:
     contiguous, strided = results
     assert contiguous < 2**24
     assert strided > 2**25  # the measure does see a copy of the 64 MiB
+
+
+def test_tensors_without_names_are_refused() -> None:
+    with pytest.raises(TypeError, match=r"tensors by name, \{'weight': tensor\}, not of a list"):
+        fingerprint([torch.ones(1)])  # type: ignore[arg-type]

@@ -126,3 +126,12 @@ def test_the_verdict_never_speaks_of_none() -> None:
         verdict = describe(place, None, 2)
         assert verdict.cause == "structure-differs"
         assert "None" not in " ".join([verdict.summary, *verdict.evidence])
+
+
+@pytest.mark.parametrize(("step", "name", "seeds"), [(0, "weights", True), (0, "rng", True), (1, "weights", False)])
+def test_at_the_build_the_remedy_is_to_seed_it(step: int, name: str, seeds: bool) -> None:
+    rows = [{name: stage(a=letter)} for letter in "xy"]
+    remedy = describe(first_difference([step, step], rows), None, 2).remedy
+    assert any("torch.manual_seed" in line for line in remedy) == seeds
+    other = [{name: stage(a="x")}, {name: stage(b="x")}]
+    assert not describe(first_difference([step, step], other), None, 2).remedy, "no seed gives another tensor"

@@ -142,6 +142,40 @@ def test_a_name_that_no_model_can_have_is_refused(name: Any) -> None:
         Subject({name: nn.Linear(2, 2)})
 
 
+@pytest.mark.parametrize(
+    ("arguments", "keywords", "words"),
+    [
+        (([nn.Linear(1, 1)],), {}, "model: a list will not do; give an nn.Module, or several by name"),
+        (({"one": None},), {}, "model: a NoneType will not do"),
+        (({},), {}, "model: there is none in {}, and nothing would be compared"),
+        ((nn.Linear(1, 1), []), {}, "optimizer: a list will not do; give one, or several by name"),
+        ((nn.Linear(1, 1),), {"others": nn.Linear(1, 1)}, "others: a Linear will not do; give a list"),
+        (
+            (nn.Linear(1, 1),),
+            {"others": [torch.Generator()]},
+            "others: a Generator will not do; give what has a state_d",
+        ),
+        ((nn.Linear(1, 1),), {"stages": []}, "stages: [] will not do: nothing would be compared"),
+        ((nn.Linear(1, 1),), {"stages": "weights"}, "stages: 'weights' will not do: give several, or one in a list"),
+        ((nn.Linear(1, 1),), {"every": 1.5}, "every: 1.5 will not do"),
+    ],
+)
+def test_what_is_no_argument_is_refused(arguments: Any, keywords: Any, words: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(words)):
+        Agreement(*arguments, **keywords)
+
+
+def test_that_nothing_was_compared_is_told(caplog: pytest.LogCaptureFixture) -> None:
+    model = nn.Linear(1, 1)
+    for given in ({"batch": torch.ones(1)}, {}):
+        agreement = Agreement(model, expect="independent", steps_done=5)
+        agreement.finish()
+        agreement.step(**given)
+        assert not caplog.messages
+        agreement.finish()
+    assert caplog.messages == ["nothing was compared in 1 steps: step() was given none of indices, batch"]
+
+
 def test_several_processes_without_a_group_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(ValueError, match=r"WORLD_SIZE is 2 but there is no process group.*init_process_group"):

@@ -48,6 +48,11 @@ def against(
         (against(1, "batch", [], [("data", "a", "b")]), "environment-differs"),
         (against(1, "indices", [], unseeded=["seed.data"]), "indices-differ"),
         (against(0, "weights", [], unseeded=["seed.model"]), "build-not-seeded"),
+        # Steps before were not compared: what acts on any of their stages shows in all that is computed from them.
+        (against(3, "buffers", [("optim.momentum", 0.9, 0.5)]), "config-differs"),
+        (against(3, "output", [], [("data", "a", "b")]), "environment-differs"),
+        (against(3, "buffers", [("optim.momentum", 0.9, 0.5)], [("data", "a", "b")]), "unexplained"),
+        (against(3, "batch", [("optim.momentum", 0.9, 0.5)]), "batch-differs"),
         # What differs cannot act there, or has acted before, or is not the only thing.
         (against(1, "output", [("optim.lr", 1, 2)]), "unexplained"),
         (against(1, "indices", [("seed.augment", 1, 2)]), "indices-differ"),

@@ -315,6 +315,7 @@ def test_remedies_are_lines_of_python() -> None:
         "--determinism.mode strict --determinism.cublas_workspace_config :4096:8",
         "--agreement.every 1 --agreement.snapshot_every 10  # so that the step can be replayed from close by",
         "--determinism.threads 1",
+        "--determinism.mode strict  # unless it already is",
         "dreplica train --replicas 2  # with the same arguments",
         "take that replica's host or GPU out of service",
     ]
@@ -322,5 +323,6 @@ def test_remedies_are_lines_of_python() -> None:
         "torch.use_deterministic_algorithms(True)",
         'os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"  # before anything uses CUDA',
         "torch.set_num_threads(1)",
+        "torch.use_deterministic_algorithms(True)  # unless it already is",
         "take that replica's host or GPU out of service",
     ]

@@ -37,8 +37,10 @@ def test_strict_mode_holds_here(capsys: pytest.CaptureFixture[str]) -> None:
 def test_an_environment_in_which_nothing_repeats(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """What every Python process imports at its start turns seeding off; gloo is told to use a device that is not."""
-    (tmp_path / "sitecustomize.py").write_text("import torch\ntorch.manual_seed = lambda seed: None\n")
+    """What every Python process imports talks, and turns seeding off; gloo is told to use a device that is not."""
+    (tmp_path / "sitecustomize.py").write_text(
+        "print('hello', flush=True)\nimport torch\ntorch.manual_seed = lambda seed: None\n"
+    )
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")]))
     monkeypatch.setenv("GLOO_SOCKET_IFNAME", "nosuch0")
     monkeypatch.setenv("OMP_DYNAMIC", "true")  # with which a backward pass on several threads may hang

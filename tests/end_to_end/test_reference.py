@@ -46,6 +46,13 @@ def test_a_run_that_is_the_same(num_replicas: int, reference: Path) -> None:
     assert job.report["warnings"] == [], "another name is no difference to speak of"
 
 
+def test_of_independent_replicas_no_more_than_the_samples_is_said_to_be_the_same(reference: Path) -> None:
+    job = run(reference, "--seed.model=distinct", "--optim.lr=0.02", num_replicas=2)
+    assert job.returncode == 0, job.output
+    assert job.report["verdict"]["summary"].endswith(f"; the same samples as {reference} up to step 10")
+    assert job.report["warnings"][-1].startswith(f"of the reference {reference} only the samples were compared")
+
+
 @pytest.mark.parametrize("num_replicas", [1, 2])
 def test_another_setting_stops_all_replicas_at_its_first_step(num_replicas: int, reference: Path) -> None:
     job = run(reference, "--optim.lr=0.02", num_replicas=num_replicas)

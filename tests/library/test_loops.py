@@ -10,7 +10,9 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 import torch.distributed as dist
+from torch import nn
 
 from dreplica.agreement.verdict import Divergence, Verdict
 from dreplica.world.process_group import World
@@ -65,16 +67,41 @@ def _refusals() -> list[str]:
     return [str(of_lightning.value), str(of_transformers.value)]
 
 
+def _steps_of_several_optimizers() -> list[int]:
+    """As Lightning's callback counts them after a checkpoint: with it, and of one that was saved without it."""
+    from dreplica.lightning import AgreementCallback
+
+    model = nn.Linear(1, 1)
+    trainer: Any = SimpleNamespace(
+        world_size=1,
+        strategy=SimpleNamespace(model=model),
+        optimizers=[torch.optim.SGD(model.parameters(), lr=0.1) for _ in range(2)],
+        lr_scheduler_configs=[],
+        precision_plugin=None,
+        global_step=0,
+        current_epoch=0,
+    )
+    module: Any = None
+    callback, again, without = AgreementCallback(), AgreementCallback(), AgreementCallback()
+    callback.on_train_start(trainer, module)
+    for trainer.global_step in (2, 4, 4, 6):  # the third batch steps neither optimizer
+        callback.on_train_batch_end(trainer, module, None, torch.ones(1), 0)
+    again.load_state_dict(callback.state_dict())
+    for each in (callback, again, without):
+        each.on_train_start(trainer, module)
+    return [each.agreement.steps_done for each in (callback, again, without) if each.agreement is not None]
+
+
 def _run_page() -> list[str]:
     dist.init_process_group = lambda *_: None  # it is there already
     beginning, examples = examples_of(PAGE)
     return [run(beginning, example) for example in examples]
 
 
-def _run_all(world: World) -> tuple[dict[tuple[str, bool], Any], list[str], list[str]]:
+def _run_all(world: World) -> tuple[dict[tuple[str, bool], Any], list[str], list[str], list[int]]:
     warnings.simplefilter("ignore")
     os.environ["TORCHELASTIC_RUN_ID"] = "test"  # by which Lightning knows that the ranks are there already
-    return _run_loops(world), _run_page(), _refusals()
+    return _run_loops(world), _run_page(), _refusals(), _steps_of_several_optimizers()
 
 
 @cache
@@ -111,3 +138,9 @@ def test_where_each_rank_has_a_part_of_the_state_the_callbacks_refuse() -> None:
     assert isinstance(one, tuple), one
     assert one[2] == two[2]
     assert all("AgreementCallback(expect=" in message for message in one[2])
+
+
+def test_after_a_checkpoint_steps_of_several_optimizers_are_counted_on() -> None:
+    one, _ = results()
+    assert isinstance(one, tuple), one
+    assert one[3] == [3, 3, 6]

@@ -37,7 +37,13 @@ def test_what_is_no_number_is_a_gap_and_said() -> None:
     assert made.lines[0].path == "M0 100M75 50L100 0"
     assert made.notes == ["2 values are infinite or not a number, and not drawn"]
     assert made.table.rows[1][1][0] == "not finite"
-    assert line_chart("Loss", [1], {"training": [[None, math.nan]]}) is None
+    assert line_chart("Loss", [], {"training": []}) is None
+
+
+def test_of_losses_none_of_which_is_a_number_the_table_is_there() -> None:
+    made = chart([None, None])
+    assert (made.lines, made.notes) == ([], ["2 values are infinite or not a number, and not drawn"])
+    assert [cell[0] for cell in made.table.rows[0]] == ["1", "not finite"]
 
 
 def test_a_replica_that_was_not_there_has_no_point() -> None:

@@ -46,6 +46,13 @@ def test_steps_that_were_not_compared_are_told_from_those_that_agree(tmp_path: P
     assert summary.cells == [Cell(1, 2, 2, 0), Cell(3, 4, 0, 0), Cell(5, 6, 0, 0), Cell(7, 8, 2, 0)]
 
 
+def test_steps_that_were_done_again_count_once(tmp_path: Path) -> None:
+    steps = [line(step, step < 5) for step in range(1, 7)] + [line(3), line(4)]
+    summary = read_trace(traced(tmp_path, *steps), 3)
+    assert summary.cells == [Cell(1, 2, 2, 0), Cell(3, 4, 2, 0), Cell(5, 6, 2, 2)]
+    assert (summary.num_compared, summary.last_step) == (6, 4)
+
+
 @pytest.mark.parametrize(("of_step", "of_evaluation"), [(True, False), (False, True), (False, False)])
 def test_an_evaluation_belongs_to_the_step_before_it(tmp_path: Path, of_step: bool, of_evaluation: bool) -> None:
     summary = read_trace(traced(tmp_path, line(1), line(2, of_step), line(2, of_evaluation), line(3)))
