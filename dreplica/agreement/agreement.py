@@ -85,7 +85,7 @@ class Agreement:
         steps_checked: how many steps were compared.
         stages_compared: of all comparisons together, how many stages.
         bytes_per_step: bytes of tensors that this replica hashed in the newest compared step; 0 before the first.
-        bytes_hashed: bytes of tensors that this replica has hashed in all.
+        bytes_hashed: bytes of tensors that this replica has hashed to compare them, in all.
         agreed_until: the newest step whose state all replicas are known to have agreed on; -1 before the build's.
         last_word: stands for what this replica compared last; None after a step that is not compared.
         diverged_stages: this replica's stages at the first difference.
@@ -249,6 +249,7 @@ class Agreement:
         recorded: bool = True,
     ) -> None:
         self.complete()
+        self.bytes_hashed += observation.num_bytes
         word = self.last_word = protocol.Word(lambda: protocol.fold(step, observation.stages))
         self._pending = _Pending(step, epoch, observation, word, self._wants_stop, phase, recorded)
         # Whether it is ready yet, replicas may see differently, and they must post in the same order as they gather.
@@ -323,11 +324,9 @@ class Agreement:
 
     def _start(self, entries: Mapping[str, Iterable[Entry]]) -> Observation:
         """Hashes those of the stages that are compared, in causal order."""
-        observation = self._hasher.start(
+        return self._hasher.start(
             {name: entries[name] for name in STAGES if name in entries and name in self._compared}
         )
-        self.bytes_hashed += observation.num_bytes
-        return observation
 
     def _describe(self, pending: _Pending) -> Verdict:
         """What replicas differ in. A collective."""
