@@ -132,7 +132,7 @@ class PassDone:
     """Whether it was trained to its end."""
     steps: int
     comparisons: int
-    bytes_hashed: Sequence[int]
+    bytes_hashed: int
     """By each replica."""
     seconds: float
     weights: str | None
@@ -155,7 +155,7 @@ class PassDone:
             "complete": self.complete,
             "steps": self.steps,
             "comparisons": self.comparisons,
-            "bytes_hashed": list(self.bytes_hashed),
+            "bytes_hashed": self.bytes_hashed,
             "seconds": round(self.seconds, 3),
             "weights": self.weights,
             "cause": self.verdict.cause,
@@ -189,11 +189,11 @@ class Account:
         self.passes += 1
         self.complete += done.complete
         verdict = done.verdict
-        for card, num_bytes in zip(self.cards, done.bytes_hashed, strict=True):
+        for card in self.cards:
             card.passes += 1
             card.steps += done.steps
             card.comparisons += done.comparisons
-            card.bytes_hashed += num_bytes
+            card.bytes_hashed += done.bytes_hashed
             if done.found and card.replica in verdict.suspects:
                 card.suspected[verdict.cause] += 1
             elif done.found and not verdict.suspects:

@@ -38,29 +38,24 @@ class Pass(Run):
         elif self.recorder.report is not None and self.world.is_coordinator:
             shutil.rmtree(self.recorder.folder)
         self.recorder.close()
-        return self._done(verdict, self.channel.gather(self._bytes_hashed), keep)
+        return self._done(verdict, keep)
 
     def cut_off(self, lost: Sequence[Lost], noticed: BaseException) -> PassDone:
         """What came of it where replicas are gone, as far as this one knows. No collective."""
         report = self.recorder.report
         verdict = None if report is None else report.verdict  # one that was reached before stands
         kept = report is not None and self.recorder.folder.exists()
-        rows = [self._bytes_hashed] * self.world.num_replicas
-        return self._done(verdict or replica_lost(lost, None, str(noticed)), rows, kept)
+        return self._done(verdict or replica_lost(lost, None, str(noticed)), kept)
 
-    @property
-    def _bytes_hashed(self) -> int:
-        return 0 if self.agreement is None else self.agreement.bytes_hashed
-
-    def _done(self, verdict: Verdict, bytes_hashed: list[int], kept: bool) -> PassDone:
-        report, agreed = self.recorder.report, verdict.cause == "none"
+    def _done(self, verdict: Verdict, kept: bool) -> PassDone:
+        report, agreement, agreed = self.recorder.report, self.agreement, verdict.cause == "none"
         return PassDone(
             number=self.number,
             seed=self.config.seed.model_dump(),
             complete=agreed and report is not None and report.stopped_after is None,
             steps=self.steps_checked,
-            comparisons=0 if self.agreement is None else self.agreement.stages_compared,
-            bytes_hashed=bytes_hashed,
+            comparisons=0 if agreement is None else agreement.stages_compared,
+            bytes_hashed=0 if agreement is None else agreement.bytes_hashed,
             seconds=time.monotonic() - self._started,
             weights=report.fingerprints[0]["weights"] if agreed and report is not None else None,
             verdict=verdict,

@@ -136,7 +136,8 @@ def _checks(cards: list[Card]) -> Table:
 
 def _undecided(cards: list[Card], classes: tuple[tuple[int, ...], ...], number: int) -> Iterator[str]:
     sides = " against ".join(f"replica{'s' * (len(ids) > 1)} {', '.join(map(str, ids))}" for ids in classes)
-    yield f"UNDECIDED in {number} passes: {sides}, and no majority: each of these is under suspicion:"
+    passes = f"{number} pass{'es' * (number > 1)}"
+    yield f"UNDECIDED in {passes}: {sides}, and no majority: each of these is under suspicion:"
     involved = {replica_id for ids in classes for replica_id in ids}
     yield from (f"  {describe(card)}" for card in cards if card.replica in involved)
     yield (
