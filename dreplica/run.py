@@ -58,7 +58,6 @@ class Run:
         self.parts = Preparation(prepared, world)
         self.expect = self.parts.expect
         self.facts = self.parts.facts
-        self.learning_settled = False
         self.agreement: Agreement | None = None
         self.history: History | None = None
         self.explained: Verdict | None = None
@@ -115,7 +114,7 @@ class Run:
         """Trains to the end and returns the verdict; raises Divergence where replicas part and are to stop."""
         kept = len(self.data.train) if self.own.data.cache != "none" else 0  # type: ignore[arg-type]
         display = ProgressDisplay(self.console, self.world.is_coordinator, self.expect, kept)
-        watch = LearningWatch(self.replica)
+        watch = LearningWatch(self.replica, settled=self.start.step > 0)
         with closing(display), self.open_trace() as trace:
             if trace.num_missing:
                 self.report.warnings.append(f"trace.jsonl has lost its last {trace.num_missing} lines: it has a gap")
@@ -142,7 +141,9 @@ class Run:
                     case EpochDone():
                         display.epoch(event)
                         self.recorder.epoch(event)
-                        self.check_learning(watch, event)
+                        still = watch.settle(self.replica, self.channel, event.step, event.epoch)
+                        if still is not None:
+                            raise Concluded(still)
                         self.measure_distance(event)
                         if event.epoch % (self.config.checkpoint.every_epochs or event.epoch + 1) == 0:
                             self.save(event.position, trace)
@@ -178,7 +179,6 @@ class Run:
         self.recorder.go_on(start.position.epoch)
         self.report.resumed_from = start.step
         self.report.warnings += [f"skipped checkpoint {line}" for line in start.skipped]
-        self.learning_settled = start.step > 0
         return start
 
     def save(self, position: Position, trace: Trace) -> None:
@@ -234,18 +234,6 @@ class Run:
         """Snapshots from which a divergence can be replayed: where there is anything to compare."""
         compares = self.expect == "identical" and self.config.agreement.every > 0
         return History(self.replica, self.config.agreement.snapshot_every if compares else 0)
-
-    def check_learning(self, watch: LearningWatch, done: EpochDone) -> None:
-        """Raises Concluded (`not-learning`) if the first epoch with a learning rate has left some replica's weights."""
-        if self.learning_settled:
-            return
-        if any(self.channel.gather(watch.begins_later(self.replica))):
-            return  # a schedule that begins at a learning rate of 0
-        self.learning_settled = True
-        still = self.channel.gather(watch.evidence(self.replica) if watch.stands_still(self.replica) else None)
-        replica_ids = [replica_id for replica_id, evidence in enumerate(still) if evidence is not None]
-        if replica_ids:
-            raise Concluded(diagnosis.not_learning(done.step, done.epoch, replica_ids, still[replica_ids[0]]))
 
     def explain(self, found: Verdict, apart: Apart | None = None) -> Verdict:
         """The verdict on a divergence, or a difference from the reference (`apart`), with its cause."""

@@ -139,6 +139,8 @@ class PassDone:
     """Digest of the weights at its end, 32 hex digits: the same wherever the same pass is run on sound cards of one
     kind. None where replicas did not agree."""
     verdict: Verdict
+    warnings: Sequence[str] = ()
+    """Its report's."""
     folder: str | None = None
     """Where its report is kept, if it is."""
 
@@ -161,6 +163,7 @@ class PassDone:
             "cause": self.verdict.cause,
             "suspects": list(self.verdict.suspects),
             "verdict": None if self.verdict.cause == "none" else self.verdict.as_dict(),
+            "warnings": list(self.warnings),
             "folder": self.folder,
         }
 
@@ -174,6 +177,7 @@ class Account:
         causes: of passes in which something was wrong, how many by cause.
         undecided: the groups that hardware verdicts which name none left against each other, with how often.
         found: the first `kept` passes in which something was wrong.
+        warnings: that passes gave, the first `kept` of them, with how often.
     """
 
     def __init__(self, manifests: Sequence[Mapping[str, Any]], kept: int) -> None:
@@ -182,6 +186,7 @@ class Account:
         self.causes: Counter[str] = Counter()
         self.undecided: Counter[tuple[tuple[int, ...], ...]] = Counter()
         self.found: list[PassDone] = []
+        self.warnings: Counter[str] = Counter()
         self._kept = kept
 
     def add(self, done: PassDone) -> None:
@@ -202,6 +207,9 @@ class Account:
             self.causes[verdict.cause] += 1
             if len(self.found) < self._kept:
                 self.found.append(done)
+        for warning in done.warnings:
+            if warning in self.warnings or len(self.warnings) < self._kept:
+                self.warnings[warning] += 1
         if verdict.cause in HARDWARE and not verdict.suspects:
             self.undecided[tuple(tuple(ids) for ids in verdict.classes)] += 1
 

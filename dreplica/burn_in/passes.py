@@ -59,5 +59,6 @@ class Pass(Run):
             seconds=time.monotonic() - self._started,
             weights=report.fingerprints[0]["weights"] if agreed and report is not None else None,
             verdict=verdict,
+            warnings=[] if report is None else report.warnings,
             folder=str(self.recorder.folder) if kept else None,
         )

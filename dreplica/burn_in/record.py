@@ -83,6 +83,7 @@ class Record:
             "suspects": account.suspects,
             "undecided": [{"classes": list(map(list, ids)), "passes": n} for ids, n in account.undecided.items()],
             "cards": [card.as_dict() for card in account.cards],
+            "warnings": dict(account.warnings),
             "passes_found": [{**done.as_dict(), "again": self.settings(done)} for done in account.found],
         }
 

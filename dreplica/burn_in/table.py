@@ -22,6 +22,7 @@ _ENDED = {
     "lost": "a replica was lost",
     "unusable": "what it was given cannot be used any more",
 }
+_MOST_WARNINGS = 10
 _UNITS = ("B", "kB", "MB", "GB", "TB", "PB")
 
 
@@ -88,7 +89,7 @@ def conclusions(account: Account) -> Iterator[str]:
     for card in cards:
         if card.state == "suspect":
             named = Counter({cause: n for cause, n in card.suspected.items() if kind_of(cause) == "hardware"})
-            yield f"SUSPECT {describe(card)}: named in {card.named} of {account.passes} passes: {_counted(named)}"
+            yield f"SUSPECT {describe(card)}: named in {card.named} of {_passes(account.passes)}: {_counted(named)}"
             yield f"  remedy: {_remedy(named)}"
         if card.lost is not None:
             yield f"LOST {describe(card)}: {card.lost}"
@@ -101,6 +102,8 @@ def conclusions(account: Account) -> Iterator[str]:
             first = next(done for done in account.found if kind_of(done.verdict.cause) == kind)
             yield f"{text}: {_counted(causes)}; first in pass {first.number}: {first.verdict.summary}"
     yield from _shared(cards)
+    for warning, number in account.warnings.most_common(_MOST_WARNINGS):
+        yield f"warning, in {_passes(number)}: {warning}"
 
 
 def describe(card: Card) -> str:
@@ -136,8 +139,7 @@ def _checks(cards: list[Card]) -> Table:
 
 def _undecided(cards: list[Card], classes: tuple[tuple[int, ...], ...], number: int) -> Iterator[str]:
     sides = " against ".join(f"replica{'s' * (len(ids) > 1)} {', '.join(map(str, ids))}" for ids in classes)
-    passes = f"{number} pass{'es' * (number > 1)}"
-    yield f"UNDECIDED in {passes}: {sides}, and no majority: each of these is under suspicion:"
+    yield f"UNDECIDED in {_passes(number)}: {sides}, and no majority: each of these is under suspicion:"
     involved = {replica_id for ids in classes for replica_id in ids}
     yield from (f"  {describe(card)}" for card in cards if card.replica in involved)
     yield (
@@ -166,6 +168,10 @@ def _shared(cards: list[Card]) -> Iterator[str]:
 
 def _remedy(named: Counter[str]) -> str:
     return CAUSES[max(named, key=lambda cause: (cause == "persistent-fault", named[cause]))].remedy[0]
+
+
+def _passes(number: int) -> str:
+    return f"{number} pass{'es' * (number != 1)}"
 
 
 def _counted(causes: Counter[str]) -> str:

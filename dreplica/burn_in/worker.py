@@ -119,7 +119,6 @@ class BurnIn:
     def go_through_passes(self) -> Ended:
         """Pass after pass, and how that came to an end. A collective."""
         logging.getLogger("dreplica").setLevel(logging.WARNING)  # what a pass has to say otherwise is always the same
-        gc.freeze()  # what is there now stays, and need not be looked through after each pass
         lines = PassLines(self.console, self.seconds, self.world.is_coordinator)
         until = Until(self.told, self.seconds if self.world.is_coordinator else None)
         number, idle = 0, 0

@@ -2,6 +2,7 @@
 
 import io
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -116,6 +117,14 @@ def test_nothing_compared_is_not_clean() -> None:
 def test_a_night_of_failures_is_counted_and_not_kept() -> None:
     found = account(*(done(number, "transient-fault", (1,)) for number in range(1, 50)))
     assert (found.num_found, found.cards[1].named, [item.number for item in found.found]) == (49, 49, [1, 2])
+
+
+def test_warnings_of_passes_are_passed_on() -> None:
+    loss = "epoch 1: training loss [nan, nan] is not finite"
+    found = account(*(replace(done(number), warnings=[loss]) for number in (1, 2)))
+    assert shown(found) == f"warning, in 2 passes: {loss}"
+    found.add(replace(done(3), warnings=["second", "third", loss]))
+    assert found.warnings == {loss: 3, "second": 1}, "two are kept"
 
 
 def test_replicas_on_one_card_are_told_of() -> None:
