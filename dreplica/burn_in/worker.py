@@ -38,17 +38,17 @@ _MOST_IDLE = 3
 
 
 class Until(StopRequest):
-    """A request to stop, which is also there once the time is up. Only rank 0 looks at its clock."""
+    """A request to stop, which is also there once the time is up. `seconds`: None on replicas that look at no clock."""
 
     def __init__(self, told: StopRequest, seconds: float | None) -> None:
         super().__init__()
         self._told = told
-        self._end = None if seconds is None else time.monotonic() + seconds
+        self.end = None if seconds is None else time.monotonic() + seconds
 
     @property
     def time_is_up(self) -> bool:
         """Whether it is, by this replica's clock."""
-        return self._end is not None and time.monotonic() >= self._end
+        return self.end is not None and time.monotonic() >= self.end
 
     def __bool__(self) -> bool:
         return bool(self._told) or self.time_is_up
@@ -120,11 +120,11 @@ class BurnIn:
         """Pass after pass, and how that came to an end. A collective."""
         logging.getLogger("dreplica").setLevel(logging.WARNING)  # what a pass has to say otherwise is always the same
         lines = PassLines(self.console, self.seconds, self.world.is_coordinator)
-        until = Until(self.told, self.seconds if self.world.is_coordinator else None)
+        until = self.until = Until(self.told, self.seconds if self.world.is_coordinator else None)
         number, idle = 0, 0
         while not any(self.channel.gather(bool(until))):
             number += 1
-            done = self.run_pass(number, until)
+            done = self.run_pass(number)
             self.note(done)
             lines.show(done, self.record.again(done, self.world.num_replicas))
             idle = 0 if done.steps else idle + 1
@@ -132,11 +132,11 @@ class BurnIn:
                 return "idle"
         return "time" if self.channel.gather(until.time_is_up)[0] else "told"
 
-    def run_pass(self, number: int, until: Until) -> PassDone:
+    def run_pass(self, number: int) -> PassDone:
         """One pass, from the build on. A collective."""
         config = pass_of(self.job, number, self.record.folder)
         own = config.for_replica(self.world.replica_id)
-        self.current = Pass(number, Prepared(config, own, self.prepared.device), self.world, until)
+        self.current = Pass(number, Prepared(config, own, self.prepared.device), self.world, self.until)
         verdict = self.current.reach_verdict()
         keep = verdict.cause != "none" and self.account.num_found < MOST_KEPT
         done = self.current.done(verdict, keep)

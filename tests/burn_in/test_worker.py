@@ -13,48 +13,54 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from dreplica.burn_in import worker
 from dreplica.burn_in.cards import PassDone
-from dreplica.burn_in.worker import BurnIn
+from dreplica.burn_in.worker import BurnIn, Until
 from dreplica.cli import main
+from dreplica.continuation import Checkpoints
 from dreplica.errors import ExitCode, UsageError
 from dreplica.meet import prepare
 from dreplica.replica.replica import Replica
 from dreplica.world.process_group import World
-from dreplica.world.signals import stop_signals
+from dreplica.world.signals import StopRequest, stop_signals
 from tests.fixtures import SMALL
 from tests.harness import REPOSITORY, environment, run_job, run_replicas
 
-FAULT = "{replica: 1, step: 3, target: activation, tensor: '5', repeat: true}"
-SECONDS = 60.0
+SECONDS = 3600.0
 """Of a burn-in that ends before."""
 
 
 class Watched(BurnIn):
-    """One that looks at what is alive after each pass, and may be told to stop."""
+    """One to which something happens after each pass."""
 
-    def __init__(self, *args: Any, on_pass: Callable[[PassDone], None]) -> None:
+    def __init__(self, *args: Any, on_pass: Callable[[BurnIn, PassDone], None]) -> None:
         super().__init__(*args)
         self.on_pass = on_pass
 
     def note(self, done: PassDone) -> None:
         super().note(done)
-        self.on_pass(done)
+        self.on_pass(self, done)
 
 
-def burn_in(world: World, root: Path, seconds: float, arguments: tuple[str, ...], on_pass: Callable[..., None]) -> Any:
+def burn_in(world: World, root: Path, arguments: tuple[str, ...], on_pass: Callable[..., None]) -> Any:
     os.dup2(os.open(root / f"{world.replica_id}.out", os.O_WRONLY | os.O_CREAT), sys.stdout.fileno())
     # Of what is given twice, the later one counts.
     given = {token.split("=")[0]: token for token in (*SMALL, f"--run.root={root}", "--run.name=job", *arguments)}
     prepared = prepare([*given.values()])
+    Checkpoints.save = saves_nothing
     with stop_signals() as told:
-        code = Watched(prepared, world, told, seconds, on_pass=lambda done: on_pass(world, done)).conduct()
+        code = Watched(prepared, world, told, SECONDS, on_pass=on_pass).conduct()
     sys.stdout.flush()
     return code
 
 
-def nothing(_world: World, _done: PassDone) -> None:
+def saves_nothing(*_: Any) -> None:
+    raise AssertionError("a burn-in saves no state")
+
+
+def nothing(_burn_in: BurnIn, _done: PassDone) -> None:
     pass
 
 
@@ -62,10 +68,9 @@ def run(
     root: Path,
     *arguments: str,
     num_replicas: int = 2,
-    seconds: float = SECONDS,
     on_pass: Callable[..., None] = nothing,
 ) -> list[Any]:
-    return run_replicas(burn_in, num_replicas, root, seconds, arguments, on_pass)
+    return run_replicas(burn_in, num_replicas, root, arguments, on_pass)
 
 
 def summary(root: Path) -> dict[str, Any]:
@@ -80,31 +85,35 @@ def kept(root: Path) -> list[str]:
     return sorted(path.name for path in (root / "burn-in-job").iterdir() if path.is_dir())
 
 
-def stop_after_third(_world: World, done: PassDone) -> None:
+def stop_after_third(_burn_in: BurnIn, done: PassDone) -> None:
     if done.number == 3:
         os.kill(os.getpid(), signal.SIGTERM)
 
 
-def look_around(_world: World, done: PassDone) -> None:
-    alive = [item for item in gc.get_objects() if isinstance(item, Replica)]
+def look_around(burn_in: BurnIn, done: PassDone) -> None:
+    torch.set_num_threads(1 + burn_in.world.replica_id)  # as a model may: the next pass is to begin as the first did
+    alive = [item for item in gc.get_objects() if type(item) is Replica]
     assert not alive, f"a pass leaves {len(alive)} replicas behind"
-    number = len(os.listdir("/proc/self/fd"))
-    look_around.open_files = getattr(look_around, "open_files", number)  # type: ignore[attr-defined]
-    assert number == look_around.open_files, "a pass leaves files open"  # type: ignore[attr-defined]
+    open_files.append(len(os.listdir("/proc/self/fd")))
+    assert len(set(open_files)) == 1, "a pass leaves files open"
+    if done.number == 3 and burn_in.world.is_coordinator:
+        burn_in.until.end = time.monotonic()
+
+
+open_files: list[int] = []
+"""After each pass, in a process of its own."""
 
 
 def test_sound_cards_agree_until_the_time_is_up_and_leave_a_line_per_pass(tmp_path: Path) -> None:
-    began = time.monotonic()
-    assert run(tmp_path, seconds=1.5, on_pass=look_around) == [ExitCode.AGREED, ExitCode.AGREED]
-    assert time.monotonic() - began > 1.5
+    assert run(tmp_path, on_pass=look_around) == [ExitCode.AGREED, ExitCode.AGREED]
     found, passes = summary(tmp_path), lines(tmp_path)
     assert (found["burn_in"]["ended"], found["burn_in"]["exit_code"], found["found"]) == ("time", 0, 0)
     assert [card["state"] for card in found["cards"]] == ["clean", "clean"]
-    assert len(passes) == found["passes"] >= 2
+    assert len(passes) == found["passes"] == 3
     assert sum(row["steps"] for row in passes) == found["steps"] == found["cards"][1]["steps"]
     assert all(row["comparisons"] > 8 * row["steps"] and row["bytes_hashed"] > 0 for row in passes)
     assert len({row["weights"] for row in passes}) == len(passes), "each pass is to compute other numbers"
-    assert [row["complete"] for row in passes[:-1]] == [True] * (len(passes) - 1)
+    assert all(row["complete"] for row in passes)
     assert kept(tmp_path) == []
     assert (tmp_path / "0.out").read_text().splitlines()[-1].startswith("BURN-IN found=0 suspects=none ")
     assert (tmp_path / "1.out").read_text() == ""
@@ -115,20 +124,29 @@ def test_sound_cards_agree_until_the_time_is_up_and_leave_a_line_per_pass(tmp_pa
     assert {row["weights"] for row in again.report["fingerprints"]} == {second["weights"]}
 
 
-def test_the_card_that_is_always_wrong_is_named_in_every_pass(tmp_path: Path) -> None:
-    codes = run(tmp_path, f"--inject=[{FAULT}]", num_replicas=3, on_pass=stop_after_third)
-    assert codes == [ExitCode.DIVERGED] * 3
+def with_room_for_two(world: World, root: Path) -> Any:
+    worker.MOST_KEPT = 2
+    fault = "{replica: 1, step: 3, target: activation, tensor: '5', repeat: true}"
+    return burn_in(world, root, (f"--inject=[{fault}]",), stop_after_third)
+
+
+def test_the_card_that_is_always_wrong_is_named_in_every_pass_and_fills_no_disk(tmp_path: Path) -> None:
+    assert run_replicas(with_room_for_two, 3, tmp_path) == [ExitCode.DIVERGED] * 3
     found, passes = summary(tmp_path), lines(tmp_path)
     assert found["suspects"] == [1]
     assert [row["suspects"] for row in passes] == [[1]] * 3
     assert found["causes"] == {"persistent-fault": {"passes": 3, "laid_to": "hardware"}}
     assert [card["named"] for card in found["cards"]] == [0, 3, 0]
     assert found["burn_in"]["ended"] == "told"
-    assert kept(tmp_path) == [f"pass_{number:06}" for number in (1, 2, 3)]
-    for row in passes:
-        report = json.loads((Path(row["folder"]) / "report.json").read_text())
-        assert report["verdict"] == row["verdict"]
     assert "SUSPECT replica 1" in (tmp_path / "0.out").read_text()
+
+    assert kept(tmp_path) == ["pass_000001", "pass_000002"]
+    assert [Path(row["folder"]).name for row in passes[:2]] == kept(tmp_path)
+    assert passes[2]["folder"] is None
+    assert all(row["verdict"]["evidence"] for row in passes)
+    report = json.loads((Path(passes[1]["folder"]) / "report.json").read_text())
+    assert report["verdict"] == passes[1]["verdict"]
+    assert [row["pass"] for row in found["passes_found"]] == [1, 2]
 
 
 def test_a_card_that_fails_once_is_named_and_the_night_goes_on(tmp_path: Path) -> None:
@@ -156,8 +174,8 @@ def test_a_lost_replica_ends_it_in_seconds_and_a_survivor_tells(tmp_path: Path) 
     assert text.splitlines()[-1].startswith("BURN-IN found=0 suspects=none passes=2 ")
 
 
-def lose_rank_0(world: World, done: PassDone) -> None:
-    if world.is_coordinator and done.number == 2:
+def lose_rank_0(burn_in: BurnIn, done: PassDone) -> None:
+    if burn_in.world.is_coordinator and done.number == 2:
         raise ArithmeticError("the sky fell")
 
 
@@ -169,14 +187,18 @@ def test_one_that_fails_between_passes_is_named_by_another(tmp_path: Path) -> No
     assert (tmp_path / "1.out").read_text().splitlines()[-1].startswith("BURN-IN found=0 suspects=none passes=2 ")
 
 
-def tell_one_soon(world: World, done: PassDone) -> None:
-    if world.replica_id == 1 and done.number == 1:
-        threading.Timer(0.05, os.kill, (os.getpid(), signal.SIGINT)).start()
+def tell_one_in_the_next(burn_in: BurnIn, done: PassDone) -> None:
+    def tell() -> None:
+        while burn_in.current is None or burn_in.current.agreement is None or burn_in.current.agreement.steps_done < 3:
+            time.sleep(0.001)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    if burn_in.world.replica_id == 1 and done.number == 1:
+        threading.Thread(target=tell, daemon=True).start()
 
 
 def test_told_to_stop_it_stops_on_all_replicas_and_is_not_taken_for_a_full_one(tmp_path: Path) -> None:
-    # So long a pass that the request comes in the middle of one.
-    codes = run(tmp_path, "--train.epochs=30", on_pass=tell_one_soon, seconds=3600)
+    codes = run(tmp_path, "--train.epochs=30", on_pass=tell_one_in_the_next)
     assert codes == [ExitCode.STOPPED, ExitCode.STOPPED]
     found = summary(tmp_path)
     assert (found["burn_in"]["ended"], found["found"]) == ("told", 0)
@@ -219,18 +241,20 @@ def test_an_unusable_job_leaves_nothing_behind(tmp_path: Path, arguments: tuple[
     assert not (tmp_path / "burn-in-job").exists()
 
 
-def test_a_night_of_failures_does_not_fill_the_disk(tmp_path: Path) -> None:
-    codes = run_replicas(with_room_for_one, 3, tmp_path)
-    assert codes == [ExitCode.DIVERGED] * 3
-    assert kept(tmp_path) == ["pass_000001"]
-    assert [row["folder"] is None for row in lines(tmp_path)] == [False, True, True]
-    assert all(row["verdict"]["evidence"] for row in lines(tmp_path))
-    assert len(summary(tmp_path)["passes_found"]) == 1
+def fill_the_disk(burn_in: BurnIn, _done: PassDone) -> None:
+    if burn_in.world.is_coordinator:
+        lines = burn_in.record.folder / "burn_in.jsonl"
+        lines.unlink()
+        lines.mkdir()
 
 
-def with_room_for_one(world: World, root: Path) -> Any:
-    worker.MOST_KEPT = 1
-    return burn_in(world, root, SECONDS, (f"--inject=[{FAULT}]",), stop_after_third)
+def test_where_nothing_can_be_written_any_more_it_ends_and_tells(tmp_path: Path) -> None:
+    for result in run(tmp_path, on_pass=fill_the_disk):
+        assert isinstance(result, UsageError)
+        assert "cannot be written to any more (Is a directory)" in str(result)
+    found = summary(tmp_path)
+    assert (found["burn_in"]["ended"], found["burn_in"]["exit_code"], found["passes"]) == ("unusable", 2, 2)
+    assert (tmp_path / "0.out").read_text().splitlines()[-1].startswith("BURN-IN found=0 suspects=none passes=2 ")
 
 
 def test_the_command(tmp_path: Path) -> None:
@@ -246,6 +270,18 @@ def test_the_command(tmp_path: Path) -> None:
     )
     assert process.returncode == ExitCode.AGREED, process.stderr
     assert json.loads(process.stdout) == summary(tmp_path)
+
+
+def test_the_time_is_up_on_one_replica_and_a_request_counts_anywhere() -> None:
+    told = StopRequest()
+    assert not Until(told, 3600)
+    assert Until(told, 0)
+    assert Until(told, 0).time_is_up
+    other = Until(told, None)
+    assert not other
+    told.signal_name = "SIGTERM"
+    assert other
+    assert not other.time_is_up
 
 
 def test_how_long_has_to_be_said(capsys: pytest.CaptureFixture[str]) -> None:
