@@ -131,8 +131,8 @@ def _burn_in(known: argparse.Namespace, settings: Sequence[str]) -> int:
 
     from dreplica.launcher import launch
 
-    least = 2 if nodes is None or not torch.cuda.is_available() else 1
-    num_replicas = known.replicas or max(torch.cuda.device_count(), least)
+    num_gpus = torch.cuda.device_count()
+    num_replicas = known.replicas or (num_gpus if nodes is not None and num_gpus else max(num_gpus, 2))
     options = [f"--for={known.duration}", *(["--json"] if known.json else [])]
     return launch(known.module, [*options, *settings], num_replicas, nodes)
 

@@ -4,12 +4,12 @@ import json
 import os
 import shlex
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal
 
-from dreplica.burn_in.cards import Account, PassDone, kind_of
+from dreplica.burn_in.cards import Account, Card, PassDone, kind_of
 from dreplica.config import RunConfig
 from dreplica.errors import ExitCode, UsageError
 from dreplica.report.run_report import write_json
@@ -92,6 +92,8 @@ class Record:
         seeds = (f"--seed.{key} {value}" for key, value in done.seed.items())
         return " ".join([f"--config {shlex.quote(str(self.folder / CONFIG_NAME))}", *seeds])
 
-    def again(self, done: PassDone, num_replicas: int) -> str:
-        """The command that runs that pass again, by itself; on several machines it is to say so, as any."""
-        return f"dreplica train --replicas {num_replicas} {self.settings(done)}"
+    def again(self, done: PassDone, cards: Sequence[Card]) -> str:
+        """The command that runs that pass again, by itself."""
+        num_hosts = len({card.host for card in cards})
+        nodes = "" if num_hosts == 1 else f"--nodes {num_hosts} --node-rank … --head … "
+        return f"dreplica train {nodes}--replicas {len(cards) // num_hosts} {self.settings(done)}"

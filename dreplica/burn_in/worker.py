@@ -7,6 +7,7 @@ import logging
 import shutil
 import sys
 import time
+import traceback
 from functools import partial
 from pathlib import Path
 from typing import NoReturn
@@ -126,7 +127,7 @@ class BurnIn:
             number += 1
             done = self.run_pass(number)
             self.note(done)
-            lines.show(done, self.record.again(done, self.world.num_replicas))
+            lines.show(done, self.record.again(done, self.account.cards))
             idle = 0 if done.steps else idle + 1
             if idle == _MOST_IDLE:
                 return "idle"
@@ -150,11 +151,16 @@ class BurnIn:
         write = partial(self.record.add, done, self.account)
         self.world.together(write if self.world.is_coordinator else lambda: None)
 
-    def tell(self, ended: Ended, code: ExitCode | None = None) -> None:
-        """Writes and prints what was found, by one replica; that one of the two fails takes nothing from the other."""
+    def tell(self, ended: Ended, code: ExitCode | None = None, done: PassDone | None = None) -> None:
+        """Writes and prints what was found, by one replica; that one of the two fails takes nothing from the other.
+
+        `done`: a pass that is not written down yet.
+        """
         code = exit_code(self.account, ended) if code is None else code
         summary = self.record.summary(self.account, ended, code)
         try:
+            if done is not None:
+                self.record.append(done)
             self.record.write(summary)
         except OSError as error:
             log.error("%s could not be written: %s", self.record.folder, error)
@@ -173,16 +179,18 @@ class BurnIn:
     def end_without(self, error: BaseException) -> ExitCode:
         """Ends this replica when it fails or (`ReplicaLost`) another is gone. No collective."""
         run, roll_call = self.current, self.world.roll_call
-        lost = who_is_lost(roll_call, error) if run is None else run.conclude_without(error)
-        if run is not None:
+        done = None
+        if run is None:
+            traceback.print_exception(error)
+            lost = who_is_lost(roll_call, error)
+        else:
+            lost = run.conclude_without(error)
             done = run.cut_off(lost, error)
             self.account.add(done)
         self.account.lose(lost)
         code = exit_code(self.account, "lost", exit_code_of(lost))
         if is_to_tell(lost, self.world.replica_id, self.world.num_replicas):
-            if run is not None:
-                self.record.append(done)
-            self.tell("lost", code)
+            self.tell("lost", code, done)
         return code
 
 
@@ -203,10 +211,9 @@ def _work() -> ExitCode:
     parser.add_argument("--for", dest="duration", required=True)
     parser.add_argument("--json", action="store_true")
     known, settings = parser.parse_known_args(sys.argv[1:])
-    seconds = parse_duration(known.duration)
 
     def conduct(prepared: Prepared, world: World, told: StopRequest) -> ExitCode:
-        return BurnIn(prepared, world, told, seconds, known.json).conduct()
+        return BurnIn(prepared, world, told, parse_duration(known.duration), known.json).conduct()
 
     return meet(settings, conduct)
 

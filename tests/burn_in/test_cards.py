@@ -183,8 +183,11 @@ def test_tables_fit_and_the_last_line_is_for_scripts(tmp_path: Path) -> None:
     assert lines[-2].endswith("of 30m: the time was up")
     assert any("suspect" in line and "│ 1 " in line for line in lines)
     assert json.loads(json.dumps(summary)) == summary
-    again = summary["passes_found"][0]["again"]
-    assert again == f"--config {tmp_path / 'config.yaml'} --seed.model 2"
+    settings = summary["passes_found"][0]["again"]
+    assert settings == f"--config {tmp_path / 'config.yaml'} --seed.model 2"
+    assert record.again(found.found[0], found.cards) == f"dreplica train --replicas 3 {settings}"
+    found.cards[2].host = "node8"
+    assert record.again(found.found[0], found.cards[1:]).startswith("dreplica train --nodes 2 --node-rank ")
 
 
 def test_of_passes_that_agree_few_are_shown_and_of_the_others_all() -> None:
