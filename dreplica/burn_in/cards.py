@@ -176,6 +176,7 @@ class Account:
         passes: of which there were any, and of these `complete`: trained to their end.
         causes: of passes in which something was wrong, how many by cause.
         undecided: the groups that hardware verdicts which name none left against each other, with how often.
+        first: of each cause, the first pass that ended in it.
         found: the first `kept` passes in which something was wrong.
         warnings: that passes gave, the first `kept` of them, with how often.
     """
@@ -185,6 +186,7 @@ class Account:
         self.passes = self.complete = 0
         self.causes: Counter[str] = Counter()
         self.undecided: Counter[tuple[tuple[int, ...], ...]] = Counter()
+        self.first: dict[str, PassDone] = {}
         self.found: list[PassDone] = []
         self.warnings: Counter[str] = Counter()
         self._kept = kept
@@ -205,6 +207,7 @@ class Account:
                 card.unnamed[verdict.cause] += 1
         if done.found:
             self.causes[verdict.cause] += 1
+            self.first.setdefault(verdict.cause, done)
             if len(self.found) < self._kept:
                 self.found.append(done)
         for warning in done.warnings:

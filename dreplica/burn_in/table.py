@@ -99,7 +99,7 @@ def conclusions(account: Account) -> Iterator[str]:
     for kind, text in (("open", "NOT SETTLED, card or not"), ("software", "SOFTWARE, held against no card")):
         causes = Counter({cause: n for cause, n in account.causes.items() if kind_of(cause) == kind})
         if causes:
-            first = next(done for done in account.found if kind_of(done.verdict.cause) == kind)
+            first = min((account.first[cause] for cause in causes), key=lambda done: done.number)
             yield f"{text}: {_counted(causes)}; first in pass {first.number}: {first.verdict.summary}"
     yield from _shared(cards)
     for warning, number in account.warnings.most_common(_MOST_WARNINGS):

@@ -117,6 +117,10 @@ def test_nothing_compared_is_not_clean() -> None:
 def test_a_night_of_failures_is_counted_and_not_kept() -> None:
     found = account(*(done(number, "transient-fault", (1,)) for number in range(1, 50)))
     assert (found.num_found, found.cards[1].named, [item.number for item in found.found]) == (49, 49, [1, 2])
+    for number, cause in ((50, "structure-differs"), (51, "batch-differs"), (52, "unexplained")):
+        found.add(done(number, cause))
+    assert "structure-differs 1; first in pass 50" in shown(found)
+    assert "batch-differs 1, unexplained 1; first in pass 51" in shown(found)
 
 
 def test_warnings_of_passes_are_passed_on() -> None:
