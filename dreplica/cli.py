@@ -21,9 +21,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     train = _add_command(commands, "train", "train replicas: torchrun without typing it")
     train.set_defaults(module="dreplica.worker")
-    train.add_argument("--nodes", type=_positive, default=1, metavar="N", help="how many machines (default: 1)")
-    train.add_argument("--node-rank", type=int, default=None, metavar="K", help="which of them this is, from 0")
-    train.add_argument("--head", default=None, metavar="HOST:PORT", help="where they meet: an address of machine 0")
+    _add_nodes(train)
+
+    text = "train a job again and again for a chosen time, and name the cards that compute wrongly"
+    burn_in = _add_command(commands, "burn-in", text, "all GPUs of the machine, but at least 2")
+    burn_in.add_argument("--for", dest="duration", metavar="TIME", help="how long: 90s, 30m, 8h")
+    burn_in.add_argument("--json", action="store_true", help="print what was found as JSON instead of tables")
+    burn_in.set_defaults(module="dreplica.burn_in.worker", replicas=None)
+    _add_nodes(burn_in)
 
     bench = _add_command(commands, "bench", "measure what the trainer and its checks cost on a config")
     bench.add_argument("--rounds", type=_positive, default=12, help="alternating rounds (default: 12)")
@@ -85,6 +90,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if known.command == "bench":
         steps = [] if known.steps is None else [f"--steps={known.steps}"]
         settings = [f"--rounds={known.rounds}", *steps, *settings]
+    if known.command == "burn-in":
+        return _told(lambda: _burn_in(known, settings))
 
     from dreplica.launcher import launch  # it configures torchrun's logging when imported
 
@@ -110,6 +117,24 @@ def _add_plain_command(
     command = commands.add_parser(name, help=text, description=text, allow_abbrev=False)
     command.set_defaults(function=function)
     return command
+
+
+def _burn_in(known: argparse.Namespace, settings: Sequence[str]) -> int:
+    from dreplica.burn_in.duration import parse_duration
+
+    if known.duration is None:
+        raise UsageError("--for: it is needed: how long to go on. For instance --for 30m.")
+    parse_duration(known.duration)
+    nodes = _nodes(known)
+
+    import torch
+
+    from dreplica.launcher import launch
+
+    num_gpus = torch.cuda.device_count()
+    num_replicas = known.replicas or (num_gpus if nodes is not None and num_gpus else max(num_gpus, 2))
+    options = [f"--for={known.duration}", *(["--json"] if known.json else [])]
+    return launch(known.module, [*options, *settings], num_replicas, nodes)
 
 
 def _cases(known: argparse.Namespace) -> int:
@@ -142,13 +167,22 @@ def _report(known: argparse.Namespace) -> int:
 
 
 def _add_command(
-    commands: "argparse._SubParsersAction[argparse.ArgumentParser]", name: str, text: str
+    commands: "argparse._SubParsersAction[argparse.ArgumentParser]", name: str, text: str, replicas: str = "2"
 ) -> argparse.ArgumentParser:
+    """One that takes settings of a run. `replicas`: in words, how many there are by default."""
     command = commands.add_parser(name, help=text, description=text, add_help=False, allow_abbrev=False)
     command.set_defaults(function=None)
     command.add_argument("-h", "--help", action="store_true", help="show this help, and every config field")
-    command.add_argument("--replicas", type=_positive, default=2, metavar="N", help="how many replicas (default: 2)")
+    help_text = f"how many replicas (default: {replicas})"
+    command.add_argument("--replicas", type=_positive, default=2, metavar="N", help=help_text)
     return command
+
+
+def _add_nodes(command: argparse.ArgumentParser) -> None:
+    """Options of one that may be spread over machines."""
+    command.add_argument("--nodes", type=_positive, default=1, metavar="N", help="how many machines (default: 1)")
+    command.add_argument("--node-rank", type=int, default=None, metavar="K", help="which of them this is, from 0")
+    command.add_argument("--head", default=None, metavar="HOST:PORT", help="where they meet: an address of machine 0")
 
 
 def _nodes(known: argparse.Namespace) -> "Nodes | None":

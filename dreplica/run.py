@@ -35,7 +35,7 @@ from dreplica.training.loop import EpochDone, StepDone, Stopped, train
 from dreplica.training.position import Position
 from dreplica.training.spread import measure_spread
 from dreplica.world.process_group import World
-from dreplica.world.roll_call import ReplicaLost
+from dreplica.world.roll_call import Lost, ReplicaLost, exit_code_of, who_is_lost
 from dreplica.world.signals import StopRequest
 
 log = logging.getLogger(__name__)
@@ -58,7 +58,6 @@ class Run:
         self.parts = Preparation(prepared, world)
         self.expect = self.parts.expect
         self.facts = self.parts.facts
-        self.learning_settled = False
         self.agreement: Agreement | None = None
         self.history: History | None = None
         self.explained: Verdict | None = None
@@ -79,38 +78,43 @@ class Run:
     def conduct(self) -> ExitCode:
         """The whole run. Every way it can end, on any replica, ends it on all of them."""
         try:
-            try:
-                # Another replica's input may be unusable, too.
-                check = partial(check_sinks, self.config.report)
-                self.world.together(check if self.world.is_coordinator else lambda: None)
-                self.hasher = self.choose_hasher()
-                self.referring = Referring(self.config, self.world, self.hasher.algorithm)
-                self.parts.prepare()
-                self.data, self.replica, self.injector = self.parts.data, self.parts.replica, self.parts.injector
-                self.open_record()
-                self.referring.look_into(self.recorder.folder, self.facts.manifests)
-                self.start = self.go_on()
-                data_seed = self.parts.data_seed if self.start.data_seed is None else self.start.data_seed
-                self.coordinator = FaultyCoordinator(self.channel, data_seed, self.injector)
-                verdict = self.train()
-            except Concluded as end:
-                verdict = end.verdict
-            except ReferenceDiffers as difference:
-                verdict = self.explain(difference.verdict, difference.apart)
-            except Divergence as divergence:
-                verdict = self.explain(divergence.verdict)
-            return self.conclude(verdict)
+            return self.conclude(self.reach_verdict())
         except UsageError:
             raise
         except (Exception, SystemExit, KeyboardInterrupt) as error:
-            self.conclude_without(error)
+            lost = self.conclude_without(error)
+            if self.world.roll_call is not None:
+                end_at_once(exit_code_of(lost))
             raise
+
+    def reach_verdict(self) -> Verdict:
+        """Prepares, builds, trains and, where replicas part, explains. A collective."""
+        try:
+            # Another replica's input may be unusable, too.
+            check = partial(check_sinks, self.config.report)
+            self.world.together(check if self.world.is_coordinator else lambda: None)
+            self.hasher = self.choose_hasher()
+            self.referring = Referring(self.config, self.world, self.hasher.algorithm)
+            self.parts.prepare()
+            self.data, self.replica, self.injector = self.parts.data, self.parts.replica, self.parts.injector
+            self.open_record()
+            self.referring.look_into(self.recorder.folder, self.facts.manifests)
+            self.start = self.go_on()
+            data_seed = self.parts.data_seed if self.start.data_seed is None else self.start.data_seed
+            self.coordinator = FaultyCoordinator(self.channel, data_seed, self.injector)
+            return self.train()
+        except Concluded as end:
+            return end.verdict
+        except ReferenceDiffers as difference:
+            return self.explain(difference.verdict, difference.apart)
+        except Divergence as divergence:
+            return self.explain(divergence.verdict)
 
     def train(self) -> Verdict:
         """Trains to the end and returns the verdict; raises Divergence where replicas part and are to stop."""
         kept = len(self.data.train) if self.own.data.cache != "none" else 0  # type: ignore[arg-type]
         display = ProgressDisplay(self.console, self.world.is_coordinator, self.expect, kept)
-        watch = LearningWatch(self.replica)
+        watch = LearningWatch(self.replica, settled=self.start.step > 0)
         with closing(display), self.open_trace() as trace:
             if trace.num_missing:
                 self.report.warnings.append(f"trace.jsonl has lost its last {trace.num_missing} lines: it has a gap")
@@ -137,7 +141,9 @@ class Run:
                     case EpochDone():
                         display.epoch(event)
                         self.recorder.epoch(event)
-                        self.check_learning(watch, event)
+                        still = watch.settle(self.replica, self.channel, event.step, event.epoch)
+                        if still is not None:
+                            raise Concluded(still)
                         self.measure_distance(event)
                         if event.epoch % (self.config.checkpoint.every_epochs or event.epoch + 1) == 0:
                             self.save(event.position, trace)
@@ -173,7 +179,6 @@ class Run:
         self.recorder.go_on(start.position.epoch)
         self.report.resumed_from = start.step
         self.report.warnings += [f"skipped checkpoint {line}" for line in start.skipped]
-        self.learning_settled = start.step > 0
         return start
 
     def save(self, position: Position, trace: Trace) -> None:
@@ -229,18 +234,6 @@ class Run:
         """Snapshots from which a divergence can be replayed: where there is anything to compare."""
         compares = self.expect == "identical" and self.config.agreement.every > 0
         return History(self.replica, self.config.agreement.snapshot_every if compares else 0)
-
-    def check_learning(self, watch: LearningWatch, done: EpochDone) -> None:
-        """Raises Concluded (`not-learning`) if the first epoch with a learning rate has left some replica's weights."""
-        if self.learning_settled:
-            return
-        if any(self.channel.gather(watch.begins_later(self.replica))):
-            return  # a schedule that begins at a learning rate of 0
-        self.learning_settled = True
-        still = self.channel.gather(watch.evidence(self.replica) if watch.stands_still(self.replica) else None)
-        replica_ids = [replica_id for replica_id, evidence in enumerate(still) if evidence is not None]
-        if replica_ids:
-            raise Concluded(diagnosis.not_learning(done.step, done.epoch, replica_ids, still[replica_ids[0]]))
 
     def explain(self, found: Verdict, apart: Apart | None = None) -> Verdict:
         """The verdict on a divergence, or a difference from the reference (`apart`), with its cause."""
@@ -305,13 +298,13 @@ class Run:
             return 0
         return self.agreement.steps_checked
 
-    def conclude_without(self, error: BaseException) -> None:
-        """Ends this replica when it fails or (`ReplicaLost`) another is gone. Does not return if there are others."""
+    def conclude_without(self, error: BaseException) -> list[Lost]:
+        """Ends the record when this replica fails or (`ReplicaLost`) another is gone. Returns who is lost."""
         if self.world.roll_call is not None and not isinstance(error, ReplicaLost):
             # At once: the launcher may end this process as soon as another one has learned of it and ended.
             traceback.print_exception(error)
             get_error_handler().record_exception(error)
+        lost = who_is_lost(self.world.roll_call, error)
         steps_done = None if self.agreement is None else self.agreement.steps_done
-        code = self.recorder.conclude_without(error, self.facts.manifests, steps_done, self.steps_checked)
-        if self.world.roll_call is not None:
-            end_at_once(code)
+        self.recorder.conclude_without(lost, error, self.facts.manifests, steps_done, self.steps_checked)
+        return lost

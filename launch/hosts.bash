@@ -11,8 +11,8 @@ told= # the signal that asked to stop
 node_command() {
     local name
     printf 'cd %q && echo $$ >%q &&' "$PWD" "$pid_file-$1"
-    for name in NODES HEAD REPLICAS_PER_NODE CONFIG RUN_NAME RUN_ROOT SETTINGS STOP_SECONDS PATH VIRTUAL_ENV PYTHONPATH \
-        GLOO_SOCKET_IFNAME; do
+    for name in NODES HEAD REPLICAS_PER_NODE CONFIG RUN_NAME RUN_ROOT SETTINGS BURN_IN STOP_SECONDS PATH VIRTUAL_ENV \
+        PYTHONPATH GLOO_SOCKET_IFNAME; do
         [[ -z "${!name:-}" ]] || printf ' %s=%q' "$name" "${!name}"
     done
     printf ' NODE_RANK=%q exec bash launch/node.sh' "$1"

@@ -43,8 +43,8 @@ clock=$!
 trap 'kill "$clock" 2>/dev/null || true' EXIT
 code=0
 run_everywhere || code=$?
-# Not where qdel sent SIGTERM: that job is not wanted any more.
-if [[ "$code" == 4 && "$told" == USR2 ]]; then
+# Not where qdel sent SIGTERM: that job is not wanted any more. A burn-in has nothing to go on with.
+if [[ "$code" == 4 && "$told" == USR2 && -z "${BURN_IN:-}" ]]; then
     # What this job was asked for on qsub's command line does not stand in this script. qstat folds long lines.
     attributes=$(qstat -f "$PBS_JOBID" | sed -e ':a' -e 'N' -e '$!ba' -e 's/\n\t//g' || true)
     options=()

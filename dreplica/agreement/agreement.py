@@ -89,7 +89,9 @@ class Agreement:
         divergence: the verdict of the first difference; None while there is none.
         steps_done: how often `step` was called.
         steps_checked: how many steps were compared.
+        stages_compared: of all comparisons together, how many stages.
         bytes_per_step: bytes of tensors that this replica hashed in the newest compared step; 0 before the first.
+        bytes_hashed: bytes of tensors that this replica has hashed to compare them, in all.
         agreed_until: the newest step whose state all replicas are known to have agreed on; -1 before the build's.
         last_word: stands for what this replica compared last; None after a step that is not compared.
         diverged_stages: this replica's stages at the first difference.
@@ -122,7 +124,9 @@ class Agreement:
             raise ValueError(f"every: {every!r} will not do: give a number of steps, or 0 for never.")
         self.steps_done = self._began_after = steps_done
         self.steps_checked = 0
+        self.stages_compared = 0
         self.bytes_per_step = 0
+        self.bytes_hashed = 0
         self.agreed_until = -1
         self.last_word: protocol.Word | None = None
         self.divergence: Verdict | None = None
@@ -256,6 +260,7 @@ class Agreement:
         recorded: bool = True,
     ) -> None:
         self.complete()
+        self.bytes_hashed += observation.num_bytes
         word = self.last_word = protocol.Word(lambda: protocol.fold(step, observation.stages))
         self._pending = _Pending(step, epoch, observation, word, self._wants_stop, phase, recorded)
         # Whether it is ready yet, replicas may see differently, and they must post in the same order as they gather.
@@ -280,6 +285,7 @@ class Agreement:
             return self._stop
         outcome = protocol.read(self._channel, pending.posted or self._post(pending))
         stages = pending.observation.stages
+        self.stages_compared += len(stages)
         self._stop = self._stop or outcome.stop
         if stages and pending.phase is None:
             self._last_checked = pending.step

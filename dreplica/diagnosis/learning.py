@@ -3,18 +3,39 @@
 import torch
 
 from dreplica.agreement.stages import buffers_stage, named_weights, weights_stage
+from dreplica.agreement.verdict import Verdict
+from dreplica.diagnosis.conclude import not_learning
 from dreplica.replica.replica import Replica
+from dreplica.world.channel import Channel
 
 
 class LearningWatch:
-    """Remembers a replica's digests at the build, to tell later whether its trainable weights have moved."""
+    """Remembers a replica's digests at the build, to tell later whether its trainable weights have moved.
 
-    def __init__(self, replica: Replica) -> None:
+    `settled`: of a run that goes on, where that has been told already.
+    """
+
+    def __init__(self, replica: Replica, settled: bool = False) -> None:
+        self._settled = settled
         model = replica.model
         self._trainable = {name for name, parameter in named_weights(model).items() if parameter.requires_grad}
         self._weights = weights_stage(model).entries()
         self._buffers = buffers_stage(model).digest
         self._rates = _learning_rates(replica.optimizer)
+
+    def settle(self, replica: Replica, channel: Channel, step: int, epoch: int) -> Verdict | None:
+        """The verdict (`not-learning`) if the first epoch with a learning rate has left some replica's weights.
+
+        A collective until it is settled, and called after each epoch.
+        """
+        if self._settled:
+            return None
+        if any(channel.gather(self.begins_later(replica))):
+            return None  # a schedule that begins at a learning rate of 0
+        self._settled = True
+        still = channel.gather(self.evidence(replica) if self.stands_still(replica) else None)
+        replica_ids = [replica_id for replica_id, evidence in enumerate(still) if evidence is not None]
+        return not_learning(step, epoch, replica_ids, still[replica_ids[0]]) if replica_ids else None
 
     def begins_later(self, replica: Replica) -> bool:
         """Whether all learning rates were 0 until now, and a schedule has just raised one."""

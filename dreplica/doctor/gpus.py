@@ -30,12 +30,12 @@ def check_gpus() -> list[Check]:
     return [_models(names), *_reported(rows)]
 
 
-def ask_nvidia_smi() -> list[dict[str, str]] | str:
-    """One row per GPU of the machine, of `_FIELDS`; or why there is none."""
+def ask_nvidia_smi(fields: Sequence[str] = _FIELDS) -> list[dict[str, str]] | str:
+    """One row per GPU of the machine, of these fields (`nvidia-smi --help-query-gpu`); or why there is none."""
     program = shutil.which("nvidia-smi")
     if program is None:
         return "there is no nvidia-smi"
-    command = [program, f"--query-gpu={','.join(_FIELDS)}", "--format=csv,noheader,nounits"]
+    command = [program, f"--query-gpu={','.join(fields)}", "--format=csv,noheader,nounits"]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=_SECONDS, check=False)
     except subprocess.TimeoutExpired:
@@ -43,7 +43,7 @@ def ask_nvidia_smi() -> list[dict[str, str]] | str:
     if done.returncode:
         return f"nvidia-smi: {(done.stdout + done.stderr).strip()}"
     rows = csv.reader(done.stdout.splitlines(), skipinitialspace=True)
-    return [dict(zip(_FIELDS, row, strict=True)) for row in rows]
+    return [dict(zip(fields, row, strict=True)) for row in rows]
 
 
 def _none(rows: list[dict[str, str]] | str) -> Check:

@@ -14,7 +14,7 @@ from rich.console import Console
 
 from dreplica.agreement.verdict import Verdict
 from dreplica.diagnosis.conclude import replica_lost
-from dreplica.errors import ExitCode, UsageError
+from dreplica.errors import UsageError
 from dreplica.report.html import FILE_NAME, write_report
 from dreplica.report.resumable import Completed, NotResumable, check_resumable
 from dreplica.report.run_report import RunReport, append_metrics, read_metrics, write_json
@@ -23,7 +23,7 @@ from dreplica.report.terminal import print_report
 from dreplica.training.loop import EpochDone
 from dreplica.world.manifest import compare_values
 from dreplica.world.process_group import World
-from dreplica.world.roll_call import Lost, ReplicaLost, describe_failure
+from dreplica.world.roll_call import Lost, describe_failure, is_to_tell
 from dreplica.world.run_folder import FolderLock, RunFolderConfig, create_run_folder, newest_run_folder
 
 log = logging.getLogger(__name__)
@@ -182,31 +182,17 @@ class Recorder:
 
     def conclude_without(
         self,
-        error: BaseException,
-        manifests: Sequence[Mapping[str, Any]],
-        steps_done: int | None,
-        steps_checked: int,
-    ) -> ExitCode:
-        """Ends the record when this replica fails with `error` or (`ReplicaLost`) another is gone.
-
-        The first survivor writes the report, naming who was lost; rank 0 does when there is none. A verdict that was
-        reached before stands. No collective. Returns the exit code: unusable input of another is that of all.
-        """
-        lost = self._who_is_lost(error)
-        self._write_loss(lost, error, manifests, steps_done, steps_checked)
-        return ExitCode.UNUSABLE if lost and all(item.unusable for item in lost) else ExitCode.FAILED
-
-    def _write_loss(
-        self,
         lost: Sequence[Lost],
         error: BaseException,
         manifests: Sequence[Mapping[str, Any]],
         steps_done: int | None,
         steps_checked: int,
     ) -> None:
-        gone = {item.replica_id for item in lost}
-        survivors = [replica_id for replica_id in range(self._world.num_replicas) if replica_id not in gone]
-        if self._world.replica_id != min(survivors, default=0):
+        """Ends the record when this replica fails with `error` or (`ReplicaLost`) another is gone; `lost`: who is.
+
+        One survivor writes the report, naming who was lost. A verdict that was reached before stands. No collective.
+        """
+        if not is_to_tell(lost, self._world.replica_id, self._world.num_replicas):
             return
         if self.report is not None and self.report.verdict is not None:
             if not (self.folder / "report.json").exists():
@@ -227,13 +213,10 @@ class Recorder:
         self._complete(verdict, steps_checked)
         self._write()
 
-    def _who_is_lost(self, error: BaseException) -> list[Lost]:
-        roll_call = self._world.roll_call
-        if roll_call is None:
-            return [Lost(0, describe_failure(error))]
-        if not isinstance(error, ReplicaLost):
-            roll_call.report_failure(describe_failure(error))
-        return roll_call.take()
+    def close(self) -> None:
+        """Gives up the folder, where the process goes on to another run."""
+        if self._lock is not None and not self._lock.taken:
+            self._lock.release()
 
     def _complete(self, verdict: Verdict, steps_checked: int) -> None:
         assert self.report is not None

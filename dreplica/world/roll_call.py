@@ -11,7 +11,7 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 
@@ -161,3 +161,23 @@ class RollCall:
     def _read(self, kind: str) -> dict[int, dict]:
         keys = {i: f"roll_call/{kind}/{i}" for i in range(self.num_replicas)}
         return {i: json.loads(self._store.get(key)) for i, key in keys.items() if self._store.check([key])}
+
+
+def who_is_lost(roll_call: RollCall | None, error: BaseException) -> list[Lost]:
+    """Who is gone, once this replica fails with `error` or (`ReplicaLost`) another is; tells the others the former."""
+    if roll_call is None:
+        return [Lost(0, describe_failure(error))]
+    if not isinstance(error, ReplicaLost):
+        roll_call.report_failure(describe_failure(error))
+    return roll_call.take()
+
+
+def is_to_tell(lost: Sequence[Lost], replica_id: int, num_replicas: int) -> bool:
+    """Whether it is this replica that writes down who is lost: the first survivor, or rank 0 where there is none."""
+    gone = {item.replica_id for item in lost}
+    return replica_id == min((i for i in range(num_replicas) if i not in gone), default=0)
+
+
+def exit_code_of(lost: Sequence[Lost]) -> ExitCode:
+    """That of those who are left: unusable input of another is that of all."""
+    return ExitCode.UNUSABLE if lost and all(item.unusable for item in lost) else ExitCode.FAILED

@@ -35,7 +35,7 @@ _SSH = """#!/usr/bin/env bash
 while [[ "$1" == -* ]]; do shift 2; done
 echo "$1" >>{hosts}
 shift
-exec env -u RUN_NAME -u CONFIG -u SETTINGS -u HEAD bash -c "$*"
+exec env -u RUN_NAME -u CONFIG -u SETTINGS -u BURN_IN -u HEAD bash -c "$*"
 """
 _PBSDSH = """#!/usr/bin/env bash
 [[ "$1" == -n && "$3" == -- ]] || exit 99
@@ -105,6 +105,14 @@ def test_ssh(calls: Calls, tmp_path: Path) -> None:
     run("launch/ssh.sh", own=own)
     assert calls.read() == [expected(rank, 3, "first:29500") for rank in range(3)]
     assert set((tmp_path / "hosts").read_text().split()) == {"me@first", "second", "third"}
+
+
+def test_a_burn_in_in_place_of_a_run(calls: Calls, tmp_path: Path) -> None:
+    own = bare_environment(**calls.environment(os.environ["PATH"]), **GIVEN, HOSTS="first second", BURN_IN="8h")
+    program(calls.folder / "ssh", _SSH.format(hosts=tmp_path / "hosts"))
+    run("launch/ssh.sh", own=own)
+    asked = {"command": "burn-in", "--for": "8h"}
+    assert calls.read() == [expected(rank, 2, "first:29500") | asked for rank in range(2)]
 
 
 @pytest.mark.parametrize("code", [0, 3, 4])

@@ -6,7 +6,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -63,11 +63,13 @@ class Host:
         assert ip("-n", self.namespace, "link", "set", self.device, "down").returncode == 0
 
     @contextmanager
-    def torchrun(self, head: "Host", *arguments: str) -> "Iterator[subprocess.Popen[str]]":
+    def torchrun(
+        self, head: "Host", *arguments: str, program: Sequence[str] = (str(REPOSITORY / "train.py"),)
+    ) -> "Iterator[subprocess.Popen[str]]":
         """This host's half of a run."""
         launcher = [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc-per-node=1"]
         place = [f"--node-rank={self.rank}", f"--master-addr={head.address}", "--master-port=29500"]
-        command = ["ip", "netns", "exec", self.namespace, *launcher, *place, str(REPOSITORY / "train.py"), *arguments]
+        command = ["ip", "netns", "exec", self.namespace, *launcher, *place, *program, *arguments]
         own = environment() | {"GLOO_SOCKET_IFNAME": self.device}
         with (self.folder / "log").open("w") as log:
             process = subprocess.Popen(command, cwd=self.folder, env=own, stdout=log, stderr=log, text=True)
@@ -137,3 +139,27 @@ def test_a_cable_that_is_cut_ends_both_hosts_and_each_names_the_other(hosts: tup
     assert "VERDICT replica-lost: replica 1 was lost in step" in one.log
     assert "VERDICT replica-lost: replica 0 was lost in step" in other.log
     assert "report.json could not be written" in other.log  # it has no run folder: that is on rank 0's disk
+
+
+def test_a_burn_in_ends_on_both_hosts_and_each_tells_what_was_checked(hosts: tuple[Host, Host]) -> None:
+    one, other = hosts
+    program = ("-m", "dreplica.burn_in.worker", "--for=8h")
+    run = [*SMALL, f"--world.timeout={TIMEOUT}", "--run.name=job"]
+    passes = one.folder / "runs/burn-in-job/burn_in.jsonl"
+
+    def under_way() -> bool:
+        return passes.exists() and len(passes.read_text().splitlines()) > 3
+
+    with one.torchrun(one, *run, program=program) as first, other.torchrun(one, *run, program=program) as second:
+        wait_for("under way", under_way, 60, lambda: one.log + other.log)
+        other.unplug()
+        cut = time.monotonic()
+        assert first.wait(TIMEOUT + _MARGIN) != 0
+        assert second.wait(max(cut + TIMEOUT + _MARGIN - time.monotonic(), 0.1)) != 0
+    for host, lost in ((one, 1), (other, 0)):
+        found = json.loads((host.folder / "runs/burn-in-job/burn_in.json").read_text())
+        assert found["burn_in"]["ended"] == "lost"
+        assert [card["state"] for card in found["cards"]] == (["clean", "lost"] if lost else ["lost", "clean"])
+        assert found["passes"] > 3
+        assert f"LOST replica {lost}: " in host.log
+        assert "BURN-IN found=0 suspects=none" in host.log
