@@ -244,7 +244,7 @@ def _to_cpu(tensor: Tensor) -> Tensor:
 
 def _user_source() -> str:
     """The innermost frame that is not torch's, unless the training step is reached before it."""
-    frame = sys._getframe(2)
+    frame = sys._getframe()  # autograd's threads for GPUs may have no frame but the tracer's own
     while frame is not None:
         file = frame.f_code.co_filename
         if file.startswith(_OWN_ROOMS) and file != __file__:
