@@ -225,7 +225,9 @@ def _generator_digest(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bytes:
     generator = next((leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Generator)), None)
     if generator is not None:
         return digest_tensor("", generator.get_state())
+    device = kwargs.get("device")  # of a new tensor
     on_gpu = any(tensor.is_cuda for tensor in tensors_in((args, kwargs)))
+    on_gpu = on_gpu or (device is not None and torch.device(device).type == "cuda")
     return digest_tensor("", torch.cuda.get_rng_state() if on_gpu else torch.get_rng_state())
 
 

@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from dreplica.agreement.fingerprint import digest_tensor
-from dreplica.diagnosis import op_signature
+from dreplica.diagnosis import op_signature, operators
 from dreplica.diagnosis.operators import OpRecord, OpTracer
 
 REPOSITORY = Path(__file__).parents[2]
@@ -690,3 +690,12 @@ def test_a_thread_without_frames_of_its_own() -> None:
     while not tracer.records and time.monotonic() < ends:
         time.sleep(0.001)
     assert [(record.name, record.source) for record in tracer.records] == [("aten.add.Tensor", "")]
+
+
+def test_a_draw_on_a_gpu_reads_that_gpus_generator(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also one that makes a new tensor there, and is given none."""
+    state = torch.arange(16, dtype=torch.uint8)
+    monkeypatch.setattr(torch.cuda, "get_rng_state", lambda: state)
+    there, here = ({"device": torch.device(kind)} for kind in ("cuda", "cpu"))
+    assert operators._generator_digest(([2],), there) == digest_tensor("", state)
+    assert operators._generator_digest(([2],), here) == digest_tensor("", torch.get_rng_state())
