@@ -75,7 +75,6 @@ def _table() -> dict[str, Documented]:
     add("scatter_reduce scatter_reduce_", Documented("switches-or-raises", why))
     pool3d = f"{_ATOMICS} (older releases raise in strict mode, newer ones choose another algorithm)"
     add("max_pool3d_with_indices_backward", Documented("switches-or-raises", pool3d))
-    add("kthvalue", Documented("switches-or-raises", "may return any of several equal elements' indices"))
     interpolate = f"{_ATOMICS} (F.interpolate avoids it in strict and warn mode, for bicubic in newer releases only)"
     add(
         "upsample_linear1d_backward upsample_bilinear2d_backward upsample_trilinear3d_backward "
