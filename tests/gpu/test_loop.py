@@ -139,7 +139,12 @@ def _batches(config: RunConfig, dataset: Any) -> Any:
 
 def test_copies_to_the_device_do_not_wait_and_come_out_right() -> None:
     store = Store(64, 8, DEVICE)
-    torch.cuda._sleep(10**8)
+    # To get pinned memory, or to load a kernel, may wait the first time; both are kept.
+    pinned = [torch.empty(1000, dtype=torch.int64).pin_memory() for _ in range(60)]
+    store.images.index_select(0, to_device(torch.arange(8), DEVICE))
+    del pinned
+    torch.cuda.synchronize()
+    torch.cuda._sleep(10**9)
     behind = torch.cuda.Event()
     behind.record()
     torch.cuda.set_sync_debug_mode("error")
