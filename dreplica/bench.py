@@ -56,10 +56,22 @@ class Measured:
     """Hashed by each replica for each step."""
     snapshot_seconds: float
     """To take one snapshot: the slowest replica's median."""
+    memory: "Memory | None" = None
+    """Of the GPU; None on the CPU."""
 
     def ratios(self, one: str, other: str) -> list[float]:
         """Time of loop `one` over that of loop `other`, round by round."""
         return [a / b for a, b in zip(self.seconds[one], self.seconds[other], strict=True)]
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes of device memory: the largest of all replicas'."""
+
+    checks: int
+    """By which the peak of the loop with checks exceeds that of the loop without."""
+    snapshot: int
+    """That one snapshot takes."""
 
 
 class Bench:
@@ -82,15 +94,33 @@ class Bench:
     def measure(self, rounds: int) -> Measured:
         """Times every loop in every round, after one round that does not count. A collective."""
         seconds: dict[str, list[float]] = {name: [] for name in LOOPS}
+        peaks = dict.fromkeys(LOOPS, 0)
         orders = itertools.cycle(itertools.permutations(LOOPS))
         for number, order in zip(range(rounds + 1), orders, strict=False):
             for name in order:
                 self.world.channel.gather(None)  # all begin together
+                if self.on_gpu:
+                    torch.cuda.reset_peak_memory_stats(self.device)
                 own = self.time_steps(self.loop(name, self.steps + 1), self.steps)
+                if self.on_gpu:
+                    peaks[name] = max(peaks[name], torch.cuda.max_memory_allocated(self.device))
                 slowest = max(self.world.channel.gather(own))
                 if number > 0:
                     seconds[name].append(slowest)
-        return Measured(seconds, self.bytes_per_step, max(self.world.channel.gather(self.time_snapshot())))
+        rows = self.world.channel.gather((self.time_snapshot(), peaks["c"] - peaks["b"], self.snapshot_memory()))
+        snapshot_seconds, checks, snapshot = map(max, zip(*rows, strict=True))
+        memory = Memory(int(checks), int(snapshot)) if self.on_gpu else None
+        return Measured(seconds, self.bytes_per_step, float(snapshot_seconds), memory)
+
+    def snapshot_memory(self) -> int:
+        """Bytes of the GPU's memory that a snapshot takes; 0 on the CPU."""
+        if not self.on_gpu:
+            return 0
+        before = torch.cuda.memory_allocated(self.device)
+        kept = take_snapshot(self.replica)
+        taken = torch.cuda.memory_allocated(self.device) - before
+        del kept
+        return taken
 
     def time_snapshot(self) -> float:
         """Seconds for one snapshot, as every `agreement.snapshot_every` steps; median of five."""
@@ -219,6 +249,11 @@ def print_measured(console: Console, measured: Measured, num_replicas: int, step
             highlight=False,
         )
     console.print(f"hashed by each replica: {measured.bytes_per_step / 1e6:.1f} MB per step", highlight=False)
+    if measured.memory is not None:
+        checks, snapshot = (size / 1e6 for size in (measured.memory.checks, measured.memory.snapshot))
+        console.print(
+            f"device memory that checks take: {checks:.1f} MB, and a snapshot {snapshot:.1f} MB", highlight=False
+        )
     if snapshot_every:
         share = measured.snapshot_seconds / snapshot_every / statistics.median(measured.seconds["c"])
         console.print(

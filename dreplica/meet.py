@@ -1,9 +1,10 @@
 """How replicas meet, and how they part when a run cannot go on."""
 
+import logging
 import os
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import NoReturn
 
@@ -13,6 +14,8 @@ from dreplica.world.determinism import apply_determinism, set_environment
 from dreplica.world.logs import set_up_logging
 from dreplica.world.process_group import Device, World, bind_device, env_num_replicas, env_rank, open_world
 from dreplica.world.signals import StopRequest, stop_signals
+
+log = logging.getLogger(__name__)
 
 _DEFAULT_TIMEOUT = 300.0
 
@@ -26,6 +29,8 @@ class Prepared:
     own: RunConfig
     """With this replica's overrides."""
     device: Device
+    warnings: list[str] = field(default_factory=list)
+    """For the report."""
 
 
 def meet(argv: Sequence[str], conduct: Callable[[Prepared, World, StopRequest], ExitCode]) -> ExitCode:
@@ -74,10 +79,15 @@ def prepare(argv: Sequence[str]) -> Prepared:
     """Reads the config, and puts determinism settings and device into effect. Raises UsageError."""
     config = load_config(argv, env_num_replicas())
     own = config.for_replica(env_rank())
-    set_environment(own.determinism)
+    problem = set_environment(own.determinism)
     device = bind_device(own.world)
     apply_determinism(own.determinism)
-    return Prepared(config, own, device)
+    if problem is None or device.device.type != "cuda":
+        return Prepared(config, own, device)
+    if own.determinism.mode == "strict":
+        raise UsageError(problem)
+    log.warning(problem)
+    return Prepared(config, own, device, [problem])
 
 
 def _refuse(error: UsageError) -> None:

@@ -63,7 +63,7 @@ class Run:
         self.explained: Verdict | None = None
         self.start = Start()
         self.stopped_with: ExitCode | None = None
-        self.warnings: list[str] = []
+        self.warnings = list(prepared.warnings)
         self.console = Screen()
         run = self.config.run
         name, report = str(run.name), self.config.report

@@ -1,12 +1,13 @@
 """The benchmark: three loops in alternating rounds. What it measures is never asserted, only that it does."""
 
 import io
+from dataclasses import replace
 from typing import Any
 
 import torch
 from rich.console import Console
 
-from dreplica.bench import Bench, Measured, print_measured
+from dreplica.bench import Bench, Measured, Memory, print_measured
 from dreplica.config import load_config
 from dreplica.errors import UsageError
 from dreplica.world.process_group import World
@@ -29,6 +30,7 @@ def test_every_loop_is_timed_in_every_round_and_all_state_is_hashed() -> None:
         assert all(second > 0 for seconds in measured.seconds.values() for second in seconds)
         assert measured.bytes_per_step > state
         assert measured.snapshot_seconds > 0
+        assert measured.memory is None
         assert taken == 2 * 3 * 5  # loops b and c go through the trainer's own step, one uncounted round included
 
 
@@ -48,3 +50,7 @@ def test_ratios_are_taken_round_by_round() -> None:
     assert "(c)/(a) = 1.100  (rounds: 1.100 to 1.500)" in text.getvalue()
     assert "1.5 MB per step" in text.getvalue()
     assert "a snapshot every 50 steps: 50.0 ms each, not in the above; 0.05% of a step" in text.getvalue()
+    assert "device memory" not in text.getvalue()
+    on_gpu = replace(measured, memory=Memory(checks=1_200_000, snapshot=138_000_000))
+    print_measured(Console(file=text, width=100), on_gpu, num_replicas=2, steps=4, snapshot_every=50)
+    assert "device memory that checks take: 1.2 MB, and a snapshot 138.0 MB" in text.getvalue()

@@ -86,6 +86,7 @@ class Agreement:
             `lag` 1 the GPU is then waited for only as far as the step before.
 
     Attributes:
+        hasher: takes the fingerprints.
         divergence: the verdict of the first difference; None while there is none.
         steps_done: how often `step` was called.
         steps_checked: how many steps were compared.
@@ -140,11 +141,11 @@ class Agreement:
         self._lag = lag
         self._stoppable = stoppable
         self._channel = channel or gloo_channel()
-        self._hasher = hasher or hasher_for(tensor.device for tensor in self._subject.tensors())
-        self._trace = trace or Trace(None, self._channel.size, algorithm=self._hasher.algorithm)
-        if self._trace.algorithm != self._hasher.algorithm:
+        self.hasher = hasher or hasher_for(tensor.device for tensor in self._subject.tensors())
+        self._trace = trace or Trace(None, self._channel.size, algorithm=self.hasher.algorithm)
+        if self._trace.algorithm != self.hasher.algorithm:
             raise ValueError(
-                f"trace: its header says {self._trace.algorithm!r}, and digests are {self._hasher.algorithm!r} here; "
+                f"trace: its header says {self._trace.algorithm!r}, and digests are {self.hasher.algorithm!r} here; "
                 "create it with algorithm=hasher.algorithm."
             )
         self._reference = reference
@@ -264,7 +265,7 @@ class Agreement:
         word = self.last_word = protocol.Word(lambda: protocol.fold(step, observation.stages))
         self._pending = _Pending(step, epoch, observation, word, self._wants_stop, phase, recorded)
         # Whether it is ready yet, replicas may see differently, and they must post in the same order as they gather.
-        if not self._hasher.is_asynchronous:
+        if not self.hasher.is_asynchronous:
             self._post(self._pending)
         if not (self._lag if lag is None else lag):
             self.complete()
@@ -335,13 +336,11 @@ class Agreement:
 
     def _start(self, entries: Mapping[str, Iterable[Entry]]) -> Observation:
         """Hashes those of the stages that are compared, in causal order."""
-        return self._hasher.start(
-            {name: entries[name] for name in STAGES if name in entries and name in self._compared}
-        )
+        return self.hasher.start({name: entries[name] for name in STAGES if name in entries and name in self._compared})
 
     def _describe(self, pending: _Pending) -> Verdict:
         """What replicas differ in. A collective."""
-        algorithms = self._channel.gather(self._hasher.algorithm)
+        algorithms = self._channel.gather(self.hasher.algorithm)
         if len(set(algorithms)) > 1:
             return describe_algorithms(pending.step, algorithms)
         place = protocol.locate(self._channel, pending.step, pending.observation.stages, pending.phase)

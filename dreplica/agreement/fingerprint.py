@@ -6,7 +6,6 @@ not matter. The hash is XXH3's 128-bit variant (https://github.com/Cyan4973/xxHa
 a contiguous CPU tensor is not copied.
 """
 
-import logging
 from collections.abc import Mapping
 from functools import lru_cache
 from typing import TYPE_CHECKING, cast
@@ -19,8 +18,6 @@ from torch.nn.parameter import is_lazy
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer
-
-log = logging.getLogger(__name__)
 
 ALGORITHM = "xxh3-128/1"
 """Names the function in every trace: digests of different algorithms are never compared."""
@@ -104,7 +101,6 @@ def _content(name: str, tensor: Tensor) -> bytes:
 def _as_array(tensor: Tensor) -> numpy.ndarray:
     """The tensor's elements as a C-contiguous array: a view of its memory if that is contiguous and on the CPU."""
     if tensor.device.type != "cpu":
-        _warn_of_copy(tensor.device.type)
         tensor = tensor.cpu()
     if tensor.is_conj() or tensor.is_neg():
         tensor = tensor.resolve_conj().resolve_neg()
@@ -114,8 +110,3 @@ def _as_array(tensor: Tensor) -> numpy.ndarray:
     if tensor.dtype not in _NUMPY_HAS:
         tensor = tensor.reshape(-1).view(torch.uint8)
     return tensor.numpy()
-
-
-@lru_cache
-def _warn_of_copy(device_type: str) -> None:
-    log.warning("fingerprints of tensors on %s are taken through a copy to the CPU, which is slow", device_type)

@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Callable, Iterable, Mapping
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import TYPE_CHECKING
 
 import torch
@@ -135,6 +135,8 @@ class Hasher:
                         own[name] = value.device, len(named)
                         named.append((name, value))
                         continue
+                    if value.device.type != "cpu":
+                        _warn_of_copy(value.device.type)
                 own[name] = digest_entry(name, value)
         return Observation(parts, sizes, {device: self._on(device).start(named) for device, named in there.items()})
 
@@ -150,6 +152,11 @@ def _has_memory_of_its_own(tensor: Tensor) -> bool:
     if type(tensor) not in _WITH_MEMORY or tensor.layout is not torch.strided:
         return False
     return not (tensor.is_quantized or tensor.is_nested)
+
+
+@lru_cache
+def _warn_of_copy(device_type: str) -> None:
+    log.warning("fingerprints of tensors on %s are taken through a copy to the CPU, which is slow", device_type)
 
 
 def hasher_for(devices: Iterable[torch.device]) -> Hasher:

@@ -7,6 +7,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from dreplica.data.samples import Sample, at_epoch, by_itself, image_shape, normalization
+from dreplica.data.to_device import to_device
 
 
 class Store:
@@ -61,13 +62,13 @@ class OnDevice(Dataset[Sample]):
     def get(self, indices: Tensor) -> tuple[Tensor, Tensor]:
         """Images, uint8 (batch, 3, size, size) on the device, not augmented; labels, int64 (batch,) on the CPU."""
         store = self.store
-        return store.images.index_select(0, indices.to(store.images.device)), store.labels[indices]
+        return store.images.index_select(0, to_device(indices, store.images.device)), store.labels[indices]
 
     def keep_and_augment(self, indices: Tensor, images: Tensor, labels: Tensor) -> Tensor:
         """The images as they are in this epoch, on the device; kept beforehand as `get` gives them."""
         store = self.store
         if not bool(store.is_there[indices].all()):
-            store.images.index_copy_(0, indices.to(store.images.device), images)
+            store.images.index_copy_(0, to_device(indices, store.images.device), images)
             store.labels[indices] = labels
             store.is_there[indices] = True
         return self.dataset.augment_batch(images, indices.tolist())

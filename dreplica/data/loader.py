@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader, Dataset
 from dreplica.data.coordinator import WINDOW, IndexStream, epoch_generator
 from dreplica.data.device_cache import OnDevice
 from dreplica.data.samples import Place, SampleError, by_itself, describe, load_batch, normalization
+from dreplica.data.to_device import to_device
 from dreplica.errors import UsageError
 
 _PREFETCH = 2
@@ -123,8 +124,9 @@ def load_again(
 def normalize(inputs: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
     """(pixel / 255 - mean) / std: uint8 (batch, channels, H, W) to float32, on the tensor's device."""
     shape = (1, -1, 1, 1)
-    center = torch.tensor([255 * value for value in mean], device=inputs.device).view(shape)
-    scale = torch.tensor([255 * value for value in std], device=inputs.device).view(shape)
+    center, scale = (
+        to_device(torch.tensor([255 * value for value in values]).view(shape), inputs.device) for values in (mean, std)
+    )
     return inputs.to(torch.float32).sub_(center).div_(scale)
 
 
@@ -184,7 +186,7 @@ def _make_batch(
         rule.check(labels, indices, dataset)
     if inputs.dim() != 4:
         memory_format = torch.preserve_format  # as nn.Module.to does: channels_last is for images
-    inputs = inputs.to(device, non_blocking=True, memory_format=memory_format)
+    inputs = to_device(inputs, device, memory_format)
     if isinstance(dataset, OnDevice):
         inputs = dataset.keep_and_augment(indices, inputs, labels).contiguous(memory_format=memory_format)
     if inputs.dtype is torch.uint8:
@@ -192,8 +194,8 @@ def _make_batch(
     return Batch(
         indices,
         inputs,
-        labels.to(device, non_blocking=True),
-        None if weights is None else weights[indices].to(device, non_blocking=True),
+        to_device(labels, device),
+        None if weights is None else to_device(weights[indices], device),
     )
 
 

@@ -9,6 +9,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn.functional import pad
 
+from dreplica.data.to_device import to_device
+
 _GAMMA = numpy.uint64(0x9E3779B97F4A7C15)
 
 
@@ -62,7 +64,7 @@ class ShiftFlip:
         device, (height, width) = images.device, images.shape[-2:]
         ys = tops[:, None] + numpy.arange(height)
         xs = lefts[:, None] + numpy.where(flips[:, None], numpy.arange(width)[::-1], numpy.arange(width))
-        rows, columns = (torch.from_numpy(places).to(device, non_blocking=True) for places in (ys, xs))
+        rows, columns = (to_device(torch.from_numpy(places), device) for places in (ys, xs))
         batch, channels = (torch.arange(size, device=device) for size in images.shape[:2])
         padded = pad(images, (self.padding,) * 4)
         return padded[

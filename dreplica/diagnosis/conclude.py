@@ -8,8 +8,12 @@ from dreplica.agreement.verdict import Verdict, split_into_classes, suspects_of
 from dreplica.diagnosis.causes import CAUSES
 from dreplica.diagnosis.nondeterminism import explain_operator
 from dreplica.replica.wiring import WiringError
-from dreplica.world.manifest import Difference
+from dreplica.world.manifest import Difference, card_of, spell_device
 from dreplica.world.roll_call import Lost
+
+_OF_HARDWARE = {"transient-fault", "persistent-fault", "nondeterministic-operator", "unexplained"}
+"""Causes that a host or a card may be behind."""
+_ASK_CARD = "nvidia-smi -q -d"
 
 
 @dataclass(frozen=True)
@@ -51,7 +55,8 @@ def conclude(found: Verdict, facts: RunFacts) -> Verdict:
     environment = [f"differs, allowed: {difference}" for difference in facts.differences]
     if verdict.cause == "declared-override" and not verdict.suspects and found.classes:
         verdict = verdict.with_(suspects=_singled_out(found.classes, facts.overrides))
-    return _with_remedy(verdict.with_(evidence=[*verdict.evidence, *declared, *environment]))
+    verdict = _with_remedy(verdict.with_(evidence=[*verdict.evidence, *declared, *environment]))
+    return _with_cards(verdict, facts.manifests)
 
 
 def agreed(facts: RunFacts, steps: int, independent: bool, compared: bool) -> Verdict:
@@ -233,6 +238,31 @@ def _explain_nondeterminism(found: Verdict, facts: RunFacts) -> Verdict:
     manifest = facts.manifests[found.suspects[0]]
     explanation = explain_operator(found.operator, manifest["device"]["type"], manifest["numerics"])
     return found.with_(evidence=[*found.evidence, explanation.text], remedy=list(explanation.remedy))
+
+
+def _with_cards(verdict: Verdict, manifests: Sequence[Mapping[str, Any]]) -> Verdict:
+    """Names what the suspects run on, or all where none is singled out, if hardware may have to do with it."""
+    hosts, cards = [row["host"] for row in manifests], [card_of(row) for row in manifests]
+    if verdict.cause not in _OF_HARDWARE or (len(set(hosts)) < 2 and not any(cards)):
+        return verdict
+    replica_ids = verdict.suspects or sorted(r for ids in verdict.classes for r in ids)
+    lines = []
+    for replica_id in replica_ids:
+        here = hosts[replica_id], cards[replica_id]
+        others = [r for r in range(len(cards)) if r != replica_id and here[1] and (hosts[r], cards[r]) == here]
+        shared = f", shared with replicas {others}" if others else ""
+        lines.append(f"replica {replica_id} runs on {spell_device(manifests[replica_id])}{shared}")
+    remedy = []
+    for line in verdict.remedy:
+        if line.startswith(_ASK_CARD) and all(cards[r] for r in replica_ids):
+            named = dict.fromkeys((cards[r], hosts[r]) for r in replica_ids)
+            remedy += [
+                line.replace(" -d", f" -i {card} -d").partition("  #")[0] + f"  # on host {host}"
+                for card, host in named
+            ]
+        else:
+            remedy.append(line)
+    return verdict.with_(evidence=[*verdict.evidence, *lines], remedy=remedy)
 
 
 def _name(found: Verdict, cause: str, evidence: list[str]) -> Verdict:

@@ -75,14 +75,16 @@ def _table() -> dict[str, Documented]:
     add("scatter_reduce scatter_reduce_", Documented("switches-or-raises", why))
     pool3d = f"{_ATOMICS} (older releases raise in strict mode, newer ones choose another algorithm)"
     add("max_pool3d_with_indices_backward", Documented("switches-or-raises", pool3d))
-    add("kthvalue", Documented("switches-or-raises", "may return any of several equal elements' indices"))
     interpolate = f"{_ATOMICS} (F.interpolate avoids it in strict and warn mode, for bicubic in newer releases only)"
     add(
-        "upsample_linear1d_backward upsample_bilinear2d_backward upsample_trilinear3d_backward "
-        "upsample_bicubic2d_backward",
+        "upsample_bilinear2d_backward upsample_trilinear3d_backward upsample_bicubic2d_backward",
         Documented("switches-or-raises", interpolate, instead="F.interpolate with mode='nearest'"),
     )
 
+    raises(
+        "upsample_linear1d_backward",
+        "F.interpolate(x[:, :, None], (1, size), mode='bilinear')[:, :, 0], in strict mode",
+    )
     raises("_upsample_bilinear2d_aa_backward _upsample_bicubic2d_aa_backward", "F.interpolate without antialias=True")
     raises("avg_pool3d_backward", "a convolution with equal, fixed weights")
     raises("_adaptive_avg_pool2d_backward _adaptive_avg_pool3d_backward", "x.mean((-2, -1)) for one output, or AvgPool")

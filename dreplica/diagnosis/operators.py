@@ -225,7 +225,9 @@ def _generator_digest(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bytes:
     generator = next((leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Generator)), None)
     if generator is not None:
         return digest_tensor("", generator.get_state())
+    device = kwargs.get("device")  # of a new tensor
     on_gpu = any(tensor.is_cuda for tensor in tensors_in((args, kwargs)))
+    on_gpu = on_gpu or (device is not None and torch.device(device).type == "cuda")
     return digest_tensor("", torch.cuda.get_rng_state() if on_gpu else torch.get_rng_state())
 
 
@@ -244,7 +246,7 @@ def _to_cpu(tensor: Tensor) -> Tensor:
 
 def _user_source() -> str:
     """The innermost frame that is not torch's, unless the training step is reached before it."""
-    frame = sys._getframe(2)
+    frame = sys._getframe()  # autograd's threads for GPUs may have no frame but the tracer's own
     while frame is not None:
         file = frame.f_code.co_filename
         if file.startswith(_OWN_ROOMS) and file != __file__:

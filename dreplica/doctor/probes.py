@@ -92,7 +92,6 @@ PROBES: Mapping[str, Callable[[torch.device], Tensor]] = {
         _indices(d), torch.randn(4, 3, device=d, requires_grad=True)
     ),
     "aten.cumsum": lambda d: _ones(d).cumsum(0),
-    "aten.kthvalue": lambda d: _ones(d).kthvalue(2).values,
     "aten.median.dim": lambda d: _ones(d).median(0).values,
     "aten.histc": lambda d: _ones(d).histc(4),
     "aten.bincount": lambda d: torch.bincount(_indices(d), weights=_ones(d)),

@@ -2,13 +2,12 @@
 
 import os
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from dreplica.doctor.check import Check
-from dreplica.world.determinism import DETERMINISTIC_WORKSPACES
+from dreplica.world.determinism import DETERMINISTIC_WORKSPACES, environment_at_start
 
 _LOOP = "dreplica sets it; a loop of your own has to."
 _SET_BY_TORCH = {"TORCHINDUCTOR_CACHE_DIR"}
@@ -100,18 +99,9 @@ def _cublas(gpu: bool, cuda_started: bool) -> Check:
     if present not in DETERMINISTIC_WORKSPACES:
         seen = f"{present}, with which cuBLAS is not deterministic; dreplica leaves a variable that is set as it is"
         return Check(name, "bad" if gpu else "warn", seen, why, remedy)
-    if cuda_started and name not in _environment_at_start():
+    if cuda_started and name not in environment_at_start():
         return Check(name, "bad", f"{present}, set from within a process that has started CUDA", why, remedy)
     return Check(name, "ok", present, why)
-
-
-def _environment_at_start() -> set[str]:
-    """The variables that this process was started with. os.environ shows those set since, too."""
-    try:
-        entries = Path("/proc/self/environ").read_bytes().split(b"\0")
-    except OSError:
-        return set(os.environ)
-    return {os.fsdecode(entry.partition(b"=")[0]) for entry in entries}
 
 
 def check_hashes(hashes: Sequence[int]) -> Check:

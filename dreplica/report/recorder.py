@@ -21,7 +21,7 @@ from dreplica.report.run_report import RunReport, append_metrics, read_metrics, 
 from dreplica.report.sinks import ReportConfig, Sinks
 from dreplica.report.terminal import print_report
 from dreplica.training.loop import EpochDone
-from dreplica.world.manifest import compare_values
+from dreplica.world.manifest import card_of, compare_values
 from dreplica.world.process_group import World
 from dreplica.world.roll_call import Lost, describe_failure, is_to_tell
 from dreplica.world.run_folder import FolderLock, RunFolderConfig, create_run_folder, newest_run_folder
@@ -137,7 +137,8 @@ class Recorder:
         for row, manifest in zip(replicas, manifests, strict=False):
             row |= {"host": manifest["host"], "device": manifest["device"]["name"], "seed": manifest["seed"]}
         self.report = RunReport(self._name, folder, self._expect, replicas)
-        if any(manifest["device"].get("shared") for manifest in manifests):
+        cards = [(manifest["host"], card) for manifest in manifests if (card := card_of(manifest)) is not None]
+        if len(set(cards)) < len(cards):
             self.report.warnings.append("replicas share a GPU: a fault of that GPU can reach all of them alike")
             if self._world.is_coordinator:
                 log.warning(self.report.warnings[-1])

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from dreplica.agreement.stages import batch_stage
+from dreplica.agreement.hashing import Hasher
+from dreplica.agreement.stages import batch_entries
 from dreplica.data.coordinator import Coordinator
 from dreplica.data.loader import Labels, load_batches
 from dreplica.replica.replica import Replica
@@ -79,22 +80,28 @@ def evaluate(
     num_workers: int,
     config: TrainConfig,
     rule: Labels | None = None,
+    hasher: Hasher | None = None,
 ) -> Evaluation:
     """Evaluates in eval mode and puts every module back into the mode it was in. A collective.
 
-    `rule`: what labels may be; None: not checked.
+    `rule`: what labels may be; None: not checked. `hasher`: takes the batches' digests; by default on the CPU. A GPU is
+    waited for at the end only.
     """
     modes = {module: module.training for module in replica.model.modules()}
     replica.model.eval()
-    tally, logits, labels = Tally.zero(device), [], []
-    batches: dict[str, bytes] = {}
+    tally, logits, labels, observed = Tally.zero(device), [], [], []
+    hasher = hasher or Hasher()
     stream = coordinator.evaluation_batches(len(dataset), batch_size)  # type: ignore[arg-type]
     for batch in load_batches(dataset, stream, device, num_workers, seed=0, epoch=0, labels=rule):
         loss, batch_logits = forward(replica, batch.inputs, batch.labels, config)
         tally.add(loss, batch_logits, batch.labels, reduction_of(replica.criterion))
-        logits.append(batch_logits.cpu())
-        labels.append(batch.labels.cpu())
-        batches[f"validation batch {len(batches)}"] = batch_stage(batch.tensors()).digest
+        logits.append(batch_logits.to("cpu", non_blocking=True))
+        labels.append(batch.labels.to("cpu", non_blocking=True))
+        observed.append(hasher.start({"batch": batch_entries(batch.tensors())}))
     for module, training in modes.items():
         module.training = training
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    digests = (observation.stages["batch"].digest for observation in observed)
+    batches = {f"validation batch {number}": digest for number, digest in enumerate(digests)}
     return Evaluation(tally, torch.cat(logits), torch.cat(labels), batches)

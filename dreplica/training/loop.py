@@ -172,7 +172,9 @@ def train(
                 replica.scheduler.step()
             history.epoch_end(epoch)
             position = Position(epoch + 1)
-        evaluation = evaluate(replica, data.val, coordinator, device, batch_size, num_workers, config.train, labels)
+        evaluation = evaluate(
+            replica, data.val, coordinator, device, batch_size, num_workers, config.train, labels, agreement.hasher
+        )
         timer.lap("evaluation")
         history.evaluated()
         agreement.evaluation({"logits": evaluation.logits}, epoch, evaluation.batches)

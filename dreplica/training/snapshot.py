@@ -27,10 +27,10 @@ class Snapshot:
     gradients: dict[str, Tensor | None]
     """Named as the parameters are in `tensors`."""
     plain: PlainState
-    """Of the modules of model and criterion, their modes and hooks included, and of the optimizer, its settings
-    included."""
+    """Of the modules of model and criterion, their modes and hooks included, of the optimizer, its settings included,
+    and of the scaler, whose `state_dict` would wait for the device."""
     others: list[dict[str, Any]]
-    """State of the scheduler and the scaler."""
+    """State of the scheduler."""
     rng: dict[str, Any]
     steps_done: int
 
@@ -51,7 +51,7 @@ def take_snapshot(replica: Parts) -> Snapshot:
         tensors=tensors,
         gradients={name: _copy(parameter.grad) for name, parameter in _parameters(replica)},
         plain=PlainState(_owners(replica), [tensor for tensor in named.values() if tensor.is_leaf], _is_optimizer),
-        others=[_copy(other.state_dict()) for other in replica.others],
+        others=[_copy(other.state_dict()) for other in _with_state_dict(replica)],
         rng=get_rng_state(),
         steps_done=replica.steps_done,
     )
@@ -64,7 +64,7 @@ def restore_snapshot(replica: Parts, snapshot: Snapshot) -> None:
     Parameters, buffers and the optimizer's state are the same tensors in the same memory as at the snapshot, whatever
     has come to stand in their place since; only gradients are new ones.
     """
-    for other, state in zip(replica.others, snapshot.others, strict=True):
+    for other, state in zip(_with_state_dict(replica), snapshot.others, strict=True):
         other.load_state_dict(_copy(state))
     snapshot.plain.restore()
     for tensor in snapshot.tensors.values():
@@ -116,7 +116,12 @@ def _owners(replica: Parts) -> list[object]:
     """What has state in its attributes: also objects of the optimizer's own that it keeps as a parameter's state."""
     optimizers = replica.optimizers.values()
     kept = [value for optimizer in optimizers for _, state in _states(optimizer) for value in state.values()]
-    return [*_modules(replica), *optimizers, *(value for value in kept if not isinstance(value, Tensor))]
+    scalers = [other for other in replica.others if isinstance(other, torch.amp.GradScaler)]
+    return [*_modules(replica), *optimizers, *scalers, *(value for value in kept if not isinstance(value, Tensor))]
+
+
+def _with_state_dict(replica: Parts) -> list[Any]:
+    return [other for other in replica.others if not isinstance(other, torch.amp.GradScaler)]
 
 
 def _is_optimizer(value: object) -> bool:

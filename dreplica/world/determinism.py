@@ -4,10 +4,10 @@ The list follows PyTorch's notes on reproducibility (https://docs.pytorch.org/do
 documentation of `torch.use_deterministic_algorithms`.
 """
 
-import logging
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -15,10 +15,11 @@ from pydantic import Field
 
 from dreplica.section import Section
 
-log = logging.getLogger(__name__)
-
+_WORKSPACE = "CUBLAS_WORKSPACE_CONFIG"
 DETERMINISTIC_WORKSPACES = {":4096:8", ":16:8"}
 """Values of CUBLAS_WORKSPACE_CONFIG with which cuBLAS is deterministic."""
+
+_OR_OFF = "or take --determinism.mode off, and see whether replicas agree"
 
 CHANGEABLE = ("threads", "onednn")
 """Flags that change how numbers are rounded on the CPU, and that may be changed and put back between two steps."""
@@ -48,17 +49,43 @@ class DeterminismConfig(Section):
     """CUBLAS_WORKSPACE_CONFIG, set before CUDA starts unless the environment already has it; null: not set."""
 
 
-def set_environment(config: DeterminismConfig) -> None:
-    """Sets what the CUDA libraries read once at their start. Never overwrites a user's own variable."""
-    if config.cublas_workspace_config is None or config.mode == "off":
-        return
-    present = os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", config.cublas_workspace_config)
-    if present not in DETERMINISTIC_WORKSPACES:
-        log.warning(
-            "CUBLAS_WORKSPACE_CONFIG is %s and is left so; cuBLAS is deterministic only with one of %s.",
-            present,
-            ", ".join(sorted(DETERMINISTIC_WORKSPACES)),
-        )
+def set_environment(config: DeterminismConfig) -> str | None:
+    """Sets what the CUDA libraries read once at their start, unless they have started: what is set then, none has seen.
+
+    Never overwrites a user's own variable. Returns why cuBLAS may be nondeterministic on a GPU, and what to do about
+    it; None if it is not, and in mode `off`, in which it may be.
+    """
+    if config.mode == "off":
+        return None
+    started, wanted = torch.cuda.is_initialized(), config.cublas_workspace_config
+    by_user = _WORKSPACE in os.environ
+    if wanted is not None and not started:
+        os.environ.setdefault(_WORKSPACE, wanted)
+    present = os.environ.get(_WORKSPACE)
+    good = " or ".join(sorted(DETERMINISTIC_WORKSPACES))
+    if present in DETERMINISTIC_WORKSPACES:
+        if not started or _WORKSPACE in environment_at_start():
+            return None
+        seen = f"{_WORKSPACE} was set to {present} from within a process that has started CUDA, which reads it once"
+    elif by_user:
+        seen = f"{_WORKSPACE} is {present} in the environment, with which cuBLAS is not deterministic"
+        return f"{seen}. Before the run: unset {_WORKSPACE}, or export {_WORKSPACE}=:4096:8 ({_OR_OFF})."
+    elif wanted not in DETERMINISTIC_WORKSPACES:
+        value = "null" if wanted is None else repr(wanted)
+        seen = f"determinism.cublas_workspace_config: {value} leaves cuBLAS nondeterministic"
+        return f"{seen}. Set it to {good} ({_OR_OFF})."
+    else:
+        seen = f"{_WORKSPACE} is not set, and something that was imported has started CUDA, which reads it once"
+    return f"{seen}. Before the run: export {_WORKSPACE}=:4096:8; or import what uses CUDA later ({_OR_OFF})."
+
+
+def environment_at_start() -> set[str]:
+    """The variables that this process was started with. os.environ shows those set since, too."""
+    try:
+        entries = Path("/proc/self/environ").read_bytes().split(b"\0")
+    except OSError:
+        return set(os.environ)
+    return {os.fsdecode(entry.partition(b"=")[0]) for entry in entries}
 
 
 def apply_determinism(config: DeterminismConfig) -> None:
@@ -94,11 +121,13 @@ def numerics_flags() -> dict[str, Any]:
         "matmul_fp16_reduced_precision": matmul.allow_fp16_reduced_precision_reduction,
         "matmul_bf16_reduced_precision": matmul.allow_bf16_reduced_precision_reduction,
         "float32_matmul_precision": _float32_matmul_precision(),
+        "cudnn_enabled": torch.backends.cudnn.enabled,
+        "attention_backends": [name for name, enabled in _attention().items() if enabled],
         "onednn": bool(torch.backends.mkldnn.enabled),
         "onednn_deterministic": bool(torch.backends.mkldnn.deterministic),
         "flush_denormal": _flushes_denormals(),
         "default_dtype": str(torch.get_default_dtype()),
-        "cublas_workspace_config": os.environ.get("CUBLAS_WORKSPACE_CONFIG"),
+        "cublas_workspace_config": os.environ.get(_WORKSPACE),
     }
 
 
@@ -130,6 +159,17 @@ def fp32_precision() -> dict[str, str]:
         "onednn.rnn": backends.mkldnn.rnn,
     }
     return {name: "ieee" if kind.fp32_precision == "none" else kind.fp32_precision for name, kind in found.items()}
+
+
+def _attention() -> dict[str, bool]:
+    """The backends that scaled dot product attention may choose on a GPU, each with whether it is enabled."""
+    cuda = torch.backends.cuda
+    return {
+        "flash": cuda.flash_sdp_enabled(),
+        "efficient": cuda.mem_efficient_sdp_enabled(),
+        "cudnn": cuda.cudnn_sdp_enabled(),
+        "math": cuda.math_sdp_enabled(),
+    }
 
 
 def _float32_matmul_precision() -> str:

@@ -1,5 +1,6 @@
 """What each replica runs on and with: recorded, exchanged before the first step, and compared."""
 
+import ctypes
 import importlib.metadata
 import os
 import platform
@@ -57,6 +58,7 @@ _FOLLOWS_FROM = {
 _VARIABLES = (
     "ATEN_CPU_CAPABILITY",
     "CUBLASLT_WORKSPACE_SIZE",
+    "DISABLE_ADDMM_CUDA_LT",
     "DNNL_MAX_CPU_ISA",
     "MKL_CBWR",
     "MKL_ENABLE_INSTRUCTIONS",
@@ -64,6 +66,10 @@ _VARIABLES = (
     "OMP_DYNAMIC",
     "ONEDNN_MAX_CPU_ISA",
     "TORCH_ALLOW_TF32_CUBLAS_OVERRIDE",
+    "TORCH_BLAS_PREFER_CUBLASLT",
+    "TORCH_CUBLASLT_UNIFIED_WORKSPACE",
+    "TORCH_CUDNN_USE_HEURISTIC_MODE_B",
+    "TORCH_CUDNN_V8_API_DISABLED",
 )
 
 
@@ -154,6 +160,22 @@ def follows_from(field: str) -> tuple[str, ...]:
     return _FOLLOWS_FROM.get(field, ())
 
 
+def spell_device(manifest: Mapping[str, Any]) -> str:
+    """The physical thing that a replica runs on, and the host it is in."""
+    device, host = manifest["device"], manifest["host"]
+    if device["type"] != "cuda":
+        return f"{manifest['cpu']['model'] or 'the CPU'} of host {host}"
+    return f"{device['name']}, {card_of(manifest)}, cuda:{device['index']} of host {host}"
+
+
+def card_of(manifest: Mapping[str, Any]) -> str | None:
+    """The UUID of a replica's GPU, or of its slice of one, as nvidia-smi writes it; None on the CPU."""
+    device = manifest["device"]
+    if device["type"] != "cuda":
+        return None
+    return f"{'MIG' if ' MIG ' in device['name'] else 'GPU'}-{device['uuid']}"
+
+
 @cache
 def source_digest() -> str:
     """32 hex digits over dreplica's own source files: which code runs, whatever its version says."""
@@ -197,9 +219,23 @@ def _driver_version() -> str | None:
     try:
         text = Path("/proc/driver/nvidia/version").read_text(encoding="utf-8", errors="replace")
     except OSError:
-        return None
+        return _driver_version_by_nvml()  # a container need not show the kernel's files
     found = re.search(r"\d+\.\d+(\.\d+)?", text)
     return found and found.group()
+
+
+def _driver_version_by_nvml() -> str | None:
+    """https://docs.nvidia.com/deploy/nvml-api/group__nvmlSystemQueries.html"""
+    try:
+        nvml = ctypes.CDLL("libnvidia-ml.so.1")
+    except OSError:
+        return None
+    version = ctypes.create_string_buffer(80)
+    if nvml.nvmlInit_v2() != 0:
+        return None
+    failed = nvml.nvmlSystemGetDriverVersion(version, ctypes.c_uint(len(version)))
+    nvml.nvmlShutdown()
+    return None if failed else version.value.decode()
 
 
 @cache

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from dreplica.agreement import device as device_module
-from dreplica.agreement import multilinear
+from dreplica.agreement import hashing, multilinear
 from dreplica.agreement.device import DeviceHash, computes_as_defined
 from dreplica.agreement.fingerprint import ALGORITHM, digest_tensor, header
 from dreplica.agreement.hashing import Digests, Hasher, hasher_for
@@ -217,3 +217,16 @@ def test_on_gpus_where_it_does(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(device_module, "computes_as_defined", lambda device: device.index == 0)
     with pytest.raises(RuntimeError, match=r"kernel on cuda:1 computes something else than its definition"):
         hasher_for(map(torch.device, ["cuda:0", "cuda:1"]))
+
+
+def test_a_copy_in_every_step_is_warned_of_once_and_one_at_the_end_is_not(caplog: pytest.LogCaptureFixture) -> None:
+    """On a device without a kernel; stands in for it the one that has no memory to read."""
+    elsewhere = torch.empty(2, device="meta")
+    hashing._warn_of_copy.cache_clear()
+    with pytest.raises(TypeError, match="with memory"):
+        digest_tensor("t", elsewhere)
+    assert caplog.messages == []
+    for _ in range(2):
+        with pytest.raises(TypeError, match="with memory"):
+            Hasher().start({"s": [("t", elsewhere)]})
+    assert caplog.messages == ["fingerprints of tensors on meta are taken through a copy to the CPU, which is slow"]

@@ -155,3 +155,28 @@ def test_a_graph_replayed_in_between_is_not_disturbed() -> None:
         agreement.step(batch=inputs)
     agreement.finish()
     assert agreement.agreed_until == 3
+
+
+def test_a_model_compiled_to_cuda_graphs_is_not_disturbed() -> None:
+    """Its outputs and gradients lie in memory that the next step overwrites."""
+    inputs = torch.randn(8, 3, 8, 8, device=DEVICE)
+    labels = torch.randint(10, (8,), device=DEVICE)
+    weights = []
+    for checked in (False, True):
+        model, optimizer = model_and_optimizer()
+        compiled = torch.compile(model, mode="reduce-overhead")
+        agreement = Agreement(compiled, optimizer, lag=1)
+        for _ in range(8):
+            torch.compiler.cudagraph_mark_step_begin()
+            optimizer.zero_grad()
+            outputs = compiled(inputs)
+            loss = nn.functional.cross_entropy(outputs, labels)
+            loss.backward()
+            optimizer.step()
+            if checked:
+                agreement.step(batch=(inputs, labels), outputs=outputs, loss=loss)
+        agreement.finish()
+        assert agreement.agreed_until == 8 * checked
+        weights.append(torch.cat([each.detach().flatten() for each in model.parameters()]).cpu().numpy().tobytes())
+        torch._dynamo.reset()
+    assert weights[0] == weights[1]

@@ -30,8 +30,8 @@ from dreplica.replica.rng import seed_generators
 from dreplica.run import AGREEMENT_LAG
 from dreplica.training.history import History
 from dreplica.training.loop import train
-from dreplica.world.determinism import apply_determinism
-from dreplica.world.process_group import World, open_world
+from dreplica.world.determinism import DeterminismConfig, apply_determinism, set_environment
+from dreplica.world.process_group import World, WorldConfig, bind_device, open_world
 from dreplica.world.signals import StopRequest
 
 TARGETS = ("weights", "gradients", "buffers", "optimizer", "batch", "indices", "activation", "rng")
@@ -41,7 +41,13 @@ UNNAMED = ("batch", "indices", "rng")
 WRITTEN_BY = {"3": "2"}
 """In the small model: flattening gives a view of what the ReLU wrote."""
 STEPS = 12
-CPU = torch.device("cpu")
+SETTINGS = {
+    "model": {"factory": "tests.fixtures:tiny_model"},
+    "data": {"name": "tests.fixtures:tiny_images", "batch_size": 8},
+    "optim": {"name": "SGD", "lr": 0.05, "momentum": 0.9},
+    "train": {"epochs": 2, "max_steps": STEPS},
+    "agreement": {"snapshot_every": 5},
+}
 
 
 @dataclass(frozen=True)
@@ -54,20 +60,20 @@ class Trial:
     replica: Replica
 
 
-def run_once(world: World, config: RunConfig, data: DataSets, faults: list[FaultConfig]) -> Trial:
+def run_once(world: World, config: RunConfig, data: DataSets, faults: list[FaultConfig], device: torch.device) -> Trial:
     """Builds, trains and, where replicas part, diagnoses. A collective."""
     seed_generators(42)
-    replica = build_replica(config, data.num_classes, CPU)
+    replica = build_replica(config, data.num_classes, device)
     injector = Injector(faults, world.replica_id, replica)
     history = History(replica, config.agreement.snapshot_every)
     agreement = Agreement(replica.model, replica.optimizer, lag=AGREEMENT_LAG, channel=world.channel)
     coordinator = FaultyCoordinator(world.channel, 0, injector)
     try:
-        for _ in train(replica, data, coordinator, agreement, config, world, CPU, StopRequest(), history):
+        for _ in train(replica, data, coordinator, agreement, config, world, device, StopRequest(), history):
             pass
     except Divergence as divergence:
         facts = RunFacts(num_replicas=world.num_replicas)
-        explainer = Explainer(config, 42, CPU, replica, data, coordinator, injector, world.channel, facts)
+        explainer = Explainer(config, 42, device, replica, data, coordinator, injector, world.channel, facts)
         return Trial(explainer.explain(divergence.verdict, agreement, history), [], replica)
     finally:
         injector.close()
@@ -108,26 +114,17 @@ def judge(fault: FaultConfig, tensor: str | None, trial: Trial, clean: Trial) ->
     return verdict.cause
 
 
-def campaign(world: World, num_faults: int, clean_steps: int, seed: int) -> bool:
+def campaign(world: World, num_faults: int, clean_steps: int, seed: int, device: torch.device) -> bool:
     """Runs all trials and prints what was found. Returns whether all is as it should be."""
-    config = RunConfig.model_validate(
-        {
-            "model": {"factory": "tests.fixtures:tiny_model"},
-            "data": {"name": "tests.fixtures:tiny_images", "batch_size": 8},
-            "optim": {"name": "SGD", "lr": 0.05, "momentum": 0.9},
-            "train": {"epochs": 2, "max_steps": STEPS},
-            "agreement": {"snapshot_every": 5},
-        }
-    )
-    apply_determinism(config.determinism)
+    config = RunConfig.model_validate(SETTINGS)
     data = load_data(config.data)
-    clean = run_once(world, config, data, [])
+    clean = run_once(world, config, data, [], device)
     assert clean.verdict is None, clean.verdict
     draw = random.Random(seed)
     table: dict[tuple[str, str], Counter[str]] = {}
     for number in range(num_faults):
         fault = draw_fault(draw, world.num_replicas, number)
-        trial = run_once(world, config, data, [fault])
+        trial = run_once(world, config, data, [fault], device)
         tensor = None if fault.target in UNNAMED else struck_tensor(fault, clean.replica)
         found = judge(fault, tensor, trial, clean)
         kind = "repeated" if fault.repeat else "one-time"
@@ -142,7 +139,7 @@ def campaign(world: World, num_faults: int, clean_steps: int, seed: int) -> bool
         update={"train": config.train.model_copy(update={"epochs": epochs, "max_steps": clean_steps})}
     )
     if clean_steps:
-        false_alarms += run_once(world, long, data, []).verdict is not None
+        false_alarms += run_once(world, long, data, [], device).verdict is not None
     if world.is_coordinator:
         print_table(table, num_faults, clean_steps, false_alarms, world.num_replicas)
     return not false_alarms and not any(is_wrong(found) for row in table.values() for found in row)
@@ -165,6 +162,17 @@ def print_table(
     print(f"false alarms in {clean_steps} clean steps: {false_alarms}")
 
 
+def find_device(kind: str) -> torch.device:
+    """This replica's, with determinism settings in effect."""
+    determinism = DeterminismConfig()
+    set_environment(determinism)
+    device = bind_device(WorldConfig(device="auto" if kind == "cuda" else "cpu")).device
+    apply_determinism(determinism)
+    if device.type != kind:
+        sys.exit(f"--device {kind}: torch sees none")
+    return device
+
+
 def burn() -> None:
     """Keeps a core busy."""
     while True:
@@ -177,13 +185,15 @@ def main() -> None:
     parser.add_argument("--faults", type=int, default=300)
     parser.add_argument("--clean-steps", type=int, default=2000)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="cuda: replicas share GPUs if need be")
     parser.add_argument("--load", type=int, default=0, help="processes that keep a core busy meanwhile, per replica")
     arguments = parser.parse_args()
     burners = [multiprocessing.Process(target=burn, daemon=True) for _ in range(arguments.load)]
     for burner in burners:
         burner.start()
+    device = find_device(arguments.device)
     with open_world(timeout=120) as world:
-        good = campaign(world, arguments.faults, arguments.clean_steps, arguments.seed)
+        good = campaign(world, arguments.faults, arguments.clean_steps, arguments.seed, device)
         world.channel.gather(None)
     for burner in burners:
         burner.kill()

@@ -111,18 +111,20 @@ def test_a_declared_difference_makes_nobody_suspect_of_something_else(cause: str
 
 def manifest(**numerics: Any) -> dict[str, Any]:
     flags = {"deterministic_algorithms": False, "deterministic_warn_only": False}
-    return {"device": {"type": "cuda"}, "numerics": {**flags, **numerics}}
+    device = {"type": "cuda", "index": 0, "name": "NVIDIA H200", "uuid": "1"}
+    return {"host": "a", "device": device, "numerics": {**flags, **numerics}}
 
 
 def test_what_is_documented_of_an_operator_is_told_by_its_own_replicas_settings() -> None:
     found = finding(cause="nondeterministic-operator", operator="aten.index_add_.default", suspects=[1])
     strict = manifest(deterministic_algorithms=True)
+    strict["device"]["uuid"] = "0"
     loose = conclude(found, RunFacts(2, manifests=[strict, manifest()]))
     told = conclude(found, RunFacts(2, manifests=[manifest(), strict]))
     assert "--determinism.mode strict" in " ".join(loose.remedy)
     assert loose.evidence != told.evidence
     other = conclude(found.with_(cause="persistent-fault"), RunFacts(2, manifests=[strict, manifest()]))
-    assert other.evidence[1:] == ["seen"]
+    assert other.evidence[1:] == ["seen", "replica 1 runs on NVIDIA H200, GPU-1, cuda:0 of host a"]
 
 
 # ---- verdicts of their own
@@ -184,3 +186,51 @@ def test_replicas_that_agree_may_not_be_learning() -> None:
     assert (verdict.agreed, verdict.cause, verdict.step, verdict.epoch) == (True, "not-learning", 5, 1)
     assert verdict.suspects == [0, 1]
     assert "0 of 6" in verdict.evidence
+
+
+# ---- what replicas run on
+
+
+def on_gpus(*cards: tuple[str, str]) -> list[dict[str, Any]]:
+    """Manifests of replicas on such (host, UUID)."""
+    device = {"type": "cuda", "index": 0, "name": "NVIDIA H200"}
+    return [
+        {"host": host, "cpu": {"model": "a CPU"}, "device": {**device, "uuid": uuid}, "numerics": {}}
+        for host, uuid in cards
+    ]
+
+
+def test_the_card_of_a_suspect_is_named_with_its_host() -> None:
+    facts = RunFacts(3, manifests=on_gpus(("a", "11"), ("a", "22"), ("b", "33")))
+    verdict = conclude(finding(cause="transient-fault", suspects=[2], classes=[[0, 1], [2]]), facts)
+    assert verdict.evidence[-1] == "replica 2 runs on NVIDIA H200, GPU-33, cuda:0 of host b"
+    asked = [line for line in verdict.remedy if line.startswith("nvidia-smi")]
+    assert asked == ["nvidia-smi -q -i GPU-33 -d ECC,ROW_REMAPPER  # on host b"]
+
+
+def test_of_two_without_a_majority_both_cards_are_named() -> None:
+    facts = RunFacts(2, manifests=on_gpus(("a", "11"), ("a", "22")))
+    verdict = conclude(finding(cause="persistent-fault"), facts)
+    assert [line.partition(",")[2] for line in verdict.evidence[-2:]] == [
+        f" GPU-{uuid}, cuda:0 of host a" for uuid in ("11", "22")
+    ]
+    assert len([line for line in verdict.remedy if line.startswith("nvidia-smi -q -i GPU-")]) == 2
+
+
+def test_a_card_that_sound_replicas_share_says_so() -> None:
+    facts = RunFacts(3, manifests=on_gpus(("a", "11"), ("a", "11"), ("b", "11")))
+    verdict = conclude(finding(cause="transient-fault", suspects=[1], classes=[[0, 2], [1]]), facts)
+    assert verdict.evidence[-1].endswith("GPU-11, cuda:0 of host a, shared with replicas [0]")
+
+
+def test_where_hardware_has_nothing_to_do_with_it_none_is_named() -> None:
+    facts = RunFacts(2, manifests=on_gpus(("a", "11"), ("b", "22")))
+    assert not any("GPU-" in line for line in conclude(finding(cause="structure-differs"), facts).evidence)
+
+
+@pytest.mark.parametrize(("hosts", "named"), [(("a", "b"), True), (("a", "a"), False)])
+def test_on_cpus_hosts_are_named_where_there_are_several(hosts: tuple[str, str], named: bool) -> None:
+    rows = [{"host": host, "cpu": {"model": "Xeon"}, "device": {"type": "cpu"}, "numerics": {}} for host in hosts]
+    verdict = conclude(finding(cause="transient-fault", suspects=[1]), RunFacts(2, manifests=rows))
+    assert ("replica 1 runs on Xeon of host b" in verdict.evidence) == named
+    assert any(line.startswith("nvidia-smi -q -d") for line in verdict.remedy)

@@ -62,41 +62,6 @@ def test_flags_have_the_names_of_numerics_flags() -> None:
     assert set(STRICT) <= set(numerics_flags())
 
 
-def test_what_the_documentation_lists_is_in_the_table() -> None:
-    """By the name in the installed torch's documentation, and by that in a trace."""
-    documentation = torch.use_deterministic_algorithms.__doc__ or ""
-    expected = {
-        "index_add": "index_add",
-        "scatter_add_": "scatter_add_",
-        "index_copy": "index_copy",
-        "index_put": "index_put",
-        "put_": "put_",
-        "histc": "histc",
-        "bincount": "bincount",
-        "cumsum": "cumsum",
-        "scatter_reduce": "scatter_reduce",
-        "bmm": "bmm",
-        "MaxPool3d": "max_pool3d_with_indices_backward",
-        "AvgPool3d": "avg_pool3d_backward",
-        "AdaptiveAvgPool2d": "_adaptive_avg_pool2d_backward",
-        "AdaptiveMaxPool2d": "adaptive_max_pool2d_backward",
-        "FractionalMaxPool3d": "fractional_max_pool3d_backward",
-        "MaxUnpool2d": "max_unpool2d",
-        "ReflectionPad1d": "reflection_pad1d_backward",
-        "ReplicationPad3d": "replication_pad3d_backward",
-        "NLLLoss": "nll_loss2d_forward",
-        "CTCLoss": "_ctc_loss_backward",
-        "EmbeddingBag": "_embedding_bag_dense_backward",
-        "Embedding": "embedding_dense_backward",
-        "grid_sample": "grid_sampler_2d_backward",
-        "interpolate": "upsample_bilinear2d_backward",
-        "Conv2d": "convolution",
-    }
-    for documented, operator in expected.items():
-        assert re.search(rf"\b{documented}`", documentation), documented
-        assert f"aten.{operator}" in DOCUMENTED
-
-
 @pytest.mark.parametrize("flags", [STRICT, WARN, OFF, {}], ids=["strict", "warn", "off", "unknown"])
 @pytest.mark.parametrize("device_type", ["cuda", "cpu"])
 @pytest.mark.parametrize("operator", [*OPERATORS.values(), "aten.relu.default", "mine.fold.default"])

@@ -1,11 +1,14 @@
 """OpTracer: which operator belongs to which module and phase, and that looking changes nothing."""
 
+import _thread
 import copy
 import gc
+import inspect
 import os
 import pickle
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -17,7 +20,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from dreplica.agreement.fingerprint import digest_tensor
-from dreplica.diagnosis import op_signature
+from dreplica.diagnosis import op_signature, operators
 from dreplica.diagnosis.operators import OpRecord, OpTracer
 
 REPOSITORY = Path(__file__).parents[2]
@@ -676,3 +679,23 @@ def test_a_compiled_function_within_a_model_does_not_raise() -> None:
     tracer = trace(Partly(), inputs=torch.randn(6, 4))
     assert places(tracer, "aten.addmm") == [("layer", "forward")]
     assert places(tracer, "aten.tanh.") == [("", "forward")]
+
+
+def test_a_thread_without_frames_of_its_own() -> None:
+    """As autograd's are that run the backward pass of a GPU: they are no threads of Python's."""
+    tracer = OpTracer()
+    arguments = (tracer, torch.ops.aten.add.Tensor, (), (torch.ones(2), torch.ones(2)))
+    _thread.start_new_thread(inspect.unwrap(OpTracer.__torch_dispatch__), arguments)
+    ends = time.monotonic() + 10
+    while not tracer.records and time.monotonic() < ends:
+        time.sleep(0.001)
+    assert [(record.name, record.source) for record in tracer.records] == [("aten.add.Tensor", "")]
+
+
+def test_a_draw_on_a_gpu_reads_that_gpus_generator(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also one that makes a new tensor there, and is given none."""
+    state = torch.arange(16, dtype=torch.uint8)
+    monkeypatch.setattr(torch.cuda, "get_rng_state", lambda: state)
+    there, here = ({"device": torch.device(kind)} for kind in ("cuda", "cpu"))
+    assert operators._generator_digest(([2],), there) == digest_tensor("", state)
+    assert operators._generator_digest(([2],), here) == digest_tensor("", torch.get_rng_state())

@@ -55,7 +55,7 @@ def test_cublas(value: str | None, gpu: bool, cuda_started: bool, status: str, m
 
 def test_a_variable_that_was_there_at_the_start_is_not_late(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    monkeypatch.setattr("dreplica.doctor.settings._environment_at_start", lambda: set(os.environ))
+    monkeypatch.setattr("dreplica.doctor.settings.environment_at_start", lambda: set(os.environ))
     assert _found(True, True)["CUBLAS_WORKSPACE_CONFIG"].status == "ok"
 
 

@@ -15,6 +15,7 @@ from dreplica.replica.rng import seed_generators
 from dreplica.training.evaluate import Evaluation, Tally, evaluate
 from dreplica.training.step import TrainConfig
 from dreplica.world.channel import Channel
+from tests.agreement.late import LateHasher
 from tests.fixtures import tiny_images, tiny_model
 
 CPU = torch.device("cpu")
@@ -121,3 +122,28 @@ def test_a_tally_adds_up() -> None:
     tally.add(torch.tensor(2.0), torch.eye(3), torch.tensor([0, 1, 0]))
     tally.add(torch.tensor(6.0), torch.eye(3)[:1], torch.tensor([0]))
     assert (tally.correct.item(), tally.count, tally.accuracy, tally.loss) == (3, 4, 0.75, 3.0)
+
+
+class _LastOfAll(LateHasher):
+    """Notes whether digests were waited for while batches were still to come."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.waited_by_then: list[int] = []
+
+    def start(self, stages: Any) -> Any:
+        self.waited_by_then.append(len(self.waited))
+        return super().start(stages)
+
+
+def test_digests_of_batches_are_the_hashers_and_waited_for_at_the_end() -> None:
+    hasher = _LastOfAll()
+    replica = make_replica()
+    evaluation = evaluate(replica, validation(), Coordinator(Channel(), 0), CPU, 16, 0, TrainConfig(), hasher=hasher)
+    assert hasher.waited_by_then == [0, 0, 0]
+    assert hasher.waited == [0, 1, 2]
+    batches = zip(validation().images.split(16), validation().labels.split(16), strict=True)
+    expected = [LateHasher().start({"batch": {"inputs": x, "labels": y}.items()}).stages for x, y in batches]
+    assert list(evaluation.batches.values()) == [stages["batch"].digest for stages in expected]
+    assert evaluation.batches.keys() == run(replica).batches.keys()
+    assert set(evaluation.batches.values()).isdisjoint(run(replica).batches.values())

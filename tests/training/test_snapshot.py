@@ -302,3 +302,27 @@ def test_a_hook_that_removes_itself_is_there_again() -> None:
             training_step(replica, make_batch(seed), TrainConfig())
         assert len(calls) == expected
         restore_snapshot(replica, snapshot)
+
+
+@pytest.mark.parametrize("steps_before", [0, 2])
+def test_a_scaler_is_restored_without_reading_its_tensors(steps_before: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """To read them off a GPU is to wait for it, and so does a scaler's `state_dict`."""
+    replica = make_replica(OPTIMIZERS[0])
+    scaler = replica.scaler = torch.amp.GradScaler("cpu", init_scale=16.0, growth_interval=1)
+    for seed in range(steps_before):
+        training_step(replica, make_batch(seed), TrainConfig())
+    before, tensors = scaler.state_dict(), (scaler._scale, scaler._growth_tracker)
+    with monkeypatch.context() as patched:
+        patched.delattr(torch.amp.GradScaler, "state_dict")
+        patched.delattr(torch.amp.GradScaler, "get_scale")
+        snapshot = take_snapshot(replica)
+    for _ in range(2):
+        training_step(replica, make_batch(5), TrainConfig())
+        after = scaler.state_dict()
+        assert after != before
+        restore_snapshot(replica, snapshot)
+        assert scaler.state_dict() == before
+        assert all(now is then for now, then in zip((scaler._scale, scaler._growth_tracker), tensors, strict=True))
+        training_step(replica, make_batch(5), TrainConfig())
+        assert scaler.state_dict() == after
+        restore_snapshot(replica, snapshot)

@@ -1,6 +1,5 @@
 """Every flag takes effect on its own, and is reported as torch has it."""
 
-import logging
 import os
 from collections.abc import Iterator
 from typing import Any
@@ -8,9 +7,11 @@ from typing import Any
 import pytest
 import torch
 
+from dreplica.world import determinism
 from dreplica.world.determinism import (
     DeterminismConfig,
     apply_determinism,
+    environment_at_start,
     fp32_precision,
     numerics_flags,
     set_environment,
@@ -112,15 +113,52 @@ def test_flags_set_by_others_are_reported() -> None:
     assert (flags["threads"], flags["default_dtype"], flags["flush_denormal"]) == (2, "torch.float64", flushes)
 
 
-@pytest.mark.parametrize(("present", "warns"), [(":16:8", False), (":0:0", True)])
+@pytest.mark.parametrize(("present", "is_wrong"), [(":16:8", False), (":0:0", True), ("", True)])
+@pytest.mark.parametrize("mode", ["strict", "warn", "off"])
+@pytest.mark.parametrize("started", [False, True])
 def test_a_users_own_workspace_config_is_left_alone(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, present: str, warns: bool
+    monkeypatch: pytest.MonkeyPatch, present: str, is_wrong: bool, mode: Any, started: bool
 ) -> None:
     monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", present)
-    monkeypatch.setattr(logging.getLogger("dreplica"), "propagate", True)
-    set_environment(DeterminismConfig())
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: started)
+    monkeypatch.setattr(determinism, "environment_at_start", lambda: {"CUBLAS_WORKSPACE_CONFIG"})
+    problem = set_environment(DeterminismConfig(mode=mode))
     assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == present
-    assert [present in record.getMessage() for record in caplog.records] == [True] * warns
+    assert (problem is not None) == (is_wrong and mode != "off")
+    assert problem is None or f"CUBLAS_WORKSPACE_CONFIG is {present} in the environment" in problem
+    assert problem is None or "unset CUBLAS_WORKSPACE_CONFIG" in problem
+
+
+@pytest.mark.parametrize("mode", ["strict", "warn", "off"])
+def test_once_cuda_has_started_the_workspace_config_is_not_set_and_recorded_as_it_is(
+    monkeypatch: pytest.MonkeyPatch, mode: Any
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    problem = set_environment(DeterminismConfig(mode=mode))
+    assert numerics_flags()["cublas_workspace_config"] is None
+    assert (problem is not None) == (mode != "off")
+    assert problem is None or "something that was imported has started CUDA" in problem
+    assert problem is None or "export CUBLAS_WORKSPACE_CONFIG=:4096:8" in problem
+
+
+def test_one_set_from_within_a_process_that_has_started_cuda_is_not_trusted(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    assert set_environment(DeterminismConfig()) is None
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    assert "from within a process" in str(set_environment(DeterminismConfig()))
+
+
+@pytest.mark.parametrize(("wanted", "spelt"), [(None, "null"), (":4096:2", "':4096:2'")])
+def test_a_configured_workspace_that_is_not_deterministic_is_named(wanted: str | None, spelt: str) -> None:
+    problem = set_environment(DeterminismConfig(cublas_workspace_config=wanted))
+    assert str(problem).startswith(f"determinism.cublas_workspace_config: {spelt} leaves cuBLAS nondeterministic")
+    assert os.environ.get("CUBLAS_WORKSPACE_CONFIG") == wanted
+
+
+def test_the_environment_at_the_start_is_not_what_was_set_since(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DREPLICA_SET_LATER", "1")
+    assert "PATH" in environment_at_start()
+    assert "DREPLICA_SET_LATER" not in environment_at_start()
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """What replicas run on: recorded, compared, and excused only where it was declared."""
 
 import copy
+import ctypes
 import json
 import shutil
 from collections.abc import Mapping
@@ -13,7 +14,14 @@ import torch
 from dreplica.world import manifest as manifest_module
 from dreplica.world.channel import Channel
 from dreplica.world.determinism import DeterminismConfig
-from dreplica.world.manifest import collect_manifest, compare_manifests, compare_values, source_digest
+from dreplica.world.manifest import (
+    card_of,
+    collect_manifest,
+    compare_manifests,
+    compare_values,
+    source_digest,
+    spell_device,
+)
 from dreplica.world.process_group import Device, World
 
 WORLD = World(0, 1, Channel(), None, "a-host")
@@ -155,3 +163,71 @@ def test_the_source_digest_is_stable_and_sees_every_file(monkeypatch: pytest.Mon
     assert second != first
     file.rename(file.with_name("steps.py"))
     assert source_digest.__wrapped__() not in {first, second}
+
+
+GPU = {"type": "cuda", "index": 1, "name": "NVIDIA H200", "uuid": "2f3c-7a", "capability": "9.0", "shared": False}
+GPU |= {"driver": "570.1", "cuda": "13.2", "cudnn": 91000}
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "allowed"),
+    [
+        ("device.name", "NVIDIA H100", True),
+        ("device.capability", "8.0", True),
+        ("device.driver", "550.2", True),
+        ("device.uuid", "other", True),
+        ("device.cudnn", 90000, False),
+        ("numerics.cudnn_benchmark", "odd", False),
+        ("numerics.cudnn_enabled", "odd", False),
+        ("numerics.attention_backends", ["math"], False),
+        ("numerics.cudnn_conv_fp32_precision", "odd", False),
+        ("numerics.cublas_workspace_config", ":0:0", False),
+        ("variables.TORCH_BLAS_PREFER_CUBLASLT", "1", False),
+    ],
+)
+def test_of_gpus_cards_may_differ_and_settings_may_not(
+    manifest: dict[str, Any], field: str, value: Any, allowed: bool
+) -> None:
+    one = {**manifest, "device": GPU}
+    (difference,) = compare_manifests([one, changed(one, field, value)], {})
+    assert (difference.field, difference.allowed) == (field, allowed)
+
+
+def test_a_card_is_named_as_nvidia_smi_does(manifest: dict[str, Any]) -> None:
+    assert card_of(manifest) is None
+    assert spell_device(manifest).endswith(" of host a-host")
+    whole = {**manifest, "device": GPU}
+    assert spell_device(whole) == "NVIDIA H200, GPU-2f3c-7a, cuda:1 of host a-host"
+    slice_ = {**manifest, "device": GPU | {"name": "NVIDIA H100 MIG 1g.10gb"}}
+    assert card_of(slice_) == "MIG-2f3c-7a"
+
+
+class _Nvml:
+    """Stands in for NVIDIA's library."""
+
+    def __init__(self, _: str, starts: int = 0) -> None:
+        self.starts = starts
+
+    def nvmlInit_v2(self) -> int:
+        return self.starts
+
+    def nvmlSystemGetDriverVersion(self, buffer: Any, _: Any) -> int:
+        buffer.value = b"570.86.15"
+        return 0
+
+    def nvmlShutdown(self) -> int:
+        return 0
+
+
+def _nothing_there(*_: Any, **__: Any) -> Any:
+    raise FileNotFoundError
+
+
+def test_the_driver_of_a_container_is_asked_of_nvml(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Path, "read_text", _nothing_there)
+    monkeypatch.setattr(ctypes, "CDLL", _Nvml)
+    assert manifest_module._driver_version.__wrapped__() == "570.86.15"
+    monkeypatch.setattr(ctypes, "CDLL", lambda name: _Nvml(name, starts=999))
+    assert manifest_module._driver_version.__wrapped__() is None
+    monkeypatch.setattr(ctypes, "CDLL", _nothing_there)
+    assert manifest_module._driver_version.__wrapped__() is None

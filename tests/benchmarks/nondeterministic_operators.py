@@ -1,0 +1,201 @@
+"""Which operators vary on this machine, against what PyTorch documents.
+
+    python -m tests.benchmarks.nondeterministic_operators --write docs/nondeterministic_operators.md
+
+Each operator of the documentation of `torch.use_deterministic_algorithms`, and some that other pages warn of, is run a
+number of times from the same inputs, on the GPU if there is one, every operator recorded and compared as in a replay.
+Columns: what is documented; whether strict mode raises; whether two runs differ in mode off, and which operator is then
+found; whether they still differ with the remedy that a verdict gives for it, if that is a setting. Ends with 1 if the
+operator found is not the one expected, or if a remedy does not help.
+"""
+
+import argparse
+import os
+import subprocess
+import sys
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+
+from dreplica.agreement.fingerprint import digest_bytes
+from dreplica.diagnosis.nondeterminism import DOCUMENTED, explain_operator
+from dreplica.diagnosis.operators import OpRecord, OpTracer
+from dreplica.diagnosis.witness import first_difference
+from dreplica.world.determinism import DeterminismConfig, apply_determinism, numerics_flags, set_environment
+from tests.benchmarks.documented_operators import CASES, Case, read_documentation
+
+SIZES = {"cuda": 2**20, "cpu": 2**12}
+OFF = DeterminismConfig(mode="off")
+STRICT = DeterminismConfig()
+_REFUSES = "deterministic"
+"""In what torch raises where there is no deterministic algorithm."""
+_UNAVAILABLE = ("No available kernel", "not available", "Could not run", "not implemented")
+
+
+@dataclass(frozen=True)
+class Row:
+    """What was seen of one case."""
+
+    case: Case
+    documented: str
+    raises: str = ""
+    differs: str = ""
+    found: str = ""
+    remedy: str = ""
+    helps: str = ""
+    is_wrong: bool = False
+
+    def cells(self) -> list[str]:
+        """As the table has them."""
+        name = f"`{self.found}`" if self.found else ""
+        remedy = f"`{self.remedy}`" if self.remedy.startswith("--") else self.remedy
+        return [self.case.name, self.documented, self.raises, self.differs, name, remedy, self.helps]
+
+
+COLUMNS = (
+    "operator",
+    "documented as",
+    "raises in strict mode",
+    "differs in mode off",
+    "found by replay as",
+    "remedy",
+    "agrees with it",
+)
+
+
+def documented_as(case: Case) -> str:
+    """In which of the documentation's lists it stands, on this release."""
+    entries = read_documentation(torch.use_deterministic_algorithms.__doc__ or "")
+    lists = {entry.raises for entry in entries if case.documented in entry.names and not entry.elsewhere}
+    words = [word for raises, word in ((False, "deterministic in strict mode"), (True, "raises")) if raises in lists]
+    return " or ".join(words) or "elsewhere"
+
+
+def records_of(case: Case, device: torch.device, config: DeterminismConfig, repeats: int) -> list[list[OpRecord]]:
+    """The operators of each of `repeats` runs from the same inputs, with such settings."""
+    apply_determinism(replace_benchmark(config, case.benchmark))
+    torch.manual_seed(0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        work = case.make(device, SIZES[device.type])
+        runs = []
+        for _ in range(repeats):
+            with OpTracer() as tracer:
+                work()
+            runs.append(tracer.records)
+    return runs
+
+
+def replace_benchmark(config: DeterminismConfig, benchmark: bool) -> DeterminismConfig:
+    """`config`, with cuDNN's choice by timing where mode `off` allows it."""
+    return config.model_copy(update={"cudnn_benchmark": benchmark and config.mode == "off"})
+
+
+def differing_operator(runs: Sequence[Sequence[OpRecord]]) -> str | None:
+    """The first operator that gave something else in any of the runs than in the first; None if none did."""
+    places = [place for run in runs[1:] if (place := first_difference(runs[0], run)) is not None]
+    return min(places, key=lambda place: place.index).record.name if places else None
+
+
+def look_at(case: Case, device: torch.device, repeats: int) -> Row:
+    """Runs one case in mode off and in strict mode."""
+    row = Row(case, documented_as(case))
+    if device.type not in case.devices:
+        return replace(row, differs="not on this device")
+    try:
+        found = _find(case, device, OFF, repeats)
+        flags = numerics_flags()
+    except RuntimeError as error:
+        if not any(words in str(error) for words in _UNAVAILABLE):
+            raise
+        return replace(row, differs=f"not available here: {str(error).splitlines()[0]}")
+    row = replace(row, differs="yes" if found else "no", found=found or "")
+    remains = None
+    try:
+        remains = _find(case, device, STRICT, repeats)
+        row = replace(row, raises="no")
+    except RuntimeError as error:
+        if _REFUSES in str(error):
+            row = replace(row, raises="yes")
+        elif any(words in str(error) for words in _UNAVAILABLE):
+            row = replace(row, raises="takes another backend")
+        else:
+            raise
+    if found is None:
+        return replace(row, is_wrong=remains is not None, helps="" if remains is None else f"no: {remains} differs")
+    explanation = explain_operator(found, device.type, flags)
+    settings = [line for line in explanation.remedy if line.startswith("--")]
+    row = replace(row, remedy=explanation.remedy[0])
+    row = replace(row, is_wrong=found not in _names(case) or not explanation.known)
+    if row.raises == "yes" or not settings:
+        return replace(row, helps="no setting does: strict mode stops there")
+    return replace(row, helps="yes" if remains is None else "NO", is_wrong=row.is_wrong or remains is not None)
+
+
+def _find(case: Case, device: torch.device, config: DeterminismConfig, repeats: int) -> str | None:
+    if not case.by_process:
+        return differing_operator(records_of(case, device, config, repeats))
+    command = [sys.executable, "-m", "tests.benchmarks.nondeterministic_operators", "--digest", case.name]
+    outputs = [
+        subprocess.run([*command, config.mode], capture_output=True, text=True, check=True).stdout
+        for _ in range(min(repeats, 5))
+    ]
+    return f"aten.{case.operator}.default" if len(set(outputs)) > 1 else None
+
+
+def _names(case: Case) -> set[str]:
+    """What a trace may call the operator: its table's entry with any overload, in place or not, and its relatives."""
+    own = f"aten.{case.operator}"
+    alike = [name for name, other in DOCUMENTED.items() if other == DOCUMENTED.get(own)] or [own]
+    names = set()
+    for name in alike:
+        packet, _, overload = name.removeprefix("aten.").partition(".")
+        overloads = [overload] if overload else getattr(torch.ops.aten, packet).overloads()
+        names |= {f"aten.{packet}.{each}" for each in overloads}
+    return names
+
+
+def as_markdown(rows: Sequence[Row], title: str) -> str:
+    """A page with the table."""
+    lines = ["# Nondeterministic operators, as documented and as measured", "", title, ""]
+    lines += [f"| {' | '.join(COLUMNS)} |", f"|{'---|' * len(COLUMNS)}"]
+    lines += [f"| {' | '.join(cell.replace('|', ' ') for cell in row.cells())} |" for row in rows]
+    return "\n".join(lines) + "\n"
+
+
+def main() -> int:
+    """Prints or writes the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("names", nargs="*", help="parts of names of cases; by default all")
+    parser.add_argument("--repeats", type=int, default=10)
+    parser.add_argument("--write", type=Path, help="a file for the table")
+    parser.add_argument("--digest", nargs=2, metavar=("CASE", "MODE"), help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    set_environment(STRICT)
+    device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+    if arguments.digest:
+        name, mode = arguments.digest
+        (case,) = [case for case in CASES if case.name == name]
+        (records,) = records_of(case, device, OFF if mode == "off" else STRICT, repeats=1)
+        print(digest_bytes("outputs", b"".join(record.outputs for record in records)).hex())
+        return 0
+    rows = []
+    for case in CASES:
+        if not arguments.names or any(name in case.name for name in arguments.names):
+            rows.append(look_at(case, device, arguments.repeats))
+            print(" | ".join(rows[-1].cells()) + ("  <-- NOT AS EXPECTED" if rows[-1].is_wrong else ""), flush=True)
+    where = torch.cuda.get_device_name(0) if device.type == "cuda" else f"the CPU, {STRICT.threads} thread"
+    title = (
+        f"On {where}, torch {torch.__version__}, {arguments.repeats} runs of each; "
+        f"CUBLAS_WORKSPACE_CONFIG={os.environ.get('CUBLAS_WORKSPACE_CONFIG')}."
+    )
+    if arguments.write is not None:
+        arguments.write.write_text(as_markdown(rows, title), encoding="utf-8")
+    return int(any(row.is_wrong for row in rows))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,38 @@
+"""What the recorder says of the replicas before the first step."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from dreplica.report.recorder import Recorder
+from dreplica.report.sinks import ReportConfig
+from dreplica.world.channel import Channel
+from dreplica.world.process_group import World
+from dreplica.world.run_folder import RunFolderConfig
+
+
+def manifest(host: str, uuid: str | None) -> dict[str, Any]:
+    gpu = {"type": "cuda", "name": "NVIDIA H200", "uuid": uuid}
+    return {"host": host, "seed": 42, "data": "", "device": gpu if uuid else {"type": "cpu", "name": "cpu"}}
+
+
+@pytest.mark.parametrize(
+    ("cards", "warned"),
+    [
+        ([("a", "1"), ("a", "1")], True),
+        ([("a", "1"), ("a", "2"), ("b", "3"), ("a", "2")], True),
+        ([("a", "1"), ("a", "2")], False),
+        ([("a", None), ("a", None)], False),
+    ],
+)
+def test_that_replicas_share_a_card_is_told_by_the_cards_themselves(
+    cards: list[tuple[str, str | None]], warned: bool, tmp_path: Path
+) -> None:
+    world = World(0, 1, Channel(), None, "a")
+    config = RunFolderConfig(name="job", root=str(tmp_path))
+    recorder = Recorder(world, Console(quiet=True), config, "job", "identical", "{}", ReportConfig())
+    recorder.open([manifest(*card) for card in cards])
+    assert recorder.report is not None
+    assert any("share a GPU" in warning for warning in recorder.report.warnings) == warned
