@@ -1,0 +1,66 @@
+"""Models that need one flag or another, or none, on the CPU; for `model.factory`."""
+
+import itertools
+import time
+
+import torch
+from torch import Tensor, nn
+
+from tests.fixtures import tiny_model
+
+_PAUSE = 0.02
+_CALLS = itertools.count()
+
+
+@torch.library.custom_op("needing::noise", mutates_args=())
+def noise(values: Tensor) -> Tensor:
+    """Adds noise of its own unless deterministic algorithms are asked for, which take longer."""
+    if torch.are_deterministic_algorithms_enabled():
+        time.sleep(_PAUSE)
+        return values.clone()
+    generator = torch.Generator()
+    generator.seed()
+    return values + 1e-3 * torch.rand(values.shape, generator=generator)
+
+
+noise.register_autograd(lambda _ctx, gradient: gradient, setup_context=lambda ctx, inputs, output: None)
+
+
+class Noise(nn.Module):
+    """Switched off by `torch.use_deterministic_algorithms`."""
+
+    def forward(self, values: Tensor) -> Tensor:
+        return noise(values)
+
+
+class Unwritten(nn.Module):
+    """Reads memory that was used before and not written to since: to fill it makes that the same each time.
+
+    What was there depends on how many calls there have been, in all repetitions: the same on all replicas.
+    """
+
+    def forward(self, values: Tensor) -> Tensor:
+        before = torch.zeros(64, 64)
+        before.numpy()[:] = next(_CALLS)  # by no operator
+        del before
+        return values + 1e-3 * torch.empty(64, 64).nan_to_num(0.5).mean()
+
+
+class Unpooled(nn.Module):
+    """Has no deterministic implementation, and strict mode raises."""
+
+    def forward(self, values: Tensor) -> Tensor:
+        pooled, positions = nn.functional.max_pool2d(values, 2, return_indices=True)
+        return nn.functional.max_unpool2d(pooled, positions, 2)
+
+
+def mode(num_classes: int) -> nn.Module:
+    return nn.Sequential(Noise(), tiny_model(num_classes))
+
+
+def filling(num_classes: int) -> nn.Module:
+    return nn.Sequential(Unwritten(), tiny_model(num_classes))
+
+
+def refused(num_classes: int) -> nn.Module:
+    return nn.Sequential(Unpooled(), tiny_model(num_classes))
