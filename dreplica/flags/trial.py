@@ -137,10 +137,11 @@ class Trial:
             parted = self.train_once(trace, None)
         if parted is not None:
             return parted
-        self.parts.replica = None  # type: ignore[assignment]  # its memory is for the next
+        del self.parts.replica, self.parts.injector  # their memory is for the next
         gc.collect()
         self.parts.replica = self.parts.build(self.parts.data.num_classes)
         self.parts.check_build(self.parts.replica)
+        self.parts.injector = self.parts.arm()
         reference = None if path is None else Reference(path, self.hasher.algorithm)
         with self.trace(None) as trace:
             return self.train_once(trace, reference)

@@ -2,6 +2,7 @@
 
 import itertools
 import time
+import weakref
 
 import torch
 from torch import Tensor, nn
@@ -10,6 +11,7 @@ from tests.fixtures import tiny_model
 
 _PAUSE = 0.02
 _CALLS = itertools.count()
+_ALIVE: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 
 
 @torch.library.custom_op("needing::noise", mutates_args=())
@@ -52,6 +54,14 @@ class Unpooled(nn.Module):
     def forward(self, values: Tensor) -> Tensor:
         pooled, positions = nn.functional.max_pool2d(values, 2, return_indices=True)
         return nn.functional.max_unpool2d(pooled, positions, 2)
+
+
+def alone(num_classes: int) -> nn.Module:
+    """Needs none, and room: the one before it must be gone."""
+    assert not _ALIVE
+    model = tiny_model(num_classes)
+    _ALIVE.add(model)
+    return model
 
 
 def mode(num_classes: int) -> nn.Module:

@@ -41,7 +41,7 @@ def conduct(folder: Path, model: str, variant: Variant, num_replicas: int) -> di
 
 
 def test_a_job_that_needs_none_agrees_without_any(tmp_path: Path) -> None:
-    found = conduct(tmp_path, "", WITHOUT_MODE, 2)
+    found = conduct(tmp_path, "alone", WITHOUT_MODE, 2)
     seconds = found.pop("seconds_per_step")
     assert found == {"device": "cpu", "steps": 6, "verdict": None, "between": None}
     assert [len(row) for row in seconds] == [3, 3], "its own, and strict mode beside it"
