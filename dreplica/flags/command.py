@@ -17,7 +17,7 @@ from dreplica.config import RunConfig, load_config
 from dreplica.doctor.machine import cpu_limit
 from dreplica.errors import ExitCode, UsageError
 from dreplica.flags.measure import Measurements, TrialFailed
-from dreplica.flags.study import Study, study
+from dreplica.flags.study import Study, investigate
 from dreplica.flags.tell import print_study
 from dreplica.replica.rng import shares_model_seed
 
@@ -46,7 +46,7 @@ def find_flags(
     try:
         with _ended_once_told(), _root(keep) as root:
             measurements = Measurements(config, num_replicas, steps, root, timeout, tell)
-            found = study(measurements, config.determinism, num_replicas, rounds, _num_cpus())
+            found = investigate(measurements, config.determinism, num_replicas, rounds, _num_cpus())
     except TrialFailed as error:
         print(f"error: {error}", file=sys.stderr)
         return ExitCode.FAILED

@@ -93,7 +93,7 @@ class Study:
         }
 
 
-def study(measurements: Measurements, own: DeterminismConfig, num_replicas: int, rounds: int, cpus: int) -> Study:
+def investigate(measurements: Measurements, own: DeterminismConfig, num_replicas: int, rounds: int, cpus: int) -> Study:
     """Switches the flags off one by one, looks for as many as can be given up together, and tries that once more.
 
     Args:
@@ -121,7 +121,7 @@ def study(measurements: Measurements, own: DeterminismConfig, num_replicas: int,
     alone = {flag.name: Variant(closed({flag.name})) for flag in flags}
     off = Variant(closed(alone))
     options, not_measured = options_on(device, own, cpus // num_replicas)
-    measurements.measure(dict.fromkeys([STRICT, *alone.values(), off, *options]), rounds, [STRICT])
+    measurements.measure(dict.fromkeys([STRICT, *alone.values(), off, *options]), rounds, beside=[STRICT])
     if not measurements.agrees(STRICT):
         return Study(num_replicas, device, steps, row(STRICT))
 
@@ -135,7 +135,8 @@ def study(measurements: Measurements, own: DeterminismConfig, num_replicas: int,
 
     def confirmed(given_up: frozenset[str]) -> bool:
         variant = Variant(given_up)
-        measurements.measure(dict.fromkeys([STRICT, variant, off]), rounds, [STRICT, off])
+        elsewhere = [other for other in (STRICT, off) if other.variables != variant.variables]
+        measurements.measure([*elsewhere, variant], rounds, beside=[STRICT, off])
         return measurements.agrees(variant)
 
     order = [flag.name for flag in sorted(flags, key=cost)]

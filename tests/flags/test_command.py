@@ -42,6 +42,7 @@ def test_a_folder_that_is_not_empty_is_not_written_to(tmp_path: Path, capsys: py
 
 
 @pytest.mark.cluster
+@pytest.mark.timeout(600)
 def test_a_job_that_needs_the_mode(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.chdir(REPOSITORY)
     job = [token for token in SMALL if "model.factory" not in token]

@@ -12,7 +12,7 @@ from rich.console import Console
 from dreplica.config import load_config
 from dreplica.flags import measure
 from dreplica.flags.measure import Measurements
-from dreplica.flags.study import Study, study
+from dreplica.flags.study import Study, investigate
 from dreplica.flags.tell import print_study
 from tests.flags.jobs import MadeUp, Section
 
@@ -27,7 +27,7 @@ def of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Made:
         monkeypatch.setattr(measure, "run_in_background", job)
         config = load_config([], 2)
         measurements = Measurements(config, 2, 4, Path(tempfile.mkdtemp(dir=tmp_path)), 60.0, lambda _: None)
-        return study(measurements, config.determinism, 2, rounds=2, cpus=8)
+        return investigate(measurements, config.determinism, 2, rounds=2, cpus=8)
 
     return of
 
