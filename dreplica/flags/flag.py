@@ -90,6 +90,11 @@ def with_effect_on(device_type: str) -> list[Flag]:
     return [flag for flag in FLAGS if device_type in flag.devices]
 
 
+def without_effect_on(device_type: str) -> list[str]:
+    """The names of all others, of options, too."""
+    return [item.name for item in (*FLAGS, *OPTIONS) if device_type not in item.devices]
+
+
 def closed(given_up: Iterable[str]) -> frozenset[str]:
     """With those flags that have no effect without one that is given up."""
     names = frozenset(given_up)
@@ -114,7 +119,7 @@ def settings_without(given_up: frozenset[str]) -> dict[str, Any]:
 
 
 def options_on(device_type: str, own: DeterminismConfig, cpus_per_replica: int) -> tuple[list[Variant], list[str]]:
-    """What else is worth measuring on this device; and of what is not, why.
+    """What else is worth measuring on this device; and of what would have an effect there and is not, why.
 
     `own`: the job's section, whose value each variant changes; `cpus_per_replica`: how many threads fit.
     """
@@ -122,8 +127,8 @@ def options_on(device_type: str, own: DeterminismConfig, cpus_per_replica: int) 
     for option in OPTIONS:
         value = cpus_per_replica if option.name == "threads" else not getattr(own, option.name)
         if device_type not in option.devices:
-            left_out.append(f"{option.name}: no effect on {device_type}")
-        elif option.name == "threads" and own.threads >= cpus_per_replica:
+            continue
+        if option.name == "threads" and own.threads >= cpus_per_replica:
             left_out.append(f"threads: {own.threads} for each replica is as many as there are CPUs for")
         else:
             variants.append(Variant(option=(option.name, value)))

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from dreplica.flags.flag import FLAGS, STRICT, Flag, Variant, closed, options_on, to_paste, with_effect_on
+from dreplica.flags.flag import STRICT, Flag, Variant, closed, options_on, to_paste, with_effect_on, without_effect_on
 from dreplica.flags.measure import Measurements, Outcome, spread
 from dreplica.flags.search import give_up
 from dreplica.world.determinism import DeterminismConfig
@@ -52,7 +52,7 @@ class Study:
     """All of them switched off."""
     options: Sequence[Row] = ()
     no_effect: Sequence[str] = ()
-    """Flags that do nothing on this device."""
+    """Flags and options that do nothing on this device."""
     not_measured: Sequence[str] = ()
     """Options, each with the reason."""
     smallest: Row | None = None
@@ -149,7 +149,7 @@ def investigate(measurements: Measurements, own: DeterminismConfig, num_replicas
         flags={name: row(variant) for name, variant in alone.items()},
         off=row(off),
         options=[row(variant) for variant in options],
-        no_effect=[flag.name for flag in FLAGS if flag.name not in alone],
+        no_effect=without_effect_on(device),
         not_measured=not_measured,
         smallest=row(smallest),
         smallest_to_off=measurements.ratios(smallest, off),

@@ -118,7 +118,9 @@ def _evidence(found: Study, smallest: Row) -> list[str]:
     ]
     free = [name for name, row in found.flags.items() if name not in found.needed and _costs_nothing(row)]
     if free:
-        lines.append(f"no cost was seen of {', '.join(free)}: to keep {'them' if len(free) > 1 else 'it'} is free")
+        lines.append(
+            f"no cost of {', '.join(free)} stands out of the noise: to keep what costs nothing is the safer choice"
+        )
     return lines
 
 
