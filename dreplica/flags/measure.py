@@ -38,7 +38,7 @@ class Outcome:
     verdict: Mapping[str, Any] | None = None
     """Where and why it parted; None if it did not."""
     between: str = ""
-    """What parted: `replicas`, `repetitions` in one process, or `starts`."""
+    """What parted: `replicas`, `repetitions` in one process, `starts`; or it ended in the `preparation`."""
     refused: Mapping[str, Any] | None = None
     """The operator that raised, where strict mode does not let it run: step, operator, module, phase, message."""
 
@@ -185,6 +185,8 @@ def describe(outcome: Outcome) -> str:
         return f"raises at step {row['step']}: {_operator(row) or row['message']}"
     assert outcome.verdict is not None
     verdict = outcome.verdict
+    if outcome.between == "preparation":
+        return f"ends before the first step ({verdict['cause']})"
     place = ", ".join(str(verdict[key]) for key in ("stage", "tensor") if verdict.get(key))
     when = f" at step {verdict['step']}" if verdict.get("step") is not None else ""
     is_to_blame = verdict["cause"] == "nondeterministic-operator"

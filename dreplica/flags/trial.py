@@ -61,7 +61,8 @@ class Parted:
     """A difference."""
 
     verdict: Verdict
-    between: Literal["replicas", "repetitions"]
+    between: Literal["replicas", "repetitions", "preparation"]
+    """Of what; `preparation`: it ended before the first step, since replicas were not given the same, or not sound."""
 
 
 class Trial:
@@ -101,7 +102,7 @@ class Trial:
             parted = self.train_twice()
             seconds = self.time()
         except Concluded as end:
-            parted = Parted(end.verdict, "replicas")
+            parted = Parted(end.verdict, "preparation")
         except StoppedOnRequest:
             return ExitCode.STOPPED
         if self.world.is_coordinator:

@@ -10,7 +10,7 @@ from dreplica.config import load_config
 from dreplica.errors import ExitCode, UsageError
 from dreplica.flags import measure
 from dreplica.flags.flag import STRICT, Variant, closed
-from dreplica.flags.measure import Measurements, TrialFailed, describe
+from dreplica.flags.measure import Measurements, Outcome, TrialFailed, describe
 from tests.flags.jobs import MadeUp, write_trace
 
 OFF = Variant(closed({"mode"}))
@@ -88,3 +88,8 @@ def test_a_start_that_fails_ends_it_with_its_last_words(make: Callable[..., Meas
     measurements = make(lambda *_: (None, "still at it"))
     with pytest.raises(TrialFailed, match=r"(?s)did not end within 60 seconds \(--timeout\):.*still at it"):
         measurements.start(STRICT)
+
+
+def test_what_ended_before_the_first_step_is_said_to_have(tmp_path: Path) -> None:
+    outcome = Outcome(STRICT, "cpu", 0, {}, tmp_path, {"cause": "optimizer-not-bound", "step": 0}, "preparation")
+    assert describe(outcome) == "ends before the first step (optimizer-not-bound)"

@@ -84,6 +84,14 @@ def test_an_operator_that_strict_mode_does_not_let_run_is_named(tmp_path: Path) 
     assert not (tmp_path / "found.json").exists()
 
 
+def test_a_replica_that_is_not_sound_is_no_matter_of_flags(tmp_path: Path) -> None:
+    faulty = "--replica.factory=tests.end_to_end.faulty:copied_optimizer"
+    assert run_replicas(start, 1, tmp_path, "", STRICT, False, faulty) == [ExitCode.AGREED]
+    found = json.loads((tmp_path / "found.json").read_text())
+    assert (found["between"], found["verdict"]["cause"]) == ("preparation", "optimizer-not-bound")
+    assert found["seconds_per_step"] == []
+
+
 def test_told_to_stop_it_stops_on_all_replicas(tmp_path: Path) -> None:
     assert run_replicas(start, 2, tmp_path, "", STRICT, True) == [ExitCode.STOPPED] * 2
     assert not (tmp_path / "found.json").exists()
