@@ -34,9 +34,11 @@ def start(world: World, folder: Path, model: str, variant: Variant, stopped: boo
     return Trial(prepare(list(arguments.values())), world, stop, 6, others, folder).conduct()
 
 
-def conduct(folder: Path, model: str, variant: Variant, num_replicas: int) -> dict[str, Any]:
+def conduct(folder: Path, model: str, variant: Variant, num_replicas: int, *settings: str) -> dict[str, Any]:
     """found.json."""
-    assert run_replicas(start, num_replicas, folder, model, variant) == [ExitCode.AGREED] * num_replicas
+    assert (
+        run_replicas(start, num_replicas, folder, model, variant, False, *settings) == [ExitCode.AGREED] * num_replicas
+    )
     return json.loads((folder / "found.json").read_text())
 
 
@@ -71,7 +73,8 @@ def test_memory_that_nobody_wrote_to_is_found_out_by_one_replica_alone(tmp_path:
 
 @pytest.mark.parametrize("model", ["mode", "filling"])
 def test_strict_mode_makes_them_agree(model: str, tmp_path: Path) -> None:
-    assert conduct(tmp_path, model, STRICT, 1)["verdict"] is None
+    found = conduct(tmp_path, model, STRICT, 1, "--train.max_steps=3")
+    assert (found["verdict"], found["steps"]) == (None, 3), "the job ends there"
 
 
 def test_an_operator_that_strict_mode_does_not_let_run_is_named(tmp_path: Path) -> None:
@@ -86,8 +89,7 @@ def test_an_operator_that_strict_mode_does_not_let_run_is_named(tmp_path: Path) 
 
 def test_a_replica_that_is_not_sound_is_no_matter_of_flags(tmp_path: Path) -> None:
     faulty = "--replica.factory=tests.end_to_end.faulty:copied_optimizer"
-    assert run_replicas(start, 1, tmp_path, "", STRICT, False, faulty) == [ExitCode.AGREED]
-    found = json.loads((tmp_path / "found.json").read_text())
+    found = conduct(tmp_path, "", STRICT, 1, faulty)
     assert (found["between"], found["verdict"]["cause"]) == ("preparation", "optimizer-not-bound")
     assert found["seconds_per_step"] == []
 
