@@ -13,7 +13,7 @@ from dreplica.background import run_in_background
 from dreplica.config import RunConfig
 from dreplica.errors import ExitCode, UsageError
 from dreplica.flags.flag import Variant
-from dreplica.flags.trial import FOUND_NAME, REFUSED_NAME
+from dreplica.flags.trial import FOUND_NAME, LOST, REFUSED_NAME
 
 _TAIL_LINES = 15
 
@@ -159,7 +159,8 @@ class Measurements:
             refused = json.loads((folder / REFUSED_NAME).read_text(encoding="utf-8"))
             return Outcome(variant, "", 0, {}, folder, refused=refused)
         if code != ExitCode.AGREED:
-            raise TrialFailed(f"{variant.name}: it ended with exit code {code}:\n{tail}")
+            lost = next((line for line in output.splitlines() if line.startswith(LOST)), tail)
+            raise TrialFailed(f"{variant.name}: it ended with exit code {code}:\n{lost}")
         found = json.loads((folder / FOUND_NAME).read_text(encoding="utf-8"))
         verdict, between = found["verdict"], found["between"] or ""
         seconds = dict(zip(timed, found["seconds_per_step"], strict=False))  # none, if it ended before

@@ -11,6 +11,7 @@ import argparse
 import gc
 import itertools
 import json
+import sys
 import time
 from collections.abc import Generator, Sequence
 from contextlib import closing
@@ -33,7 +34,7 @@ from dreplica.diagnosis.nondeterminism import explain_operator
 from dreplica.diagnosis.raises import find_refused, is_refusal
 from dreplica.errors import ExitCode, UsageError
 from dreplica.explain import Explainer
-from dreplica.meet import Prepared, meet
+from dreplica.meet import Prepared, end_at_once, meet
 from dreplica.preparation import Concluded, Preparation
 from dreplica.run import AGREEMENT_LAG
 from dreplica.training.history import History, StepEntry
@@ -42,11 +43,14 @@ from dreplica.training.step import training_step
 from dreplica.worker import run_process
 from dreplica.world.determinism import DeterminismConfig, apply_determinism, numerics_flags
 from dreplica.world.process_group import World
+from dreplica.world.roll_call import ReplicaLost
 from dreplica.world.signals import StopRequest
 
 Events = Generator[StepDone | EpochDone | Stopped, None, None]
 
 FOUND_NAME, REFUSED_NAME = "found.json", "refused.json"
+LOST = "lost: "
+"""What a survivor's line on a replica that is gone begins with."""
 
 _TIMED_STEPS = 4
 _LEAST_ROUNDS = 3
@@ -92,6 +96,17 @@ class Trial:
 
     def conduct(self) -> ExitCode:
         """The whole of it; found.json is there if and only if it got to its end."""
+        try:
+            return self.measure()
+        except ReplicaLost:
+            if self.world.roll_call is not None:
+                for lost in self.world.roll_call.take():
+                    print(f"{LOST}replica {lost.replica_id}: {lost.reason}", file=sys.stderr)
+                end_at_once(ExitCode.FAILED)
+            raise
+
+    def measure(self) -> ExitCode:
+        """What is looked for, and how long a step takes."""
         self.world.together(lambda: None)  # another replica's input may be unusable
         seconds: list[list[float]] = []
         try:

@@ -57,6 +57,18 @@ def test_a_job_that_needs_the_mode(monkeypatch: pytest.MonkeyPatch, capsys: pyte
 
 
 @pytest.mark.cluster
+def test_a_replica_that_fails_ends_it_and_is_named(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(REPOSITORY)
+    job = [token for token in SMALL if "model.factory" not in token]
+    failing = "--model.factory=dreplica.cases.models:fails_on_third_step"
+    assert cli.main(["flags", "--replicas=2", *job, failing]) == ExitCode.FAILED
+    words = "strict: it ended with exit code 1:\nlost: replica 1: it raised RuntimeError: out of memory, say\n"
+    assert capsys.readouterr().err == f"error: {words}"
+
+
+@pytest.mark.cluster
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_interrupted_it_leaves_nothing_behind(number: signal.Signals, tmp_path: Path) -> None:
     command = [sys.executable, "-m", "dreplica.cli", "flags", *SMALL, "--train.epochs=1000000", "--steps=1000000"]
