@@ -29,9 +29,8 @@ def print_study(console: Console, found: Study) -> None:
     needed = ", ".join(found.needed)
     say(f"SMALLEST SET {needed}" if needed else "SMALLEST SET none: this job needs no flag")
     keys, lines = to_paste(smallest.variant.given_up, found.device)
-    say(
-        f"  {yaml.safe_dump({'determinism': dict(keys)}, default_flow_style=True, sort_keys=False, width=1000).strip()}"
-    )
+    section = yaml.safe_dump(dict(keys), default_flow_style=True, sort_keys=False, width=1000).strip()
+    say(f"  determinism: {section}")
     say("  " + " ".join(f"--determinism.{key} {_value(value)}" for key, value in keys.items()))
     for line in lines:
         say(f"  {line}")

@@ -90,7 +90,7 @@ def test_a_job_that_needs_none(of: Made) -> None:
     text = told(found)
     assert "SMALLEST SET none: this job needs no flag\n" in text
     assert "no effect on cpu: cudnn_deterministic, cudnn_benchmark, cublas_workspace_config, tf32, red" in text
-    assert "{determinism: {mode: 'off', fill_uninitialized_memory: false}}\n" in text
+    assert "  determinism: {mode: 'off', fill_uninitialized_memory: false}\n" in text
     assert "time per step: 0.769 (0.769 to 0.769) x strict mode's\n" in text
     assert "stands out" not in text, "each of them costs"
     varied = ("cudnn_deterministic", "cudnn_benchmark")
