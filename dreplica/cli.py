@@ -40,6 +40,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     bench.set_defaults(module="dreplica.bench")
 
+    text = "which determinism flags a job needs, and what each costs: the smallest set with which it agrees"
+    flags = _add_command(commands, "flags", text)
+    flags.add_argument("--steps", type=_positive, default=20, help="steps that each start trains (default: 20)")
+    flags.add_argument("--rounds", type=_positive, default=2, help="starts in each setting (default: 2)")
+    flags.add_argument("--json", action="store_true", help="print what is found as JSON")
+    flags.add_argument("--keep", type=Path, metavar="FOLDER", help="keep the traces and the output of all starts there")
+    flags.add_argument(
+        "--timeout",
+        type=_positive,
+        default=1800,
+        help="seconds until a start that does not end is ended (default: 1800)",
+    )
+
     text = "run the known causes of disagreement and check what is found"
     cases = _add_plain_command(commands, "cases", text, _cases)
     cases.add_argument("names", nargs="*", metavar="NAME", help="files in configs/cases, without .yaml (default: all)")
@@ -87,6 +100,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         from dreplica.certify import certify_resume
 
         return certify_resume(settings, known.replicas, known.at_step, known.keep)
+    if known.command == "flags":
+        from dreplica.flags.command import find_flags
+
+        options = known.steps, known.rounds, known.json, known.keep, known.timeout
+        return _told(lambda: find_flags(settings, known.replicas, *options))
     if known.command == "bench":
         steps = [] if known.steps is None else [f"--steps={known.steps}"]
         settings = [f"--rounds={known.rounds}", *steps, *settings]

@@ -1,9 +1,6 @@
 """Runs cases, each as a real job under torchrun, and compares what is found with what must be."""
 
 import json
-import os
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -16,17 +13,12 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from dreplica.background import run_in_background
 from dreplica.cases.case import Case, find_cases
 from dreplica.errors import ExitCode, UsageError
 
 _PLACE = ("step", "stage", "tensor", "operator", "suspects")
 """What the table shows of a verdict besides its cause."""
-_LAUNCH = """
-import sys
-from dreplica.launcher import launch
-sys.exit(launch(sys.argv[1], sys.argv[3:], int(sys.argv[2])))
-"""
-_SHUTDOWN_SECONDS = 5
 _TAIL_LINES = 15
 _WIDE = 140
 """Columns of a terminal on which the place of each finding fits into the table, too."""
@@ -109,41 +101,9 @@ def run_case(case: Case, root: Path, timeout: float = 120.0) -> Result:
 def _launch(case: Case, root: Path, timeout: float) -> tuple[str, bool]:
     """What the run printed, and whether it ended by itself in time."""
     arguments = [f"--config={case.path}", f"--run.root={root}", f"--run.name={case.name}", "--run.resume=never"]
-    package_root = str(Path(__file__).parents[2])
-    environment = os.environ | {
-        "PYTHONPATH": os.pathsep.join(filter(None, [package_root, os.environ.get("PYTHONPATH")])),
-        "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": str(_SHUTDOWN_SECONDS),
-    }
-    log = root / f"{case.name}.log"
     root.mkdir(parents=True, exist_ok=True)
-    with log.open("w", encoding="utf-8") as output:
-        process = subprocess.Popen(
-            [sys.executable, "-c", _LAUNCH, case.module, str(case.num_replicas), *arguments],
-            stdin=subprocess.DEVNULL,
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            env=environment,
-            start_new_session=True,  # a Ctrl-C is for this process, which then ends the launcher in order
-        )
-        try:
-            process.wait(timeout)
-            ended = True
-        except subprocess.TimeoutExpired:
-            ended = False
-        finally:
-            printed = log.read_text(encoding="utf-8", errors="replace")  # before the launcher says how it was ended
-            _end(process)
-    return printed, ended
-
-
-def _end(process: "subprocess.Popen[bytes]") -> None:
-    """Ends launcher and workers, if they run. Workers are in sessions of their own: the launcher ends them."""
-    process.terminate()
-    try:
-        process.wait(2 * _SHUTDOWN_SECONDS)
-    except subprocess.TimeoutExpired:
-        process.kill()
-        process.wait()
+    code, printed = run_in_background(case.module, arguments, case.num_replicas, root / f"{case.name}.log", timeout)
+    return printed, code is not None
 
 
 @contextmanager

@@ -1,0 +1,1 @@
+"""Which determinism flags a job needs, and what each costs."""

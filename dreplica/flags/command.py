@@ -1,0 +1,122 @@
+"""`dreplica flags`: which determinism flags a job needs, and what each costs."""
+
+import json
+import os
+import signal
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+
+from rich.console import Console
+
+from dreplica.agreement.config import AgreementConfig
+from dreplica.config import RunConfig, load_config
+from dreplica.doctor.machine import cpu_limit
+from dreplica.errors import ExitCode, UsageError
+from dreplica.flags.measure import Measurements, TrialFailed
+from dreplica.flags.study import Study, investigate
+from dreplica.flags.tell import print_study
+from dreplica.replica.rng import shares_model_seed
+
+
+def find_flags(
+    settings: Sequence[str],
+    num_replicas: int,
+    steps: int,
+    rounds: int,
+    as_json: bool = False,
+    keep: Path | None = None,
+    timeout: float = 1800.0,
+) -> ExitCode:
+    """Finds a smallest set of flags with which the job agrees, and prints it, or all that was found as JSON.
+
+    `settings`: of the job, as for `dreplica train`. `keep`: where the folders of all starts are left. Returns DIVERGED
+    if the job does not agree even in strict mode, UNUSABLE if strict mode does not let it run, FAILED if it fails
+    otherwise or is interrupted. Raises UsageError.
+    """
+    config = _job(settings, num_replicas)
+    progress = Console(stderr=True)
+
+    def tell(line: str) -> None:
+        progress.print(line, markup=False, highlight=False, soft_wrap=True)
+
+    try:
+        with _ended_once_told(), _root(keep) as root:
+            measurements = Measurements(config, num_replicas, steps, root, timeout, tell)
+            found = investigate(measurements, config.determinism, num_replicas, rounds, _num_cpus())
+    except TrialFailed as error:
+        print(f"error: {error}", file=sys.stderr)
+        return ExitCode.FAILED
+    except KeyboardInterrupt:
+        print("error: interrupted; nothing is left running", file=sys.stderr)
+        return ExitCode.FAILED
+    if as_json:
+        print(json.dumps(found.as_dict(), indent=1))
+    else:
+        print_study(Console(), found)
+    return _exit_code(found)
+
+
+def _job(settings: Sequence[str], num_replicas: int) -> RunConfig:
+    """The job's config, in which every step is compared. Raises UsageError for one whose replicas are not the same."""
+    config = load_config(settings, num_replicas)
+    for key, value in (("overrides", config.overrides), ("inject", config.inject)):
+        if value:
+            raise UsageError(
+                f"{key}: {value} makes replicas differ whatever the flags are. Leave it out: --{key} "
+                + ("{}" if key == "overrides" else "[]")
+            )
+    if not shares_model_seed(config.seed, num_replicas):
+        raise UsageError(
+            f"seed.model: {config.seed.model!r} gives replicas different seeds, and they have nothing to agree on. "
+            "Give one for all: --seed.model 42"
+        )
+    agreement = AgreementConfig(snapshot_every=config.agreement.snapshot_every)
+    seed = config.seed if config.seed.data is not None else config.seed.model_copy(update={"data": 0})
+    return config.model_copy(update={"agreement": agreement, "seed": seed})
+
+
+def _exit_code(found: Study) -> ExitCode:
+    if found.strict.parted is None:
+        return ExitCode.AGREED
+    return ExitCode.DIVERGED if found.strict.parted.refused is None else ExitCode.UNUSABLE
+
+
+def _num_cpus() -> int:
+    """That this process may use."""
+    limit = cpu_limit()
+    cpus = len(os.sched_getaffinity(0))
+    return cpus if limit is None else max(1, min(cpus, int(limit)))
+
+
+@contextmanager
+def _root(keep: Path | None) -> Iterator[Path]:
+    if keep is None:
+        with tempfile.TemporaryDirectory(prefix="dreplica-flags-") as folder:
+            yield Path(folder)
+        return
+    if keep.is_dir() and any(keep.iterdir()):
+        raise UsageError(f"--keep: {str(keep)!r} is not empty. Name a fresh folder.")
+    try:
+        keep.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(f"--keep: {str(keep)!r} cannot be made ({error.strerror}). Name another folder.") from None
+    yield keep.resolve()
+
+
+@contextmanager
+def _ended_once_told() -> Iterator[None]:
+    """Inside, a signal to end is a KeyboardInterrupt, so that what is running is ended first."""
+
+    def interrupt(_number: int, _frame: FrameType | None) -> None:
+        raise KeyboardInterrupt
+
+    before = {number: signal.signal(number, interrupt) for number in (signal.SIGTERM, signal.SIGHUP)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -1,0 +1,306 @@
+"""One start of the job in one setting of its flags: trained twice from its seed, compared at every step, then timed.
+
+Replicas are compared with each other at every step, and the second training with the first: in one process, whose
+memory is by then in another state, so that what happens to be equal on all replicas is found out, too, and one replica
+is enough. Every setting has processes of its own, since cuBLAS reads its variable once, and cuDNN goes on with what it
+has once picked. Only what a step takes is measured in one process, strict mode's beside it, where no such thing is in
+the way: two processes that do the same differ by more than most flags cost.
+"""
+
+import argparse
+import gc
+import itertools
+import json
+import sys
+import time
+from collections.abc import Generator, Sequence
+from contextlib import closing
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from dreplica.agreement.agreement import Agreement
+from dreplica.agreement.hashing import Hasher, hasher_for
+from dreplica.agreement.recorded import TENSORS_NAME, TRACE_NAME
+from dreplica.agreement.reference import Reference, ReferenceDiffers
+from dreplica.agreement.tensor_record import TensorRecord
+from dreplica.agreement.trace import Trace
+from dreplica.agreement.verdict import Divergence, Verdict
+from dreplica.data.coordinator import Coordinator
+from dreplica.diagnosis.against_reference import AgainstReference
+from dreplica.diagnosis.nondeterminism import explain_operator
+from dreplica.diagnosis.raises import find_refused, is_refusal
+from dreplica.errors import ExitCode, UsageError
+from dreplica.explain import Explainer
+from dreplica.meet import Prepared, end_at_once, meet
+from dreplica.preparation import Concluded, Preparation
+from dreplica.run import AGREEMENT_LAG
+from dreplica.training.history import History, StepEntry
+from dreplica.training.loop import EpochDone, StepDone, Stopped, train
+from dreplica.training.step import training_step
+from dreplica.worker import run_process
+from dreplica.world.determinism import DeterminismConfig, apply_determinism, numerics_flags
+from dreplica.world.process_group import World
+from dreplica.world.roll_call import ReplicaLost
+from dreplica.world.signals import StopRequest
+
+Events = Generator[StepDone | EpochDone | Stopped, None, None]
+
+FOUND_NAME, REFUSED_NAME = "found.json", "refused.json"
+LOST = "lost: "
+"""What a survivor's line on a replica that is gone begins with."""
+
+_TIMED_STEPS = 4
+_LEAST_ROUNDS = 3
+
+
+class StoppedOnRequest(Exception):
+    """Some replica was told to stop, and all have; raised on all of them."""
+
+
+@dataclass(frozen=True)
+class Parted:
+    """A difference."""
+
+    verdict: Verdict
+    between: Literal["replicas", "repetitions", "preparation"]
+    """Of what; `preparation`: it ended before the first step, since replicas were not given the same, or not sound."""
+
+
+class Trial:
+    """One replica's part in it. The methods stand in the order in which they are called.
+
+    Args:
+        steps: how many to train each time, or fewer where the job itself ends before.
+        others: sections `determinism` that are timed beside the job's own; they need no other environment.
+        folder: where rank 0 leaves what was found, and the trace of the first training.
+    """
+
+    def __init__(
+        self,
+        prepared: Prepared,
+        world: World,
+        stop_request: StopRequest,
+        steps: int,
+        others: Sequence[DeterminismConfig],
+        folder: Path,
+    ) -> None:
+        self.own, self.device = prepared.own, prepared.device.device
+        self.world, self.channel, self.stop_request = world, world.channel, stop_request
+        self.steps, self.folder = steps, folder
+        self.timed = [self.own.determinism, *others]
+        self.parts = Preparation(prepared, world)
+        self.steps_done = 0
+
+    def conduct(self) -> ExitCode:
+        """The whole of it; found.json is there if and only if it got to its end."""
+        try:
+            return self.measure()
+        except ReplicaLost:
+            if self.world.roll_call is not None:
+                for lost in self.world.roll_call.take():
+                    print(f"{LOST}replica {lost.replica_id}: {lost.reason}", file=sys.stderr)
+                end_at_once(ExitCode.FAILED)
+            raise
+
+    def measure(self) -> ExitCode:
+        """What is looked for, and how long a step takes."""
+        self.world.together(lambda: None)  # another replica's input may be unusable
+        seconds: list[list[float]] = []
+        try:
+            self.hasher = self.choose_hasher()
+            self.parts.prepare()
+            self.world.together(self.check_epoch)
+            self.coordinator = Coordinator(self.channel, self.parts.data_seed)
+            parted = self.train_twice()
+            seconds = self.time()
+        except Concluded as end:
+            parted = Parted(end.verdict, "preparation")
+        except StoppedOnRequest:
+            return ExitCode.STOPPED
+        if self.world.is_coordinator:
+            found = {
+                "device": self.device.type,
+                "steps": self.steps_done,
+                "verdict": None if parted is None else parted.verdict.as_dict(),
+                "between": None if parted is None else parted.between,
+                "seconds_per_step": seconds,
+            }
+            (self.folder / FOUND_NAME).write_text(json.dumps(found), encoding="utf-8")
+        return ExitCode.AGREED
+
+    def choose_hasher(self) -> Hasher:
+        """Takes fingerprints on the device where all replicas can."""
+        own = hasher_for([self.device])
+        return own if len(set(self.channel.gather(own.algorithm))) == 1 else Hasher()
+
+    def check_epoch(self) -> None:
+        """Raises UsageError if there is no step to time that an evaluation does not follow."""
+        if self.num_batches < 2:
+            raise UsageError(
+                f"data.batch_size: {self.own.data.batch_size} makes an epoch of one batch, and an evaluation behind "
+                "each step would be timed, too. Use a smaller one."
+            )
+
+    def train_twice(self) -> Parted | None:
+        """What parted first; None if nothing did."""
+        path, tensors = None, None
+        if self.world.is_coordinator:
+            path, tensors = self.folder / TRACE_NAME, TensorRecord(self.folder / TENSORS_NAME)
+        with self.trace(path, tensors) as trace:
+            parted = self.train_once(trace, None)
+        if parted is not None:
+            return parted
+        del self.parts.replica, self.parts.injector  # their memory is for the next
+        gc.collect()
+        self.parts.replica = self.parts.build(self.parts.data.num_classes)
+        self.parts.check_build(self.parts.replica)
+        self.parts.injector = self.parts.arm()
+        reference = None if path is None else Reference(path, self.hasher.algorithm)
+        with self.trace(None) as trace:
+            return self.train_once(trace, reference)
+
+    def trace(self, path: Path | None, tensors: TensorRecord | None = None) -> Trace:
+        """A fresh one."""
+        return Trace(path, self.world.num_replicas, 0, tensors, self.hasher.algorithm)
+
+    def train_once(self, trace: Trace, reference: Reference | None) -> Parted | None:
+        """Trains the replica as it was built, to the first difference, of which it finds out the cause."""
+        agreement = history = None
+        try:
+            agreement = self.agreement(trace, reference)
+            history = History(self.parts.replica, self.own.agreement.snapshot_every)
+            with closing(self.training(agreement, history)) as events:
+                for event in events:
+                    if isinstance(event, Stopped):
+                        raise StoppedOnRequest
+                    if isinstance(event, StepDone) and event.step == self.steps:
+                        break
+            agreement.finish()
+        except ReferenceDiffers as difference:
+            unseeded = frozenset({"seed.model"} if self.own.seed.model is None else ())
+            against = AgainstReference(difference.apart, [], [], unseeded)
+            verdict = self.explainer().explain_apart(difference.verdict, against, agreement, history)
+            summary = verdict.summary.replace(f"the reference {difference.apart.reference}", "the first training")
+            return Parted(verdict.with_(summary=summary), "repetitions")
+        except Divergence as divergence:
+            return Parted(self.explainer().explain(divergence.verdict, agreement, history), "replicas")
+        except RuntimeError as error:
+            if agreement is not None and is_refusal(error):
+                self.tell_refused(agreement.steps_done, error)
+            raise
+        self.steps_done = agreement.steps_done
+        return None
+
+    def agreement(self, trace: Trace, reference: Reference | None) -> Agreement:
+        """Compares the build, too. Raises Divergence."""
+        return Agreement(
+            self.parts.replica.model,
+            self.parts.replica.optimizer,
+            others=[self.parts.replica.scheduler, self.parts.replica.scaler],
+            lag=AGREEMENT_LAG,
+            trace=trace,
+            reference=reference,
+            channel=self.channel,
+            stoppable=True,
+            hasher=self.hasher,
+        )
+
+    def training(self, agreement: Agreement, history: History, whole_epochs: bool = False) -> Events:
+        """The training loop, on the replica as it is."""
+        own = self.own
+        if whole_epochs:
+            own = own.model_copy(update={"train": own.train.model_copy(update={"max_steps": None})})
+        parts, stop = self.parts, self.stop_request
+        return train(
+            parts.replica, parts.data, self.coordinator, agreement, own, self.world, self.device, stop, history
+        )
+
+    def explainer(self) -> Explainer:
+        """What it takes to run the replica's steps again."""
+        parts = self.parts
+        assert parts.seed is not None
+        replica, data, injector = parts.replica, parts.data, parts.injector
+        return Explainer(
+            self.own, parts.seed, self.device, replica, data, self.coordinator, injector, self.channel, parts.facts
+        )
+
+    def tell_refused(self, steps_done: int, error: RuntimeError) -> None:
+        """Leaves word of the operator that raised, on this replica alone: the others need not have come to it."""
+        number = steps_done % self.num_batches
+        entry = StepEntry(steps_done + 1, steps_done // self.num_batches + 1, number, torch.empty(0), None)
+        explainer, replica = self.explainer(), self.parts.replica
+        batch = explainer.load(explainer.redraw(entry), entry)
+        raised = find_refused(lambda: training_step(replica, batch, self.own.train), replica.optimizer, replica.model)
+        found: dict[str, Any] = {"step": entry.step, "message": str(error).split(". ")[0]}
+        if raised is not None:
+            explanation = explain_operator(raised.operator, self.device.type, numerics_flags())
+            found |= asdict(raised) | {"remedy": explanation.remedy}
+        if self.world.is_coordinator:
+            (self.folder / REFUSED_NAME).write_text(json.dumps(found), encoding="utf-8")
+
+    def time(self) -> list[list[float]]:
+        """Seconds per step without checks, the slowest replica's: of each section in `timed`, one for each round.
+
+        In alternating rounds, so that a machine whose speed drifts is as slow for all; one more does not count.
+        """
+        steps = min(_TIMED_STEPS, self.num_batches - 1)
+        rounds = max(_LEAST_ROUNDS, -(-self.steps // steps))
+        seconds: list[list[float]] = [[] for _ in self.timed]
+        for number in range(rounds + 1):
+            order = range(len(self.timed))
+            for index in order if number % 2 else reversed(order):
+                if any(self.channel.gather(bool(self.stop_request))):
+                    raise StoppedOnRequest
+                apply_determinism(self.timed[index])
+                slowest = max(self.channel.gather(self.time_steps(steps)))
+                if number > 0:
+                    seconds[index].append(slowest)
+        return seconds
+
+    def time_steps(self, steps: int) -> float:
+        """Seconds per step over `steps` steps of an epoch, after a first one, which starts the loader."""
+        replica = self.parts.replica
+        agreement = Agreement(replica.model, replica.optimizer, every=0, channel=self.channel, hasher=self.hasher)
+        with closing(self.training(agreement, History(replica, 0), whole_epochs=True)) as events:
+            next(events)
+            self.synchronize()
+            started = time.perf_counter()
+            for _ in itertools.islice(events, steps):
+                pass
+            self.synchronize()
+            return (time.perf_counter() - started) / steps
+
+    def synchronize(self) -> None:
+        """Waits for the device."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+
+    @property
+    def num_batches(self) -> int:
+        """In an epoch."""
+        return -(-len(self.parts.data.train) // self.own.data.batch_size)  # type: ignore[arg-type]
+
+
+def main() -> None:
+    """One worker."""
+    run_process(_work)
+
+
+def _work() -> ExitCode:
+    parser = argparse.ArgumentParser(allow_abbrev=False, add_help=False)
+    parser.add_argument("--steps", type=int, required=True)
+    parser.add_argument("--others", type=json.loads, required=True)
+    parser.add_argument("--folder", type=Path, required=True)
+    known, settings = parser.parse_known_args()
+    others = [DeterminismConfig.model_validate(section) for section in known.others]
+    return meet(
+        settings,
+        lambda prepared, world, stop: Trial(prepared, world, stop, known.steps, others, known.folder).conduct(),
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,80 @@
+"""Models that need one flag or another, or none, on the CPU; for `model.factory`."""
+
+import itertools
+import time
+import weakref
+
+import numpy
+import torch
+from torch import Tensor, nn
+
+from tests.fixtures import tiny_model
+
+_PAUSE = 0.02
+_CALLS = itertools.count()
+_ALIVE: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+
+
+@torch.library.custom_op("needing::noise", mutates_args=())
+def noise(values: Tensor) -> Tensor:
+    """Adds noise of its own unless deterministic algorithms are asked for, which take longer."""
+    if torch.are_deterministic_algorithms_enabled():
+        time.sleep(_PAUSE)
+        return values.clone()
+    generator = torch.Generator()
+    generator.seed()
+    return values + 1e-3 * torch.rand(values.shape, generator=generator)
+
+
+noise.register_autograd(lambda _ctx, gradient: gradient, setup_context=lambda ctx, inputs, output: None)
+
+
+class Noise(nn.Module):
+    """Switched off by `torch.use_deterministic_algorithms`."""
+
+    def forward(self, values: Tensor) -> Tensor:
+        return noise(values)
+
+
+class Unwritten(nn.Module):
+    """Reads memory that nobody has written to; to fill it makes that the same each time.
+
+    What stands there is made certain: the number of calls so far, in all repetitions, which no two of them share and
+    all replicas do.
+    """
+
+    def forward(self, values: Tensor) -> Tensor:
+        memory = torch.empty(64, 64)
+        unseen = memory.numpy()  # by no operator
+        if not numpy.isnan(unseen).all():
+            unseen[:] = next(_CALLS)
+        return values + 1e-3 * memory.nan_to_num(0.5).mean()
+
+
+class Unpooled(nn.Module):
+    """Has no deterministic implementation, and strict mode raises."""
+
+    def forward(self, values: Tensor) -> Tensor:
+        pooled, positions = nn.functional.max_pool2d(values, 2, return_indices=True)
+        return nn.functional.max_unpool2d(pooled, positions, 2)
+
+
+def alone(num_classes: int) -> nn.Module:
+    """Needs none, and room: the one before it must be gone."""
+    assert not _ALIVE
+    model = tiny_model(num_classes)
+    model.around = [model]  # not gone by itself
+    _ALIVE.add(model)
+    return model
+
+
+def mode(num_classes: int) -> nn.Module:
+    return nn.Sequential(Noise(), tiny_model(num_classes))
+
+
+def filling(num_classes: int) -> nn.Module:
+    return nn.Sequential(Unwritten(), tiny_model(num_classes))
+
+
+def refused(num_classes: int) -> nn.Module:
+    return nn.Sequential(Unpooled(), tiny_model(num_classes))

@@ -1,0 +1,102 @@
+"""`dreplica flags`: what it refuses, and the whole command."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from dreplica import cli
+from dreplica.errors import ExitCode
+from tests.fixtures import SMALL
+from tests.harness import REPOSITORY, environment
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("--modell={}",), "Did you mean 'model'"),
+        (("--seed.model=distinct",), "seed.model: 'distinct' gives replicas different seeds"),
+        (("--overrides={1: {optim: {lr: 1}}}",), "overrides: {1: {'optim': {'lr': 1}}} makes replicas differ"),
+        (("--inject=[{replica: 0, step: 1, target: weights}]",), "Leave it out: --inject []"),
+    ],
+)
+def test_what_no_flag_can_make_agree_is_refused(
+    arguments: tuple[str, ...], words: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(["flags", *SMALL, *arguments]) == ExitCode.UNUSABLE
+    printed = capsys.readouterr().err
+    assert words in printed
+    assert printed.count("error:") == 1
+
+
+def test_a_folder_that_is_not_empty_is_not_written_to(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "mine").touch()
+    assert cli.main(["flags", *SMALL, f"--keep={tmp_path}"]) == ExitCode.UNUSABLE
+    assert "is not empty. Name a fresh folder." in capsys.readouterr().err
+
+
+@pytest.mark.cluster
+@pytest.mark.timeout(600)
+def test_a_job_that_needs_the_mode(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.chdir(REPOSITORY)
+    job = [token for token in SMALL if "model.factory" not in token]
+    factory = "--model.factory=tests.flags.needing:mode"
+    options = ("--replicas=1", "--steps=4", "--rounds=1", "--json")
+    assert cli.main(["flags", *options, *job, factory]) == ExitCode.AGREED
+    found = json.loads(capsys.readouterr().out)
+    assert found["smallest"]["flags"] == ["mode"]
+    assert found["flags"]["mode"]["parted"]["operator"] == "needing.noise.default"
+    assert found["flags"]["mode"]["step_time_to_strict"]["max"] < 1, "it takes longer in strict mode"
+    assert found["everything_off"]["parted"]["between"] == "repetitions"
+
+
+@pytest.mark.cluster
+def test_a_replica_that_fails_ends_it_and_is_named(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(REPOSITORY)
+    job = [token for token in SMALL if "model.factory" not in token]
+    failing = "--model.factory=dreplica.cases.models:fails_on_third_step"
+    assert cli.main(["flags", "--replicas=2", *job, failing]) == ExitCode.FAILED
+    words = "strict: it ended with exit code 1:\nlost: replica 1: it raised RuntimeError: out of memory, say\n"
+    assert capsys.readouterr().err == f"error: {words}"
+
+
+@pytest.mark.cluster
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_interrupted_it_leaves_nothing_behind(number: signal.Signals, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "dreplica.cli", "flags", *SMALL, "--train.epochs=1000000", "--steps=1000000"]
+    command = [token for token in command if token != "--train.epochs=2"]
+    keep = tmp_path / "kept"
+    process = subprocess.Popen(
+        [*command, f"--keep={keep}"], cwd=REPOSITORY, env=environment(), stderr=subprocess.PIPE, text=True
+    )
+    trace = keep / "001" / "trace.jsonl"
+    while process.poll() is None and not (trace.exists() and trace.stat().st_size):
+        time.sleep(0.1)
+    workers = _of_the_job(keep)
+    assert len(workers) == 3, "the launcher and its replicas"
+    process.send_signal(number)
+    _, printed = process.communicate(timeout=60)
+    assert process.returncode == ExitCode.FAILED
+    assert printed == "error: interrupted; nothing is left running\n"
+    assert _of_the_job(keep) == []
+
+
+def _of_the_job(folder: Path) -> list[int]:
+    """Processes whose command line names the folder, but the command itself."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            words = path.read_bytes()
+        except OSError:
+            continue
+        if re.search(rb"--folder=" + re.escape(os.fsencode(folder)), words):
+            found.append(int(path.parent.name))
+    return found

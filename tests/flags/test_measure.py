@@ -1,0 +1,98 @@
+"""Starts and what is made of them, without processes."""
+
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from dreplica.config import load_config
+from dreplica.errors import ExitCode, UsageError
+from dreplica.flags import measure
+from dreplica.flags.flag import STRICT, Variant, closed
+from dreplica.flags.measure import Measurements, Outcome, TrialFailed, describe
+from tests.flags.jobs import MadeUp, write_trace
+
+OFF = Variant(closed({"mode"}))
+NO_WORKSPACE = Variant(frozenset({"cublas_workspace_config"}))
+
+
+@pytest.fixture
+def make(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Measurements]:
+    def make(job: object) -> Measurements:
+        monkeypatch.setattr(measure, "run_in_background", job)
+        return Measurements(load_config([], 2), 2, 4, Path(tempfile.mkdtemp(dir=tmp_path)), 60.0, lambda _: None)
+
+    return make
+
+
+def test_settings_are_timed_in_one_process_if_they_can_be(make: Callable[..., Measurements]) -> None:
+    job = MadeUp("cuda", lambda *_: None, lambda section: 3.0 if section["mode"] == "strict" else 2.0)
+    measurements = make(job)
+    measurements.measure([STRICT, OFF], rounds=2, beside=[STRICT])
+    assert measurements.ratios(OFF, STRICT) == [pytest.approx(2 / 3)] * 6, "three in each of two starts"
+    assert measurements.ratios(STRICT, OFF) == [pytest.approx(3 / 2)] * 6
+    assert [section["mode"] for section in job.sections] == ["strict", "off", "off", "strict"], (
+        "another order each time"
+    )
+
+
+def test_another_environment_is_timed_in_processes_of_its_own(make: Callable[..., Measurements]) -> None:
+    times = iter([4.0, 3.0, 3.0, 5.0])  # strict, without; without, strict
+    measurements = make(MadeUp("cuda", lambda *_: None, lambda _: next(times)))
+    measurements.measure([STRICT, NO_WORKSPACE], rounds=2, beside=[STRICT])
+    assert measurements.ratios(NO_WORKSPACE, STRICT) == [pytest.approx(3 / 4), pytest.approx(3 / 5)]
+
+
+def test_starts_that_agree_in_themselves_may_part_from_each_other(make: Callable[..., Measurements]) -> None:
+    class Parting(MadeUp):
+        def __call__(self, *arguments: object, **more: object) -> tuple[int | None, str]:
+            came_of_it = super().__call__(*arguments, **more)
+            folder = Path(dict(each.removeprefix("--").split("=", 1) for each in arguments[1])["folder"])
+            write_trace(folder, "ab"[len(self.sections) > 2], steps=4)
+            return came_of_it
+
+    measurements = make(Parting("cpu", lambda *_: None))
+    assert measurements.try_out(OFF, 2)
+    assert not measurements.try_out(OFF, 2), "the third"
+    assert len(measurements.of(OFF)) == 3, "and then no more"
+    assert not measurements.agrees(OFF)
+    parted = measurements.first_parted(OFF)
+    assert parted is not None
+    assert describe(parted) == "starts part at step 4 (weights)"
+    assert measurements.same_numbers(OFF, STRICT) is None
+
+
+def test_numbers_are_compared_with_those_of_strict_mode(make: Callable[..., Measurements]) -> None:
+    measurements = make(MadeUp("cpu", lambda *_: None))
+    measurements.measure([STRICT, OFF], rounds=1, beside=[])
+    assert measurements.same_numbers(OFF, STRICT) is True
+    write_trace(measurements.of(OFF)[0].folder, "b", steps=4)
+    assert measurements.same_numbers(OFF, STRICT) is False
+
+
+def test_an_operator_that_raises_is_an_outcome(make: Callable[..., Measurements]) -> None:
+    measurements = make(MadeUp("cuda", lambda _, workspace: None if workspace else "raises aten.addmm.default"))
+    assert not measurements.start(NO_WORKSPACE, [STRICT]).agrees
+    assert describe(measurements.of(NO_WORKSPACE)[0]) == "raises at step 1: aten.addmm.default in head (forward)"
+    assert measurements.ratios(NO_WORKSPACE, STRICT) == []
+
+
+def test_a_start_that_fails_ends_it_with_its_last_words(make: Callable[..., Measurements]) -> None:
+    measurements = make(lambda *_: (ExitCode.UNUSABLE, "hm\nerror: data.root: there is none\n"))
+    with pytest.raises(UsageError, match=r"^data\.root: there is none$"):
+        measurements.start(STRICT)
+    measurements = make(lambda *_: (ExitCode.FAILED, "out of memory, say"))
+    with pytest.raises(TrialFailed, match=r"(?s)strict: it ended with exit code 1:.*out of memory, say"):
+        measurements.start(STRICT)
+    measurements = make(lambda *_: (ExitCode.FAILED, "lost: replica 1: it raised OSError\nand more"))
+    with pytest.raises(TrialFailed, match=r"exit code 1:\nlost: replica 1: it raised OSError$"):
+        measurements.start(STRICT)
+    measurements = make(lambda *_: (None, "still at it"))
+    with pytest.raises(TrialFailed, match=r"(?s)did not end within 60 seconds \(--timeout\):.*still at it"):
+        measurements.start(STRICT)
+
+
+def test_what_ended_before_the_first_step_is_said_to_have(tmp_path: Path) -> None:
+    outcome = Outcome(STRICT, "cpu", 0, {}, tmp_path, {"cause": "optimizer-not-bound", "step": 0}, "preparation")
+    assert describe(outcome) == "ends before the first step (optimizer-not-bound)"

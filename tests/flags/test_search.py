@@ -1,0 +1,102 @@
+"""Which flags can be given up together, on jobs that are made up."""
+
+from collections.abc import Callable, Iterable
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from dreplica.flags.search import give_up
+
+FLAGS = ("mode", "fill", "cudnn", "benchmark", "workspace")
+Asked = list[frozenset[str]]
+
+
+def search(
+    order: str, job: Callable[[frozenset[str]], bool], confirms: Callable[[frozenset[str]], bool] = lambda _: True
+) -> tuple[frozenset[str], Asked, Asked]:
+    """What is given up, and the sets that were tried and tried once more."""
+    tried: Asked = []
+    confirmed: Asked = []
+
+    def agrees(flags: frozenset[str]) -> bool:
+        tried.append(flags)
+        return job(flags)
+
+    def again(flags: frozenset[str]) -> bool:
+        confirmed.append(flags)
+        return confirms(flags)
+
+    return give_up(order.split(), agrees, again), tried, confirmed
+
+
+def test_a_job_that_needs_none_is_tried_without_all_of_them_and_once_more() -> None:
+    found, tried, confirmed = search("a b c", lambda _: True)
+    assert found == {"a", "b", "c"}
+    assert tried == confirmed == [{"a", "b", "c"}]
+
+
+def test_of_two_of_which_either_will_do_the_more_expensive_is_given_up() -> None:
+    assert search("a b", lambda flags: flags != {"a", "b"})[0] == {"a"}
+    assert search("b a", lambda flags: flags != {"a", "b"})[0] == {"b"}
+
+
+def test_one_that_is_needed_only_beside_another_is_tried_again_without_that() -> None:
+    # cuBLAS without its workspace raises in strict mode, and is left alone in mode off.
+    job = {frozenset({"mode"}): True, frozenset({"mode", "workspace"}): True}
+    found, tried, _ = search("workspace other mode", lambda flags: job.get(flags, False))
+    assert found == {"mode", "workspace"}
+    assert tried.count(frozenset({"workspace"})) == 1
+
+
+def test_a_set_that_does_not_agree_once_more_was_one_flag_too_many() -> None:
+    found, tried, confirmed = search(
+        "a b c", lambda flags: flags != {"a", "b", "c"}, confirms=lambda flags: "b" not in flags
+    )
+    assert confirmed == [{"a", "b"}, {"a", "c"}]
+    assert found == {"a", "c"}
+    assert len(tried) == len(set(tried)), "no set is tried twice"
+
+
+def test_a_job_that_agreed_without_all_by_chance() -> None:
+    found, _, confirmed = search("a b", lambda _: True, confirms=lambda flags: flags != {"a", "b"})
+    assert confirmed == [{"a", "b"}, {"a"}]
+    assert found == {"a"}
+
+
+def test_nothing_can_be_given_up() -> None:
+    found, tried, confirmed = search("a b", lambda _: False)
+    assert found == frozenset()
+    assert tried == [{"a", "b"}, {"a"}, {"b"}]
+    assert confirmed == []
+
+
+def test_what_has_no_effect_without_another_goes_with_it() -> None:
+    def closed(flags: Iterable[str]) -> frozenset[str]:
+        return frozenset(flags) | (frozenset({"fill"}) if "mode" in flags else frozenset())
+
+    tried: Asked = []
+    found = give_up(
+        ["mode", "cudnn", "fill"],
+        lambda flags: not tried.append(flags) and "cudnn" not in flags,
+        lambda _: True,
+        closed,
+    )
+    assert found == {"mode", "fill"}
+    assert {"mode"} not in tried
+
+
+@given(st.permutations(FLAGS), st.sets(st.sampled_from(FLAGS)))
+def test_a_job_that_needs_certain_flags_gives_up_the_others(order: list[str], needs: set[str]) -> None:
+    assert give_up(order, lambda flags: not flags & needs, lambda _: True) == set(FLAGS) - needs
+
+
+@given(st.permutations(FLAGS), st.sets(st.frozensets(st.sampled_from(FLAGS))))
+def test_whatever_the_job_does_it_agrees_and_no_other_flag_can_be_added(
+    order: list[str], parts: set[frozenset[str]]
+) -> None:
+    def agrees(flags: frozenset[str]) -> bool:
+        return flags not in parts
+
+    found = give_up(order, agrees, lambda _: True)
+    assert not found or agrees(found)
+    assert not any(agrees(found | {flag}) for flag in set(FLAGS) - found)

@@ -1,0 +1,105 @@
+"""One start: what is found on jobs that need a flag, with it and without."""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dreplica.errors import ExitCode, UsageError
+from dreplica.flags.flag import STRICT, Variant, closed
+from dreplica.flags.trial import Trial
+from dreplica.meet import prepare
+from dreplica.world.determinism import DeterminismConfig
+from dreplica.world.process_group import World
+from dreplica.world.signals import StopRequest
+from tests.fixtures import SMALL
+from tests.harness import run_replicas
+
+WITHOUT_MODE = Variant(closed({"mode"}))
+WITHOUT_FILLING = Variant(closed({"fill_uninitialized_memory"}))
+
+
+def start(world: World, folder: Path, model: str, variant: Variant, stopped: bool = False, *settings: str) -> ExitCode:
+    if world.num_replicas == 1:
+        os.environ.pop("RANK", None)
+    section = variant.section(DeterminismConfig()).model_dump()
+    arguments = {token.split("=")[0]: token for token in (*SMALL, f"--determinism={json.dumps(section)}", *settings)}
+    if model:
+        arguments["--model.factory"] = f"--model.factory=tests.flags.needing:{model}"
+    stop = StopRequest()
+    stop.signal_name = "SIGTERM" if stopped else None
+    others = [STRICT.section(DeterminismConfig())]
+    return Trial(prepare(list(arguments.values())), world, stop, 6, others, folder).conduct()
+
+
+def conduct(folder: Path, model: str, variant: Variant, num_replicas: int, *settings: str) -> dict[str, Any]:
+    """found.json."""
+    assert (
+        run_replicas(start, num_replicas, folder, model, variant, False, *settings) == [ExitCode.AGREED] * num_replicas
+    )
+    return json.loads((folder / "found.json").read_text())
+
+
+def test_a_job_that_needs_none_agrees_without_any(tmp_path: Path) -> None:
+    found = conduct(tmp_path, "alone", WITHOUT_MODE, 2)
+    seconds = found.pop("seconds_per_step")
+    assert found == {"device": "cpu", "steps": 6, "verdict": None, "between": None}
+    assert [len(row) for row in seconds] == [3, 3], "its own, and strict mode beside it"
+    assert all(value > 0 for row in seconds for value in row)
+    lines = [json.loads(line) for line in (tmp_path / "trace.jsonl").read_text().splitlines()[1:]]
+    assert [line["step"] for line in lines if "predictions" not in line["digests"]][-1] == 6
+    assert "weights" in lines[-1]["digests"]
+
+
+def test_an_operator_that_obeys_the_mode_is_named_and_the_time_that_it_takes_then_is_seen(tmp_path: Path) -> None:
+    found = conduct(tmp_path, "mode", WITHOUT_MODE, 2)
+    assert found["between"] == "replicas"
+    verdict = found["verdict"]
+    assert (verdict["cause"], verdict["step"]) == ("nondeterministic-operator", 1)
+    assert (verdict["operator"], verdict["module"]) == ("needing.noise.default", "0")
+    _, strict = found["seconds_per_step"]
+    assert min(strict) > 0.02, "which it sleeps in strict mode"
+
+
+def test_memory_that_nobody_wrote_to_is_found_out_by_one_replica_alone(tmp_path: Path) -> None:
+    found = conduct(tmp_path, "filling", WITHOUT_FILLING, 1)
+    assert found["between"] == "repetitions"
+    assert found["verdict"]["operator"] == "aten.nan_to_num.default"
+    assert found["verdict"]["cause"] == "unexplained", "that operator has only read it"
+    assert "parted from the first training at step" in found["verdict"]["summary"]
+
+
+@pytest.mark.parametrize("model", ["mode", "filling"])
+def test_strict_mode_makes_them_agree(model: str, tmp_path: Path) -> None:
+    found = conduct(tmp_path, model, STRICT, 1, "--train.max_steps=3")
+    assert (found["verdict"], found["steps"]) == (None, 3), "the job ends there"
+
+
+def test_an_operator_that_strict_mode_does_not_let_run_is_named(tmp_path: Path) -> None:
+    for result in run_replicas(start, 2, tmp_path, "refused", STRICT):
+        assert isinstance(result, RuntimeError)
+    refused = json.loads((tmp_path / "refused.json").read_text())
+    assert (refused["step"], refused["operator"], refused["module"]) == (1, "aten.max_unpool2d.default", "0")
+    assert refused["message"].startswith("max_unpooling2d_forward_out does not have a deterministic implementation")
+    assert refused["remedy"] == ["instead of it, use F.interpolate with mode='nearest'"]
+    assert not (tmp_path / "found.json").exists()
+
+
+def test_a_replica_that_is_not_sound_is_no_matter_of_flags(tmp_path: Path) -> None:
+    faulty = "--replica.factory=tests.end_to_end.faulty:copied_optimizer"
+    found = conduct(tmp_path, "", STRICT, 1, faulty)
+    assert (found["between"], found["verdict"]["cause"]) == ("preparation", "optimizer-not-bound")
+    assert found["seconds_per_step"] == []
+
+
+def test_told_to_stop_it_stops_on_all_replicas(tmp_path: Path) -> None:
+    assert run_replicas(start, 2, tmp_path, "", STRICT, True) == [ExitCode.STOPPED] * 2
+    assert not (tmp_path / "found.json").exists()
+
+
+def test_an_epoch_of_one_batch_leaves_no_step_to_time(tmp_path: Path) -> None:
+    for result in run_replicas(start, 2, tmp_path, "", STRICT, False, "--data.batch_size=80"):
+        assert isinstance(result, UsageError)
+        assert "data.batch_size: 80" in str(result)
