@@ -125,6 +125,12 @@ def _table() -> dict[str, Documented]:
     return entries
 
 
+_ONEDNN = frozenset(
+    "convolution convolution_backward _convolution mkldnn_convolution mkldnn_linear mkldnn_linear_backward "
+    "mkldnn_rnn_layer mkldnn_rnn_layer_backward mm addmm bmm baddbmm addbmm mv addmv".split()
+)
+"""Operators that PyTorch may hand to oneDNN on the CPU, of those that a traced step holds."""
+
 DOCUMENTED: Mapping[str, Documented] = _table()
 """Operator (`aten.index_add_`, or with its overload if only that one) to what is documented of it."""
 
@@ -156,6 +162,9 @@ def explain_operator(operator: str, device_type: str, flags: Mapping[str, Any]) 
         elsewhere = f" (it is on {' and '.join(name.upper() for name in documented.devices)})"
     text = f"{operator} is not among the operators that PyTorch documents as nondeterministic on {on}{elsewhere}"
     remedy = [] if _is_strict(flags) else ["--determinism.mode strict"]
+    if device_type == "cpu" and operator.split(".")[1] in _ONEDNN and flags.get("onednn"):
+        text += "; oneDNN may have computed it, whose kernels are not PyTorch's own"
+        remedy.append("--determinism.onednn false  # if it repeats then, it is the kernel; if not, it is the device")
     if device_type == "cpu" and flags.get("threads") != 1:
         text += f"; it ran on {flags.get('threads', 'an unknown number of')} threads"
         remedy.append("--determinism.threads 1")

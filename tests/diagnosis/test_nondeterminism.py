@@ -192,6 +192,18 @@ def test_the_device_matters() -> None:
     assert "nvidia-smi" in explain("aten.relu.default", "cuda").remedy[-1]
 
 
+def test_on_the_cpu_onednn_is_left_out_first_where_it_may_have_computed() -> None:
+    """torch 2.15's bf16 gradient of a 3x3 convolution over 1x1 pixels, channels last, varies, in strict mode, too."""
+    operator = "aten.convolution_backward.default"
+    found = explain(operator, "cpu", onednn=True)
+    assert "oneDNN" in found.text
+    assert found.remedy[0].startswith("--determinism.onednn false")
+    assert "memtester" in found.remedy[-1]
+    for others in (explain(operator, "cpu", onednn=False), explain("aten.index_add_.default", "cpu", onednn=True)):
+        assert "oneDNN" not in others.text
+        assert not any("onednn" in line for line in others.remedy)
+
+
 def test_overloads_that_are_deterministic_are_not_blamed() -> None:
     assert explain("aten.median.dim").known
     assert not explain("aten.median.default").known
