@@ -1,29 +1,40 @@
 """Whole jobs that part, and what the replay says of them."""
 
 import pytest
+from torch import nn
 
 from tests.fixtures import SMALL
 from tests.harness import run_job
 
 
-@pytest.mark.parametrize(
-    ("num_replicas", "other", "classes"), [(2, 1, [[0], [1]]), (3, 0, [[1, 2], [0]])], ids=["two", "three"]
-)
-def test_another_thread_count_is_a_declared_override_and_its_operator_is_named(
-    num_replicas: int, other: int, classes: list[list[int]]
-) -> None:
+def wide_model(num_classes: int) -> nn.Module:
+    """The gradient of its convolution rounds otherwise on two threads."""
+    body = nn.Conv2d(3, 32, 3, padding=1), nn.BatchNorm2d(32), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten()
+    return nn.Sequential(*body, nn.Linear(32, num_classes))
+
+
+def test_another_thread_count_is_a_declared_override_and_its_operator_is_named() -> None:
     # ResNet-18: its first BatchNorm statistics round otherwise on two threads.
-    override = f"--overrides.{other}.determinism.threads=2"
-    job = run_job("--train.max_steps=1", "--data.batch_size=32", override, num_replicas=num_replicas)
+    job = run_job("--train.max_steps=1", "--data.batch_size=32", "--overrides.1.determinism.threads=2")
     verdict = job.report["verdict"]
     assert (verdict["agreed"], verdict["cause"]) == (False, "declared-override"), job.output
     assert (verdict["step"], verdict["stage"], verdict["phase"]) == (1, "buffers", "forward")
     assert verdict["operator"].startswith("aten.")
     assert verdict["module"].startswith("layer")
-    assert (verdict["classes"], verdict["suspects"]) == (classes, [other])
+    assert (verdict["classes"], verdict["suspects"]) == ([[0], [1]], [1])
     for words in (("determinism.threads=2",), ("inputs agree", "outputs do not"), ("ULP",)):
         assert any(all(word in line for word in words) for line in verdict["evidence"]), words
     assert set(job.exitcodes.values()) == {3}
+
+
+def test_of_three_replicas_the_one_with_another_thread_count_is_the_suspect_be_it_the_coordinator() -> None:
+    model = "--model.factory=tests.end_to_end.test_diagnosis:wide_model"
+    override = "--overrides.0.determinism.threads=2"
+    job = run_job(*SMALL, model, "--data.batch_size=80", "--train.max_steps=1", override, num_replicas=3)
+    verdict = job.report["verdict"]
+    assert (verdict["cause"], verdict["step"], verdict["stage"]) == ("declared-override", 1, "gradients"), job.output
+    assert (verdict["module"], verdict["operator"]) == ("0", "aten.convolution_backward.default")
+    assert (verdict["classes"], verdict["suspects"]) == ([[1, 2], [0]], [0])
 
 
 @pytest.mark.parametrize(
