@@ -125,10 +125,11 @@ def _table() -> dict[str, Documented]:
     return entries
 
 
-_ONEDNN = frozenset(
-    "convolution convolution_backward _convolution mkldnn_convolution mkldnn_linear mkldnn_linear_backward "
-    "mkldnn_rnn_layer mkldnn_rnn_layer_backward mm addmm bmm baddbmm addbmm mv addmv".split()
-)
+_ONEDNN = {
+    *("convolution", "convolution_backward", "_convolution", "mkldnn_convolution"),
+    *("mkldnn_linear", "mkldnn_linear_backward", "mkldnn_rnn_layer", "mkldnn_rnn_layer_backward"),
+    *("mm", "addmm", "bmm", "baddbmm", "addbmm", "mv", "addmv"),
+}
 """Operators that PyTorch may hand to oneDNN on the CPU, of those that a traced step holds."""
 
 DOCUMENTED: Mapping[str, Documented] = _table()

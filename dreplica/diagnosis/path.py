@@ -1,57 +1,29 @@
 """The path of a difference: from the first operator that differs to the outputs, how far apart the results are."""
 
-from collections.abc import Collection, Sequence
-from typing import TYPE_CHECKING, Any, TypeVar
+from collections.abc import Sequence
+from typing import Any, TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from dreplica.diagnosis.attempt import AttemptFailed, attempt
 from dreplica.diagnosis.elements import compare_elements
-from dreplica.diagnosis.op_signature import signature_of
-from dreplica.diagnosis.operators import OpRecord, OpTracer
+from dreplica.diagnosis.operators import OpRecord
+from dreplica.diagnosis.replay import Replayer
+from dreplica.diagnosis.sampler import OutputSampler
 from dreplica.diagnosis.witness import Decision
 from dreplica.world.channel import Channel
-
-if TYPE_CHECKING:
-    from dreplica.diagnosis.replay import Replayer
 
 T = TypeVar("T")
 
 _MOST_OPERATORS = 48
-_MOST_ELEMENTS = 2**18
-"""Of one result; of a larger one, evenly spaced elements are compared. Bounds what is kept and sent."""
-
-
-class OutputSampler(OpTracer):
-    """A context in which samples of some operators' floating-point results are kept, on the CPU; nothing is recorded.
-
-    Args:
-        optimizer, model: as for `OpTracer`.
-        sampled: the numbers of these operators in `OpTracer.records` of a run that takes the same course.
-    """
-
-    def __init__(
-        self, optimizer: torch.optim.Optimizer | None, sampled: Collection[int], model: nn.Module | None
-    ) -> None:
-        super().__init__(optimizer, capture=-1, model=model)
-        self.samples: dict[int, list[tuple[Tensor, int]]] = {}
-        """Operator to its results: at most so many elements, 1-dim, and how many there are."""
-        self._sampled = frozenset(sampled)
-
-    def _call_and_capture(self, number: int, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        result = func(*args, **kwargs)
-        if number in self._sampled:
-            outputs = signature_of(func).outputs(result, args, kwargs)
-            self.samples[number] = [(_sample(tensor), tensor.numel()) for tensor in outputs if _is_floating(tensor)]
-        return result
 
 
 def measure_path(
     decision: Decision,
     records: Sequence[Sequence[OpRecord]],
     second: Sequence[OpRecord],
-    replayer: "Replayer",
+    replayer: Replayer,
     indices: Tensor,
     channel: Channel,
 ) -> dict[str, Any]:
@@ -172,15 +144,3 @@ def _relative(absolute: float | None, one: Tensor, other: Tensor) -> float | Non
 
 def _largest(values: Sequence[Any]) -> Any:
     return None if any(value is None for value in values) else max(values)
-
-
-def _is_floating(tensor: Tensor) -> bool:
-    """Numbers whose distance can be told; not the packed ones, whose elements are pairs of numbers."""
-    packed = tensor.dtype is torch.float4_e2m1fn_x2
-    plain = tensor.layout is torch.strided and not (tensor.is_quantized or tensor.is_meta or tensor.is_nested)
-    return plain and not packed and (tensor.is_floating_point() or tensor.is_complex())
-
-
-def _sample(tensor: Tensor) -> Tensor:
-    stride = -(-tensor.numel() // _MOST_ELEMENTS) or 1
-    return tensor.detach().reshape(-1)[::stride].to("cpu", copy=True)

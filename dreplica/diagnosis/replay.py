@@ -14,8 +14,8 @@ from dreplica.agreement.protocol import fold
 from dreplica.agreement.stages import Stage
 from dreplica.data.loader import Batch
 from dreplica.diagnosis.operators import OpTracer
-from dreplica.diagnosis.path import OutputSampler
 from dreplica.diagnosis.provenance import Contents, contents_after, contents_before
+from dreplica.diagnosis.sampler import OutputSampler
 from dreplica.replica.replica import Replica
 from dreplica.replica.rng import set_rng_state
 from dreplica.training.history import EpochEntry, EvaluationEntry, History, StepEntry

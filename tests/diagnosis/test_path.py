@@ -9,7 +9,8 @@ from torch import nn
 from dreplica.agreement.verdict import Verdict
 from dreplica.diagnosis import path
 from dreplica.diagnosis.operators import OpRecord, OpTracer
-from dreplica.diagnosis.path import OutputSampler, measure_path
+from dreplica.diagnosis.path import measure_path
+from dreplica.diagnosis.sampler import OutputSampler
 from dreplica.diagnosis.witness import Decision
 from dreplica.world.channel import Channel
 from tests.diagnosis.test_replay import indices_of, load, train, with_momentum
@@ -56,7 +57,7 @@ def test_the_distance_of_results_is_the_largest_over_all_of_them() -> None:
 
 
 def test_of_a_large_result_evenly_spaced_elements_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(path, "_MOST_ELEMENTS", 10)
+    monkeypatch.setattr("dreplica.diagnosis.sampler._MOST_ELEMENTS", 10)
     model = nn.Sequential(nn.Linear(3, 5), nn.ReLU())
     inputs = torch.randn(7, 3)
     with OpTracer(model=model) as tracer:
