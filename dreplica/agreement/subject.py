@@ -36,6 +36,7 @@ class Subject:
 
     Attributes:
         model: without DistributedDataParallel and `torch.compile` around it; several models as one, `nn.ModuleDict`.
+        given: with what is around it.
         optimizers: by name; the only one under "".
         others: further objects with a `state_dict`.
     """
@@ -44,6 +45,7 @@ class Subject:
         models = model if isinstance(model, Mapping) else {"": model}
         _check_arguments(models, by_name(optimizer), others)
         self.model = nn.ModuleDict(_checked(models)) if isinstance(model, Mapping) else unwrapped(model)
+        self.given = nn.ModuleDict(dict(models)) if isinstance(model, Mapping) else model
         self.optimizers = by_name(optimizer)
         self.others = tuple(other for other in others if other is not None)
         wrapped = [each for each in map(_in_ddp, models.values()) if each is not None]
