@@ -91,9 +91,9 @@ def by_epoch(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def _went_on(report: dict[str, Any], trace: TraceSummary) -> bool:
-    """Whether an interrupted run has taken further steps since its report was written."""
-    verdict = report.get("verdict") or {}
-    ended = (report.get("run") or {}).get("stopped_after")
+    """Whether a run has taken further steps since its report was written."""
+    verdict, run = report.get("verdict") or {}, report.get("run") or {}
+    ended = run.get("last_step", run.get("stopped_after"))
     if ended is None and verdict.get("cause") == "replica-lost" and verdict.get("step") is not None:
         ended = verdict["step"] + 1  # rank 0 may have recorded a step that the one that tells had not completed
     return ended is not None and trace.last_step is not None and trace.last_step > ended

@@ -29,6 +29,7 @@ class _Epoch(_Shape):
 
 class _Run(_Shape):
     seconds: Amount | None = None
+    last_step: int | None = None
     stopped_after: int | None = None
 
 

@@ -209,11 +209,12 @@ def test_numbers_of_steps_that_are_none_end_the_trace(folder: Path) -> None:
 
 def test_a_run_that_went_on_does_not_show_the_report_of_its_first_attempt(folder: Path) -> None:
     report = json.loads((folder / "report.json").read_text())
+    assert report["run"]["last_step"] == 10
     report["run"]["stopped_after"] = 10
     report["verdict"] |= {"agreed": True, "cause": "none", "summary": "2 replicas, 10 steps: bit-identical; stopped"}
     (folder / "report.json").write_text(json.dumps(report))
     assert "Stopped on request after step 10." in text_of(folder)
-    report["run"]["stopped_after"] = 4
+    report["run"]["last_step"] = 4
     (folder / "report.json").write_text(json.dumps(report))
     text = text_of(folder)
     assert "Still running, or ended without a report." in text
