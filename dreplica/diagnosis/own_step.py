@@ -88,6 +88,9 @@ def diagnose(
         verdict = _diagnose(repeated, found, channel, differing)
     except AttemptFailed as error:
         verdict = _failed(found, channel, error)
+    except BaseException:  # Ctrl-C, or another replica is gone: nobody is left to agree on anything with
+        repeated.close()
+        raise
     return _conclude(put_back(verdict, repeated, channel), facts)
 
 

@@ -1,5 +1,6 @@
 """`dreplica.diagnose` on steps of one's own: the operator, or an honest `unexplained`, and everything as it was."""
 
+import itertools
 import random
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -17,7 +18,9 @@ from dreplica.agreement.verdict import Verdict
 from dreplica.cases.operators import racy_sum
 from dreplica.diagnosis.remedies import as_code
 from dreplica.replica.rng import get_rng_state, seed_generators, set_rng_state
+from dreplica.world.channel import Channel
 from dreplica.world.process_group import World
+from dreplica.world.roll_call import ReplicaLost
 from tests.harness import run_replicas
 
 
@@ -296,6 +299,48 @@ def test_one_replica_by_itself_may_disagree_with_itself() -> None:
     verdict, untouched = ask(make(racy_sum))
     assert (verdict.cause, verdict.operator) == ("nondeterministic-operator", "cases.racy_sum.default")
     assert untouched
+
+
+class Losing(Channel):
+    """Loses the other replicas at one of its collectives."""
+
+    def __init__(self, at: int) -> None:
+        super().__init__()
+        self.left = at
+
+    def gather(self, value: Any) -> list[Any]:
+        self.left -= 1
+        if self.left < 0:
+            raise ReplicaLost("gone")
+        return super().gather(value)
+
+
+def test_everything_is_as_it_was_where_a_diagnosis_does_not_come_to_its_end() -> None:
+    loop = make()
+    before = state_of(loop)
+    moved = 0
+    for at in itertools.count():
+
+        def step(batch: Any) -> Any:
+            nonlocal moved
+            moved += 1
+            return loop.step(batch)
+
+        try:
+            dreplica.diagnose(step, loop.batch, loop.model, loop.optimizer, channel=Losing(at))
+        except ReplicaLost:
+            assert state_of(loop) == before, at
+        else:
+            break
+    assert moved > 2 * 2, "some were lost after the step had been taken"
+
+    def interrupted(batch: Any) -> None:
+        loop.step(batch)
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        dreplica.diagnose(interrupted, loop.batch, loop.model, loop.optimizer)
+    assert state_of(loop) == before
 
 
 def _in_ddp(world: World) -> Any:
