@@ -114,6 +114,13 @@ def _check_arguments(models: Mapping[str, Any], optimizers: Mapping[str, Any], o
     for each in models.values():
         if not isinstance(each, nn.Module):
             raise _refused("model", each, "an nn.Module, or several by name: {'generator': g, 'critic': c}")
+        for name, parameter in each.named_parameters():
+            if hasattr(parameter, "placements"):
+                raise ValueError(
+                    f"model: {name!r} is a {type(parameter).__name__}: each rank holds a part of its own (fully_shard, "
+                    "say), and parts differ by design. Compare whole tensors instead, run against run: "
+                    "dreplica.fingerprint({name: p.full_tensor() for name, p in model.named_parameters()})."
+                )
     for each in optimizers.values():
         if not hasattr(each, "param_groups"):
             raise _refused("optimizer", each, "one, or several by name: {'generator': g, 'critic': c}")
