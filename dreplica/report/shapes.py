@@ -47,7 +47,7 @@ class _Operator(_Shape):
     operator: str
     module: str | None
     phase: str
-    max_ulp: Number | None
+    max_ulp: Annotated[int, Field(ge=0, le=2**64)] | None
     max_absolute: float | None
     relative: float | None
     num_differing: int

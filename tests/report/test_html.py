@@ -199,6 +199,13 @@ def test_what_has_another_shape_is_left_out_and_said(
     assert "onednn" in text, "the rest is shown"
 
 
+def test_a_distance_across_all_of_float64_is_shown(folder: Path) -> None:
+    report = json.loads((folder / "report.json").read_text())
+    report["divergence"]["path"]["operators"][0]["max_ulp"] = 2**64 - 2**53
+    (folder / "report.json").write_text(json.dumps(report))
+    assert "1.8e+19 ULP" in text_of(folder)
+
+
 def test_numbers_of_steps_that_are_none_end_the_trace(folder: Path) -> None:
     header, *lines = (folder / "trace.jsonl").read_text().splitlines(keepends=True)
     for step in ("-5", "1" * 5000, "1e400", "null"):
