@@ -62,8 +62,8 @@ class RunPair:
         if self.found.place is not None:
             self.outcome = "differ"
         elif self.outcome == "identical" and self.found.only_samples:
-            told = all(run.stopped_after in (None, ends[0][0]) for run in runs)
-            self.final = _differ_at_the_end(*runs) if told else None
+            went_on = any(run.last_step is not None and run.last_step < ends[0][0] for run in runs)
+            self.final = None if went_on else _differ_at_the_end(*runs)
             self.outcome = "samples" if self.final is None else "differ" if any(self.final.values()) else "identical"
         self.notes = _notes(self.names, self.traces, runs, self.found)
 
@@ -192,7 +192,10 @@ def _print(console: Console, pair: RunPair) -> None:
 
 
 def _differ_at_the_end(one: RecordedRun, other: RecordedRun) -> dict[str, list[int]] | None:
-    """By stage, the replicas that both have and whose final states are not the same; None if not both say."""
+    """By stage, the replicas that both have and whose final states are not the same; None if not both say, or say it
+    of different steps."""
+    if None not in (one.last_step, other.last_step) and one.last_step != other.last_step:
+        return None
     common = [key for key in one.final if key in other.final]
     differing: dict[str, list[int]] = {stage: [] for _, stage in common}
     for replica_id, stage in common:

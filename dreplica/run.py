@@ -254,7 +254,7 @@ class Run:
     def finish(self, agreement: Agreement) -> Verdict:
         """The end of training: final fingerprints, and the spread if replicas are independent."""
         report = self.report
-        report.fingerprints = agreement.fingerprints()
+        report.fingerprints, report.last_step = agreement.fingerprints(), agreement.steps_done
         for faults in self.channel.gather(self.injector.never_struck):
             due = [fault for fault in faults if fault.repeat or fault.step > self.start.step]
             report.warnings += [f"fault injection: never struck: {fault}" for fault in due]

@@ -143,9 +143,10 @@ def test_independent_replicas_are_compared_by_what_they_have_come_to(
     assert (code, found["outcome"]) == (ExitCode.AGREED, "identical")
     assert found["summary"].endswith("of indices, batch; the same weights, buffers, optimizer at the end")
     report = json.loads((again / "report.json").read_text())
-    report["run"]["stopped_after"] = 5  # and has gone on since
-    (again / "report.json").write_text(json.dumps(report))
-    assert compare_json(capsys, runs / "independent", again)[1]["outcome"] == "samples"
+    for last_step in (5, 11):  # and has gone on since; or has taken a step that was not compared
+        report["run"]["last_step"] = last_step
+        (again / "report.json").write_text(json.dumps(report))
+        assert compare_json(capsys, runs / "independent", again)[1]["outcome"] == "samples"
     (again / "report.json").unlink()
     for arguments in ((), ("--prefix",)):
         assert compare_json(capsys, runs / "independent", again, *arguments)[0] == ExitCode.FAILED
@@ -158,7 +159,10 @@ def test_files_that_are_not_as_they_were_written(
     """A line to read, whatever has become of them."""
     folder = Path(shutil.copytree(runs / "again", tmp_path / "run"))
     (folder / "manifest.json").write_text("[1, 2]")
-    (folder / "report.json").write_text('{"verdict": 3, "fingerprints": [4]}')
+    for content in ('{"run": {"last_step": "x"}}', '{"verdict": 3, "fingerprints": [4]}'):
+        (folder / "report.json").write_text(content)
+        assert main(["compare", str(runs / "independent"), str(folder)]) == ExitCode.FAILED
+    capsys.readouterr()
     code, found = compare_json(capsys, runs / "one", folder)
     assert (code, found["manifest"]) == (ExitCode.AGREED, None)
     assert f"{folder}: manifest.json is not what a run leaves" in found["notes"]

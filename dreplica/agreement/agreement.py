@@ -123,6 +123,8 @@ class Agreement:
         _check_choice("lag", lag, (0, 1))
         if not isinstance(every, int) or every < 0:
             raise ValueError(f"every: {every!r} will not do: give a number of steps, or 0 for never.")
+        if not isinstance(trace, Trace | None):
+            raise ValueError(f"trace: {trace!r} will not do: give a dreplica.agreement.trace.Trace, or leave it out.")
         self.steps_done = self._began_after = steps_done
         self.steps_checked = 0
         self.stages_compared = 0

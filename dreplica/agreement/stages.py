@@ -93,7 +93,8 @@ def optimizer_stage(model: nn.Module, optimizer: Optimizers, *others: Any) -> St
     Of several optimizers, names begin with the optimizer's own, unless the parameter's does: `head.group0.lr`.
     Parameters that are not the model's (`group0.params.3`: a loss's own, say) are compared here with their values,
     since no other stage holds them. Functions count by name and other objects by type, because their `repr` may hold
-    an address.
+    an address. Which parameters a group holds is not hashed by itself: one that is missing on a replica shows in the
+    state kept for it, or, of an optimizer that keeps none, in the weights after the step; `check_wiring` names it.
     """
     return make_stage(optimizer_entries(model, optimizer, *others))
 

@@ -36,6 +36,7 @@ class Subject:
 
     Attributes:
         model: without DistributedDataParallel and `torch.compile` around it; several models as one, `nn.ModuleDict`.
+        given: with what is around it.
         optimizers: by name; the only one under "".
         others: further objects with a `state_dict`.
     """
@@ -44,6 +45,7 @@ class Subject:
         models = model if isinstance(model, Mapping) else {"": model}
         _check_arguments(models, by_name(optimizer), others)
         self.model = nn.ModuleDict(_checked(models)) if isinstance(model, Mapping) else unwrapped(model)
+        self.given = nn.ModuleDict(dict(models)) if isinstance(model, Mapping) else model
         self.optimizers = by_name(optimizer)
         self.others = tuple(other for other in others if other is not None)
         wrapped = [each for each in map(_in_ddp, models.values()) if each is not None]
@@ -112,6 +114,13 @@ def _check_arguments(models: Mapping[str, Any], optimizers: Mapping[str, Any], o
     for each in models.values():
         if not isinstance(each, nn.Module):
             raise _refused("model", each, "an nn.Module, or several by name: {'generator': g, 'critic': c}")
+        for name, parameter in each.named_parameters():
+            if hasattr(parameter, "placements"):
+                raise ValueError(
+                    f"model: {name!r} is a {type(parameter).__name__}: each rank holds a part of its own (fully_shard, "
+                    "say), and parts differ by design. Compare whole tensors instead, run against run: "
+                    "dreplica.fingerprint({name: p.full_tensor() for name, p in model.named_parameters()})."
+                )
     for each in optimizers.values():
         if not hasattr(each, "param_groups"):
             raise _refused("optimizer", each, "one, or several by name: {'generator': g, 'critic': c}")

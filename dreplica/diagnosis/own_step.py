@@ -60,7 +60,8 @@ def diagnose(
             is compared, too, so let it return the outputs as well: what rounds to the same loss is then told apart.
             It must not communicate with other processes.
         batch: what it is given: a tensor, or tensors in dicts, lists and tuples. The step gets a copy.
-        model: what the step trains; several by name. Not wrapped in DistributedDataParallel.
+        model: what the step trains; several by name. Not wrapped in DistributedDataParallel; of `torch.compile(model)`
+            what that returns, so that the step runs as it is compiled.
         optimizer: what trains it; several by name.
         others: further objects with a `state_dict` that the step changes: scheduler, GradScaler.
         found: the verdict of a `Divergence` that the step is to explain.
@@ -87,6 +88,9 @@ def diagnose(
         verdict = _diagnose(repeated, found, channel, differing)
     except AttemptFailed as error:
         verdict = _failed(found, channel, error)
+    except BaseException:  # Ctrl-C, or another replica is gone: nobody is left to agree on anything with
+        repeated.close()
+        raise
     return _conclude(put_back(verdict, repeated, channel), facts)
 
 

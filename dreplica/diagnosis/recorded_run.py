@@ -41,8 +41,8 @@ class RecordedRun:
     """The report's; None likewise, or if the run has not ended."""
     final: Mapping[tuple[Any, str], str]
     """Of each replica's weights, buffers and optimizer at the end, 32 hex digits; empty likewise."""
-    stopped_after: int | None
-    """The step at which it was told to stop; it may have gone on since, and what is `final` then is not."""
+    last_step: int | None
+    """The step after which `final` is; the run may have gone on since. None if the report does not say."""
     missing: tuple[str, ...] = ()
     """The files that could not be read, and why."""
 
@@ -73,8 +73,9 @@ def read_run(folder: Path) -> RecordedRun:
         for stage, digest in row.items()
         if stage != "replica"
     }
-    stopped_after = (report.get("run") or {}).get("stopped_after")
-    return RecordedRun(config, manifests, report.get("verdict"), final, stopped_after, tuple(missing))
+    run = report.get("run") or {}
+    last_step = run.get("last_step", run.get("stopped_after"))
+    return RecordedRun(config, manifests, report.get("verdict"), final, last_step, tuple(missing))
 
 
 def _is_rows(content: Any) -> bool:
@@ -85,7 +86,9 @@ def _is_report(content: Any) -> bool:
     if not isinstance(content, dict) or not _is_rows(content.get("fingerprints") or []):
         return False
     verdict, run = content.get("verdict"), content.get("run") or {}
-    return isinstance(run, dict) and (verdict is None or (isinstance(verdict, dict) and "cause" in verdict))
+    if not isinstance(run, dict) or not isinstance(run.get("last_step"), int | None):
+        return False
+    return verdict is None or (isinstance(verdict, dict) and "cause" in verdict)
 
 
 def config_differences(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[RunDifference]:

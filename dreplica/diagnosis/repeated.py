@@ -59,7 +59,7 @@ class Repeated:
         """Takes the step, every operator recorded; with `capture`, that operator's tensors kept."""
         assert self._before is not None, "begin() comes first"
         restore_snapshot(self.parts, self._before)
-        tracer = OpTracer(self.parts.optimizers, capture, self.parts.model)
+        tracer = OpTracer(self.parts.optimizers, capture, self._subject.given)
         batch = tree_map(lambda leaf: leaf.detach().clone() if isinstance(leaf, Tensor) else leaf, self._given)
         inputs = [leaf for leaf in tree_leaves(batch) if isinstance(leaf, Tensor)]
         with _gradients_used(self._subject) as gradients, tracer:

@@ -34,13 +34,22 @@ def check_wiring(
 
     `criterion`: the loss, where it has parameters of its own, which the optimizer may train, too.
 
-    Raises WiringError, with the cause
+    Raises ValueError for what is no model or optimizer, and WiringError, with the cause
     - `optimizer-not-bound`: the optimizer holds parameters that are not this model's, nor the criterion's;
     - `parameters-not-optimized`: a trainable parameter is in no parameter group, or in one twice;
     - `scheduler-not-bound`: the scheduler drives another optimizer;
     - `storage-shared`: two different parameters or buffers overlap in memory. (Tied weights, one parameter under two
       names, are fine.)
     """
+    for name, value, is_one in (
+        ("model", model, isinstance(model, nn.Module)),
+        ("optimizer", optimizer, optimizer is None or hasattr(optimizer, "param_groups")),
+    ):
+        if not is_one:
+            raise ValueError(
+                f"{name}: a {type(value).__name__} will not do: give one; of several models, check each with its own "
+                "optimizer."
+            )
     if optimizer is not None:
         _check_optimizer(model, optimizer, criterion)
         if scheduler is not None:

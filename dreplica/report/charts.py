@@ -8,6 +8,10 @@ from typing import Any
 
 _NUM_COLORS = 8
 """Of the page's palette."""
+_LARGEST = 1e300
+"""That is drawn: of larger numbers a difference may be infinite."""
+_SMALLEST = 1e-290
+"""Range of an axis: a smaller one is none."""
 _MOST_DOTS = 60
 """Points of a line that are marked one by one."""
 LAST = -sys.float_info.max
@@ -76,12 +80,12 @@ def line_chart(
     """
     drawn = {part: [[_height(value, logarithmic) for value in row] for row in rows] for part, rows in parts.items()}
     heights = [value for rows in drawn.values() for row in rows for value in row if value is not None]
-    num_missing = sum(not _is_finite(value) for rows in parts.values() for row in rows for value in row)
+    num_missing = sum(not _is_drawn(value) for rows in parts.values() for row in rows for value in row)
     if not epochs or not (heights or num_missing):
         return None
     heights = heights or [0.0, 1.0]  # that there is nothing to draw is what there is to say
     ticks = nice_ticks(min(heights), max(heights), whole=logarithmic)
-    if in_percent:
+    if in_percent and max(heights) <= 1:
         ticks = [tick for tick in ticks if -1e-9 <= tick <= 1 + 1e-9]
     low, high = min(*ticks, *heights), max(*ticks, *heights)
 
@@ -107,12 +111,14 @@ def line_chart(
         [Tick(x(epoch), str(epoch)) for epoch in _whole_ticks(epochs[0], epochs[-1])],
         [Tick(100 * (tick - low) / (high - low), _tick_text(tick, in_percent, logarithmic)) for tick in ticks],
         _table_of(epochs, parts, replicas),
-        [f"{num_missing} values are infinite or not a number, and not drawn"] if num_missing else [],
+        [f"{num_missing} values are infinite, beyond {_LARGEST:g} or not a number, and not drawn"]
+        if num_missing
+        else [],
     )
 
 
 def _height(value: float | None, logarithmic: bool) -> float | None:
-    if value is None or not math.isfinite(value):
+    if value is None or not _is_drawn(value):
         return None
     if not logarithmic:
         return value
@@ -180,10 +186,11 @@ def percent(value: float) -> tuple[str, float]:
 def nice_ticks(low: float, high: float, about: int = 4, whole: bool = False) -> list[float]:
     """About so many round numbers, in steps of 1, 2, 2.5 or 5 times a power of ten, that enclose low to high.
 
-    `whole`: only whole ones.
+    Neither is beyond 1e300. `whole`: only whole ones.
     """
-    if not low < high:
-        low, high = low - (abs(low) or 1.0) / 10, high + (abs(high) or 1.0) / 10
+    if not high - low > _SMALLEST:
+        margin = (abs(low) if abs(low) > _SMALLEST else 1.0) / 10
+        low, high = low - margin, high + margin
     rough = (high - low) / about
     power = 10.0 ** math.floor(math.log10(rough))
     step = next(factor * power for factor in (1, 2, 2.5, 5, 10) if factor * power >= rough * (1 - 1e-9))
@@ -207,3 +214,7 @@ def _whole_ticks(first: int, last: int) -> list[int]:
 
 def _is_finite(value: Any) -> bool:
     return isinstance(value, int | float) and math.isfinite(value)
+
+
+def _is_drawn(value: Any) -> bool:
+    return _is_finite(value) and abs(value) <= _LARGEST

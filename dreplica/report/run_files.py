@@ -1,14 +1,17 @@
 """What is in a run folder, whole or not: the report is made of it alone."""
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import yaml
+from pydantic import TypeAdapter
 
 from dreplica.errors import UsageError
+from dreplica.report import shapes
 from dreplica.report.strip import TraceSummary, read_trace
 
 _FILES = ("report.json", "config.yaml", "manifest.json", "metrics.jsonl", "trace.jsonl")
@@ -55,9 +58,9 @@ def read_run(folder: Path) -> RunFiles:
             "Name one that a run has written to, such as runs/digits."
         )
     problems: list[str] = []
-    report = _read(folder / "report.json", _parse_object, problems)
+    report = _in_shape(_read(folder / "report.json", _parse_object, problems), shapes.REPORT, "report.json", problems)
     config_text = _read(folder / "config.yaml", str, problems) or ""
-    config = _read(folder / "config.yaml", _parse_yaml, problems)
+    config = _in_shape(_read(folder / "config.yaml", _parse_yaml, problems), shapes.CONFIG, "config.yaml", problems)
     manifests = _read(folder / "manifest.json", _parse_rows, problems)
     epochs = _read(folder / "metrics.jsonl", _parse_lines, problems) or (report or {}).get("epochs") or []
     trace = TraceSummary()
@@ -74,7 +77,7 @@ def read_run(folder: Path) -> RunFiles:
         config_text,
         config or {},
         manifests or [],
-        sorted({row["epoch"]: row for row in epochs}.values(), key=lambda row: row["epoch"]),
+        by_epoch(epochs),
         trace,
         datetime.fromtimestamp(max(path.stat().st_mtime for path in present), UTC),
         any(folder.glob("checkpoints/step_*")),
@@ -82,10 +85,15 @@ def read_run(folder: Path) -> RunFiles:
     )
 
 
+def by_epoch(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The last row of each epoch, in the order of epochs."""
+    return sorted({row["epoch"]: row for row in rows}.values(), key=lambda row: row["epoch"])
+
+
 def _went_on(report: dict[str, Any], trace: TraceSummary) -> bool:
-    """Whether an interrupted run has taken further steps since its report was written."""
-    verdict = report.get("verdict") or {}
-    ended = (report.get("run") or {}).get("stopped_after")
+    """Whether a run has taken further steps since its report was written."""
+    verdict, run = report.get("verdict") or {}, report.get("run") or {}
+    ended = run.get("last_step", run.get("stopped_after"))
     if ended is None and verdict.get("cause") == "replica-lost" and verdict.get("step") is not None:
         ended = verdict["step"] + 1  # rank 0 may have recorded a step that the one that tells had not completed
     return ended is not None and trace.last_step is not None and trace.last_step > ended
@@ -97,11 +105,22 @@ def _read(path: Path, parse: Any, problems: list[str]) -> Any:
         return None
     try:
         return parse(path.read_text(encoding="utf-8", errors="replace"))
-    except (OSError, ValueError, TypeError, KeyError, yaml.YAMLError) as error:
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
         line = f"{path.name} cannot be read: {(str(error) or type(error).__name__).splitlines()[0]}"
         if line not in problems:
             problems.append(line)
         return None
+
+
+def _in_shape(
+    content: dict[str, Any] | None, shape: TypeAdapter[Any], name: str, problems: list[str]
+) -> dict[str, Any] | None:
+    """What of it can be shown; where it is not what a run leaves, `problems` says so."""
+    if content is None:
+        return None
+    kept, places = shapes.split_off_misshapen(content, shape)
+    problems += [f"{name} is not what a run leaves, and that part is not shown: {place}" for place in places]
+    return kept
 
 
 def _parse_object(text: str) -> dict[str, Any]:
@@ -119,13 +138,9 @@ def _parse_yaml(text: str) -> dict[str, Any]:
 
 
 def _parse_rows(text: str) -> list[dict[str, Any]]:
-    value = json.loads(text)
-    if not isinstance(value, list) or not all(isinstance(row, dict) for row in value):
-        raise ValueError("it holds no list of manifests")
-    return value
+    return shapes.check(json.loads(text), shapes.MANIFESTS)
 
 
 def _parse_lines(text: str) -> list[dict[str, Any]]:
     """Whole lines only: a last one may still be being written, or have been cut off."""
-    rows = [json.loads(line) for line in text.split("\n")[:-1]]
-    return [{"epoch": row["epoch"], **row, "train": dict(row["train"]), "val": dict(row["val"])} for row in rows]
+    return [shapes.check(json.loads(line), shapes.EPOCH) for line in text.split("\n")[:-1]]

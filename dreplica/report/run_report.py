@@ -36,6 +36,8 @@ class RunReport:
     warnings: list[str] = field(default_factory=list)
     resumed_from: int | None = None
     """The step from which an interrupted run went on."""
+    last_step: int | None = None
+    """The last one taken, after which `fingerprints` are; None if it has not come to that."""
     stopped_after: int | None = None
     """The step after which it was stopped on request."""
 
@@ -57,6 +59,7 @@ class RunReport:
                 "folder": str(self.folder),
                 "seconds": round(self.seconds, 1),
                 "resumed_from": self.resumed_from,
+                "last_step": self.last_step,
                 "stopped_after": self.stopped_after,
             },
             "expect": self.expect,

@@ -17,7 +17,7 @@ from dreplica.report.charts import (
     number_text,
     percent,
 )
-from dreplica.report.run_files import RunFiles
+from dreplica.report.run_files import RunFiles, by_epoch
 from dreplica.training.timing import PHASES
 
 _MOST_VALUES = 4000
@@ -107,7 +107,7 @@ def operator_path(run: RunFiles) -> OperatorPath | None:
         [
             (str(row["index"]), row["index"]),
             row["operator"],
-            row["module"],
+            row["module"] or "",
             row["phase"],
             *(exact(row[key]) for key in ("max_ulp", "max_absolute", "relative")),
             (f"{row['num_differing']:,}", row["num_differing"]),
@@ -183,7 +183,7 @@ def training_charts(run: RunFiles) -> list[LineChart]:
 
 def distance_charts(run: RunFiles) -> list[LineChart]:
     """How far replicas that have parted and gone on are from replica 0: Euclidean, stage by stage, epoch by epoch."""
-    rows = (run.report or {}).get("distance") or []
+    rows = by_epoch((run.report or {}).get("distance") or [])
     epochs = [row["epoch"] for row in rows]
     charts = []
     for stage in STAGES:
@@ -196,7 +196,7 @@ def distance_charts(run: RunFiles) -> list[LineChart]:
 def time_bars(run: RunFiles) -> tuple[list[Bar], Table] | None:
     """Where each replica's time went over all epochs that were measured, and the seconds of these, or of evenly spaced
     ones where there are many; None if none were."""
-    measured = [row for row in run.epochs if row.get("timing")]
+    measured = [row for row in run.epochs if any(row.get("timing", {}).values())]
     if not measured:
         return None
     replicas = max(len(values) for row in measured for values in row["timing"].values())
@@ -228,16 +228,16 @@ def spread_figure(run: RunFiles) -> SpreadFigure | None:
     values = run.epochs[-1]["val"].get("accuracy") or []
     mean, deviation, ensemble = spread["accuracy_mean"], spread["accuracy_std"], spread["ensemble_accuracy"]
     ends = [] if deviation is None else [mean - deviation, mean + deviation]
-    ticks = nice_ticks(min(*values, mean, ensemble, *ends), max(*values, mean, ensemble, *ends))
-    ticks = [tick for tick in ticks if tick <= 1 + 1e-9]
+    shown = [*values, mean, ensemble, *ends]
+    ticks = [tick for tick in nice_ticks(min(shown), max(shown)) if tick <= max(1, *shown) + 1e-9]
     low = ticks[0]
-    width = max(ticks[-1], *values, mean, ensemble, *ends) - low
+    width = max(ticks[-1], *shown) - low
 
     def at(value: float) -> float:
         return 100 * (value - low) / width
 
     around = "" if deviation is None else f" ± {100 * deviation:.3g} (standard deviation)"
-    pairs = [spread["disagreement"][i][j] for i in range(spread["n"]) for j in range(i)]
+    pairs = [value for i, row in enumerate(spread["disagreement"]) for value in row[:i]]
     summary = f"Validation accuracy {100 * mean:.4g}%{around}, n = {spread['n']}; ensemble {100 * ensemble:.4g}%."
     if pairs:
         least = "" if min(pairs) == max(pairs) else f"{min(pairs):.2%} to "

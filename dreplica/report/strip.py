@@ -9,9 +9,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from dreplica.report import shapes
+
 MOST_CELLS = 160
 
-_LINE = re.compile(rb'\{"step": (\d+), "epoch": (\d+|null), "agreed": (true|false), .*\}\n')
+_LINE = re.compile(rb'\{"step": (\d{1,18}), "epoch": (\d{1,18}|null), "agreed": (true|false), .*\}\n')
 """As the trace writes it; taken apart without reading the digests, which are most of it."""
 
 
@@ -79,8 +81,8 @@ def read_trace(path: Path, most_cells: int = MOST_CELLS) -> TraceSummary:
 
 def _header(line: bytes, summary: TraceSummary) -> tuple[int, None, bool] | None:
     try:
-        summary.header = dict(json.loads(line))
-    except (ValueError, TypeError):
+        summary.header = shapes.check(json.loads(line), shapes.HEADER)
+    except (ValueError, RecursionError):
         return None
     return 0, None, True
 
@@ -92,9 +94,9 @@ def _parse(line: bytes) -> tuple[int, int | None, bool] | None:
         step, epoch, agreed = found.groups()
         return int(step), None if epoch == b"null" else int(epoch), agreed == b"true"
     try:
-        row = json.loads(line)
-        return int(row["step"]), row["epoch"], bool(row["agreed"])
-    except (ValueError, KeyError, TypeError):
+        row = shapes.check(json.loads(line), shapes.STEP)
+        return row["step"], row["epoch"], row["agreed"]
+    except (ValueError, RecursionError):
         return None
 
 

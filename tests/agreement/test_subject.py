@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import dreplica
 from dreplica.agreement.agreement import Agreement
 from dreplica.agreement.stages import batch_stage, gradients_stage, optimizer_stage
 from dreplica.agreement.subject import Subject
@@ -158,11 +159,33 @@ def test_a_name_that_no_model_can_have_is_refused(name: Any) -> None:
         ((nn.Linear(1, 1),), {"stages": []}, "stages: [] will not do: nothing would be compared"),
         ((nn.Linear(1, 1),), {"stages": "weights"}, "stages: 'weights' will not do: give several, or one in a list"),
         ((nn.Linear(1, 1),), {"every": 1.5}, "every: 1.5 will not do"),
+        ((nn.Linear(1, 1),), {"trace": "x"}, "trace: 'x' will not do: give a dreplica.agreement.trace.Trace"),
     ],
 )
 def test_what_is_no_argument_is_refused(arguments: Any, keywords: Any, words: str) -> None:
     with pytest.raises(ValueError, match=re.escape(words)):
         Agreement(*arguments, **keywords)
+
+
+def _sharded(world: World) -> list[str]:
+    """What is said of a sharded model, and the digests of its whole tensors, as the remedy has them."""
+    from torch.distributed import init_device_mesh  # this takes a while, and one test needs it
+    from torch.distributed.fsdp import fully_shard
+
+    seed_everything(0)
+    model = nn.Linear(3, 4)
+    whole = dreplica.fingerprint(dict(model.named_parameters()))
+    fully_shard(model, mesh=init_device_mesh("cpu", (2,)))
+    with pytest.raises(ValueError, match=r"'weight' is a DTensor: each rank holds a part .*: p\.full_tensor\(\) for"):
+        Agreement(model)
+    assert dreplica.fingerprint({name: p.full_tensor() for name, p in model.named_parameters()}) == whole
+    return list(whole.values())
+
+
+def test_a_sharded_model_is_refused_and_its_whole_tensors_can_be_compared() -> None:
+    one, two = run_replicas(_sharded, 2)
+    assert isinstance(one, list), one
+    assert one == two
 
 
 def test_that_nothing_was_compared_is_told(caplog: pytest.LogCaptureFixture) -> None:

@@ -1,5 +1,6 @@
 """`dreplica.diagnose` on steps of one's own: the operator, or an honest `unexplained`, and everything as it was."""
 
+import itertools
 import random
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -17,7 +18,9 @@ from dreplica.agreement.verdict import Verdict
 from dreplica.cases.operators import racy_sum
 from dreplica.diagnosis.remedies import as_code
 from dreplica.replica.rng import get_rng_state, seed_generators, set_rng_state
+from dreplica.world.channel import Channel
 from dreplica.world.process_group import World
+from dreplica.world.roll_call import ReplicaLost
 from tests.harness import run_replicas
 
 
@@ -298,6 +301,48 @@ def test_one_replica_by_itself_may_disagree_with_itself() -> None:
     assert untouched
 
 
+class Losing(Channel):
+    """Loses the other replicas at one of its collectives."""
+
+    def __init__(self, at: int) -> None:
+        super().__init__()
+        self.left = at
+
+    def gather(self, value: Any) -> list[Any]:
+        self.left -= 1
+        if self.left < 0:
+            raise ReplicaLost("gone")
+        return super().gather(value)
+
+
+def test_everything_is_as_it_was_where_a_diagnosis_does_not_come_to_its_end() -> None:
+    loop = make()
+    before = state_of(loop)
+    moved = 0
+    for at in itertools.count():
+
+        def step(batch: Any) -> Any:
+            nonlocal moved
+            moved += 1
+            return loop.step(batch)
+
+        try:
+            dreplica.diagnose(step, loop.batch, loop.model, loop.optimizer, channel=Losing(at))
+        except ReplicaLost:
+            assert state_of(loop) == before, at
+        else:
+            break
+    assert moved > 2 * 2, "some were lost after the step had been taken"
+
+    def interrupted(batch: Any) -> None:
+        loop.step(batch)
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        dreplica.diagnose(interrupted, loop.batch, loop.model, loop.optimizer)
+    assert state_of(loop) == before
+
+
 def _in_ddp(world: World) -> Any:
     loop = make()
     model = DistributedDataParallel(loop.model)
@@ -308,6 +353,73 @@ def _in_ddp(world: World) -> Any:
 
 def test_of_a_model_in_ddp_the_module_within_is_diagnosed() -> None:
     assert run_replicas(_in_ddp, 2) == ["none", "none"]
+
+
+def compile_net(world: World | None = None, backend: Any = "aot_eager") -> tuple[Loop, nn.Module]:
+    """A loop that trains a compiled model, and that model; on replica 1 the critical line is another."""
+    loop = make(only_on_one if world is not None else mean)
+    compiled: Any = torch.compile(loop.model, backend=backend)
+
+    def step(batch: Any) -> tuple[Tensor, Tensor]:
+        inputs, labels = batch
+        logits = compiled(inputs)
+        loss = nn.functional.cross_entropy(logits, labels)
+        loss.backward()
+        loop.optimizer.step()
+        return loss, logits
+
+    loop.step = step  # type: ignore[method-assign]
+    return loop, compiled
+
+
+def _compiled(world: World) -> list[Any]:
+    """What `Agreement` finds of a flipped bit, what `diagnose` says of it, and of a line that only replica 1 runs."""
+    loop, compiled = compile_net()
+    agreement = dreplica.Agreement(compiled, loop.optimizer)
+    found = []
+    try:
+        for number in range(1, 4):
+            loss, logits = loop.step(loop.batch)
+            if number == 2 and world.replica_id == 1:
+                loop.model.head.weight.data.view(torch.int32)[0, 0] ^= 1
+            agreement.step(batch=loop.batch, loss=loss, outputs=logits)
+            loop.optimizer.zero_grad()
+    except dreplica.Divergence as divergence:
+        found.append(divergence.verdict)
+        found.append(dreplica.diagnose(loop.step, loop.batch, compiled, loop.optimizer, found=divergence.verdict))
+    loop, compiled = compile_net(world)
+    found.append(dreplica.diagnose(loop.step, loop.batch, compiled, loop.optimizer))
+    return found
+
+
+def test_faults_in_a_compiled_loop() -> None:
+    one, two = run_replicas(_compiled, 2)
+    assert isinstance(one, list), one
+    assert one == two
+    parted, asked, other_line = one
+    assert (parted.step, parted.stage, parted.tensor) == (2, "weights", "head.weight")
+    assert asked.cause == "unexplained"
+    assert "the step comes to the same on every replica: the difference is not its own" in asked.evidence[-1]
+    assert (other_line.cause, other_line.stage, other_line.operator) == (
+        "structure-differs",
+        "output",
+        "aten.mul.Tensor",
+    )
+
+
+@pytest.mark.filterwarnings("error:Using `torch.compile")  # torch gives it where hooks are added to compiled modules
+def test_a_step_compiled_while_it_is_diagnosed_is_the_same_code() -> None:
+    torch._dynamo.reset()
+    graphs = []
+
+    def backend(graph: Any, _: Any) -> Any:
+        graphs.append(graph)
+        return graph.forward
+
+    loop, compiled = compile_net(backend=backend)
+    assert dreplica.diagnose(loop.step, loop.batch, compiled, loop.optimizer).cause == "none"
+    loop.step(loop.batch)
+    assert len(graphs) == 1
 
 
 def test_remedies_are_lines_of_python() -> None:

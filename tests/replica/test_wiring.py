@@ -342,6 +342,14 @@ def test_addresses_on_different_devices_do_not_collide() -> None:
 # ---- the error itself
 
 
+def test_what_is_no_model_or_optimizer_is_refused() -> None:
+    model = make_model()
+    with pytest.raises(ValueError, match="model: a list will not do: give one; of several models, check each with its"):
+        check_wiring([model], sgd(model))  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="optimizer: a dict will not do: give one"):
+        check_wiring(model, {"one": sgd(model)})  # type: ignore[arg-type]
+
+
 def test_the_error_survives_pickling_since_it_crosses_processes() -> None:
     error = fault(make_model(), sgd(make_model()))
     again = pickle.loads(pickle.dumps(error))

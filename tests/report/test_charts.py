@@ -35,15 +35,24 @@ def test_points_lie_where_the_ticks_say() -> None:
 def test_what_is_no_number_is_a_gap_and_said() -> None:
     made = chart([1.0], [None], [math.inf], [2.0], [3.0])
     assert made.lines[0].path == "M0 100M75 50L100 0"
-    assert made.notes == ["2 values are infinite or not a number, and not drawn"]
+    assert made.notes == ["2 values are infinite, beyond 1e+300 or not a number, and not drawn"]
     assert made.table.rows[1][1][0] == "not finite"
     assert line_chart("Loss", [], {"training": []}) is None
 
 
 def test_of_losses_none_of_which_is_a_number_the_table_is_there() -> None:
     made = chart([None, None])
-    assert (made.lines, made.notes) == ([], ["2 values are infinite or not a number, and not drawn"])
+    assert (made.lines, made.notes) == ([], ["2 values are infinite, beyond 1e+300 or not a number, and not drawn"])
     assert [cell[0] for cell in made.table.rows[0]] == ["1", "not finite"]
+
+
+@pytest.mark.parametrize("values", [(1e308, -1e308), (-5.0, 1e300), (1e-300, -1e308), (0.0, 5e-324), (-1e300, 1e300)])
+def test_the_largest_and_smallest_numbers_are_told_and_drawn_where_they_can_be(values: tuple[float, float]) -> None:
+    made = chart(*([value] for value in values))
+    drawn = [value for value in values if abs(value) <= 1e300]
+    assert "".join(line.path for line in made.lines).count(" ") == len(drawn)
+    assert not any(word in repr(made) for word in ("inf,", "nan", "inf "))
+    assert [row[1] for row in made.table.rows] == [(f"{value:.6g}", value) for value in values]
 
 
 def test_a_replica_that_was_not_there_has_no_point() -> None:

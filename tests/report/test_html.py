@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from torch import Tensor, nn
 
 from dreplica import cli
@@ -164,13 +165,63 @@ def test_a_file_that_cannot_be_read_is_said_and_the_rest_is_shown(folder: Path, 
     assert "10 steps compared" in text
 
 
+MISSHAPEN = [
+    ("report.json", ["verdict"], 3, "verdict: Input should be"),
+    ("report.json", ["verdict", "classes"], [[0], 1], "verdict.classes.1: Input should be"),
+    ("report.json", ["run"], [], "run: Input should be"),
+    ("report.json", ["run", "seconds"], 10**400, "run.seconds: Input should be"),
+    ("report.json", ["spread"], {"n": 2, "accuracy_mean": None}, "spread.accuracy_mean: Input should be"),
+    ("report.json", ["divergence", "path", "operators", 0, "max_ulp"], "x", "divergence.path"),
+    ("report.json", ["distance", 0, "epoch"], [], "distance.0.epoch: Input should be"),
+    ("report.json", ["fingerprints", 0, "weights"], 3, "fingerprints.0.weights: Input should be"),
+    ("report.json", [], [], "report.json cannot be read: it holds no object"),
+    ("manifest.json", [0, "device"], "cpu", "manifest.json cannot be read: 0.device: Input should be"),
+    ("config.yaml", ["run"], "x", "run: Input should be"),
+    ("config.yaml", ["overrides"], {1: {"determinism": 3}}, "overrides.1.determinism: Input should be"),
+    ("metrics.jsonl", ["train", "loss"], None, "metrics.jsonl cannot be read: train.loss: Input should be"),
+    ("trace.jsonl", ["replicas"], None, None),
+]
+
+
+@pytest.mark.parametrize(("name", "place", "value", "note"), MISSHAPEN)
+def test_what_has_another_shape_is_left_out_and_said(
+    folder: Path, name: str, place: list[Any], value: Any, note: str | None
+) -> None:
+    first, end, rest = (folder / name).read_text().partition("\n" if name.endswith("l") and "json" in name else "\0")
+    content = yaml.safe_load(first) if name == "config.yaml" else json.loads(first)
+    within = {"content": content}
+    for key in (place := ["content", *place])[:-1]:
+        within = within[key]
+    within[place[-1]] = value
+    (folder / name).write_text(json.dumps(content if len(place) > 1 else value) + end + rest)
+    text = text_of(folder)
+    assert note is None or note in text
+    assert "onednn" in text, "the rest is shown"
+
+
+def test_a_distance_across_all_of_float64_is_shown(folder: Path) -> None:
+    report = json.loads((folder / "report.json").read_text())
+    report["divergence"]["path"]["operators"][0]["max_ulp"] = 2**64 - 2**53
+    (folder / "report.json").write_text(json.dumps(report))
+    assert "1.8e+19 ULP" in text_of(folder)
+
+
+def test_numbers_of_steps_that_are_none_end_the_trace(folder: Path) -> None:
+    header, *lines = (folder / "trace.jsonl").read_text().splitlines(keepends=True)
+    for step in ("-5", "1" * 5000, "1e400", "null"):
+        (folder / "trace.jsonl").write_text(header + lines[0] + lines[1].replace('"step": 1', f'"step": {step}'))
+        summary = read_run(folder).trace
+        assert (summary.last_step, summary.cut) == (0, True)
+
+
 def test_a_run_that_went_on_does_not_show_the_report_of_its_first_attempt(folder: Path) -> None:
     report = json.loads((folder / "report.json").read_text())
+    assert report["run"]["last_step"] == 10
     report["run"]["stopped_after"] = 10
     report["verdict"] |= {"agreed": True, "cause": "none", "summary": "2 replicas, 10 steps: bit-identical; stopped"}
     (folder / "report.json").write_text(json.dumps(report))
     assert "Stopped on request after step 10." in text_of(folder)
-    report["run"]["stopped_after"] = 4
+    report["run"]["last_step"] = 4
     (folder / "report.json").write_text(json.dumps(report))
     text = text_of(folder)
     assert "Still running, or ended without a report." in text

@@ -48,6 +48,19 @@ def test_results_of_every_replica_reach_both_and_nothing_is_disturbed(
         assert name in content
 
 
+def test_a_run_that_goes_on_and_then_parts_writes_each_epoch_once_and_both_verdicts(tmp_path: Path) -> None:
+    accumulators = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    arguments = (*SMALL, "--report={tensorboard: true}", "--inject=[{replica: 1, step: 11, target: weights}]")
+    run_job(*arguments, "--run.stop_after=7", root=tmp_path)
+    job = run_job(*arguments, "--train.epochs=3", root=tmp_path)
+    assert job.exitcodes == {0: 3, 1: 3}, job.output
+    events = accumulators.EventAccumulator(str(job.folder / "tensorboard")).Reload()
+    assert [event.step for event in events.Scalars("val/loss/replica_1")] == [5, 10]
+    stopped, parted = (event.tensor_proto.string_val[0] for event in events.Tensors("verdict/text_summary"))
+    assert b"stopped on request after step 7" in stopped
+    assert b"transient-fault: replicas parted at step 11" in parted
+
+
 @pytest.mark.parametrize("key", ["tensorboard", "wandb"])
 def test_a_package_that_is_not_installed_is_named(key: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sinks, "find_spec", lambda name: None)
