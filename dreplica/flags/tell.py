@@ -76,7 +76,7 @@ def _table(found: Study, off: Row) -> Table:
 def _cells(row: Row) -> list[str]:
     then = "agrees"
     if row.parted is not None:
-        then = "raises" if row.parted.refused is not None else "does not agree"
+        then = "does not agree" if row.parted.refused is None else "does not run"
     numbers = {None: "", True: "as strict", False: "others"}[row.as_strict]
     return [then, _ratio(row.ratios), numbers]
 

@@ -74,7 +74,7 @@ class Trial:
 
     Args:
         steps: how many to train each time, or fewer where the job itself ends before.
-        others: sections `determinism` that are timed beside the job's own; they need no other environment.
+        others: sections `determinism` that are timed beside the job's own, and may follow it in one process.
         folder: where rank 0 leaves what was found, and the trace of the first training.
     """
 
