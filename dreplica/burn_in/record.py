@@ -9,7 +9,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal
 
-from dreplica.burn_in.cards import Account, Card, PassDone, kind_of
+from dreplica.burn_in.cards import Account, Card, PassDone
 from dreplica.config import RunConfig
 from dreplica.errors import ExitCode, UsageError
 from dreplica.report.run_report import write_json
@@ -79,7 +79,7 @@ class Record:
             "steps": account.cards[0].steps,
             "comparisons": account.cards[0].comparisons,
             "found": account.num_found,
-            "causes": {cause: {"passes": n, "laid_to": kind_of(cause)} for cause, n in account.causes.items()},
+            "causes": {cause: {"passes": n, "laid_to": account.laid_to[cause]} for cause, n in account.causes.items()},
             "suspects": account.suspects,
             "undecided": [{"classes": list(map(list, ids)), "passes": n} for ids, n in account.undecided.items()],
             "cards": [card.as_dict() for card in account.cards],
