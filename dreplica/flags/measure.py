@@ -168,6 +168,8 @@ class Measurements:
         if (folder / REFUSED_NAME).exists():
             refused = json.loads((folder / REFUSED_NAME).read_text(encoding="utf-8"))
             return Outcome(variant, "", 0, {}, folder, refused=refused)
+        if code == ExitCode.STOPPED:
+            raise TrialFailed(f"{variant.name}: a replica was told to stop")
         if code != ExitCode.AGREED:
             lost = next((line for line in output.splitlines() if line.startswith(LOST)), tail)
             raise TrialFailed(f"{variant.name}: it ended with exit code {code}:\n{lost}")
@@ -195,6 +197,8 @@ def describe(outcome: Outcome) -> str:
         row = outcome.refused
         if "step" not in row:
             return str(row["message"])
+        if row.get("phase") == "evaluation":
+            return f"raises in the evaluation after step {row['step']}"
         return f"raises at step {row['step']}: {_operator(row) or row['message']}"
     assert outcome.verdict is not None
     verdict = outcome.verdict

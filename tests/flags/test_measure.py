@@ -100,6 +100,9 @@ def test_a_start_that_fails_ends_it_with_its_last_words(make: Callable[..., Meas
     measurements = make(lambda *_: (ExitCode.FAILED, "lost: replica 1: it raised OSError\nand more"))
     with pytest.raises(TrialFailed, match=r"exit code 1:\nlost: replica 1: it raised OSError$"):
         measurements.start(STRICT)
+    measurements = make(lambda *_: (ExitCode.STOPPED, ""))
+    with pytest.raises(TrialFailed, match=r"^strict: a replica was told to stop$"):
+        measurements.start(STRICT)
     measurements = make(lambda *_: (None, "still at it"))
     with pytest.raises(TrialFailed, match=r"(?s)did not end within 60 seconds \(--timeout\):.*still at it"):
         measurements.start(STRICT)
