@@ -27,7 +27,7 @@ def print_study(console: Console, found: Study) -> None:
     console.print(_table(found, off))
     _say_more(say, found, off)
     needed = ", ".join(found.needed)
-    say(f"SMALLEST SET {needed}" if needed else "SMALLEST SET none: this job needs no flag")
+    say(f"SMALLEST SET {needed}" if needed else f"SMALLEST SET none: no flag was missed in {found.steps} steps")
     keys, lines = to_paste(smallest.variant.given_up, found.device)
     section = yaml.safe_dump(dict(keys), default_flow_style=True, sort_keys=False, width=1000).strip()
     say(f"  determinism: {section}")

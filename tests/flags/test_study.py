@@ -87,7 +87,7 @@ def test_a_job_that_needs_none(of: Made) -> None:
     found = of(job)
     assert found.needed == []
     text = told(found)
-    assert "SMALLEST SET none: this job needs no flag\n" in text
+    assert "SMALLEST SET none: no flag was missed in 4 steps\n" in text
     assert "no effect on cpu: cudnn_deterministic, cudnn_benchmark, cublas_workspace_config, tf32, red" in text
     assert "  determinism: {mode: 'off', fill_uninitialized_memory: false}\n" in text
     assert "time per step: 0.769 (0.769 to 0.769) x strict mode's\n" in text
