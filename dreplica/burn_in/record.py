@@ -43,10 +43,14 @@ class Record:
             self.append(done)
             self.write(self.summary(account, None, None))
         except OSError as error:
-            raise UsageError(
-                f"run.root: {str(self.folder)!r} cannot be written to any more ({error.strerror}). Make room, or name "
-                "another with --run.root."
-            ) from None
+            raise self.cannot_write(error) from None
+
+    def cannot_write(self, error: OSError) -> UsageError:
+        """What to tell of it."""
+        return UsageError(
+            f"run.root: {str(self.folder)!r} cannot be written to any more ({error.strerror}). Make room, or name "
+            "another with --run.root."
+        )
 
     def append(self, done: PassDone) -> None:
         """Adds a line. Raises OSError."""
