@@ -40,7 +40,7 @@ from dreplica.training.snapshot import take_snapshot
 from dreplica.training.step import forward, make_scaler
 from dreplica.worker import run_process
 from dreplica.world.process_group import World
-from dreplica.world.signals import StopRequest
+from dreplica.world.signals import StoppedOnRequest, StopRequest
 
 LOOPS = {"a": "bare PyTorch loop", "b": "trainer, no checks", "c": "trainer, every stage at every step"}
 RATIOS = (("b", "a"), ("c", "b"), ("c", "a"))
@@ -91,14 +91,18 @@ class Bench:
         self.steps = min(4, max(1, num_batches - 1)) if steps is None else steps
         world.together(lambda: _check_steps(self.steps, num_batches))
 
-    def measure(self, rounds: int) -> Measured:
-        """Times every loop in every round, after one round that does not count. A collective."""
+    def measure(self, rounds: int, told: StopRequest | None = None) -> Measured:
+        """Times every loop in every round, after one round that does not count. A collective.
+
+        Raises StoppedOnRequest once `told` is set on any replica.
+        """
         seconds: dict[str, list[float]] = {name: [] for name in LOOPS}
         peaks = dict.fromkeys(LOOPS, 0)
         orders = itertools.cycle(itertools.permutations(LOOPS))
         for number, order in zip(range(rounds + 1), orders, strict=False):
             for name in order:
-                self.world.channel.gather(None)  # all begin together
+                if any(self.world.channel.gather(bool(told))):  # and all begin together
+                    raise StoppedOnRequest
                 if self.on_gpu:
                     torch.cuda.reset_peak_memory_stats(self.device)
                 own = self.time_steps(self.loop(name, self.steps + 1), self.steps)
@@ -193,7 +197,6 @@ class Bench:
             channel=self.world.channel,
         )
         history = self.history if every else History(self.replica, every=0)
-        stop_request = StopRequest()
         epochs = train(
             self.replica,
             self.data,
@@ -202,7 +205,7 @@ class Bench:
             self.config,
             self.world,
             self.device,
-            stop_request,
+            StopRequest(),  # a round is taken to its end
             history,
         )
         done = (event for event in epochs if isinstance(event, StepDone))
@@ -274,10 +277,13 @@ def _work() -> ExitCode:
     parser.add_argument("--steps", type=int)
     known, settings = parser.parse_known_args()
 
-    def conduct(prepared: Prepared, world: World, _stop_request: StopRequest) -> ExitCode:
+    def conduct(prepared: Prepared, world: World, stop_request: StopRequest) -> ExitCode:
         world.together(lambda: None)  # another replica's input may be unusable
         bench = Bench(prepared.own, world, prepared.device.device, known.steps)
-        measured = bench.measure(known.rounds)
+        try:
+            measured = bench.measure(known.rounds, stop_request)
+        except StoppedOnRequest:
+            return ExitCode.STOPPED
         if world.is_coordinator:
             snapshot_every = bench.config.agreement.snapshot_every
             print_measured(Console(), measured, world.num_replicas, bench.steps, snapshot_every)

@@ -1,6 +1,7 @@
 """Starts the workers of a run with torchrun's own launcher, and tells their exit codes apart."""
 
 import logging
+import sys
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
@@ -46,6 +47,9 @@ def launch(module: str, arguments: Sequence[str], num_replicas: int, nodes: Node
                 return ExitCode.AGREED
             return _most_telling(codes.values())
         except ChildFailedError as error:
+            for rank, failure in error.failures.items():
+                if failure.exitcode < 0:  # it had no time to say anything
+                    print(f"replica {rank} was ended by {failure.signal_name()}", file=sys.stderr)
             return _most_telling({failure.exitcode for failure in error.failures.values()} | set(left().values()))
     return ExitCode.AGREED
 

@@ -11,6 +11,7 @@ from dreplica.bench import Bench, Measured, Memory, print_measured
 from dreplica.config import load_config
 from dreplica.errors import UsageError
 from dreplica.world.process_group import World
+from dreplica.world.signals import StoppedOnRequest, StopRequest
 from tests.fixtures import SMALL
 from tests.harness import run_replicas
 
@@ -39,6 +40,16 @@ def test_steps_that_do_not_fit_into_an_epoch_are_refused() -> None:
         assert isinstance(result, UsageError)
         assert "--steps: 5" in str(result)
         assert "--steps 4" in str(result)
+
+
+def told_on_one(world: World) -> None:
+    told = StopRequest()
+    told.signal_name = "SIGINT" if world.replica_id == 1 else None
+    Bench(load_config(list(SMALL), world.num_replicas), world, torch.device("cpu"), None).measure(10**6, told)
+
+
+def test_told_to_stop_all_replicas_do() -> None:
+    assert [type(result) for result in run_replicas(told_on_one, 2)] == [StoppedOnRequest] * 2
 
 
 def test_ratios_are_taken_round_by_round() -> None:

@@ -13,7 +13,10 @@ from dreplica.world.roll_call import Lost
 HARDWARE = ("transient-fault", "persistent-fault")
 """Causes for which a card, or its host's memory, answers."""
 OPEN = ("unexplained", "evaluation-differs", "batch-differs", "indices-differ")
-"""Causes behind which there may be a card, or a file, or code. All the others are the software's."""
+"""Causes behind which there may be a card, or a file, or code. All the others are the software's,"""
+VARYING = ("nondeterministic-operator", "structure-differs")
+"""but for these where no more than half of the replicas do not come to the same twice: strict mode runs operators that
+do, so that code would show on the others, too, and a card that fails often looks no different."""
 
 Kind = Literal["hardware", "open", "software"]
 
@@ -28,9 +31,12 @@ _HEALTH = {
 """What nvidia-smi is asked for, by its names, and what the record calls it."""
 
 
-def kind_of(cause: str) -> Kind:
-    """What a verdict's cause is laid to."""
-    return "hardware" if cause in HARDWARE else "open" if cause in OPEN else "software"
+def kind_of(verdict: Verdict, num_replicas: int) -> Kind:
+    """What a verdict is laid to."""
+    if verdict.cause in HARDWARE:
+        return "hardware"
+    on_few = 0 < 2 * len(verdict.suspects) <= num_replicas
+    return "open" if verdict.cause in OPEN or (verdict.cause in VARYING and on_few) else "software"
 
 
 @dataclass
@@ -59,6 +65,10 @@ class Card:
     """Verdicts that name this replica, by cause."""
     unnamed: Counter[str] = field(default_factory=Counter)
     """Verdicts that name none, by cause: each replica took part."""
+    named: int = 0
+    """Hardware verdicts that name this card."""
+    in_doubt: int = 0
+    """Verdicts that leave open whether it was this card: without a majority, or without a cause that says."""
     lost: str | None = None
     """How it was lost, if it was."""
 
@@ -75,16 +85,6 @@ class Card:
     def place(self) -> tuple[str, str]:
         """Tells physical cards apart: replicas may share one."""
         return self.host, self.uuid or self.device
-
-    @property
-    def named(self) -> int:
-        """Hardware verdicts that name this card."""
-        return _count(self.suspected, "hardware")
-
-    @property
-    def in_doubt(self) -> int:
-        """Verdicts that leave open whether it was this card: without a majority, or without a cause that says."""
-        return _count(self.unnamed, "hardware") + _count(self.unnamed, "open") + _count(self.suspected, "open")
 
     @property
     def state(self) -> Literal["suspect", "lost", "in doubt", "not checked", "clean"]:
@@ -174,7 +174,8 @@ class Account:
     Attributes:
         cards: one per replica.
         passes: of which there were any, and of these `complete`: trained to their end.
-        causes: of passes in which something was wrong, how many by cause.
+        causes: of passes in which something was wrong, how many by cause,
+        laid_to: and what each cause is laid to: `open` if one of its verdicts is.
         undecided: the groups that hardware verdicts which name none left against each other, with how often.
         first: of each cause, the first pass that ended in it.
         found: the first `kept` passes in which something was wrong.
@@ -185,6 +186,7 @@ class Account:
         self.cards = [Card.of(replica_id, manifest) for replica_id, manifest in enumerate(manifests)]
         self.passes = self.complete = 0
         self.causes: Counter[str] = Counter()
+        self.laid_to: dict[str, Kind] = {}
         self.undecided: Counter[tuple[tuple[int, ...], ...]] = Counter()
         self.first: dict[str, PassDone] = {}
         self.found: list[PassDone] = []
@@ -196,17 +198,23 @@ class Account:
         self.passes += 1
         self.complete += done.complete
         verdict = done.verdict
+        kind = kind_of(verdict, len(self.cards))
         for card in self.cards:
             card.passes += 1
             card.steps += done.steps
             card.comparisons += done.comparisons
             card.bytes_hashed += done.bytes_hashed
-            if done.found and card.replica in verdict.suspects:
-                card.suspected[verdict.cause] += 1
-            elif done.found and not verdict.suspects:
-                card.unnamed[verdict.cause] += 1
+            if not done.found or (verdict.suspects and card.replica not in verdict.suspects):
+                continue
+            (card.suspected if verdict.suspects else card.unnamed)[verdict.cause] += 1
+            if kind == "hardware" and verdict.suspects:
+                card.named += 1
+            elif kind != "software":
+                card.in_doubt += 1
         if done.found:
             self.causes[verdict.cause] += 1
+            if self.laid_to.get(verdict.cause) != "open":
+                self.laid_to[verdict.cause] = kind
             self.first.setdefault(verdict.cause, done)
             if len(self.found) < self._kept:
                 self.found.append(done)
@@ -230,10 +238,6 @@ class Account:
     def suspects(self) -> list[int]:
         """Replicas whose cards hardware verdicts name."""
         return [card.replica for card in self.cards if card.state == "suspect"]
-
-
-def _count(counts: Counter[str], kind: Kind) -> int:
-    return sum(number for cause, number in counts.items() if kind_of(cause) == kind)
 
 
 def ask_health(uuid: str | None) -> dict[str, Any] | None:

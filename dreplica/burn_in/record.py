@@ -9,7 +9,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal
 
-from dreplica.burn_in.cards import Account, Card, PassDone, kind_of
+from dreplica.burn_in.cards import Account, Card, PassDone
 from dreplica.config import RunConfig
 from dreplica.errors import ExitCode, UsageError
 from dreplica.report.run_report import write_json
@@ -43,10 +43,14 @@ class Record:
             self.append(done)
             self.write(self.summary(account, None, None))
         except OSError as error:
-            raise UsageError(
-                f"run.root: {str(self.folder)!r} cannot be written to any more ({error.strerror}). Make room, or name "
-                "another with --run.root."
-            ) from None
+            raise self.cannot_write(error) from None
+
+    def cannot_write(self, error: OSError) -> UsageError:
+        """What to tell of it."""
+        return UsageError(
+            f"run.root: {str(self.folder)!r} cannot be written to any more ({error.strerror}). Make room, or name "
+            "another with --run.root."
+        )
 
     def append(self, done: PassDone) -> None:
         """Adds a line. Raises OSError."""
@@ -79,7 +83,7 @@ class Record:
             "steps": account.cards[0].steps,
             "comparisons": account.cards[0].comparisons,
             "found": account.num_found,
-            "causes": {cause: {"passes": n, "laid_to": kind_of(cause)} for cause, n in account.causes.items()},
+            "causes": {cause: {"passes": n, "laid_to": account.laid_to[cause]} for cause, n in account.causes.items()},
             "suspects": account.suspects,
             "undecided": [{"classes": list(map(list, ids)), "passes": n} for ids, n in account.undecided.items()],
             "cards": [card.as_dict() for card in account.cards],

@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from dreplica.burn_in.cards import Account, Card, PassDone, kind_of
+from dreplica.burn_in.cards import HARDWARE, Account, Card, PassDone
 from dreplica.burn_in.duration import spell_duration
 from dreplica.diagnosis.causes import CAUSES
 
@@ -88,7 +88,7 @@ def conclusions(account: Account) -> Iterator[str]:
     cards = account.cards
     for card in cards:
         if card.state == "suspect":
-            named = Counter({cause: n for cause, n in card.suspected.items() if kind_of(cause) == "hardware"})
+            named = Counter({cause: n for cause, n in card.suspected.items() if cause in HARDWARE})
             yield f"SUSPECT {describe(card)}: named in {card.named} of {_passes(account.passes)}: {_counted(named)}"
             yield f"  remedy: {_remedy(named)}"
         if card.lost is not None:
@@ -97,7 +97,7 @@ def conclusions(account: Account) -> Iterator[str]:
     for classes, number in account.undecided.items():
         yield from _undecided(cards, classes, number)
     for kind, text in (("open", "NOT SETTLED, card or not"), ("software", "SOFTWARE, held against no card")):
-        causes = Counter({cause: n for cause, n in account.causes.items() if kind_of(cause) == kind})
+        causes = Counter({cause: n for cause, n in account.causes.items() if account.laid_to[cause] == kind})
         if causes:
             first = min((account.first[cause] for cause in causes), key=lambda done: done.number)
             yield f"{text}: {_counted(causes)}; first in pass {first.number}: {first.verdict.summary}"

@@ -1,6 +1,7 @@
 """`dreplica burn-in`, on one replica: passes, until the time is up."""
 
 import argparse
+import errno
 import gc
 import json
 import logging
@@ -34,6 +35,7 @@ log = logging.getLogger(__name__)
 
 MOST_KEPT = 100
 """Passes whose reports are kept: a card that fails in each pass of a night must not fill the disk."""
+_FULL = {errno.ENOSPC, errno.EDQUOT}
 _MOST_IDLE = 3
 """Passes in a row that end before a step is compared, after which there is no point in going on."""
 
@@ -134,13 +136,18 @@ class BurnIn:
         return "time" if self.channel.gather(until.time_is_up)[0] else "told"
 
     def run_pass(self, number: int) -> PassDone:
-        """One pass, from the build on. A collective."""
+        """One pass, from the build on. A collective. Raises UsageError where there is no room for its record."""
         config = pass_of(self.job, number, self.record.folder)
         own = config.for_replica(self.world.replica_id)
         self.current = Pass(number, Prepared(config, own, self.prepared.device), self.world, self.until)
-        verdict = self.current.reach_verdict()
-        keep = verdict.cause != "none" and self.account.num_found < MOST_KEPT
-        done = self.current.done(verdict, keep)
+        try:
+            verdict = self.current.reach_verdict()
+            keep = verdict.cause != "none" and self.account.num_found < MOST_KEPT
+            done = self.current.done(verdict, keep)
+        except OSError as error:
+            if error.errno not in _FULL:
+                raise
+            raise self.record.cannot_write(error) from None
         self.current = None
         gc.collect()  # a model and its hooks refer to each other, and the next pass needs their room
         return done
@@ -187,10 +194,13 @@ class BurnIn:
             lost = run.conclude_without(error)
             done = run.cut_off(lost, error)
             self.account.add(done)
-        self.account.lose(lost)
+        ended: Ended = "unusable" if exit_code_of(lost) is ExitCode.UNUSABLE else "lost"
+        if ended == "lost":
+            self.account.lose(lost)
         code = exit_code(self.account, "lost", exit_code_of(lost))
-        if is_to_tell(lost, self.world.replica_id, self.world.num_replicas):
-            self.tell("lost", code, done)
+        has_told = any(item.replica_id == 0 and item.unusable for item in lost)
+        if not has_told and is_to_tell(lost, self.world.replica_id, self.world.num_replicas):
+            self.tell(ended, code, done)
         return code
 
 

@@ -81,6 +81,22 @@ class Variant:
         """Of the environment, which mode `off` leaves as it is; None: not set."""
         return {_WORKSPACE: None if "cublas_workspace_config" in self.given_up else _workspace()}
 
+    @property
+    def process(self) -> tuple[bool, bool]:
+        """The same of two settings that may follow each other in one process, each as if it were alone.
+
+        cuBLAS reads its variable once. What cuDNN has picked for a convolution, by timing or without, is kept for the
+        next one like it, whatever `torch.backends.cudnn.benchmark` is by then (aten/src/ATen/native/cudnn/Conv_v8.cpp).
+        """
+        return "cublas_workspace_config" in self.given_up, "cudnn_benchmark" in self.given_up
+
+    @property
+    def unusable(self) -> str | None:
+        """Why a job in this setting does not even start on a GPU, strict mode's preflight being what it is; or None."""
+        if "cublas_workspace_config" in self.given_up and "mode" not in self.given_up:
+            return f"strict mode does not start without {_WORKSPACE}, since operators of cuBLAS would raise"
+        return None
+
 
 STRICT = Variant()
 
@@ -145,6 +161,8 @@ def to_paste(given_up: frozenset[str], device_type: str) -> tuple[Mapping[str, A
             lines.append(f"unset {_WORKSPACE}")
         if "cublas_workspace_config" not in given_up and "mode" in given_up:
             lines.append(f"export {_WORKSPACE}={_workspace()}  # mode off leaves it to the environment")
+        elif "cublas_workspace_config" not in given_up and os.environ.get(_WORKSPACE) not in {None, _workspace()}:
+            lines.append(f"unset {_WORKSPACE}  # cuBLAS is not deterministic with {os.environ[_WORKSPACE]}")
     return keys, lines
 
 

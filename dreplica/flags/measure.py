@@ -40,7 +40,8 @@ class Outcome:
     between: str = ""
     """What parted: `replicas`, `repetitions` in one process, `starts`; or it ended in the `preparation`."""
     refused: Mapping[str, Any] | None = None
-    """The operator that raised, where strict mode does not let it run: step, operator, module, phase, message."""
+    """The operator that raised, where strict mode does not let it run: step, operator, module, phase, message. The last
+    alone, where it does not let the job start."""
 
     @property
     def agrees(self) -> bool:
@@ -85,6 +86,10 @@ class Measurements:
         """All starts in this setting."""
         return self._outcomes.get(variant, [])
 
+    def num_starts(self, variant: Variant) -> int:
+        """How many of them there were; a setting that does not start has an outcome without one."""
+        return 0 if variant.unusable is not None else len(self.of(variant))
+
     def agrees(self, variant: Variant) -> bool:
         """Whether all of them agreed, in themselves and with each other."""
         return all(outcome.agrees for outcome in self.of(variant))
@@ -124,16 +129,21 @@ class Measurements:
         return _parted_at(self.of(other)[0].folder, self.of(variant)[0].folder) is None
 
     def start(self, variant: Variant, beside: Sequence[Variant] = ()) -> Outcome:
-        """One start; `beside`: other settings to time in it, too, those of them that need no other environment.
+        """One start; `beside`: other settings to time in it, too, those that may be in one process.
 
-        Raises UsageError if the job cannot be run at all, TrialFailed if it fails otherwise.
+        A setting in which no job starts is not tried. Raises UsageError if the job cannot be run at all, TrialFailed if
+        it fails otherwise.
         """
+        if variant.unusable is not None:
+            outcome = Outcome(variant, "", 0, {}, self._root, refused={"message": variant.unusable})
+            self._outcomes[variant] = [outcome]
+            return outcome
         self._num_starts += 1
         folder = self._root / f"{self._num_starts:03}"
         folder.mkdir(parents=True)
         config = self._config.model_copy(update={"determinism": variant.section(self._config.determinism)})
         (folder / "config.yaml").write_text(config.to_yaml(), encoding="utf-8")
-        others = [other for other in beside if other != variant and other.variables == variant.variables]
+        others = [other for other in beside if other != variant and other.process == variant.process]
         sections = [other.section(self._config.determinism).model_dump() for other in others]
         arguments = [f"--config={folder / 'config.yaml'}", f"--folder={folder}", f"--steps={self._steps}"]
         arguments.append(f"--others={json.dumps(sections)}")
@@ -158,6 +168,8 @@ class Measurements:
         if (folder / REFUSED_NAME).exists():
             refused = json.loads((folder / REFUSED_NAME).read_text(encoding="utf-8"))
             return Outcome(variant, "", 0, {}, folder, refused=refused)
+        if code == ExitCode.STOPPED:
+            raise TrialFailed(f"{variant.name}: a replica was told to stop")
         if code != ExitCode.AGREED:
             lost = next((line for line in output.splitlines() if line.startswith(LOST)), tail)
             raise TrialFailed(f"{variant.name}: it ended with exit code {code}:\n{lost}")
@@ -183,6 +195,10 @@ def describe(outcome: Outcome) -> str:
     """Where it parted, or what raised, in words."""
     if outcome.refused is not None:
         row = outcome.refused
+        if "step" not in row:
+            return str(row["message"])
+        if row.get("phase") == "evaluation":
+            return f"raises in the evaluation after step {row['step']}"
         return f"raises at step {row['step']}: {_operator(row) or row['message']}"
     assert outcome.verdict is not None
     verdict = outcome.verdict

@@ -110,7 +110,7 @@ def investigate(measurements: Measurements, own: DeterminismConfig, num_replicas
         return Row(
             variant,
             measurements.first_parted(variant),
-            len(measurements.of(variant)),
+            measurements.num_starts(variant),
             measurements.ratios(variant, STRICT),
             measurements.same_numbers(variant, STRICT),
         )
@@ -135,7 +135,7 @@ def investigate(measurements: Measurements, own: DeterminismConfig, num_replicas
 
     def confirmed(given_up: frozenset[str]) -> bool:
         variant = Variant(given_up)
-        elsewhere = [other for other in (STRICT, off) if other.variables != variant.variables]
+        elsewhere = [other for other in (STRICT, off) if other.process != variant.process]
         measurements.measure([*elsewhere, variant], rounds, beside=[STRICT, off])
         return measurements.agrees(variant)
 

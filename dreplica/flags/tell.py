@@ -27,7 +27,7 @@ def print_study(console: Console, found: Study) -> None:
     console.print(_table(found, off))
     _say_more(say, found, off)
     needed = ", ".join(found.needed)
-    say(f"SMALLEST SET {needed}" if needed else "SMALLEST SET none: this job needs no flag")
+    say(f"SMALLEST SET {needed}" if needed else f"SMALLEST SET none: no flag was missed in {found.steps} steps")
     keys, lines = to_paste(smallest.variant.given_up, found.device)
     section = yaml.safe_dump(dict(keys), default_flow_style=True, sort_keys=False, width=1000).strip()
     say(f"  determinism: {section}")
@@ -76,7 +76,7 @@ def _table(found: Study, off: Row) -> Table:
 def _cells(row: Row) -> list[str]:
     then = "agrees"
     if row.parted is not None:
-        then = "raises" if row.parted.refused is not None else "does not agree"
+        then = "does not agree" if row.parted.refused is None else "does not run"
     numbers = {None: "", True: "as strict", False: "others"}[row.as_strict]
     return [then, _ratio(row.ratios), numbers]
 

@@ -15,9 +15,9 @@ import sys
 import time
 from collections.abc import Generator, Sequence
 from contextlib import closing
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 
@@ -30,21 +30,20 @@ from dreplica.agreement.trace import Trace
 from dreplica.agreement.verdict import Divergence, Verdict
 from dreplica.data.coordinator import Coordinator
 from dreplica.diagnosis.against_reference import AgainstReference
-from dreplica.diagnosis.nondeterminism import explain_operator
-from dreplica.diagnosis.raises import find_refused, is_refusal
+from dreplica.diagnosis.raises import is_refusal
 from dreplica.errors import ExitCode, UsageError
 from dreplica.explain import Explainer
+from dreplica.flags.refusal import describe_refusal
 from dreplica.meet import Prepared, end_at_once, meet
 from dreplica.preparation import Concluded, Preparation
 from dreplica.run import AGREEMENT_LAG
-from dreplica.training.history import History, StepEntry
+from dreplica.training.history import History
 from dreplica.training.loop import EpochDone, StepDone, Stopped, train
-from dreplica.training.step import training_step
 from dreplica.worker import run_process
-from dreplica.world.determinism import DeterminismConfig, apply_determinism, numerics_flags
+from dreplica.world.determinism import DeterminismConfig, apply_determinism
 from dreplica.world.process_group import World
 from dreplica.world.roll_call import ReplicaLost
-from dreplica.world.signals import StopRequest
+from dreplica.world.signals import StoppedOnRequest, StopRequest
 
 Events = Generator[StepDone | EpochDone | Stopped, None, None]
 
@@ -54,10 +53,6 @@ LOST = "lost: "
 
 _TIMED_STEPS = 4
 _LEAST_ROUNDS = 3
-
-
-class StoppedOnRequest(Exception):
-    """Some replica was told to stop, and all have; raised on all of them."""
 
 
 @dataclass(frozen=True)
@@ -74,7 +69,7 @@ class Trial:
 
     Args:
         steps: how many to train each time, or fewer where the job itself ends before.
-        others: sections `determinism` that are timed beside the job's own; they need no other environment.
+        others: sections `determinism` that are timed beside the job's own, and may follow it in one process.
         folder: where rank 0 leaves what was found, and the trace of the first training.
     """
 
@@ -229,15 +224,7 @@ class Trial:
 
     def tell_refused(self, steps_done: int, error: RuntimeError) -> None:
         """Leaves word of the operator that raised, on this replica alone: the others need not have come to it."""
-        number = steps_done % self.num_batches
-        entry = StepEntry(steps_done + 1, steps_done // self.num_batches + 1, number, torch.empty(0), None)
-        explainer, replica = self.explainer(), self.parts.replica
-        batch = explainer.load(explainer.redraw(entry), entry)
-        raised = find_refused(lambda: training_step(replica, batch, self.own.train), replica.optimizer, replica.model)
-        found: dict[str, Any] = {"step": entry.step, "message": str(error).split(". ")[0]}
-        if raised is not None:
-            explanation = explain_operator(raised.operator, self.device.type, numerics_flags())
-            found |= asdict(raised) | {"remedy": explanation.remedy}
+        found = describe_refusal(error, steps_done, self.num_batches, self.explainer())
         if self.world.is_coordinator:
             (self.folder / REFUSED_NAME).write_text(json.dumps(found), encoding="utf-8")
 

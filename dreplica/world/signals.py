@@ -27,6 +27,10 @@ class StopRequest:
         return self.signal_name is not None
 
 
+class StoppedOnRequest(Exception):
+    """Some replica was told to stop, and all have; raised on all of them."""
+
+
 def hold_signals() -> None:
     """Keeps signals that ask to stop from this process until `stop_signals` hears them: it then learns of them."""
     signal.pthread_sigmask(signal.SIG_BLOCK, _NUMBERS)

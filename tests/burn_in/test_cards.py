@@ -10,7 +10,7 @@ import pytest
 from rich.console import Console
 
 from dreplica.agreement.verdict import Verdict
-from dreplica.burn_in.cards import HARDWARE, OPEN, Account, Card, PassDone, ask_health, kind_of
+from dreplica.burn_in.cards import HARDWARE, OPEN, VARYING, Account, Card, PassDone, ask_health, kind_of
 from dreplica.burn_in.record import Record
 from dreplica.burn_in.table import PassLines, conclusions, print_account
 from dreplica.diagnosis.causes import CAUSES
@@ -93,6 +93,15 @@ def test_what_software_answers_for_is_held_against_no_card(cause: str) -> None:
     assert f"SOFTWARE, held against no card: {cause} 2; first in pass 1: {cause}: parted" in shown(found)
 
 
+@pytest.mark.parametrize("cause", VARYING)
+def test_what_varies_on_one_card_alone_may_be_the_cards_doing(cause: str) -> None:
+    found = account(done(1, cause, (0, 1, 2)), done(2, cause, (1,)), done(3, cause, (0, 1, 2)))
+    assert states(found) == ["clean", "in doubt", "clean"]
+    assert [(card.named, card.in_doubt) for card in found.cards] == [(0, 0), (0, 1), (0, 0)]
+    assert f"NOT SETTLED, card or not: {cause} 3; first in pass 1" in shown(found)
+    assert states(account(done(1, cause, (0,)), num_replicas=2)) == ["in doubt", "clean"]
+
+
 @pytest.mark.parametrize("cause", OPEN)
 def test_what_is_not_settled_is_said_to_be_so(cause: str) -> None:
     found = account(done(1), done(2, cause, (2,)))
@@ -168,8 +177,8 @@ def test_nvidia_smi_is_asked_for_the_card_by_its_uuid(tmp_path: Path, monkeypatc
 
 
 def test_every_cause_is_laid_to_something() -> None:
-    assert {kind_of(cause) for cause in HARDWARE} == {"hardware"}
-    assert set(HARDWARE) | set(OPEN) <= set(CAUSES)
+    assert {kind_of(done(1, cause).verdict, 3) for cause in HARDWARE} == {"hardware"}
+    assert set(HARDWARE) | set(OPEN) | set(VARYING) <= set(CAUSES)
 
 
 def test_tables_fit_and_the_last_line_is_for_scripts(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """Burn-ins on gloo processes, and the command itself."""
 
+import errno
 import gc
 import json
 import os
@@ -15,13 +16,14 @@ from typing import Any
 import pytest
 import torch
 
+from dreplica.agreement.trace import Trace
 from dreplica.burn_in import worker
 from dreplica.burn_in.cards import PassDone
 from dreplica.burn_in.worker import BurnIn, Until
 from dreplica.cli import main
 from dreplica.continuation import Checkpoints
 from dreplica.errors import ExitCode, UsageError
-from dreplica.meet import prepare
+from dreplica.meet import end_unusable, prepare
 from dreplica.replica.replica import Replica
 from dreplica.world.process_group import World
 from dreplica.world.signals import StopRequest, stop_signals
@@ -215,6 +217,30 @@ def test_an_operator_that_is_not_deterministic_is_held_against_no_card(tmp_path:
     assert set(found["causes"]) == {"nondeterministic-operator"}
     assert found["causes"]["nondeterministic-operator"]["laid_to"] == "software"
     assert (found["suspects"], [card["state"] for card in found["cards"]]) == ([], ["clean", "clean"])
+
+
+def burn_in_as_met(world: World, *arguments: Any) -> Any:
+    try:
+        return burn_in(world, *arguments)
+    except UsageError as error:
+        return end_unusable(error, world)
+
+
+def fill_the_disk_in_mid_pass(burn_in: BurnIn, _done: PassDone) -> None:
+    def step(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    if burn_in.world.is_coordinator:
+        Trace.step = step  # of the next pass; this process ends with it
+
+
+def test_a_disk_that_is_full_in_mid_pass_is_no_lost_card(tmp_path: Path) -> None:
+    run_replicas(burn_in_as_met, 2, tmp_path, (), fill_the_disk_in_mid_pass)
+    told = [line for path in tmp_path.glob("*.out") for line in path.read_text().splitlines() if "BURN-IN" in line]
+    assert len(told) == 1, "by one replica"
+    assert "passes=1 " in told[0]
+    assert "ended=unusable exit=2" in told[0]
+    assert [card["state"] for card in summary(tmp_path)["cards"]] == ["clean", "clean"]
 
 
 def test_what_never_comes_to_a_step_is_given_up(tmp_path: Path) -> None:

@@ -45,6 +45,8 @@ class MadeUp:
     ) -> tuple[int | None, str]:
         given = dict(argument.removeprefix("--").split("=", 1) for argument in arguments)
         section = yaml.safe_load(Path(given["config"]).read_text())["determinism"]
+        refused = section["mode"] == "strict" and section["cublas_workspace_config"] is None
+        assert not (refused and self.device == "cuda"), "the preflight does not let this start"
         self.sections.append(section)
         folder, steps = Path(given["folder"]), int(given["steps"])
         operator = self.needs(section, variables["CUBLAS_WORKSPACE_CONFIG"])

@@ -59,6 +59,13 @@ class Unpooled(nn.Module):
         return nn.functional.max_unpool2d(pooled, positions, 2)
 
 
+class UnpooledInEvaluation(Unpooled):
+    """The same, outside of training steps."""
+
+    def forward(self, values: Tensor) -> Tensor:
+        return values if self.training else super().forward(values)
+
+
 def alone(num_classes: int) -> nn.Module:
     """Needs none, and room: the one before it must be gone."""
     assert not _ALIVE
@@ -78,3 +85,7 @@ def filling(num_classes: int) -> nn.Module:
 
 def refused(num_classes: int) -> nn.Module:
     return nn.Sequential(Unpooled(), tiny_model(num_classes))
+
+
+def refused_in_evaluation(num_classes: int) -> nn.Module:
+    return nn.Sequential(UnpooledInEvaluation(), tiny_model(num_classes))

@@ -17,7 +17,7 @@ from dreplica.flags.flag import (
     to_paste,
     without_effect_on,
 )
-from dreplica.world.determinism import DeterminismConfig
+from dreplica.world.determinism import DeterminismConfig, set_environment
 
 NAMES = [flag.name for flag in FLAGS]
 SETS = sorted({closed(some) for size in range(6) for some in itertools.combinations(NAMES, size)}, key=sorted)
@@ -72,6 +72,20 @@ def test_the_workspace_is_left_to_the_environment_where_the_mode_is_off(monkeypa
     assert to_paste(given_up, "cuda")[1] == ["unset CUBLAS_WORKSPACE_CONFIG"]
     monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":0:0")
     assert STRICT.variables == {"CUBLAS_WORKSPACE_CONFIG": ":4096:8"}
+    line = "unset CUBLAS_WORKSPACE_CONFIG  # cuBLAS is not deterministic with :0:0"
+    assert to_paste(frozenset(), "cuda")[1] == [line], "or the preflight refuses it"
+
+
+@pytest.mark.parametrize("given_up", SETS, ids=lambda names: "+".join(sorted(names)) or "none")
+def test_what_the_preflight_refuses_is_known_beforehand(
+    given_up: frozenset[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", "")
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG")  # and put back, whatever is set below
+    variant = Variant(given_up)
+    section = variant.section(DeterminismConfig())
+    refused = section.mode == "strict" and set_environment(section) is not None
+    assert (variant.unusable is not None) == refused
 
 
 def test_options_are_changed_from_the_jobs_own_value_where_they_have_an_effect() -> None:

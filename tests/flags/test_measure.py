@@ -14,7 +14,8 @@ from dreplica.flags.measure import Measurements, Outcome, TrialFailed, describe
 from tests.flags.jobs import MadeUp, write_trace
 
 OFF = Variant(closed({"mode"}))
-NO_WORKSPACE = Variant(frozenset({"cublas_workspace_config"}))
+NO_WORKSPACE = Variant(closed({"mode", "cublas_workspace_config"}))
+CHOOSING = Variant(frozenset({"cudnn_benchmark"}))
 
 
 @pytest.fixture
@@ -37,11 +38,14 @@ def test_settings_are_timed_in_one_process_if_they_can_be(make: Callable[..., Me
     )
 
 
-def test_another_environment_is_timed_in_processes_of_its_own(make: Callable[..., Measurements]) -> None:
+@pytest.mark.parametrize("other", [NO_WORKSPACE, CHOOSING], ids=["cuBLAS", "cuDNN"])
+def test_what_a_library_keeps_is_timed_in_processes_of_its_own(
+    make: Callable[..., Measurements], other: Variant
+) -> None:
     times = iter([4.0, 3.0, 3.0, 5.0])  # strict, without; without, strict
     measurements = make(MadeUp("cuda", lambda *_: None, lambda _: next(times)))
-    measurements.measure([STRICT, NO_WORKSPACE], rounds=2, beside=[STRICT])
-    assert measurements.ratios(NO_WORKSPACE, STRICT) == [pytest.approx(3 / 4), pytest.approx(3 / 5)]
+    measurements.measure([STRICT, other], rounds=2, beside=[STRICT])
+    assert measurements.ratios(other, STRICT) == [pytest.approx(3 / 4), pytest.approx(3 / 5)]
 
 
 def test_starts_that_agree_in_themselves_may_part_from_each_other(make: Callable[..., Measurements]) -> None:
@@ -72,10 +76,18 @@ def test_numbers_are_compared_with_those_of_strict_mode(make: Callable[..., Meas
 
 
 def test_an_operator_that_raises_is_an_outcome(make: Callable[..., Measurements]) -> None:
-    measurements = make(MadeUp("cuda", lambda _, workspace: None if workspace else "raises aten.addmm.default"))
-    assert not measurements.start(NO_WORKSPACE, [STRICT]).agrees
-    assert describe(measurements.of(NO_WORKSPACE)[0]) == "raises at step 1: aten.addmm.default in head (forward)"
-    assert measurements.ratios(NO_WORKSPACE, STRICT) == []
+    measurements = make(MadeUp("cuda", lambda *_: "raises aten.addmm.default"))
+    assert not measurements.start(CHOOSING, [STRICT]).agrees
+    assert describe(measurements.of(CHOOSING)[0]) == "raises at step 1: aten.addmm.default in head (forward)"
+    assert measurements.ratios(CHOOSING, STRICT) == []
+
+
+def test_strict_mode_without_the_workspace_is_not_tried(make: Callable[..., Measurements]) -> None:
+    job = MadeUp("cuda", lambda *_: None)
+    measurements, refused = make(job), Variant(frozenset({"cublas_workspace_config"}))
+    measurements.measure([refused], rounds=2, beside=[STRICT])
+    assert (job.sections, measurements.num_starts(refused), measurements.agrees(refused)) == ([], 0, False)
+    assert describe(measurements.of(refused)[0]).startswith("strict mode does not start without CUBLAS_WORKSPACE_CON")
 
 
 def test_a_start_that_fails_ends_it_with_its_last_words(make: Callable[..., Measurements]) -> None:
@@ -87,6 +99,9 @@ def test_a_start_that_fails_ends_it_with_its_last_words(make: Callable[..., Meas
         measurements.start(STRICT)
     measurements = make(lambda *_: (ExitCode.FAILED, "lost: replica 1: it raised OSError\nand more"))
     with pytest.raises(TrialFailed, match=r"exit code 1:\nlost: replica 1: it raised OSError$"):
+        measurements.start(STRICT)
+    measurements = make(lambda *_: (ExitCode.STOPPED, ""))
+    with pytest.raises(TrialFailed, match=r"^strict: a replica was told to stop$"):
         measurements.start(STRICT)
     measurements = make(lambda *_: (None, "still at it"))
     with pytest.raises(TrialFailed, match=r"(?s)did not end within 60 seconds \(--timeout\):.*still at it"):

@@ -9,6 +9,7 @@ import pytest
 
 from dreplica.errors import ExitCode, UsageError
 from dreplica.flags.flag import STRICT, Variant, closed
+from dreplica.flags.measure import Outcome, describe
 from dreplica.flags.trial import Trial
 from dreplica.meet import prepare
 from dreplica.world.determinism import DeterminismConfig
@@ -85,6 +86,16 @@ def test_an_operator_that_strict_mode_does_not_let_run_is_named(tmp_path: Path) 
     assert refused["message"].startswith("max_unpooling2d_forward_out does not have a deterministic implementation")
     assert refused["remedy"] == ["instead of it, use F.interpolate with mode='nearest'"]
     assert not (tmp_path / "found.json").exists()
+
+
+def test_one_of_an_evaluation_is_not_looked_for_in_a_step(tmp_path: Path) -> None:
+    for result in run_replicas(start, 1, tmp_path, "refused_in_evaluation", STRICT):
+        assert isinstance(result, RuntimeError)
+    refused = json.loads((tmp_path / "refused.json").read_text())
+    assert refused.pop("message").startswith("max_unpooling2d_forward_out does not have a deterministic implementation")
+    assert refused == {"step": 5, "phase": "evaluation"}, "the first epoch's"
+    outcome = Outcome(STRICT, "", 0, {}, tmp_path, refused=refused)
+    assert describe(outcome) == "raises in the evaluation after step 5"
 
 
 def test_a_replica_that_is_not_sound_is_no_matter_of_flags(tmp_path: Path) -> None:

@@ -1,0 +1,35 @@
+"""What strict mode does not let run, on the way of a trial."""
+
+from dataclasses import asdict
+from typing import Any
+
+import torch
+
+from dreplica.diagnosis.nondeterminism import explain_operator
+from dreplica.diagnosis.raises import find_refused
+from dreplica.explain import Explainer
+from dreplica.training.history import StepEntry
+from dreplica.training.step import training_step
+from dreplica.world.determinism import numerics_flags
+
+
+def describe_refusal(error: RuntimeError, steps_done: int, num_batches: int, explainer: Explainer) -> dict[str, Any]:
+    """Which operator raised `error` (`raises.is_refusal`), in the step after `steps_done` or the evaluation behind it.
+
+    The step is taken again, with every operator recorded; of an evaluation there is the message alone. JSON values:
+    step, message and, where they are known, operator, module, phase and remedy.
+    """
+    replica, message = explainer.replica, str(error).split(". ")[0]
+    if not replica.model.training:
+        return {"step": steps_done, "phase": "evaluation", "message": message}
+    number = steps_done % num_batches
+    entry = StepEntry(steps_done + 1, steps_done // num_batches + 1, number, torch.empty(0), None)
+    batch = explainer.load(explainer.redraw(entry), entry)
+    raised = find_refused(
+        lambda: training_step(replica, batch, explainer.config.train), replica.optimizer, replica.model
+    )
+    found: dict[str, Any] = {"step": entry.step, "message": message}
+    if raised is not None:
+        explanation = explain_operator(raised.operator, explainer.device.type, numerics_flags())
+        found |= asdict(raised) | {"remedy": explanation.remedy}
+    return found
