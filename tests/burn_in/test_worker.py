@@ -283,6 +283,7 @@ def test_where_nothing_can_be_written_any_more_it_ends_and_tells(tmp_path: Path)
     assert (tmp_path / "0.out").read_text().splitlines()[-1].startswith("BURN-IN found=0 suspects=none passes=2 ")
 
 
+@pytest.mark.cluster
 def test_the_command(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "dreplica.cli", "burn-in", "--for=1s", "--replicas=2", "--json", *SMALL]
     process = subprocess.run(

@@ -183,7 +183,7 @@ def test_the_fine_tuning_recipe_gives_one_trace_with_0_2_and_4_workers(
     cache.mkdir(parents=True)
     put(cache, "resnet18", random_state("resnet18"))
     root = make_folder(tmp_path / "images")
-    settings = ("--config=configs/finetune_folder.yaml", f"--data.root={root}", "--data.image_size=64")
+    settings = ("--config=configs/finetune_folder.yaml", f"--data.root={root}", "--data.image_size=32")
     settings += ("--data.batch_size=7", "--train.epochs=2", "--schedule.step_size=1")
     jobs = [
         run_job(*settings, f"--data.num_workers={num_workers}", f"--data.decode={decode}")

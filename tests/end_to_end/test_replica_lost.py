@@ -133,7 +133,10 @@ def test_without_torchrun_rank_0_holds_the_store_and_is_named_no_less_rightly(
     assert job.exitcodes == {0: -9, 1: 1, 2: 1}
 
 
-@pytest.mark.parametrize(("launcher", "number"), [("torchrun", signal.SIGINT), ("dreplica", signal.SIGTERM)])
+@pytest.mark.parametrize(
+    ("launcher", "number"),
+    [pytest.param("torchrun", signal.SIGINT, marks=pytest.mark.cluster), ("dreplica", signal.SIGTERM)],
+)
 def test_a_job_that_is_told_to_stop_ends_by_itself_at_the_same_step(
     root: Path, launcher: str, number: signal.Signals
 ) -> None:
