@@ -2,12 +2,9 @@
 
 import json
 import os
-import shutil
 import subprocess
 import sys
-import tempfile
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,6 +13,7 @@ from rich.console import Console
 from dreplica.agreement.recorded import Key, RecordedTrace
 from dreplica.agreement.stage import STAGES
 from dreplica.errors import ExitCode, UsageError
+from dreplica.fresh_folder import fresh_folder
 
 _COMPONENTS = {
     "indices": "the position in the data",
@@ -44,15 +42,13 @@ class Certificate:
 def certify_resume(settings: Sequence[str], num_replicas: int, at_step: int, keep: Path | None = None) -> ExitCode:
     """Runs a job straight through, then stopped after `at_step` and gone on with in fresh processes; compares all.
 
-    `settings`: of the job, as for `dreplica train`. `keep`: where the run folders are left. Prints a certificate, or
-    the first component that was not restored, and returns AGREED or DIVERGED; UNUSABLE or FAILED if a run failed.
+    `settings`: of the job, as for `dreplica train`. `keep`: a fresh folder, where the run folders are left. Prints a
+    certificate, or the first component that was not restored, and returns AGREED or DIVERGED; UNUSABLE or FAILED if a
+    run failed. Raises UsageError.
     """
     console = Console(highlight=False)
-    with ExitStack() as stack:
-        root = keep or Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="dreplica-certify-")))
+    with fresh_folder(keep, "certify") as root:
         common = [*settings, f"--run.root={root}", "--run.resume=auto"]
-        for name in ("straight", "interrupted", "straight-again"):
-            shutil.rmtree(root / name, ignore_errors=True)
         console.print(f"1 of 3: the run, straight through (output in {root})")
         code, output = _run(root, "straight", common, num_replicas)
         if code != ExitCode.AGREED:

@@ -10,7 +10,7 @@ from typing import Literal
 from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
 from dreplica.agreement.agreement import Agreement
-from dreplica.agreement.hashing import Hasher, hasher_for
+from dreplica.agreement.hashing import Hasher, common_hasher
 from dreplica.agreement.recorded import TENSORS_NAME, TRACE_NAME
 from dreplica.agreement.reference import Apart, ReferenceDiffers
 from dreplica.agreement.tensor_record import TensorRecord
@@ -202,15 +202,13 @@ class Run:
 
     def choose_hasher(self) -> Hasher:
         """Takes fingerprints on the device where that works on all replicas, so that all have digests of one kind."""
-        own = hasher_for([self.device.device])
-        algorithms = self.channel.gather(own.algorithm)
-        if len(set(algorithms)) == 1:
-            return own
-        each = ", ".join(f"replica {replica_id}: {algorithm}" for replica_id, algorithm in enumerate(algorithms))
-        self.warnings.append(
-            f"fingerprints are taken on the CPU, since not all replicas can take them elsewhere: {each}"
-        )
-        return Hasher()
+        hasher, algorithms = common_hasher(self.device.device, self.channel)
+        if len(set(algorithms)) > 1:
+            each = ", ".join(f"replica {replica_id}: {algorithm}" for replica_id, algorithm in enumerate(algorithms))
+            self.warnings.append(
+                f"fingerprints are taken on the CPU, since not all replicas can take them elsewhere: {each}"
+            )
+        return hasher
 
     def make_agreement(self, trace: Trace) -> Agreement:
         """Compares the build, too. Raises Divergence."""

@@ -120,3 +120,11 @@ def test_a_step_that_the_run_does_not_reach(capsys: pytest.CaptureFixture[str]) 
 def test_without_a_step_to_interrupt_at(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["certify-resume", *SMALL]) == ExitCode.UNUSABLE
     assert "--at-step: it is needed" in capsys.readouterr().err
+
+
+def test_what_lies_in_a_folder_is_left_there(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "straight").mkdir()
+    (tmp_path / "straight" / "mine").touch()
+    assert main(["certify-resume", "--at-step=1", f"--keep={tmp_path}", *SMALL]) == ExitCode.UNUSABLE
+    assert "is not empty. Name a fresh folder." in capsys.readouterr().err
+    assert (tmp_path / "straight" / "mine").exists()

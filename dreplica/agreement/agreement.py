@@ -2,44 +2,24 @@
 
 import logging
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from torch import Tensor
 
 from dreplica.agreement import protocol
+from dreplica.agreement.exchange import Exchange
 from dreplica.agreement.hashing import Hasher, Observation, hasher_for
-from dreplica.agreement.place import describe, describe_algorithms
-from dreplica.agreement.reference import Apart, Reference, ReferenceDiffers, describe_apart
+from dreplica.agreement.reference import Apart, Reference, ReferenceDiffers
 from dreplica.agreement.stages import STAGES, Entry, Optimizers, Stage, batch_entries, make_stage
-from dreplica.agreement.subject import Expect, Models, Subject
+from dreplica.agreement.subject import Batch, Expect, Models, Subject
 from dreplica.agreement.trace import Trace
 from dreplica.agreement.verdict import Divergence, Verdict
-from dreplica.world.channel import Channel, Posted, gloo_channel
+from dreplica.world.channel import Channel, gloo_channel
 
 log = logging.getLogger(__name__)
 
 _GIVEN = frozenset({"indices", "batch", "output"})
 """Stages that `step` has from its arguments alone."""
-
-Batch = Tensor | Mapping[str, Any] | Sequence[Any]
-
-
-@dataclass
-class _Pending:
-    step: int
-    epoch: int | None
-    observation: Observation
-    word: protocol.Word
-    wants_stop: bool
-    phase: str | None
-    """`evaluation`, or None."""
-    recorded: bool
-    """Whether it goes into the trace."""
-    posted: Posted | None = field(default=None, init=False)
-    """None: not yet, since the device is still computing the word."""
-    apart: Apart | None = field(default=None, init=False)
-    """On rank 0, its difference from the reference."""
 
 
 class Agreement:
@@ -144,14 +124,13 @@ class Agreement:
         self._stoppable = stoppable
         self._channel = channel or gloo_channel()
         self.hasher = hasher or hasher_for(tensor.device for tensor in self._subject.tensors())
-        self._trace = trace or Trace(None, self._channel.size, algorithm=self.hasher.algorithm)
-        if self._trace.algorithm != self.hasher.algorithm:
+        trace = trace or Trace(None, self._channel.size, algorithm=self.hasher.algorithm)
+        if trace.algorithm != self.hasher.algorithm:
             raise ValueError(
-                f"trace: its header says {self._trace.algorithm!r}, and digests are {self.hasher.algorithm!r} here; "
+                f"trace: its header says {trace.algorithm!r}, and digests are {self.hasher.algorithm!r} here; "
                 "create it with algorithm=hasher.algorithm."
             )
-        self._reference = reference
-        self._pending: _Pending | None = None
+        self._exchange = Exchange(self._channel, self.hasher, trace, reference, self._expect == "ddp")
         self._wants_stop = False
         self._stop = False
         self._last_checked = -1
@@ -195,7 +174,7 @@ class Agreement:
         self._wants_stop = self._wants_stop or stop
         self.last_word = None
         if self._every and (check or self.steps_done % self._every == 0):
-            observation = self._observe(indices, batch, outputs, loss)
+            observation = self._start(self._subject.after_step(indices, batch, outputs, loss))
             self.bytes_per_step = observation.num_bytes
             self._check(self.steps_done, epoch, observation)
         elif self._stoppable:
@@ -264,52 +243,32 @@ class Agreement:
     ) -> None:
         self.complete()
         self.bytes_hashed += observation.num_bytes
-        word = self.last_word = protocol.Word(lambda: protocol.fold(step, observation.stages))
-        self._pending = _Pending(step, epoch, observation, word, self._wants_stop, phase, recorded)
-        # Whether it is ready yet, replicas may see differently, and they must post in the same order as they gather.
-        if not self.hasher.is_asynchronous:
-            self._post(self._pending)
+        self.last_word = self._exchange.start(step, epoch, observation, self._wants_stop, phase, recorded)
         if not (self._lag if lag is None else lag):
             self.complete()
 
-    def _post(self, pending: _Pending) -> Posted:
-        """Starts the comparison with the other replicas; waits for the device, where it is still computing."""
-        if self._reference is not None and pending.recorded and self.divergence is None:
-            is_evaluation = pending.phase is not None
-            pending.apart = self._reference.compare(pending.step, is_evaluation, pending.observation.stages)
-        differs = pending.apart is not None
-        pending.posted = protocol.post(self._channel, pending.word.value, pending.wants_stop, differs)
-        return pending.posted
-
     def complete(self) -> bool:
         """Completes the comparison that is under way, if one is; returns what `step` does."""
-        pending, self._pending = self._pending, None
-        if pending is None:
+        compared = self._exchange.complete()
+        if compared is None:
             return self._stop
-        outcome = protocol.read(self._channel, pending.posted or self._post(pending))
-        stages = pending.observation.stages
+        outcome, stages = compared.outcome, compared.stages
+        is_same = outcome.agreed and not outcome.apart
         self.stages_compared += len(stages)
         self._stop = self._stop or outcome.stop
-        if stages and pending.phase is None:
-            self._last_checked = pending.step
-            if pending.step > 0 and pending.recorded:
+        if stages and compared.phase is None:
+            self._last_checked = compared.step
+            if compared.step > 0 and compared.recorded:
                 self.steps_checked += 1
-            if outcome.agreed and not outcome.apart and self.divergence is None:
-                self.agreed_until = pending.step
-        if stages and pending.recorded:
-            self._trace.step(pending.step, pending.epoch, outcome.agreed, stages)
-        if not outcome.agreed and self.divergence is None:
+            if is_same and self.divergence is None:
+                self.agreed_until = compared.step
+        if not is_same and self.divergence is None:
             self.diverged_stages = stages
-            self.divergence = self._describe(pending)
+            self.divergence, self.apart = self._exchange.describe(compared)
             if self._on_divergence == "stop":
+                if self.apart is not None:
+                    raise ReferenceDiffers(self.divergence, self.apart)
                 raise Divergence(self.divergence)
-        elif outcome.apart and self.divergence is None:
-            self.diverged_stages = stages
-            apart: Apart = self._channel.gather(pending.apart)[0]
-            self.apart = apart
-            self.divergence = describe_apart(apart, pending.epoch, self._channel.size)
-            if self._on_divergence == "stop":
-                raise ReferenceDiffers(self.divergence, apart)
         return self._stop
 
     def observe(
@@ -321,32 +280,11 @@ class Agreement:
         loss: Tensor | None = None,
     ) -> dict[str, Stage]:
         """This replica's stages as they are now, without comparing them; arguments as in `step`."""
-        return self._observe(indices, batch, outputs, loss).stages
-
-    def _observe(
-        self, indices: Tensor | None, batch: Batch | None, outputs: Batch | None, loss: Tensor | None
-    ) -> Observation:
-        output = {name: value for name, value in (("logits", outputs), ("loss", loss)) if value is not None}
-        entries = {"gradients": self._subject.gradients()} | self._subject.state()
-        if indices is not None:
-            entries["indices"] = [("indices", indices)]
-        if batch is not None:
-            entries["batch"] = batch_entries(batch)
-        if output:
-            entries["output"] = batch_entries(output)
-        return self._start(entries)
+        return self._start(self._subject.after_step(indices, batch, outputs, loss)).stages
 
     def _start(self, entries: Mapping[str, Iterable[Entry]]) -> Observation:
         """Hashes those of the stages that are compared, in causal order."""
         return self.hasher.start({name: entries[name] for name in STAGES if name in entries and name in self._compared})
-
-    def _describe(self, pending: _Pending) -> Verdict:
-        """What replicas differ in. A collective."""
-        algorithms = self._channel.gather(self.hasher.algorithm)
-        if len(set(algorithms)) > 1:
-            return describe_algorithms(pending.step, algorithms)
-        place = protocol.locate(self._channel, pending.step, pending.observation.stages, pending.phase)
-        return describe(place, pending.epoch, self._channel.size, self._expect == "ddp")
 
 
 def _check_choice(name: str, value: Any, choices: Sequence[Any]) -> None:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from dreplica.agreement import multilinear
 from dreplica.agreement.fingerprint import ALGORITHM, num_bytes
 from dreplica.agreement.stages import Entry, Stage, digest_entry, with_distinct_names
+from dreplica.world.channel import Channel
 
 if TYPE_CHECKING:
     from dreplica.agreement.device import DeviceHash
@@ -180,3 +181,13 @@ def hasher_for(devices: Iterable[torch.device]) -> Hasher:
             "card, its driver or Triton is at fault. Leave the card out, or pass hasher=Hasher() to Agreement."
         )
     return Hasher(lambda tensor: tensor.is_cuda)
+
+
+def common_hasher(device: torch.device, channel: Channel) -> tuple[Hasher, list[str]]:
+    """That for the replicas' devices where it is the same on all, else the CPU's; and what each one's own computes.
+
+    A collective. Raises RuntimeError as `hasher_for` does.
+    """
+    own = hasher_for([device])
+    algorithms = channel.gather(own.algorithm)
+    return own if len(set(algorithms)) == 1 else Hasher(), algorithms

@@ -26,8 +26,8 @@ __all__ = [
     "weights_stage",
 ]
 
-_FROZEN = " (requires_grad=False)"
 _WRAPPED = "_orig_mod"
+_FROZEN = " (requires_grad=False)"
 """Follows a parameter's name in the stage `gradients`: frozen on one replica only, it may show in nothing else."""
 
 _NOT_STATE = {"params", "foreach", "fused", "capturable", "differentiable"}

@@ -11,6 +11,7 @@ from dreplica.agreement.stages import (
     STAGES,
     Entry,
     Optimizers,
+    batch_entries,
     buffer_entries,
     by_name,
     gradient_entries,
@@ -21,6 +22,7 @@ from dreplica.agreement.stages import (
 from dreplica.section import nearest
 
 Models = nn.Module | Mapping[str, nn.Module]
+Batch = Tensor | Mapping[str, Any] | Sequence[Any]
 """One, or several by name."""
 
 Expect = Literal["identical", "independent", "ddp"]
@@ -70,6 +72,20 @@ class Subject:
         }
         if self.optimizers:
             stages["optimizer"] = optimizer_entries(model, self.optimizers, *self.others)
+        return stages
+
+    def after_step(
+        self, indices: Tensor | None, batch: Batch | None, outputs: Batch | None, loss: Tensor | None
+    ) -> dict[str, Iterable[Entry]]:
+        """The entries of all stages there are after a step to which these belong."""
+        stages = {"gradients": self.gradients()} | self.state()
+        output = {name: value for name, value in (("logits", outputs), ("loss", loss)) if value is not None}
+        if indices is not None:
+            stages["indices"] = [("indices", indices)]
+        if batch is not None:
+            stages["batch"] = batch_entries(batch)
+        if output:
+            stages["output"] = batch_entries(output)
         return stages
 
     def compared(self, expect: Expect, stages: Collection[str] | None) -> frozenset[str]:

@@ -99,25 +99,7 @@ class Card:
 
     def as_dict(self) -> dict[str, Any]:
         """JSON values."""
-        return {
-            "replica": self.replica,
-            "host": self.host,
-            "device": self.device,
-            "name": self.name,
-            "uuid": self.uuid,
-            "driver": self.driver,
-            "health": self.health,
-            "passes": self.passes,
-            "steps": self.steps,
-            "comparisons": self.comparisons,
-            "bytes_hashed": self.bytes_hashed,
-            "suspected": dict(self.suspected),
-            "unnamed": dict(self.unnamed),
-            "named": self.named,
-            "in_doubt": self.in_doubt,
-            "lost": self.lost,
-            "state": self.state,
-        }
+        return {**vars(self), "state": self.state}
 
 
 @dataclass(frozen=True)

@@ -1,10 +1,8 @@
 """Runs cases, each as a real job under torchrun, and compares what is found with what must be."""
 
 import json
-import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +13,8 @@ from rich.table import Table
 
 from dreplica.background import run_in_background
 from dreplica.cases.case import Case, find_cases
-from dreplica.errors import ExitCode, UsageError
+from dreplica.errors import ExitCode
+from dreplica.fresh_folder import fresh_folder
 
 _PLACE = ("step", "stage", "tensor", "operator", "suspects")
 """What the table shows of a verdict besides its cause."""
@@ -66,7 +65,7 @@ def run_cases(
     cases = find_cases(names)
     progress = Console(stderr=True)
     results = []
-    with _run_root(keep, cases) as root:
+    with fresh_folder(keep, "cases") as root:
         for number, case in enumerate(cases, start=1):
             result = run_case(case, root, timeout)
             results.append(result)
@@ -104,22 +103,6 @@ def _launch(case: Case, root: Path, timeout: float) -> tuple[str, bool]:
     root.mkdir(parents=True, exist_ok=True)
     code, printed = run_in_background(case.module, arguments, case.num_replicas, root / f"{case.name}.log", timeout)
     return printed, code is not None
-
-
-@contextmanager
-def _run_root(keep: Path | None, cases: Sequence[Case]) -> Iterator[Path]:
-    if keep is None:
-        with tempfile.TemporaryDirectory(prefix="dreplica-cases-") as folder:
-            yield Path(folder)
-        return
-    taken = [case.name for case in cases if (keep / case.name).exists()]
-    if taken:  # the run would go to a folder with a suffix, and the old report would be read
-        raise UsageError(f"--keep: {str(keep)!r} has a folder {taken[0]!r} already. Name a fresh folder.")
-    try:
-        keep.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UsageError(f"--keep: {str(keep)!r} cannot be made ({error.strerror}). Name another folder.") from None
-    yield keep.resolve()
 
 
 def _equal(values: Sequence[Any]) -> bool:

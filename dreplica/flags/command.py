@@ -4,7 +4,6 @@ import json
 import os
 import signal
 import sys
-import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,6 +18,7 @@ from dreplica.errors import ExitCode, UsageError
 from dreplica.flags.measure import Measurements, TrialFailed
 from dreplica.flags.study import Study, investigate
 from dreplica.flags.tell import print_study
+from dreplica.fresh_folder import fresh_folder
 from dreplica.replica.rng import shares_model_seed
 
 
@@ -44,7 +44,7 @@ def find_flags(
         progress.print(line, markup=False, highlight=False, soft_wrap=True)
 
     try:
-        with _ended_once_told(), _root(keep) as root:
+        with _ended_once_told(), fresh_folder(keep, "flags") as root:
             measurements = Measurements(config, num_replicas, steps, root, timeout, tell)
             found = investigate(measurements, config.determinism, num_replicas, rounds, _num_cpus())
     except TrialFailed as error:
@@ -90,21 +90,6 @@ def _num_cpus() -> int:
     limit = cpu_limit()
     cpus = len(os.sched_getaffinity(0))
     return cpus if limit is None else max(1, min(cpus, int(limit)))
-
-
-@contextmanager
-def _root(keep: Path | None) -> Iterator[Path]:
-    if keep is None:
-        with tempfile.TemporaryDirectory(prefix="dreplica-flags-") as folder:
-            yield Path(folder)
-        return
-    if keep.is_dir() and any(keep.iterdir()):
-        raise UsageError(f"--keep: {str(keep)!r} is not empty. Name a fresh folder.")
-    try:
-        keep.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UsageError(f"--keep: {str(keep)!r} cannot be made ({error.strerror}). Name another folder.") from None
-    yield keep.resolve()
 
 
 @contextmanager

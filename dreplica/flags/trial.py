@@ -22,7 +22,7 @@ from typing import Literal
 import torch
 
 from dreplica.agreement.agreement import Agreement
-from dreplica.agreement.hashing import Hasher, hasher_for
+from dreplica.agreement.hashing import common_hasher
 from dreplica.agreement.recorded import TENSORS_NAME, TRACE_NAME
 from dreplica.agreement.reference import Reference, ReferenceDiffers
 from dreplica.agreement.tensor_record import TensorRecord
@@ -105,7 +105,7 @@ class Trial:
         self.world.together(lambda: None)  # another replica's input may be unusable
         seconds: list[list[float]] = []
         try:
-            self.hasher = self.choose_hasher()
+            self.hasher, _ = common_hasher(self.device, self.channel)
             self.parts.prepare()
             self.world.together(self.check_epoch)
             self.coordinator = Coordinator(self.channel, self.parts.data_seed)
@@ -125,11 +125,6 @@ class Trial:
             }
             (self.folder / FOUND_NAME).write_text(json.dumps(found), encoding="utf-8")
         return ExitCode.AGREED
-
-    def choose_hasher(self) -> Hasher:
-        """Takes fingerprints on the device where all replicas can."""
-        own = hasher_for([self.device])
-        return own if len(set(self.channel.gather(own.algorithm))) == 1 else Hasher()
 
     def check_epoch(self) -> None:
         """Raises UsageError if there is no step to time that an evaluation does not follow."""

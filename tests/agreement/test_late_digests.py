@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from dreplica import run as run_module
+from dreplica.agreement import hashing
 from dreplica.agreement.agreement import Agreement
 from dreplica.agreement.fingerprint import ALGORITHM
 from dreplica.agreement.hashing import Hasher
@@ -118,7 +118,7 @@ def _choose(world: World, able: Sequence[int]) -> tuple[bool, list[str]]:
     def hasher_for(devices: Any) -> Hasher:
         return LateHasher() if world.replica_id in able else Hasher()
 
-    run_module.hasher_for = hasher_for  # type: ignore[assignment]
+    hashing.hasher_for = hasher_for  # type: ignore[assignment]
     run: Any = SimpleNamespace(channel=world.channel, device=SimpleNamespace(device=None), warnings=[])
     return Run.choose_hasher(run).is_asynchronous, run.warnings
 
