@@ -13,7 +13,7 @@ import argparse
 import itertools
 import statistics
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -38,7 +38,6 @@ from dreplica.training.history import History
 from dreplica.training.loop import StepDone, train
 from dreplica.training.snapshot import take_snapshot
 from dreplica.training.step import forward, make_scaler
-from dreplica.worker import run_process
 from dreplica.world.process_group import World
 from dreplica.world.signals import StoppedOnRequest, StopRequest
 
@@ -266,16 +265,12 @@ def print_measured(console: Console, measured: Measured, num_replicas: int, step
         )
 
 
-def main() -> None:
+def work(argv: Sequence[str]) -> ExitCode:
     """One worker of the benchmark."""
-    run_process(_work)
-
-
-def _work() -> ExitCode:
     parser = argparse.ArgumentParser(allow_abbrev=False, add_help=False)
     parser.add_argument("--rounds", type=int, default=12)
     parser.add_argument("--steps", type=int)
-    known, settings = parser.parse_known_args()
+    known, settings = parser.parse_known_args(argv)
 
     def conduct(prepared: Prepared, world: World, stop_request: StopRequest) -> ExitCode:
         world.together(lambda: None)  # another replica's input may be unusable
@@ -290,7 +285,3 @@ def _work() -> ExitCode:
         return ExitCode.AGREED
 
     return meet(settings, conduct)
-
-
-if __name__ == "__main__":
-    main()

@@ -1,29 +1,33 @@
-"""One worker: what torchrun starts, once per replica."""
+"""One worker: what torchrun starts, once per replica, whatever it is to do."""
 
 import os
 import signal
 import sys
 import traceback
 from collections.abc import Callable
+from importlib import import_module
 from typing import NoReturn
 
 from dreplica import exit_codes
 from dreplica.errors import ExitCode
 from dreplica.world.signals import hold_signals
 
+_OTHER_WORK = {"bench": "dreplica.bench", "burn-in": "dreplica.burn_in.worker", "flags": "dreplica.flags.trial"}
+"""What a worker does besides training, by the first word of its command line: a module, whose `work` does it."""
+
 
 def main() -> NoReturn:
-    """Runs one replica with this process's command line and exits with its exit code."""
+    """Does what this process's command line says, by default train, and exits with the exit code of that."""
     run_process(_work)
 
 
 def run_process(work: Callable[[], ExitCode]) -> NoReturn:
     """Runs `work` as the whole of a worker process, and ends the process with the exit code it returns."""
     hold_signals()  # first of all: what else is imported takes seconds, and a group that stops, stops as one
-    from torch.distributed.elastic.multiprocessing.errors import record
-
     # Huge pages: torch reads this at its first allocation, and reading all state each step goes a quarter faster.
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
+    from torch.distributed.elastic.multiprocessing.errors import record
+
     try:
         code = record(work)()
         assert code is not None, "sys.exit(0) was called, which is no way for a run to end"
@@ -39,10 +43,13 @@ def run_process(work: Callable[[], ExitCode]) -> NoReturn:
 
 
 def _work() -> ExitCode:
+    argv = sys.argv[1:]
+    if argv and argv[0] in _OTHER_WORK:
+        return import_module(_OTHER_WORK[argv[0]]).work(argv[1:])
+
     from dreplica.config import format_help
     from dreplica.run import run_worker
 
-    argv = sys.argv[1:]
     if "--help" in argv or "-h" in argv:
         if os.environ.get("RANK", "0") == "0":
             print(format_help("train.py"))

@@ -63,6 +63,32 @@ def test_nothing_that_takes_seconds_is_imported_before_signals_are_held() -> Non
     assert process.stdout == "False\n"
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="huge pages are asked for as Linux has it")
+@pytest.mark.parametrize("command", ["bench", "burn-in", "flags"])
+def test_whatever_it_does_large_tensors_are_put_where_huge_pages_can_be(command: str) -> None:
+    code = f"""
+import sys
+from importlib import import_module
+from types import SimpleNamespace
+import dreplica.worker as worker
+
+def look(argv):
+    import torch
+    print(*argv, torch.empty(2**21).data_ptr() % 4096)
+    return 0
+
+def imported(name):
+    assert callable(import_module(name).work)
+    return SimpleNamespace(work=look)
+
+worker.import_module = imported
+sys.argv[1:] = [{command!r}, "--steps=3"]
+worker.main()
+"""
+    process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert process.stdout == "--steps=3 0\n"
+
+
 def test_what_the_package_names_is_there() -> None:
     assert [getattr(dreplica, name).__name__ for name in dreplica.__all__] == dreplica.__all__
     with pytest.raises(AttributeError, match="no attribute 'agree'"):

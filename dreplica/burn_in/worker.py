@@ -6,12 +6,11 @@ import gc
 import json
 import logging
 import shutil
-import sys
 import time
 import traceback
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import NoReturn
 
 from rich.console import Console
 
@@ -24,7 +23,6 @@ from dreplica.burn_in.table import PassLines, print_account
 from dreplica.errors import ExitCode, UsageError
 from dreplica.meet import Prepared, end_at_once, meet
 from dreplica.report.terminal import Screen
-from dreplica.worker import run_process
 from dreplica.world.manifest import collect_manifest
 from dreplica.world.process_group import World
 from dreplica.world.roll_call import exit_code_of, is_to_tell, who_is_lost
@@ -211,22 +209,14 @@ def exit_code(account: Account, ended: Ended, otherwise: ExitCode = ExitCode.AGR
     return ExitCode.STOPPED if ended == "told" else otherwise
 
 
-def main() -> NoReturn:
+def work(argv: Sequence[str]) -> ExitCode:
     """One worker of a burn-in."""
-    run_process(_work)
-
-
-def _work() -> ExitCode:
     parser = argparse.ArgumentParser(allow_abbrev=False, add_help=False)
     parser.add_argument("--for", dest="duration", required=True)
     parser.add_argument("--json", action="store_true")
-    known, settings = parser.parse_known_args(sys.argv[1:])
+    known, settings = parser.parse_known_args(argv)
 
     def conduct(prepared: Prepared, world: World, told: StopRequest) -> ExitCode:
         return BurnIn(prepared, world, told, parse_duration(known.duration), known.json).conduct()
 
     return meet(settings, conduct)
-
-
-if __name__ == "__main__":
-    main()

@@ -39,7 +39,6 @@ from dreplica.preparation import Concluded, Preparation
 from dreplica.run import AGREEMENT_LAG
 from dreplica.training.history import History
 from dreplica.training.loop import EpochDone, StepDone, Stopped, train
-from dreplica.worker import run_process
 from dreplica.world.determinism import DeterminismConfig, apply_determinism
 from dreplica.world.process_group import World
 from dreplica.world.roll_call import ReplicaLost
@@ -266,23 +265,15 @@ class Trial:
         return -(-len(self.parts.data.train) // self.own.data.batch_size)  # type: ignore[arg-type]
 
 
-def main() -> None:
+def work(argv: Sequence[str]) -> ExitCode:
     """One worker."""
-    run_process(_work)
-
-
-def _work() -> ExitCode:
     parser = argparse.ArgumentParser(allow_abbrev=False, add_help=False)
     parser.add_argument("--steps", type=int, required=True)
     parser.add_argument("--others", type=json.loads, required=True)
     parser.add_argument("--folder", type=Path, required=True)
-    known, settings = parser.parse_known_args()
+    known, settings = parser.parse_known_args(argv)
     others = [DeterminismConfig.model_validate(section) for section in known.others]
     return meet(
         settings,
         lambda prepared, world, stop: Trial(prepared, world, stop, known.steps, others, known.folder).conduct(),
     )
-
-
-if __name__ == "__main__":
-    main()

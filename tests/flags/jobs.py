@@ -12,6 +12,11 @@ from dreplica.errors import ExitCode
 Section = Mapping[str, Any]
 
 
+def options_in(arguments: Sequence[str]) -> dict[str, str]:
+    """What a worker is started with, by name."""
+    return dict(argument.removeprefix("--").split("=", 1) for argument in arguments[1:])
+
+
 class MadeUp:
     """Stands in for `run_in_background`.
 
@@ -43,7 +48,8 @@ class MadeUp:
         timeout: float,
         variables: Mapping[str, str | None],
     ) -> tuple[int | None, str]:
-        given = dict(argument.removeprefix("--").split("=", 1) for argument in arguments)
+        assert (module, arguments[0]) == ("dreplica.worker", "flags")
+        given = options_in(arguments)
         section = yaml.safe_load(Path(given["config"]).read_text())["determinism"]
         refused = section["mode"] == "strict" and section["cublas_workspace_config"] is None
         assert not (refused and self.device == "cuda"), "the preflight does not let this start"

@@ -11,7 +11,7 @@ from dreplica.errors import ExitCode, UsageError
 from dreplica.flags import measure
 from dreplica.flags.flag import STRICT, Variant, closed
 from dreplica.flags.measure import Measurements, Outcome, TrialFailed, describe
-from tests.flags.jobs import MadeUp, write_trace
+from tests.flags.jobs import MadeUp, options_in, write_trace
 
 OFF = Variant(closed({"mode"}))
 NO_WORKSPACE = Variant(closed({"mode", "cublas_workspace_config"}))
@@ -52,7 +52,7 @@ def test_starts_that_agree_in_themselves_may_part_from_each_other(make: Callable
     class Parting(MadeUp):
         def __call__(self, *arguments: object, **more: object) -> tuple[int | None, str]:
             came_of_it = super().__call__(*arguments, **more)
-            folder = Path(dict(each.removeprefix("--").split("=", 1) for each in arguments[1])["folder"])
+            folder = Path(options_in(arguments[1])["folder"])  # type: ignore[arg-type]
             write_trace(folder, "ab"[len(self.sections) > 2], steps=4)
             return came_of_it
 
@@ -90,21 +90,21 @@ def test_strict_mode_without_the_workspace_is_not_tried(make: Callable[..., Meas
     assert describe(measurements.of(refused)[0]).startswith("strict mode does not start without CUBLAS_WORKSPACE_CON")
 
 
-def test_a_start_that_fails_ends_it_with_its_last_words(make: Callable[..., Measurements]) -> None:
-    measurements = make(lambda *_: (ExitCode.UNUSABLE, "hm\nerror: data.root: there is none\n"))
-    with pytest.raises(UsageError, match=r"^data\.root: there is none$"):
-        measurements.start(STRICT)
-    measurements = make(lambda *_: (ExitCode.FAILED, "out of memory, say"))
-    with pytest.raises(TrialFailed, match=r"(?s)strict: it ended with exit code 1:.*out of memory, say"):
-        measurements.start(STRICT)
-    measurements = make(lambda *_: (ExitCode.FAILED, "lost: replica 1: it raised OSError\nand more"))
-    with pytest.raises(TrialFailed, match=r"exit code 1:\nlost: replica 1: it raised OSError$"):
-        measurements.start(STRICT)
-    measurements = make(lambda *_: (ExitCode.STOPPED, ""))
-    with pytest.raises(TrialFailed, match=r"^strict: a replica was told to stop$"):
-        measurements.start(STRICT)
-    measurements = make(lambda *_: (None, "still at it"))
-    with pytest.raises(TrialFailed, match=r"(?s)did not end within 60 seconds \(--timeout\):.*still at it"):
+@pytest.mark.parametrize(
+    ("code", "printed", "error", "message"),
+    [
+        (ExitCode.UNUSABLE, "hm\nerror: data.root: there is none\n", UsageError, r"^data\.root: there is none$"),
+        (ExitCode.FAILED, "out of memory, say", TrialFailed, "(?s)strict: .* with exit code 1:.*out of memory, say"),
+        (ExitCode.FAILED, "lost: replica 1: OSError\nand more", TrialFailed, r"code 1:\nlost: replica 1: OSError$"),
+        (ExitCode.STOPPED, "", TrialFailed, "^strict: a replica was told to stop$"),
+        (None, "still at it", TrialFailed, r"(?s)did not end within 60 seconds \(--timeout\):.*still at it"),
+    ],
+)
+def test_a_start_that_fails_ends_it_with_its_last_words(
+    make: Callable[..., Measurements], code: int | None, printed: str, error: type[Exception], message: str
+) -> None:
+    measurements = make(lambda *_: (code, printed))
+    with pytest.raises(error, match=message):
         measurements.start(STRICT)
 
 
