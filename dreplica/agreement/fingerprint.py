@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, cast
 import numpy
 import torch
 import xxhash
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 if TYPE_CHECKING:
@@ -38,6 +38,12 @@ _NUMPY_HAS = {
     torch.int32,
     torch.int64,
 }
+
+_USUAL = {dtype for dtype in _NUMPY_HAS if not dtype.is_complex}
+"""A complex tensor may be a conjugate whose memory holds the numbers themselves."""
+
+WITH_MEMORY = {Tensor, nn.Parameter}
+"""Other subclasses may not have their bytes where their `data_ptr` says."""
 
 
 def fingerprint(tensors: Mapping[str, Tensor]) -> dict[str, str]:
@@ -85,21 +91,35 @@ def header(name: str, dtype: torch.dtype, shape: torch.Size, layout: str = "stri
 
 def _content(name: str, tensor: Tensor) -> bytes:
     """16 bytes over the tensor's elements in row-major order."""
+    try:
+        array = tensor.detach().numpy() if _is_usual(tensor) else _as_array(name, tensor)
+    except RuntimeError as error:  # a subclass whose bytes are not its own: fake, functional
+        raise TypeError(f"{name!r}: the bytes of this {type(tensor).__name__} cannot be read: {error}") from error
+    return xxhash.xxh3_128_digest(cast("Buffer", array))
+
+
+def _is_usual(tensor: Tensor) -> bool:
+    """Whether NumPy sees its elements in row-major order as it is: for what is hashed by the hundreds at every step."""
+    return (
+        type(tensor) in WITH_MEMORY
+        and tensor.dtype in _USUAL
+        and tensor.is_cpu
+        and tensor.layout is torch.strided
+        and not tensor.is_nested
+        and not tensor.is_neg()
+        and tensor.is_contiguous()
+    )
+
+
+def _as_array(name: str, tensor: Tensor) -> numpy.ndarray:
+    """The tensor's elements as a C-contiguous array: a view of its memory if that is contiguous and on the CPU."""
     lazy = is_lazy(tensor)
     if lazy or tensor.layout is not torch.strided or tensor.is_meta or tensor.is_quantized or tensor.is_nested:
         raise TypeError(
             f"{name!r}: a fingerprint needs a strided or sparse COO tensor with memory, not "
             + ("a lazy one" if lazy else f"one of layout {tensor.layout} and dtype {tensor.dtype} on {tensor.device}")
         )
-    try:
-        array = _as_array(tensor.detach())
-    except RuntimeError as error:  # a subclass whose bytes are not its own: fake, functional
-        raise TypeError(f"{name!r}: the bytes of this {type(tensor).__name__} cannot be read: {error}") from error
-    return xxhash.xxh3_128_digest(cast("Buffer", array))
-
-
-def _as_array(tensor: Tensor) -> numpy.ndarray:
-    """The tensor's elements as a C-contiguous array: a view of its memory if that is contiguous and on the CPU."""
+    tensor = tensor.detach()
     if tensor.device.type != "cpu":
         tensor = tensor.cpu()
     if tensor.is_conj() or tensor.is_neg():

@@ -6,10 +6,10 @@ from functools import cached_property, lru_cache
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from dreplica.agreement import multilinear
-from dreplica.agreement.fingerprint import ALGORITHM, num_bytes
+from dreplica.agreement.fingerprint import ALGORITHM, WITH_MEMORY, num_bytes
 from dreplica.agreement.stages import Entry, Stage, digest_entry, with_distinct_names
 from dreplica.world.channel import Channel
 
@@ -17,9 +17,6 @@ if TYPE_CHECKING:
     from dreplica.agreement.device import DeviceHash
 
 log = logging.getLogger(__name__)
-
-_WITH_MEMORY = {Tensor, nn.Parameter}
-"""Subclasses may not have their bytes where their `data_ptr` says."""
 
 _Place = tuple[torch.device, int]
 """Where a digest is to come: of the device's, the how many-th."""
@@ -150,7 +147,7 @@ class Hasher:
 
 
 def _has_memory_of_its_own(tensor: Tensor) -> bool:
-    if type(tensor) not in _WITH_MEMORY or tensor.layout is not torch.strided:
+    if type(tensor) not in WITH_MEMORY or tensor.layout is not torch.strided:
         return False
     return not (tensor.is_quantized or tensor.is_nested)
 

@@ -55,22 +55,12 @@ def batch_stage(batch: Tensor | Mapping[str, Any] | Sequence[Any]) -> Stage:
 
 def weights_stage(model: nn.Module) -> Stage:
     """All parameters, in the order of their registration (tied ones once)."""
-    return make_stage(weight_entries(model))
-
-
-def weight_entries(model: nn.Module) -> Iterable[Entry]:
-    """What `weights_stage` hashes."""
-    return named_weights(model).items()
+    return make_stage(named_weights(model).items())
 
 
 def buffers_stage(model: nn.Module) -> Stage:
     """All buffers, those that are not saved included."""
-    return make_stage(buffer_entries(model))
-
-
-def buffer_entries(model: nn.Module) -> Iterable[Entry]:
-    """What `buffers_stage` hashes."""
-    return named_buffers(model).items()
+    return make_stage(named_buffers(model).items())
 
 
 def gradients_stage(model: nn.Module) -> Stage:
@@ -78,13 +68,12 @@ def gradients_stage(model: nn.Module) -> Stage:
 
     The name of one that requires none ends in ` (requires_grad=False)`.
     """
-    return make_stage(gradient_entries(model))
+    return make_stage(gradient_entries(named_weights(model)))
 
 
-def gradient_entries(model: nn.Module) -> Iterable[Entry]:
-    """What `gradients_stage` hashes."""
-    parameters = reversed(named_weights(model).items())
-    return ((name + _FROZEN * (not each.requires_grad), each.grad) for name, each in parameters)
+def gradient_entries(named: dict[str, nn.Parameter]) -> Iterable[Entry]:
+    """What `gradients_stage` hashes, of all parameters as `named_weights` names them."""
+    return ((name + _FROZEN * (not each.requires_grad), each.grad) for name, each in reversed(named.items()))
 
 
 def optimizer_stage(model: nn.Module, optimizer: Optimizers, *others: Any) -> Stage:
@@ -96,7 +85,7 @@ def optimizer_stage(model: nn.Module, optimizer: Optimizers, *others: Any) -> St
     an address. Which parameters a group holds is not hashed by itself: one that is missing on a replica shows in the
     state kept for it, or, of an optimizer that keeps none, in the weights after the step; `check_wiring` names it.
     """
-    return make_stage(optimizer_entries(model, optimizer, *others))
+    return make_stage(optimizer_entries(named_weights(model), optimizer, *others))
 
 
 def by_name(optimizer: Optimizers) -> dict[str, torch.optim.Optimizer]:
@@ -187,9 +176,8 @@ def _unused(name: str, taken: Container[str]) -> str:
     return f"{name}#{number}"
 
 
-def optimizer_entries(model: nn.Module, optimizers: Optimizers, *others: Any) -> Iterable[Entry]:
-    """What `optimizer_stage` hashes."""
-    named = named_weights(model)  # once: in a large model it takes longer than the rest
+def optimizer_entries(named: Mapping[str, nn.Parameter], optimizers: Optimizers, *others: Any) -> Iterable[Entry]:
+    """What `optimizer_stage` hashes, with all parameters as `named_weights` names them."""
     own = set(map(id, named.values()))
     for own_name, optimizer in by_name(optimizers).items():
         names = _names(named, optimizer, own_name)

@@ -12,12 +12,12 @@ from dreplica.agreement.stages import (
     Entry,
     Optimizers,
     batch_entries,
-    buffer_entries,
     by_name,
     gradient_entries,
+    named_buffers,
+    named_weights,
     optimizer_entries,
     rng_entries,
-    weight_entries,
 )
 from dreplica.section import nearest
 
@@ -60,25 +60,28 @@ class Subject:
 
     def gradients(self) -> Iterable[Entry]:
         """As they are now."""
-        return gradient_entries(self.model)
+        return gradient_entries(named_weights(self.model))
 
     def state(self) -> dict[str, Iterable[Entry]]:
         """The entries of the stages that exist at any time."""
-        model = self.model
+        return self._state(named_weights(self.model))
+
+    def _state(self, named: dict[str, nn.Parameter]) -> dict[str, Iterable[Entry]]:
         stages: dict[str, Iterable[Entry]] = {
-            "buffers": buffer_entries(model),
-            "weights": weight_entries(model),
+            "buffers": named_buffers(self.model).items(),
+            "weights": named.items(),
             "rng": rng_entries(),
         }
         if self.optimizers:
-            stages["optimizer"] = optimizer_entries(model, self.optimizers, *self.others)
+            stages["optimizer"] = optimizer_entries(named, self.optimizers, *self.others)
         return stages
 
     def after_step(
         self, indices: Tensor | None, batch: Batch | None, outputs: Batch | None, loss: Tensor | None
     ) -> dict[str, Iterable[Entry]]:
         """The entries of all stages there are after a step to which these belong."""
-        stages = {"gradients": self.gradients()} | self.state()
+        named = named_weights(self.model)  # once: in a large model it takes longer than the rest
+        stages = {"gradients": gradient_entries(named)} | self._state(named)
         output = {name: value for name, value in (("logits", outputs), ("loss", loss)) if value is not None}
         if indices is not None:
             stages["indices"] = [("indices", indices)]

@@ -135,11 +135,11 @@ def restore_state(replica: Replica, contents: Contents, as_built: AsBuilt) -> No
 
 def _state_entries(replica: Replica) -> dict[str, list[Entry]]:
     """All that lasts from step to step, stage by stage."""
-    model = replica.model
+    named = named_weights(replica.model)
     return {
-        "buffers": list(named_buffers(model).items()),
-        "optimizer": list(optimizer_entries(model, replica.optimizer, *_others(replica))),
-        "weights": list(named_weights(model).items()),
+        "buffers": list(named_buffers(replica.model).items()),
+        "optimizer": list(optimizer_entries(named, replica.optimizer, *_others(replica))),
+        "weights": list(named.items()),
         "rng": rng_entries(),
     }
 
