@@ -12,7 +12,7 @@ from dreplica import exit_codes
 from dreplica.errors import ExitCode
 from dreplica.world.signals import hold_signals
 
-_OTHER_WORK = {"bench": "dreplica.bench", "burn-in": "dreplica.burn_in.worker", "flags": "dreplica.flags.trial"}
+_OTHER_WORK = {"bench": "dreplica.bench.worker", "burn-in": "dreplica.burn_in.worker", "flags": "dreplica.flags.trial"}
 """What a worker does besides training, by the first word of its command line: a module, whose `work` does it."""
 
 

@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from dreplica.bench import Bench, Measured, Memory, print_measured
+from dreplica.bench.loops import Bench
+from dreplica.bench.measured import Measured, Memory, median_interval, print_measured
 from dreplica.config import load_config
 from dreplica.errors import UsageError
 from dreplica.world.process_group import World
@@ -29,6 +30,8 @@ def test_every_loop_is_timed_in_every_round_and_all_state_is_hashed() -> None:
         assert steps == 4  # of the epoch's five batches, one starts the loader
         assert {name: len(seconds) for name, seconds in measured.seconds.items()} == {"a": 2, "b": 2, "c": 2}
         assert all(second > 0 for seconds in measured.seconds.values() for second in seconds)
+        assert len(measured.checks) == 2
+        assert all(share > 0 for share in measured.checks)
         assert measured.bytes_per_step > state
         assert measured.snapshot_seconds > 0
         assert measured.memory is None
@@ -53,15 +56,23 @@ def test_told_to_stop_all_replicas_do() -> None:
 
 
 def test_ratios_are_taken_round_by_round() -> None:
-    measured = Measured({"a": [1.0, 2.0, 4.0], "b": [1.0, 2.0, 4.0], "c": [1.5, 2.2, 4.4]}, 1_500_000, 0.05)
+    seconds = {"a": [1.0, 2.0, 4.0], "b": [1.0, 2.0, 4.0], "c": [1.5, 2.2, 4.4]}
+    measured = Measured(seconds, 1_500_000, 0.05, checks=[0.016, 0.012, 0.015])
     assert measured.ratios("c", "a") == [1.5, 1.1, 1.1]
     text = io.StringIO()
     print_measured(Console(file=text, width=100), measured, num_replicas=2, steps=4, snapshot_every=50)
     assert "2 replicas, 3 alternating rounds of 4 steps" in text.getvalue()
-    assert "(c)/(a) = 1.100  (rounds: 1.100 to 1.500)" in text.getvalue()
+    assert "(c)/(a) = 1.100  (95 %: 1.100 to 1.500)" in text.getvalue()
+    assert "by themselves: 1.50% of the rest of the step  (95 %: 1.20% to 1.60%)" in text.getvalue()
     assert "1.5 MB per step" in text.getvalue()
     assert "a snapshot every 50 steps: 50.0 ms each, not in the above; 0.05% of a step" in text.getvalue()
     assert "device memory" not in text.getvalue()
     on_gpu = replace(measured, memory=Memory(checks=1_200_000, snapshot=138_000_000))
     print_measured(Console(file=text, width=100), on_gpu, num_replicas=2, steps=4, snapshot_every=50)
     assert "device memory that checks take: 1.2 MB, and a snapshot 138.0 MB" in text.getvalue()
+
+
+def test_the_interval_of_a_median_holds_it_with_95_percent_confidence() -> None:
+    assert median_interval([3.0, 1.0, 2.0]) == (1.0, 3.0)  # the best there is
+    for n, k in ((6, 1), (8, 1), (9, 2), (12, 3), (24, 7), (30, 10), (100, 40)):  # tables of the sign test
+        assert median_interval([float(value) for value in range(n, 0, -1)]) == (k, n + 1 - k)

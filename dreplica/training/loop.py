@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Generator
+from collections.abc import Generator, Mapping
 from contextlib import closing
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
@@ -39,6 +39,8 @@ class StepDone:
 
     saves: bool
     """Whether `checkpoint.every_steps` wants a checkpoint now; all replicas are known to agree then."""
+    seconds: Mapping[str, float] = field(default_factory=dict)
+    """This replica's in each phase of the epoch so far, as `PhaseTimer` tells them."""
 
     @property
     def position(self) -> Position:
@@ -156,7 +158,7 @@ def train(
                 if world.roll_call is not None:
                     world.roll_call.step = agreement.steps_done
                 timer.lap("checks")
-                yield StepDone(step, epoch, number, len(stream), tally, saves)
+                yield StepDone(step, epoch, number, len(stream), tally, saves, dict(timer.seconds))
                 timer.lap("saving")
                 if (stop or halts) and not last:
                     agreement.finish()

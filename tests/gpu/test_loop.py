@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from dreplica.agreement.agreement import Agreement
-from dreplica.bench import Bench
+from dreplica.bench.loops import Bench
 from dreplica.config import RunConfig, load_config
 from dreplica.data.coordinator import Coordinator
 from dreplica.data.datasets import DataConfig, TensorImages, load_data

@@ -1,34 +1,32 @@
-"""`dreplica bench`: what the trainer and its checks cost per step, on the user's own config.
+"""Three loops, and the time that each of them takes for a step.
 
-Three loops take the same steps in alternating rounds: (a) a bare PyTorch loop, (b) this trainer without checks, (c)
+They take the same steps in alternating rounds: (a) a bare PyTorch loop, (b) this trainer without checks, (c)
 this trainer with every stage compared at every step. Ratios are taken within a round, so that a machine whose speed
-drifts moves both sides alike; the median over the rounds is what to quote.
+drifts moves both sides alike; the median over the rounds is what to quote, with its confidence interval: on a machine
+that is shared with others, hundreds of steps may not tell a ratio of 1.01 from one of 1.02. What the checks of (c) keep
+the process busy for, waiting for other replicas included, is timed by itself, too, which tells.
 
 The snapshot that (c) keeps is taken once and held throughout, so that the three loops find the process's heap in the
 same state: memory that a former round had freed would spare the next one its page faults (measured: 2 % of a step).
 What a snapshot costs is timed by itself.
 """
 
-import argparse
 import itertools
 import statistics
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator
 
 import torch
-from rich.console import Console
-from rich.table import Table
 from torch.utils.data import DataLoader
 
 from dreplica.agreement.agreement import Agreement
+from dreplica.bench.measured import LOOPS, Measured, Memory
 from dreplica.config import RunConfig
 from dreplica.data.coordinator import Coordinator
 from dreplica.data.loader import normalize
 from dreplica.data.prepare import prepare_data
 from dreplica.data.samples import DataSets, at_epoch, by_itself, normalization
-from dreplica.errors import ExitCode, UsageError
-from dreplica.meet import Prepared, meet
+from dreplica.errors import UsageError
 from dreplica.replica.build import build_replica
 from dreplica.replica.replica import Replica
 from dreplica.replica.rng import model_seed, seed_generators
@@ -40,37 +38,6 @@ from dreplica.training.snapshot import take_snapshot
 from dreplica.training.step import forward, make_scaler
 from dreplica.world.process_group import World
 from dreplica.world.signals import StoppedOnRequest, StopRequest
-
-LOOPS = {"a": "bare PyTorch loop", "b": "trainer, no checks", "c": "trainer, every stage at every step"}
-RATIOS = (("b", "a"), ("c", "b"), ("c", "a"))
-
-
-@dataclass(frozen=True)
-class Measured:
-    """What a benchmark has found."""
-
-    seconds: dict[str, list[float]]
-    """Per loop, a time per step for each round: the slowest replica's."""
-    bytes_per_step: int
-    """Hashed by each replica for each step."""
-    snapshot_seconds: float
-    """To take one snapshot: the slowest replica's median."""
-    memory: "Memory | None" = None
-    """Of the GPU; None on the CPU."""
-
-    def ratios(self, one: str, other: str) -> list[float]:
-        """Time of loop `one` over that of loop `other`, round by round."""
-        return [a / b for a, b in zip(self.seconds[one], self.seconds[other], strict=True)]
-
-
-@dataclass(frozen=True)
-class Memory:
-    """Bytes of device memory: the largest of all replicas'."""
-
-    checks: int
-    """By which the peak of the loop with checks exceeds that of the loop without."""
-    snapshot: int
-    """That one snapshot takes."""
 
 
 class Bench:
@@ -96,6 +63,7 @@ class Bench:
         Raises StoppedOnRequest once `told` is set on any replica.
         """
         seconds: dict[str, list[float]] = {name: [] for name in LOOPS}
+        shares = []
         peaks = dict.fromkeys(LOOPS, 0)
         orders = itertools.cycle(itertools.permutations(LOOPS))
         for number, order in zip(range(rounds + 1), orders, strict=False):
@@ -104,16 +72,19 @@ class Bench:
                     raise StoppedOnRequest
                 if self.on_gpu:
                     torch.cuda.reset_peak_memory_stats(self.device)
-                own = self.time_steps(self.loop(name, self.steps + 1), self.steps)
+                own, in_checks = self.time_steps(self.loop(name, self.steps + 1), self.steps)
                 if self.on_gpu:
                     peaks[name] = max(peaks[name], torch.cuda.max_memory_allocated(self.device))
-                slowest = max(self.world.channel.gather(own))
+                rows = self.world.channel.gather((own, in_checks / (own - in_checks)))
+                slowest, share = map(max, zip(*rows, strict=True))
                 if number > 0:
                     seconds[name].append(slowest)
+                if number > 0 and name == "c":
+                    shares.append(share)
         rows = self.world.channel.gather((self.time_snapshot(), peaks["c"] - peaks["b"], self.snapshot_memory()))
         snapshot_seconds, checks, snapshot = map(max, zip(*rows, strict=True))
         memory = Memory(int(checks), int(snapshot)) if self.on_gpu else None
-        return Measured(seconds, self.bytes_per_step, float(snapshot_seconds), memory)
+        return Measured(seconds, self.bytes_per_step, float(snapshot_seconds), shares, memory)
 
     def snapshot_memory(self) -> int:
         """Bytes of the GPU's memory that a snapshot takes; 0 on the CPU."""
@@ -136,24 +107,23 @@ class Bench:
             seconds.append(time.perf_counter() - started)
         return statistics.median(seconds)
 
-    def time_steps(self, loop: Iterator[None], steps: int) -> float:
-        """Seconds per step over `steps` steps, after a first one that starts the loader."""
-        next(loop)
+    def time_steps(self, loop: Iterator[float], steps: int) -> tuple[float, float]:
+        """Seconds per step over `steps` steps, after a first one that starts the loader; and those in checks."""
+        checks_before = next(loop)
         self.synchronize()
         started = time.perf_counter()
-        for _ in range(steps):
-            next(loop)
+        checks = max(itertools.islice(loop, steps))
         self.synchronize()
         seconds = (time.perf_counter() - started) / steps
         for _ in loop:
             pass
-        return seconds
+        return seconds, (checks - checks_before) / steps
 
-    def loop(self, name: str, steps: int) -> Iterator[None]:
-        """Loop a, b or c; yields after each of `steps` steps, then ends tidily."""
+    def loop(self, name: str, steps: int) -> Iterator[float]:
+        """Loop a, b or c; yields the seconds in checks so far after each of `steps` steps, then ends tidily."""
         return self.bare(steps) if name == "a" else self.trainer(steps, every=int(name == "c"))
 
-    def bare(self, steps: int) -> Iterator[None]:
+    def bare(self, steps: int) -> Iterator[float]:
         """What one would write by hand."""
         replica, data = self.replica, self.config.data
         loader = DataLoader(
@@ -182,9 +152,9 @@ class Bench:
                 replica.scaler.step(replica.optimizer)
                 replica.scaler.update()
             tally.add(loss, logits, labels)
-            yield
+            yield 0.0
 
-    def trainer(self, steps: int, every: int) -> Iterator[None]:
+    def trainer(self, steps: int, every: int) -> Iterator[float]:
         """The training loop itself."""
         agreement = Agreement(
             self.replica.model,
@@ -208,8 +178,8 @@ class Bench:
             history,
         )
         done = (event for event in epochs if isinstance(event, StepDone))
-        for _ in itertools.islice(done, steps):
-            yield
+        for event in itertools.islice(done, steps):
+            yield event.seconds["checks"]
         epochs.close()
         agreement.finish()
         self.bytes_per_step = max(self.bytes_per_step, agreement.bytes_per_step)
@@ -232,56 +202,3 @@ def _check_steps(steps: int, num_batches: int) -> None:
             f"an evaluation in between would be timed too. Use --steps {max(1, num_batches - 1)} or a smaller "
             "--data.batch_size."
         )
-
-
-def print_measured(console: Console, measured: Measured, num_replicas: int, steps: int, snapshot_every: int) -> None:
-    """The times per step, their ratios, and what a snapshot costs."""
-    rounds = len(measured.seconds["c"])
-    table = Table(title=f"{num_replicas} replicas, {rounds} alternating rounds of {steps} steps", title_justify="left")
-    for column in ("loop", "ms per step: median", "min", "max"):
-        table.add_column(column, justify="left" if column == "loop" else "right")
-    for name, text in LOOPS.items():
-        values = [1000 * value for value in measured.seconds[name]]
-        table.add_row(f"({name}) {text}", *(f"{f(values):.1f}" for f in (statistics.median, min, max)))
-    console.print(table)
-    for one, other in RATIOS:
-        ratios = measured.ratios(one, other)
-        console.print(
-            f"({one})/({other}) = {statistics.median(ratios):.3f}  (rounds: {min(ratios):.3f} to {max(ratios):.3f})",
-            highlight=False,
-        )
-    console.print(f"hashed by each replica: {measured.bytes_per_step / 1e6:.1f} MB per step", highlight=False)
-    if measured.memory is not None:
-        checks, snapshot = (size / 1e6 for size in (measured.memory.checks, measured.memory.snapshot))
-        console.print(
-            f"device memory that checks take: {checks:.1f} MB, and a snapshot {snapshot:.1f} MB", highlight=False
-        )
-    if snapshot_every:
-        share = measured.snapshot_seconds / snapshot_every / statistics.median(measured.seconds["c"])
-        console.print(
-            f"a snapshot every {snapshot_every} steps: {1000 * measured.snapshot_seconds:.1f} ms each, not in the "
-            f"above; {share:.2%} of a step",
-            highlight=False,
-        )
-
-
-def work(argv: Sequence[str]) -> ExitCode:
-    """One worker of the benchmark."""
-    parser = argparse.ArgumentParser(allow_abbrev=False, add_help=False)
-    parser.add_argument("--rounds", type=int, default=12)
-    parser.add_argument("--steps", type=int)
-    known, settings = parser.parse_known_args(argv)
-
-    def conduct(prepared: Prepared, world: World, stop_request: StopRequest) -> ExitCode:
-        world.together(lambda: None)  # another replica's input may be unusable
-        bench = Bench(prepared.own, world, prepared.device.device, known.steps)
-        try:
-            measured = bench.measure(known.rounds, stop_request)
-        except StoppedOnRequest:
-            return ExitCode.STOPPED
-        if world.is_coordinator:
-            snapshot_every = bench.config.agreement.snapshot_every
-            print_measured(Console(), measured, world.num_replicas, bench.steps, snapshot_every)
-        return ExitCode.AGREED
-
-    return meet(settings, conduct)
