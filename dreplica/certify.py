@@ -153,18 +153,23 @@ def _run(root: Path, name: str, arguments: Sequence[str], num_replicas: int) -> 
         "PYTHONPATH": os.pathsep.join(filter(None, [package_root, os.environ.get("PYTHONPATH")]))
     }
     command = [sys.executable, "-m", "dreplica.cli", "train", f"--replicas={num_replicas}"]
-    process = subprocess.run(
-        [*command, *arguments, f"--run.name={name}"],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        stdin=subprocess.DEVNULL,
-        env=environment,
-        check=False,
-    )
-    with (root / f"{name}.log").open("a", encoding="utf-8") as log:
-        log.write(process.stdout)
-    return process.returncode, process.stdout
+    path = root / f"{name}.log"
+    with path.open("ab") as log:
+        begins = log.tell()
+        process = subprocess.Popen(
+            [*command, *arguments, f"--run.name={name}"],
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            stdin=subprocess.DEVNULL,
+            env=environment,
+            start_new_session=True,  # a Ctrl-C is for this process, which then ends the run in order
+        )
+        try:
+            process.wait()
+        finally:
+            process.terminate()
+            process.wait()
+    return process.returncode, path.read_bytes()[begins:].decode(errors="replace")
 
 
 def _failed(what: str, code: int, output: str) -> ExitCode:

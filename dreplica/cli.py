@@ -2,16 +2,20 @@
 
 import argparse
 import os
+import signal
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeAlias
+from types import FrameType
+from typing import TYPE_CHECKING, NoReturn, TypeAlias
 
 from dreplica.errors import ExitCode, UsageError
 
 if TYPE_CHECKING:
     from dreplica.launcher import Nodes
 
+_INTERRUPTED = "error: interrupted"
 _SETTINGS = "[--config FILE] [--section.key VALUE ...]"
 
 Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
@@ -21,6 +25,15 @@ Function = Callable[[argparse.Namespace, Sequence[str]], int]
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs a `dreplica` command and returns its exit code."""
+    try:
+        return _run(argv)
+    except KeyboardInterrupt:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # one Ctrl-C often follows another, and nothing is left to stop
+        print(_INTERRUPTED, file=sys.stderr)
+        return ExitCode.FAILED
+
+
+def _run(argv: Sequence[str] | None) -> int:
     parser = argparse.ArgumentParser("dreplica", description="Train replicas in lock-step and compare every bit.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     _add_training_commands(commands)
@@ -76,22 +89,25 @@ def _add_training_commands(commands: Commands) -> None:
 
 
 def _train(known: argparse.Namespace, settings: Sequence[str]) -> int:
-    from dreplica.launcher import launch  # it configures torchrun's logging when imported
+    with _importing():
+        from dreplica.launcher import launch  # it configures torchrun's logging when imported
 
     return launch("dreplica.worker", settings, known.replicas, _nodes(known))
 
 
 def _burn_in(known: argparse.Namespace, settings: Sequence[str]) -> int:
-    from dreplica.burn_in.duration import parse_duration
+    with _importing():
+        from dreplica.burn_in.duration import parse_duration
 
     if known.duration is None:
         raise UsageError("--for: it is needed: how long to go on. For instance --for 30m.")
     parse_duration(known.duration)
     nodes = _nodes(known)
 
-    import torch
+    with _importing():
+        import torch
 
-    from dreplica.launcher import launch
+        from dreplica.launcher import launch
 
     num_gpus = torch.cuda.device_count()
     num_replicas = known.replicas or (num_gpus if nodes is not None and num_gpus else max(num_gpus, 2))
@@ -100,14 +116,16 @@ def _burn_in(known: argparse.Namespace, settings: Sequence[str]) -> int:
 
 
 def _bench(known: argparse.Namespace, settings: Sequence[str]) -> int:
-    from dreplica.launcher import launch
+    with _importing():
+        from dreplica.launcher import launch
 
     steps = [] if known.steps is None else [f"--steps={known.steps}"]
     return launch("dreplica.worker", ["bench", f"--rounds={known.rounds}", *steps, *settings], known.replicas)
 
 
 def _flags(known: argparse.Namespace, settings: Sequence[str]) -> int:
-    from dreplica.flags.command import find_flags
+    with _importing():
+        from dreplica.flags.command import find_flags
 
     return find_flags(settings, known.replicas, known.steps, known.rounds, known.json, known.keep, known.timeout)
 
@@ -115,7 +133,8 @@ def _flags(known: argparse.Namespace, settings: Sequence[str]) -> int:
 def _certify(known: argparse.Namespace, settings: Sequence[str]) -> int:
     if known.at_step is None:
         raise UsageError("--at-step: it is needed: the step after which to interrupt, best in mid-epoch.")
-    from dreplica.certify import certify_resume
+    with _importing():
+        from dreplica.certify import certify_resume
 
     return certify_resume(settings, known.replicas, known.at_step, known.keep)
 
@@ -148,25 +167,29 @@ def _add_plain_commands(commands: Commands) -> None:
 
 
 def _cases(known: argparse.Namespace, _settings: Sequence[str]) -> int:
-    from dreplica.cases.runner import run_cases
+    with _importing():
+        from dreplica.cases.runner import run_cases
 
     return run_cases(known.names, known.json, known.keep, known.timeout)
 
 
 def _compare(known: argparse.Namespace, _settings: Sequence[str]) -> int:
-    from dreplica.compare import compare_runs
+    with _importing():
+        from dreplica.compare import compare_runs
 
     return compare_runs(known.runs[0], known.runs[1], known.json, known.prefix)
 
 
 def _doctor(known: argparse.Namespace, _settings: Sequence[str]) -> int:
-    from dreplica.doctor.examine import run_doctor
+    with _importing():
+        from dreplica.doctor.examine import run_doctor
 
     return run_doctor(known.json)
 
 
 def _report(known: argparse.Namespace, _settings: Sequence[str]) -> int:
-    from dreplica.report.html import write_report
+    with _importing():
+        from dreplica.report.html import write_report
 
     try:
         print(write_report(known.run))
@@ -177,6 +200,21 @@ def _report(known: argparse.Namespace, _settings: Sequence[str]) -> int:
 
 
 # ---- What they have in common
+
+
+@contextmanager
+def _importing() -> Iterator[None]:
+    """Inside, Ctrl-C ends the process at once: half-way in an import, an exception may turn into any other, or none."""
+
+    def leave(_number: int, _frame: FrameType | None) -> NoReturn:
+        os.write(sys.stderr.fileno(), f"{_INTERRUPTED}\n".encode())
+        os._exit(ExitCode.FAILED)
+
+    before = signal.signal(signal.SIGINT, leave)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def _add_command(
@@ -199,7 +237,8 @@ def _add_training(
 
 
 def _print_help(command: argparse.ArgumentParser) -> ExitCode:
-    from dreplica.config import format_help
+    with _importing():
+        from dreplica.config import format_help
 
     print(f"usage: {command.prog} [--replicas N] {_SETTINGS}\n")
     print(command.format_help().split("\n\n", 1)[1])

@@ -1,7 +1,11 @@
 """The command itself."""
 
+import os
+import signal
 import subprocess
 import sys
+import time
+from pathlib import Path
 
 import pytest
 
@@ -37,3 +41,41 @@ def test_whoever_has_read_enough_of_it_may_leave() -> None:
     process.stdout.close()
     assert process.stderr.read() == ""
     assert process.wait(30) == 1
+
+
+@pytest.mark.parametrize(
+    "command", [["train"], ["cases", "racy_sum"], ["compare", "a", "b"]], ids=lambda command: command[0]
+)
+def test_interrupted_while_it_imports_it_says_so_in_one_line(command: list[str]) -> None:
+    code = "import dreplica.cli, sys; print(flush=True); sys.exit(dreplica.cli.main(sys.argv[1:]))"
+    process = subprocess.Popen(
+        [sys.executable, "-c", code, *command],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=REPOSITORY,
+        env=environment(),
+    )
+    assert process.stdout is not None
+    process.stdout.readline()
+    time.sleep(0.02)  # argparse is done with, and torch, NumPy or rich are not
+    process.send_signal(signal.SIGINT)
+    assert process.communicate(timeout=30)[1] == "error: interrupted\n"
+    assert process.returncode == 1
+
+
+def test_a_certificate_that_is_interrupted_leaves_nothing_running(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "dreplica.cli", "certify-resume", "--at-step=7", "--replicas=1"]
+    job = [f"--keep={tmp_path / 'kept'}", "--data.num_workers=0", "--train.epochs=1000", "--data.batch_size=8"]
+    process = subprocess.Popen(
+        [*command, *job], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=REPOSITORY, env=environment()
+    )
+    log = tmp_path / "kept" / "straight.log"
+    while not (log.exists() and "run folder" in log.read_text()):
+        assert process.poll() is None
+        time.sleep(0.1)
+    process.send_signal(signal.SIGINT)
+    assert process.communicate(timeout=60)[1] == "error: interrupted\n"
+    assert process.returncode == 1
+    lines = [Path(entry.path, "cmdline") for entry in os.scandir("/proc") if entry.name.isdigit()]
+    assert not [path for path in lines if path.exists() and str(tmp_path).encode() in path.read_bytes()]

@@ -7,10 +7,10 @@ a contiguous CPU tensor is not copied.
 """
 
 from collections.abc import Mapping
+from ctypes import c_char
 from functools import lru_cache
 from typing import TYPE_CHECKING, cast
 
-import numpy
 import torch
 import xxhash
 from torch import Tensor, nn
@@ -92,14 +92,21 @@ def header(name: str, dtype: torch.dtype, shape: torch.Size, layout: str = "stri
 def _content(name: str, tensor: Tensor) -> bytes:
     """16 bytes over the tensor's elements in row-major order."""
     try:
-        array = tensor.detach().numpy() if _is_usual(tensor) else _as_array(name, tensor)
+        return _digest_memory(tensor) if _is_usual(tensor) else _digest_array(name, tensor)
     except RuntimeError as error:  # a subclass whose bytes are not its own: fake, functional
         raise TypeError(f"{name!r}: the bytes of this {type(tensor).__name__} cannot be read: {error}") from error
-    return xxhash.xxh3_128_digest(cast("Buffer", array))
+
+
+def _digest_memory(tensor: Tensor) -> bytes:
+    """Reads it where it is; a tensor whose NumPy array was ever asked for could not be resized any more."""
+    address = tensor.data_ptr()
+    if not address and tensor.nbytes:
+        raise RuntimeError("it has no memory")
+    return xxhash.xxh3_128_digest(cast("Buffer", (c_char * tensor.nbytes).from_address(address)))
 
 
 def _is_usual(tensor: Tensor) -> bool:
-    """Whether NumPy sees its elements in row-major order as it is: for what is hashed by the hundreds at every step."""
+    """Whether its memory has its elements in row-major order as it is: what is hashed by the hundreds at every step."""
     return (
         type(tensor) in WITH_MEMORY
         and tensor.dtype in _USUAL
@@ -111,8 +118,8 @@ def _is_usual(tensor: Tensor) -> bool:
     )
 
 
-def _as_array(name: str, tensor: Tensor) -> numpy.ndarray:
-    """The tensor's elements as a C-contiguous array: a view of its memory if that is contiguous and on the CPU."""
+def _digest_array(name: str, tensor: Tensor) -> bytes:
+    """Of a tensor that is not usual: in another layout, of another class, on another device, or of a rarer dtype."""
     lazy = is_lazy(tensor)
     if lazy or tensor.layout is not torch.strided or tensor.is_meta or tensor.is_quantized or tensor.is_nested:
         raise TypeError(
@@ -125,8 +132,10 @@ def _as_array(name: str, tensor: Tensor) -> numpy.ndarray:
     if tensor.is_conj() or tensor.is_neg():
         tensor = tensor.resolve_conj().resolve_neg()
     if not tensor.numel():
-        return numpy.empty(0, numpy.uint8)  # a slice without elements has strides that no view as bytes allows
+        return xxhash.xxh3_128_digest(b"")  # a slice without elements has strides that no view as bytes allows
     tensor = tensor.contiguous()
     if tensor.dtype not in _NUMPY_HAS:
         tensor = tensor.reshape(-1).view(torch.uint8)
-    return tensor.numpy()
+    if type(tensor) in WITH_MEMORY:
+        return _digest_memory(tensor)
+    return xxhash.xxh3_128_digest(cast("Buffer", tensor.numpy()))

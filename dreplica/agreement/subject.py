@@ -1,5 +1,6 @@
 """Whose state is compared: one model or several, bare or wrapped, with what trains them; and what of it must agree."""
 
+import sys
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any, Literal
 
@@ -27,6 +28,11 @@ Batch = Tensor | Mapping[str, Any] | Sequence[Any]
 
 Expect = Literal["identical", "independent", "ddp"]
 
+_WHOLE_DTENSORS = "dreplica.fingerprint({name: p.full_tensor() for name, p in model.named_parameters()})"
+_WHOLE_FLAT_PARAMETERS = (
+    "with FullyShardedDataParallel.summon_full_params(model): dreplica.fingerprint(dict(model.named_parameters()))"
+)
+
 DDP_STAGES = ("gradients", "optimizer", "weights")
 """What the ranks of one data-parallel model share after every step; buffers, too, if no forward pass mends them."""
 
@@ -50,9 +56,10 @@ class Subject:
         self.given = nn.ModuleDict(dict(models)) if isinstance(model, Mapping) else model
         self.optimizers = by_name(optimizer)
         self.others = tuple(other for other in others if other is not None)
-        wrapped = [each for each in map(_in_ddp, models.values()) if each is not None]
+        wrapped = [each for each in models.values() if _in_ddp(each) is not None or _fsdp_modules(each)]
         self.is_ddp = bool(wrapped)
-        self._mends_buffers = all(each.broadcast_buffers for each in wrapped)
+        in_ddp = [_in_ddp(each) for each in wrapped]
+        self._mends_buffers = all(each is not None and each.broadcast_buffers for each in in_ddp)
 
     def tensors(self) -> Iterable[Tensor]:
         """Parameters and buffers."""
@@ -122,6 +129,12 @@ def unwrapped(model: nn.Module) -> nn.Module:
     return model if within is model else unwrapped(within)
 
 
+def _fsdp_modules(model: nn.Module) -> list[Any]:
+    """Those of its modules that are in FullyShardedDataParallel."""
+    fsdp = sys.modules.get("torch.distributed.fsdp")  # to import it takes a second, and few have
+    return [] if fsdp is None else fsdp.FullyShardedDataParallel.fsdp_modules(model)
+
+
 def _in_ddp(model: nn.Module) -> DistributedDataParallel | None:
     within = getattr(model, "_orig_mod", model)
     return within if isinstance(within, DistributedDataParallel) else None
@@ -135,11 +148,11 @@ def _check_arguments(models: Mapping[str, Any], optimizers: Mapping[str, Any], o
             raise _refused("model", each, "an nn.Module, or several by name: {'generator': g, 'critic': c}")
         for name, parameter in each.named_parameters():
             if hasattr(parameter, "placements"):
-                raise ValueError(
-                    f"model: {name!r} is a {type(parameter).__name__}: each rank holds a part of its own (fully_shard, "
-                    "say), and parts differ by design. Compare whole tensors instead, run against run: "
-                    "dreplica.fingerprint({name: p.full_tensor() for name, p in model.named_parameters()})."
-                )
+                raise _sharded(f"{name!r} is a {type(parameter).__name__}", "fully_shard, say", _WHOLE_DTENSORS)
+        for module in _fsdp_modules(each):
+            strategy = module.sharding_strategy.name
+            if strategy != "NO_SHARD":
+                raise _sharded("it is in FullyShardedDataParallel", strategy, _WHOLE_FLAT_PARAMETERS)
     for each in optimizers.values():
         if not hasattr(each, "param_groups"):
             raise _refused("optimizer", each, "one, or several by name: {'generator': g, 'critic': c}")
@@ -148,6 +161,13 @@ def _check_arguments(models: Mapping[str, Any], optimizers: Mapping[str, Any], o
     for each in others:
         if not (each is None or hasattr(each, "state_dict")):
             raise _refused("others", each, "what has a state_dict: [scheduler, scaler]")
+
+
+def _sharded(what: str, how: str, whole: str) -> ValueError:
+    return ValueError(
+        f"model: {what}: each rank holds a part of its own ({how}), and parts differ by design. "
+        f"Compare whole tensors instead, run against run: {whole}."
+    )
 
 
 def _refused(name: str, value: Any, hint: str) -> ValueError:

@@ -1,5 +1,6 @@
 """The fingerprint tells apart what differs in a single bit, and nothing else."""
 
+import ctypes
 import hashlib
 import resource
 import struct
@@ -298,14 +299,22 @@ def test_a_contiguous_tensor_is_hashed_in_its_own_memory(dtype: torch.dtype, mon
     addresses = []
 
     def recorded(data: Any) -> bytes:
-        if hasattr(data, "__array_interface__"):
-            addresses.append((data.__array_interface__["data"][0], data.nbytes))
+        if isinstance(data, ctypes.Array):
+            addresses.append((ctypes.addressof(data), ctypes.sizeof(data)))
         return xxhash.xxh3_128_digest(data)
 
     monkeypatch.setattr(module, "xxhash", SimpleNamespace(xxh3_128_digest=recorded))
     tensor = pattern(24, dtype).reshape(4, 6)
     digest_tensor("t", tensor)
     assert addresses == [(tensor.data_ptr(), tensor.nbytes)]
+    tensor.resize_(100)  # as it could be before
+
+
+def test_a_tensor_whose_memory_was_given_back_is_refused() -> None:
+    tensor = torch.ones(8)
+    tensor.untyped_storage().resize_(0)
+    with pytest.raises(TypeError, match=r"'t': the bytes of this Tensor cannot be read: it has no memory"):
+        digest_tensor("t", tensor)
 
 
 def _growth_of_peak_memory(world: World, num_elements: int) -> tuple[int, int]:

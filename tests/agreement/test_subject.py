@@ -188,6 +188,52 @@ def test_a_sharded_model_is_refused_and_its_whole_tensors_can_be_compared() -> N
     assert one == two
 
 
+def _in_fsdp(world: World, strategy: str, use_orig_params: bool) -> Any:
+    """What is said of a model in FullyShardedDataParallel; its whole tensors, as the remedy has them, or a verdict."""
+    from torch.distributed.fsdp import FullyShardedDataParallel, ShardingStrategy
+
+    seed_everything(0)
+    bare = nn.Sequential(nn.Linear(3, 5), nn.Linear(5, 3))
+    model = FullyShardedDataParallel(
+        bare,
+        sharding_strategy=ShardingStrategy[strategy],
+        use_orig_params=use_orig_params,
+        device_id=torch.device("cpu"),
+    )
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    if strategy != "NO_SHARD":
+        words = (
+            rf"model: it is in FullyShardedDataParallel: each rank holds a part .*\({strategy}\).*summon_full_params"
+        )
+        for given in (model, {"generator": nn.Sequential(model)}):
+            with pytest.raises(ValueError, match=words):
+                Agreement(given, optimizer)
+        with FullyShardedDataParallel.summon_full_params(model):
+            return dreplica.fingerprint(dict(model.named_parameters()))
+    agreement = Agreement(model, optimizer, on_divergence="continue")
+    for step in range(1, 4):
+        optimizer.zero_grad()
+        model(torch.randn(4, 3) + world.replica_id).sum().backward()
+        optimizer.step()
+        if world.replica_id == 1 and step == 3:
+            flip_bit(next(iter(optimizer.state.values()))["momentum_buffer"])
+        agreement.step()
+    return agreement.divergence
+
+
+@pytest.mark.parametrize("use_orig_params", [False, True])
+@pytest.mark.filterwarnings("ignore")
+def test_fully_sharded_data_parallel_is_refused_where_it_shards_and_compared_where_it_does_not(
+    use_orig_params: bool,
+) -> None:
+    one, two = run_replicas(_in_fsdp, 2, "FULL_SHARD", use_orig_params)
+    assert isinstance(one, dict), one
+    assert one == two
+    for verdict in run_replicas(_in_fsdp, 2, "NO_SHARD", use_orig_params):
+        assert isinstance(verdict, Verdict), verdict
+        assert (verdict.step, verdict.stage) == (3, "optimizer"), "batches and generators need not agree"
+
+
 def test_that_nothing_was_compared_is_told(caplog: pytest.LogCaptureFixture) -> None:
     model = nn.Linear(1, 1)
     for given in ({"batch": torch.ones(1)}, {}):
