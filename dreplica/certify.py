@@ -14,6 +14,7 @@ from dreplica.agreement.recorded import Key, RecordedTrace
 from dreplica.agreement.stage import STAGES
 from dreplica.errors import ExitCode, UsageError
 from dreplica.fresh_folder import fresh_folder
+from dreplica.world.signals import ends_are_interrupts
 
 _COMPONENTS = {
     "indices": "the position in the data",
@@ -47,7 +48,7 @@ def certify_resume(settings: Sequence[str], num_replicas: int, at_step: int, kee
     run failed. Raises UsageError.
     """
     console = Console(highlight=False)
-    with fresh_folder(keep, "certify") as root:
+    with ends_are_interrupts(), fresh_folder(keep, "certify") as root:
         common = [*settings, f"--run.root={root}", "--run.resume=auto"]
         console.print(f"1 of 3: the run, straight through (output in {root})")
         code, output = _run(root, "straight", common, num_replicas)

@@ -64,7 +64,8 @@ def test_interrupted_while_it_imports_it_says_so_in_one_line(command: list[str])
     assert process.returncode == 1
 
 
-def test_a_certificate_that_is_interrupted_leaves_nothing_running(tmp_path: Path) -> None:
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_certificate_that_is_interrupted_leaves_nothing_running(number: signal.Signals, tmp_path: Path) -> None:
     command = [sys.executable, "-m", "dreplica.cli", "certify-resume", "--at-step=7", "--replicas=1"]
     job = [f"--keep={tmp_path / 'kept'}", "--data.num_workers=0", "--train.epochs=1000", "--data.batch_size=8"]
     process = subprocess.Popen(
@@ -74,7 +75,7 @@ def test_a_certificate_that_is_interrupted_leaves_nothing_running(tmp_path: Path
     while not (log.exists() and "run folder" in log.read_text()):
         assert process.poll() is None
         time.sleep(0.1)
-    process.send_signal(signal.SIGINT)
+    process.send_signal(number)
     assert process.communicate(timeout=60)[1] == "error: interrupted\n"
     assert process.returncode == 1
     lines = [Path(entry.path, "cmdline") for entry in os.scandir("/proc") if entry.name.isdigit()]

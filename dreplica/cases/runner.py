@@ -15,6 +15,7 @@ from dreplica.background import run_in_background
 from dreplica.cases.case import Case, find_cases
 from dreplica.errors import ExitCode
 from dreplica.fresh_folder import fresh_folder
+from dreplica.world.signals import ends_are_interrupts
 
 _PLACE = ("step", "stage", "tensor", "operator", "suspects")
 """What the table shows of a verdict besides its cause."""
@@ -65,7 +66,7 @@ def run_cases(
     cases = find_cases(names)
     progress = Console(stderr=True)
     results = []
-    with fresh_folder(keep, "cases") as root:
+    with ends_are_interrupts(), fresh_folder(keep, "cases") as root:
         for number, case in enumerate(cases, start=1):
             result = run_case(case, root, timeout)
             results.append(result)

@@ -2,12 +2,9 @@
 
 import json
 import os
-import signal
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
-from types import FrameType
 
 from rich.console import Console
 
@@ -20,6 +17,7 @@ from dreplica.flags.study import Study, investigate
 from dreplica.flags.tell import print_study
 from dreplica.fresh_folder import fresh_folder
 from dreplica.replica.rng import shares_model_seed
+from dreplica.world.signals import ends_are_interrupts
 
 
 def find_flags(
@@ -44,7 +42,7 @@ def find_flags(
         progress.print(line, markup=False, highlight=False, soft_wrap=True)
 
     try:
-        with _ended_once_told(), fresh_folder(keep, "flags") as root:
+        with ends_are_interrupts(), fresh_folder(keep, "flags") as root:
             measurements = Measurements(config, num_replicas, steps, root, timeout, tell)
             found = investigate(measurements, config.determinism, num_replicas, rounds, _num_cpus())
     except TrialFailed as error:
@@ -90,18 +88,3 @@ def _num_cpus() -> int:
     limit = cpu_limit()
     cpus = len(os.sched_getaffinity(0))
     return cpus if limit is None else max(1, min(cpus, int(limit)))
-
-
-@contextmanager
-def _ended_once_told() -> Iterator[None]:
-    """Inside, a signal to end is a KeyboardInterrupt, so that what is running is ended first."""
-
-    def interrupt(_number: int, _frame: FrameType | None) -> None:
-        raise KeyboardInterrupt
-
-    before = {number: signal.signal(number, interrupt) for number in (signal.SIGTERM, signal.SIGHUP)}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
