@@ -85,6 +85,7 @@ _ALL = (
         "The same samples came out as different tensors.",
         (
             "compare the data files of the replicas' nodes byte by byte:  sha256sum FILE",
+            "sorted(names)  # files and classes numbered in the order of os.listdir, glob or a set get other numbers",
             "draw augmentation from a generator seeded with (seed, epoch, sample index), not from a worker's or the "
             "global one",
         ),

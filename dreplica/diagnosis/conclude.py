@@ -144,6 +144,10 @@ def environment_differs(differences: Sequence[Difference], classes: list[list[in
         classes=classes,
         evidence=[str(item) for item in differences],
     )
+    flags = [item.field for item in differences if item.field.startswith("numerics.")]
+    if len(flags) == len(differences):  # the config's were set alike
+        who = "code of the job, a library that it imports or an environment variable may set it on some"
+        verdict = verdict.with_(remedy=[f"let all replicas have the same {', '.join(flags)}: {who}"])
     return _with_remedy(verdict)
 
 
@@ -207,7 +211,8 @@ def conclude_build(found: Verdict, facts: RunFacts) -> Verdict:
             f"the build seeded torch again on replicas {reseeded}: torch.initial_seed() was {seeds} before the "
             f"build and {after} after it"
         ]
-        return _name(found, "build-not-seeded", evidence)
+        remedy = ["take the seeding out of the build: every generator is seeded from seed.model before it"]
+        return _name(found, "build-not-seeded", evidence).with_(remedy=remedy)
     before = {build.rng_before for build in facts.builds}
     after_build = {build.rng_after for build in facts.builds}
     if facts.builds and len(before) > 1:

@@ -103,7 +103,10 @@ def with_operator(
         line = other_numbers(place, f"on replica {one}", f"on replica {other}")
         return _extend(decision, [line], place, None)
     if not place.inputs_agree:
-        line = f"operator {place.index}, {place.record}, was given other inputs, made by no recorded operator"
+        what = (
+            "a generator in another state, or other inputs," if ".generator" in place.record.name else "other inputs,"
+        )
+        line = f"operator {place.index}, {place.record}, was given {what} made by no recorded operator"
         return _extend(decision, [line], place, None)
     line = f"operator {place.index}, {place.record}: inputs agree on replicas {one} and {other}, outputs do not"
     return _extend(decision, [line], place, (one, other))

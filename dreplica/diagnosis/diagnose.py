@@ -1,5 +1,6 @@
 """From the place where replicas part to the verdict, through replays of the step."""
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -33,6 +34,9 @@ def can_replay(found: Verdict, history: History) -> bool:
         return False
     return any(isinstance(entry, StepEntry) and entry.step == found.step for entry in history.entries)
 
+
+_SETTING = re.compile(r"(.+\.)?group\d+\.\w+")
+"""The name of an entry of the optimizer stage that is no tensor's state."""
 
 Judge = Callable[[Sequence[Witness], Callable[[], Mapping[str, bytes]]], Decision]
 """Decides on what every replica has to say; its second argument takes the step once more, for its stages' digests."""
@@ -199,4 +203,18 @@ def as_verdict(found: Verdict, decision: Decision) -> Verdict:
         operator=record.name if record else None,
         phase=record.phase if record else None,
         evidence=[*found.evidence, *decision.evidence],
+        remedy=_remedy(found, decision) or found.remedy,
     )
+
+
+def _remedy(found: Verdict, decision: Decision) -> list[str]:
+    """Where it is known what differs, and not why: what is said of `unexplained` in general would lead away from it."""
+    place = decision.operator
+    if decision.cause == "unexplained" and found.stage == "optimizer" and _SETTING.fullmatch(found.tensor or ""):
+        who = "look for code, a file or an environment variable that sets it"
+        return [f"give the optimizer the same {found.tensor} on all replicas: {who}"]
+    if decision.cause != "unexplained" or place is None or not place.same_structure or place.made_here:
+        return []
+    record = place.record
+    where = f" at {record.source}" if record.source else ""
+    return [f"find out what {record}{where} is given, and make it the same on all replicas, each time"]

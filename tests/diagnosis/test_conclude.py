@@ -64,6 +64,11 @@ def test_what_seeds_and_generators_tell_of_a_build(facts: dict[str, Any], cause:
     assert len(verdict.evidence) == 2
 
 
+def test_a_build_that_seeds_by_itself_is_not_told_to_set_the_seed_that_is_set() -> None:
+    verdict = conclude_build(finding(), RunFacts(2, builds=builds((42, 7, b"a", b"b"), (42, 8, b"a", b"c"))))
+    assert verdict.remedy == ["take the seeding out of the build: every generator is seeded from seed.model before it"]
+
+
 def test_a_cause_that_is_known_already_is_kept() -> None:
     found = finding(cause="structure-differs")
     assert conclude_build(found, RunFacts(2, seeded=False)) == found
@@ -169,6 +174,17 @@ def test_differences_before_the_first_step(make: Any, cause: str) -> None:
     assert (verdict.agreed, verdict.cause, verdict.suspects) == (False, cause, [1])
     assert "optim.lr: 0.1 on replicas 0, 2; 0.2 on replica 1" in verdict.summary
     assert [line.split(":")[0] for line in verdict.evidence[1:]] == ["optim.lr", "seed.data"]
+
+
+def test_flags_that_differ_are_not_mended_by_installing_anything() -> None:
+    flags = [Difference("numerics.threads", (1, 2), False), Difference("numerics.onednn", (True, False), False)]
+    assert (
+        environment_differs(flags, [[0], [1]], [])
+        .remedy[0]
+        .startswith("let all replicas have the same numerics.threads, numerics.onednn: code of the job")
+    )
+    versions = Difference("versions.torch", ("2.14", "2.15"), False)
+    assert environment_differs([versions, *flags], [[0], [1]], []).remedy[0].startswith("install the same versions")
 
 
 def test_a_lost_replica_is_named_with_the_step_it_was_lost_in() -> None:

@@ -3,11 +3,15 @@
 from dataclasses import replace
 from typing import Any
 
+import pytest
+
 from dreplica.agreement.stages import STAGES
+from dreplica.agreement.verdict import Verdict
 from dreplica.diagnosis.decide import decide
+from dreplica.diagnosis.diagnose import as_verdict
 from dreplica.diagnosis.operators import OpRecord
 from dreplica.diagnosis.provenance import Contents
-from dreplica.diagnosis.witness import Witness, first_difference
+from dreplica.diagnosis.witness import Decision, Witness, first_difference
 from dreplica.world.manifest import Difference
 
 
@@ -138,6 +142,29 @@ def test_other_numbers_in_a_call_are_unexplained_and_no_operators_fault() -> Non
     decision = decide([witness(), always(bad("output"), records=[scaled, RELU, SGD])], {}, [])
     assert decision.cause == "unexplained"
     assert any("other numbers" in line for line in decision.evidence)
+    verdict = as_verdict(Verdict(False, "unexplained", "parted", stage="output"), decision)
+    (remedy,) = verdict.remedy
+    assert remedy.startswith(f"find out what {CONV.name}")
+
+
+@pytest.mark.parametrize(("name", "named"), [("aten.rand.generator", True), ("aten.rand.default", False)])
+def test_a_generator_of_ones_own_is_thought_of(name: str, named: bool) -> None:
+    rand = OpRecord(name, "drop", "forward", digest("state"), digest("mask"), "")
+    other = replace(rand, inputs=digest("state'"), outputs=digest("mask'"))
+    decision = decide([witness(records=[rand, RELU]), always(bad("output"), records=[other, RELU])], {}, [])
+    assert decision.cause == "unexplained"
+    assert any("a generator in another state" in line for line in decision.evidence) is named
+
+
+@pytest.mark.parametrize(
+    ("tensor", "named"), [("group0.lr", True), ("critic.group1.eps", True), ("head.weight.exp_avg", False)]
+)
+def test_an_unexplained_setting_of_the_optimizer_is_to_be_looked_for_where_it_is_set(tensor: str, named: bool) -> None:
+    found = Verdict(False, "unexplained", "parted", stage="optimizer", tensor=tensor)
+    verdict = as_verdict(found, Decision("unexplained", [], []))
+    assert any(line.startswith(f"give the optimizer the same {tensor}") for line in verdict.remedy) is named
+    declared = as_verdict(found, Decision("declared-override", [], []))
+    assert not declared.remedy
 
 
 def test_one_operator_more_is_another_structure_and_it_is_named() -> None:
