@@ -1,6 +1,7 @@
 """What a run is made of: configs compared, data loaded, the environment looked over, the replica built and checked."""
 
 import logging
+import math
 from typing import Literal
 
 import torch
@@ -14,6 +15,7 @@ from dreplica.diagnosis import conclude as diagnosis
 from dreplica.diagnosis.conclude import BuildFacts, RunFacts
 from dreplica.meet import Prepared
 from dreplica.replica.build import broadcast_state, build_replica, weights_digest
+from dreplica.replica.components import check_schedule
 from dreplica.replica.replica import Replica
 from dreplica.replica.rng import fresh_seed, model_seed, seed_generators, shares_model_seed
 from dreplica.replica.wiring import WiringError, check_wiring
@@ -126,10 +128,19 @@ class Preparation:
         replica.model.train()
         device = self.device.device
         self.world.together(lambda: check_criterion_weighs(replica.criterion, self.data.weights))
+        self.world.together(self.check_schedule)
         self.world.together(lambda: check_image_size(replica.model, self.data.train, self.own))
         self.world.together(lambda: check_smallest_part(replica.model, self.data.train, self.own, device))
         if self.config.model.init == "broadcast":
             broadcast_state(replica.model, self.channel, with_rng=self.expect == "identical")
+
+    def check_schedule(self) -> None:
+        """Raises UsageError if the config's schedule, where it is used, ends before the run."""
+        if self.own.replica.factory is not None:
+            return
+        train = self.own.train
+        steps = train.epochs * math.ceil(len(self.data.train) / self.own.data.batch_size)  # type: ignore[arg-type]
+        check_schedule(self.own.schedule, train.epochs, min(steps, train.max_steps or steps))
 
     def arm(self) -> Injector:
         """Puts the faults that the config asks for in place, and says so loudly."""

@@ -321,6 +321,7 @@ OVERRIDABLE = {
     "optim.name": "Adam",
     "optim.lr": 0.25,
     "schedule.name": "ConstantLR",
+    "schedule.per": "step",
     "data.root": "elsewhere",
     "data.num_workers": 2,
     "data.decode": "node",

@@ -82,8 +82,7 @@ class Replayer:
         restore_snapshot(self._replica, self._history.snapshot)
         for entry in self._history.entries:
             if isinstance(entry, EpochEntry):
-                if self._replica.scheduler is not None:
-                    self._replica.scheduler.step()
+                self._replica.advance_scheduler("epoch")
                 continue
             if isinstance(entry, EvaluationEntry):
                 entry.plain.restore()

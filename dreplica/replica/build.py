@@ -21,7 +21,6 @@ from dreplica.replica.components import (
     build_scheduler,
     check_criterion,
     check_optimizer,
-    check_schedule,
 )
 from dreplica.replica.memory import overwrite
 from dreplica.replica.pretrained import load_pretrained
@@ -88,7 +87,6 @@ def build_replica(config: "RunConfig", num_classes: int, device: torch.device) -
     model = build_model(config.model, num_outputs)
     criterion = build_criterion(config.criterion)
     check_criterion(criterion, num_outputs)
-    check_schedule(config.schedule, config.train.epochs)
     model, criterion = model.to(device), criterion.to(device)
     if config.model.channels_last:
         model = model.to(memory_format=torch.channels_last)
@@ -98,7 +96,7 @@ def build_replica(config: "RunConfig", num_classes: int, device: torch.device) -
     check_optimizer("optim", optimizer, device)
     with _naming(f"schedule: {config.schedule.name} cannot drive {config.optim.name}"):
         scheduler = build_scheduler(config.schedule, optimizer)
-    return Replica(model, criterion, optimizer, scheduler)
+    return Replica(model, criterion, optimizer, scheduler, scheduler_per=config.schedule.per)
 
 
 def build_model(config: ModelConfig, num_classes: int) -> nn.Module:
@@ -228,10 +226,15 @@ def _check_factory(path: str, replica: object, device: torch.device) -> None:
             f"replica.factory: the scheduler that {path!r} returned is {type(scheduler).__name__}, which has no step "
             "or no state_dict. Return one of torch.optim.lr_scheduler's, or None."
         )
+    if replica.scheduler_per not in ("epoch", "step"):
+        raise UsageError(
+            f"replica.factory: the replica that {path!r} returned has scheduler_per={replica.scheduler_per!r}. "
+            "Say 'epoch' or 'step'."
+        )
     if isinstance(scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau):
         raise UsageError(
             f"replica.factory: the scheduler that {path!r} returned is a ReduceLROnPlateau, which waits for a metric; "
-            "schedules are stepped once an epoch without one. Use another, CosineAnnealingLR for instance."
+            "schedules are stepped without one. Use another, CosineAnnealingLR for instance."
         )
 
 

@@ -4,7 +4,7 @@ import inspect
 import warnings
 from collections.abc import Callable, Mapping
 from types import ModuleType
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from pydantic import ConfigDict, Field, model_validator
@@ -22,8 +22,8 @@ class _Component(Section):
 
     @property
     def arguments(self) -> dict[str, Any]:
-        """The keyword arguments: everything but the name, without those left at null that the class should default."""
-        declared = {name: getattr(self, name) for name in type(self).model_fields if name != "name"}
+        """The keyword arguments: all keys but the section's own, without those at null that the class should default."""
+        declared = {name: getattr(self, name) for name in type(self).model_fields if name not in ("name", "per")}
         return {key: value for key, value in declared.items() if value is not None} | (self.model_extra or {})
 
 
@@ -54,11 +54,13 @@ class OptimConfig(_Component):
 
 
 class ScheduleConfig(_Component):
-    """The learning-rate schedule: any of `torch.optim.lr_scheduler`'s by name, stepped once an epoch; further keys are
-    its keyword arguments."""
+    """The learning-rate schedule: any of `torch.optim.lr_scheduler`'s by name; further keys are its keyword
+    arguments."""
 
     name: str | None = None
     """Class in `torch.optim.lr_scheduler`; null: a constant learning rate."""
+    per: Literal["epoch", "step"] = "epoch"
+    """Stepped once an `epoch`, or after each `step` of the optimizer, as a warm-up or OneCycleLR wants it."""
 
     @model_validator(mode="after")
     def _check(self) -> "ScheduleConfig":
@@ -131,14 +133,17 @@ def check_optimizer(section: str, optimizer: torch.optim.Optimizer, device: torc
         )
 
 
-def check_schedule(config: ScheduleConfig, epochs: int) -> None:
-    """Raises UsageError if the schedule cannot be stepped once an epoch: OneCycleLR ends after `total_steps`."""
+def check_schedule(config: ScheduleConfig, epochs: int, steps: int) -> None:
+    """Raises UsageError if the schedule cannot be stepped so often: OneCycleLR ends after `total_steps`.
+
+    `epochs`, `steps`: how many there are in the whole run; which of them count is `per`'s to say.
+    """
     try:
-        _run_schedule(config, epochs)
+        _run_schedule(config, epochs if config.per == "epoch" else steps)
     except (ValueError, ArithmeticError) as error:
         raise UsageError(
-            f"schedule: {config.name} cannot be stepped for train.epochs = {epochs} epochs: {_first_line(error)}. "
-            "It is stepped once an epoch, not once a batch."
+            f"schedule: {config.name} cannot be stepped for train.epochs = {epochs} epochs of {steps} steps in all: "
+            f"{_first_line(error)}. It is stepped once each {config.per} (schedule.per)."
         ) from None
 
 
@@ -171,7 +176,7 @@ _NOT_SCHEDULERS_OF_VALUES = {
     "MultiplicativeLR": _FUNCTION,
     "ChainedScheduler": "takes other schedulers, which a config cannot hold. Build it in a replica.factory.",
     "SequentialLR": "takes other schedulers, which a config cannot hold. Build it in a replica.factory.",
-    "ReduceLROnPlateau": "waits for a metric, and schedules are stepped once an epoch without one. Use another, "
+    "ReduceLROnPlateau": "waits for a metric, and schedules are stepped without one. Use another, "
     "CosineAnnealingLR for instance.",
 }
 """Classes of torch's that a config cannot build, why, and what to do instead."""

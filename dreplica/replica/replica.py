@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import nn
@@ -28,8 +28,10 @@ class Parts(Protocol):
 class Replica:
     """One model with what trains it: what a `replica.factory` returns.
 
-    `criterion` is called as `criterion(outputs, labels)`; `scheduler`, if any, steps once an epoch. `scaler` is the
-    fp16 GradScaler, which the trainer adds. `steps_done` counts training steps.
+    `criterion` is called as `criterion(outputs, labels)`; `scheduler`, if any, steps once an epoch, or after each
+    step of the optimizer where `scheduler_per` is "step": a warm-up, say. Step it in no other way: what is not here is
+    not saved, compared or replayed. `scaler` is the fp16 GradScaler, which the trainer adds. `steps_done` counts
+    training steps.
     """
 
     model: nn.Module
@@ -38,6 +40,12 @@ class Replica:
     scheduler: Any = None
     scaler: torch.amp.GradScaler | None = None
     steps_done: int = 0
+    scheduler_per: Literal["epoch", "step"] = "epoch"
+
+    def advance_scheduler(self, per: Literal["epoch", "step"]) -> None:
+        """Steps the scheduler, if there is one, and it is stepped once per that."""
+        if self.scheduler is not None and self.scheduler_per == per:
+            self.scheduler.step()
 
     @property
     def optimizers(self) -> dict[str, torch.optim.Optimizer]:

@@ -170,8 +170,7 @@ def train(
         timer.lap("loading")
         position = _position(epoch, number, tally)
         if number == len(stream):  # not if max_steps cut the epoch short
-            if replica.scheduler is not None:
-                replica.scheduler.step()
+            replica.advance_scheduler("epoch")
             history.epoch_end(epoch)
             position = Position(epoch + 1)
         evaluation = evaluate(

@@ -69,6 +69,7 @@ def training_step(
     else:
         replica.scaler.step(replica.optimizer)
         replica.scaler.update()
+    replica.advance_scheduler("step")
     replica.steps_done += 1
     lap("optimizer")
     return StepOutput(torch.stack(losses).sum() if len(losses) > 1 else losses[0], torch.cat(logits))

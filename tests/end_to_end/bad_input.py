@@ -46,6 +46,13 @@ def criterion_is_a_function(config: Any, num_classes: int, _device: torch.device
     return Replica(model, nn.functional.cross_entropy, optimizer)
 
 
+def scheduled_per_batch(config: Any, num_classes: int, _device: torch.device) -> Replica:
+    """A word for when its scheduler steps that does not exist: it would never step."""
+    model = fixtures.tiny_model(num_classes)
+    optimizer = torch.optim.SGD(model.parameters(), lr=config.optim.lr)
+    return Replica(model, nn.CrossEntropyLoss(), optimizer, scheduler_per="batch")  # type: ignore[arg-type]
+
+
 def unusable_on_replica_1(config: DataConfig) -> tuple[TensorImages, TensorImages, int]:
     """Data whose file is missing on one node."""
     if os.environ.get("RANK") == "1":

@@ -112,6 +112,14 @@ ALONE = {
     "more replicas than GPUs": (["--world.device=cuda"], ["world.device: 'cuda'", "--world.device auto"]),
     "root is a file": (["--run.root={file}"], ["run.root: '{file}' is a file", "--run.root"]),
     "root cannot be made": (["--run.root=/proc/runs"], ["run.root:", "/proc/runs", "--run.root"]),
+    "schedule that ends in mid-run": (
+        ["--schedule={name: OneCycleLR, max_lr: 1.0, total_steps: 9, per: step}"],
+        ["schedule: OneCycleLR cannot be stepped for train.epochs = 2 epochs of 10 steps", "once each step"],
+    ),
+    "schedule per something else": (
+        ["--replica.factory=tests.end_to_end.bad_input:scheduled_per_batch"],
+        ["replica.factory: the replica that", "scheduler_per='batch'. Say 'epoch' or 'step'"],
+    ),
     "factory that is no text": (["--model.factory=3"], ["model.factory: 3 will not do"]),
 }
 

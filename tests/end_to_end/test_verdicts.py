@@ -218,3 +218,10 @@ def test_an_interrupt_on_all_replicas_leaves_a_report() -> None:
     job = run_job(*SHORT, f"--model.factory={FAULTY}:interrupted")
     assert set(job.exitcodes.values()) == {1}
     assert "it raised KeyboardInterrupt" in job.report["verdict"]["summary"]
+
+
+def test_a_schedule_per_step_is_replayed_with_its_step() -> None:
+    schedule = "--schedule={name: LinearLR, start_factor: 0.1, total_iters: 4, per: step}"
+    flip = "--inject=[{replica: 1, step: 4, target: optimizer}]"
+    job = run_job(*SHORT, "--optim={name: AdamW, lr: 1e-3}", schedule, flip, num_replicas=3)
+    diverged(job, "transient-fault", step=4, stage="optimizer", suspects=[1])

@@ -310,10 +310,6 @@ def test_a_replica_from_ones_own_function() -> None:
             {"optim": {"name": "Rprop"}, "schedule": {"name": "CyclicLR", "base_lr": 0.1, "max_lr": 1.0}},
             "schedule: CyclicLR cannot drive Rprop: .*momentum",
         ),
-        (
-            {"schedule": {"name": "OneCycleLR", "max_lr": 1.0, "total_steps": 2}, "train": {"epochs": 3}},
-            "schedule: OneCycleLR cannot be stepped for train.epochs = 3",
-        ),
     ],
 )
 def test_parts_that_do_not_fit_each_other(sections: dict[str, Any], words: str) -> None:

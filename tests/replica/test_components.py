@@ -314,10 +314,14 @@ def test_only_trainable_parameters_reach_the_optimizer() -> None:
 
 def test_a_schedule_that_ends_before_the_run_is_told_before_training() -> None:
     config = ScheduleConfig.model_validate({"name": "OneCycleLR", "max_lr": 0.1, "total_steps": 4})
-    check_schedule(config, epochs=4)
-    with pytest.raises(UsageError, match=r"schedule: OneCycleLR .* train\.epochs = 5 .*once an epoch"):
-        check_schedule(config, epochs=5)
-    check_schedule(ScheduleConfig(), epochs=5)
+    check_schedule(config, epochs=4, steps=40)
+    with pytest.raises(UsageError, match=r"schedule: OneCycleLR .* train\.epochs = 5 .*once each epoch"):
+        check_schedule(config, epochs=5, steps=5)
+    by_step = config.model_copy(update={"per": "step"})
+    check_schedule(by_step, epochs=5, steps=4)
+    with pytest.raises(UsageError, match=r"schedule: OneCycleLR .* 5 steps .*once each step"):
+        check_schedule(by_step, epochs=1, steps=5)
+    check_schedule(ScheduleConfig(), epochs=5, steps=5)
 
 
 @pytest.mark.parametrize("name", built(SCHEDULERS))
@@ -333,7 +337,7 @@ def test_the_check_of_a_schedule_judges_as_stepping_through_it_does(name: str) -
         except ValueError:
             stepped = False
         try:
-            check_schedule(config, epochs)
+            check_schedule(config, epochs, epochs)
         except UsageError:
             judged = False
         assert judged == stepped
@@ -342,16 +346,16 @@ def test_the_check_of_a_schedule_judges_as_stepping_through_it_does(name: str) -
 
 def test_the_check_of_a_schedule_does_not_count_the_epochs() -> None:
     started = time.process_time()
-    check_schedule(ScheduleConfig.model_validate({"name": "StepLR", "step_size": 3}), epochs=10**12)
+    check_schedule(ScheduleConfig.model_validate({"name": "StepLR", "step_size": 3}), epochs=10**12, steps=10**12)
     assert time.process_time() - started < 1.0
 
 
 def test_a_schedule_that_overflows_in_mid_run_is_told_before_training() -> None:
     values = {"name": "CyclicLR", "base_lr": 0.1, "max_lr": 1.0, "mode": "exp_range", "gamma": 10.0}
     config = ScheduleConfig.model_validate(values)
-    check_schedule(config, epochs=100)
+    check_schedule(config, epochs=100, steps=100)
     with pytest.raises(UsageError, match=r"^schedule: CyclicLR cannot be stepped for train\.epochs = 400 "):
-        check_schedule(config, epochs=400)
+        check_schedule(config, epochs=400, steps=400)
 
 
 def test_capturable_is_for_the_gpu_alone() -> None:

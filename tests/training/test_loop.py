@@ -94,6 +94,12 @@ def test_the_scheduler_steps_once_an_epoch_after_its_last_step() -> None:
     assert replica.scheduler.last_epoch == 3
 
 
+def test_a_scheduler_per_step_steps_after_each_step_of_the_optimizer() -> None:
+    _, _, replica, rates = alone(config(schedule={"per": "step"}))
+    assert rates == [0.5**step for step in range(1, 3 * STEPS + 1)], "as each step leaves them"
+    assert replica.scheduler.last_epoch == 3 * STEPS
+
+
 @pytest.mark.parametrize(("max_steps", "epochs", "last_epoch"), [(7, 2, 1), (5, 1, 1), (3, 1, 0), (99, 3, 3)])
 def test_max_steps_stops_in_mid_epoch_and_still_evaluates(max_steps: int, epochs: int, last_epoch: int) -> None:
     events, lines, replica, _ = alone(config(train={"max_steps": max_steps}))
