@@ -195,25 +195,27 @@ def as_verdict(found: Verdict, decision: Decision) -> Verdict:
     """What the comparison has found, with the cause and place that were decided on."""
     place = decision.operator
     record = None if place is None else place.record
+    # What the comparison saw by itself (entries that only some replicas have) does not depend on the replays.
+    cause = found.cause if decision.cause == "unexplained" else decision.cause
     return found.with_(
-        cause=decision.cause,
+        cause=cause,
         suspects=decision.suspects,
         classes=decision.classes or found.classes,
         module=record.module if record else found.module,
         operator=record.name if record else None,
         phase=record.phase if record else None,
         evidence=[*found.evidence, *decision.evidence],
-        remedy=_remedy(found, decision) or found.remedy,
+        remedy=(_remedy(found, decision) if cause == "unexplained" else []) or found.remedy,
     )
 
 
 def _remedy(found: Verdict, decision: Decision) -> list[str]:
     """Where it is known what differs, and not why: what is said of `unexplained` in general would lead away from it."""
     place = decision.operator
-    if decision.cause == "unexplained" and found.stage == "optimizer" and _SETTING.fullmatch(found.tensor or ""):
+    if found.stage == "optimizer" and _SETTING.fullmatch(found.tensor or ""):
         who = "look for code, a file or an environment variable that sets it"
         return [f"give the optimizer the same {found.tensor} on all replicas: {who}"]
-    if decision.cause != "unexplained" or place is None or not place.same_structure or place.made_here:
+    if place is None or not place.same_structure or place.made_here:
         return []
     record = place.record
     where = f" at {record.source}" if record.source else ""

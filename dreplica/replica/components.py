@@ -22,7 +22,7 @@ class _Component(Section):
 
     @property
     def arguments(self) -> dict[str, Any]:
-        """The keyword arguments: all keys but the section's own, without those at null that the class should default."""
+        """The keyword arguments: the section's other keys, without those at null that the class should default."""
         declared = {name: getattr(self, name) for name in type(self).model_fields if name not in ("name", "per")}
         return {key: value for key, value in declared.items() if value is not None} | (self.model_extra or {})
 

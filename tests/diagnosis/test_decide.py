@@ -147,6 +147,14 @@ def test_other_numbers_in_a_call_are_unexplained_and_no_operators_fault() -> Non
     assert remedy.startswith(f"find out what {CONV.name}")
 
 
+def test_what_the_comparison_knows_is_not_forgotten() -> None:
+    """A frozen parameter, say: only some replicas have its gradient, and replays see but a call with another flag."""
+    found = Verdict(False, "structure-differs", "parted", stage="gradients", remedy=["look"])
+    verdict = as_verdict(found, Decision("unexplained", [], ["seen"]))
+    assert (verdict.cause, verdict.evidence, verdict.remedy) == ("structure-differs", ["seen"], ["look"])
+    assert as_verdict(found, Decision("declared-override", [], [])).cause == "declared-override"
+
+
 @pytest.mark.parametrize(("name", "named"), [("aten.rand.generator", True), ("aten.rand.default", False)])
 def test_a_generator_of_ones_own_is_thought_of(name: str, named: bool) -> None:
     rand = OpRecord(name, "drop", "forward", digest("state"), digest("mask"), "")
