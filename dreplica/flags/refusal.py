@@ -17,7 +17,7 @@ _OUT_OF_MEMORY = ("CUDA error: out of memory", "can't allocate memory", "STATUS_
 
 
 def describe_unrun(error: RuntimeError, replica_id: int) -> dict[str, Any] | None:
-    """What there is to say of an error that strict mode raises before the first step, or that memory's end does anywhere;
+    """What there is to say of an error that strict mode raises before the first step, or the end of memory anywhere;
     None of any other. JSON values: phase (`build` or `memory`) and message.
     """
     message = ". ".join(str(error).split(". ")[:2]).partition("\n")[0]
