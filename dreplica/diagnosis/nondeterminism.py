@@ -181,6 +181,12 @@ def may_vary(operator: str, device_type: str, flags: Mapping[str, Any]) -> bool:
     return explanation.known and any(line.startswith("--") for line in explanation.remedy)
 
 
+def is_picked_by_timing(operator: str, flags: Mapping[str, Any]) -> bool:
+    """Whether each process keeps to the algorithm of cuDNN's that was the fastest when it first met such an input."""
+    documented = DOCUMENTED.get(operator.rpartition(".")[0])
+    return documented is not None and documented.governs == "cudnn" and bool(flags.get("cudnn_benchmark"))
+
+
 def _settings(documented: Documented, flags: Mapping[str, Any]) -> tuple[str, list[str]]:
     """How the settings stood that govern it, and what is left to change."""
     if documented.governs == "cudnn":
