@@ -22,14 +22,20 @@ import torch.distributed as dist
 
 REPOSITORY = Path(__file__).parents[1]
 
+
+def preloaded(on_gpu: bool) -> list[str]:
+    """Modules that the process which all others are forked from imports, once for all of them.
+
+    Where there is a GPU it must not so much as ask for one: CUDA does not work in a fork of a process that has. Some
+    releases of torch do so when they import Inductor.
+    """
+    compiling = ["torch._dynamo"] if on_gpu else ["torch._dynamo", "torch._inductor.compile_fx"]
+    tests_import = ["pytest", "hypothesis"]
+    return ["torch", *compiling, *tests_import, "tests.harness", "dreplica.run", "tests.preloaded"]
+
+
 _CONTEXT = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(
-    [
-        *("torch", "torch._dynamo", "torch._inductor.compile_fx"),  # what compiling with any backend imports
-        *("pytest", "hypothesis"),  # what the module of a body imports
-        *("tests.harness", "dreplica.run", "tests.preloaded"),
-    ]
-)
+_CONTEXT.set_forkserver_preload(preloaded(on_gpu=Path("/dev/nvidiactl").exists()))
 
 
 def run_replicas(

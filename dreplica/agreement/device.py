@@ -72,7 +72,7 @@ class DeviceHash:
         launch(plan.addresses, plan.table, plan.programs, out)
         if not on_gpu:
             return Digests(out, None)
-        rows = torch.empty(out.shape, dtype=out.dtype, pin_memory=True).copy_(out, non_blocking=True)
+        rows = torch.empty(out.shape, dtype=out.dtype, device="cpu", pin_memory=True).copy_(out, non_blocking=True)
         written = torch.cuda.Event(blocking=True)
         written.record(torch.cuda.current_stream(self.device))
         return Digests(rows, written)
@@ -89,7 +89,7 @@ class DeviceHash:
         headers = [struct.pack("<QQ", *_header_lanes(name, tensor)) for name, tensor in named]
         return _Plan(
             headers=torch.frombuffer(bytearray(b"".join(headers)), dtype=torch.int64).view(-1, 2).to(self.device),
-            table=torch.tensor(rows, dtype=torch.int64).to(self.device),
+            table=torch.tensor(rows, dtype=torch.int64, device=self.device),
             programs=programs(row[0] for row in rows).to(self.device),
             copied=copied,
             addresses=torch.zeros(len(named), dtype=torch.int64, device=self.device),
@@ -99,8 +99,8 @@ class DeviceHash:
 
 def computes_as_defined(device: torch.device) -> bool:
     """Whether the kernel comes to what `multilinear` defines, in each of the ways in which it reads memory."""
-    generator = torch.Generator().manual_seed(0)
-    data = torch.randint(0, 256, (BLOCK_BYTES + 4104,), dtype=torch.uint8, generator=generator)
+    generator = torch.Generator("cpu").manual_seed(0)
+    data = torch.randint(0, 256, (BLOCK_BYTES + 4104,), dtype=torch.uint8, device="cpu", generator=generator)
     there = data.to(device)
     named: list[tuple[str, Tensor]] = []
     expected = []
@@ -127,4 +127,4 @@ def _resolved(tensor: Tensor) -> Tensor:
 
 def _on_host(addresses: list[int], pinned: bool) -> Tensor:
     """Pinned memory is not given to anyone else before the copy out of it is done."""
-    return torch.tensor(addresses, dtype=torch.int64, pin_memory=pinned)
+    return torch.tensor(addresses, dtype=torch.int64, device="cpu", pin_memory=pinned)

@@ -58,8 +58,18 @@ def _content(
     sum_0 = tl.full((COLUMNS,), 0, tl.uint64)
     sum_1 = tl.full((COLUMNS,), 0, tl.uint64)
     unit = tl.load(fields + 1)
-    if unit == 0:
-        if (here % 16 == 0) & (left >= 4 * ROWS * COLUMNS):
+    if unit == 4:
+        total_0, total_1 = _strided(address, fields, start, left, block, num_rows, COLUMNS)
+    else:
+        if unit > 0:
+            for row in range(num_rows):
+                at = row * COLUMNS + columns
+                if unit == 2:
+                    word = _gather(address, fields, start, left, at, 2, tl.uint16, True)
+                else:
+                    word = _gather(address, fields, start, left, at, 1, tl.uint8, True)
+                sum_0, sum_1 = _add(sum_0, sum_1, word, row)
+        elif (here % 16 == 0) & (left >= 4 * ROWS * COLUMNS):
             words = tl.multiple_of(here.to(tl.pointer_type(tl.uint32)), 16)
             for row in tl.static_range(ROWS):
                 word = tl.load(words + (row * COLUMNS + columns))
@@ -74,22 +84,19 @@ def _content(
             for row in range(num_rows):
                 word = _gather(address, fields, start, left, row * COLUMNS + columns, 1, tl.uint8, False)
                 sum_0, sum_1 = _add(sum_0, sum_1, word, row)
-    else:
-        for row in range(num_rows):
-            at = row * COLUMNS + columns
-            if unit == 4:
-                word = _gather(address, fields, start, left, at, 4, tl.uint32, True)
-            elif unit == 2:
-                word = _gather(address, fields, start, left, at, 2, tl.uint16, True)
-            else:
-                word = _gather(address, fields, start, left, at, 1, tl.uint8, True)
-            sum_0, sum_1 = _add(sum_0, sum_1, word, row)
-    columns_before = (block * COLUMNS + columns).to(tl.uint64)
-    mixed_0 = _mix64(sum_0 + _mix64((columns_before * 2 + 1) * _GOLDEN + _COLUMN_SEED))
-    mixed_1 = _mix64(sum_1 + _mix64((columns_before * 2 + 2) * _GOLDEN + _COLUMN_SEED))
+        total_0, total_1 = _total(sum_0, sum_1, block * COLUMNS + columns)
     slot = out + 2 * tensor
-    tl.atomic_add(slot, tl.sum(mixed_0).to(tl.int64, bitcast=True), sem="relaxed")
-    tl.atomic_add(slot + 1, tl.sum(mixed_1).to(tl.int64, bitcast=True), sem="relaxed")
+    tl.atomic_add(slot, total_0, sem="relaxed")
+    tl.atomic_add(slot + 1, total_1, sem="relaxed")
+
+
+@triton.jit
+def _total(sum_0, sum_1, columns):
+    """What columns' sums add to both lanes, as int64. `columns`: their numbers, counted through all blocks."""
+    columns = columns.to(tl.uint64)
+    mixed_0 = _mix64(sum_0 + _mix64((columns * 2 + 1) * _GOLDEN + _COLUMN_SEED))
+    mixed_1 = _mix64(sum_1 + _mix64((columns * 2 + 2) * _GOLDEN + _COLUMN_SEED))
+    return tl.sum(mixed_0).to(tl.int64, bitcast=True), tl.sum(mixed_1).to(tl.int64, bitcast=True)
 
 
 @triton.jit
@@ -100,6 +107,57 @@ def _add(sum_0, sum_1, word, row):
     sum_0 += word.to(tl.uint64) * (_mix64((number * 2 + 1) * _GOLDEN) | 1)
     sum_1 += turned.to(tl.uint64) * (_mix64((number * 2 + 2) * _GOLDEN) | 1)
     return sum_0, sum_1
+
+
+@triton.jit
+def _strided(address, fields, start, left, block, num_rows, COLUMNS: tl.constexpr):
+    """What a block adds to both lanes whose words can be loaded whole, wherever they lie.
+
+    From row to row it is always as many elements further, so after the first row a carry takes the place of a division:
+    what is in channels_last, all weights of a convolutional network, comes this way. Half a row at a time: of the shape
+    of the other paths' rows, Triton would give each thread four words side by side here, too, which lie far apart.
+    """
+    HALF: tl.constexpr = COLUMNS // 2
+    shift = tl.load(fields + 2)
+    size_1, size_2 = tl.load(fields + 3), tl.load(fields + 4)
+    stride_0, stride_1, stride_2 = tl.load(fields + 5), tl.load(fields + 6), tl.load(fields + 7)
+    first = start >> shift
+    first_1 = first // size_2
+    first_0 = first_1 // size_1
+    small_1, small_2 = size_1.to(tl.uint32), size_2.to(tl.uint32)
+    step = (4 * COLUMNS) >> shift
+    step_1 = step // size_2
+    step_0 = step_1 // size_1
+    step_2, step_1 = step - step_1 * size_2, step_1 - step_0 * size_1
+    further = step_0 * stride_0 + step_1 * stride_1 + step_2 * stride_2
+    carry_1, carry_2 = stride_0 - size_1 * stride_1, stride_1 - size_2 * stride_2
+    total_0 = tl.full((), 0, tl.int64)
+    total_1 = tl.full((), 0, tl.int64)
+    for half in range(2):
+        columns = half * HALF + tl.arange(0, HALF)
+        byte = 4 * columns
+        index_2 = ((byte >> shift) + (first - first_1 * size_2)).to(tl.uint32)
+        index_1 = index_2 // small_2 + (first_1 - first_0 * size_1).to(tl.uint32)
+        index_2 = index_2 % small_2
+        index_0 = index_1 // small_1 + first_0
+        index_1 = index_1 % small_1
+        place = address + index_0 * stride_0 + index_1 * stride_1 + index_2 * stride_2 + (byte & ((1 << shift) - 1))
+        sum_0 = tl.full((HALF,), 0, tl.uint64)
+        sum_1 = tl.full((HALF,), 0, tl.uint64)
+        for row in tl.range(num_rows, loop_unroll_factor=4):
+            word = tl.load(place.to(tl.pointer_type(tl.uint32)), mask=byte < left - row * (4 * COLUMNS), other=0)
+            sum_0, sum_1 = _add(sum_0, sum_1, word, row)
+            index_2 += step_2.to(tl.uint32)
+            over_2 = index_2 >= small_2
+            index_2 = tl.where(over_2, index_2 - small_2, index_2)
+            index_1 += step_1.to(tl.uint32) + over_2.to(tl.uint32)
+            over_1 = index_1 >= small_1
+            index_1 = tl.where(over_1, index_1 - small_1, index_1)
+            place += further + tl.where(over_2, carry_2, 0) + tl.where(over_1, carry_1, 0)
+        half_0, half_1 = _total(sum_0, sum_1, block * COLUMNS + columns)
+        total_0 += half_0
+        total_1 += half_1
+    return total_0, total_1
 
 
 @triton.jit

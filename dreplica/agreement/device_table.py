@@ -39,10 +39,11 @@ def describe(tensor: Tensor) -> tuple[int, ...] | None:
 
 def programs(nums_bytes: Iterable[int]) -> Tensor:
     """(num_programs, 2) int32: which tensor, and which of its blocks, each program takes."""
-    nums_blocks = torch.tensor([-(-num_bytes // BLOCK_BYTES) for num_bytes in nums_bytes], dtype=torch.int64)
-    tensors = torch.arange(len(nums_blocks)).repeat_interleave(nums_blocks)
+    blocks = [-(-num_bytes // BLOCK_BYTES) for num_bytes in nums_bytes]
+    nums_blocks = torch.tensor(blocks, dtype=torch.int64, device="cpu")
+    tensors = torch.arange(len(nums_blocks), device="cpu").repeat_interleave(nums_blocks)
     firsts = (nums_blocks.cumsum(0) - nums_blocks)[tensors]
-    return torch.stack([tensors, torch.arange(len(tensors)) - firsts], dim=1).to(torch.int32)
+    return torch.stack([tensors, torch.arange(len(tensors), device="cpu") - firsts], dim=1).to(torch.int32)
 
 
 def _joined(shape: Sequence[int], strides: Sequence[int]) -> list[tuple[int, int]]:

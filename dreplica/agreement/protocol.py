@@ -57,7 +57,7 @@ def message(word: bytes, stop: bool, apart: bool = False) -> Tensor:
     """What a replica with this `word` (16 bytes) sends: (5,) int64. The replies are its element-wise maximum."""
     low, high = struct.unpack("<qq", word)
     # In the maximum, `apart` hides another replica's `stop`, which that one sends again with the next message.
-    return torch.tensor([low, high, ~low, ~high, int(stop) | 2 * apart], dtype=torch.int64)
+    return torch.tensor([low, high, ~low, ~high, int(stop) | 2 * apart], dtype=torch.int64, device="cpu")
 
 
 def outcome(maximum: Tensor) -> Outcome:

@@ -205,8 +205,8 @@ def _state_of(other: Any) -> Mapping[str, Any]:
     scale, tracker = other._scale, other._growth_tracker
     if scale is None or tracker is None:  # until it is first used, or after a resume: the same in numbers
         state = other.state_dict()
-        scale = torch.tensor(state["scale"], dtype=torch.float32)
-        tracker = torch.tensor(state["_growth_tracker"], dtype=torch.int32)
+        scale = torch.tensor(state["scale"], dtype=torch.float32, device="cpu")
+        tracker = torch.tensor(state["_growth_tracker"], dtype=torch.int32, device="cpu")
     settings = ("growth_factor", "backoff_factor", "growth_interval")
     return {
         "scale": scale,

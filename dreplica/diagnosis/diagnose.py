@@ -16,7 +16,7 @@ from dreplica.diagnosis.attempt import AttemptFailed, attempt
 from dreplica.diagnosis.conclude import RunFacts
 from dreplica.diagnosis.decide import decide
 from dreplica.diagnosis.in_full import add, compare_outputs, doubt_moved, doubt_struck
-from dreplica.diagnosis.nondeterminism import may_vary
+from dreplica.diagnosis.nondeterminism import is_picked_by_timing, may_vary
 from dreplica.diagnosis.operators import OpRecord
 from dreplica.diagnosis.path import measure_path
 from dreplica.diagnosis.replay import Repeats, Replayed, Replayer
@@ -84,7 +84,7 @@ def diagnose(
             decision = judge(witnesses, lambda: _digests(attempt(channel, lambda: replayer.again(indices))))
         decision = _doubt_transient(decision, first.tracer.records, found.stage, channel, facts)
         decision = doubt_struck(decision, replayer, indices, channel)
-        decision = compare_outputs(decision, replayer, indices, channel)
+        decision = doubt_persistent(compare_outputs(decision, replayer, indices, channel), facts)
         decision = doubt_moved(decision, found, original, first.stages, replayer, channel)
         if decision.positions:
             decision = add(decision, [f"first such sample: {describe(dataset, int(indices[decision.positions[0]]))}"])
@@ -177,6 +177,24 @@ def _doubt_transient(
     if not names:
         return decision
     line = f"{', '.join(names)} ran in this step and is not deterministic with these settings: it may have been a race"
+    return add(decision, [line], cause="unexplained")
+
+
+def doubt_persistent(decision: Decision, facts: RunFacts) -> Decision:
+    """What replicas came to twice each, and not all alike, no hardware need have made where the operator may vary: a
+    few additions in disorder often come out the same, and cuDNN keeps to what it has picked in each process."""
+    place = decision.operator
+    if not (decision.cause == "persistent-fault" or decision.both_possible) or decision.settled:
+        return decision
+    if place is None or not place.made_here or decision.sides is None or not facts.manifests:
+        return decision
+    name, manifests = place.record.name, [facts.manifests[side] for side in decision.sides]
+    if not any(may_vary(name, manifest["device"]["type"], manifest["numerics"]) for manifest in manifests):
+        return decision
+    if decision.both_possible and any(is_picked_by_timing(name, manifest["numerics"]) for manifest in manifests):
+        line = "each process keeps to the algorithm that it found the fastest, and replicas have found different ones"
+        return add(decision, [line], cause="nondeterministic-operator", suspects=sorted(decision.sides))
+    line = f"{name} is not deterministic with these settings: it may have been that, though no replica's replays differ"
     return add(decision, [line], cause="unexplained")
 
 

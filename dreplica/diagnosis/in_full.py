@@ -192,7 +192,7 @@ def _settle(decision: Decision, captured: Captured | None, outputs: Sequence[Any
     line = "both are legitimate ways of rounding, though settings and environment are the same"
     if wrong:
         line = "neither is what it should be, and no fault would strike both sides: what is expected here may be wrong"
-    return add(decision, [line], cause="unexplained")
+    return add(decision, [line], cause="unexplained", both_possible=not wrong)
 
 
 def _unsettled(decision: Decision) -> Decision:

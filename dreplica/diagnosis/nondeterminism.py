@@ -2,9 +2,9 @@
 
 Sources: the documentation of `torch.use_deterministic_algorithms` (2.11 to 2.15; where releases differ, the entry says
 so), PyTorch's notes on reproducibility (https://docs.pytorch.org/docs/stable/notes/randomness.html), the warnings in
-the documentation of `torch.nn.LSTM` and of scaled dot product attention, and NVIDIA's on cuBLAS
-(https://docs.nvidia.com/cuda/cublas/#results-reproducibility). The documentation names Python functions; the tables
-here name the operators that those dispatch to, as they stand in a trace.
+the documentation of `torch.nn.LSTM`, `torch.kthvalue`, `index_reduce_` and scaled dot product attention, and NVIDIA's
+on cuBLAS (https://docs.nvidia.com/cuda/cublas/#results-reproducibility). The documentation names Python functions; the
+tables here name the operators that those dispatch to, as they stand in a trace.
 """
 
 from collections.abc import Iterable, Mapping
@@ -103,6 +103,9 @@ def _table() -> dict[str, Documented]:
     raises("bincount", "torch.bincount without weights, or on the CPU")
     why = "may return the index of any of several equal elements (the value alone is deterministic)"
     raises("median.dim nanmedian.dim", "torch.sort, and the middle element", why)
+    kth = f"{why} (older releases raise in strict mode)"
+    add("kthvalue", Documented("switches-or-raises", kth, instead="torch.sort, and the k-th element"))
+    raises("index_reduce index_reduce_", "scatter_reduce with sum or mean, in strict mode")
     raises("grid_sampler_2d_backward grid_sampler_3d_backward", "F.grid_sample on the CPU")
 
     attention = "splits the sum over keys between blocks, which add with atomics"
@@ -176,6 +179,12 @@ def may_vary(operator: str, device_type: str, flags: Mapping[str, Any]) -> bool:
     """Whether `operator` is documented to vary from run to run with these settings; arguments as `explain_operator`."""
     explanation = explain_operator(operator, device_type, flags)
     return explanation.known and any(line.startswith("--") for line in explanation.remedy)
+
+
+def is_picked_by_timing(operator: str, flags: Mapping[str, Any]) -> bool:
+    """Whether each process keeps to the algorithm of cuDNN's that was the fastest when it first met such an input."""
+    documented = DOCUMENTED.get(operator.rpartition(".")[0])
+    return documented is not None and documented.governs == "cudnn" and bool(flags.get("cudnn_benchmark"))
 
 
 def _settings(documented: Documented, flags: Mapping[str, Any]) -> tuple[str, list[str]]:

@@ -116,7 +116,9 @@ class Decision:
     """Positions in the batch of the samples that differ."""
     struck: Struck | None = None
     settled: bool = False
-    """Whether the operator, run in float64, has told which side is wrong."""
+    """Whether the operator, run in float64, has told which side is wrong,"""
+    both_possible: bool = False
+    """or that neither is."""
 
 
 _STAGES_OF_PHASE = {

@@ -12,7 +12,7 @@ from dreplica.agreement.recorded import RecordedTrace
 from dreplica.background import run_in_background
 from dreplica.config import RunConfig
 from dreplica.errors import ExitCode, UsageError
-from dreplica.flags.flag import Variant
+from dreplica.flags.flag import STRICT, Variant
 from dreplica.flags.trial import FOUND_NAME, LOST, REFUSED_NAME
 
 _TAIL_LINES = 15
@@ -41,7 +41,8 @@ class Outcome:
     """What parted: `replicas`, `repetitions` in one process, `starts`; or it ended in the `preparation`."""
     refused: Mapping[str, Any] | None = None
     """The operator that raised, where strict mode does not let it run: step, operator, module, phase, message. The last
-    alone, where it does not let the job start."""
+    alone, where it does not let the job start; with the phase `build` or `memory`, where that was built or was used up.
+    """
 
     @property
     def agrees(self) -> bool:
@@ -169,6 +170,10 @@ class Measurements:
             raise UsageError(errors[-1] if errors else tail)
         if (folder / REFUSED_NAME).exists():
             refused = json.loads((folder / REFUSED_NAME).read_text(encoding="utf-8"))
+            if refused.get("phase") == "memory" and variant == STRICT:
+                raise TrialFailed(
+                    f"{variant.name}: {refused['message']}. Use a smaller data.batch_size, or fewer replicas on a GPU"
+                )
             return Outcome(variant, "", 0, {}, folder, refused=refused)
         if code == ExitCode.STOPPED:
             raise TrialFailed(f"{variant.name}: a replica was told to stop")
@@ -197,6 +202,8 @@ def describe(outcome: Outcome) -> str:
     """Where it parted, or what raised, in words."""
     if outcome.refused is not None:
         row = outcome.refused
+        if row.get("phase") == "build":
+            return f"raises before the first step: {row['message']}"
         if "step" not in row:
             return str(row["message"])
         if row.get("phase") == "evaluation":

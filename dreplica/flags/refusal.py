@@ -1,4 +1,4 @@
-"""What strict mode does not let run, on the way of a trial."""
+"""What does not run, on the way of a trial: for strict mode does not let it, or memory does not."""
 
 from dataclasses import asdict
 from typing import Any
@@ -6,11 +6,26 @@ from typing import Any
 import torch
 
 from dreplica.diagnosis.nondeterminism import explain_operator
-from dreplica.diagnosis.raises import find_refused
+from dreplica.diagnosis.raises import find_refused, is_refusal
 from dreplica.explain import Explainer
 from dreplica.training.history import StepEntry
 from dreplica.training.step import training_step
 from dreplica.world.determinism import numerics_flags
+
+_OUT_OF_MEMORY = ("CUDA error: out of memory", "can't allocate memory", "STATUS_ALLOC_FAILED")
+"""What errors of CUDA itself, of torch on the CPU and of CUDA's libraries say."""
+
+
+def describe_unrun(error: RuntimeError, replica_id: int) -> dict[str, Any] | None:
+    """What there is to say of an error that strict mode raises before the first step, or the end of memory anywhere;
+    None of any other. JSON values: phase (`build` or `memory`) and message.
+    """
+    message = ". ".join(str(error).split(". ")[:2]).partition("\n")[0]
+    if is_refusal(error):
+        return {"phase": "build", "message": message.split(". ")[0]}
+    if isinstance(error, torch.OutOfMemoryError) or any(words in str(error) for words in _OUT_OF_MEMORY):
+        return {"phase": "memory", "message": f"replica {replica_id}: {message}"}
+    return None
 
 
 def describe_refusal(error: RuntimeError, steps_done: int, num_batches: int, explainer: Explainer) -> dict[str, Any]:

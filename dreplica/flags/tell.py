@@ -86,6 +86,9 @@ def _say_more(say: Callable[[str], None], found: Study, off: Row) -> None:
     for name, row in [*found.flags.items(), ("all of them", off)]:
         if row.parted is not None:
             say(f"{name} off: {describe(row.parted)}")
+    for row in found.options:
+        if row.parted is not None:
+            say(f"{_option(row.variant)}: {describe(row.parted)}")
     for name, row in found.flags.items():
         for other in sorted(row.variant.given_up - {name}):
             say(f"{other} has no effect without {name}")

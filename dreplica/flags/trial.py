@@ -13,11 +13,11 @@ import itertools
 import json
 import sys
 import time
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
@@ -33,7 +33,7 @@ from dreplica.diagnosis.against_reference import AgainstReference
 from dreplica.diagnosis.raises import is_refusal
 from dreplica.errors import ExitCode, UsageError
 from dreplica.explain import Explainer
-from dreplica.flags.refusal import describe_refusal
+from dreplica.flags.refusal import describe_refusal, describe_unrun
 from dreplica.meet import Prepared, end_at_once, meet
 from dreplica.preparation import Concluded, Preparation
 from dreplica.run import AGREEMENT_LAG
@@ -97,6 +97,11 @@ class Trial:
                 for lost in self.world.roll_call.take():
                     print(f"{LOST}replica {lost.replica_id}: {lost.reason}", file=sys.stderr)
                 end_at_once(ExitCode.FAILED)
+            raise
+        except RuntimeError as error:
+            found = describe_unrun(error, self.world.replica_id)
+            if found is not None:
+                self.leave_word(found)
             raise
 
     def measure(self) -> ExitCode:
@@ -178,7 +183,7 @@ class Trial:
             return Parted(self.explainer().explain(divergence.verdict, agreement, history), "replicas")
         except RuntimeError as error:
             if agreement is not None and is_refusal(error):
-                self.tell_refused(agreement.steps_done, error)
+                self.leave_word(describe_refusal(error, agreement.steps_done, self.num_batches, self.explainer()))
             raise
         self.steps_done = agreement.steps_done
         return None
@@ -216,11 +221,13 @@ class Trial:
             self.own, parts.seed, self.device, replica, data, self.coordinator, injector, self.channel, parts.facts
         )
 
-    def tell_refused(self, steps_done: int, error: RuntimeError) -> None:
-        """Leaves word of the operator that raised, on this replica alone: the others need not have come to it."""
-        found = describe_refusal(error, steps_done, self.num_batches, self.explainer())
-        if self.world.is_coordinator:
-            (self.folder / REFUSED_NAME).write_text(json.dumps(found), encoding="utf-8")
+    def leave_word(self, found: Mapping[str, Any]) -> None:
+        """Of what did not run, on this replica alone: the others, rank 0 included, need not have come to it."""
+        place = self.folder / REFUSED_NAME
+        if not place.exists():  # what was told first says more
+            written = place.with_name(f".{REFUSED_NAME}.{self.world.replica_id}")
+            written.write_text(json.dumps(found), encoding="utf-8")
+            written.replace(place)  # whole, for this process may be ended as soon as another has failed
 
     def time(self) -> list[list[float]]:
         """Seconds per step without checks, the slowest replica's: of each section in `timed`, one for each round.

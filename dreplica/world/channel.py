@@ -97,10 +97,10 @@ class Channel:
         if self.size == 1:
             return [value]
         payload = torch.frombuffer(_pickle(value), dtype=torch.uint8)
-        sizes = torch.zeros(self.size, dtype=torch.int64)
+        sizes = torch.zeros(self.size, dtype=torch.int64, device="cpu")
         sizes[self.rank] = payload.numel()
         self.wait(self.post_max(sizes))
-        padded = torch.zeros(int(sizes.max()), dtype=torch.uint8)
+        padded = torch.zeros(int(sizes.max()), dtype=torch.uint8, device="cpu")
         padded[: payload.numel()] = payload
         rows = [torch.empty_like(padded) for _ in range(self.size)]
         self.wait(Posted(padded, self._start(dist.all_gather, rows, padded)))
@@ -150,7 +150,7 @@ def _pickle(value: Any) -> bytearray:
 
 def _from_bytes(data: bytes, dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor:
     if not data:
-        return torch.empty(shape, dtype=dtype)
+        return torch.empty(shape, dtype=dtype, device="cpu")
     return torch.frombuffer(bytearray(data), dtype=torch.uint8).view(dtype).view(shape)
 
 

@@ -181,4 +181,4 @@ def _float32_matmul_precision() -> str:
 
 def _flushes_denormals() -> bool:
     """torch has a setter for this flag but no getter, so ask the processor: is the smallest denormal kept?"""
-    return bool((torch.tensor([1e-45], dtype=torch.float32) * 1).item() == 0)
+    return bool((torch.tensor([1e-45], dtype=torch.float32, device="cpu") * 1).item() == 0)

@@ -243,6 +243,25 @@ def test_with_the_default_group() -> None:
     assert one[2][0] != one[2][1]
 
 
+def _elsewhere_by_default(world: World) -> tuple[int, list[dict[str, str]]]:
+    seed_everything(0)
+    model = tiny_model()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    model(torch.ones(2, 1, 4, 4)).sum().backward()
+    scaler = torch.amp.GradScaler("cpu")
+    with torch.device("meta"):  # where new tensors go: a user's own may be a GPU
+        agreement = Agreement(model, optimizer, others=[scaler], channel=world.channel)
+        agreement.step(batch=torch.ones(2, device="cpu"))
+        agreement.finish()
+        return agreement.agreed_until, agreement.fingerprints()
+
+
+def test_where_the_users_new_tensors_go_is_no_matter() -> None:
+    one, two = run_replicas(_elsewhere_by_default, 2)
+    assert one == two
+    assert one[0] == 1
+
+
 def test_an_unknown_stage_is_refused() -> None:
     with pytest.raises(ValueError, match=r"stages: 'gradient' is no stage\. Did you mean 'gradients'"):
         Agreement(tiny_model(), stages=("gradient",))

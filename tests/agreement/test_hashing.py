@@ -176,6 +176,8 @@ def test_digests_are_read_once_they_are_written() -> None:
 
 def test_the_kernel_is_tried_before_it_is_trusted(monkeypatch: pytest.MonkeyPatch) -> None:
     assert computes_as_defined(DEVICE)
+    with torch.device("meta"):  # where new tensors go by default
+        assert computes_as_defined(DEVICE)
     launch = device_module.launch
     monkeypatch.setattr(device_module, "launch", lambda *args: (launch(*args), args[-1][3, 1].bitwise_xor_(1)))
     assert not computes_as_defined(DEVICE)

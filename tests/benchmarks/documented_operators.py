@@ -275,6 +275,7 @@ CASES: tuple[Case, ...] = (
     Case("scatter_add_", f"{_T}scatter_add_", "scatter_add_", _writes(lambda t, i, v: t.scatter_add_(0, i, v))),
     Case("gather, backward", "torch.gather", "scatter_add", _indexed(lambda x, i: x.gather(0, i))),
     Case("index_add", "torch.index_add", "index_add", _writes(lambda t, i, v: t.index_add(0, i, v))),
+    Case("index_reduce", None, "index_reduce", _writes(lambda t, i, v: t.index_reduce(0, i, v, "mean"))),
     Case("index_select, backward", "torch.index_select", "index_add", _indexed(lambda x, i: x.index_select(0, i))),
     Case(
         "repeat_interleave, backward",
@@ -289,7 +290,8 @@ CASES: tuple[Case, ...] = (
             f"scatter_reduce, {how}",
             f"{_T}scatter_reduce",
             "scatter_reduce",
-            _writes(lambda t, i, v, how=how: t.scatter_reduce(0, i, v, how)),  # type: ignore[misc]
+            # Close to 1, so that their product is neither 0 nor infinite.
+            _writes(lambda t, i, v, how=how: (t + 1).scatter_reduce(0, i, 1 + v / 1000, how)),  # type: ignore[misc]
         )
         for how in ("sum", "mean", "prod", "amax")
     ),

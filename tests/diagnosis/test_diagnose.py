@@ -1,6 +1,7 @@
 """From a divergence to its verdict, on one replica; whole jobs are in test_lookalikes and end_to_end."""
 
 import random
+from dataclasses import replace
 from typing import Any
 
 import numpy
@@ -13,7 +14,9 @@ from dreplica.agreement.verdict import Verdict
 from dreplica.data.datasets import TensorImages
 from dreplica.data.loader import Batch
 from dreplica.diagnosis.conclude import RunFacts
-from dreplica.diagnosis.diagnose import _approach, can_replay, diagnose, digest_samples
+from dreplica.diagnosis.diagnose import _approach, can_replay, diagnose, digest_samples, doubt_persistent
+from dreplica.diagnosis.operators import OpRecord
+from dreplica.diagnosis.witness import Decision, OpDifference
 from dreplica.replica.rng import get_rng_state, seed_generators, set_rng_state
 from dreplica.training.history import History, StepEntry
 from dreplica.world.channel import Channel
@@ -245,3 +248,51 @@ def test_an_earlier_step_may_not_be_reached_the_second_time() -> None:
         return Batch(batch.indices, batch.inputs + 1.0 if struck else batch.inputs, batch.labels)
 
     assert diagnosed(trained, 4, trained.stages[4], other).cause in {"unexplained", "batch-differs"}
+
+
+# ---- what an operator does by itself, and no hardware
+
+
+def on_gpus(**numerics: Any) -> RunFacts:
+    strict = {
+        "deterministic_algorithms": True,
+        "deterministic_warn_only": False,
+        "cudnn_benchmark": False,
+        "cudnn_deterministic": True,
+    }
+    manifest = {"device": {"type": "cuda"}, "numerics": strict | numerics}
+    return RunFacts(num_replicas=3, manifests=[manifest] * 3)
+
+
+def persistent(operator: str, **changes: Any) -> Decision:
+    record = OpRecord(f"aten.{operator}.default", "body", "forward", b"", b"", "")
+    found = Decision("persistent-fault", [1], [], OpDifference(0, record, record), (0, 1), classes=[[0, 2], [1]])
+    return replace(found, **changes)
+
+
+OFF: dict[str, Any] = {"deterministic_algorithms": False, "cudnn_deterministic": False}
+
+
+@pytest.mark.parametrize(
+    ("found", "numerics", "cause", "suspects"),
+    [
+        (persistent("index_add"), OFF, "unexplained", [1]),
+        (persistent("index_add"), {}, "persistent-fault", [1]),
+        (persistent("mul"), OFF, "persistent-fault", [1]),
+        (persistent("convolution", settled=True), OFF, "persistent-fault", [1]),
+        (
+            persistent("convolution", cause="unexplained", both_possible=True),
+            {"cudnn_benchmark": True},
+            "nondeterministic-operator",
+            [0, 1],
+        ),
+        (persistent("convolution", cause="unexplained", both_possible=True), {}, "unexplained", [1]),
+        (persistent("convolution", cause="unexplained", both_possible=True), OFF, "unexplained", [1]),
+        (persistent("mm", cause="unexplained", both_possible=True), OFF, "unexplained", [1]),
+    ],
+)
+def test_no_hardware_is_blamed_for_what_an_operator_may_do_by_itself(
+    found: Decision, numerics: dict[str, Any], cause: str, suspects: list[int]
+) -> None:
+    decision = doubt_persistent(found, on_gpus(**numerics))
+    assert (decision.cause, decision.suspects) == (cause, suspects)

@@ -137,6 +137,7 @@ def test_the_side_outside_of_rounding_is_wrong_be_it_the_majority(
     found = Decision("persistent-fault", outvoted, [], place(), sides, classes=classes)
     decisions = run_replicas(settled, len(results), "mm", (A, B), results, found)
     assert [(row.cause, row.suspects) for row in decisions] == [(cause, suspects)] * len(results), decisions
+    assert {row.both_possible for row in decisions} == {any(result is ROUNDED for result in results)}
 
 
 @pytest.mark.parametrize(("outvoted", "cause"), [([], "unexplained"), ([1], "persistent-fault")])

@@ -6,6 +6,7 @@ import weakref
 
 import numpy
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from tests.fixtures import tiny_model
@@ -66,6 +67,24 @@ class UnpooledInEvaluation(Unpooled):
         return values if self.training else super().forward(values)
 
 
+class OnReplica1(nn.Module):
+    """Does there what else nobody does."""
+
+    def __init__(self, fails: nn.Module) -> None:
+        super().__init__()
+        self.fails = fails
+
+    def forward(self, values: Tensor) -> Tensor:
+        return self.fails(values) if dist.get_rank() == 1 else values
+
+
+class TooLarge(nn.Module):
+    """Runs out of memory."""
+
+    def forward(self, values: Tensor) -> Tensor:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has 1 GiB.")
+
+
 def alone(num_classes: int) -> nn.Module:
     """Needs none, and room: the one before it must be gone."""
     assert not _ALIVE
@@ -89,3 +108,16 @@ def refused(num_classes: int) -> nn.Module:
 
 def refused_in_evaluation(num_classes: int) -> nn.Module:
     return nn.Sequential(UnpooledInEvaluation(), tiny_model(num_classes))
+
+
+def refused_on_replica_1(num_classes: int) -> nn.Module:
+    return nn.Sequential(OnReplica1(Unpooled()), tiny_model(num_classes))
+
+
+def refused_in_the_build(num_classes: int) -> nn.Module:
+    Unpooled()(torch.zeros(1, 1, 4, 4))
+    return tiny_model(num_classes)
+
+
+def too_large_on_replica_1(num_classes: int) -> nn.Module:
+    return nn.Sequential(OnReplica1(TooLarge()), tiny_model(num_classes))

@@ -1,8 +1,10 @@
 """Starts and what is made of them, without processes."""
 
+import json
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -80,6 +82,29 @@ def test_an_operator_that_raises_is_an_outcome(make: Callable[..., Measurements]
     assert not measurements.start(CHOOSING, [STRICT]).agrees
     assert describe(measurements.of(CHOOSING)[0]) == "raises at step 1: aten.addmm.default in head (forward)"
     assert measurements.ratios(CHOOSING, STRICT) == []
+
+
+def out_of_memory(_module: str, arguments: Sequence[str], *_: Any) -> tuple[int, str]:
+    told = {"phase": "memory", "message": "replica 1: CUDA out of memory. Tried to allocate 2.00 GiB"}
+    (Path(options_in(arguments)["folder"]) / "refused.json").write_text(json.dumps(told))
+    return ExitCode.FAILED, "lost: replica 1: it raised OutOfMemoryError"
+
+
+def test_a_setting_for_which_memory_does_not_suffice_is_one_that_does_not_run(
+    make: Callable[..., Measurements],
+) -> None:
+    measurements = make(out_of_memory)
+    assert not measurements.try_out(OFF, 2)
+    assert describe(measurements.of(OFF)[0]) == "replica 1: CUDA out of memory. Tried to allocate 2.00 GiB"
+    with pytest.raises(
+        TrialFailed, match=r"^strict: replica 1: CUDA out of memory.* GiB\. Use a smaller data\.batch_size"
+    ):
+        measurements.start(STRICT)
+
+
+def test_what_strict_mode_does_not_let_the_build_run_is_said_to_raise_there(tmp_path: Path) -> None:
+    outcome = Outcome(STRICT, "", 0, {}, tmp_path, refused={"phase": "build", "message": "it is not deterministic"})
+    assert describe(outcome) == "raises before the first step: it is not deterministic"
 
 
 def test_strict_mode_without_the_workspace_is_not_tried(make: Callable[..., Measurements]) -> None:

@@ -88,6 +88,36 @@ def test_an_operator_that_strict_mode_does_not_let_run_is_named(tmp_path: Path) 
     assert not (tmp_path / "found.json").exists()
 
 
+REFUSAL = "max_unpooling2d_forward_out does not have a deterministic implementation"
+
+
+@pytest.mark.parametrize(
+    ("model", "words", "rest"),
+    [
+        (
+            "refused_on_replica_1",
+            REFUSAL,
+            {"step": 1, "operator": "aten.max_unpool2d.default", "module": "0.fails", "phase": "forward"},
+        ),
+        ("refused_in_the_build", REFUSAL, {"phase": "build"}),
+        (
+            "too_large_on_replica_1",
+            "replica 1: CUDA out of memory. Tried to allocate 2.00 GiB",
+            {"phase": "memory"},
+        ),
+    ],
+)
+def test_what_does_not_run_is_told_by_whom_it_befalls(
+    model: str, words: str, rest: dict[str, Any], tmp_path: Path
+) -> None:
+    assert isinstance(run_replicas(start, 2, tmp_path, model, STRICT)[1], RuntimeError)
+    (place,) = tmp_path.glob("*refused*")
+    told = json.loads(place.read_text())
+    assert told.pop("message").startswith(words)
+    told.pop("remedy", None)
+    assert (place.name, told) == ("refused.json", rest)
+
+
 def test_one_of_an_evaluation_is_not_looked_for_in_a_step(tmp_path: Path) -> None:
     for result in run_replicas(start, 1, tmp_path, "refused_in_evaluation", STRICT):
         assert isinstance(result, RuntimeError)

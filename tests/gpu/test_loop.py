@@ -176,7 +176,8 @@ class Net(nn.Module):
         return self.head(self.conv(inputs).relu().flatten(1))
 
 
-def test_the_backward_pass_is_traced_in_autograds_own_thread() -> None:
+def test_the_backward_pass_is_traced_in_autograds_own_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)
     torch.manual_seed(0)
     model = Net().to(DEVICE)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
