@@ -16,9 +16,17 @@ from dreplica.world.signals import StoppedOnRequest, StopRequest
 from tests.fixtures import SMALL
 from tests.harness import run_replicas
 
+OVER_AFTER_AN_EPOCH = (
+    "--schedule.name=OneCycleLR",
+    "--schedule.per=step",
+    "--schedule.max_lr=0.1",
+    "--schedule.total_steps=5",
+)
+
 
 def measure(world: World, steps: int | None) -> Any:
-    bench = Bench(load_config(list(SMALL), world.num_replicas), world, torch.device("cpu"), steps)
+    config = load_config([*SMALL, *OVER_AFTER_AN_EPOCH], world.num_replicas)
+    bench = Bench(config, world, torch.device("cpu"), steps)
     before = bench.replica.steps_done
     measured = bench.measure(rounds=2)
     state = 2 * sum(tensor.nbytes for tensor in bench.replica.model.state_dict().values())

@@ -234,6 +234,7 @@ class Trial:
 
         In alternating rounds, so that a machine whose speed drifts is as slow for all; one more does not count.
         """
+        self.parts.replica.scheduler_per = "epoch"  # none is gone through: a schedule may be over by now
         steps = min(_TIMED_STEPS, self.num_batches - 1)
         rounds = max(_LEAST_ROUNDS, -(-self.steps // steps))
         seconds: list[list[float]] = [[] for _ in self.timed]

@@ -44,7 +44,8 @@ def conduct(folder: Path, model: str, variant: Variant, num_replicas: int, *sett
 
 
 def test_a_job_that_needs_none_agrees_without_any(tmp_path: Path) -> None:
-    found = conduct(tmp_path, "alone", WITHOUT_MODE, 2)
+    over_with_the_job = "--schedule={name: OneCycleLR, per: step, max_lr: 0.1, total_steps: 10}"
+    found = conduct(tmp_path, "alone", WITHOUT_MODE, 2, over_with_the_job)
     seconds = found.pop("seconds_per_step")
     assert found == {"device": "cpu", "steps": 6, "verdict": None, "between": None}
     assert [len(row) for row in seconds] == [3, 3], "its own, and strict mode beside it"
