@@ -10,8 +10,8 @@ from torch import Tensor
 from dreplica.agreement import multilinear
 from dreplica.agreement.device_kernel import launch
 from dreplica.agreement.device_table import BLOCK_BYTES, describe, programs
+from dreplica.agreement.digests import Digests
 from dreplica.agreement.fingerprint import header
-from dreplica.agreement.hashing import Digests
 
 _MOST_PLANS = 8
 """Of a step, an evaluation and the final state, with room for batches of another size."""

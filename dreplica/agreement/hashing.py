@@ -2,13 +2,14 @@
 
 import logging
 from collections.abc import Callable, Iterable, Mapping
-from functools import cached_property, lru_cache
+from functools import lru_cache
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from dreplica.agreement import multilinear
+from dreplica.agreement.digests import Digests
 from dreplica.agreement.fingerprint import ALGORITHM, WITH_MEMORY, num_bytes
 from dreplica.agreement.stages import Entry, Stage, digest_entry, with_distinct_names
 from dreplica.world.channel import Channel
@@ -20,30 +21,6 @@ log = logging.getLogger(__name__)
 
 _Place = tuple[torch.device, int]
 """Where a digest is to come: of the device's, the how many-th."""
-
-
-class Digests:
-    """Digests that a device is computing, 16 bytes each, on their way into memory of the host.
-
-    Args:
-        rows: (num_tensors, 2) int64, on the CPU: what is being written to.
-        written: recorded behind the copy; None if there is nothing to wait for.
-    """
-
-    def __init__(self, rows: Tensor, written: torch.cuda.Event | None) -> None:
-        self._rows, self._written = rows, written
-
-    @property
-    def ready(self) -> bool:
-        """Whether reading them would not wait."""
-        return self._written is None or self._written.query()
-
-    @cached_property
-    def all(self) -> bytes:
-        """The digests one after another. Waits for this computation, and not for what the device was given since."""
-        if self._written is not None:
-            self._written.synchronize()
-        return self._rows.numpy().tobytes()
 
 
 class Observation:

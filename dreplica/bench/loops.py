@@ -51,9 +51,7 @@ class Bench:
         seed_generators(model_seed(config.seed, world.replica_id))
         self.replica: Replica = world.together(lambda: build_replica(config, self.data.num_classes, device))
         self.replica.scaler = make_scaler(config.train, device)
-        self.replica.scheduler_per = (
-            "epoch"  # none is gone through: a schedule may be over before the rounds are
-        )
+        self.replica.scheduler_per = "epoch"  # none is gone through: a schedule may be over before the rounds are
         self.history = History(self.replica, config.agreement.snapshot_every)
         self.bytes_per_step = 0
         num_batches = -(-len(self.data.train) // config.data.batch_size)  # type: ignore[arg-type]

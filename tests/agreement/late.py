@@ -6,8 +6,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dreplica.agreement.digests import Digests
 from dreplica.agreement.fingerprint import digest_tensor
-from dreplica.agreement.hashing import Digests, Hasher
+from dreplica.agreement.hashing import Hasher
 
 
 class LateHasher(Hasher):
