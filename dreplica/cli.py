@@ -275,10 +275,9 @@ def _nodes(known: argparse.Namespace) -> "Nodes | None":
 
 
 def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{text} will not do: expected a positive number")
-    return value
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text} will not do: expected a positive whole number")
+    return int(text)
 
 
 if __name__ == "__main__":
