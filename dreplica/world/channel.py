@@ -51,7 +51,7 @@ class Channel:
             try:
                 work = dist.all_reduce(tensor, op=dist.ReduceOp.MAX, group=self.group, async_op=True)
             except RuntimeError as error:
-                raise ReplicaLost(_first_line(error)) from error
+                raise self._lost(error) from error
         return Posted(tensor, work)
 
     def wait(self, posted: Posted) -> Tensor:
@@ -67,16 +67,28 @@ class Channel:
             if self.roll_call is not None and self.roll_call.alarm.is_set():
                 raise ReplicaLost("another replica raised the alarm")
             if time.monotonic() > end:
-                raise ReplicaLost(f"no answer for {self.timeout:g} s (world.timeout)")
+                raise self._silent()
             time.sleep(nap)
             nap = min(2 * nap, longest_nap)
         try:
             work.wait()
         except RuntimeError as error:
-            raise ReplicaLost(_first_line(error)) from error
+            raise self._lost(error) from error
         if self.roll_call is not None:
             self.roll_call.waiting = False
         return posted.tensor
+
+    def _lost(self, error: RuntimeError) -> ReplicaLost:
+        line = _first_line(error)
+        if self.roll_call is None:  # which would know who it is
+            line = f"another replica is gone, and its own output says why ({line})"
+        return ReplicaLost(line)
+
+    def _silent(self) -> ReplicaLost:
+        hint = "(world.timeout)"
+        if self.roll_call is None:
+            hint = "from another replica: it hangs, or has left out a comparison in which this one takes part"
+        return ReplicaLost(f"no answer for {self.timeout:g} s {hint}")
 
     def broadcast(self, tensor: Tensor, rank: int = 0) -> Tensor:
         """That rank's `tensor` (CPU, contiguous, same shape and dtype everywhere), in place, on every replica."""
@@ -110,7 +122,7 @@ class Channel:
         try:
             return collective(*args, group=self.group, async_op=True, **kwargs)
         except RuntimeError as error:
-            raise ReplicaLost(_first_line(error)) from error
+            raise self._lost(error) from error
 
 
 def gloo_channel(timeout: float = 300.0) -> Channel:

@@ -159,6 +159,30 @@ def test_a_silent_replica_counts_as_lost_after_the_timeout(how: str) -> None:
         assert missed == [(1, "it is alive but stuck after step 6 while the others wait for it")]
 
 
+def waits_without_a_roll_call(world: World, how: str) -> None:
+    channel = Channel(None, timeout=1.0)
+    channel.gather(None)
+    if world.replica_id == 1:
+        if how == "exits":
+            os._exit(0)
+        time.sleep(3)
+    else:
+        channel.gather("who else?")
+
+
+@pytest.mark.parametrize(
+    ("how", "words"),
+    [
+        ("exits", "another replica is gone, and its own output says why ("),
+        ("sleeps", "no answer for 1 s from another replica: it hangs, or has left out a comparison in which this one"),
+    ],
+)
+def test_without_a_roll_call_it_is_said_where_to_look(how: str, words: str) -> None:
+    lost = run_replicas(waits_without_a_roll_call, 2, how)[0]
+    assert isinstance(lost, ReplicaLost)
+    assert str(lost).startswith(words)
+
+
 def test_a_replica_that_stands_still_counts_as_lost_after_the_timeout() -> None:
     for missed in missed_by_survivors(3, 0, "stopped", timeout=1.0):
         assert [replica_id for replica_id, _ in missed] == [0]
