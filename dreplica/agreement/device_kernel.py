@@ -110,6 +110,13 @@ def _add(sum_0, sum_1, word, row):
 
 
 @triton.jit
+def _layout(fields):
+    """The base-2 logarithm of an element's bytes, the sizes of the inner two dimensions, and all three strides."""
+    shift, size_1, size_2 = tl.load(fields + 2), tl.load(fields + 3), tl.load(fields + 4)
+    return shift, size_1, size_2, tl.load(fields + 5), tl.load(fields + 6), tl.load(fields + 7)
+
+
+@triton.jit
 def _strided(address, fields, start, left, block, num_rows, COLUMNS: tl.constexpr):
     """What a block adds to both lanes whose words can be loaded whole, wherever they lie.
 
@@ -118,9 +125,7 @@ def _strided(address, fields, start, left, block, num_rows, COLUMNS: tl.constexp
     of the other paths' rows, Triton would give each thread four words side by side here, too, which lie far apart.
     """
     HALF: tl.constexpr = COLUMNS // 2
-    shift = tl.load(fields + 2)
-    size_1, size_2 = tl.load(fields + 3), tl.load(fields + 4)
-    stride_0, stride_1, stride_2 = tl.load(fields + 5), tl.load(fields + 6), tl.load(fields + 7)
+    shift, size_1, size_2, stride_0, stride_1, stride_2 = _layout(fields)
     first = start >> shift
     first_1 = first // size_2
     first_0 = first_1 // size_1
@@ -166,9 +171,7 @@ def _gather(address, fields, start, left, at, UNIT: tl.constexpr, UNIT_DTYPE: tl
 
     Only the place where the block begins takes 64 bits to divide: from there on an element's index is small.
     """
-    shift = tl.load(fields + 2)
-    size_1, size_2 = tl.load(fields + 3), tl.load(fields + 4)
-    stride_0, stride_1, stride_2 = tl.load(fields + 5), tl.load(fields + 6), tl.load(fields + 7)
+    shift, size_1, size_2, stride_0, stride_1, stride_2 = _layout(fields)
     first = start >> shift
     first_1 = first // size_2
     first_0 = first_1 // size_1

@@ -25,23 +25,6 @@ ALGORITHM = "xxh3-128/1"
 ABSENT = b"\0" * 16
 """The digest of something that is not there (a gradient that is None)."""
 
-_NUMPY_HAS = {
-    torch.float32,
-    torch.float64,
-    torch.float16,
-    torch.complex64,
-    torch.complex128,
-    torch.bool,
-    torch.uint8,
-    torch.int8,
-    torch.int16,
-    torch.int32,
-    torch.int64,
-}
-
-_USUAL = {dtype for dtype in _NUMPY_HAS if not dtype.is_complex}
-"""A complex tensor may be a conjugate whose memory holds the numbers themselves."""
-
 WITH_MEMORY = {Tensor, nn.Parameter}
 """Other subclasses may not have their bytes where their `data_ptr` says."""
 
@@ -109,17 +92,16 @@ def _is_usual(tensor: Tensor) -> bool:
     """Whether its memory has its elements in row-major order as it is: what is hashed by the hundreds at every step."""
     return (
         type(tensor) in WITH_MEMORY
-        and tensor.dtype in _USUAL
         and tensor.is_cpu
         and tensor.layout is torch.strided
-        and not tensor.is_nested
-        and not tensor.is_neg()
+        and not (tensor.is_quantized or tensor.is_nested)
+        and not (tensor.is_conj() or tensor.is_neg())
         and tensor.is_contiguous()
     )
 
 
 def _digest_array(name: str, tensor: Tensor) -> bytes:
-    """Of a tensor that is not usual: in another layout, of another class, on another device, or of a rarer dtype."""
+    """Of a tensor that is not usual: in another layout, of another class, or on another device."""
     lazy = is_lazy(tensor)
     if lazy or tensor.layout is not torch.strided or tensor.is_meta or tensor.is_quantized or tensor.is_nested:
         raise TypeError(
@@ -134,8 +116,6 @@ def _digest_array(name: str, tensor: Tensor) -> bytes:
     if not tensor.numel():
         return xxhash.xxh3_128_digest(b"")  # a slice without elements has strides that no view as bytes allows
     tensor = tensor.contiguous()
-    if tensor.dtype not in _NUMPY_HAS:
-        tensor = tensor.reshape(-1).view(torch.uint8)
     if type(tensor) in WITH_MEMORY:
         return _digest_memory(tensor)
-    return xxhash.xxh3_128_digest(cast("Buffer", tensor.numpy()))
+    return xxhash.xxh3_128_digest(cast("Buffer", tensor.reshape(-1).view(torch.uint8).numpy()))

@@ -27,6 +27,7 @@ __all__ = [
 ]
 
 _WRAPPED = "_orig_mod"
+
 _FROZEN = " (requires_grad=False)"
 """Follows a parameter's name in the stage `gradients`: frozen on one replica only, it may show in nothing else."""
 

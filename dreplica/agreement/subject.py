@@ -23,8 +23,10 @@ from dreplica.agreement.stages import (
 from dreplica.section import nearest
 
 Models = nn.Module | Mapping[str, nn.Module]
-Batch = Tensor | Mapping[str, Any] | Sequence[Any]
 """One, or several by name."""
+
+Batch = Tensor | Mapping[str, Any] | Sequence[Any]
+"""A tensor, or tensors in dicts, lists and tuples."""
 
 Expect = Literal["identical", "independent", "ddp"]
 
