@@ -6,6 +6,8 @@ import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from dreplica.paths import IMPORT_ROOT
+
 _LAUNCH = """
 import sys
 from dreplica.launcher import launch
@@ -27,9 +29,9 @@ def run_in_background(
     Nothing is left running, whatever ends the wait; the code is None if they did not end by themselves within `timeout`
     seconds. What they print goes to the file `log`. `variables`: of their environment; None: not set.
     """
-    package_root = str(Path(__file__).parents[1])
+
     environment = os.environ | {
-        "PYTHONPATH": os.pathsep.join(filter(None, [package_root, os.environ.get("PYTHONPATH")])),
+        "PYTHONPATH": os.pathsep.join(filter(None, [str(IMPORT_ROOT), os.environ.get("PYTHONPATH")])),
         "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": str(_SHUTDOWN_SECONDS),
     }
     for name, value in (variables or {}).items():

@@ -14,6 +14,7 @@ from dreplica.agreement.recorded import Key, RecordedTrace
 from dreplica.agreement.stage import STAGES
 from dreplica.errors import ExitCode, UsageError
 from dreplica.fresh_folder import fresh_folder
+from dreplica.paths import IMPORT_ROOT
 from dreplica.world.signals import ends_are_interrupts
 
 _COMPONENTS = {
@@ -149,9 +150,8 @@ def _read_trace(folder: Path) -> dict[Key, Mapping[str, str]]:
 def _run(root: Path, name: str, arguments: Sequence[str], num_replicas: int) -> tuple[int, str]:
     """Exit code and output of one run."""
     root.mkdir(parents=True, exist_ok=True)
-    package_root = str(Path(__file__).parents[1])
     environment = os.environ | {
-        "PYTHONPATH": os.pathsep.join(filter(None, [package_root, os.environ.get("PYTHONPATH")]))
+        "PYTHONPATH": os.pathsep.join(filter(None, [str(IMPORT_ROOT), os.environ.get("PYTHONPATH")]))
     }
     command = [sys.executable, "-m", "dreplica.cli", "train", f"--replicas={num_replicas}"]
     path = root / f"{name}.log"

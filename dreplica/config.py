@@ -14,6 +14,7 @@ from dreplica.agreement.config import AgreementConfig
 from dreplica.cases.inject import FaultConfig
 from dreplica.data.config import DataConfig
 from dreplica.errors import UsageError
+from dreplica.paths import CONFIGS_FOLDER
 from dreplica.replica.build import ModelConfig, ReplicaConfig
 from dreplica.replica.components import CriterionConfig, OptimConfig, ScheduleConfig
 from dreplica.replica.rng import SeedConfig, check_model_seeds
@@ -26,7 +27,7 @@ from dreplica.world.process_group import WorldConfig
 from dreplica.world.run_folder import RunFolderConfig
 from dreplica.yaml_values import load_yaml, read_yaml
 
-DEFAULT_CONFIG = Path(__file__).parents[1] / "configs" / "digits.yaml"
+DEFAULT_CONFIG = CONFIGS_FOLDER / "digits.yaml"
 
 
 class RunConfig(Section):

@@ -22,9 +22,10 @@ import yaml
 from dreplica.agreement.verdict import Verdict
 from dreplica.diagnosis.causes import CAUSES
 from dreplica.errors import UsageError
+from dreplica.paths import CONFIGS_FOLDER
 from dreplica.section import nearest
 
-CASES_FOLDER = Path(__file__).parents[2] / "configs" / "cases"
+CASES_FOLDER = CONFIGS_FOLDER / "cases"
 
 _OBSERVED = ("val_accuracy", "weights", "orders")
 _FIELDS = sorted({field.name for field in fields(Verdict)} - {"agreed", "summary", "evidence", "remedy", "cause"})

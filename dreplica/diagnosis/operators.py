@@ -22,9 +22,10 @@ from dreplica.agreement.fingerprint import ABSENT, digest_tensor
 from dreplica.agreement.stages import Optimizers, by_name
 from dreplica.diagnosis.module_paths import ModulePaths
 from dreplica.diagnosis.op_signature import signature_of, tensors_in
+from dreplica.paths import PACKAGE_ROOT
 
 _TORCH = str(Path(torch.__file__).parent) + os.sep
-_OWN_ROOMS = tuple(str(Path(__file__).parents[1] / room) + os.sep for room in ("diagnosis", "training"))
+_OWN_CODE = tuple(str(PACKAGE_ROOT / name) + os.sep for name in ("diagnosis", "training"))
 
 
 @dataclass(frozen=True)
@@ -249,7 +250,7 @@ def _user_source() -> str:
     frame = sys._getframe()  # autograd's threads for GPUs may have no frame but the tracer's own
     while frame is not None:
         file = frame.f_code.co_filename
-        if file.startswith(_OWN_ROOMS) and file != __file__:
+        if file.startswith(_OWN_CODE) and file != __file__:
             return ""
         if file != __file__ and not file.startswith((_TORCH, "<")):
             return f"{file}:{frame.f_lineno}"

@@ -15,6 +15,7 @@ import numpy
 import torch
 import xxhash
 
+from dreplica.paths import PACKAGE_ROOT
 from dreplica.world.determinism import numerics_flags
 from dreplica.world.process_group import Device, World
 
@@ -179,10 +180,9 @@ def card_of(manifest: Mapping[str, Any]) -> str | None:
 @cache
 def source_digest() -> str:
     """32 hex digits over dreplica's own source files: which code runs, whatever its version says."""
-    package = Path(__file__).parents[1]
     digest = xxhash.xxh3_128()
-    for path in sorted(package.rglob("*.py")):
-        digest.update(str(path.relative_to(package)).encode() + b"\0" + path.read_bytes() + b"\0")
+    for path in sorted(PACKAGE_ROOT.rglob("*.py")):
+        digest.update(str(path.relative_to(PACKAGE_ROOT)).encode() + b"\0" + path.read_bytes() + b"\0")
     return digest.hexdigest()
 
 

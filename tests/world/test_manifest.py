@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 
+from dreplica.paths import PACKAGE_ROOT
 from dreplica.world import manifest as manifest_module
 from dreplica.world.channel import Channel
 from dreplica.world.determinism import DeterminismConfig
@@ -150,10 +151,9 @@ def test_values_are_compared_to_any_depth() -> None:
 
 
 def test_the_source_digest_is_stable_and_sees_every_file(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    package = Path(manifest_module.__file__).parents[1]
     copied = tmp_path / "elsewhere" / "dreplica"
-    shutil.copytree(package, copied, ignore=shutil.ignore_patterns("__pycache__"))
-    monkeypatch.setattr(manifest_module, "__file__", str(copied / "world" / "manifest.py"))
+    shutil.copytree(PACKAGE_ROOT, copied, ignore=shutil.ignore_patterns("__pycache__"))
+    monkeypatch.setattr(manifest_module, "PACKAGE_ROOT", copied)
     first = source_digest.__wrapped__()
     assert len(first) == 32
     assert source_digest.__wrapped__() == first
