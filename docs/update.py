@@ -19,9 +19,9 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 from dreplica.cases.case import read_case
-from dreplica.cases.inject import FaultConfig
-from dreplica.config import RunConfig
-from dreplica.section import Lockstep
+from dreplica.config.schema import FaultConfig
+from dreplica.config.schema import RunConfig
+from dreplica.config.base import Lockstep
 
 DOCS = Path(__file__).parent
 CONFIGURATION = DOCS / "configuration.md"

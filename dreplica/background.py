@@ -6,7 +6,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from dreplica.paths import IMPORT_ROOT
+from dreplica.config.paths import IMPORT_ROOT
 
 _LAUNCH = """
 import sys

@@ -12,9 +12,9 @@ from rich.console import Console
 
 from dreplica.agreement.recorded import Key, RecordedTrace
 from dreplica.agreement.stage import STAGES
+from dreplica.config.paths import IMPORT_ROOT
 from dreplica.errors import ExitCode, UsageError
 from dreplica.fresh_folder import fresh_folder
-from dreplica.paths import IMPORT_ROOT
 from dreplica.world.signals import ends_are_interrupts
 
 _COMPONENTS = {

@@ -238,7 +238,7 @@ def _add_training(
 
 def _print_help(command: argparse.ArgumentParser) -> ExitCode:
     with _importing():
-        from dreplica.config import format_help
+        from dreplica.config.help import format_help
 
     print(f"usage: {command.prog} [--replicas N] {_SETTINGS}\n")
     print(command.format_help().split("\n\n", 1)[1])

@@ -8,10 +8,10 @@ from typing import Any
 
 import torch
 
+from dreplica.config.schema import CheckpointConfig
 from dreplica.errors import SharedUsageError
 from dreplica.replica.replica import Replica
 from dreplica.training.checkpoint import (
-    CheckpointConfig,
     CheckpointError,
     checkpoint_name,
     list_checkpoints,

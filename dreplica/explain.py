@@ -10,7 +10,7 @@ from torch import Tensor
 from dreplica.agreement.agreement import Agreement
 from dreplica.agreement.verdict import Verdict
 from dreplica.cases.inject import Injector
-from dreplica.config import RunConfig
+from dreplica.config.schema import RunConfig
 from dreplica.data.coordinator import Coordinator
 from dreplica.data.loader import Batch, load_again
 from dreplica.data.samples import DataSets, at_epoch, by_itself

@@ -8,7 +8,8 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import NoReturn
 
-from dreplica.config import RunConfig, load_config
+from dreplica.config.load import load_config
+from dreplica.config.schema import RunConfig
 from dreplica.errors import ExitCode, SharedUsageError, UsageError
 from dreplica.world.determinism import apply_determinism, set_environment
 from dreplica.world.logs import set_up_logging

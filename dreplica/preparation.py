@@ -9,13 +9,13 @@ import torch
 from dreplica.agreement.stages import rng_stage
 from dreplica.agreement.verdict import Verdict, split_into_classes, suspects_of
 from dreplica.cases.inject import Injector
+from dreplica.config.components import check_schedule
 from dreplica.data.prepare import prepare_data
 from dreplica.data.samples import DataSets
 from dreplica.diagnosis import conclude as diagnosis
 from dreplica.diagnosis.conclude import BuildFacts, RunFacts
 from dreplica.meet import Prepared
 from dreplica.replica.build import broadcast_state, build_replica, weights_digest
-from dreplica.replica.components import check_schedule
 from dreplica.replica.replica import Replica
 from dreplica.replica.rng import fresh_seed, model_seed, seed_generators, shares_model_seed
 from dreplica.replica.wiring import WiringError, check_wiring

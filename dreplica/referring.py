@@ -10,7 +10,7 @@ import yaml
 
 from dreplica.agreement.reference import Apart, Reference
 from dreplica.agreement.verdict import Verdict
-from dreplica.config import RunConfig
+from dreplica.config.schema import RunConfig
 from dreplica.diagnosis.against_reference import AgainstReference
 from dreplica.diagnosis.recorded_run import RunDifference, config_differences, manifest_differences, read_run, show
 from dreplica.errors import UsageError

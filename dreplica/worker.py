@@ -47,7 +47,7 @@ def _work() -> ExitCode:
     if argv and argv[0] in _OTHER_WORK:
         return import_module(_OTHER_WORK[argv[0]]).work(argv[1:])
 
-    from dreplica.config import format_help
+    from dreplica.config.help import format_help
     from dreplica.run import run_worker
 
     if "--help" in argv or "-h" in argv:

@@ -9,7 +9,7 @@ from rich.console import Console
 
 from dreplica.bench.loops import Bench
 from dreplica.bench.measured import Measured, Memory, median_interval, print_measured
-from dreplica.config import load_config
+from dreplica.config.load import load_config
 from dreplica.errors import UsageError
 from dreplica.world.process_group import World
 from dreplica.world.signals import StoppedOnRequest, StopRequest

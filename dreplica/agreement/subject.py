@@ -20,7 +20,7 @@ from dreplica.agreement.stages import (
     optimizer_entries,
     rng_entries,
 )
-from dreplica.section import nearest
+from dreplica.config.messages import nearest
 
 Models = nn.Module | Mapping[str, nn.Module]
 """One, or several by name."""

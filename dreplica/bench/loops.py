@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader
 
 from dreplica.agreement.agreement import Agreement
 from dreplica.bench.measured import LOOPS, Measured, Memory
-from dreplica.config import RunConfig
+from dreplica.config.schema import RunConfig
 from dreplica.data.coordinator import Coordinator
 from dreplica.data.loader import normalize
 from dreplica.data.prepare import prepare_data

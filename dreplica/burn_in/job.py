@@ -5,9 +5,8 @@ from typing import Any
 
 import numpy
 
-from dreplica.config import RunConfig
+from dreplica.config.schema import RunConfig, SeedConfig
 from dreplica.errors import UsageError
-from dreplica.replica.rng import SeedConfig
 
 
 def job_of(config: RunConfig) -> RunConfig:

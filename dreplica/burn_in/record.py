@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from dreplica.burn_in.cards import Account, Card, PassDone
-from dreplica.config import RunConfig
+from dreplica.config.schema import RunConfig
 from dreplica.errors import ExitCode, UsageError
 from dreplica.report.run_report import write_json
 

@@ -13,13 +13,13 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import StepLR
 from torch.utils.data import DataLoader
 
+from dreplica.config.components import build_criterion, build_optimizer
 from dreplica.replica.build import build_model
-from dreplica.replica.components import build_criterion, build_optimizer
 from dreplica.replica.replica import Replica
 from dreplica.world.process_group import env_rank
 
 if TYPE_CHECKING:
-    from dreplica.config import RunConfig
+    from dreplica.config.schema import RunConfig
 
 
 def deepcopied_optimizer(config: "RunConfig", num_classes: int, device: torch.device) -> Replica:

@@ -20,10 +20,10 @@ from typing import Any
 import yaml
 
 from dreplica.agreement.verdict import Verdict
+from dreplica.config.messages import nearest
+from dreplica.config.paths import CONFIGS_FOLDER
 from dreplica.diagnosis.causes import CAUSES
 from dreplica.errors import UsageError
-from dreplica.paths import CONFIGS_FOLDER
-from dreplica.section import nearest
 
 CASES_FOLDER = CONFIGS_FOLDER / "cases"
 

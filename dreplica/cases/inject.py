@@ -6,49 +6,24 @@ on, replays included; without, it strikes once.
 
 import random
 from collections.abc import Callable, Sequence
-from typing import Annotated, Any, Literal
+from typing import Any
 
 import torch
-from pydantic import Field
 from torch import Tensor, nn
 from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_leaves
 
 from dreplica.agreement.stages import named_buffers, named_weights, plain_name
+from dreplica.config.messages import nearest
+from dreplica.config.schema import FaultConfig
 from dreplica.data.coordinator import Coordinator, IndexStream
 from dreplica.errors import UsageError
 from dreplica.replica.replica import Replica
-from dreplica.section import Section, nearest
 from dreplica.world.channel import Channel
 
 _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 _MT19937_STATE = slice(24, 24 + 624 * 8)
 """Bytes of torch's CPU generator state that hold its 624 words, each in 8 bytes of which the low 4 count."""
-
-
-class FaultConfig(Section):
-    """One fault."""
-
-    replica: int = Field(ge=0)
-    """Replica id."""
-    step: int = Field(ge=1)
-    """The step at which it strikes."""
-    target: Literal["weights", "gradients", "buffers", "optimizer", "batch", "indices", "activation", "rng"]
-    """What is struck: `gradients` before the optimizer's step, `batch` before the forward pass, `activation` the output
-    of a module, the others at the end of the step."""
-    tensor: str | None = None
-    """Name of a parameter, buffer or (for `activation`) module; null: drawn."""
-    bits: int = Field(1, ge=1, le=4096)
-    """How many bits flip, in one tensor."""
-    repeat: bool = False
-    """Strike at every step from this one on, and in replays."""
-    seed: Annotated[int, Field(ge=0)] = 0
-    """What is not chosen (the tensor, the bits) is drawn from it."""
-
-    def __str__(self) -> str:
-        bits = f"{self.bits} bit{'s' * (self.bits > 1)} of {self.tensor or 'a tensor'}"
-        when = f"from step {self.step} on" if self.repeat else f"at step {self.step}"
-        return f"{bits} in {self.target} on replica {self.replica} {when}"
 
 
 class Injector:

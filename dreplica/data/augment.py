@@ -12,10 +12,11 @@ from torch import Tensor
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional
 
-from dreplica.data.config import DataConfig
+from dreplica.config.imports import import_function
+from dreplica.config.messages import nearest
+from dreplica.config.schema import DataConfig
 from dreplica.data.shift_flip import ShiftFlip
 from dreplica.errors import UsageError
-from dreplica.section import import_function, nearest
 
 Transform = Callable[[Image], Image]
 """An RGB image to an RGB image of the size that is trained on."""

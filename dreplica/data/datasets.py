@@ -11,8 +11,10 @@ from torch import Tensor
 from torch.nn.functional import interpolate
 from torch.utils.data import Dataset, IterableDataset
 
+from dreplica.config.imports import call_function
+from dreplica.config.messages import nearest, show
+from dreplica.config.schema import DataConfig
 from dreplica.data.augment import make_augmentation
-from dreplica.data.config import DataConfig
 from dreplica.data.image_folder import load_image_folder
 from dreplica.data.images import Images
 from dreplica.data.sample_weights import make_weights
@@ -20,7 +22,6 @@ from dreplica.data.samples import DataSets, Sample, TensorImages, load_sample
 from dreplica.data.split import split_indices
 from dreplica.data.torchvision_sets import SETS, load_torchvision_set
 from dreplica.errors import UsageError
-from dreplica.section import call_function, nearest, show
 
 _ARRAYS = (Tensor, numpy.ndarray)
 _LABELS = (int, float, Tensor, numpy.integer, numpy.floating)

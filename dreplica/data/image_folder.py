@@ -7,8 +7,8 @@ from pathlib import Path
 
 from torchvision.datasets.folder import IMG_EXTENSIONS, has_file_allowed_extension
 
+from dreplica.config.schema import DataConfig
 from dreplica.data.augment import make_augmentation
-from dreplica.data.config import DataConfig
 from dreplica.data.images import ImageFiles, Images
 from dreplica.data.sample_weights import make_weights
 from dreplica.data.samples import DataSets, digest_files

@@ -4,7 +4,7 @@ import logging
 
 import torch
 
-from dreplica.data.config import DataConfig
+from dreplica.config.schema import DataConfig
 from dreplica.data.datasets import load_data
 from dreplica.data.samples import DataSets
 from dreplica.data.sharing import keep_and_share, keep_on_device

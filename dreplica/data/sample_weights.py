@@ -8,9 +8,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from dreplica.data.config import DataConfig
+from dreplica.config.messages import nearest
+from dreplica.config.schema import DataConfig
 from dreplica.errors import UsageError
-from dreplica.section import nearest
 
 
 def make_weights(

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from dreplica.data.config import DataConfig
+from dreplica.config.schema import DataConfig
 from dreplica.data.device_cache import OnDevice, Store
 from dreplica.data.images import Images
 from dreplica.data.memory import available_memory, spell_size

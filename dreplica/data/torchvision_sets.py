@@ -11,8 +11,8 @@ import numpy
 import torchvision
 import xxhash
 
+from dreplica.config.schema import DataConfig
 from dreplica.data.augment import make_augmentation
-from dreplica.data.config import DataConfig
 from dreplica.data.images import Images
 from dreplica.data.sample_weights import make_weights
 from dreplica.data.samples import IMAGENET_MEAN, IMAGENET_STD, DataSets

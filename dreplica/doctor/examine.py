@@ -15,6 +15,7 @@ import torch.distributed as dist
 from rich.console import Console
 from rich.markup import escape
 
+from dreplica.config.schema import WorldConfig
 from dreplica.doctor.check import Check
 from dreplica.doctor.gpus import check_gpus
 from dreplica.doctor.judge import first_difference, judge_devices, judge_flags, judge_joining, judge_probes
@@ -24,7 +25,7 @@ from dreplica.doctor.trial import MARK
 from dreplica.errors import ExitCode
 from dreplica.world.channel import Channel
 from dreplica.world.manifest import collect_manifest
-from dreplica.world.process_group import World, WorldConfig, bind_device
+from dreplica.world.process_group import World, bind_device
 
 _PROCESSES = 2
 _SECONDS = 180.0

@@ -8,8 +8,8 @@ from pathlib import Path
 
 from rich.console import Console
 
-from dreplica.agreement.config import AgreementConfig
-from dreplica.config import RunConfig, load_config
+from dreplica.config.load import load_config
+from dreplica.config.schema import AgreementConfig, RunConfig
 from dreplica.doctor.machine import cpu_limit
 from dreplica.errors import ExitCode, UsageError
 from dreplica.flags.measure import Measurements, TrialFailed

@@ -10,7 +10,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from dreplica.world.determinism import DETERMINISTIC_WORKSPACES, DeterminismConfig
+from dreplica.config.schema import DeterminismConfig
+from dreplica.world.determinism import DETERMINISTIC_WORKSPACES
 
 _WORKSPACE = "CUBLAS_WORKSPACE_CONFIG"
 _USUAL_WORKSPACE = ":4096:8"

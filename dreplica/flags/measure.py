@@ -10,7 +10,7 @@ from typing import Any
 from dreplica.agreement.comparison import compare_traces
 from dreplica.agreement.recorded import RecordedTrace
 from dreplica.background import run_in_background
-from dreplica.config import RunConfig
+from dreplica.config.schema import RunConfig
 from dreplica.errors import ExitCode, UsageError
 from dreplica.flags.flag import STRICT, Variant
 from dreplica.flags.trial import FOUND_NAME, LOST, REFUSED_NAME

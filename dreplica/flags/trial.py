@@ -28,6 +28,7 @@ from dreplica.agreement.reference import Reference, ReferenceDiffers
 from dreplica.agreement.tensor_record import TensorRecord
 from dreplica.agreement.trace import Trace
 from dreplica.agreement.verdict import Divergence, Verdict
+from dreplica.config.schema import DeterminismConfig
 from dreplica.data.coordinator import Coordinator
 from dreplica.diagnosis.against_reference import AgainstReference
 from dreplica.diagnosis.raises import is_refusal
@@ -39,7 +40,7 @@ from dreplica.preparation import Concluded, Preparation
 from dreplica.run import AGREEMENT_LAG
 from dreplica.training.history import History
 from dreplica.training.loop import EpochDone, StepDone, Stopped, train
-from dreplica.world.determinism import DeterminismConfig, apply_determinism
+from dreplica.world.determinism import apply_determinism
 from dreplica.world.process_group import World
 from dreplica.world.roll_call import ReplicaLost
 from dreplica.world.signals import StoppedOnRequest, StopRequest

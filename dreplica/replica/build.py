@@ -5,72 +5,34 @@ import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING
 
 import torch
 import torchvision
 import xxhash
-from pydantic import Field, field_validator
 from torch import nn
 from torch.nn.parameter import is_lazy
 
-from dreplica.errors import UsageError
-from dreplica.replica.components import (
+from dreplica.config.components import (
     build_criterion,
     build_optimizer,
     build_scheduler,
     check_criterion,
     check_optimizer,
 )
+from dreplica.config.imports import call_function
+from dreplica.config.messages import nearest
+from dreplica.errors import UsageError
 from dreplica.replica.memory import overwrite
 from dreplica.replica.pretrained import load_pretrained
 from dreplica.replica.published import arguments_for, cached, find_published, is_file
 from dreplica.replica.replica import Replica
 from dreplica.replica.rng import get_rng_state, set_rng_state
-from dreplica.section import Lockstep, Section, call_function, nearest
 from dreplica.world.channel import Channel
 
 if TYPE_CHECKING:
-    from dreplica.config import RunConfig
-
-
-class ModelConfig(Section):
-    """The model."""
-
-    name: str = "resnet18"
-    """Any torchvision classification model."""
-    factory: str | None = None
-    """`package.module:function` to use instead of `name`: called with `num_classes=`, returns an nn.Module."""
-    weights: str | None = None
-    """Where everything but the head comes from: a name of torchvision's (`DEFAULT`, `IMAGENET1K_V1`), fetched once per
-    node, or a `.pth`, `.pt` or `.safetensors` file. The head is always drawn from the replica's seed. null: all is."""
-    num_classes: int | None = Field(None, ge=2)
-    """Outputs of the model; null: the data set's number of classes."""
-    init: Annotated[Literal["scratch", "broadcast"], Lockstep()] = "scratch"
-    """`scratch`: every replica's own build; `broadcast`: rank 0's state is sent to all after the build."""
-    channels_last: bool = False
-    """Keep weights and inputs in channels_last memory format."""
-    compile: bool | str = False
-    """Compile the model with torch.compile, in place: true, or a backend's name (`eager`, `aot_eager`, `inductor`)."""
-
-    @field_validator("compile")
-    @classmethod
-    def _check_backend(cls, value: bool | str) -> bool | str:
-        if isinstance(value, str):
-            from torch._dynamo import list_backends  # takes a second to import, so only where it is asked for
-
-            backends = list_backends(None)
-            if value not in backends:
-                raise UsageError(f"model.compile: torch has no backend {value!r}. {nearest(value, backends)}")
-        return value
-
-
-class ReplicaConfig(Section):
-    """The whole replica from one function of yours."""
-
-    factory: str | None = None
-    """`package.module:function`, called as `function(config, num_classes, device)` under the replica's seed, returns
-    `dreplica.Replica(model=, criterion=, optimizer=, scheduler=)`; null: built from the sections."""
+    from dreplica.config.schema import RunConfig
+from dreplica.config.schema import ModelConfig
 
 
 def build_replica(config: "RunConfig", num_classes: int, device: torch.device) -> Replica:

@@ -16,8 +16,8 @@ from urllib.parse import urlparse
 import torch
 import torchvision
 
+from dreplica.config.messages import nearest
 from dreplica.errors import UsageError
-from dreplica.section import nearest
 from dreplica.world.once_per_node import once_per_node
 
 log = logging.getLogger(__name__)

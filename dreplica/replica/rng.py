@@ -1,41 +1,14 @@
 """Seeds and the global generators. Model, data order and augmentation draw from streams of their own."""
 
 import random
-from typing import Annotated, Any, Literal
+from typing import Any
 
 import numpy
 import torch
-from pydantic import Field
 
-from dreplica.errors import UsageError
-from dreplica.section import Lockstep, Section
+from dreplica.config.schema import _MAX_SEED, SeedConfig
 
 DISTINCT_BASE = 42
-_MAX_SEED = 2**32 - 1
-"""torch's CPU generator and NumPy's use 32 bits of a seed: 0 and 2**32 would build the same weights."""
-
-Seed = Annotated[int, Field(ge=0, le=_MAX_SEED)]
-
-
-class SeedConfig(Section):
-    """Where randomness comes from."""
-
-    model: Annotated[Seed | list[Seed] | Literal["distinct"] | None, Lockstep()] = 42
-    """An int: shared by all replicas; a list: one per replica; `distinct`: 42 plus the replica id; null: unseeded, each
-    replica draws a fresh one."""
-    data: Annotated[Seed | None, Lockstep()] = 0
-    """Seed of the order of samples, drawn by rank 0 for all; null: a fresh one each run, recorded."""
-    augment: Annotated[Seed, Lockstep()] = 0
-    """Seed of `data.augment`: what becomes of a sample depends on it, the epoch and the sample's index alone."""
-
-
-def check_model_seeds(config: SeedConfig, num_replicas: int) -> None:
-    """Raises UsageError if `seed.model` is a list that does not have one seed per replica."""
-    if isinstance(config.model, list) and len(config.model) != num_replicas:
-        raise UsageError(
-            f"seed.model: {config.model} has {len(config.model)} seeds for {num_replicas} replicas. "
-            "Give one seed per replica, one int for all, or 'distinct'."
-        )
 
 
 def shares_model_seed(config: SeedConfig, num_replicas: int) -> bool:

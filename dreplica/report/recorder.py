@@ -13,18 +13,19 @@ import yaml
 from rich.console import Console
 
 from dreplica.agreement.verdict import Verdict
+from dreplica.config.schema import ReportConfig, RunFolderConfig
 from dreplica.diagnosis.conclude import replica_lost
 from dreplica.errors import UsageError
 from dreplica.report.html import FILE_NAME, write_report
 from dreplica.report.resumable import Completed, NotResumable, check_resumable
 from dreplica.report.run_report import RunReport, append_metrics, read_metrics, write_json
-from dreplica.report.sinks import ReportConfig, Sinks
+from dreplica.report.sinks import Sinks
 from dreplica.report.terminal import print_report
 from dreplica.training.loop import EpochDone
 from dreplica.world.manifest import card_of, compare_values
 from dreplica.world.process_group import World
 from dreplica.world.roll_call import Lost, describe_failure, is_to_tell
-from dreplica.world.run_folder import FolderLock, RunFolderConfig, create_run_folder, newest_run_folder
+from dreplica.world.run_folder import FolderLock, create_run_folder, newest_run_folder
 
 log = logging.getLogger(__name__)
 

@@ -6,27 +6,16 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Annotated, Any, Protocol
+from typing import Any, Protocol
 
+from dreplica.config.schema import ReportConfig
 from dreplica.errors import UsageError
 from dreplica.replica.rng import get_rng_state, set_rng_state
 from dreplica.report.run_report import RunReport
-from dreplica.section import Lockstep, Section
 from dreplica.training.loop import EpochDone
 from dreplica.world.roll_call import describe_failure
 
 log = logging.getLogger(__name__)
-
-
-class ReportConfig(Section):
-    """Where else results go, beside the run folder."""
-
-    tensorboard: Annotated[bool, Lockstep()] = False
-    """Also write accuracy, loss and images per second of every replica to the run folder's `tensorboard/`; needs the
-    package tensorboard."""
-    wandb: Annotated[bool, Lockstep()] = False
-    """Also log them to Weights & Biases, in the project WANDB_PROJECT (by default dreplica); needs the package
-    wandb."""
 
 
 class _Sink(Protocol):

@@ -17,18 +17,15 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import numpy
 import torch
 import xxhash
-from pydantic import Field
 from safetensors import SafetensorError
 from safetensors.torch import load, save_file
 from torch import Tensor
 from torch.utils.serialization import config as serialization_config
-
-from dreplica.section import Lockstep, Section
 
 SCHEMA = 2
 MODEL_FILE, OPTIMIZER_FILE, STATE_FILE = "model.safetensors", "optimizer.pt", "state.json"
@@ -37,17 +34,6 @@ _SAFETENSORS_DTYPES = {
     torch.uint8, torch.bool,
 }  # fmt: skip
 _STEP_FOLDER = re.compile(r"step_(\d{6,})")
-
-
-class CheckpointConfig(Section):
-    """When a run's state is saved, so that it can go on after an interruption."""
-
-    every_steps: Annotated[int | None, Lockstep()] = Field(None, ge=1)
-    """Save every so many steps; null: not by steps."""
-    every_epochs: Annotated[int | None, Lockstep()] = Field(1, ge=1)
-    """Save at the end of every so many epochs; null: not by epochs. A run that is told to stop saves in any case."""
-    keep: Annotated[int, Lockstep()] = Field(2, ge=1)
-    """How many checkpoints to keep, the newest."""
 
 
 class CheckpointError(Exception):

@@ -8,11 +8,12 @@ from torch.utils.data import Dataset
 
 from dreplica.agreement.hashing import Hasher
 from dreplica.agreement.stages import batch_entries
+from dreplica.config.schema import TrainConfig
 from dreplica.data.coordinator import Coordinator
 from dreplica.data.loader import Labels, load_batches
 from dreplica.replica.replica import Replica
 from dreplica.training.position import Position
-from dreplica.training.step import TrainConfig, forward, reduction_of
+from dreplica.training.step import forward, reduction_of
 
 
 @dataclass

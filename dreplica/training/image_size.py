@@ -11,7 +11,7 @@ from dreplica.errors import UsageError
 from dreplica.replica.rng import get_rng_state, set_rng_state
 
 if TYPE_CHECKING:
-    from dreplica.config import RunConfig
+    from dreplica.config.schema import RunConfig
 
 
 def check_image_size(model: nn.Module, dataset: Dataset[Any], config: "RunConfig") -> None:

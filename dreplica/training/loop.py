@@ -23,7 +23,7 @@ from dreplica.world.process_group import World
 from dreplica.world.signals import StopRequest
 
 if TYPE_CHECKING:
-    from dreplica.config import RunConfig
+    from dreplica.config.schema import RunConfig
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from dreplica.errors import UsageError
 from dreplica.replica.rng import get_rng_state, set_rng_state
 
 if TYPE_CHECKING:
-    from dreplica.config import RunConfig
+    from dreplica.config.schema import RunConfig
 
 
 def smallest_part(num_samples: int, batch_size: int, accumulate: int, max_steps: int | None) -> int:

@@ -3,36 +3,19 @@
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal
+from typing import Any
 
 import torch
-from pydantic import Field
 from torch import Tensor, nn
 
+from dreplica.config.schema import TrainConfig
 from dreplica.data.loader import Batch
 from dreplica.errors import UsageError
 from dreplica.replica.replica import Replica
-from dreplica.section import Lockstep, Section
 
 _AMP_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 _TINY = torch.finfo(torch.float32).tiny
 """For a divisor that would be 0: the weights of a whole batch can be."""
-
-
-class TrainConfig(Section):
-    """How long, and how a step is taken."""
-
-    epochs: Annotated[int, Lockstep()] = Field(1, ge=1)
-    """Passes over the training set."""
-    max_steps: Annotated[int | None, Lockstep()] = Field(None, ge=1)
-    """Stop after so many steps, even in mid-epoch; null: all of them."""
-    amp: Literal["bf16", "fp16"] | None = None
-    """Automatic mixed precision in the forward pass; fp16 scales the loss."""
-    grad_clip: float | None = Field(None, gt=0)
-    """Largest norm of all gradients together; null: not clipped."""
-    accumulate: int = Field(1, ge=1)
-    """Split each batch into so many parts and accumulate their gradients: the same step with less memory, up to
-    rounding; only BatchNorm sees each part by itself."""
 
 
 @dataclass(frozen=True)

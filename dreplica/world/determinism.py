@@ -8,12 +8,11 @@ import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
-from pydantic import Field
 
-from dreplica.section import Section
+from dreplica.config.schema import DeterminismConfig
 
 _WORKSPACE = "CUBLAS_WORKSPACE_CONFIG"
 DETERMINISTIC_WORKSPACES = {":4096:8", ":16:8"}
@@ -23,30 +22,6 @@ _OR_OFF = "or take --determinism.mode off, and see whether replicas agree"
 
 CHANGEABLE = ("threads", "onednn")
 """Flags that change how numbers are rounded on the CPU, and that may be changed and put back between two steps."""
-
-
-class DeterminismConfig(Section):
-    """How numbers are rounded: every flag on its own."""
-
-    mode: Literal["strict", "warn", "off"] = "strict"
-    """`strict`: an operator without a deterministic implementation raises; `warn`: it warns; `off`: anything goes."""
-    threads: int = Field(1, ge=1, le=1024)
-    """Threads of one CPU operator; another number rounds differently, so it is fixed here and not left to the
-    machine."""
-    cudnn_benchmark: bool = False
-    """Let cuDNN time its algorithms and pick one; two replicas may pick differently."""
-    cudnn_deterministic: bool | None = None
-    """Restrict cuDNN to deterministic algorithms; null: unless mode is `off`."""
-    tf32: bool = False
-    """Allow TensorFloat-32 in matrix products and convolutions on the GPU."""
-    reduced_precision_reduction: bool = False
-    """Allow fp16 and bf16 matrix products on the GPU to accumulate in reduced precision."""
-    onednn: bool = True
-    """Use oneDNN kernels on the CPU."""
-    fill_uninitialized_memory: bool = True
-    """In strict and warn mode, fill `torch.empty` and its kind with NaN so that reading it is reproducible."""
-    cublas_workspace_config: str | None = ":4096:8"
-    """CUBLAS_WORKSPACE_CONFIG, set before CUDA starts unless the environment already has it; null: not set."""
 
 
 def set_environment(config: DeterminismConfig) -> str | None:

@@ -15,7 +15,7 @@ import numpy
 import torch
 import xxhash
 
-from dreplica.paths import PACKAGE_ROOT
+from dreplica.config.paths import PACKAGE_ROOT
 from dreplica.world.determinism import numerics_flags
 from dreplica.world.process_group import Device, World
 

@@ -7,14 +7,13 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Annotated, Literal, TypeVar
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
-from pydantic import Field
 
+from dreplica.config.schema import WorldConfig
 from dreplica.errors import SharedUsageError, UsageError
-from dreplica.section import Lockstep, Section
 from dreplica.world.channel import Channel
 from dreplica.world.joining import store_of_this_start
 from dreplica.world.roll_call import ReplicaLost, RollCall, describe_failure
@@ -28,16 +27,6 @@ _TOLD_SECONDS = 15.0
 """That the others may take to join once this replica is told to stop: so that all stop alike, if they come."""
 _LAST_SECONDS = 30.0
 """That a replica may take to end once another is gone, before it is ended."""
-
-
-class WorldConfig(Section):
-    """Where replicas run, and how long a silent one is waited for."""
-
-    device: Literal["auto", "cuda", "cpu"] = "auto"
-    """`auto`: a GPU of its own for each replica where there are enough, otherwise GPUs shared (with a warning),
-    otherwise CPU; `cuda`: a GPU of its own or an error; `cpu`."""
-    timeout: Annotated[float, Lockstep()] = Field(300.0, gt=0, le=86400)
-    """Seconds until a silent replica counts as lost; a day at most."""
 
 
 @dataclass(frozen=True)

@@ -7,40 +7,10 @@ import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Literal
-
-from pydantic import Field, field_validator
 
 from dreplica.errors import UsageError
-from dreplica.section import Lockstep, Section
 
 log = logging.getLogger(__name__)
-
-
-class RunFolderConfig(Section):
-    """Where a run leaves its files."""
-
-    name: Annotated[str | None, Lockstep()] = None
-    """The run's name; null: the config file's. A second run of the same name gets a suffix, unless it resumes."""
-    root: Annotated[str, Lockstep()] = "runs"
-    """The folder that holds the run folders."""
-    resume: Annotated[Literal["auto", "never"], Lockstep()] = "auto"
-    """`auto`: go on with the newest run of this name where it was interrupted, if it had the same config; `never`:
-    begin a new one."""
-
-    stop_after: Annotated[int | None, Lockstep()] = Field(None, ge=1)
-    """Stop after this step with a checkpoint and exit code 4, as a signal to stop would; null: go on to the end."""
-
-    reference: Annotated[str | None, Lockstep()] = None
-    """A recorded run's folder, or its trace, to compare every checked step with while training; stops at the first
-    difference. Where there are several machines, the first of them needs to have it."""
-
-    @field_validator("root")
-    @classmethod
-    def _check_root(cls, root: str) -> str:
-        if not root.strip():
-            raise UsageError(f"run.root: {root!r} names no folder. Name one, or '.' for the current folder.")
-        return root
 
 
 def newest_run_folder(root: str, name: str) -> Path | None:

@@ -19,8 +19,9 @@ from torch import nn
 
 from dreplica.agreement.agreement import Agreement
 from dreplica.agreement.verdict import Divergence
-from dreplica.cases.inject import FaultConfig, FaultyCoordinator, Injector
-from dreplica.config import RunConfig, load_config
+from dreplica.cases.inject import FaultyCoordinator, Injector
+from dreplica.config.load import load_config
+from dreplica.config.schema import FaultConfig, RunConfig
 from dreplica.data.datasets import DataSets, load_data
 from dreplica.data.loader import Batch
 from dreplica.diagnosis.conclude import RunFacts

@@ -19,8 +19,8 @@ import torch
 
 from dreplica.agreement.agreement import Agreement
 from dreplica.agreement.verdict import Divergence, Verdict
-from dreplica.cases.inject import FaultConfig, FaultyCoordinator, Injector, struck_tensor
-from dreplica.config import RunConfig
+from dreplica.cases.inject import FaultyCoordinator, Injector, struck_tensor
+from dreplica.config.schema import DeterminismConfig, FaultConfig, RunConfig, WorldConfig
 from dreplica.data.datasets import DataSets, load_data
 from dreplica.diagnosis.conclude import RunFacts
 from dreplica.explain import Explainer
@@ -30,8 +30,8 @@ from dreplica.replica.rng import seed_generators
 from dreplica.run import AGREEMENT_LAG
 from dreplica.training.history import History
 from dreplica.training.loop import train
-from dreplica.world.determinism import DeterminismConfig, apply_determinism, set_environment
-from dreplica.world.process_group import World, WorldConfig, bind_device, open_world
+from dreplica.world.determinism import apply_determinism, set_environment
+from dreplica.world.process_group import World, bind_device, open_world
 from dreplica.world.signals import StopRequest
 
 TARGETS = ("weights", "gradients", "buffers", "optimizer", "batch", "indices", "activation", "rng")

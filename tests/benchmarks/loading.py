@@ -33,7 +33,7 @@ from torchvision.datasets import ImageFolder
 from torchvision.transforms import v2
 
 from dreplica.agreement.agreement import Agreement
-from dreplica.config import load_config
+from dreplica.config.load import load_config
 from dreplica.data.coordinator import Coordinator
 from dreplica.data.images import Images
 from dreplica.data.loader import load_batches, normalize

@@ -5,9 +5,9 @@ from pathlib import Path
 import pytest
 
 from dreplica.burn_in.job import check_job, job_of, pass_of, pass_seeds
-from dreplica.config import RunConfig, load_config
+from dreplica.config.load import load_config
+from dreplica.config.schema import RunConfig, SeedConfig
 from dreplica.errors import UsageError
-from dreplica.replica.rng import SeedConfig
 from tests.fixtures import SMALL
 
 

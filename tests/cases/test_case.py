@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from dreplica.cases.case import CASES_FOLDER, find_cases, read_case
-from dreplica.config import load_config
+from dreplica.config.load import load_config
 from dreplica.diagnosis.causes import CAUSES
 from dreplica.errors import UsageError
 

@@ -13,7 +13,7 @@ from torch import nn
 from dreplica.agreement.fingerprint import fingerprint
 from dreplica.cases import builds, data, models
 from dreplica.cases.operators import racy_sum
-from dreplica.config import RunConfig
+from dreplica.config.schema import RunConfig
 from dreplica.diagnosis.operators import OpTracer
 from dreplica.replica.replica import Replica
 from dreplica.replica.rng import get_rng_state, seed_generators, set_rng_state

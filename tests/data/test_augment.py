@@ -14,8 +14,8 @@ from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional
 
 from dreplica.agreement.stages import rng_stage
+from dreplica.config.schema import DataConfig
 from dreplica.data.augment import NAMES, drawing_from, make_augmentation
-from dreplica.data.config import DataConfig
 from dreplica.data.coordinator import Coordinator
 from dreplica.data.images import Images
 from dreplica.data.loader import load_batches

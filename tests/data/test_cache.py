@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 import torch
 
+from dreplica.config.schema import DataConfig
 from dreplica.data import coordinator, device_cache, images, loader, memory, sharing
-from dreplica.data.config import DataConfig
 from dreplica.data.coordinator import Coordinator
 from dreplica.data.datasets import load_data
 from dreplica.data.loader import load_again, load_batches

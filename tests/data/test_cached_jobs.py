@@ -16,8 +16,8 @@ from PIL import ImageOps
 from rich.console import Console
 from torch.utils.data import Dataset
 
+from dreplica.config.schema import DataConfig
 from dreplica.data import images
-from dreplica.data.config import DataConfig
 from dreplica.data.coordinator import draw_order
 from dreplica.data.image_folder import load_image_folder
 from dreplica.data.images import Images

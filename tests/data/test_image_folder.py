@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from dreplica.data.config import DataConfig
+from dreplica.config.schema import DataConfig
 from dreplica.data.datasets import load_data
 from dreplica.data.images import Images
 from dreplica.data.samples import DataSets

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from dreplica.config.schema import DataConfig
 from dreplica.data import coordinator, loader
-from dreplica.data.config import DataConfig
 from dreplica.data.coordinator import Coordinator
 from dreplica.data.loader import Batch, load_again, load_batches
 from dreplica.data.samples import SampleError

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from sklearn.utils.class_weight import compute_class_weight
 
-from dreplica.data.config import DataConfig
+from dreplica.config.schema import DataConfig
 from dreplica.data.datasets import load_data
 from dreplica.data.sample_weights import balanced
 from dreplica.errors import UsageError

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from dreplica.agreement.stages import rng_stage
+from dreplica.config.schema import DataConfig
 from dreplica.data import skip
-from dreplica.data.config import DataConfig
 from dreplica.data.datasets import load_data
 from dreplica.data.samples import DataSets, at_epoch, describe
 from dreplica.data.skip import leave_out_unreadable

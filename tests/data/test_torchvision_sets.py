@@ -18,7 +18,7 @@ import pytest
 import torch
 import torchvision
 
-from dreplica.data.config import DataConfig
+from dreplica.config.schema import DataConfig
 from dreplica.data.datasets import load_data
 from dreplica.data.loader import load_again
 from dreplica.data.samples import DataSets

@@ -8,7 +8,7 @@ import torch
 
 from dreplica.agreement.place import Place
 from dreplica.agreement.reference import Apart
-from dreplica.config import RunConfig
+from dreplica.config.schema import RunConfig
 from dreplica.diagnosis import against_reference
 from dreplica.diagnosis.against_reference import AgainstReference
 from dreplica.diagnosis.recorded_run import RunDifference

@@ -4,7 +4,8 @@ import shlex
 
 import pytest
 
-from dreplica.config import RunConfig, load_config
+from dreplica.config.load import load_config
+from dreplica.config.schema import RunConfig
 from dreplica.diagnosis.causes import CAUSES, Cause
 
 LISTED = """none config-differs environment-differs optimizer-not-bound scheduler-not-bound parameters-not-optimized

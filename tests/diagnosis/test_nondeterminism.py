@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 import torch
 
-from dreplica.config import RunConfig, load_config
+from dreplica.config.load import load_config
+from dreplica.config.schema import RunConfig
 from dreplica.diagnosis.nondeterminism import DOCUMENTED, Explanation, explain_operator, may_vary
 from dreplica.world.determinism import numerics_flags
 

@@ -298,9 +298,10 @@ def test_source_is_the_users_line() -> None:
 
 
 def test_source_is_empty_where_the_training_step_calls() -> None:
+    from dreplica.config.schema import TrainConfig
     from dreplica.data.loader import Batch
     from dreplica.replica.replica import Replica
-    from dreplica.training.step import TrainConfig, training_step
+    from dreplica.training.step import training_step
 
     model = Net()
     replica = Replica(model, nn.CrossEntropyLoss(), torch.optim.SGD(model.parameters(), lr=0.1), None)

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from dreplica.agreement.stages import optimizer_stage
 from dreplica.cases.inject import flip_bits
+from dreplica.config.schema import TrainConfig
 from dreplica.data.loader import Batch
 from dreplica.diagnosis.operators import OpRecord, OpTracer
 from dreplica.diagnosis.provenance import (
@@ -20,7 +21,7 @@ from dreplica.diagnosis.provenance import (
 )
 from dreplica.replica.replica import Replica
 from dreplica.replica.rng import get_rng_state, seed_generators, set_rng_state
-from dreplica.training.step import TrainConfig, training_step
+from dreplica.training.step import training_step
 from tests.fixtures import tiny_model
 
 STAGES = ("weights", "buffers", "gradients", "optimizer")

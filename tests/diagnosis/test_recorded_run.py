@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from dreplica.config import RunConfig
+from dreplica.config.schema import RunConfig
 from dreplica.diagnosis.recorded_run import RunDifference, config_differences, manifest_differences, read_run
 
 CONFIG: dict[str, Any] = {

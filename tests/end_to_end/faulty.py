@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from dreplica import Replica
-from dreplica.config import RunConfig
+from dreplica.config.schema import RunConfig
 from dreplica.data.datasets import DataConfig, TensorImages
 from tests.fixtures import tiny_images, tiny_model
 

@@ -10,9 +10,9 @@ import pytest
 import torch
 from torch import nn
 
-from dreplica.config import load_config
+from dreplica.config.load import load_config
+from dreplica.config.schema import DataConfig
 from dreplica.data.augment import make_augmentation
-from dreplica.data.config import DataConfig
 from dreplica.data.coordinator import draw_order
 from dreplica.data.datasets import load_data
 from dreplica.data.images import Images

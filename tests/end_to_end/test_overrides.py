@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from dreplica.config import load_config
+from dreplica.config.load import load_config
 from dreplica.data.coordinator import draw_order
 from dreplica.data.datasets import load_data
 from dreplica.replica.build import build_replica

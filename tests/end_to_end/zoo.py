@@ -12,7 +12,7 @@ from torch.nn.utils import parametrizations
 from torch.utils.checkpoint import checkpoint
 
 from dreplica import Replica
-from dreplica.config import RunConfig
+from dreplica.config.schema import RunConfig
 from tests.fixtures import tiny_model
 
 

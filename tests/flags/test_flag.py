@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from dreplica.config import load_config
+from dreplica.config.load import load_config
+from dreplica.config.schema import DeterminismConfig
 from dreplica.flags.flag import (
     FLAGS,
     STRICT,
@@ -17,7 +18,7 @@ from dreplica.flags.flag import (
     to_paste,
     without_effect_on,
 )
-from dreplica.world.determinism import DeterminismConfig, set_environment
+from dreplica.world.determinism import set_environment
 
 NAMES = [flag.name for flag in FLAGS]
 SETS = sorted({closed(some) for size in range(6) for some in itertools.combinations(NAMES, size)}, key=sorted)

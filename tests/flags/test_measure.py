@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from dreplica.config import load_config
+from dreplica.config.load import load_config
 from dreplica.errors import ExitCode, UsageError
 from dreplica.flags import measure
 from dreplica.flags.flag import STRICT, Variant, closed

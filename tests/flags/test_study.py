@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from dreplica.config import load_config
+from dreplica.config.load import load_config
 from dreplica.flags import measure
 from dreplica.flags.measure import Measurements
 from dreplica.flags.study import Study, investigate

@@ -7,12 +7,12 @@ from typing import Any
 
 import pytest
 
+from dreplica.config.schema import DeterminismConfig
 from dreplica.errors import ExitCode, UsageError
 from dreplica.flags.flag import STRICT, Variant, closed
 from dreplica.flags.measure import Outcome, describe
 from dreplica.flags.trial import Trial
 from dreplica.meet import prepare
-from dreplica.world.determinism import DeterminismConfig
 from dreplica.world.process_group import World
 from dreplica.world.signals import StopRequest
 from tests.fixtures import SMALL

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from dreplica.agreement.agreement import Agreement
 from dreplica.bench.loops import Bench
-from dreplica.config import RunConfig, load_config
+from dreplica.config.load import load_config
+from dreplica.config.schema import RunConfig, TrainConfig
 from dreplica.data.coordinator import Coordinator
 from dreplica.data.datasets import DataConfig, TensorImages, load_data
 from dreplica.data.device_cache import Store
@@ -23,7 +24,7 @@ from dreplica.training.evaluate import evaluate
 from dreplica.training.history import History
 from dreplica.training.loop import StepDone, train
 from dreplica.training.snapshot import restore_snapshot, take_snapshot
-from dreplica.training.step import TrainConfig, make_scaler, training_step
+from dreplica.training.step import make_scaler, training_step
 from dreplica.world.channel import Channel
 from dreplica.world.process_group import World
 from dreplica.world.signals import StopRequest

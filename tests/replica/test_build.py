@@ -12,9 +12,10 @@ from torch import nn
 from torch._dynamo.utils import counters
 from torch._inductor import config as inductor_config
 
-from dreplica.config import RunConfig, load_config
+from dreplica.config.load import load_config
+from dreplica.config.schema import ModelConfig, RunConfig
 from dreplica.errors import UsageError
-from dreplica.replica.build import ModelConfig, broadcast_state, build_model, build_replica
+from dreplica.replica.build import broadcast_state, build_model, build_replica
 from dreplica.replica.replica import Replica
 from dreplica.replica.rng import get_rng_state, seed_generators
 from dreplica.replica.wiring import check_wiring

@@ -22,11 +22,11 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torchvision.models import ShuffleNet_V2_X0_5_Weights
 
-from dreplica.config import RunConfig
+from dreplica.config.schema import ModelConfig, RunConfig
 from dreplica.diagnosis.rebuild import rebuild
 from dreplica.errors import UsageError
 from dreplica.replica import published as published_module
-from dreplica.replica.build import ModelConfig, build_model, build_replica, weights_digest
+from dreplica.replica.build import build_model, build_replica, weights_digest
 from dreplica.replica.pretrained import find_head, load_pretrained
 from dreplica.replica.published import arguments_for, find_published
 from dreplica.replica.rng import seed_generators

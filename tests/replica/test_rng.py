@@ -11,12 +11,11 @@ import torch
 from pydantic import TypeAdapter, ValidationError
 from torch.utils.data import DataLoader
 
+from dreplica.config.schema import SeedConfig, check_model_seeds
 from dreplica.data.coordinator import Coordinator, draw_order, epoch_generator
 from dreplica.data.loader import load_batches
 from dreplica.errors import UsageError
 from dreplica.replica.rng import (
-    SeedConfig,
-    check_model_seeds,
     fresh_seed,
     get_rng_state,
     model_seed,

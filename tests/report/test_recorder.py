@@ -6,11 +6,10 @@ from typing import Any
 import pytest
 from rich.console import Console
 
+from dreplica.config.schema import ReportConfig, RunFolderConfig
 from dreplica.report.recorder import Recorder
-from dreplica.report.sinks import ReportConfig
 from dreplica.world.channel import Channel
 from dreplica.world.process_group import World
-from dreplica.world.run_folder import RunFolderConfig
 
 
 def manifest(host: str, uuid: str | None) -> dict[str, Any]:

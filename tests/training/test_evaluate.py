@@ -8,12 +8,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from dreplica.config.schema import TrainConfig
 from dreplica.data.coordinator import Coordinator
 from dreplica.data.datasets import TensorImages
 from dreplica.replica.replica import Replica
 from dreplica.replica.rng import seed_generators
 from dreplica.training.evaluate import Evaluation, Tally, evaluate
-from dreplica.training.step import TrainConfig
 from dreplica.world.channel import Channel
 from tests.agreement.late import LateHasher
 from tests.fixtures import tiny_images, tiny_model

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torchvision
 
-from dreplica.config import RunConfig
+from dreplica.config.schema import RunConfig
 from dreplica.data.device_cache import OnDevice, Store
 from dreplica.data.images import Images
 from dreplica.data.samples import Kept, TensorImages

@@ -12,7 +12,7 @@ from torch import nn
 
 from dreplica.agreement.agreement import Agreement
 from dreplica.agreement.trace import Trace
-from dreplica.config import RunConfig
+from dreplica.config.schema import RunConfig
 from dreplica.data.coordinator import Coordinator
 from dreplica.data.datasets import load_data
 from dreplica.replica.build import build_replica

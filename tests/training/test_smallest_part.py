@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from dreplica.config import RunConfig
+from dreplica.config.schema import RunConfig
 from dreplica.data.datasets import TensorImages
 from dreplica.errors import UsageError
 from dreplica.replica.rng import seed_generators

@@ -17,10 +17,11 @@ from dreplica.agreement.stages import (
     rng_stage,
     weights_stage,
 )
+from dreplica.config.schema import TrainConfig
 from dreplica.data.loader import Batch
 from dreplica.replica.replica import Replica
 from dreplica.training.snapshot import restore_snapshot, take_snapshot
-from dreplica.training.step import TrainConfig, training_step
+from dreplica.training.step import training_step
 from tests.fixtures import tiny_model
 
 OPTIMIZERS: list[Any] = [

@@ -8,12 +8,13 @@ import torch
 from torch import Tensor, nn
 
 from dreplica.agreement.stages import optimizer_stage
+from dreplica.config.schema import TrainConfig
 from dreplica.data.loader import Batch
 from dreplica.errors import UsageError
 from dreplica.replica.replica import Replica
 from dreplica.replica.rng import seed_generators
 from dreplica.training.evaluate import Tally
-from dreplica.training.step import TrainConfig, make_scaler, reduction_of, training_step
+from dreplica.training.step import make_scaler, reduction_of, training_step
 from tests.fixtures import tiny_model
 
 CPU = torch.device("cpu")

@@ -6,9 +6,10 @@ import time
 import torch
 from torch import nn
 
+from dreplica.config.schema import TrainConfig
 from dreplica.data.loader import Batch
 from dreplica.replica.replica import Replica
-from dreplica.training.step import TrainConfig, training_step
+from dreplica.training.step import training_step
 from dreplica.training.timing import PHASES, PhaseTimer
 from tests.fixtures import SMALL
 from tests.harness import run_job

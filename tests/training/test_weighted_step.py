@@ -8,10 +8,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+from dreplica.config.schema import TrainConfig
 from dreplica.data.loader import Batch
 from dreplica.errors import UsageError
 from dreplica.replica.replica import Replica
-from dreplica.training.step import TrainConfig, check_criterion_weighs, training_step, weighted_loss
+from dreplica.training.step import check_criterion_weighs, training_step, weighted_loss
 
 NUM, CLASSES = 7, 3
 

@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 import torch
 
+from dreplica.config.schema import DeterminismConfig
 from dreplica.world import determinism
 from dreplica.world.determinism import (
-    DeterminismConfig,
     apply_determinism,
     environment_at_start,
     fp32_precision,

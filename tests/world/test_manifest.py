@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 import torch
 
-from dreplica.paths import PACKAGE_ROOT
+from dreplica.config.paths import PACKAGE_ROOT
+from dreplica.config.schema import DeterminismConfig
 from dreplica.world import manifest as manifest_module
 from dreplica.world.channel import Channel
-from dreplica.world.determinism import DeterminismConfig
 from dreplica.world.manifest import (
     card_of,
     collect_manifest,

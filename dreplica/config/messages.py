@@ -1,35 +1,14 @@
-"""The base of every config section, and the messages a user sees when a value does not fit."""
+"""messages"""
 
 import difflib
-import importlib
-import inspect
-import re
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
 from types import UnionType
 from typing import Annotated, Any, Union, cast, get_args, get_origin
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel
 from pydantic_core import ErrorDetails
 
 from dreplica.errors import UsageError
-
-
-class Section(BaseModel):
-    """A config section: strict keys, strict types, immutable; the docstring beneath a field is its help."""
-
-    model_config = ConfigDict(
-        extra="forbid",
-        strict=True,
-        frozen=True,
-        validate_default=True,
-        use_attribute_docstrings=True,
-    )
-
-
-@dataclass(frozen=True)
-class Lockstep:
-    """Marks a field that replicas must share (`Annotated[int, Lockstep()]`): `overrides` cannot change it."""
 
 
 def nearest(word: str, valid: Iterable[str]) -> str:
@@ -46,45 +25,6 @@ def nearest(word: str, valid: Iterable[str]) -> str:
     if len(names) > 20:
         return f"Valid are for instance: {', '.join(names[:20])}, …"
     return f"Valid are: {', '.join(names)}."
-
-
-def import_function(key: str, path: str) -> Callable[..., Any]:
-    """The function that `path`, as `package.module:function`, names. Raises UsageError naming `key`."""
-    if not _FUNCTION.fullmatch(path):
-        raise UsageError(f"{key}: {path!r} is not of the form package.module:function. Write it so.")
-    module_name, _, function_name = path.partition(":")
-    try:
-        module = importlib.import_module(module_name)
-    except ModuleNotFoundError as error:
-        if not f"{module_name}.".startswith(f"{error.name}."):
-            raise  # the module is there; one that it imports is not
-        raise UsageError(
-            f"{key}: {path!r}: there is no module {error.name!r}. Put the folder that holds it on PYTHONPATH, "
-            "or correct the name."
-        ) from None
-    function = getattr(module, function_name, None)
-    if not callable(function):
-        callables = [name for name, value in vars(module).items() if callable(value)]
-        raise UsageError(
-            f"{key}: {path!r}: {module_name} has no function {function_name!r}. {nearest(function_name, callables)}"
-        )
-    return function
-
-
-def call_function(key: str, path: str, *arguments: Any, **keywords: Any) -> Any:
-    """What the function that `path` names returns. Raises UsageError naming `key` if it is none or takes otherwise."""
-    function = import_function(key, path)
-    try:
-        signature = inspect.signature(function)
-    except ValueError:
-        signature = None  # some written in C do not tell theirs
-    if signature is not None:
-        try:
-            signature.bind(*arguments, **keywords)
-        except TypeError as error:
-            given = [*("a value" for _ in arguments), *(f"{name}=" for name in keywords)]
-            raise UsageError(f"{key}: {path!r} cannot be called with ({', '.join(given)}): {error}.") from None
-    return function(*arguments, **keywords)
 
 
 def describe_errors(errors: Iterable[ErrorDetails], root: type[BaseModel], source: Callable[[str], str]) -> UsageError:
@@ -109,7 +49,6 @@ def describe_errors(errors: Iterable[ErrorDetails], root: type[BaseModel], sourc
     return UsageError("\n  ".join(lines))
 
 
-_FUNCTION = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*")
 _EXPECTED = " will not do: it should be "
 
 

@@ -13,8 +13,8 @@ import torch
 from pydantic import ValidationError
 from torch import nn
 
-from dreplica.errors import UsageError
-from dreplica.replica.components import (
+from dreplica.config.base import Section
+from dreplica.config.components import (
     CriterionConfig,
     OptimConfig,
     ScheduleConfig,
@@ -25,7 +25,7 @@ from dreplica.replica.components import (
     check_optimizer,
     check_schedule,
 )
-from dreplica.section import Section
+from dreplica.errors import UsageError
 
 schedulers = torch.optim.lr_scheduler
 

@@ -9,8 +9,8 @@ from typing import Any, Optional
 import torch
 from torch import Tensor
 
+from dreplica.config.messages import nearest, show
 from dreplica.errors import UsageError
-from dreplica.section import nearest, show
 
 
 def construct(

@@ -10,9 +10,9 @@ import torch
 from pydantic import ConfigDict, Field, model_validator
 from torch import nn
 
+from dreplica.config.base import Section
+from dreplica.config.torch_class import construct
 from dreplica.errors import UsageError
-from dreplica.replica.arguments import construct
-from dreplica.section import Section
 
 
 class _Component(Section):

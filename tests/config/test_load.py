@@ -6,10 +6,12 @@ from pathlib import Path
 import pytest
 import yaml
 
-from dreplica.config import RunConfig, format_help, load_config
+from dreplica.config.base import Lockstep
+from dreplica.config.help import format_help
+from dreplica.config.load import load_config
+from dreplica.config.schema import RunConfig
+from dreplica.config.yaml import read_yaml
 from dreplica.errors import UsageError
-from dreplica.section import Lockstep
-from dreplica.yaml_values import read_yaml
 
 _DETERMINISM = {
     "mode": "warn",
