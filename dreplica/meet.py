@@ -10,10 +10,11 @@ from typing import NoReturn
 
 from dreplica.config.load import load_config
 from dreplica.config.schema import RunConfig
+from dreplica.environment.determinism import apply_determinism, set_environment
+from dreplica.environment.device import Device, bind_device
 from dreplica.errors import ExitCode, SharedUsageError, UsageError
-from dreplica.world.determinism import apply_determinism, set_environment
 from dreplica.world.logs import set_up_logging
-from dreplica.world.process_group import Device, World, bind_device, env_num_replicas, env_rank, open_world
+from dreplica.world.process_group import World, env_num_replicas, env_rank, open_world
 from dreplica.world.signals import StopRequest, stop_signals
 
 log = logging.getLogger(__name__)

@@ -14,6 +14,7 @@ from dreplica.data.prepare import prepare_data
 from dreplica.data.samples import DataSets
 from dreplica.diagnosis import conclude as diagnosis
 from dreplica.diagnosis.conclude import BuildFacts, RunFacts
+from dreplica.environment.manifest import collect_manifest, compare_manifests, compare_values
 from dreplica.meet import Prepared
 from dreplica.replica.build import broadcast_state, build_replica, weights_digest
 from dreplica.replica.replica import Replica
@@ -22,7 +23,6 @@ from dreplica.replica.wiring import WiringError, check_wiring
 from dreplica.training.image_size import check_image_size
 from dreplica.training.smallest_part import check_smallest_part
 from dreplica.training.step import check_criterion_weighs, make_scaler
-from dreplica.world.manifest import collect_manifest, compare_manifests, compare_values
 from dreplica.world.process_group import World
 
 log = logging.getLogger(__name__)

@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from dreplica import meet as meet_module
+from dreplica.environment.device import Device
 from dreplica.errors import ExitCode
 from dreplica.meet import Prepared, meet
-from dreplica.world.process_group import Device
 
 WORKSPACE = "CUBLAS_WORKSPACE_CONFIG"
 

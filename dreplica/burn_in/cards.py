@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from dreplica.agreement.verdict import Verdict
-from dreplica.doctor.gpus import ask_nvidia_smi
+from dreplica.environment.hardware import ask_nvidia_smi
 from dreplica.world.roll_call import Lost
 
 HARDWARE = ("transient-fault", "persistent-fault")

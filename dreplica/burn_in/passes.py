@@ -8,10 +8,10 @@ from dreplica.agreement.trace import Trace
 from dreplica.agreement.verdict import Verdict
 from dreplica.burn_in.cards import PassDone
 from dreplica.diagnosis.conclude import replica_lost
+from dreplica.environment.determinism import apply_determinism
 from dreplica.meet import Prepared
 from dreplica.run import Run
 from dreplica.training.loop import Stopped
-from dreplica.world.determinism import apply_determinism
 from dreplica.world.process_group import World
 from dreplica.world.roll_call import Lost
 from dreplica.world.signals import StopRequest

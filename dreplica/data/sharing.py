@@ -13,9 +13,9 @@ import torch
 from dreplica.config.schema import DataConfig
 from dreplica.data.device_cache import OnDevice, Store
 from dreplica.data.images import Images
-from dreplica.data.memory import available_memory, spell_size
 from dreplica.data.samples import DataSets, Kept, Place
 from dreplica.data.shelf import Item, Key, Shelf
+from dreplica.environment.hardware import available_memory, spell_size
 from dreplica.errors import UsageError
 from dreplica.world.process_group import World
 

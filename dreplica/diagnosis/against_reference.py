@@ -16,8 +16,8 @@ from dreplica.agreement.stage import STAGES
 from dreplica.diagnosis.decide import decide_alone
 from dreplica.diagnosis.recorded_run import RunDifference, show
 from dreplica.diagnosis.witness import Decision, Witness
-from dreplica.world.determinism import CHANGEABLE, numerics_as
-from dreplica.world.manifest import follows_from
+from dreplica.environment.determinism import CHANGEABLE, numerics_as
+from dreplica.environment.manifest import follows_from
 
 _BUILT = ("weights", "buffers", "rng")
 _COMPUTED = ("buffers", "output", "gradients", "optimizer", "weights")

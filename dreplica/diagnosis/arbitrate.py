@@ -20,7 +20,7 @@ from torch.utils._pytree import tree_map
 
 from dreplica.diagnosis.op_signature import tensors_in
 from dreplica.diagnosis.operators import Captured
-from dreplica.world.determinism import fp32_precision
+from dreplica.environment.determinism import fp32_precision
 
 _CONVOLUTIONS = {"aten.convolution.default", "aten.convolution_backward.default"}
 _MATRIX_PRODUCTS = {

@@ -7,8 +7,8 @@ from typing import Any
 from dreplica.agreement.verdict import Verdict, split_into_classes, suspects_of
 from dreplica.diagnosis.causes import CAUSES
 from dreplica.diagnosis.nondeterminism import explain_operator
+from dreplica.environment.manifest import Difference, card_of, spell_device
 from dreplica.replica.wiring import WiringError
-from dreplica.world.manifest import Difference, card_of, spell_device
 from dreplica.world.roll_call import Lost
 
 _OF_HARDWARE = {"transient-fault", "persistent-fault", "nondeterministic-operator", "unexplained"}

@@ -12,7 +12,7 @@ from dreplica.agreement.verdict import split_into_classes, suspects_of
 from dreplica.diagnosis.deterministic import decide_deterministic, other_numbers, with_operator
 from dreplica.diagnosis.struck import flipped_bits
 from dreplica.diagnosis.witness import Decision, Witness, could_have_made, first_stage, up_to
-from dreplica.world.manifest import Difference
+from dreplica.environment.manifest import Difference
 
 _TORCHS_OWN = ("aten.", "prims.", "numpy", "python")
 

@@ -20,7 +20,7 @@ from dreplica.diagnosis.witness import (
     difference_behind,
     first_difference,
 )
-from dreplica.world.manifest import Difference
+from dreplica.environment.manifest import Difference
 
 
 def decide_deterministic(

@@ -21,11 +21,11 @@ from dreplica.diagnosis.operators import OpRecord
 from dreplica.diagnosis.path import measure_path
 from dreplica.diagnosis.replay import Repeats, Replayed, Replayer
 from dreplica.diagnosis.witness import Decision, Witness, could_have_made, difference_behind, first_difference
+from dreplica.environment.determinism import numerics_flags
+from dreplica.environment.manifest import Difference, compare_values
 from dreplica.replica.rng import seed_generators
 from dreplica.training.history import History, StepEntry
 from dreplica.world.channel import Channel
-from dreplica.world.determinism import numerics_flags
-from dreplica.world.manifest import Difference, compare_values
 
 
 def can_replay(found: Verdict, history: History) -> bool:

@@ -24,9 +24,10 @@ from dreplica.diagnosis.repeated import NO_INDICES, Repeated
 from dreplica.diagnosis.replay import Replayed
 from dreplica.diagnosis.witness import Decision, Witness, could_have_made, difference_behind, first_stage
 from dreplica.diagnosis.witness import first_difference as first_operator
+from dreplica.environment.device import Device
+from dreplica.environment.manifest import Difference, collect_manifest, compare_manifests
 from dreplica.world.channel import Channel, gloo_channel
-from dreplica.world.manifest import Difference, collect_manifest, compare_manifests
-from dreplica.world.process_group import Device, World
+from dreplica.world.process_group import World
 
 _COLLECTIVES = ("c10d.", "_c10d_functional.")
 

@@ -22,10 +22,11 @@ from dreplica.doctor.judge import first_difference, judge_devices, judge_flags, 
 from dreplica.doctor.machine import check_machine, check_threads
 from dreplica.doctor.settings import check_hashes, check_settings
 from dreplica.doctor.trial import MARK
+from dreplica.environment.device import bind_device
+from dreplica.environment.manifest import collect_manifest
 from dreplica.errors import ExitCode
 from dreplica.world.channel import Channel
-from dreplica.world.manifest import collect_manifest
-from dreplica.world.process_group import World, bind_device
+from dreplica.world.process_group import World
 
 _PROCESSES = 2
 _SECONDS = 180.0

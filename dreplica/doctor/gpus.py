@@ -1,24 +1,11 @@
 """The GPUs of this machine, as torch and nvidia-smi have them."""
 
-import csv
-import shutil
-import subprocess
 from collections.abc import Sequence
 
 import torch
 
 from dreplica.doctor.check import Check
-
-_FIELDS = (
-    "index",
-    "name",
-    "driver_version",
-    "mig.mode.current",
-    "ecc.mode.current",
-    "ecc.errors.corrected.volatile.total",
-    "ecc.errors.uncorrected.volatile.total",
-)
-_SECONDS = 30.0
+from dreplica.environment.hardware import ask_nvidia_smi
 
 
 def check_gpus() -> list[Check]:
@@ -28,22 +15,6 @@ def check_gpus() -> list[Check]:
     if not names:
         return [_none(rows)]
     return [_models(names), *_reported(rows)]
-
-
-def ask_nvidia_smi(fields: Sequence[str] = _FIELDS) -> list[dict[str, str]] | str:
-    """One row per GPU of the machine, of these fields (`nvidia-smi --help-query-gpu`); or why there is none."""
-    program = shutil.which("nvidia-smi")
-    if program is None:
-        return "there is no nvidia-smi"
-    command = [program, f"--query-gpu={','.join(fields)}", "--format=csv,noheader,nounits"]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=_SECONDS, check=False)
-    except subprocess.TimeoutExpired:
-        return f"nvidia-smi did not answer within {_SECONDS:.0f} s"
-    if done.returncode:
-        return f"nvidia-smi: {(done.stdout + done.stderr).strip()}"
-    rows = csv.reader(done.stdout.splitlines(), skipinitialspace=True)
-    return [dict(zip(fields, row, strict=True)) for row in rows]
 
 
 def _none(rows: list[dict[str, str]] | str) -> Check:

@@ -8,9 +8,9 @@ from pathlib import Path
 import torch
 
 from dreplica.doctor.check import Check
+from dreplica.environment.hardware import cpu_limit
 
 _SHM = Path("/dev/shm")
-_CGROUP = Path("/sys/fs/cgroup")
 _EDAC = Path("/sys/devices/system/edac/mc")
 _GIB = 2**30
 _SHM_WANTED = 4 * 256 * 3 * 224 * 224 * 4
@@ -61,33 +61,6 @@ def check_threads(differ_at: str | None = None) -> Check:
 def threads_follow_the_load() -> bool:
     """Whether OpenMP may give an operator fewer threads than it asks for."""
     return os.environ.get("OMP_DYNAMIC", "").strip().lower() == "true"
-
-
-def cpu_limit(root: Path = _CGROUP, own: Path = Path("/proc/self/cgroup")) -> float | None:
-    """CPUs that this process's cgroup, or one around it, grants (cpu.max, or version 1's quota); None: no limit."""
-    limits = []
-    for line in own.read_text().splitlines() if own.exists() else ():
-        _, controllers, path = line.split(":", 2)
-        if controllers not in {"", "cpu", "cpu,cpuacct", "cpuacct,cpu"}:
-            continue
-        base = root / controllers
-        folder = base / path.strip("/")
-        for place in (folder, *folder.parents):
-            if place == root.parent:
-                break
-            limits.append(_quota(place))
-    return min((limit for limit in limits if limit is not None), default=None)
-
-
-def _quota(folder: Path) -> float | None:
-    try:
-        if (folder / "cpu.max").exists():
-            quota, period = (folder / "cpu.max").read_text().split()
-        else:
-            quota, period = ((folder / f"cpu.cfs_{key}_us").read_text().strip() for key in ("quota", "period"))
-    except OSError:
-        return None
-    return None if quota in {"max", "-1"} else int(quota) / int(period)
 
 
 def check_shared_memory(folder: Path = _SHM) -> Check:

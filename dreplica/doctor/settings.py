@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from dreplica.doctor.check import Check
-from dreplica.world.determinism import DETERMINISTIC_WORKSPACES, environment_at_start
+from dreplica.environment.determinism import DETERMINISTIC_WORKSPACES, environment_at_start
 
 _LOOP = "dreplica sets it; a loop of your own has to."
 _SET_BY_TORCH = {"TORCHINDUCTOR_CACHE_DIR"}

@@ -16,7 +16,7 @@ from dreplica.agreement.fingerprint import fingerprint
 from dreplica.config.schema import DeterminismConfig
 from dreplica.doctor.machine import threads_follow_the_load
 from dreplica.doctor.probes import run_probes
-from dreplica.world.determinism import apply_determinism, numerics_flags, set_environment
+from dreplica.environment.determinism import apply_determinism, numerics_flags, set_environment
 from dreplica.world.process_group import env_rank, open_world
 
 JOIN_SECONDS = 30.0

@@ -10,7 +10,7 @@ from rich.console import Console
 
 from dreplica.config.load import load_config
 from dreplica.config.schema import AgreementConfig, RunConfig
-from dreplica.doctor.machine import cpu_limit
+from dreplica.environment.hardware import cpu_limit
 from dreplica.errors import ExitCode, UsageError
 from dreplica.flags.measure import Measurements, TrialFailed
 from dreplica.flags.study import Study, investigate

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from dreplica.config.schema import DeterminismConfig
-from dreplica.world.determinism import DETERMINISTIC_WORKSPACES
+from dreplica.environment.determinism import DETERMINISTIC_WORKSPACES
 
 _WORKSPACE = "CUBLAS_WORKSPACE_CONFIG"
 _USUAL_WORKSPACE = ":4096:8"

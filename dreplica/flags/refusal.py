@@ -7,10 +7,10 @@ import torch
 
 from dreplica.diagnosis.nondeterminism import explain_operator
 from dreplica.diagnosis.raises import find_refused, is_refusal
+from dreplica.environment.determinism import numerics_flags
 from dreplica.explain import Explainer
 from dreplica.training.history import StepEntry
 from dreplica.training.step import training_step
-from dreplica.world.determinism import numerics_flags
 
 _OUT_OF_MEMORY = ("CUDA error: out of memory", "can't allocate memory", "STATUS_ALLOC_FAILED")
 """What errors of CUDA itself, of torch on the CPU and of CUDA's libraries say."""

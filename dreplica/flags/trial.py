@@ -32,6 +32,7 @@ from dreplica.config.schema import DeterminismConfig
 from dreplica.data.coordinator import Coordinator
 from dreplica.diagnosis.against_reference import AgainstReference
 from dreplica.diagnosis.raises import is_refusal
+from dreplica.environment.determinism import apply_determinism
 from dreplica.errors import ExitCode, UsageError
 from dreplica.explain import Explainer
 from dreplica.flags.refusal import describe_refusal, describe_unrun
@@ -40,7 +41,6 @@ from dreplica.preparation import Concluded, Preparation
 from dreplica.run import AGREEMENT_LAG
 from dreplica.training.history import History
 from dreplica.training.loop import EpochDone, StepDone, Stopped, train
-from dreplica.world.determinism import apply_determinism
 from dreplica.world.process_group import World
 from dreplica.world.roll_call import ReplicaLost
 from dreplica.world.signals import StoppedOnRequest, StopRequest

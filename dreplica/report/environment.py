@@ -3,9 +3,9 @@
 from collections.abc import Mapping
 from typing import Any
 
+from dreplica.environment.manifest import compare_manifests
 from dreplica.report.charts import LAST, Table, name_replicas, percent
 from dreplica.report.run_files import RunFiles
-from dreplica.world.manifest import compare_manifests
 
 
 def replicas_table(run: RunFiles) -> Table:

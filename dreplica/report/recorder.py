@@ -15,6 +15,7 @@ from rich.console import Console
 from dreplica.agreement.verdict import Verdict
 from dreplica.config.schema import ReportConfig, RunFolderConfig
 from dreplica.diagnosis.conclude import replica_lost
+from dreplica.environment.manifest import card_of, compare_values
 from dreplica.errors import UsageError
 from dreplica.report.html import FILE_NAME, write_report
 from dreplica.report.resumable import Completed, NotResumable, check_resumable
@@ -22,7 +23,6 @@ from dreplica.report.run_report import RunReport, append_metrics, read_metrics, 
 from dreplica.report.sinks import Sinks
 from dreplica.report.terminal import print_report
 from dreplica.training.loop import EpochDone
-from dreplica.world.manifest import card_of, compare_values
 from dreplica.world.process_group import World
 from dreplica.world.roll_call import Lost, describe_failure, is_to_tell
 from dreplica.world.run_folder import FolderLock, create_run_folder, newest_run_folder

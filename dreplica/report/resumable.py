@@ -7,8 +7,8 @@ from typing import Any
 
 import yaml
 
+from dreplica.environment.manifest import compare_values
 from dreplica.training.checkpoint import list_checkpoints
-from dreplica.world.manifest import compare_values
 
 _MAY_DIFFER: dict[str, set[str] | None] = {
     "world": None,

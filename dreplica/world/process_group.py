@@ -9,10 +9,8 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import TypeVar
 
-import torch
 import torch.distributed as dist
 
-from dreplica.config.schema import WorldConfig
 from dreplica.errors import SharedUsageError, UsageError
 from dreplica.world.channel import Channel
 from dreplica.world.joining import store_of_this_start
@@ -27,14 +25,6 @@ _TOLD_SECONDS = 15.0
 """That the others may take to join once this replica is told to stop: so that all stop alike, if they come."""
 _LAST_SECONDS = 30.0
 """That a replica may take to end once another is gone, before it is ended."""
-
-
-@dataclass(frozen=True)
-class Device:
-    """The device of one replica; `shared` when replicas on this node share a GPU."""
-
-    device: torch.device
-    shared: bool = False
 
 
 @dataclass(frozen=True)
@@ -78,28 +68,6 @@ def env_rank() -> int:
 def env_num_replicas() -> int:
     """The number of replicas as the launcher set it; 1 without a launcher."""
     return int(os.environ.get("WORLD_SIZE", "1")) if "RANK" in os.environ else 1
-
-
-def bind_device(config: WorldConfig) -> Device:
-    """Picks and binds this process's device; call it before the process group is initialised.
-
-    Raises UsageError where `world.device` is `cuda` and this node has fewer GPUs than replicas.
-    """
-    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
-    local_size = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    num_gpus = torch.cuda.device_count() if config.device != "cpu" else 0
-    if config.device == "cuda" and num_gpus < local_size:
-        raise UsageError(
-            f"world.device: 'cuda' wants a GPU for each of the {local_size} replicas on this node, but torch sees "
-            f"{num_gpus}. "
-            + (f"Start no more than {num_gpus} replicas here, or use" if num_gpus else "Use")
-            + " --world.device auto (shares GPUs, or runs on the CPU if there are none)."
-        )
-    if num_gpus == 0:
-        return Device(torch.device("cpu"))
-    device = torch.device("cuda", local_rank % num_gpus)
-    torch.cuda.set_device(device)
-    return Device(device, shared=num_gpus < local_size)
 
 
 @contextmanager

@@ -26,6 +26,7 @@ from dreplica.data.datasets import DataSets, load_data
 from dreplica.data.loader import Batch
 from dreplica.diagnosis.conclude import RunFacts
 from dreplica.diagnosis.operators import OpTracer
+from dreplica.environment.determinism import apply_determinism
 from dreplica.explain import Explainer
 from dreplica.replica.build import build_replica
 from dreplica.replica.replica import Replica
@@ -34,7 +35,6 @@ from dreplica.run import AGREEMENT_LAG
 from dreplica.training.history import History
 from dreplica.training.loop import train
 from dreplica.training.step import training_step
-from dreplica.world.determinism import apply_determinism
 from dreplica.world.process_group import World, open_world
 from dreplica.world.signals import StopRequest
 

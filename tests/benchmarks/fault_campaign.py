@@ -23,6 +23,8 @@ from dreplica.cases.inject import FaultyCoordinator, Injector, struck_tensor
 from dreplica.config.schema import DeterminismConfig, FaultConfig, RunConfig, WorldConfig
 from dreplica.data.datasets import DataSets, load_data
 from dreplica.diagnosis.conclude import RunFacts
+from dreplica.environment.determinism import apply_determinism, set_environment
+from dreplica.environment.device import bind_device
 from dreplica.explain import Explainer
 from dreplica.replica.build import build_replica
 from dreplica.replica.replica import Replica
@@ -30,8 +32,7 @@ from dreplica.replica.rng import seed_generators
 from dreplica.run import AGREEMENT_LAG
 from dreplica.training.history import History
 from dreplica.training.loop import train
-from dreplica.world.determinism import apply_determinism, set_environment
-from dreplica.world.process_group import World, bind_device, open_world
+from dreplica.world.process_group import World, open_world
 from dreplica.world.signals import StopRequest
 
 TARGETS = ("weights", "gradients", "buffers", "optimizer", "batch", "indices", "activation", "rng")

@@ -25,7 +25,7 @@ from dreplica.config.schema import DeterminismConfig
 from dreplica.diagnosis.nondeterminism import DOCUMENTED, explain_operator
 from dreplica.diagnosis.operators import OpRecord, OpTracer
 from dreplica.diagnosis.witness import first_difference
-from dreplica.world.determinism import apply_determinism, numerics_flags, set_environment
+from dreplica.environment.determinism import apply_determinism, numerics_flags, set_environment
 from tests.benchmarks.documented_operators import CASES, Case, read_documentation
 
 SIZES = {"cuda": 2**20, "cpu": 2**12}

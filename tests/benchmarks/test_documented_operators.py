@@ -8,7 +8,7 @@ import torch
 from dreplica.config.schema import DeterminismConfig
 from dreplica.diagnosis.nondeterminism import DOCUMENTED
 from dreplica.diagnosis.operators import OpTracer
-from dreplica.world.determinism import apply_determinism
+from dreplica.environment.determinism import apply_determinism
 from tests.benchmarks import nondeterministic_operators as benchmark
 from tests.benchmarks.documented_operators import CASES, Case, Work, read_documentation
 from tests.benchmarks.nondeterministic_operators import Row, as_markdown, documented_as, look_at

@@ -13,7 +13,7 @@ from dreplica.diagnosis import against_reference
 from dreplica.diagnosis.against_reference import AgainstReference
 from dreplica.diagnosis.recorded_run import RunDifference
 from dreplica.diagnosis.witness import Witness
-from dreplica.world.determinism import CHANGEABLE, numerics_as, numerics_flags
+from dreplica.environment.determinism import CHANGEABLE, numerics_as, numerics_flags
 
 ZERO, ONE, TWO = (bytes([number]) * 16 for number in range(3))
 

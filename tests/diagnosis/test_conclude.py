@@ -18,8 +18,8 @@ from dreplica.diagnosis.conclude import (
     replica_lost,
     wiring_fault,
 )
+from dreplica.environment.manifest import Difference
 from dreplica.replica.wiring import WiringError
-from dreplica.world.manifest import Difference
 from dreplica.world.roll_call import Lost
 
 TWO = [[0], [1]]

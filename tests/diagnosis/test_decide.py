@@ -12,7 +12,7 @@ from dreplica.diagnosis.diagnose import as_verdict
 from dreplica.diagnosis.operators import OpRecord
 from dreplica.diagnosis.provenance import Contents
 from dreplica.diagnosis.witness import Decision, Witness, first_difference
-from dreplica.world.manifest import Difference
+from dreplica.environment.manifest import Difference
 
 
 def digest(text: str) -> bytes:

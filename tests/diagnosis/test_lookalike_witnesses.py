@@ -10,7 +10,7 @@ from dreplica.diagnosis.decide import decide
 from dreplica.diagnosis.operators import OpRecord
 from dreplica.diagnosis.provenance import Contents
 from dreplica.diagnosis.witness import Decision, Witness, first_difference
-from dreplica.world.manifest import Difference
+from dreplica.environment.manifest import Difference
 from tests.diagnosis.test_decide import CONV, GOOD, RELU, SGD, START, always, bad, digest, witness
 
 THREADS = {"determinism": {"threads": 2}}

@@ -10,7 +10,7 @@ import torch
 from dreplica.config.load import load_config
 from dreplica.config.schema import RunConfig
 from dreplica.diagnosis.nondeterminism import DOCUMENTED, Explanation, explain_operator, may_vary
-from dreplica.world.determinism import numerics_flags
+from dreplica.environment.determinism import numerics_flags
 
 STRICT = {
     "deterministic_algorithms": True,

@@ -14,8 +14,8 @@ from dreplica.doctor.machine import (
     check_memory_errors,
     check_shared_memory,
     check_threads,
-    cpu_limit,
 )
+from dreplica.environment.hardware import cpu_limit
 
 _GIB = 2**30
 
@@ -33,7 +33,7 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 8)
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)))
-    monkeypatch.setattr("dreplica.doctor.machine.cpu_limit", lambda: None)
+    monkeypatch.setattr("dreplica.environment.hardware.cpu_limit", lambda: None)
     return monkeypatch
 
 
@@ -57,7 +57,7 @@ def test_one_thread_is_one_everywhere(machine: pytest.MonkeyPatch) -> None:
 
 def test_more_threads_than_a_cgroup_grants(machine: pytest.MonkeyPatch) -> None:
     machine.setenv("OMP_NUM_THREADS", "8")
-    machine.setattr("dreplica.doctor.machine.cpu_limit", lambda: 2.5)
+    machine.setattr("dreplica.environment.hardware.cpu_limit", lambda: 2.5)
     check = check_threads()
     assert check.status == "warn"
     assert "of which a cgroup grants 2.5" in check.seen

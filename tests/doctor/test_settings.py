@@ -8,10 +8,10 @@ import torch
 
 from dreplica.doctor.check import Check
 from dreplica.doctor.settings import check_hashes, check_settings
-from dreplica.world.determinism import numerics_flags
-from dreplica.world.manifest import collect_manifest
-from dreplica.world.process_group import Device
-from tests.world.test_manifest import WORLD
+from dreplica.environment.determinism import numerics_flags
+from dreplica.environment.device import Device
+from dreplica.environment.manifest import collect_manifest
+from tests.environment.test_manifest import WORLD
 
 
 def _found(gpu: bool = True, cuda_started: bool = False, **numerics: Any) -> dict[str, Check]:

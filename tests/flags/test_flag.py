@@ -8,6 +8,7 @@ import yaml
 
 from dreplica.config.load import load_config
 from dreplica.config.schema import DeterminismConfig
+from dreplica.environment.determinism import set_environment
 from dreplica.flags.flag import (
     FLAGS,
     STRICT,
@@ -18,7 +19,6 @@ from dreplica.flags.flag import (
     to_paste,
     without_effect_on,
 )
-from dreplica.world.determinism import set_environment
 
 NAMES = [flag.name for flag in FLAGS]
 SETS = sorted({closed(some) for size in range(6) for some in itertools.combinations(NAMES, size)}, key=sorted)

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from dreplica.config.schema import DeterminismConfig
-from dreplica.world import determinism
-from dreplica.world.determinism import (
+from dreplica.environment import determinism
+from dreplica.environment.determinism import (
     apply_determinism,
     environment_at_start,
     fp32_precision,

@@ -13,9 +13,9 @@ import torch
 
 from dreplica.config.paths import PACKAGE_ROOT
 from dreplica.config.schema import DeterminismConfig
-from dreplica.world import manifest as manifest_module
-from dreplica.world.channel import Channel
-from dreplica.world.manifest import (
+from dreplica.environment import manifest as manifest_module
+from dreplica.environment.device import Device
+from dreplica.environment.manifest import (
     card_of,
     collect_manifest,
     compare_manifests,
@@ -23,7 +23,8 @@ from dreplica.world.manifest import (
     source_digest,
     spell_device,
 )
-from dreplica.world.process_group import Device, World
+from dreplica.world.channel import Channel
+from dreplica.world.process_group import World
 
 WORLD = World(0, 1, Channel(), None, "a-host")
 
