@@ -9,7 +9,6 @@ from torch import Tensor
 
 from dreplica.agreement.agreement import Agreement
 from dreplica.agreement.verdict import Verdict
-from dreplica.cases.inject import Injector
 from dreplica.config.schema import RunConfig
 from dreplica.data.coordinator import Coordinator
 from dreplica.data.loader import Batch, load_again
@@ -23,6 +22,7 @@ from dreplica.diagnosis.replay import Replayer
 from dreplica.diagnosis.witness import Decision
 from dreplica.replica.build import build_replica
 from dreplica.replica.replica import Replica
+from dreplica.training.fault_injection import Injector
 from dreplica.training.history import History, StepEntry
 from dreplica.training.plain_state import PlainState
 from dreplica.world.channel import Channel

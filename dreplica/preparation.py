@@ -8,7 +8,6 @@ import torch
 
 from dreplica.agreement.stages import rng_stage
 from dreplica.agreement.verdict import Verdict, split_into_classes, suspects_of
-from dreplica.cases.inject import Injector
 from dreplica.config.components import check_schedule
 from dreplica.data.prepare import prepare_data
 from dreplica.data.samples import DataSets
@@ -20,8 +19,8 @@ from dreplica.replica.build import broadcast_state, build_replica, weights_diges
 from dreplica.replica.replica import Replica
 from dreplica.replica.rng import fresh_seed, model_seed, seed_generators, shares_model_seed
 from dreplica.replica.wiring import WiringError, check_wiring
-from dreplica.training.image_size import check_image_size
-from dreplica.training.smallest_part import check_smallest_part
+from dreplica.training.fault_injection import Injector
+from dreplica.training.preflight import check_image_size, check_smallest_part
 from dreplica.training.step import check_criterion_weighs, make_scaler
 from dreplica.world.process_group import World
 

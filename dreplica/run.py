@@ -16,7 +16,6 @@ from dreplica.agreement.reference import Apart, ReferenceDiffers
 from dreplica.agreement.tensor_record import TensorRecord
 from dreplica.agreement.trace import Trace
 from dreplica.agreement.verdict import Divergence, Verdict
-from dreplica.cases.inject import FaultyCoordinator
 from dreplica.continuation import Checkpoints, Start
 from dreplica.diagnosis import conclude as diagnosis
 from dreplica.diagnosis.distance import measure_distance
@@ -30,10 +29,12 @@ from dreplica.report.recorder import Recorder
 from dreplica.report.run_report import RunReport
 from dreplica.report.sinks import check_sinks
 from dreplica.report.terminal import ProgressDisplay, Screen
+from dreplica.training.events import EpochDone, StepDone, Stopped
+from dreplica.training.fault_injection import FaultyCoordinator
 from dreplica.training.history import History
-from dreplica.training.loop import EpochDone, StepDone, Stopped, train
+from dreplica.training.loop import train
 from dreplica.training.position import Position
-from dreplica.training.spread import measure_spread
+from dreplica.training.seed_spread import measure_spread
 from dreplica.world.process_group import World
 from dreplica.world.roll_call import Lost, ReplicaLost, exit_code_of, who_is_lost
 from dreplica.world.signals import StopRequest

@@ -32,8 +32,9 @@ from dreplica.replica.replica import Replica
 from dreplica.replica.rng import model_seed, seed_generators
 from dreplica.run import AGREEMENT_LAG
 from dreplica.training.evaluate import Tally
+from dreplica.training.events import StepDone
 from dreplica.training.history import History
-from dreplica.training.loop import StepDone, train
+from dreplica.training.loop import train
 from dreplica.training.snapshot import take_snapshot
 from dreplica.training.step import forward, make_scaler
 from dreplica.world.process_group import World

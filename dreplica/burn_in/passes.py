@@ -11,7 +11,7 @@ from dreplica.diagnosis.conclude import replica_lost
 from dreplica.environment.determinism import apply_determinism
 from dreplica.meet import Prepared
 from dreplica.run import Run
-from dreplica.training.loop import Stopped
+from dreplica.training.events import Stopped
 from dreplica.world.process_group import World
 from dreplica.world.roll_call import Lost
 from dreplica.world.signals import StopRequest

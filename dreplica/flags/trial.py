@@ -39,8 +39,9 @@ from dreplica.flags.refusal import describe_refusal, describe_unrun
 from dreplica.meet import Prepared, end_at_once, meet
 from dreplica.preparation import Concluded, Preparation
 from dreplica.run import AGREEMENT_LAG
+from dreplica.training.events import EpochDone, StepDone, Stopped
 from dreplica.training.history import History
-from dreplica.training.loop import EpochDone, StepDone, Stopped, train
+from dreplica.training.loop import train
 from dreplica.world.process_group import World
 from dreplica.world.roll_call import ReplicaLost
 from dreplica.world.signals import StoppedOnRequest, StopRequest

@@ -22,7 +22,7 @@ from dreplica.report.resumable import Completed, NotResumable, check_resumable
 from dreplica.report.run_report import RunReport, append_metrics, read_metrics, write_json
 from dreplica.report.sinks import Sinks
 from dreplica.report.terminal import print_report
-from dreplica.training.loop import EpochDone
+from dreplica.training.events import EpochDone
 from dreplica.world.process_group import World
 from dreplica.world.roll_call import Lost, describe_failure, is_to_tell
 from dreplica.world.run_folder import FolderLock, create_run_folder, newest_run_folder

@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from dreplica.agreement.verdict import Verdict
-from dreplica.training.loop import EpochDone
+from dreplica.training.events import EpochDone
 from dreplica.training.position import Position
-from dreplica.training.spread import Spread
+from dreplica.training.seed_spread import Spread
 
 SCHEMA = 1
 

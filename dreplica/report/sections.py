@@ -18,7 +18,7 @@ from dreplica.report.charts import (
     percent,
 )
 from dreplica.report.run_files import RunFiles, by_epoch
-from dreplica.training.timing import PHASES
+from dreplica.training.events import PHASES
 
 _MOST_VALUES = 4000
 """In a chart's table, by part of the data; a tenth as many rows in that of seconds. A page is to be mailed."""

@@ -12,7 +12,7 @@ from dreplica.config.schema import ReportConfig
 from dreplica.errors import UsageError
 from dreplica.replica.rng import get_rng_state, set_rng_state
 from dreplica.report.run_report import RunReport
-from dreplica.training.loop import EpochDone
+from dreplica.training.events import EpochDone
 from dreplica.world.roll_call import describe_failure
 
 log = logging.getLogger(__name__)

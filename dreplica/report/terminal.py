@@ -12,7 +12,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from dreplica.report.run_report import RunReport
-from dreplica.training.loop import EpochDone, StepDone
+from dreplica.training.events import EpochDone, StepDone
 
 log = logging.getLogger(__name__)
 

@@ -2,10 +2,9 @@
 
 import math
 import time
-from collections.abc import Generator, Mapping
+from collections.abc import Generator
 from contextlib import closing
-from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -15,76 +14,16 @@ from dreplica.data.loader import Labels, load_batches
 from dreplica.data.samples import DataSets, at_epoch
 from dreplica.replica.replica import Replica
 from dreplica.training.evaluate import Evaluation, Tally, evaluate
+from dreplica.training.events import PhaseTimer
 from dreplica.training.history import History, StepEntry
 from dreplica.training.position import Position
 from dreplica.training.step import reduction_of, training_step
-from dreplica.training.timing import PhaseTimer
 from dreplica.world.process_group import World
 from dreplica.world.signals import StopRequest
 
 if TYPE_CHECKING:
     from dreplica.config.schema import RunConfig
-
-
-@dataclass(frozen=True)
-class StepDone:
-    """A step was taken."""
-
-    step: int
-    epoch: int
-    step_in_epoch: int
-    steps_in_epoch: int
-    tally: Tally
-    """Of this epoch's steps so far, on this replica."""
-
-    saves: bool
-    """Whether `checkpoint.every_steps` wants a checkpoint now; all replicas are known to agree then."""
-    seconds: Mapping[str, float] = field(default_factory=dict)
-    """This replica's in each phase of the epoch so far, as `PhaseTimer` tells them."""
-
-    @property
-    def position(self) -> Position:
-        """Where training goes on."""
-        return _position(self.epoch, self.step_in_epoch, self.tally)
-
-
-@dataclass(frozen=True)
-class EpochDone:
-    """An epoch was trained and evaluated; one value per replica in each list."""
-
-    epoch: int
-    step: int
-    train: dict[str, list[float]]
-    val: dict[str, list[float]]
-    seconds: float
-    images_per_second: float
-    """Training samples of one replica per second of training."""
-    evaluation: Evaluation | None
-    """This replica's predictions."""
-    position: Position
-    """Where training goes on."""
-    throughput: list[float] = field(default_factory=list)
-    """`images_per_second` of every replica."""
-    timing: dict[str, list[float]] = field(default_factory=dict)
-    """Seconds of every replica in each phase, as `PhaseTimer` tells them."""
-
-    def without_predictions(self) -> "EpochDone":
-        """A copy that does not keep them in memory."""
-        return replace(self, evaluation=None)
-
-    def as_dict(self) -> dict[str, Any]:
-        """What report.json says of it."""
-        return {"epoch": self.epoch, "train": self.train, "val": self.val}
-
-
-@dataclass(frozen=True)
-class Stopped:
-    """A replica wanted to stop, and all have, after the same step."""
-
-    step: int
-    epoch: int
-    position: Position
-    """Where training goes on."""
+from dreplica.training.events import EpochDone, StepDone, Stopped, _position
 
 
 def train(
@@ -189,10 +128,6 @@ def train(
         if agreement.steps_done == config.train.max_steps:
             break
     agreement.finish()
-
-
-def _position(epoch: int, num_batches: int, tally: Tally) -> Position:
-    return Position(epoch, num_batches, int(tally.correct), float(tally.loss_sum), tally.count)
 
 
 def _gather_epoch(

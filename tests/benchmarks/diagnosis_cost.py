@@ -19,7 +19,6 @@ from torch import nn
 
 from dreplica.agreement.agreement import Agreement
 from dreplica.agreement.verdict import Divergence
-from dreplica.cases.inject import FaultyCoordinator, Injector
 from dreplica.config.load import load_config
 from dreplica.config.schema import FaultConfig, RunConfig
 from dreplica.data.datasets import DataSets, load_data
@@ -32,6 +31,7 @@ from dreplica.replica.build import build_replica
 from dreplica.replica.replica import Replica
 from dreplica.replica.rng import seed_generators
 from dreplica.run import AGREEMENT_LAG
+from dreplica.training.fault_injection import FaultyCoordinator, Injector
 from dreplica.training.history import History
 from dreplica.training.loop import train
 from dreplica.training.step import training_step

@@ -19,7 +19,6 @@ import torch
 
 from dreplica.agreement.agreement import Agreement
 from dreplica.agreement.verdict import Divergence, Verdict
-from dreplica.cases.inject import FaultyCoordinator, Injector, struck_tensor
 from dreplica.config.schema import DeterminismConfig, FaultConfig, RunConfig, WorldConfig
 from dreplica.data.datasets import DataSets, load_data
 from dreplica.diagnosis.conclude import RunFacts
@@ -30,6 +29,7 @@ from dreplica.replica.build import build_replica
 from dreplica.replica.replica import Replica
 from dreplica.replica.rng import seed_generators
 from dreplica.run import AGREEMENT_LAG
+from dreplica.training.fault_injection import FaultyCoordinator, Injector, struck_tensor
 from dreplica.training.history import History
 from dreplica.training.loop import train
 from dreplica.world.process_group import World, open_world

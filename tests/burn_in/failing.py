@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dreplica.cases.inject import flip_bits
 from dreplica.replica.replica import Replica
+from dreplica.training.fault_injection import flip_bits
 from tests import fixtures
 
 

@@ -23,7 +23,7 @@ from dreplica.data.image_folder import load_image_folder
 from dreplica.data.images import Images
 from dreplica.report import terminal
 from dreplica.training.evaluate import Tally
-from dreplica.training.loop import StepDone
+from dreplica.training.events import StepDone
 from tests.data.pictures import make_folder
 from tests.end_to_end.test_image_folder import AUGMENTED, alter, run
 from tests.harness import run_job

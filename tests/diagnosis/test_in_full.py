@@ -9,11 +9,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from dreplica.cases.inject import flip_bits
 from dreplica.diagnosis.elements import Difference, compare_elements
 from dreplica.diagnosis.in_full import compare, compare_outputs, was_written
 from dreplica.diagnosis.operators import OpTracer
 from dreplica.diagnosis.witness import Decision, OpDifference
+from dreplica.training.fault_injection import flip_bits
 from dreplica.world.process_group import World
 from tests.harness import run_replicas
 

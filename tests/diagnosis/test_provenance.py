@@ -7,7 +7,6 @@ import torch
 from torch import Tensor, nn
 
 from dreplica.agreement.stages import optimizer_stage
-from dreplica.cases.inject import flip_bits
 from dreplica.config.schema import TrainConfig
 from dreplica.data.loader import Batch
 from dreplica.diagnosis.operators import OpRecord, OpTracer
@@ -21,6 +20,7 @@ from dreplica.diagnosis.provenance import (
 )
 from dreplica.replica.replica import Replica
 from dreplica.replica.rng import get_rng_state, seed_generators, set_rng_state
+from dreplica.training.fault_injection import flip_bits
 from dreplica.training.step import training_step
 from tests.fixtures import tiny_model
 

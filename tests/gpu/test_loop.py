@@ -21,8 +21,9 @@ from dreplica.replica.build import build_replica
 from dreplica.replica.replica import Replica
 from dreplica.replica.rng import seed_generators
 from dreplica.training.evaluate import evaluate
+from dreplica.training.events import StepDone
 from dreplica.training.history import History
-from dreplica.training.loop import StepDone, train
+from dreplica.training.loop import train
 from dreplica.training.snapshot import restore_snapshot, take_snapshot
 from dreplica.training.step import make_scaler, training_step
 from dreplica.world.channel import Channel

@@ -9,7 +9,7 @@ import pytest
 
 from dreplica.report import run_report
 from dreplica.report.run_report import RunReport, append_metrics, write_json
-from dreplica.training.loop import EpochDone
+from dreplica.training.events import EpochDone
 from dreplica.training.position import Position
 
 

@@ -18,8 +18,9 @@ from dreplica.data.datasets import load_data
 from dreplica.replica.build import build_replica
 from dreplica.replica.replica import Replica
 from dreplica.replica.rng import seed_generators
+from dreplica.training.events import EpochDone, StepDone, Stopped
 from dreplica.training.history import History
-from dreplica.training.loop import EpochDone, StepDone, Stopped, train
+from dreplica.training.loop import train
 from dreplica.world.process_group import World, open_world
 from dreplica.world.signals import StopRequest
 from tests.harness import run_replicas

@@ -11,7 +11,7 @@ from dreplica.data.device_cache import OnDevice, Store
 from dreplica.data.images import Images
 from dreplica.data.samples import Kept, TensorImages
 from dreplica.errors import UsageError
-from dreplica.training.image_size import check_image_size
+from dreplica.training.preflight import check_image_size
 from tests.end_to_end.test_bad_input import messages
 from tests.fixtures import SMALL
 from tests.harness import run_job

@@ -9,7 +9,6 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from dreplica.cases.inject import FaultyCoordinator, Injector, flip_bits
 from dreplica.config.schema import FaultConfig, TrainConfig
 from dreplica.data.coordinator import Coordinator
 from dreplica.data.loader import Batch
@@ -17,6 +16,7 @@ from dreplica.diagnosis.operators import OpTracer
 from dreplica.errors import UsageError
 from dreplica.replica.replica import Replica
 from dreplica.replica.rng import get_rng_state, seed_generators, set_rng_state
+from dreplica.training.fault_injection import FaultyCoordinator, Injector, flip_bits
 from dreplica.training.step import training_step
 from dreplica.world.channel import Channel
 from tests.fixtures import tiny_model

@@ -9,8 +9,8 @@ from torch import nn
 from dreplica.config.schema import TrainConfig
 from dreplica.data.loader import Batch
 from dreplica.replica.replica import Replica
+from dreplica.training.events import PHASES, PhaseTimer
 from dreplica.training.step import training_step
-from dreplica.training.timing import PHASES, PhaseTimer
 from tests.fixtures import SMALL
 from tests.harness import run_job
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from dreplica.training.evaluate import Evaluation, Tally
-from dreplica.training.spread import Spread, measure_spread
+from dreplica.training.seed_spread import Spread, measure_spread
 from dreplica.world.channel import Channel
 from dreplica.world.process_group import World
 from tests.harness import run_replicas

@@ -14,6 +14,13 @@ from dreplica.replica.rng import get_rng_state, set_rng_state
 if TYPE_CHECKING:
     from dreplica.config.schema import RunConfig
 
+from typing import TYPE_CHECKING
+
+from dreplica.data.samples import image_shape
+
+if TYPE_CHECKING:
+    from dreplica.config.schema import RunConfig
+
 
 def smallest_part(num_samples: int, batch_size: int, accumulate: int, max_steps: int | None) -> int:
     """Samples in the smallest forward pass of training: batches are cut into `accumulate` parts, as by `chunk`."""
@@ -64,3 +71,32 @@ def _forward_one(model: nn.Module, dataset: Dataset[Any], device: torch.device) 
 def _last_chunk(size: int, parts: int) -> int:
     chunk = -(-size // parts)
     return size % chunk or chunk
+
+
+def check_image_size(model: nn.Module, dataset: Dataset[Any], config: "RunConfig") -> None:
+    """Raises UsageError if a model of torchvision's refuses images as large as the data set's: a ViT takes one size.
+
+    It is asked on the meta device, where shapes are computed and no numbers; a compiled one is not. Neither its buffers
+    nor the generators are changed.
+    """
+    shape = image_shape(dataset)
+    if shape is None or config.model.factory or config.replica.factory or config.model.compile:
+        return
+    state = {
+        name: torch.empty_like(tensor, device="meta")
+        for name, tensor in (*model.named_parameters(), *model.named_buffers())
+    }
+    rng = get_rng_state()
+    try:
+        with torch.no_grad():
+            torch.func.functional_call(model, state, (torch.empty(2, *shape, device="meta"),))
+    except NotImplementedError:
+        return  # an operator without shapes: the first step will tell
+    except (AssertionError, RuntimeError, ValueError) as error:
+        text = str(error).splitlines()[0].rstrip(".!")
+        raise UsageError(
+            f"model.name: {config.model.name} does not take images of {shape[1]} x {shape[2]} ({text}). Set "
+            "data.image_size to what it takes, 224 in most cases, or name another model."
+        ) from None
+    finally:
+        set_rng_state(rng)

@@ -13,7 +13,7 @@ from dreplica.config.schema import RunConfig
 from dreplica.data.datasets import TensorImages
 from dreplica.errors import UsageError
 from dreplica.replica.rng import seed_generators
-from dreplica.training.smallest_part import check_smallest_part, smallest_part
+from dreplica.training.preflight import check_smallest_part, smallest_part
 
 CPU = torch.device("cpu")
 
