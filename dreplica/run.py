@@ -16,7 +16,6 @@ from dreplica.agreement.reference import Apart, ReferenceDiffers
 from dreplica.agreement.tensor_record import TensorRecord
 from dreplica.agreement.trace import Trace
 from dreplica.agreement.verdict import Divergence, Verdict
-from dreplica.continuation import Checkpoints, Start
 from dreplica.diagnosis import conclude as diagnosis
 from dreplica.diagnosis.distance import measure_distance
 from dreplica.diagnosis.learning import LearningWatch
@@ -29,6 +28,7 @@ from dreplica.report.recorder import Recorder
 from dreplica.report.run_report import RunReport
 from dreplica.report.sinks import check_sinks
 from dreplica.report.terminal import ProgressDisplay, Screen
+from dreplica.training.checkpoint.manager import Checkpoints, Start
 from dreplica.training.events import EpochDone, StepDone, Stopped
 from dreplica.training.fault_injection import FaultyCoordinator
 from dreplica.training.history import History

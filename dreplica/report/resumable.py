@@ -8,7 +8,7 @@ from typing import Any
 import yaml
 
 from dreplica.environment.manifest import compare_values
-from dreplica.training.checkpoint import list_checkpoints
+from dreplica.training.checkpoint.file_format import list_checkpoints
 
 _MAY_DIFFER: dict[str, set[str] | None] = {
     "world": None,

@@ -20,9 +20,9 @@ import torchvision
 from torch import Tensor, nn
 
 from dreplica.replica.replica import Replica
-from dreplica.training.checkpoint import write_checkpoint
+from dreplica.training.checkpoint.file_format import write_checkpoint
+from dreplica.training.checkpoint.replica_state import attributes_as_built, copy_state
 from dreplica.training.position import Position
-from dreplica.training.saved_state import attributes_as_built, copy_state
 
 
 def make_replica() -> Replica:

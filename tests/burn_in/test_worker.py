@@ -21,10 +21,10 @@ from dreplica.burn_in import worker
 from dreplica.burn_in.cards import PassDone
 from dreplica.burn_in.worker import BurnIn, Until
 from dreplica.cli import main
-from dreplica.continuation import Checkpoints
 from dreplica.errors import ExitCode, UsageError
 from dreplica.meet import end_unusable, prepare
 from dreplica.replica.replica import Replica
+from dreplica.training.checkpoint.manager import Checkpoints
 from dreplica.world.process_group import World
 from dreplica.world.signals import StopRequest, stop_signals
 from tests.fixtures import SMALL

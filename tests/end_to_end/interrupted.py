@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-import dreplica.training.saver
+import dreplica.training.checkpoint.async_writer
 from tests import fixtures
 
 
@@ -41,19 +41,19 @@ def other_threads(num_classes: int) -> nn.Module:
 
 def full_once(num_classes: int) -> nn.Module:
     """The disk is full when the first checkpoint is written."""
-    write = dreplica.training.saver.write_checkpoint
+    write = dreplica.training.checkpoint.async_writer.write_checkpoint
 
     def write_to_full_disk(*_arguments: object) -> None:
-        dreplica.training.saver.write_checkpoint = write
+        dreplica.training.checkpoint.async_writer.write_checkpoint = write
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    dreplica.training.saver.write_checkpoint = write_to_full_disk
+    dreplica.training.checkpoint.async_writer.write_checkpoint = write_to_full_disk
     return fixtures.tiny_model(num_classes)
 
 
 def full_on_replica_1(num_classes: int) -> nn.Module:
     """Replica 1's disk is full from its second checkpoint on."""
-    write = dreplica.training.saver.write_checkpoint
+    write = dreplica.training.checkpoint.async_writer.write_checkpoint
     written = 0
 
     def write_once(*arguments: Any) -> None:
@@ -63,7 +63,7 @@ def full_on_replica_1(num_classes: int) -> nn.Module:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         write(*arguments)
 
-    dreplica.training.saver.write_checkpoint = write_once
+    dreplica.training.checkpoint.async_writer.write_checkpoint = write_once
     return fixtures.tiny_model(num_classes)
 
 

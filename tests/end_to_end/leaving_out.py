@@ -6,10 +6,10 @@ from typing import Any
 import torch
 from torch import nn
 
-import dreplica.continuation
+import dreplica.training.checkpoint.manager
 from dreplica.replica.rng import get_rng_state
-from dreplica.training.checkpoint import rng_to_json
-from dreplica.training.saved_state import Copied, copy_state
+from dreplica.training.checkpoint.file_format import rng_to_json
+from dreplica.training.checkpoint.replica_state import Copied, copy_state
 from tests.fixtures import tiny_model
 
 
@@ -36,7 +36,7 @@ def _model_without(leave_out: Callable[[Copied], None]) -> Callable[[int], nn.Mo
             leave_out(copied)
             return copied
 
-        dreplica.continuation.copy_state = save
+        dreplica.training.checkpoint.manager.copy_state = save
         return tiny_model(num_classes)
 
     return build

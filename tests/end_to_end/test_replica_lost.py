@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from dreplica.errors import ExitCode
-from dreplica.training.checkpoint import checkpoint_name, list_checkpoints
+from dreplica.training.checkpoint.file_format import checkpoint_name, list_checkpoints
 from tests.fixtures import SMALL
 from tests.harness import REPOSITORY, Job, environment, run_job, run_workers, torchrun, torchrun_command
 

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import yaml
 
-from dreplica.training.checkpoint import list_checkpoints
+from dreplica.training.checkpoint.file_format import list_checkpoints
 from tests.fixtures import SMALL
 from tests.harness import REPOSITORY, environment, run_job
 from tests.launch.cluster import free_ports, wait_for

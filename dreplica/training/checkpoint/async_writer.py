@@ -5,7 +5,7 @@ import threading
 from collections.abc import Sequence
 from pathlib import Path
 
-from dreplica.training.checkpoint import (
+from dreplica.training.checkpoint.file_format import (
     checkpoint_name,
     flush,
     parse,
@@ -13,7 +13,7 @@ from dreplica.training.checkpoint import (
     read_files,
     write_checkpoint,
 )
-from dreplica.training.saved_state import Copied
+from dreplica.training.checkpoint.replica_state import Copied
 
 log = logging.getLogger(__name__)
 

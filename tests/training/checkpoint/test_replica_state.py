@@ -14,10 +14,10 @@ from torch import Tensor, nn
 
 from dreplica.replica.replica import Replica
 from dreplica.replica.rng import seed_generators
-from dreplica.training.checkpoint import CheckpointError, Contents, parse, read_files, write_checkpoint
-from dreplica.training.portable import Originals, Portable, is_portable
+from dreplica.training.checkpoint.file_format import CheckpointError, Contents, parse, read_files, write_checkpoint
+from dreplica.training.checkpoint.portable import Originals, Portable, is_portable
+from dreplica.training.checkpoint.replica_state import attributes_as_built, copy_state, restore_state
 from dreplica.training.position import Position
-from dreplica.training.saved_state import attributes_as_built, copy_state, restore_state
 
 CPU = torch.device("cpu")
 

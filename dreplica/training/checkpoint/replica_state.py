@@ -26,9 +26,9 @@ from dreplica.agreement.stages import (
 )
 from dreplica.replica.replica import Replica
 from dreplica.replica.rng import get_rng_state, set_rng_state
-from dreplica.training.checkpoint import CheckpointError, Contents, rng_from_json, rng_to_json
+from dreplica.training.checkpoint.file_format import CheckpointError, Contents, rng_from_json, rng_to_json
+from dreplica.training.checkpoint.portable import Originals, Portable, holds_arrays, is_portable, put_into
 from dreplica.training.plain_state import GENERATORS
-from dreplica.training.portable import Originals, Portable, holds_arrays, is_portable, put_into
 from dreplica.training.position import Position
 
 _MODEL, _CRITERION, _OPTIMIZER = "model", "criterion", "optimizer"

@@ -12,7 +12,8 @@ import torch
 from torch import nn
 
 from dreplica.replica.replica import Replica
-from dreplica.training.checkpoint import (
+from dreplica.training.checkpoint.async_writer import Saver
+from dreplica.training.checkpoint.file_format import (
     MODEL_FILE,
     CheckpointError,
     list_checkpoints,
@@ -21,9 +22,8 @@ from dreplica.training.checkpoint import (
     read_files,
     remove_leftovers,
 )
+from dreplica.training.checkpoint.replica_state import Copied, copy_state
 from dreplica.training.position import Position
-from dreplica.training.saved_state import Copied, copy_state
-from dreplica.training.saver import Saver
 
 OPERATIONS = ("fsync", "rename", "mkdir", "rmdir", "unlink")
 

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 from dreplica.replica.replica import Replica
 from dreplica.replica.rng import seed_generators
-from dreplica.training.checkpoint import (
+from dreplica.training.checkpoint.async_writer import Saver
+from dreplica.training.checkpoint.file_format import (
     MODEL_FILE,
     OPTIMIZER_FILE,
     STATE_FILE,
@@ -29,9 +30,8 @@ from dreplica.training.checkpoint import (
     remove_leftovers,
     write_checkpoint,
 )
+from dreplica.training.checkpoint.replica_state import copy_state, restore_state
 from dreplica.training.position import Position
-from dreplica.training.saved_state import copy_state, restore_state
-from dreplica.training.saver import Saver
 from tests.fixtures import tiny_model
 
 POSITION = Position(2, 3, 17, 0.1 + 0.2, 24)

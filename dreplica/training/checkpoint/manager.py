@@ -11,7 +11,8 @@ import torch
 from dreplica.config.schema import CheckpointConfig
 from dreplica.errors import SharedUsageError
 from dreplica.replica.replica import Replica
-from dreplica.training.checkpoint import (
+from dreplica.training.checkpoint.async_writer import Saver
+from dreplica.training.checkpoint.file_format import (
     CheckpointError,
     checkpoint_name,
     list_checkpoints,
@@ -19,9 +20,8 @@ from dreplica.training.checkpoint import (
     read_files,
     remove_leftovers,
 )
+from dreplica.training.checkpoint.replica_state import attributes_as_built, copy_state, restore_state
 from dreplica.training.position import Position
-from dreplica.training.saved_state import attributes_as_built, copy_state, restore_state
-from dreplica.training.saver import Saver
 from dreplica.world.process_group import World
 
 log = logging.getLogger(__name__)
