@@ -31,7 +31,7 @@ def preloaded(on_gpu: bool) -> list[str]:
     """
     compiling = ["torch._dynamo"] if on_gpu else ["torch._dynamo", "torch._inductor.compile_fx"]
     tests_import = ["pytest", "hypothesis"]
-    return ["torch", *compiling, *tests_import, "tests.harness", "dreplica.run", "tests.preloaded"]
+    return ["torch", *compiling, *tests_import, "tests.harness", "dreplica.run.run", "tests.preloaded"]
 
 
 _CONTEXT = multiprocessing.get_context("forkserver")

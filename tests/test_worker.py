@@ -11,7 +11,7 @@ import pytest
 
 import dreplica
 from dreplica.errors import ExitCode
-from dreplica.worker import run_process
+from dreplica.run.process import run_process
 from dreplica.world.signals import ended_once_told, stop_signals
 
 

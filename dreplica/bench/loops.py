@@ -30,7 +30,7 @@ from dreplica.errors import UsageError
 from dreplica.replica.build import build_replica
 from dreplica.replica.replica import Replica
 from dreplica.replica.rng import model_seed, seed_generators
-from dreplica.run import AGREEMENT_LAG
+from dreplica.run.run import AGREEMENT_LAG
 from dreplica.training.evaluate import Tally
 from dreplica.training.events import StepDone
 from dreplica.training.history import History

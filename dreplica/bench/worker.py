@@ -8,7 +8,7 @@ from rich.console import Console
 from dreplica.bench.loops import Bench
 from dreplica.bench.measured import print_measured
 from dreplica.errors import ExitCode
-from dreplica.meet import Prepared, meet
+from dreplica.run.bootstrap import Prepared, meet
 from dreplica.world.process_group import World
 from dreplica.world.signals import StoppedOnRequest, StopRequest
 

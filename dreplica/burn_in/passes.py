@@ -9,8 +9,8 @@ from dreplica.agreement.verdict import Verdict
 from dreplica.burn_in.cards import PassDone
 from dreplica.diagnosis.conclude import replica_lost
 from dreplica.environment.determinism import apply_determinism
-from dreplica.meet import Prepared
-from dreplica.run import Run
+from dreplica.run.bootstrap import Prepared
+from dreplica.run.run import Run
 from dreplica.training.events import Stopped
 from dreplica.world.process_group import World
 from dreplica.world.roll_call import Lost

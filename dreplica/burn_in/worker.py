@@ -22,8 +22,8 @@ from dreplica.burn_in.record import CONFIG_NAME, Ended, Record
 from dreplica.burn_in.table import PassLines, print_account
 from dreplica.environment.manifest import collect_manifest
 from dreplica.errors import ExitCode, UsageError
-from dreplica.meet import Prepared, end_at_once, meet
 from dreplica.report.terminal import Screen
+from dreplica.run.bootstrap import Prepared, end_at_once, meet
 from dreplica.world.process_group import World
 from dreplica.world.roll_call import exit_code_of, is_to_tell, who_is_lost
 from dreplica.world.run_folder import create_run_folder

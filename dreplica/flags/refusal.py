@@ -8,7 +8,7 @@ import torch
 from dreplica.diagnosis.nondeterminism import explain_operator
 from dreplica.diagnosis.raises import find_refused, is_refusal
 from dreplica.environment.determinism import numerics_flags
-from dreplica.explain import Explainer
+from dreplica.run.explain import Explainer
 from dreplica.training.history import StepEntry
 from dreplica.training.step import training_step
 

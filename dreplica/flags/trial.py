@@ -34,11 +34,11 @@ from dreplica.diagnosis.against_reference import AgainstReference
 from dreplica.diagnosis.raises import is_refusal
 from dreplica.environment.determinism import apply_determinism
 from dreplica.errors import ExitCode, UsageError
-from dreplica.explain import Explainer
 from dreplica.flags.refusal import describe_refusal, describe_unrun
-from dreplica.meet import Prepared, end_at_once, meet
-from dreplica.preparation import Concluded, Preparation
-from dreplica.run import AGREEMENT_LAG
+from dreplica.run.bootstrap import Prepared, end_at_once, meet
+from dreplica.run.explain import Explainer
+from dreplica.run.run import AGREEMENT_LAG
+from dreplica.run.setup import Concluded, Preparation
 from dreplica.training.events import EpochDone, StepDone, Stopped
 from dreplica.training.history import History
 from dreplica.training.loop import train

@@ -13,7 +13,7 @@ from dreplica.agreement import hashing
 from dreplica.agreement.agreement import Agreement
 from dreplica.agreement.fingerprint import ALGORITHM
 from dreplica.agreement.hashing import Hasher
-from dreplica.run import Run
+from dreplica.run.run import Run
 from dreplica.world.process_group import World
 from tests.agreement.bodies import Fault, Job, Result, train_all
 from tests.agreement.late import LateHasher

@@ -26,11 +26,11 @@ from dreplica.data.loader import Batch
 from dreplica.diagnosis.conclude import RunFacts
 from dreplica.diagnosis.operators import OpTracer
 from dreplica.environment.determinism import apply_determinism
-from dreplica.explain import Explainer
 from dreplica.replica.build import build_replica
 from dreplica.replica.replica import Replica
 from dreplica.replica.rng import seed_generators
-from dreplica.run import AGREEMENT_LAG
+from dreplica.run.explain import Explainer
+from dreplica.run.run import AGREEMENT_LAG
 from dreplica.training.fault_injection import FaultyCoordinator, Injector
 from dreplica.training.history import History
 from dreplica.training.loop import train

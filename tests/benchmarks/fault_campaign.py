@@ -24,11 +24,11 @@ from dreplica.data.datasets import DataSets, load_data
 from dreplica.diagnosis.conclude import RunFacts
 from dreplica.environment.determinism import apply_determinism, set_environment
 from dreplica.environment.device import bind_device
-from dreplica.explain import Explainer
 from dreplica.replica.build import build_replica
 from dreplica.replica.replica import Replica
 from dreplica.replica.rng import seed_generators
-from dreplica.run import AGREEMENT_LAG
+from dreplica.run.explain import Explainer
+from dreplica.run.run import AGREEMENT_LAG
 from dreplica.training.fault_injection import FaultyCoordinator, Injector, struck_tensor
 from dreplica.training.history import History
 from dreplica.training.loop import train

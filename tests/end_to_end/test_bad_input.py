@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from dreplica.errors import ExitCode
-from dreplica.run import run_worker
+from dreplica.run.run import run_worker
 from tests.fixtures import SMALL
 from tests.harness import Job, run_job, run_workers, torchrun
 

@@ -12,7 +12,7 @@ from dreplica.errors import ExitCode, UsageError
 from dreplica.flags.flag import STRICT, Variant, closed
 from dreplica.flags.measure import Outcome, describe
 from dreplica.flags.trial import Trial
-from dreplica.meet import prepare
+from dreplica.run.bootstrap import prepare
 from dreplica.world.process_group import World
 from dreplica.world.signals import StopRequest
 from tests.fixtures import SMALL

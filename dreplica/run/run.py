@@ -20,14 +20,14 @@ from dreplica.diagnosis import conclude as diagnosis
 from dreplica.diagnosis.distance import measure_distance
 from dreplica.diagnosis.learning import LearningWatch
 from dreplica.errors import ExitCode, UsageError
-from dreplica.explain import Explainer
-from dreplica.meet import Prepared, end_at_once, meet
-from dreplica.preparation import Concluded, Preparation
-from dreplica.referring import Referring
 from dreplica.report.recorder import Recorder
 from dreplica.report.run_report import RunReport
 from dreplica.report.sinks import check_sinks
 from dreplica.report.terminal import ProgressDisplay, Screen
+from dreplica.run.bootstrap import Prepared, end_at_once, meet
+from dreplica.run.explain import Explainer
+from dreplica.run.reference_run import Referring
+from dreplica.run.setup import Concluded, Preparation
 from dreplica.training.checkpoint.manager import Checkpoints, Start
 from dreplica.training.events import EpochDone, StepDone, Stopped
 from dreplica.training.fault_injection import FaultyCoordinator

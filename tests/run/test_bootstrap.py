@@ -5,10 +5,10 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from dreplica import meet as meet_module
 from dreplica.environment.device import Device
 from dreplica.errors import ExitCode
-from dreplica.meet import Prepared, meet
+from dreplica.run import bootstrap as meet_module
+from dreplica.run.bootstrap import Prepared, meet
 
 WORKSPACE = "CUBLAS_WORKSPACE_CONFIG"
 

@@ -14,11 +14,11 @@ from dreplica.data.samples import DataSets
 from dreplica.diagnosis import conclude as diagnosis
 from dreplica.diagnosis.conclude import BuildFacts, RunFacts
 from dreplica.environment.manifest import collect_manifest, compare_manifests, compare_values
-from dreplica.meet import Prepared
 from dreplica.replica.build import broadcast_state, build_replica, weights_digest
 from dreplica.replica.replica import Replica
 from dreplica.replica.rng import fresh_seed, model_seed, seed_generators, shares_model_seed
 from dreplica.replica.wiring import WiringError, check_wiring
+from dreplica.run.bootstrap import Prepared
 from dreplica.training.fault_injection import Injector
 from dreplica.training.preflight import check_image_size, check_smallest_part
 from dreplica.training.step import check_criterion_weighs, make_scaler
