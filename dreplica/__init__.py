@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from dreplica.agreement.agreement import Agreement
     from dreplica.agreement.fingerprint import fingerprint
-    from dreplica.agreement.hashing import Hasher
+    from dreplica.agreement.hasher import Hasher
     from dreplica.agreement.verdict import Divergence
     from dreplica.diagnosis.own_step import diagnose
     from dreplica.replica.replica import Replica
@@ -19,7 +19,7 @@ __all__ = ["Agreement", "Divergence", "Hasher", "Replica", "check_wiring", "diag
 _MODULES = {
     "Agreement": "dreplica.agreement.agreement",
     "Divergence": "dreplica.agreement.verdict",
-    "Hasher": "dreplica.agreement.hashing",
+    "Hasher": "dreplica.agreement.hasher",
     "Replica": "dreplica.replica.replica",
     "check_wiring": "dreplica.replica.wiring",
     "diagnose": "dreplica.diagnosis.own_step",

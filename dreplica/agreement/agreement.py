@@ -8,7 +8,7 @@ from torch import Tensor
 
 from dreplica.agreement import protocol
 from dreplica.agreement.exchange import Exchange
-from dreplica.agreement.hashing import Hasher, Observation, hasher_for
+from dreplica.agreement.hasher import Hasher, Observation, hasher_for
 from dreplica.agreement.reference import Apart, Reference, ReferenceDiffers
 from dreplica.agreement.stages import STAGES, Entry, Optimizers, Stage, batch_entries, make_stage
 from dreplica.agreement.subject import Batch, Expect, Models, Subject

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 
 from dreplica.agreement import protocol
-from dreplica.agreement.hashing import Hasher, Observation
+from dreplica.agreement.hasher import Hasher, Observation
 from dreplica.agreement.place import describe, describe_algorithms
 from dreplica.agreement.reference import Apart, Reference, describe_apart
 from dreplica.agreement.stage import Stage

@@ -22,7 +22,7 @@ from typing import Any, Literal
 import torch
 
 from dreplica.agreement.agreement import Agreement
-from dreplica.agreement.hashing import common_hasher
+from dreplica.agreement.hasher import common_hasher
 from dreplica.agreement.recorded import TENSORS_NAME, TRACE_NAME
 from dreplica.agreement.reference import Reference, ReferenceDiffers
 from dreplica.agreement.tensor_record import TensorRecord

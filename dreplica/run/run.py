@@ -10,7 +10,7 @@ from typing import Literal
 from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
 from dreplica.agreement.agreement import Agreement
-from dreplica.agreement.hashing import Hasher, common_hasher
+from dreplica.agreement.hasher import Hasher, common_hasher
 from dreplica.agreement.recorded import TENSORS_NAME, TRACE_NAME
 from dreplica.agreement.reference import Apart, ReferenceDiffers
 from dreplica.agreement.tensor_record import TensorRecord

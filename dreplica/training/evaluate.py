@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from dreplica.agreement.hashing import Hasher
+from dreplica.agreement.hasher import Hasher
 from dreplica.agreement.stages import batch_entries
 from dreplica.config.schema import TrainConfig
 from dreplica.data.coordinator import Coordinator

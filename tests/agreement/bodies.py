@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from dreplica.agreement.agreement import Agreement
-from dreplica.agreement.hashing import Hasher
+from dreplica.agreement.hasher import Hasher
 from dreplica.agreement.trace import Trace
 from dreplica.agreement.verdict import Divergence, Verdict
 from dreplica.world.process_group import World

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from dreplica.agreement.digests import Digests
 from dreplica.agreement.fingerprint import digest_tensor
-from dreplica.agreement.hashing import Hasher
+from dreplica.agreement.hasher import Hasher
 
 
 class LateHasher(Hasher):

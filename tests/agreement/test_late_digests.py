@@ -9,10 +9,10 @@ import pytest
 import torch
 from torch import nn
 
-from dreplica.agreement import hashing
+from dreplica.agreement import hasher as hashing
 from dreplica.agreement.agreement import Agreement
 from dreplica.agreement.fingerprint import ALGORITHM
-from dreplica.agreement.hashing import Hasher
+from dreplica.agreement.hasher import Hasher
 from dreplica.run.run import Run
 from dreplica.world.process_group import World
 from tests.agreement.bodies import Fault, Job, Result, train_all

@@ -11,7 +11,7 @@ from dreplica.agreement import multilinear
 from dreplica.agreement.agreement import Agreement
 from dreplica.agreement.device import DeviceHash
 from dreplica.agreement.fingerprint import header
-from dreplica.agreement.hashing import hasher_for
+from dreplica.agreement.hasher import hasher_for
 
 pytestmark = [
     pytest.mark.gpu,

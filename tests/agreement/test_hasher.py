@@ -10,11 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from dreplica.agreement import device as device_module
-from dreplica.agreement import hashing, multilinear
+from dreplica.agreement import hasher as hashing
+from dreplica.agreement import multilinear
 from dreplica.agreement.device import DeviceHash, computes_as_defined
 from dreplica.agreement.digests import Digests
 from dreplica.agreement.fingerprint import ALGORITHM, digest_tensor, header
-from dreplica.agreement.hashing import Hasher, hasher_for
+from dreplica.agreement.hasher import Hasher, hasher_for
 from dreplica.agreement.stages import make_stage
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
