@@ -10,8 +10,8 @@ from pathlib import Path
 
 from rich.console import Console
 
-from dreplica.agreement.recorded import Key, RecordedTrace
 from dreplica.agreement.stage import STAGES
+from dreplica.agreement.trace.reader import Key, RecordedTrace
 from dreplica.config.paths import IMPORT_ROOT
 from dreplica.errors import ExitCode, UsageError
 from dreplica.fresh_folder import fresh_folder

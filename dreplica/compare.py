@@ -9,10 +9,10 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from dreplica.agreement.comparison import Comparison, compare_traces
 from dreplica.agreement.place import Place, module_of
-from dreplica.agreement.recorded import RecordedTrace
-from dreplica.diagnosis.recorded_run import (
+from dreplica.agreement.trace.comparison import Comparison, compare_traces
+from dreplica.agreement.trace.reader import RecordedTrace
+from dreplica.agreement.trace.run_metadata import (
     RecordedRun,
     RunDifference,
     config_differences,

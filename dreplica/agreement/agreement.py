@@ -12,7 +12,7 @@ from dreplica.agreement.hasher import Hasher, Observation, hasher_for
 from dreplica.agreement.reference import Apart, Reference, ReferenceDiffers
 from dreplica.agreement.stages import STAGES, Entry, Optimizers, Stage, batch_entries, make_stage
 from dreplica.agreement.subject import Batch, Expect, Models, Subject
-from dreplica.agreement.trace import Trace
+from dreplica.agreement.trace.writer import Trace
 from dreplica.agreement.verdict import Divergence, Verdict
 from dreplica.world.channel import Channel, gloo_channel
 
@@ -104,7 +104,9 @@ class Agreement:
         if not isinstance(every, int) or every < 0:
             raise ValueError(f"every: {every!r} will not do: give a number of steps, or 0 for never.")
         if not isinstance(trace, Trace | None):
-            raise ValueError(f"trace: {trace!r} will not do: give a dreplica.agreement.trace.Trace, or leave it out.")
+            raise ValueError(
+                f"trace: {trace!r} will not do: give a dreplica.agreement.trace.writer.Trace, or leave it out."
+            )
         self.steps_done = self._began_after = steps_done
         self.steps_checked = 0
         self.stages_compared = 0

@@ -7,7 +7,7 @@ from dreplica.agreement.hasher import Hasher, Observation
 from dreplica.agreement.place import describe, describe_algorithms
 from dreplica.agreement.reference import Apart, Reference, describe_apart
 from dreplica.agreement.stage import Stage
-from dreplica.agreement.trace import Trace
+from dreplica.agreement.trace.writer import Trace
 from dreplica.agreement.verdict import Verdict
 from dreplica.world.channel import Channel, Posted
 

@@ -4,11 +4,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from dreplica.agreement.comparison import part_at, place_of
 from dreplica.agreement.fingerprint import ALGORITHM
 from dreplica.agreement.place import Place, module_of
-from dreplica.agreement.recorded import RecordedTrace
 from dreplica.agreement.stage import INDEPENDENT_STAGES, Stage
+from dreplica.agreement.trace.comparison import part_at, place_of
+from dreplica.agreement.trace.reader import RecordedTrace
 from dreplica.agreement.verdict import Divergence, Verdict
 from dreplica.errors import UsageError
 

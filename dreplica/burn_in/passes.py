@@ -4,7 +4,7 @@ import shutil
 import time
 from collections.abc import Sequence
 
-from dreplica.agreement.trace import Trace
+from dreplica.agreement.trace.writer import Trace
 from dreplica.agreement.verdict import Verdict
 from dreplica.burn_in.cards import PassDone
 from dreplica.diagnosis.conclude import replica_lost

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dreplica.agreement.comparison import compare_traces
-from dreplica.agreement.recorded import RecordedTrace
+from dreplica.agreement.trace.comparison import compare_traces
+from dreplica.agreement.trace.reader import RecordedTrace
 from dreplica.background import run_in_background
 from dreplica.config.schema import RunConfig
 from dreplica.errors import ExitCode, UsageError

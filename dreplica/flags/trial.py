@@ -23,10 +23,10 @@ import torch
 
 from dreplica.agreement.agreement import Agreement
 from dreplica.agreement.hasher import common_hasher
-from dreplica.agreement.recorded import TENSORS_NAME, TRACE_NAME
 from dreplica.agreement.reference import Reference, ReferenceDiffers
-from dreplica.agreement.tensor_record import TensorRecord
-from dreplica.agreement.trace import Trace
+from dreplica.agreement.trace.reader import TENSORS_NAME, TRACE_NAME
+from dreplica.agreement.trace.tensor_digests import TensorRecord
+from dreplica.agreement.trace.writer import Trace
 from dreplica.agreement.verdict import Divergence, Verdict
 from dreplica.config.schema import DeterminismConfig
 from dreplica.data.coordinator import Coordinator

@@ -9,10 +9,16 @@ from typing import Any
 import yaml
 
 from dreplica.agreement.reference import Apart, Reference
+from dreplica.agreement.trace.run_metadata import (
+    RunDifference,
+    config_differences,
+    manifest_differences,
+    read_run,
+    show,
+)
 from dreplica.agreement.verdict import Verdict
 from dreplica.config.schema import RunConfig
 from dreplica.diagnosis.against_reference import AgainstReference
-from dreplica.diagnosis.recorded_run import RunDifference, config_differences, manifest_differences, read_run, show
 from dreplica.errors import UsageError
 from dreplica.world.process_group import World
 

@@ -11,10 +11,10 @@ from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
 from dreplica.agreement.agreement import Agreement
 from dreplica.agreement.hasher import Hasher, common_hasher
-from dreplica.agreement.recorded import TENSORS_NAME, TRACE_NAME
 from dreplica.agreement.reference import Apart, ReferenceDiffers
-from dreplica.agreement.tensor_record import TensorRecord
-from dreplica.agreement.trace import Trace
+from dreplica.agreement.trace.reader import TENSORS_NAME, TRACE_NAME
+from dreplica.agreement.trace.tensor_digests import TensorRecord
+from dreplica.agreement.trace.writer import Trace
 from dreplica.agreement.verdict import Divergence, Verdict
 from dreplica.diagnosis import conclude as diagnosis
 from dreplica.diagnosis.distance import measure_distance

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from dreplica.agreement.agreement import Agreement
 from dreplica.agreement.protocol import fold
 from dreplica.agreement.stages import optimizer_stage
-from dreplica.agreement.trace import Trace
+from dreplica.agreement.trace.writer import Trace
 from dreplica.agreement.verdict import Divergence, Verdict
 from dreplica.world.process_group import World
 from dreplica.world.roll_call import ReplicaLost

@@ -11,9 +11,9 @@ import torch
 
 from dreplica.agreement import protocol
 from dreplica.agreement.agreement import Agreement
-from dreplica.agreement.recorded import TRACE_NAME
 from dreplica.agreement.reference import Reference, ReferenceDiffers
-from dreplica.agreement.trace import Trace
+from dreplica.agreement.trace.reader import TRACE_NAME
+from dreplica.agreement.trace.writer import Trace
 from dreplica.agreement.verdict import Verdict
 from dreplica.replica.rng import seed_generators
 from dreplica.world.process_group import World

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import torch
 
-from dreplica.agreement.trace import Trace
+from dreplica.agreement.trace.writer import Trace
 from dreplica.burn_in import worker
 from dreplica.burn_in.cards import PassDone
 from dreplica.burn_in.worker import BurnIn, Until

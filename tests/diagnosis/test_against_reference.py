@@ -8,10 +8,10 @@ import torch
 
 from dreplica.agreement.place import Place
 from dreplica.agreement.reference import Apart
+from dreplica.agreement.trace.run_metadata import RunDifference
 from dreplica.config.schema import RunConfig
 from dreplica.diagnosis import against_reference
 from dreplica.diagnosis.against_reference import AgainstReference
-from dreplica.diagnosis.recorded_run import RunDifference
 from dreplica.diagnosis.witness import Witness
 from dreplica.environment.determinism import CHANGEABLE, numerics_as, numerics_flags
 

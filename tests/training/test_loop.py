@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from dreplica.agreement.agreement import Agreement
-from dreplica.agreement.trace import Trace
+from dreplica.agreement.trace.writer import Trace
 from dreplica.config.schema import RunConfig
 from dreplica.data.coordinator import Coordinator
 from dreplica.data.datasets import load_data

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from dreplica.agreement import comparison
-from dreplica.agreement.comparison import Comparison, compare_traces
-from dreplica.agreement.recorded import TRACE_NAME, RecordedTrace
+from dreplica.agreement.trace import comparison
+from dreplica.agreement.trace.comparison import Comparison, compare_traces
+from dreplica.agreement.trace.reader import TRACE_NAME, RecordedTrace
 from dreplica.errors import UsageError
 from tests.agreement.recording import record
 

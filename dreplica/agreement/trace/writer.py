@@ -14,7 +14,7 @@ import torch
 
 from dreplica.agreement.fingerprint import ALGORITHM
 from dreplica.agreement.stages import STAGES, Stage
-from dreplica.agreement.tensor_record import TensorRecord
+from dreplica.agreement.trace.tensor_digests import TensorRecord
 from dreplica.errors import UsageError
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from dreplica.agreement.stage import Stage
-from dreplica.agreement.tensor_record import find_stages
+from dreplica.agreement.trace.tensor_digests import find_stages
 from dreplica.errors import UsageError
 
 TRACE_NAME, TENSORS_NAME = "trace.jsonl", "tensors.bin"

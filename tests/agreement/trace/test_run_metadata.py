@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
+from dreplica.agreement.trace.run_metadata import RunDifference, config_differences, manifest_differences, read_run
 from dreplica.config.schema import RunConfig
-from dreplica.diagnosis.recorded_run import RunDifference, config_differences, manifest_differences, read_run
 
 CONFIG: dict[str, Any] = {
     "run": {"name": "a", "root": "runs"},
@@ -41,7 +41,7 @@ def test_config_key_by_key_in_its_own_order() -> None:
 
 
 def test_what_is_said_to_change_no_digest_are_keys_that_exist() -> None:
-    from dreplica.diagnosis import recorded_run
+    from dreplica.agreement.trace import run_metadata as recorded_run
 
     config = RunConfig().model_dump()
     for name in recorded_run._CHANGES_NOTHING:

@@ -7,8 +7,8 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 
 from dreplica.agreement.place import Place, first_difference
-from dreplica.agreement.recorded import Line, RecordedTrace, Start
 from dreplica.agreement.stage import INDEPENDENT_STAGES, STAGES, Stage
+from dreplica.agreement.trace.reader import Line, RecordedTrace, Start
 from dreplica.errors import UsageError
 
 _BLOCK_BYTES = 2**20

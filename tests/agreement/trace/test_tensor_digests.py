@@ -5,10 +5,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from dreplica.agreement.recorded import TENSORS_NAME, RecordedTrace
 from dreplica.agreement.stage import Stage
 from dreplica.agreement.stages import tensors_stage
-from dreplica.agreement.tensor_record import TensorRecord, find_stages
+from dreplica.agreement.trace.reader import TENSORS_NAME, RecordedTrace
+from dreplica.agreement.trace.tensor_digests import TensorRecord, find_stages
 from tests.agreement.recording import record, stages_of
 
 
