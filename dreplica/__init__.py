@@ -7,7 +7,7 @@ if TYPE_CHECKING:
     from dreplica.agreement.agreement import Agreement
     from dreplica.agreement.fingerprint import fingerprint
     from dreplica.agreement.hasher import Hasher
-    from dreplica.agreement.verdict import Divergence
+    from dreplica.agreement.verdict.verdict import Divergence
     from dreplica.diagnosis.own_step import diagnose
     from dreplica.replica.replica import Replica
     from dreplica.replica.wiring import check_wiring
@@ -18,7 +18,7 @@ __all__ = ["Agreement", "Divergence", "Hasher", "Replica", "check_wiring", "diag
 # `dreplica compare` needs none.
 _MODULES = {
     "Agreement": "dreplica.agreement.agreement",
-    "Divergence": "dreplica.agreement.verdict",
+    "Divergence": "dreplica.agreement.verdict.verdict",
     "Hasher": "dreplica.agreement.hasher",
     "Replica": "dreplica.replica.replica",
     "check_wiring": "dreplica.replica.wiring",

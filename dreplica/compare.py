@@ -9,7 +9,6 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from dreplica.agreement.place import Place, module_of
 from dreplica.agreement.trace.comparison import Comparison, compare_traces
 from dreplica.agreement.trace.reader import RecordedTrace
 from dreplica.agreement.trace.run_metadata import (
@@ -20,6 +19,7 @@ from dreplica.agreement.trace.run_metadata import (
     read_run,
     show,
 )
+from dreplica.agreement.verdict.location import Place, module_of
 from dreplica.errors import ExitCode, UsageError
 
 _MOST_NAMED = 4

@@ -13,7 +13,7 @@ from dreplica.agreement.reference import Apart, Reference, ReferenceDiffers
 from dreplica.agreement.stages import STAGES, Entry, Optimizers, Stage, batch_entries, make_stage
 from dreplica.agreement.subject import Batch, Expect, Models, Subject
 from dreplica.agreement.trace.writer import Trace
-from dreplica.agreement.verdict import Divergence, Verdict
+from dreplica.agreement.verdict.verdict import Divergence, Verdict
 from dreplica.world.channel import Channel, gloo_channel
 
 log = logging.getLogger(__name__)

@@ -4,11 +4,11 @@ from dataclasses import dataclass, field
 
 from dreplica.agreement import protocol
 from dreplica.agreement.hasher import Hasher, Observation
-from dreplica.agreement.place import describe, describe_algorithms
 from dreplica.agreement.reference import Apart, Reference, describe_apart
 from dreplica.agreement.stage import Stage
 from dreplica.agreement.trace.writer import Trace
-from dreplica.agreement.verdict import Verdict
+from dreplica.agreement.verdict.location import describe, describe_algorithms
+from dreplica.agreement.verdict.verdict import Verdict
 from dreplica.world.channel import Channel, Posted
 
 

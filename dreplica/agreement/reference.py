@@ -5,11 +5,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dreplica.agreement.fingerprint import ALGORITHM
-from dreplica.agreement.place import Place, module_of
 from dreplica.agreement.stage import INDEPENDENT_STAGES, Stage
 from dreplica.agreement.trace.comparison import part_at, place_of
 from dreplica.agreement.trace.reader import RecordedTrace
-from dreplica.agreement.verdict import Divergence, Verdict
+from dreplica.agreement.verdict.location import Place, module_of
+from dreplica.agreement.verdict.verdict import Divergence, Verdict
 from dreplica.errors import UsageError
 
 

@@ -5,7 +5,7 @@ import time
 from collections.abc import Sequence
 
 from dreplica.agreement.trace.writer import Trace
-from dreplica.agreement.verdict import Verdict
+from dreplica.agreement.verdict.verdict import Verdict
 from dreplica.burn_in.cards import PassDone
 from dreplica.diagnosis.conclude import replica_lost
 from dreplica.environment.determinism import apply_determinism

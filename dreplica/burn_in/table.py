@@ -9,9 +9,9 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from dreplica.agreement.verdict.causes import CAUSES
 from dreplica.burn_in.cards import HARDWARE, Account, Card, PassDone
 from dreplica.burn_in.duration import spell_duration
-from dreplica.diagnosis.causes import CAUSES
 
 _SECONDS_BETWEEN_LINES = 10.0
 _COLOURS = {"suspect": "red", "lost": "red", "in doubt": "yellow", "not checked": "yellow", "clean": "green"}

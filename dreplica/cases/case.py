@@ -19,10 +19,10 @@ from typing import Any
 
 import yaml
 
-from dreplica.agreement.verdict import Verdict
+from dreplica.agreement.verdict.causes import CAUSES
+from dreplica.agreement.verdict.verdict import Verdict
 from dreplica.config.messages import nearest
 from dreplica.config.paths import CONFIGS_FOLDER
-from dreplica.diagnosis.causes import CAUSES
 from dreplica.errors import UsageError
 
 CASES_FOLDER = CONFIGS_FOLDER / "cases"

@@ -4,8 +4,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from dreplica.agreement.verdict import Verdict, split_into_classes, suspects_of
-from dreplica.diagnosis.causes import CAUSES
+from dreplica.agreement.verdict.causes import CAUSES
+from dreplica.agreement.verdict.verdict import Verdict, split_into_classes, suspects_of
 from dreplica.diagnosis.nondeterminism import explain_operator
 from dreplica.environment.manifest import Difference, card_of, spell_device
 from dreplica.replica.wiring import WiringError

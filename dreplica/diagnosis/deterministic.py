@@ -8,7 +8,7 @@ from dataclasses import replace
 from itertools import combinations
 from typing import Any
 
-from dreplica.agreement.verdict import suspects_of
+from dreplica.agreement.verdict.verdict import suspects_of
 from dreplica.diagnosis.declared import divides_as, overridden, settings_behind
 from dreplica.diagnosis.operators import OpRecord
 from dreplica.diagnosis.struck import struck_memory

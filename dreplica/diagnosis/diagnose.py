@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.utils.data import Dataset, default_collate
 
 from dreplica.agreement.stages import Stage, batch_stage, tensors_stage
-from dreplica.agreement.verdict import Verdict
+from dreplica.agreement.verdict.verdict import Verdict
 from dreplica.data.samples import describe
 from dreplica.diagnosis.attempt import AttemptFailed, attempt
 from dreplica.diagnosis.conclude import RunFacts

@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from dreplica.agreement.stages import Stage
-from dreplica.agreement.verdict import Verdict
+from dreplica.agreement.verdict.verdict import Verdict
 from dreplica.diagnosis.arbitrate import Arbitration, arbitrate
 from dreplica.diagnosis.attempt import AttemptFailed, attempt
 from dreplica.diagnosis.elements import Difference, compare_elements

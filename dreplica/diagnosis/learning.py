@@ -3,7 +3,7 @@
 import torch
 
 from dreplica.agreement.stages import buffers_stage, named_weights, weights_stage
-from dreplica.agreement.verdict import Verdict
+from dreplica.agreement.verdict.verdict import Verdict
 from dreplica.diagnosis.conclude import not_learning
 from dreplica.replica.replica import Replica
 from dreplica.world.channel import Channel

@@ -8,10 +8,10 @@ from typing import Any
 import torch
 
 from dreplica.agreement.agreement import Batch
-from dreplica.agreement.place import describe, first_difference
 from dreplica.agreement.stages import STAGES, Optimizers, Stage
 from dreplica.agreement.subject import Models, Subject
-from dreplica.agreement.verdict import Verdict, split_into_classes
+from dreplica.agreement.verdict.location import describe, first_difference
+from dreplica.agreement.verdict.verdict import Verdict, split_into_classes
 from dreplica.diagnosis.attempt import AttemptFailed, attempt
 from dreplica.diagnosis.common_state import differing_shapes, shapes, share_state
 from dreplica.diagnosis.conclude import RunFacts, conclude

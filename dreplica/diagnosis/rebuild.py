@@ -4,7 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from dreplica.agreement.stages import buffers_stage, rng_stage, weights_stage
-from dreplica.agreement.verdict import Verdict
+from dreplica.agreement.verdict.verdict import Verdict
 from dreplica.diagnosis.operators import OpRecord, OpTracer
 from dreplica.diagnosis.witness import OpDifference, first_difference
 from dreplica.replica.replica import Replica

@@ -27,7 +27,7 @@ from dreplica.agreement.reference import Reference, ReferenceDiffers
 from dreplica.agreement.trace.reader import TENSORS_NAME, TRACE_NAME
 from dreplica.agreement.trace.tensor_digests import TensorRecord
 from dreplica.agreement.trace.writer import Trace
-from dreplica.agreement.verdict import Divergence, Verdict
+from dreplica.agreement.verdict.verdict import Divergence, Verdict
 from dreplica.config.schema import DeterminismConfig
 from dreplica.data.coordinator import Coordinator
 from dreplica.diagnosis.against_reference import AgainstReference

@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any
 
-from dreplica.diagnosis.causes import CAUSES
+from dreplica.agreement.verdict.causes import CAUSES
 from dreplica.report.charts import name_replicas
 from dreplica.report.run_files import RunFiles
 

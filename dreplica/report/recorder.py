@@ -12,7 +12,7 @@ from typing import Any
 import yaml
 from rich.console import Console
 
-from dreplica.agreement.verdict import Verdict
+from dreplica.agreement.verdict.verdict import Verdict
 from dreplica.config.schema import ReportConfig, RunFolderConfig
 from dreplica.diagnosis.conclude import replica_lost
 from dreplica.environment.manifest import card_of, compare_values

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from dreplica.agreement.agreement import Agreement
-from dreplica.agreement.verdict import Verdict
+from dreplica.agreement.verdict.verdict import Verdict
 from dreplica.config.schema import RunConfig
 from dreplica.data.coordinator import Coordinator
 from dreplica.data.loader import Batch, load_again

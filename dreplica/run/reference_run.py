@@ -16,7 +16,7 @@ from dreplica.agreement.trace.run_metadata import (
     read_run,
     show,
 )
-from dreplica.agreement.verdict import Verdict
+from dreplica.agreement.verdict.verdict import Verdict
 from dreplica.config.schema import RunConfig
 from dreplica.diagnosis.against_reference import AgainstReference
 from dreplica.errors import UsageError

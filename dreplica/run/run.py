@@ -15,7 +15,7 @@ from dreplica.agreement.reference import Apart, ReferenceDiffers
 from dreplica.agreement.trace.reader import TENSORS_NAME, TRACE_NAME
 from dreplica.agreement.trace.tensor_digests import TensorRecord
 from dreplica.agreement.trace.writer import Trace
-from dreplica.agreement.verdict import Divergence, Verdict
+from dreplica.agreement.verdict.verdict import Divergence, Verdict
 from dreplica.diagnosis import conclude as diagnosis
 from dreplica.diagnosis.distance import measure_distance
 from dreplica.diagnosis.learning import LearningWatch

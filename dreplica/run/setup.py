@@ -7,7 +7,7 @@ from typing import Literal
 import torch
 
 from dreplica.agreement.stages import rng_stage
-from dreplica.agreement.verdict import Verdict, split_into_classes, suspects_of
+from dreplica.agreement.verdict.verdict import Verdict, split_into_classes, suspects_of
 from dreplica.config.components import check_schedule
 from dreplica.data.prepare import prepare_data
 from dreplica.data.samples import DataSets

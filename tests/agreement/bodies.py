@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from dreplica.agreement.agreement import Agreement
 from dreplica.agreement.hasher import Hasher
 from dreplica.agreement.trace.writer import Trace
-from dreplica.agreement.verdict import Divergence, Verdict
+from dreplica.agreement.verdict.verdict import Divergence, Verdict
 from dreplica.world.process_group import World
 from tests.agreement.late import LateHasher
 

@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from dreplica.agreement.agreement import Agreement
-from dreplica.agreement.verdict import Verdict
+from dreplica.agreement.verdict.verdict import Verdict
 from dreplica.world.process_group import World
 from tests.agreement.bodies import TENSOR, Fault, Job, Result, seed_everything, train_all
 from tests.harness import run_replicas

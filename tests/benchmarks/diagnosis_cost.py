@@ -18,7 +18,7 @@ import torchvision
 from torch import nn
 
 from dreplica.agreement.agreement import Agreement
-from dreplica.agreement.verdict import Divergence
+from dreplica.agreement.verdict.verdict import Divergence
 from dreplica.config.load import load_config
 from dreplica.config.schema import FaultConfig, RunConfig
 from dreplica.data.datasets import DataSets, load_data

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import torch
 
 from dreplica.agreement.agreement import Agreement
-from dreplica.agreement.verdict import Divergence, Verdict
+from dreplica.agreement.verdict.verdict import Divergence, Verdict
 from dreplica.config.schema import DeterminismConfig, FaultConfig, RunConfig, WorldConfig
 from dreplica.data.datasets import DataSets, load_data
 from dreplica.diagnosis.conclude import RunFacts

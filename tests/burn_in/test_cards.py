@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from dreplica.agreement.verdict import Verdict
+from dreplica.agreement.verdict.causes import CAUSES
+from dreplica.agreement.verdict.verdict import Verdict
 from dreplica.burn_in.cards import HARDWARE, OPEN, VARYING, Account, Card, PassDone, ask_health, kind_of
 from dreplica.burn_in.record import Record
 from dreplica.burn_in.table import PassLines, conclusions, print_account
-from dreplica.diagnosis.causes import CAUSES
 from dreplica.errors import ExitCode
 from dreplica.world.roll_call import Lost
 from tests.burn_in.test_job import config

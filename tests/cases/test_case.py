@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
+from dreplica.agreement.verdict.causes import CAUSES
 from dreplica.cases.case import CASES_FOLDER, find_cases, read_case
 from dreplica.config.load import load_config
-from dreplica.diagnosis.causes import CAUSES
 from dreplica.errors import UsageError
 
 CASES = find_cases()

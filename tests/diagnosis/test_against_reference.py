@@ -6,9 +6,9 @@ from typing import Any
 import pytest
 import torch
 
-from dreplica.agreement.place import Place
 from dreplica.agreement.reference import Apart
 from dreplica.agreement.trace.run_metadata import RunDifference
+from dreplica.agreement.verdict.location import Place
 from dreplica.config.schema import RunConfig
 from dreplica.diagnosis import against_reference
 from dreplica.diagnosis.against_reference import AgainstReference

@@ -4,8 +4,8 @@ from typing import Any
 
 import pytest
 
-from dreplica.agreement.verdict import Verdict
-from dreplica.diagnosis.causes import CAUSES
+from dreplica.agreement.verdict.causes import CAUSES
+from dreplica.agreement.verdict.verdict import Verdict
 from dreplica.diagnosis.conclude import (
     BuildFacts,
     RunFacts,

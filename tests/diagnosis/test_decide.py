@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from dreplica.agreement.stages import STAGES
-from dreplica.agreement.verdict import Verdict
+from dreplica.agreement.verdict.verdict import Verdict
 from dreplica.diagnosis.decide import decide
 from dreplica.diagnosis.diagnose import as_verdict
 from dreplica.diagnosis.operators import OpRecord

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from dreplica.agreement.stages import Stage
-from dreplica.agreement.verdict import Verdict
+from dreplica.agreement.verdict.verdict import Verdict
 from dreplica.data.datasets import TensorImages
 from dreplica.data.loader import Batch
 from dreplica.diagnosis.conclude import RunFacts

@@ -14,7 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import dreplica
 from dreplica.agreement.stages import optimizer_stage
-from dreplica.agreement.verdict import Verdict
+from dreplica.agreement.verdict.verdict import Verdict
 from dreplica.cases.operators import racy_sum
 from dreplica.diagnosis.remedies import as_code
 from dreplica.replica.rng import get_rng_state, seed_generators, set_rng_state

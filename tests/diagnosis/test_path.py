@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from dreplica.agreement.verdict import Verdict
+from dreplica.agreement.verdict.verdict import Verdict
 from dreplica.diagnosis import path
 from dreplica.diagnosis.operators import OpRecord, OpTracer
 from dreplica.diagnosis.path import measure_path

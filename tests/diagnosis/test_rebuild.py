@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from dreplica.agreement.stages import rng_stage
-from dreplica.agreement.verdict import Verdict
+from dreplica.agreement.verdict.verdict import Verdict
 from dreplica.diagnosis.rebuild import Rebuilt, explain_build, rebuild
 from dreplica.replica.replica import Replica
 from dreplica.replica.rng import get_rng_state, set_rng_state

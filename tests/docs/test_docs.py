@@ -8,9 +8,9 @@ from types import ModuleType
 
 import pytest
 
-from dreplica.agreement.verdict import Verdict
+from dreplica.agreement.verdict.causes import CAUSES
+from dreplica.agreement.verdict.verdict import Verdict
 from dreplica.cases.case import find_cases
-from dreplica.diagnosis.causes import CAUSES
 from tests.harness import REPOSITORY
 
 _DOCS = REPOSITORY / "docs"

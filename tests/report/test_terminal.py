@@ -6,7 +6,7 @@ from typing import Any
 
 from rich.console import Console
 
-from dreplica.agreement.verdict import Verdict
+from dreplica.agreement.verdict.verdict import Verdict
 from dreplica.report.run_report import RunReport
 from dreplica.report.terminal import print_report
 

@@ -6,9 +6,9 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 
-from dreplica.agreement.place import Place, first_difference
 from dreplica.agreement.stage import INDEPENDENT_STAGES, STAGES, Stage
 from dreplica.agreement.trace.reader import Line, RecordedTrace, Start
+from dreplica.agreement.verdict.location import Place, first_difference
 from dreplica.errors import UsageError
 
 _BLOCK_BYTES = 2**20

@@ -4,9 +4,9 @@ import shlex
 
 import pytest
 
+from dreplica.agreement.verdict.causes import CAUSES, Cause
 from dreplica.config.load import load_config
 from dreplica.config.schema import RunConfig
-from dreplica.diagnosis.causes import CAUSES, Cause
 
 LISTED = """none config-differs environment-differs optimizer-not-bound scheduler-not-bound parameters-not-optimized
 storage-shared build-not-seeded build-rng-differs indices-differ batch-differs nondeterministic-operator transient-fault

@@ -5,7 +5,7 @@ import pickle
 
 import pytest
 
-from dreplica.agreement.verdict import Divergence, Verdict, split_into_classes, suspects_of
+from dreplica.agreement.verdict.verdict import Divergence, Verdict, split_into_classes, suspects_of
 
 
 @pytest.mark.parametrize(
