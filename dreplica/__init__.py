@@ -9,8 +9,8 @@ if TYPE_CHECKING:
     from dreplica.agreement.hasher import Hasher
     from dreplica.agreement.verdict.verdict import Divergence
     from dreplica.diagnosis.own_step import diagnose
-    from dreplica.replica.replica import Replica
     from dreplica.replica.wiring import check_wiring
+    from dreplica.state.replica import Replica
 
 __all__ = ["Agreement", "Divergence", "Hasher", "Replica", "check_wiring", "diagnose", "fingerprint"]
 
@@ -20,7 +20,7 @@ _MODULES = {
     "Agreement": "dreplica.agreement.agreement",
     "Divergence": "dreplica.agreement.verdict.verdict",
     "Hasher": "dreplica.agreement.hasher",
-    "Replica": "dreplica.replica.replica",
+    "Replica": "dreplica.state.replica",
     "check_wiring": "dreplica.replica.wiring",
     "diagnose": "dreplica.diagnosis.own_step",
     "fingerprint": "dreplica.agreement.fingerprint",

@@ -10,10 +10,10 @@ from dreplica.agreement import protocol
 from dreplica.agreement.exchange import Exchange
 from dreplica.agreement.hasher import Hasher, Observation, hasher_for
 from dreplica.agreement.reference import Apart, Reference, ReferenceDiffers
-from dreplica.agreement.stages import STAGES, Entry, Optimizers, Stage, batch_entries, make_stage
 from dreplica.agreement.subject import Batch, Expect, Models, Subject
 from dreplica.agreement.trace.writer import Trace
 from dreplica.agreement.verdict.verdict import Divergence, Verdict
+from dreplica.state.stages import STAGES, Entry, Optimizers, Stage, batch_entries, make_stage
 from dreplica.world.channel import Channel, gloo_channel
 
 log = logging.getLogger(__name__)

@@ -11,7 +11,7 @@ from torch import Tensor
 from dreplica.agreement import multilinear
 from dreplica.agreement.digests import Digests
 from dreplica.agreement.fingerprint import ALGORITHM, WITH_MEMORY, num_bytes
-from dreplica.agreement.stages import Entry, Stage, digest_entry, with_distinct_names
+from dreplica.state.stages import Entry, Stage, digest_entry, with_distinct_names
 from dreplica.world.channel import Channel
 
 if TYPE_CHECKING:

@@ -14,8 +14,8 @@ import torch
 import xxhash
 from torch import Tensor
 
-from dreplica.agreement.stages import Stage
 from dreplica.agreement.verdict.location import Place, first_difference
+from dreplica.state.stages import Stage
 from dreplica.world.channel import Channel, Posted
 
 MESSAGE_BYTES = 40

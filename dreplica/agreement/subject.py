@@ -8,7 +8,8 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from dreplica.agreement.stage import INDEPENDENT_STAGES
-from dreplica.agreement.stages import (
+from dreplica.config.messages import nearest
+from dreplica.state.stages import (
     STAGES,
     Entry,
     Optimizers,
@@ -20,7 +21,6 @@ from dreplica.agreement.stages import (
     optimizer_entries,
     rng_entries,
 )
-from dreplica.config.messages import nearest
 
 Models = nn.Module | Mapping[str, nn.Module]
 """One, or several by name."""

@@ -28,14 +28,14 @@ from dreplica.data.prepare import prepare_data
 from dreplica.data.samples import DataSets, at_epoch, by_itself, normalization
 from dreplica.errors import UsageError
 from dreplica.replica.build import build_replica
-from dreplica.replica.replica import Replica
-from dreplica.replica.rng import model_seed, seed_generators
 from dreplica.run.run import AGREEMENT_LAG
+from dreplica.state.replica import Replica
+from dreplica.state.rng import model_seed, seed_generators
+from dreplica.state.snapshot import take_snapshot
 from dreplica.training.evaluate import Tally
 from dreplica.training.events import StepDone
 from dreplica.training.history import History
 from dreplica.training.loop import train
-from dreplica.training.snapshot import take_snapshot
 from dreplica.training.step import forward, make_scaler
 from dreplica.world.process_group import World
 from dreplica.world.signals import StoppedOnRequest, StopRequest

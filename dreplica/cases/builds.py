@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader
 
 from dreplica.config.components import build_criterion, build_optimizer
 from dreplica.replica.build import build_model
-from dreplica.replica.replica import Replica
+from dreplica.state.replica import Replica
 from dreplica.world.process_group import env_rank
 
 if TYPE_CHECKING:

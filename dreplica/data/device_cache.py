@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from dreplica.data.samples import Sample, at_epoch, by_itself, image_shape, normalization
-from dreplica.data.to_device import to_device
+from dreplica.state.tensors import to_device
 
 
 class Store:

@@ -13,8 +13,8 @@ from torch.utils.data import DataLoader, Dataset
 from dreplica.data.coordinator import WINDOW, IndexStream, epoch_generator
 from dreplica.data.device_cache import OnDevice
 from dreplica.data.samples import Place, SampleError, by_itself, describe, load_batch, normalization
-from dreplica.data.to_device import to_device
 from dreplica.errors import UsageError
+from dreplica.state.tensors import to_device
 
 _PREFETCH = 2
 

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn.functional import pad
 
-from dreplica.data.to_device import to_device
+from dreplica.state.tensors import to_device
 
 _GAMMA = numpy.uint64(0x9E3779B97F4A7C15)
 

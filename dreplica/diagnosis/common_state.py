@@ -6,10 +6,10 @@ from typing import Any
 import torch
 
 from dreplica.diagnosis.attempt import attempt
-from dreplica.replica.memory import overwrite
-from dreplica.replica.replica import Parts
-from dreplica.replica.rng import get_rng_state, set_rng_state
-from dreplica.training.snapshot import state_tensors
+from dreplica.state.replica import Parts
+from dreplica.state.rng import get_rng_state, set_rng_state
+from dreplica.state.snapshot import state_tensors
+from dreplica.state.tensors import overwrite
 from dreplica.world.channel import Channel
 
 Shape = tuple[str, tuple[int, ...], str]

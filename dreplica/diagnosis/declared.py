@@ -3,8 +3,8 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from dreplica.agreement.stages import STAGES
 from dreplica.diagnosis.witness import OpDifference, Witness
+from dreplica.state.stages import STAGES
 
 Overrides = Mapping[int, Mapping[str, Any]]
 """Replica id, section and key of what an override changes."""

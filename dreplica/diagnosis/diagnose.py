@@ -9,7 +9,6 @@ from typing import Any
 from torch import Tensor
 from torch.utils.data import Dataset, default_collate
 
-from dreplica.agreement.stages import Stage, batch_stage, tensors_stage
 from dreplica.agreement.verdict.verdict import Verdict
 from dreplica.data.samples import describe
 from dreplica.diagnosis.attempt import AttemptFailed, attempt
@@ -23,7 +22,8 @@ from dreplica.diagnosis.replay import Repeats, Replayed, Replayer
 from dreplica.diagnosis.witness import Decision, Witness, could_have_made, difference_behind, first_difference
 from dreplica.environment.determinism import numerics_flags
 from dreplica.environment.manifest import Difference, compare_values
-from dreplica.replica.rng import seed_generators
+from dreplica.state.rng import seed_generators
+from dreplica.state.stages import Stage, batch_stage, tensors_stage
 from dreplica.training.history import History, StepEntry
 from dreplica.world.channel import Channel
 

@@ -5,10 +5,10 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from dreplica.agreement.stages import named_buffers, named_weights
 from dreplica.diagnosis.elements import compare_elements
 from dreplica.diagnosis.provenance import optimizer_tensors
-from dreplica.replica.replica import Replica
+from dreplica.state.replica import Replica
+from dreplica.state.stages import named_buffers, named_weights
 from dreplica.world.channel import Channel
 
 Distance = dict[str, dict[str, list[float | int | None]]]

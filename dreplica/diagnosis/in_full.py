@@ -6,7 +6,6 @@ from typing import Any
 
 from torch import Tensor
 
-from dreplica.agreement.stages import Stage
 from dreplica.agreement.verdict.verdict import Verdict
 from dreplica.diagnosis.arbitrate import Arbitration, arbitrate
 from dreplica.diagnosis.attempt import AttemptFailed, attempt
@@ -15,6 +14,7 @@ from dreplica.diagnosis.operators import Captured
 from dreplica.diagnosis.replay import Repeats, Replayer
 from dreplica.diagnosis.struck import MOST_STRUCK_BITS
 from dreplica.diagnosis.witness import Decision
+from dreplica.state.stages import Stage
 from dreplica.world.channel import Channel
 
 _FEW_BITS = 8

@@ -2,10 +2,10 @@
 
 import torch
 
-from dreplica.agreement.stages import buffers_stage, named_weights, weights_stage
 from dreplica.agreement.verdict.verdict import Verdict
 from dreplica.diagnosis.conclude import not_learning
-from dreplica.replica.replica import Replica
+from dreplica.state.replica import Replica
+from dreplica.state.stages import buffers_stage, named_weights, weights_stage
 from dreplica.world.channel import Channel
 
 

@@ -8,7 +8,6 @@ from typing import Any
 import torch
 
 from dreplica.agreement.agreement import Batch
-from dreplica.agreement.stages import STAGES, Optimizers, Stage
 from dreplica.agreement.subject import Models, Subject
 from dreplica.agreement.verdict.location import describe, first_difference
 from dreplica.agreement.verdict.verdict import Verdict, split_into_classes
@@ -26,6 +25,7 @@ from dreplica.diagnosis.witness import Decision, Witness, could_have_made, diffe
 from dreplica.diagnosis.witness import first_difference as first_operator
 from dreplica.environment.device import Device
 from dreplica.environment.manifest import Difference, collect_manifest, compare_manifests
+from dreplica.state.stages import STAGES, Optimizers, Stage
 from dreplica.world.channel import Channel, gloo_channel
 from dreplica.world.process_group import World
 

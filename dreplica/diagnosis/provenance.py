@@ -10,10 +10,10 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from dreplica.agreement.fingerprint import digest_tensor
-from dreplica.agreement.stages import named_buffers, named_weights, parameter_names
 from dreplica.data.loader import Batch
 from dreplica.diagnosis.operators import OpRecord
-from dreplica.replica.replica import Parts
+from dreplica.state.replica import Parts
+from dreplica.state.stages import named_buffers, named_weights, parameter_names
 
 DIGEST_BYTES = 16
 

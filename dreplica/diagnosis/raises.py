@@ -6,9 +6,9 @@ from typing import Any
 
 from torch import nn
 
-from dreplica.agreement.stages import Optimizers
 from dreplica.diagnosis.op_signature import signature_of
 from dreplica.diagnosis.operators import OpTracer
+from dreplica.state.stages import Optimizers
 
 _REFUSALS = ("does not have a deterministic implementation", "Deterministic behavior was enabled with either")
 """How torch's errors about it begin, or go on: of an operator of its own, and of cuBLAS without its workspace."""

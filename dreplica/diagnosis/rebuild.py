@@ -3,12 +3,12 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from dreplica.agreement.stages import buffers_stage, rng_stage, weights_stage
 from dreplica.agreement.verdict.verdict import Verdict
 from dreplica.diagnosis.operators import OpRecord, OpTracer
 from dreplica.diagnosis.witness import OpDifference, first_difference
-from dreplica.replica.replica import Replica
-from dreplica.replica.rng import get_rng_state, seed_generators, set_rng_state
+from dreplica.state.replica import Replica
+from dreplica.state.rng import get_rng_state, seed_generators, set_rng_state
+from dreplica.state.stages import buffers_stage, rng_stage, weights_stage
 from dreplica.world.channel import Channel
 
 

@@ -11,12 +11,12 @@ from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_leaves, tree_map
 
 from dreplica.agreement.agreement import Batch
-from dreplica.agreement.stages import STAGES, Stage, batch_stage, make_stage
 from dreplica.agreement.subject import Subject
 from dreplica.diagnosis.operators import OpRecord, OpTracer
 from dreplica.diagnosis.provenance import DIGEST_BYTES, Contents
 from dreplica.diagnosis.replay import Replayed, layout
-from dreplica.training.snapshot import Snapshot, restore_snapshot, take_snapshot
+from dreplica.state.snapshot import Snapshot, restore_snapshot, take_snapshot
+from dreplica.state.stages import STAGES, Stage, batch_stage, make_stage
 
 NO_INDICES = torch.empty(0, dtype=torch.int64)
 """The step is given its batch: there is nothing to load."""

@@ -11,16 +11,16 @@ from torch import Tensor, nn
 from dreplica.agreement.agreement import Agreement
 from dreplica.agreement.fingerprint import digest_bytes
 from dreplica.agreement.protocol import fold
-from dreplica.agreement.stages import Stage
 from dreplica.config.schema import TrainConfig
 from dreplica.data.loader import Batch
 from dreplica.diagnosis.operators import OpTracer
 from dreplica.diagnosis.provenance import Contents, contents_after, contents_before
 from dreplica.diagnosis.sampler import OutputSampler
-from dreplica.replica.replica import Replica
-from dreplica.replica.rng import set_rng_state
+from dreplica.state.replica import Replica
+from dreplica.state.rng import set_rng_state
+from dreplica.state.snapshot import Snapshot, restore_snapshot, take_snapshot
+from dreplica.state.stages import Stage
 from dreplica.training.history import EpochEntry, EvaluationEntry, History, StepEntry
-from dreplica.training.snapshot import Snapshot, restore_snapshot, take_snapshot
 from dreplica.training.step import training_step
 
 Load = Callable[[Tensor, StepEntry], Batch]

@@ -3,9 +3,9 @@
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
-from dreplica.agreement.stages import STAGES
 from dreplica.diagnosis.operators import OpRecord
 from dreplica.diagnosis.provenance import Contents
+from dreplica.state.stages import STAGES
 
 
 @dataclass(frozen=True)

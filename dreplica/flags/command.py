@@ -16,7 +16,7 @@ from dreplica.flags.measure import Measurements, TrialFailed
 from dreplica.flags.study import Study, investigate
 from dreplica.flags.tell import print_study
 from dreplica.fresh_folder import fresh_folder
-from dreplica.replica.rng import shares_model_seed
+from dreplica.state.rng import shares_model_seed
 from dreplica.world.signals import ends_are_interrupts
 
 

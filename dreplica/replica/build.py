@@ -23,11 +23,11 @@ from dreplica.config.components import (
 from dreplica.config.imports import call_function
 from dreplica.config.messages import nearest
 from dreplica.errors import UsageError
-from dreplica.replica.memory import overwrite
 from dreplica.replica.pretrained import load_pretrained
 from dreplica.replica.published import arguments_for, cached, find_published, is_file
-from dreplica.replica.replica import Replica
-from dreplica.replica.rng import get_rng_state, set_rng_state
+from dreplica.state.replica import Replica
+from dreplica.state.rng import get_rng_state, set_rng_state
+from dreplica.state.tensors import overwrite
 from dreplica.world.channel import Channel
 
 if TYPE_CHECKING:

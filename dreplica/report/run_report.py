@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from dreplica.agreement.verdict.verdict import Verdict
+from dreplica.state.progress import Position
 from dreplica.training.events import EpochDone
-from dreplica.training.position import Position
 from dreplica.training.seed_spread import Spread
 
 SCHEMA = 1

@@ -5,7 +5,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from dreplica.agreement.stages import STAGES
 from dreplica.diagnosis.path import evenly
 from dreplica.report.charts import (
     LineChart,
@@ -18,6 +17,7 @@ from dreplica.report.charts import (
     percent,
 )
 from dreplica.report.run_files import RunFiles, by_epoch
+from dreplica.state.stages import STAGES
 from dreplica.training.events import PHASES
 
 _MOST_VALUES = 4000

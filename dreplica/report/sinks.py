@@ -10,8 +10,8 @@ from typing import Any, Protocol
 
 from dreplica.config.schema import ReportConfig
 from dreplica.errors import UsageError
-from dreplica.replica.rng import get_rng_state, set_rng_state
 from dreplica.report.run_report import RunReport
+from dreplica.state.rng import get_rng_state, set_rng_state
 from dreplica.training.events import EpochDone
 from dreplica.world.roll_call import describe_failure
 

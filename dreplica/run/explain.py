@@ -21,10 +21,10 @@ from dreplica.diagnosis.rebuild import explain_build, rebuild
 from dreplica.diagnosis.replay import Replayer
 from dreplica.diagnosis.witness import Decision
 from dreplica.replica.build import build_replica
-from dreplica.replica.replica import Replica
+from dreplica.state.plain_state import PlainState
+from dreplica.state.replica import Replica
 from dreplica.training.fault_injection import Injector
 from dreplica.training.history import History, StepEntry
-from dreplica.training.plain_state import PlainState
 from dreplica.world.channel import Channel
 
 log = logging.getLogger(__name__)

@@ -28,12 +28,12 @@ from dreplica.run.bootstrap import Prepared, end_at_once, meet
 from dreplica.run.explain import Explainer
 from dreplica.run.reference_run import Referring
 from dreplica.run.setup import Concluded, Preparation
+from dreplica.state.progress import Position
 from dreplica.training.checkpoint.manager import Checkpoints, Start
 from dreplica.training.events import EpochDone, StepDone, Stopped
 from dreplica.training.fault_injection import FaultyCoordinator
 from dreplica.training.history import History
 from dreplica.training.loop import train
-from dreplica.training.position import Position
 from dreplica.training.seed_spread import measure_spread
 from dreplica.world.process_group import World
 from dreplica.world.roll_call import Lost, ReplicaLost, exit_code_of, who_is_lost

@@ -6,7 +6,6 @@ from typing import Literal
 
 import torch
 
-from dreplica.agreement.stages import rng_stage
 from dreplica.agreement.verdict.verdict import Verdict, split_into_classes, suspects_of
 from dreplica.config.components import check_schedule
 from dreplica.data.prepare import prepare_data
@@ -15,10 +14,11 @@ from dreplica.diagnosis import conclude as diagnosis
 from dreplica.diagnosis.conclude import BuildFacts, RunFacts
 from dreplica.environment.manifest import collect_manifest, compare_manifests, compare_values
 from dreplica.replica.build import broadcast_state, build_replica, weights_digest
-from dreplica.replica.replica import Replica
-from dreplica.replica.rng import fresh_seed, model_seed, seed_generators, shares_model_seed
 from dreplica.replica.wiring import WiringError, check_wiring
 from dreplica.run.bootstrap import Prepared
+from dreplica.state.replica import Replica
+from dreplica.state.rng import fresh_seed, model_seed, seed_generators, shares_model_seed
+from dreplica.state.stages import rng_stage
 from dreplica.training.fault_injection import Injector
 from dreplica.training.preflight import check_image_size, check_smallest_part
 from dreplica.training.step import check_criterion_weighs, make_scaler

@@ -7,12 +7,12 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from dreplica.agreement.hasher import Hasher
-from dreplica.agreement.stages import batch_entries
 from dreplica.config.schema import TrainConfig
 from dreplica.data.coordinator import Coordinator
 from dreplica.data.loader import Labels, load_batches
-from dreplica.replica.replica import Replica
-from dreplica.training.position import Position
+from dreplica.state.progress import Position
+from dreplica.state.replica import Replica
+from dreplica.state.stages import batch_entries
 from dreplica.training.step import forward, reduction_of
 
 

@@ -5,8 +5,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from dreplica.state.progress import Position
 from dreplica.training.evaluate import Evaluation, Tally
-from dreplica.training.position import Position
 
 PHASES = ("loading", "forward", "backward", "optimizer", "checks", "saving", "evaluation")
 """`loading`: waiting for batches, moved to the device. `checks`: fingerprints, waiting for the other replicas' and

@@ -13,12 +13,12 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_leaves
 
-from dreplica.agreement.stages import named_buffers, named_weights, plain_name
 from dreplica.config.messages import nearest
 from dreplica.config.schema import FaultConfig
 from dreplica.data.coordinator import Coordinator, IndexStream
 from dreplica.errors import UsageError
-from dreplica.replica.replica import Replica
+from dreplica.state.replica import Replica
+from dreplica.state.stages import named_buffers, named_weights, plain_name
 from dreplica.world.channel import Channel
 
 _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}

@@ -6,10 +6,10 @@ from typing import Any
 from torch import Tensor
 
 from dreplica.agreement.protocol import Word
-from dreplica.replica.replica import Replica
-from dreplica.replica.rng import get_rng_state
-from dreplica.training.plain_state import PlainState
-from dreplica.training.snapshot import Snapshot, state_beside_weights, take_snapshot
+from dreplica.state.plain_state import PlainState
+from dreplica.state.replica import Replica
+from dreplica.state.rng import get_rng_state
+from dreplica.state.snapshot import Snapshot, state_beside_weights, take_snapshot
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from torch.utils.data import Dataset
 
 from dreplica.data.loader import load_again
 from dreplica.errors import UsageError
-from dreplica.replica.rng import get_rng_state, set_rng_state
+from dreplica.state.rng import get_rng_state, set_rng_state
 
 if TYPE_CHECKING:
     from dreplica.config.schema import RunConfig

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from dreplica.config.schema import TrainConfig
 from dreplica.data.loader import Batch
 from dreplica.errors import UsageError
-from dreplica.replica.replica import Replica
+from dreplica.state.replica import Replica
 
 _AMP_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 _TINY = torch.finfo(torch.float32).tiny

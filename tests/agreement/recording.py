@@ -6,10 +6,10 @@ from pathlib import Path
 
 import torch
 
-from dreplica.agreement.stages import Stage, tensors_stage
 from dreplica.agreement.trace.reader import TENSORS_NAME, TRACE_NAME
 from dreplica.agreement.trace.tensor_digests import TensorRecord
 from dreplica.agreement.trace.writer import Trace
+from dreplica.state.stages import Stage, tensors_stage
 
 Change = tuple[int, str, str]
 """A step, a stage and a tensor that has another value there."""

@@ -15,9 +15,9 @@ from torch import Tensor, nn
 
 from dreplica.agreement.agreement import Agreement
 from dreplica.agreement.protocol import fold
-from dreplica.agreement.stages import optimizer_stage
 from dreplica.agreement.trace.writer import Trace
 from dreplica.agreement.verdict.verdict import Divergence, Verdict
+from dreplica.state.stages import optimizer_stage
 from dreplica.world.process_group import World
 from dreplica.world.roll_call import ReplicaLost
 from tests.agreement.bodies import seed_everything, tiny_model

@@ -16,7 +16,7 @@ from dreplica.agreement.device import DeviceHash, computes_as_defined
 from dreplica.agreement.digests import Digests
 from dreplica.agreement.fingerprint import ALGORITHM, digest_tensor, header
 from dreplica.agreement.hasher import Hasher, hasher_for
-from dreplica.agreement.stages import make_stage
+from dreplica.state.stages import make_stage
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 

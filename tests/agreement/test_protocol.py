@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dreplica.agreement import protocol
-from dreplica.agreement.stages import Stage, tensors_stage
+from dreplica.state.stages import Stage, tensors_stage
 from dreplica.world.process_group import World
 from tests.harness import run_replicas
 

@@ -19,10 +19,10 @@ import torch
 import torchvision
 from torch import Tensor, nn
 
-from dreplica.replica.replica import Replica
+from dreplica.state.progress import Position
+from dreplica.state.replica import Replica
 from dreplica.training.checkpoint.file_format import write_checkpoint
 from dreplica.training.checkpoint.replica_state import attributes_as_built, copy_state
-from dreplica.training.position import Position
 
 
 def make_replica() -> Replica:

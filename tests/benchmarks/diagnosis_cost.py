@@ -27,10 +27,10 @@ from dreplica.diagnosis.conclude import RunFacts
 from dreplica.diagnosis.operators import OpTracer
 from dreplica.environment.determinism import apply_determinism
 from dreplica.replica.build import build_replica
-from dreplica.replica.replica import Replica
-from dreplica.replica.rng import seed_generators
 from dreplica.run.explain import Explainer
 from dreplica.run.run import AGREEMENT_LAG
+from dreplica.state.replica import Replica
+from dreplica.state.rng import seed_generators
 from dreplica.training.fault_injection import FaultyCoordinator, Injector
 from dreplica.training.history import History
 from dreplica.training.loop import train

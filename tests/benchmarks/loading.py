@@ -41,8 +41,8 @@ from dreplica.data.prepare import prepare_data
 from dreplica.data.samples import DataSets, at_epoch
 from dreplica.environment.determinism import apply_determinism
 from dreplica.replica.build import build_replica
-from dreplica.replica.rng import seed_generators
 from dreplica.run.run import AGREEMENT_LAG
+from dreplica.state.rng import seed_generators
 from dreplica.training.history import History
 from dreplica.training.loop import train
 from dreplica.world.channel import Channel

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dreplica.replica.replica import Replica
+from dreplica.state.replica import Replica
 from dreplica.training.fault_injection import flip_bits
 from tests import fixtures
 

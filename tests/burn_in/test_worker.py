@@ -22,8 +22,8 @@ from dreplica.burn_in.cards import PassDone
 from dreplica.burn_in.worker import BurnIn, Until
 from dreplica.cli import main
 from dreplica.errors import ExitCode, UsageError
-from dreplica.replica.replica import Replica
 from dreplica.run.bootstrap import end_unusable, prepare
+from dreplica.state.replica import Replica
 from dreplica.training.checkpoint.manager import Checkpoints
 from dreplica.world.process_group import World
 from dreplica.world.signals import StopRequest, stop_signals

@@ -15,9 +15,9 @@ from dreplica.cases import builds, data, models
 from dreplica.cases.operators import racy_sum
 from dreplica.config.schema import RunConfig
 from dreplica.diagnosis.operators import OpTracer
-from dreplica.replica.replica import Replica
-from dreplica.replica.rng import get_rng_state, seed_generators, set_rng_state
 from dreplica.replica.wiring import WiringError, check_wiring
+from dreplica.state.replica import Replica
+from dreplica.state.rng import get_rng_state, seed_generators, set_rng_state
 
 CPU = torch.device("cpu")
 CONFIG = RunConfig.model_validate(

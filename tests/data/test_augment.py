@@ -13,7 +13,6 @@ from torch import Tensor
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional
 
-from dreplica.agreement.stages import rng_stage
 from dreplica.config.schema import DataConfig
 from dreplica.data.augment import NAMES, drawing_from, make_augmentation
 from dreplica.data.coordinator import Coordinator
@@ -21,6 +20,7 @@ from dreplica.data.images import Images
 from dreplica.data.loader import load_batches
 from dreplica.data.samples import at_epoch
 from dreplica.errors import UsageError
+from dreplica.state.stages import rng_stage
 from dreplica.world.channel import Channel
 from tests.data.pictures import cut
 

@@ -8,13 +8,13 @@ from typing import Any
 import pytest
 import torch
 
-from dreplica.agreement.stages import rng_stage
 from dreplica.config.schema import DataConfig
 from dreplica.data import skip
 from dreplica.data.datasets import load_data
 from dreplica.data.samples import DataSets, at_epoch, describe
 from dreplica.data.skip import leave_out_unreadable
 from dreplica.errors import SharedUsageError
+from dreplica.state.stages import rng_stage
 from dreplica.world.channel import Channel
 from dreplica.world.process_group import World
 from tests.data.pictures import make_folder

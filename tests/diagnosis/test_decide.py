@@ -5,7 +5,6 @@ from typing import Any
 
 import pytest
 
-from dreplica.agreement.stages import STAGES
 from dreplica.agreement.verdict.verdict import Verdict
 from dreplica.diagnosis.decide import decide
 from dreplica.diagnosis.diagnose import as_verdict
@@ -13,6 +12,7 @@ from dreplica.diagnosis.operators import OpRecord
 from dreplica.diagnosis.provenance import Contents
 from dreplica.diagnosis.witness import Decision, Witness, first_difference
 from dreplica.environment.manifest import Difference
+from dreplica.state.stages import STAGES
 
 
 def digest(text: str) -> bytes:

@@ -9,7 +9,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from dreplica.agreement.stages import Stage
 from dreplica.agreement.verdict.verdict import Verdict
 from dreplica.data.datasets import TensorImages
 from dreplica.data.loader import Batch
@@ -17,7 +16,8 @@ from dreplica.diagnosis.conclude import RunFacts
 from dreplica.diagnosis.diagnose import _approach, can_replay, diagnose, digest_samples, doubt_persistent
 from dreplica.diagnosis.operators import OpRecord
 from dreplica.diagnosis.witness import Decision, OpDifference
-from dreplica.replica.rng import get_rng_state, seed_generators, set_rng_state
+from dreplica.state.rng import get_rng_state, seed_generators, set_rng_state
+from dreplica.state.stages import Stage
 from dreplica.training.history import History, StepEntry
 from dreplica.world.channel import Channel
 from dreplica.world.process_group import World

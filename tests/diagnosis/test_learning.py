@@ -5,8 +5,8 @@ import torch
 from torch import nn
 
 from dreplica.diagnosis.learning import LearningWatch
-from dreplica.replica.replica import Replica
-from dreplica.replica.rng import get_rng_state, seed_generators, set_rng_state
+from dreplica.state.replica import Replica
+from dreplica.state.rng import get_rng_state, seed_generators, set_rng_state
 from tests.fixtures import tiny_model
 
 

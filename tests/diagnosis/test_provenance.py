@@ -6,7 +6,6 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from dreplica.agreement.stages import optimizer_stage
 from dreplica.config.schema import TrainConfig
 from dreplica.data.loader import Batch
 from dreplica.diagnosis.operators import OpRecord, OpTracer
@@ -18,8 +17,9 @@ from dreplica.diagnosis.provenance import (
     left_unaccounted,
     reads_unaccounted,
 )
-from dreplica.replica.replica import Replica
-from dreplica.replica.rng import get_rng_state, seed_generators, set_rng_state
+from dreplica.state.replica import Replica
+from dreplica.state.rng import get_rng_state, seed_generators, set_rng_state
+from dreplica.state.stages import optimizer_stage
 from dreplica.training.fault_injection import flip_bits
 from dreplica.training.step import training_step
 from tests.fixtures import tiny_model

@@ -10,11 +10,11 @@ import pytest
 import torch
 from torch import nn
 
-from dreplica.agreement.stages import rng_stage
 from dreplica.agreement.verdict.verdict import Verdict
 from dreplica.diagnosis.rebuild import Rebuilt, explain_build, rebuild
-from dreplica.replica.replica import Replica
-from dreplica.replica.rng import get_rng_state, set_rng_state
+from dreplica.state.replica import Replica
+from dreplica.state.rng import get_rng_state, set_rng_state
+from dreplica.state.stages import rng_stage
 from dreplica.world.channel import Channel
 from tests.fixtures import tiny_model
 

@@ -13,12 +13,12 @@ from torch import Tensor, nn
 
 from dreplica.agreement.agreement import Agreement
 from dreplica.agreement.protocol import Word, fold
-from dreplica.agreement.stages import STAGES, Stage
 from dreplica.config.schema import TrainConfig
 from dreplica.data.loader import Batch
 from dreplica.diagnosis.replay import Load, Replayer
-from dreplica.replica.replica import Replica
-from dreplica.replica.rng import get_rng_state, seed_generators, set_rng_state
+from dreplica.state.replica import Replica
+from dreplica.state.rng import get_rng_state, seed_generators, set_rng_state
+from dreplica.state.stages import STAGES, Stage
 from dreplica.training.history import History, StepEntry
 from dreplica.training.step import training_step
 from tests.fixtures import tiny_model

@@ -8,7 +8,7 @@ from torch import nn
 
 from dreplica.data.datasets import DataConfig, TensorImages
 from dreplica.errors import UsageError
-from dreplica.replica.replica import Replica
+from dreplica.state.replica import Replica
 from tests import fixtures
 
 

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import dreplica.training.checkpoint.manager
-from dreplica.replica.rng import get_rng_state
+from dreplica.state.rng import get_rng_state
 from dreplica.training.checkpoint.file_format import rng_to_json
 from dreplica.training.checkpoint.replica_state import Copied, copy_state
 from tests.fixtures import tiny_model

@@ -18,7 +18,7 @@ from dreplica.data.coordinator import draw_order
 from dreplica.data.datasets import load_data
 from dreplica.environment.determinism import apply_determinism
 from dreplica.replica.build import build_replica
-from dreplica.replica.rng import seed_generators
+from dreplica.state.rng import seed_generators
 from dreplica.world.process_group import World
 from tests.harness import Job, run_job, run_replicas
 

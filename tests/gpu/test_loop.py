@@ -15,16 +15,16 @@ from dreplica.config.schema import RunConfig, TrainConfig
 from dreplica.data.coordinator import Coordinator
 from dreplica.data.datasets import DataConfig, TensorImages, load_data
 from dreplica.data.device_cache import Store
-from dreplica.data.to_device import to_device
 from dreplica.diagnosis.operators import OpTracer
 from dreplica.replica.build import build_replica
-from dreplica.replica.replica import Replica
-from dreplica.replica.rng import seed_generators
+from dreplica.state.replica import Replica
+from dreplica.state.rng import seed_generators
+from dreplica.state.snapshot import restore_snapshot, take_snapshot
+from dreplica.state.tensors import to_device
 from dreplica.training.evaluate import evaluate
 from dreplica.training.events import StepDone
 from dreplica.training.history import History
 from dreplica.training.loop import train
-from dreplica.training.snapshot import restore_snapshot, take_snapshot
 from dreplica.training.step import make_scaler, training_step
 from dreplica.world.channel import Channel
 from dreplica.world.process_group import World

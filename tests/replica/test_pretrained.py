@@ -29,7 +29,7 @@ from dreplica.replica import published as published_module
 from dreplica.replica.build import build_model, build_replica, weights_digest
 from dreplica.replica.pretrained import find_head, load_pretrained
 from dreplica.replica.published import arguments_for, find_published
-from dreplica.replica.rng import seed_generators
+from dreplica.state.rng import seed_generators
 from dreplica.world.process_group import World
 from tests.fixtures import tiny_model
 from tests.harness import run_job, run_replicas

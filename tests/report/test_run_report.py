@@ -9,8 +9,8 @@ import pytest
 
 from dreplica.report import run_report
 from dreplica.report.run_report import RunReport, append_metrics, write_json
+from dreplica.state.progress import Position
 from dreplica.training.events import EpochDone
-from dreplica.training.position import Position
 
 
 def done(epoch: int, **values: list[float]) -> EpochDone:

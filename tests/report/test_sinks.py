@@ -12,10 +12,10 @@ import torch
 
 from dreplica.config.schema import ReportConfig
 from dreplica.errors import UsageError
-from dreplica.replica.rng import get_rng_state
 from dreplica.report import sinks
 from dreplica.report.run_report import RunReport
 from dreplica.report.sinks import Sinks, check_sinks
+from dreplica.state.rng import get_rng_state
 from tests.fixtures import SMALL
 from tests.harness import run_job
 from tests.report.test_run_report import done

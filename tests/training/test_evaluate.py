@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from dreplica.config.schema import TrainConfig
 from dreplica.data.coordinator import Coordinator
 from dreplica.data.datasets import TensorImages
-from dreplica.replica.replica import Replica
-from dreplica.replica.rng import seed_generators
+from dreplica.state.replica import Replica
+from dreplica.state.rng import seed_generators
 from dreplica.training.evaluate import Evaluation, Tally, evaluate
 from dreplica.world.channel import Channel
 from tests.agreement.late import LateHasher

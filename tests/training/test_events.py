@@ -8,7 +8,7 @@ from torch import nn
 
 from dreplica.config.schema import TrainConfig
 from dreplica.data.loader import Batch
-from dreplica.replica.replica import Replica
+from dreplica.state.replica import Replica
 from dreplica.training.events import PHASES, PhaseTimer
 from dreplica.training.step import training_step
 from tests.fixtures import SMALL

@@ -14,8 +14,8 @@ from dreplica.data.coordinator import Coordinator
 from dreplica.data.loader import Batch
 from dreplica.diagnosis.operators import OpTracer
 from dreplica.errors import UsageError
-from dreplica.replica.replica import Replica
-from dreplica.replica.rng import get_rng_state, seed_generators, set_rng_state
+from dreplica.state.replica import Replica
+from dreplica.state.rng import get_rng_state, seed_generators, set_rng_state
 from dreplica.training.fault_injection import FaultyCoordinator, Injector, flip_bits
 from dreplica.training.step import training_step
 from dreplica.world.channel import Channel

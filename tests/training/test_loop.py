@@ -16,8 +16,8 @@ from dreplica.config.schema import RunConfig
 from dreplica.data.coordinator import Coordinator
 from dreplica.data.datasets import load_data
 from dreplica.replica.build import build_replica
-from dreplica.replica.replica import Replica
-from dreplica.replica.rng import seed_generators
+from dreplica.state.replica import Replica
+from dreplica.state.rng import seed_generators
 from dreplica.training.events import EpochDone, StepDone, Stopped
 from dreplica.training.history import History
 from dreplica.training.loop import train

@@ -12,7 +12,7 @@ from torch import nn
 from dreplica.config.schema import RunConfig
 from dreplica.data.datasets import TensorImages
 from dreplica.errors import UsageError
-from dreplica.replica.rng import seed_generators
+from dreplica.state.rng import seed_generators
 from dreplica.training.preflight import check_smallest_part, smallest_part
 
 CPU = torch.device("cpu")

@@ -7,12 +7,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from dreplica.agreement.stages import optimizer_stage
 from dreplica.config.schema import TrainConfig
 from dreplica.data.loader import Batch
 from dreplica.errors import UsageError
-from dreplica.replica.replica import Replica
-from dreplica.replica.rng import seed_generators
+from dreplica.state.replica import Replica
+from dreplica.state.rng import seed_generators
+from dreplica.state.stages import optimizer_stage
 from dreplica.training.evaluate import Tally
 from dreplica.training.step import make_scaler, reduction_of, training_step
 from tests.fixtures import tiny_model

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from dreplica.config.schema import TrainConfig
 from dreplica.data.loader import Batch
 from dreplica.errors import UsageError
-from dreplica.replica.replica import Replica
+from dreplica.state.replica import Replica
 from dreplica.training.step import check_criterion_weighs, training_step, weighted_loss
 
 NUM, CLASSES = 7, 3

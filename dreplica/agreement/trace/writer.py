@@ -13,9 +13,9 @@ from typing import Any
 import torch
 
 from dreplica.agreement.fingerprint import ALGORITHM
-from dreplica.agreement.stages import STAGES, Stage
 from dreplica.agreement.trace.tensor_digests import TensorRecord
 from dreplica.errors import UsageError
+from dreplica.state.stages import STAGES, Stage
 
 
 class Trace:

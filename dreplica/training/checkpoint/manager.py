@@ -10,7 +10,8 @@ import torch
 
 from dreplica.config.schema import CheckpointConfig
 from dreplica.errors import SharedUsageError
-from dreplica.replica.replica import Replica
+from dreplica.state.progress import Position
+from dreplica.state.replica import Replica
 from dreplica.training.checkpoint.async_writer import Saver
 from dreplica.training.checkpoint.file_format import (
     CheckpointError,
@@ -21,7 +22,6 @@ from dreplica.training.checkpoint.file_format import (
     remove_leftovers,
 )
 from dreplica.training.checkpoint.replica_state import attributes_as_built, copy_state, restore_state
-from dreplica.training.position import Position
 from dreplica.world.process_group import World
 
 log = logging.getLogger(__name__)

@@ -15,7 +15,11 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 from dreplica.agreement.fingerprint import ALGORITHM
-from dreplica.agreement.stages import (
+from dreplica.state.plain_state import GENERATORS
+from dreplica.state.progress import Position
+from dreplica.state.replica import Replica
+from dreplica.state.rng import get_rng_state, set_rng_state
+from dreplica.state.stages import (
     Entry,
     Stage,
     make_stage,
@@ -24,12 +28,8 @@ from dreplica.agreement.stages import (
     optimizer_entries,
     rng_entries,
 )
-from dreplica.replica.replica import Replica
-from dreplica.replica.rng import get_rng_state, set_rng_state
 from dreplica.training.checkpoint.file_format import CheckpointError, Contents, rng_from_json, rng_to_json
 from dreplica.training.checkpoint.portable import Originals, Portable, holds_arrays, is_portable, put_into
-from dreplica.training.plain_state import GENERATORS
-from dreplica.training.position import Position
 
 _MODEL, _CRITERION, _OPTIMIZER = "model", "criterion", "optimizer"
 _PARAMETER, _OTHER = "parameter", "other"

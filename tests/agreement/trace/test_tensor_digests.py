@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from dreplica.agreement.stage import Stage
-from dreplica.agreement.stages import tensors_stage
 from dreplica.agreement.trace.reader import TENSORS_NAME, RecordedTrace
 from dreplica.agreement.trace.tensor_digests import TensorRecord, find_stages
+from dreplica.state.stages import tensors_stage
 from tests.agreement.recording import record, stages_of
 
 

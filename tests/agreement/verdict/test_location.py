@@ -4,8 +4,8 @@ from collections.abc import Sequence
 
 import pytest
 
-from dreplica.agreement.stages import STAGES, Stage
 from dreplica.agreement.verdict.location import Place, describe, first_difference
+from dreplica.state.stages import STAGES, Stage
 
 
 def stage(**digests: str) -> Stage:

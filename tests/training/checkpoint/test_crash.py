@@ -11,7 +11,8 @@ import pytest
 import torch
 from torch import nn
 
-from dreplica.replica.replica import Replica
+from dreplica.state.progress import Position
+from dreplica.state.replica import Replica
 from dreplica.training.checkpoint.async_writer import Saver
 from dreplica.training.checkpoint.file_format import (
     MODEL_FILE,
@@ -23,7 +24,6 @@ from dreplica.training.checkpoint.file_format import (
     remove_leftovers,
 )
 from dreplica.training.checkpoint.replica_state import Copied, copy_state
-from dreplica.training.position import Position
 
 OPERATIONS = ("fsync", "rename", "mkdir", "rmdir", "unlink")
 

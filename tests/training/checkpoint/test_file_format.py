@@ -14,8 +14,9 @@ import torch
 import xxhash
 from torch import Tensor, nn
 
-from dreplica.replica.replica import Replica
-from dreplica.replica.rng import seed_generators
+from dreplica.state.progress import Position
+from dreplica.state.replica import Replica
+from dreplica.state.rng import seed_generators
 from dreplica.training.checkpoint.async_writer import Saver
 from dreplica.training.checkpoint.file_format import (
     MODEL_FILE,
@@ -31,7 +32,6 @@ from dreplica.training.checkpoint.file_format import (
     write_checkpoint,
 )
 from dreplica.training.checkpoint.replica_state import copy_state, restore_state
-from dreplica.training.position import Position
 from tests.fixtures import tiny_model
 
 POSITION = Position(2, 3, 17, 0.1 + 0.2, 24)

@@ -12,12 +12,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from dreplica.replica.replica import Replica
-from dreplica.replica.rng import seed_generators
+from dreplica.state.progress import Position
+from dreplica.state.replica import Replica
+from dreplica.state.rng import seed_generators
 from dreplica.training.checkpoint.file_format import CheckpointError, Contents, parse, read_files, write_checkpoint
 from dreplica.training.checkpoint.portable import Originals, Portable, is_portable
 from dreplica.training.checkpoint.replica_state import attributes_as_built, copy_state, restore_state
-from dreplica.training.position import Position
 
 CPU = torch.device("cpu")
 

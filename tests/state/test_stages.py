@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from dreplica.agreement.fingerprint import ABSENT, digest_tensor
-from dreplica.agreement.stages import (
+from dreplica.state.stages import (
     Stage,
     batch_stage,
     buffers_stage,

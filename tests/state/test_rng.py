@@ -15,7 +15,7 @@ from dreplica.config.schema import SeedConfig, check_model_seeds
 from dreplica.data.coordinator import Coordinator, draw_order, epoch_generator
 from dreplica.data.loader import load_batches
 from dreplica.errors import UsageError
-from dreplica.replica.rng import (
+from dreplica.state.rng import (
     fresh_seed,
     get_rng_state,
     model_seed,

@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dreplica.agreement.stages import named_buffers, named_weights, parameter_names
-from dreplica.replica.replica import Parts
-from dreplica.replica.rng import get_rng_state, set_rng_state
-from dreplica.training.plain_state import KeptTensor, PlainState
+from dreplica.state.plain_state import KeptTensor, PlainState
+from dreplica.state.replica import Parts
+from dreplica.state.rng import get_rng_state, set_rng_state
+from dreplica.state.stages import named_buffers, named_weights, parameter_names
 
 _MOST_BYTES = 2**20
 """Larger buffers are not kept after each evaluation: statistics are smaller, and there may be many short epochs."""

@@ -9,7 +9,11 @@ import pytest
 import torch
 from torch import nn
 
-from dreplica.agreement.stages import (
+from dreplica.config.schema import TrainConfig
+from dreplica.data.loader import Batch
+from dreplica.state.replica import Replica
+from dreplica.state.snapshot import restore_snapshot, take_snapshot
+from dreplica.state.stages import (
     Stage,
     buffers_stage,
     gradients_stage,
@@ -17,10 +21,6 @@ from dreplica.agreement.stages import (
     rng_stage,
     weights_stage,
 )
-from dreplica.config.schema import TrainConfig
-from dreplica.data.loader import Batch
-from dreplica.replica.replica import Replica
-from dreplica.training.snapshot import restore_snapshot, take_snapshot
 from dreplica.training.step import training_step
 from tests.fixtures import tiny_model
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from dreplica.training.plain_state import PlainState
+from dreplica.state.plain_state import PlainState
 
 
 class Owner:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from dreplica.agreement.fingerprint import num_bytes
-from dreplica.replica.memory import overwrite
+from dreplica.state.tensors import overwrite
 
 log = logging.getLogger(__name__)
 
