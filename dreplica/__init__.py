@@ -5,11 +5,11 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from dreplica.agreement.agreement import Agreement
-    from dreplica.agreement.fingerprint import fingerprint
     from dreplica.agreement.hasher import Hasher
     from dreplica.agreement.verdict.verdict import Divergence
     from dreplica.diagnosis.own_step import diagnose
     from dreplica.replica.wiring import check_wiring
+    from dreplica.state.fingerprint.fingerprint import fingerprint
     from dreplica.state.replica import Replica
 
 __all__ = ["Agreement", "Divergence", "Hasher", "Replica", "check_wiring", "diagnose", "fingerprint"]
@@ -23,7 +23,7 @@ _MODULES = {
     "Replica": "dreplica.state.replica",
     "check_wiring": "dreplica.replica.wiring",
     "diagnose": "dreplica.diagnosis.own_step",
-    "fingerprint": "dreplica.agreement.fingerprint",
+    "fingerprint": "dreplica.state.fingerprint.fingerprint",
 }
 
 

@@ -10,11 +10,11 @@ from pathlib import Path
 
 from rich.console import Console
 
-from dreplica.agreement.stage import STAGES
 from dreplica.agreement.trace.reader import Key, RecordedTrace
 from dreplica.config.paths import IMPORT_ROOT
 from dreplica.errors import ExitCode, UsageError
 from dreplica.fresh_folder import fresh_folder
+from dreplica.state.fingerprint.stage import STAGES
 from dreplica.world.signals import ends_are_interrupts
 
 _COMPONENTS = {

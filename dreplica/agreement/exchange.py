@@ -5,10 +5,10 @@ from dataclasses import dataclass, field
 from dreplica.agreement import protocol
 from dreplica.agreement.hasher import Hasher, Observation
 from dreplica.agreement.reference import Apart, Reference, describe_apart
-from dreplica.agreement.stage import Stage
 from dreplica.agreement.trace.writer import Trace
 from dreplica.agreement.verdict.location import describe, describe_algorithms
 from dreplica.agreement.verdict.verdict import Verdict
+from dreplica.state.fingerprint.stage import Stage
 from dreplica.world.channel import Channel, Posted
 
 

@@ -8,14 +8,14 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from dreplica.agreement import multilinear
-from dreplica.agreement.digests import Digests
-from dreplica.agreement.fingerprint import ALGORITHM, WITH_MEMORY, num_bytes
+from dreplica.state.fingerprint import multilinear
+from dreplica.state.fingerprint.fingerprint import ALGORITHM, WITH_MEMORY, num_bytes
+from dreplica.state.fingerprint.pending_digests import Digests
 from dreplica.state.stages import Entry, Stage, digest_entry, with_distinct_names
 from dreplica.world.channel import Channel
 
 if TYPE_CHECKING:
-    from dreplica.agreement.device import DeviceHash
+    from dreplica.state.fingerprint.gpu import DeviceHash
 
 log = logging.getLogger(__name__)
 
@@ -116,7 +116,7 @@ class Hasher:
         return Observation(parts, sizes, {device: self._on(device).start(named) for device, named in there.items()})
 
     def _on(self, device: torch.device) -> "DeviceHash":
-        from dreplica.agreement.device import DeviceHash  # needs Triton
+        from dreplica.state.fingerprint.gpu import DeviceHash  # needs Triton
 
         if device not in self._devices:
             self._devices[device] = DeviceHash(device)
@@ -143,7 +143,7 @@ def hasher_for(devices: Iterable[torch.device]) -> Hasher:
     if not gpus or torch.version.cuda is None:
         return Hasher()
     try:
-        from dreplica.agreement.device import computes_as_defined
+        from dreplica.state.fingerprint.gpu import computes_as_defined
 
         wrong = [device for device in gpus if not computes_as_defined(device)]
     except Exception as error:  # Triton, a compiler or the card may be missing, unfit or too old in many ways

@@ -4,13 +4,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from dreplica.agreement.fingerprint import ALGORITHM
-from dreplica.agreement.stage import INDEPENDENT_STAGES, Stage
 from dreplica.agreement.trace.comparison import part_at, place_of
 from dreplica.agreement.trace.reader import RecordedTrace
 from dreplica.agreement.verdict.location import Place, module_of
 from dreplica.agreement.verdict.verdict import Divergence, Verdict
 from dreplica.errors import UsageError
+from dreplica.state.fingerprint.fingerprint import ALGORITHM
+from dreplica.state.fingerprint.stage import INDEPENDENT_STAGES, Stage
 
 
 @dataclass(frozen=True)

@@ -7,8 +7,8 @@ from typing import Any, Literal
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from dreplica.agreement.stage import INDEPENDENT_STAGES
 from dreplica.config.messages import nearest
+from dreplica.state.fingerprint.stage import INDEPENDENT_STAGES
 from dreplica.state.stages import (
     STAGES,
     Entry,

@@ -12,12 +12,12 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from dreplica.agreement.reference import Apart
-from dreplica.agreement.stage import STAGES
 from dreplica.agreement.trace.run_metadata import RunDifference, show
 from dreplica.diagnosis.decide import decide_alone
 from dreplica.diagnosis.witness import Decision, Witness
 from dreplica.environment.determinism import CHANGEABLE, numerics_as
 from dreplica.environment.manifest import follows_from
+from dreplica.state.fingerprint.stage import STAGES
 
 _BUILT = ("weights", "buffers", "rng")
 _COMPUTED = ("buffers", "output", "gradients", "optimizer", "weights")

@@ -9,9 +9,9 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from dreplica.agreement.fingerprint import digest_tensor
 from dreplica.data.loader import Batch
 from dreplica.diagnosis.operators import OpRecord
+from dreplica.state.fingerprint.fingerprint import digest_tensor
 from dreplica.state.replica import Parts
 from dreplica.state.stages import named_buffers, named_weights, parameter_names
 

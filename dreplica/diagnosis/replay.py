@@ -9,13 +9,13 @@ import torch
 from torch import Tensor, nn
 
 from dreplica.agreement.agreement import Agreement
-from dreplica.agreement.fingerprint import digest_bytes
 from dreplica.agreement.protocol import fold
 from dreplica.config.schema import TrainConfig
 from dreplica.data.loader import Batch
 from dreplica.diagnosis.operators import OpTracer
 from dreplica.diagnosis.provenance import Contents, contents_after, contents_before
 from dreplica.diagnosis.sampler import OutputSampler
+from dreplica.state.fingerprint.fingerprint import digest_bytes
 from dreplica.state.replica import Replica
 from dreplica.state.rng import set_rng_state
 from dreplica.state.snapshot import Snapshot, restore_snapshot, take_snapshot

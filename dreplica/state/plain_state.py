@@ -16,7 +16,7 @@ import numpy
 import torch
 from torch import Tensor, nn
 
-from dreplica.agreement.fingerprint import num_bytes
+from dreplica.state.fingerprint.fingerprint import num_bytes
 from dreplica.state.tensors import overwrite
 
 log = logging.getLogger(__name__)

@@ -10,8 +10,8 @@ import numpy
 import torch
 from torch import Tensor, nn
 
-from dreplica.agreement.fingerprint import ABSENT, digest_bytes, digest_tensor, num_bytes
-from dreplica.agreement.stage import STAGES, Stage
+from dreplica.state.fingerprint.fingerprint import ABSENT, digest_bytes, digest_tensor, num_bytes
+from dreplica.state.fingerprint.stage import STAGES, Stage
 
 __all__ = [
     "STAGES",

@@ -16,7 +16,7 @@ from dreplica.agreement.hasher import Hasher
 from dreplica.agreement.trace.writer import Trace
 from dreplica.agreement.verdict.verdict import Divergence, Verdict
 from dreplica.world.process_group import World
-from tests.agreement.late import LateHasher
+from tests.state.fingerprint.late import LateHasher
 
 
 @dataclass(frozen=True)

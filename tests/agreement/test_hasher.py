@@ -9,13 +9,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from dreplica.agreement import device as device_module
 from dreplica.agreement import hasher as hashing
-from dreplica.agreement import multilinear
-from dreplica.agreement.device import DeviceHash, computes_as_defined
-from dreplica.agreement.digests import Digests
-from dreplica.agreement.fingerprint import ALGORITHM, digest_tensor, header
 from dreplica.agreement.hasher import Hasher, hasher_for
+from dreplica.state.fingerprint import gpu as device_module
+from dreplica.state.fingerprint import multilinear
+from dreplica.state.fingerprint.fingerprint import ALGORITHM, digest_tensor, header
+from dreplica.state.fingerprint.gpu import DeviceHash, computes_as_defined
+from dreplica.state.fingerprint.pending_digests import Digests
 from dreplica.state.stages import make_stage
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -15,7 +15,7 @@ import torchvision
 from torch import Tensor
 
 from dreplica.agreement.agreement import Agreement
-from dreplica.agreement.device import DeviceHash, computes_as_defined
+from dreplica.state.fingerprint.gpu import DeviceHash, computes_as_defined
 
 SHARE_OF_COPY = 0.6
 RESNET_MICROSECONDS = 150.0

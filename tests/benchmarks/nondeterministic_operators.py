@@ -20,12 +20,12 @@ from pathlib import Path
 
 import torch
 
-from dreplica.agreement.fingerprint import digest_bytes
 from dreplica.config.schema import DeterminismConfig
 from dreplica.diagnosis.nondeterminism import DOCUMENTED, explain_operator
 from dreplica.diagnosis.operators import OpRecord, OpTracer
 from dreplica.diagnosis.witness import first_difference
 from dreplica.environment.determinism import apply_determinism, numerics_flags, set_environment
+from dreplica.state.fingerprint.fingerprint import digest_bytes
 from tests.benchmarks.documented_operators import CASES, Case, read_documentation
 
 SIZES = {"cuda": 2**20, "cpu": 2**12}

@@ -19,9 +19,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from dreplica.agreement.fingerprint import digest_tensor
 from dreplica.diagnosis import op_signature, operators
 from dreplica.diagnosis.operators import OpRecord, OpTracer
+from dreplica.state.fingerprint.fingerprint import digest_tensor
 
 REPOSITORY = Path(__file__).parents[2]
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from dreplica.agreement import multilinear
+from dreplica.state.fingerprint import multilinear
 from tests.fixtures import SMALL
 from tests.harness import REPOSITORY, Job, environment, run_job
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from dreplica.agreement.fingerprint import ABSENT, digest_tensor
+from dreplica.state.fingerprint.fingerprint import ABSENT, digest_tensor
 from dreplica.state.stages import (
     Stage,
     batch_stage,

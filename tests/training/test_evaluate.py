@@ -15,8 +15,8 @@ from dreplica.state.replica import Replica
 from dreplica.state.rng import seed_generators
 from dreplica.training.evaluate import Evaluation, Tally, evaluate
 from dreplica.world.channel import Channel
-from tests.agreement.late import LateHasher
 from tests.fixtures import tiny_images, tiny_model
+from tests.state.fingerprint.late import LateHasher
 
 CPU = torch.device("cpu")
 NUM_VAL = 37

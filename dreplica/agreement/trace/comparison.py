@@ -6,10 +6,10 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 
-from dreplica.agreement.stage import INDEPENDENT_STAGES, STAGES, Stage
 from dreplica.agreement.trace.reader import Line, RecordedTrace, Start
 from dreplica.agreement.verdict.location import Place, first_difference
 from dreplica.errors import UsageError
+from dreplica.state.fingerprint.stage import INDEPENDENT_STAGES, STAGES, Stage
 
 _BLOCK_BYTES = 2**20
 _HEX_DIGITS = b"0123456789abcdef"

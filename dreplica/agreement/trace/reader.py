@@ -7,9 +7,9 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from dreplica.agreement.stage import Stage
 from dreplica.agreement.trace.tensor_digests import find_stages
 from dreplica.errors import UsageError
+from dreplica.state.fingerprint.stage import Stage
 
 TRACE_NAME, TENSORS_NAME = "trace.jsonl", "tensors.bin"
 

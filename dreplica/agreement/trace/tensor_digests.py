@@ -23,7 +23,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import BinaryIO
 
-from dreplica.agreement.stage import Stage
+from dreplica.state.fingerprint.stage import Stage
 
 _HEAD = struct.Struct("<IIq")
 _FIRST_LINE = b'{"format": "dreplica-tensors/1"}\n'

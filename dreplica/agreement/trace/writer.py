@@ -12,9 +12,9 @@ from typing import Any
 
 import torch
 
-from dreplica.agreement.fingerprint import ALGORITHM
 from dreplica.agreement.trace.tensor_digests import TensorRecord
 from dreplica.errors import UsageError
+from dreplica.state.fingerprint.fingerprint import ALGORITHM
 from dreplica.state.stages import STAGES, Stage
 
 

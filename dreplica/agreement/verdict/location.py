@@ -3,8 +3,8 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from dreplica.agreement.stage import STAGES, Stage
 from dreplica.agreement.verdict.verdict import Verdict, split_into_classes, suspects_of
+from dreplica.state.fingerprint.stage import STAGES, Stage
 
 _CAUSE_OF_STAGE = {"indices": "indices-differ", "batch": "batch-differs", "predictions": "evaluation-differs"}
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
-from dreplica.agreement.fingerprint import ALGORITHM
+from dreplica.state.fingerprint.fingerprint import ALGORITHM
 from dreplica.state.plain_state import GENERATORS
 from dreplica.state.progress import Position
 from dreplica.state.replica import Replica

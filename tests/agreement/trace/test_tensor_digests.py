@@ -5,9 +5,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from dreplica.agreement.stage import Stage
 from dreplica.agreement.trace.reader import TENSORS_NAME, RecordedTrace
 from dreplica.agreement.trace.tensor_digests import TensorRecord, find_stages
+from dreplica.state.fingerprint.stage import Stage
 from dreplica.state.stages import tensors_stage
 from tests.agreement.recording import record, stages_of
 

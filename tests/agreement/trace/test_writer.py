@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from dreplica.agreement.agreement import Agreement
-from dreplica.agreement.fingerprint import ALGORITHM
 from dreplica.agreement.trace.writer import Trace
 from dreplica.errors import UsageError
+from dreplica.state.fingerprint.fingerprint import ALGORITHM
 from dreplica.state.stages import tensors_stage
 from tests.agreement.bodies import Job, train_all
 from tests.harness import run_replicas

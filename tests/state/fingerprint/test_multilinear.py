@@ -7,9 +7,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from dreplica.agreement.fingerprint import header
-from dreplica.agreement.multilinear import ALGORITHM, COLUMNS, ROWS, content, digest, mix64, row_keys
-from tests.agreement.test_fingerprint import DTYPES, as_bytes, from_bytes, pattern
+from dreplica.state.fingerprint.fingerprint import header
+from dreplica.state.fingerprint.multilinear import ALGORITHM, COLUMNS, ROWS, content, digest, mix64, row_keys
+from tests.state.fingerprint.test_fingerprint import DTYPES, as_bytes, from_bytes, pattern
 
 BLOCK = 4 * ROWS * COLUMNS
 

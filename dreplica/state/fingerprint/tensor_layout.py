@@ -5,7 +5,7 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor
 
-from dreplica.agreement import multilinear
+from dreplica.state.fingerprint import multilinear
 
 FIELDS = 8
 """int64 numbers that describe a tensor: how many bytes it has; how many of them to load at once (1, 2 or 4; 0 if its

@@ -13,11 +13,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from dreplica.agreement import multilinear
-from dreplica.agreement.device_table import BLOCK_BYTES, describe, programs
+from dreplica.state.fingerprint import multilinear
+from dreplica.state.fingerprint.tensor_layout import BLOCK_BYTES, describe, programs
 from tests.harness import REPOSITORY
 
-device_kernel = pytest.importorskip("dreplica.agreement.device_kernel", reason="needs Triton", exc_type=ImportError)
+device_kernel = pytest.importorskip(
+    "dreplica.state.fingerprint.gpu_kernel", reason="needs Triton", exc_type=ImportError
+)
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 DTYPES = (

@@ -10,8 +10,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dreplica.agreement import multilinear
-from dreplica.agreement.device_table import FIELDS
+from dreplica.state.fingerprint import multilinear
+from dreplica.state.fingerprint.tensor_layout import FIELDS
 
 _GOLDEN = tl.constexpr(multilinear.GOLDEN)
 _COLUMN_SEED = tl.constexpr(multilinear.COLUMN_SEED)

@@ -7,11 +7,11 @@ import pytest
 import torch
 from torch import nn
 
-from dreplica.agreement import multilinear
 from dreplica.agreement.agreement import Agreement
-from dreplica.agreement.device import DeviceHash
-from dreplica.agreement.fingerprint import header
 from dreplica.agreement.hasher import hasher_for
+from dreplica.state.fingerprint import multilinear
+from dreplica.state.fingerprint.fingerprint import header
+from dreplica.state.fingerprint.gpu import DeviceHash
 
 pytestmark = [
     pytest.mark.gpu,

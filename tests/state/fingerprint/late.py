@@ -6,9 +6,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dreplica.agreement.digests import Digests
-from dreplica.agreement.fingerprint import digest_tensor
 from dreplica.agreement.hasher import Hasher
+from dreplica.state.fingerprint.fingerprint import digest_tensor
+from dreplica.state.fingerprint.pending_digests import Digests
 
 
 class LateHasher(Hasher):

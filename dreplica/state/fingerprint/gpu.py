@@ -7,11 +7,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dreplica.agreement import multilinear
-from dreplica.agreement.device_kernel import launch
-from dreplica.agreement.device_table import BLOCK_BYTES, describe, programs
-from dreplica.agreement.digests import Digests
-from dreplica.agreement.fingerprint import header
+from dreplica.state.fingerprint import multilinear
+from dreplica.state.fingerprint.fingerprint import header
+from dreplica.state.fingerprint.gpu_kernel import launch
+from dreplica.state.fingerprint.pending_digests import Digests
+from dreplica.state.fingerprint.tensor_layout import BLOCK_BYTES, describe, programs
 
 _MOST_PLANS = 8
 """Of a step, an evaluation and the final state, with room for batches of another size."""
