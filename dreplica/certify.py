@@ -12,10 +12,10 @@ from rich.console import Console
 
 from dreplica.agreement.trace.reader import Key, RecordedTrace
 from dreplica.config.paths import IMPORT_ROOT
+from dreplica.distributed.signals import ends_are_interrupts
 from dreplica.errors import ExitCode, UsageError
 from dreplica.fresh_folder import fresh_folder
 from dreplica.state.fingerprint.stage import STAGES
-from dreplica.world.signals import ends_are_interrupts
 
 _COMPONENTS = {
     "indices": "the position in the data",

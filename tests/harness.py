@@ -86,7 +86,7 @@ def _enter(
 ) -> None:
     import torch
 
-    from dreplica.world.process_group import open_world
+    from dreplica.distributed.process_group import open_world
 
     torch.set_num_threads(1)
     os.environ |= _rank_environment(replica_id, num_replicas, port)

@@ -10,9 +10,9 @@ from rich.console import Console
 from dreplica.bench.loops import Bench
 from dreplica.bench.measured import Measured, Memory, median_interval, print_measured
 from dreplica.config.load import load_config
+from dreplica.distributed.process_group import World
+from dreplica.distributed.signals import StoppedOnRequest, StopRequest
 from dreplica.errors import UsageError
-from dreplica.world.process_group import World
-from dreplica.world.signals import StoppedOnRequest, StopRequest
 from tests.fixtures import SMALL
 from tests.harness import run_replicas
 

@@ -10,9 +10,9 @@ from collections.abc import Callable
 import pytest
 
 import dreplica
+from dreplica.distributed.signals import ended_once_told, stop_signals
 from dreplica.errors import ExitCode
 from dreplica.run.process import run_process
-from dreplica.world.signals import ended_once_told, stop_signals
 
 
 def told_to_stop_early() -> ExitCode:

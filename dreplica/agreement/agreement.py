@@ -13,8 +13,8 @@ from dreplica.agreement.reference import Apart, Reference, ReferenceDiffers
 from dreplica.agreement.subject import Batch, Expect, Models, Subject
 from dreplica.agreement.trace.writer import Trace
 from dreplica.agreement.verdict.verdict import Divergence, Verdict
+from dreplica.distributed.channel import Channel, gloo_channel
 from dreplica.state.stages import STAGES, Entry, Optimizers, Stage, batch_entries, make_stage
-from dreplica.world.channel import Channel, gloo_channel
 
 log = logging.getLogger(__name__)
 

@@ -8,8 +8,8 @@ from dreplica.agreement.reference import Apart, Reference, describe_apart
 from dreplica.agreement.trace.writer import Trace
 from dreplica.agreement.verdict.location import describe, describe_algorithms
 from dreplica.agreement.verdict.verdict import Verdict
+from dreplica.distributed.channel import Channel, Posted
 from dreplica.state.fingerprint.stage import Stage
-from dreplica.world.channel import Channel, Posted
 
 
 @dataclass

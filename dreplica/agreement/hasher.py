@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from dreplica.distributed.channel import Channel
 from dreplica.state.fingerprint import multilinear
 from dreplica.state.fingerprint.fingerprint import ALGORITHM, WITH_MEMORY, num_bytes
 from dreplica.state.fingerprint.pending_digests import Digests
 from dreplica.state.stages import Entry, Stage, digest_entry, with_distinct_names
-from dreplica.world.channel import Channel
 
 if TYPE_CHECKING:
     from dreplica.state.fingerprint.gpu import DeviceHash

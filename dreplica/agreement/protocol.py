@@ -15,8 +15,8 @@ import xxhash
 from torch import Tensor
 
 from dreplica.agreement.verdict.location import Place, first_difference
+from dreplica.distributed.channel import Channel, Posted
 from dreplica.state.stages import Stage
-from dreplica.world.channel import Channel, Posted
 
 MESSAGE_BYTES = 40
 

@@ -26,6 +26,8 @@ from dreplica.data.coordinator import Coordinator
 from dreplica.data.loader import normalize
 from dreplica.data.prepare import prepare_data
 from dreplica.data.samples import DataSets, at_epoch, by_itself, normalization
+from dreplica.distributed.process_group import World
+from dreplica.distributed.signals import StoppedOnRequest, StopRequest
 from dreplica.errors import UsageError
 from dreplica.replica.build import build_replica
 from dreplica.run.run import AGREEMENT_LAG
@@ -37,8 +39,6 @@ from dreplica.training.events import StepDone
 from dreplica.training.history import History
 from dreplica.training.loop import train
 from dreplica.training.step import forward, make_scaler
-from dreplica.world.process_group import World
-from dreplica.world.signals import StoppedOnRequest, StopRequest
 
 
 class Bench:

@@ -7,10 +7,10 @@ from rich.console import Console
 
 from dreplica.bench.loops import Bench
 from dreplica.bench.measured import print_measured
+from dreplica.distributed.process_group import World
+from dreplica.distributed.signals import StoppedOnRequest, StopRequest
 from dreplica.errors import ExitCode
 from dreplica.run.bootstrap import Prepared, meet
-from dreplica.world.process_group import World
-from dreplica.world.signals import StoppedOnRequest, StopRequest
 
 
 def work(argv: Sequence[str]) -> ExitCode:

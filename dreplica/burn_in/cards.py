@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from dreplica.agreement.verdict.verdict import Verdict
+from dreplica.distributed.liveness import Lost
 from dreplica.environment.hardware import ask_nvidia_smi
-from dreplica.world.roll_call import Lost
 
 HARDWARE = ("transient-fault", "persistent-fault")
 """Causes for which a card, or its host's memory, answers."""

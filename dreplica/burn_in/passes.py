@@ -8,13 +8,13 @@ from dreplica.agreement.trace.writer import Trace
 from dreplica.agreement.verdict.verdict import Verdict
 from dreplica.burn_in.cards import PassDone
 from dreplica.diagnosis.conclude import replica_lost
+from dreplica.distributed.liveness import Lost
+from dreplica.distributed.process_group import World
+from dreplica.distributed.signals import StopRequest
 from dreplica.environment.determinism import apply_determinism
 from dreplica.run.bootstrap import Prepared
 from dreplica.run.run import Run
 from dreplica.training.events import Stopped
-from dreplica.world.process_group import World
-from dreplica.world.roll_call import Lost
-from dreplica.world.signals import StopRequest
 
 
 class Pass(Run):

@@ -20,14 +20,14 @@ from dreplica.burn_in.job import check_job, job_of, pass_of
 from dreplica.burn_in.passes import Pass
 from dreplica.burn_in.record import CONFIG_NAME, Ended, Record
 from dreplica.burn_in.table import PassLines, print_account
+from dreplica.distributed.liveness import exit_code_of, is_to_tell, who_is_lost
+from dreplica.distributed.process_group import World
+from dreplica.distributed.signals import StopRequest
 from dreplica.environment.manifest import collect_manifest
 from dreplica.errors import ExitCode, UsageError
 from dreplica.report.terminal import Screen
 from dreplica.run.bootstrap import Prepared, end_at_once, meet
-from dreplica.world.process_group import World
-from dreplica.world.roll_call import exit_code_of, is_to_tell, who_is_lost
 from dreplica.world.run_folder import create_run_folder
-from dreplica.world.signals import StopRequest
 
 log = logging.getLogger(__name__)
 

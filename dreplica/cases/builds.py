@@ -14,9 +14,9 @@ from torch.optim.lr_scheduler import StepLR
 from torch.utils.data import DataLoader
 
 from dreplica.config.components import build_criterion, build_optimizer
+from dreplica.distributed.process_group import env_rank
 from dreplica.replica.build import build_model
 from dreplica.state.replica import Replica
-from dreplica.world.process_group import env_rank
 
 if TYPE_CHECKING:
     from dreplica.config.schema import RunConfig

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from dreplica.data.datasets import DataConfig, Sample, TensorImages
-from dreplica.world.process_group import env_rank
+from dreplica.distributed.process_group import env_rank
 
 Sets = tuple[TensorImages, TensorImages, int]
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from dreplica.cases.operators import racy_sum
-from dreplica.world.process_group import env_rank
+from dreplica.distributed.process_group import env_rank
 
 
 def tiny_cnn(num_classes: int) -> nn.Sequential:

@@ -13,9 +13,9 @@ from rich.table import Table
 
 from dreplica.background import run_in_background
 from dreplica.cases.case import Case, find_cases
+from dreplica.distributed.signals import ends_are_interrupts
 from dreplica.errors import ExitCode
 from dreplica.fresh_folder import fresh_folder
-from dreplica.world.signals import ends_are_interrupts
 
 _PLACE = ("step", "stage", "tensor", "operator", "suspects")
 """What the table shows of a verdict besides its cause."""

@@ -7,8 +7,8 @@ Under one torchrun all workers have one command line, so this puts the other one
 import sys
 from typing import NoReturn
 
+from dreplica.distributed.process_group import env_rank
 from dreplica.worker import main as work
-from dreplica.world.process_group import env_rank
 
 
 def main() -> NoReturn:

@@ -6,7 +6,7 @@ import numpy
 import torch
 from torch import Tensor
 
-from dreplica.world.channel import Channel
+from dreplica.distributed.channel import Channel
 
 WINDOW = 256
 """Batches in a window. The next one is sent when a window is begun, so a loader may read ahead less than that far."""

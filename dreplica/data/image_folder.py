@@ -13,8 +13,8 @@ from dreplica.data.images import ImageFiles, Images
 from dreplica.data.sample_weights import make_weights
 from dreplica.data.samples import DataSets, digest_files
 from dreplica.data.split import split_indices
+from dreplica.distributed.process_group import env_rank
 from dreplica.errors import UsageError
-from dreplica.world.process_group import env_rank
 
 log = logging.getLogger(__name__)
 

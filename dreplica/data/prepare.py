@@ -9,8 +9,8 @@ from dreplica.data.datasets import load_data
 from dreplica.data.samples import DataSets
 from dreplica.data.sharing import keep_and_share, keep_on_device
 from dreplica.data.skip import leave_out_unreadable
+from dreplica.distributed.process_group import World
 from dreplica.errors import UsageError
-from dreplica.world.process_group import World
 
 log = logging.getLogger(__name__)
 

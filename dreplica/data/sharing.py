@@ -15,9 +15,9 @@ from dreplica.data.device_cache import OnDevice, Store
 from dreplica.data.images import Images
 from dreplica.data.samples import DataSets, Kept, Place
 from dreplica.data.shelf import Item, Key, Shelf
+from dreplica.distributed.process_group import World
 from dreplica.environment.hardware import available_memory, spell_size
 from dreplica.errors import UsageError
-from dreplica.world.process_group import World
 
 log = logging.getLogger(__name__)
 

@@ -10,8 +10,8 @@ from torch.utils.data import DataLoader, Dataset
 
 from dreplica.data.loader import leave_the_group
 from dreplica.data.samples import DataSets, at_epoch, load_sample
+from dreplica.distributed.channel import Channel
 from dreplica.errors import SharedUsageError, UsageError
-from dreplica.world.channel import Channel
 
 log = logging.getLogger(__name__)
 

@@ -17,8 +17,8 @@ from dreplica.data.images import Images
 from dreplica.data.sample_weights import make_weights
 from dreplica.data.samples import IMAGENET_MEAN, IMAGENET_STD, DataSets
 from dreplica.data.split import split_indices
+from dreplica.distributed.once_per_node import once_per_node
 from dreplica.errors import UsageError
-from dreplica.world.once_per_node import once_per_node
 
 log = logging.getLogger(__name__)
 

@@ -5,12 +5,12 @@ from typing import Any
 
 import torch
 
-from dreplica.diagnosis.attempt import attempt
+from dreplica.distributed.attempt import attempt
+from dreplica.distributed.channel import Channel
 from dreplica.state.replica import Parts
 from dreplica.state.rng import get_rng_state, set_rng_state
 from dreplica.state.snapshot import state_tensors
 from dreplica.state.tensors import overwrite
-from dreplica.world.channel import Channel
 
 Shape = tuple[str, tuple[int, ...], str]
 """Of a tensor: its name, shape and dtype."""

@@ -11,7 +11,6 @@ from torch.utils.data import Dataset, default_collate
 
 from dreplica.agreement.verdict.verdict import Verdict
 from dreplica.data.samples import describe
-from dreplica.diagnosis.attempt import AttemptFailed, attempt
 from dreplica.diagnosis.conclude import RunFacts
 from dreplica.diagnosis.decide import decide
 from dreplica.diagnosis.in_full import add, compare_outputs, doubt_moved, doubt_struck
@@ -20,12 +19,13 @@ from dreplica.diagnosis.operators import OpRecord
 from dreplica.diagnosis.path import measure_path
 from dreplica.diagnosis.replay import Repeats, Replayed, Replayer
 from dreplica.diagnosis.witness import Decision, Witness, could_have_made, difference_behind, first_difference
+from dreplica.distributed.attempt import AttemptFailed, attempt
+from dreplica.distributed.channel import Channel
 from dreplica.environment.determinism import numerics_flags
 from dreplica.environment.manifest import Difference, compare_values
 from dreplica.state.rng import seed_generators
 from dreplica.state.stages import Stage, batch_stage, tensors_stage
 from dreplica.training.history import History, StepEntry
-from dreplica.world.channel import Channel
 
 
 def can_replay(found: Verdict, history: History) -> bool:

@@ -7,9 +7,9 @@ from torch import Tensor
 
 from dreplica.diagnosis.elements import compare_elements
 from dreplica.diagnosis.provenance import optimizer_tensors
+from dreplica.distributed.channel import Channel
 from dreplica.state.replica import Replica
 from dreplica.state.stages import named_buffers, named_weights
-from dreplica.world.channel import Channel
 
 Distance = dict[str, dict[str, list[float | int | None]]]
 """Stage to {"max_ulp": one per replica, "l2": one per replica}, each against replica 0."""

@@ -8,14 +8,14 @@ from torch import Tensor
 
 from dreplica.agreement.verdict.verdict import Verdict
 from dreplica.diagnosis.arbitrate import Arbitration, arbitrate
-from dreplica.diagnosis.attempt import AttemptFailed, attempt
 from dreplica.diagnosis.elements import Difference, compare_elements
 from dreplica.diagnosis.operators import Captured
 from dreplica.diagnosis.replay import Repeats, Replayer
 from dreplica.diagnosis.struck import MOST_STRUCK_BITS
 from dreplica.diagnosis.witness import Decision
+from dreplica.distributed.attempt import AttemptFailed, attempt
+from dreplica.distributed.channel import Channel
 from dreplica.state.stages import Stage
-from dreplica.world.channel import Channel
 
 _FEW_BITS = 8
 """As many may flip anywhere at once; more of them only if they lie scattered over a tensor."""

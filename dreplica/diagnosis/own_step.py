@@ -11,7 +11,6 @@ from dreplica.agreement.agreement import Batch
 from dreplica.agreement.subject import Models, Subject
 from dreplica.agreement.verdict.location import describe, first_difference
 from dreplica.agreement.verdict.verdict import Verdict, split_into_classes
-from dreplica.diagnosis.attempt import AttemptFailed, attempt
 from dreplica.diagnosis.common_state import differing_shapes, shapes, share_state
 from dreplica.diagnosis.conclude import RunFacts, conclude
 from dreplica.diagnosis.decide import decide
@@ -23,11 +22,12 @@ from dreplica.diagnosis.repeated import NO_INDICES, Repeated
 from dreplica.diagnosis.replay import Replayed
 from dreplica.diagnosis.witness import Decision, Witness, could_have_made, difference_behind, first_stage
 from dreplica.diagnosis.witness import first_difference as first_operator
+from dreplica.distributed.attempt import AttemptFailed, attempt
+from dreplica.distributed.channel import Channel, gloo_channel
+from dreplica.distributed.process_group import World
 from dreplica.environment.device import Device
 from dreplica.environment.manifest import Difference, collect_manifest, compare_manifests
 from dreplica.state.stages import STAGES, Optimizers, Stage
-from dreplica.world.channel import Channel, gloo_channel
-from dreplica.world.process_group import World
 
 _COLLECTIVES = ("c10d.", "_c10d_functional.")
 

@@ -6,13 +6,13 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from dreplica.diagnosis.attempt import AttemptFailed, attempt
 from dreplica.diagnosis.elements import compare_elements
 from dreplica.diagnosis.operators import OpRecord
 from dreplica.diagnosis.replay import Replayer
 from dreplica.diagnosis.sampler import OutputSampler
 from dreplica.diagnosis.witness import Decision
-from dreplica.world.channel import Channel
+from dreplica.distributed.attempt import AttemptFailed, attempt
+from dreplica.distributed.channel import Channel
 
 T = TypeVar("T")
 

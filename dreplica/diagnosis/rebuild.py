@@ -6,10 +6,10 @@ from dataclasses import dataclass
 from dreplica.agreement.verdict.verdict import Verdict
 from dreplica.diagnosis.operators import OpRecord, OpTracer
 from dreplica.diagnosis.witness import OpDifference, first_difference
+from dreplica.distributed.channel import Channel
 from dreplica.state.replica import Replica
 from dreplica.state.rng import get_rng_state, seed_generators, set_rng_state
 from dreplica.state.stages import buffers_stage, rng_stage, weights_stage
-from dreplica.world.channel import Channel
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,8 @@ from rich.console import Console
 from rich.markup import escape
 
 from dreplica.config.schema import WorldConfig
+from dreplica.distributed.channel import Channel
+from dreplica.distributed.process_group import World
 from dreplica.doctor.check import Check
 from dreplica.doctor.gpus import check_gpus
 from dreplica.doctor.judge import first_difference, judge_devices, judge_flags, judge_joining, judge_probes
@@ -25,8 +27,6 @@ from dreplica.doctor.trial import MARK
 from dreplica.environment.device import bind_device
 from dreplica.environment.manifest import collect_manifest
 from dreplica.errors import ExitCode
-from dreplica.world.channel import Channel
-from dreplica.world.process_group import World
 
 _PROCESSES = 2
 _SECONDS = 180.0

@@ -13,11 +13,11 @@ import torch
 from torch import nn
 
 from dreplica.config.schema import DeterminismConfig
+from dreplica.distributed.process_group import env_rank, open_world
 from dreplica.doctor.machine import threads_follow_the_load
 from dreplica.doctor.probes import run_probes
 from dreplica.environment.determinism import apply_determinism, numerics_flags, set_environment
 from dreplica.state.fingerprint.fingerprint import fingerprint
-from dreplica.world.process_group import env_rank, open_world
 
 JOIN_SECONDS = 30.0
 MARK = "dreplica-doctor: "

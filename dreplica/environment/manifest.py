@@ -16,9 +16,9 @@ import torch
 import xxhash
 
 from dreplica.config.paths import PACKAGE_ROOT
+from dreplica.distributed.process_group import World
 from dreplica.environment.determinism import numerics_flags
 from dreplica.environment.device import Device
-from dreplica.world.process_group import World
 
 # A field of these may differ between replicas without an error; it stays in the record as a suspect.
 _MAY_DIFFER = {

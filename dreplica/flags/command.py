@@ -10,6 +10,7 @@ from rich.console import Console
 
 from dreplica.config.load import load_config
 from dreplica.config.schema import AgreementConfig, RunConfig
+from dreplica.distributed.signals import ends_are_interrupts
 from dreplica.environment.hardware import cpu_limit
 from dreplica.errors import ExitCode, UsageError
 from dreplica.flags.measure import Measurements, TrialFailed
@@ -17,7 +18,6 @@ from dreplica.flags.study import Study, investigate
 from dreplica.flags.tell import print_study
 from dreplica.fresh_folder import fresh_folder
 from dreplica.state.rng import shares_model_seed
-from dreplica.world.signals import ends_are_interrupts
 
 
 def find_flags(

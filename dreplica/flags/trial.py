@@ -32,6 +32,9 @@ from dreplica.config.schema import DeterminismConfig
 from dreplica.data.coordinator import Coordinator
 from dreplica.diagnosis.against_reference import AgainstReference
 from dreplica.diagnosis.raises import is_refusal
+from dreplica.distributed.liveness import ReplicaLost
+from dreplica.distributed.process_group import World
+from dreplica.distributed.signals import StoppedOnRequest, StopRequest
 from dreplica.environment.determinism import apply_determinism
 from dreplica.errors import ExitCode, UsageError
 from dreplica.flags.refusal import describe_refusal, describe_unrun
@@ -42,9 +45,6 @@ from dreplica.run.setup import Concluded, Preparation
 from dreplica.training.events import EpochDone, StepDone, Stopped
 from dreplica.training.history import History
 from dreplica.training.loop import train
-from dreplica.world.process_group import World
-from dreplica.world.roll_call import ReplicaLost
-from dreplica.world.signals import StoppedOnRequest, StopRequest
 
 Events = Generator[StepDone | EpochDone | Stopped, None, None]
 

@@ -22,13 +22,13 @@ from dreplica.config.components import (
 )
 from dreplica.config.imports import call_function
 from dreplica.config.messages import nearest
+from dreplica.distributed.channel import Channel
 from dreplica.errors import UsageError
 from dreplica.replica.pretrained import load_pretrained
 from dreplica.replica.published import arguments_for, cached, find_published, is_file
 from dreplica.state.replica import Replica
 from dreplica.state.rng import get_rng_state, set_rng_state
 from dreplica.state.tensors import overwrite
-from dreplica.world.channel import Channel
 
 if TYPE_CHECKING:
     from dreplica.config.schema import RunConfig

@@ -16,9 +16,9 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn.modules.utils import consume_prefix_in_state_dict_if_present
 
+from dreplica.distributed.process_group import env_rank
 from dreplica.errors import UsageError
 from dreplica.replica.published import WEIGHTS_SUFFIXES, check_hash, fetch, is_file
-from dreplica.world.process_group import env_rank
 
 log = logging.getLogger(__name__)
 

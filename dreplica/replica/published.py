@@ -17,8 +17,8 @@ import torch
 import torchvision
 
 from dreplica.config.messages import nearest
+from dreplica.distributed.once_per_node import once_per_node
 from dreplica.errors import UsageError
-from dreplica.world.once_per_node import once_per_node
 
 log = logging.getLogger(__name__)
 

@@ -15,6 +15,8 @@ from rich.console import Console
 from dreplica.agreement.verdict.verdict import Verdict
 from dreplica.config.schema import ReportConfig, RunFolderConfig
 from dreplica.diagnosis.conclude import replica_lost
+from dreplica.distributed.liveness import Lost, describe_failure, is_to_tell
+from dreplica.distributed.process_group import World
 from dreplica.environment.manifest import card_of, compare_values
 from dreplica.errors import UsageError
 from dreplica.report.html import FILE_NAME, write_report
@@ -23,8 +25,6 @@ from dreplica.report.run_report import RunReport, append_metrics, read_metrics, 
 from dreplica.report.sinks import Sinks
 from dreplica.report.terminal import print_report
 from dreplica.training.events import EpochDone
-from dreplica.world.process_group import World
-from dreplica.world.roll_call import Lost, describe_failure, is_to_tell
 from dreplica.world.run_folder import FolderLock, create_run_folder, newest_run_folder
 
 log = logging.getLogger(__name__)

@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from dreplica.config.schema import ReportConfig
+from dreplica.distributed.liveness import describe_failure
 from dreplica.errors import UsageError
 from dreplica.report.run_report import RunReport
 from dreplica.state.rng import get_rng_state, set_rng_state
 from dreplica.training.events import EpochDone
-from dreplica.world.roll_call import describe_failure
 
 log = logging.getLogger(__name__)
 

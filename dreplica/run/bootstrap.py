@@ -10,12 +10,12 @@ from typing import NoReturn
 
 from dreplica.config.load import load_config
 from dreplica.config.schema import RunConfig
+from dreplica.distributed.log_setup import set_up_logging
+from dreplica.distributed.process_group import World, env_num_replicas, env_rank, open_world
+from dreplica.distributed.signals import StopRequest, stop_signals
 from dreplica.environment.determinism import apply_determinism, set_environment
 from dreplica.environment.device import Device, bind_device
 from dreplica.errors import ExitCode, SharedUsageError, UsageError
-from dreplica.world.logs import set_up_logging
-from dreplica.world.process_group import World, env_num_replicas, env_rank, open_world
-from dreplica.world.signals import StopRequest, stop_signals
 
 log = logging.getLogger(__name__)
 

@@ -14,18 +14,18 @@ from dreplica.data.coordinator import Coordinator
 from dreplica.data.loader import Batch, load_again
 from dreplica.data.samples import DataSets, at_epoch, by_itself
 from dreplica.diagnosis.against_reference import AgainstReference
-from dreplica.diagnosis.attempt import AttemptFailed, attempt
 from dreplica.diagnosis.conclude import RunFacts, conclude, conclude_build
 from dreplica.diagnosis.diagnose import Judge, can_replay, diagnose
 from dreplica.diagnosis.rebuild import explain_build, rebuild
 from dreplica.diagnosis.replay import Replayer
 from dreplica.diagnosis.witness import Decision
+from dreplica.distributed.attempt import AttemptFailed, attempt
+from dreplica.distributed.channel import Channel
 from dreplica.replica.build import build_replica
 from dreplica.state.plain_state import PlainState
 from dreplica.state.replica import Replica
 from dreplica.training.fault_injection import Injector
 from dreplica.training.history import History, StepEntry
-from dreplica.world.channel import Channel
 
 log = logging.getLogger(__name__)
 

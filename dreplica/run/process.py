@@ -8,8 +8,8 @@ from collections.abc import Callable
 from typing import NoReturn
 
 from dreplica import exit_codes
+from dreplica.distributed.signals import hold_signals
 from dreplica.errors import ExitCode
-from dreplica.world.signals import hold_signals
 
 
 def run_process(work: Callable[[], ExitCode]) -> NoReturn:

@@ -19,8 +19,8 @@ from dreplica.agreement.trace.run_metadata import (
 from dreplica.agreement.verdict.verdict import Verdict
 from dreplica.config.schema import RunConfig
 from dreplica.diagnosis.against_reference import AgainstReference
+from dreplica.distributed.process_group import World
 from dreplica.errors import UsageError
-from dreplica.world.process_group import World
 
 log = logging.getLogger(__name__)
 

@@ -19,6 +19,9 @@ from dreplica.agreement.verdict.verdict import Divergence, Verdict
 from dreplica.diagnosis import conclude as diagnosis
 from dreplica.diagnosis.distance import measure_distance
 from dreplica.diagnosis.learning import LearningWatch
+from dreplica.distributed.liveness import Lost, ReplicaLost, exit_code_of, who_is_lost
+from dreplica.distributed.process_group import World
+from dreplica.distributed.signals import StopRequest
 from dreplica.errors import ExitCode, UsageError
 from dreplica.report.recorder import Recorder
 from dreplica.report.run_report import RunReport
@@ -35,9 +38,6 @@ from dreplica.training.fault_injection import FaultyCoordinator
 from dreplica.training.history import History
 from dreplica.training.loop import train
 from dreplica.training.seed_spread import measure_spread
-from dreplica.world.process_group import World
-from dreplica.world.roll_call import Lost, ReplicaLost, exit_code_of, who_is_lost
-from dreplica.world.signals import StopRequest
 
 log = logging.getLogger(__name__)
 

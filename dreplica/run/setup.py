@@ -12,6 +12,7 @@ from dreplica.data.prepare import prepare_data
 from dreplica.data.samples import DataSets
 from dreplica.diagnosis import conclude as diagnosis
 from dreplica.diagnosis.conclude import BuildFacts, RunFacts
+from dreplica.distributed.process_group import World
 from dreplica.environment.manifest import collect_manifest, compare_manifests, compare_values
 from dreplica.replica.build import broadcast_state, build_replica, weights_digest
 from dreplica.replica.wiring import WiringError, check_wiring
@@ -22,7 +23,6 @@ from dreplica.state.stages import rng_stage
 from dreplica.training.fault_injection import Injector
 from dreplica.training.preflight import check_image_size, check_smallest_part
 from dreplica.training.step import check_criterion_weighs, make_scaler
-from dreplica.world.process_group import World
 
 log = logging.getLogger(__name__)
 

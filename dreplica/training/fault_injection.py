@@ -16,10 +16,10 @@ from torch.utils._pytree import tree_leaves
 from dreplica.config.messages import nearest
 from dreplica.config.schema import FaultConfig
 from dreplica.data.coordinator import Coordinator, IndexStream
+from dreplica.distributed.channel import Channel
 from dreplica.errors import UsageError
 from dreplica.state.replica import Replica
 from dreplica.state.stages import named_buffers, named_weights, plain_name
-from dreplica.world.channel import Channel
 
 _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 _MT19937_STATE = slice(24, 24 + 624 * 8)

@@ -12,14 +12,14 @@ from dreplica.agreement.agreement import Agreement
 from dreplica.data.coordinator import Coordinator
 from dreplica.data.loader import Labels, load_batches
 from dreplica.data.samples import DataSets, at_epoch
+from dreplica.distributed.process_group import World
+from dreplica.distributed.signals import StopRequest
 from dreplica.state.progress import Position
 from dreplica.state.replica import Replica
 from dreplica.training.evaluate import Evaluation, Tally, evaluate
 from dreplica.training.events import PhaseTimer
 from dreplica.training.history import History, StepEntry
 from dreplica.training.step import reduction_of, training_step
-from dreplica.world.process_group import World
-from dreplica.world.signals import StopRequest
 
 if TYPE_CHECKING:
     from dreplica.config.schema import RunConfig

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dreplica.distributed.channel import Channel
 from dreplica.training.evaluate import Evaluation
-from dreplica.world.channel import Channel
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from dreplica.agreement.agreement import Agreement
 from dreplica.agreement.hasher import Hasher
 from dreplica.agreement.trace.writer import Trace
 from dreplica.agreement.verdict.verdict import Divergence, Verdict
-from dreplica.world.process_group import World
+from dreplica.distributed.process_group import World
 from tests.state.fingerprint.late import LateHasher
 
 

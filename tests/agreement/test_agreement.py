@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from dreplica.agreement.agreement import Agreement
 from dreplica.agreement.verdict.verdict import Verdict
-from dreplica.world.process_group import World
+from dreplica.distributed.process_group import World
 from tests.agreement.bodies import TENSOR, Fault, Job, Result, seed_everything, train_all
 from tests.harness import run_replicas
 

@@ -17,9 +17,9 @@ from dreplica.agreement.agreement import Agreement
 from dreplica.agreement.protocol import fold
 from dreplica.agreement.trace.writer import Trace
 from dreplica.agreement.verdict.verdict import Divergence, Verdict
+from dreplica.distributed.liveness import ReplicaLost
+from dreplica.distributed.process_group import World
 from dreplica.state.stages import optimizer_stage
-from dreplica.world.process_group import World
-from dreplica.world.roll_call import ReplicaLost
 from tests.agreement.bodies import seed_everything, tiny_model
 from tests.harness import run_replicas
 

@@ -12,7 +12,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from dreplica.agreement.agreement import Agreement
 from dreplica.agreement.verdict.verdict import Verdict
-from dreplica.world.process_group import World
+from dreplica.distributed.process_group import World
 from tests.agreement.bodies import flip_bit, seed_everything
 from tests.harness import run_replicas
 

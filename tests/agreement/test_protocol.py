@@ -10,8 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dreplica.agreement import protocol
+from dreplica.distributed.process_group import World
 from dreplica.state.stages import Stage, tensors_stage
-from dreplica.world.process_group import World
 from tests.harness import run_replicas
 
 HALVES = st.one_of(st.sampled_from([0, 1, -1, -(2**63), 2**63 - 1]), st.integers(-(2**63), 2**63 - 1))

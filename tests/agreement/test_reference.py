@@ -15,8 +15,8 @@ from dreplica.agreement.reference import Reference, ReferenceDiffers
 from dreplica.agreement.trace.reader import TRACE_NAME
 from dreplica.agreement.trace.writer import Trace
 from dreplica.agreement.verdict.verdict import Verdict
+from dreplica.distributed.process_group import World
 from dreplica.state.rng import seed_generators
-from dreplica.world.process_group import World
 from tests.harness import run_replicas
 
 

@@ -11,8 +11,8 @@ import dreplica
 from dreplica.agreement.agreement import Agreement
 from dreplica.agreement.subject import Subject
 from dreplica.agreement.verdict.verdict import Verdict
+from dreplica.distributed.process_group import World
 from dreplica.state.stages import batch_stage, gradients_stage, optimizer_stage
-from dreplica.world.process_group import World
 from tests.agreement.bodies import flip_bit, seed_everything, tiny_model
 from tests.harness import run_replicas
 

@@ -25,6 +25,8 @@ from dreplica.data.datasets import DataSets, load_data
 from dreplica.data.loader import Batch
 from dreplica.diagnosis.conclude import RunFacts
 from dreplica.diagnosis.operators import OpTracer
+from dreplica.distributed.process_group import World, open_world
+from dreplica.distributed.signals import StopRequest
 from dreplica.environment.determinism import apply_determinism
 from dreplica.replica.build import build_replica
 from dreplica.run.explain import Explainer
@@ -35,8 +37,6 @@ from dreplica.training.fault_injection import FaultyCoordinator, Injector
 from dreplica.training.history import History
 from dreplica.training.loop import train
 from dreplica.training.step import training_step
-from dreplica.world.process_group import World, open_world
-from dreplica.world.signals import StopRequest
 
 CPU = torch.device("cpu")
 

@@ -22,6 +22,8 @@ from dreplica.agreement.verdict.verdict import Divergence, Verdict
 from dreplica.config.schema import DeterminismConfig, FaultConfig, RunConfig, WorldConfig
 from dreplica.data.datasets import DataSets, load_data
 from dreplica.diagnosis.conclude import RunFacts
+from dreplica.distributed.process_group import World, open_world
+from dreplica.distributed.signals import StopRequest
 from dreplica.environment.determinism import apply_determinism, set_environment
 from dreplica.environment.device import bind_device
 from dreplica.replica.build import build_replica
@@ -32,8 +34,6 @@ from dreplica.state.rng import seed_generators
 from dreplica.training.fault_injection import FaultyCoordinator, Injector, struck_tensor
 from dreplica.training.history import History
 from dreplica.training.loop import train
-from dreplica.world.process_group import World, open_world
-from dreplica.world.signals import StopRequest
 
 TARGETS = ("weights", "gradients", "buffers", "optimizer", "batch", "indices", "activation", "rng")
 STAGES_OF = {target: (target,) for target in TARGETS} | {"activation": ("buffers", "output", "gradients")}

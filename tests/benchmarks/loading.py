@@ -39,15 +39,15 @@ from dreplica.data.images import Images
 from dreplica.data.loader import load_batches, normalize
 from dreplica.data.prepare import prepare_data
 from dreplica.data.samples import DataSets, at_epoch
+from dreplica.distributed.channel import Channel
+from dreplica.distributed.process_group import World
+from dreplica.distributed.signals import StopRequest
 from dreplica.environment.determinism import apply_determinism
 from dreplica.replica.build import build_replica
 from dreplica.run.run import AGREEMENT_LAG
 from dreplica.state.rng import seed_generators
 from dreplica.training.history import History
 from dreplica.training.loop import train
-from dreplica.world.channel import Channel
-from dreplica.world.process_group import World
-from dreplica.world.signals import StopRequest
 from tests.data.pictures import CLASSES, photographs
 from tests.harness import run_replicas
 

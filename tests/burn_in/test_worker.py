@@ -21,12 +21,12 @@ from dreplica.burn_in import worker
 from dreplica.burn_in.cards import PassDone
 from dreplica.burn_in.worker import BurnIn, Until
 from dreplica.cli import main
+from dreplica.distributed.process_group import World
+from dreplica.distributed.signals import StopRequest, stop_signals
 from dreplica.errors import ExitCode, UsageError
 from dreplica.run.bootstrap import end_unusable, prepare
 from dreplica.state.replica import Replica
 from dreplica.training.checkpoint.manager import Checkpoints
-from dreplica.world.process_group import World
-from dreplica.world.signals import StopRequest, stop_signals
 from tests.fixtures import SMALL
 from tests.harness import REPOSITORY, environment, run_job, run_replicas
 

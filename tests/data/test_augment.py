@@ -19,9 +19,9 @@ from dreplica.data.coordinator import Coordinator
 from dreplica.data.images import Images
 from dreplica.data.loader import load_batches
 from dreplica.data.samples import at_epoch
+from dreplica.distributed.channel import Channel
 from dreplica.errors import UsageError
 from dreplica.state.stages import rng_stage
-from dreplica.world.channel import Channel
 from tests.data.pictures import cut
 
 CPU = torch.device("cpu")

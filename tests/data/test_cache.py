@@ -15,10 +15,10 @@ from dreplica.data.loader import load_again, load_batches
 from dreplica.data.prepare import prepare_data
 from dreplica.data.samples import DataSets, at_epoch
 from dreplica.data.shelf import Shelf
+from dreplica.distributed.channel import Channel
+from dreplica.distributed.process_group import World
 from dreplica.environment import hardware as memory
 from dreplica.errors import SharedUsageError
-from dreplica.world.channel import Channel
-from dreplica.world.process_group import World
 from tests.data.pictures import make_folder
 from tests.data.test_loader import bytes_of, let_workers_start
 from tests.harness import run_replicas

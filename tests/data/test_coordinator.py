@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 
 from dreplica.data import coordinator
 from dreplica.data.coordinator import Coordinator, IndexStream, draw_order, epoch_generator
-from dreplica.world.channel import Channel
-from dreplica.world.process_group import World
+from dreplica.distributed.channel import Channel
+from dreplica.distributed.process_group import World
 from tests.harness import run_replicas
 
 SIZES = [(1, 1), (1, 5), (7, 1), (8, 2), (9, 2), (24, 2), (25, 2), (40, 3), (41, 40)]

@@ -15,9 +15,9 @@ from dreplica.data import coordinator, loader
 from dreplica.data.coordinator import Coordinator
 from dreplica.data.loader import Batch, load_again, load_batches
 from dreplica.data.samples import SampleError
-from dreplica.world.channel import Channel
-from dreplica.world.process_group import World
-from dreplica.world.roll_call import ReplicaLost
+from dreplica.distributed.channel import Channel
+from dreplica.distributed.liveness import ReplicaLost
+from dreplica.distributed.process_group import World
 from tests.harness import run_replicas
 
 CPU = torch.device("cpu")

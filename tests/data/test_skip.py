@@ -13,10 +13,10 @@ from dreplica.data import skip
 from dreplica.data.datasets import load_data
 from dreplica.data.samples import DataSets, at_epoch, describe
 from dreplica.data.skip import leave_out_unreadable
+from dreplica.distributed.channel import Channel
+from dreplica.distributed.process_group import World
 from dreplica.errors import SharedUsageError
 from dreplica.state.stages import rng_stage
-from dreplica.world.channel import Channel
-from dreplica.world.process_group import World
 from tests.data.pictures import make_folder
 from tests.harness import run_replicas
 

@@ -23,8 +23,8 @@ from dreplica.data.datasets import load_data
 from dreplica.data.loader import load_again
 from dreplica.data.samples import DataSets
 from dreplica.data.torchvision_sets import SETS
+from dreplica.distributed.process_group import World
 from dreplica.errors import UsageError
-from dreplica.world.process_group import World
 from tests.data.pictures import cut
 from tests.harness import run_replicas
 

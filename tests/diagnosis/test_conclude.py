@@ -18,9 +18,9 @@ from dreplica.diagnosis.conclude import (
     replica_lost,
     wiring_fault,
 )
+from dreplica.distributed.liveness import Lost
 from dreplica.environment.manifest import Difference
 from dreplica.replica.wiring import WiringError
-from dreplica.world.roll_call import Lost
 
 TWO = [[0], [1]]
 

@@ -16,11 +16,11 @@ from dreplica.diagnosis.conclude import RunFacts
 from dreplica.diagnosis.diagnose import _approach, can_replay, diagnose, digest_samples, doubt_persistent
 from dreplica.diagnosis.operators import OpRecord
 from dreplica.diagnosis.witness import Decision, OpDifference
+from dreplica.distributed.channel import Channel
+from dreplica.distributed.process_group import World
 from dreplica.state.rng import get_rng_state, seed_generators, set_rng_state
 from dreplica.state.stages import Stage
 from dreplica.training.history import History, StepEntry
-from dreplica.world.channel import Channel
-from dreplica.world.process_group import World
 from tests.diagnosis.test_replay import NUM_STEPS, Trained, everything, load, train, with_adamw, with_momentum
 from tests.harness import run_replicas
 

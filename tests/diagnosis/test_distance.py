@@ -9,9 +9,9 @@ import torch
 from torch import nn
 
 from dreplica.diagnosis.distance import measure_distance
+from dreplica.distributed.channel import Channel
+from dreplica.distributed.process_group import World
 from dreplica.state.replica import Replica
-from dreplica.world.channel import Channel
-from dreplica.world.process_group import World
 from tests.harness import run_replicas
 
 

@@ -13,8 +13,8 @@ from dreplica.diagnosis.elements import Difference, compare_elements
 from dreplica.diagnosis.in_full import compare, compare_outputs, was_written
 from dreplica.diagnosis.operators import OpTracer
 from dreplica.diagnosis.witness import Decision, OpDifference
+from dreplica.distributed.process_group import World
 from dreplica.training.fault_injection import flip_bits
-from dreplica.world.process_group import World
 from tests.harness import run_replicas
 
 SEEDED = torch.Generator().manual_seed(0)

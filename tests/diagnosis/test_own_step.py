@@ -16,11 +16,11 @@ import dreplica
 from dreplica.agreement.verdict.verdict import Verdict
 from dreplica.cases.operators import racy_sum
 from dreplica.diagnosis.remedies import as_code
+from dreplica.distributed.channel import Channel
+from dreplica.distributed.liveness import ReplicaLost
+from dreplica.distributed.process_group import World
 from dreplica.state.rng import get_rng_state, seed_generators, set_rng_state
 from dreplica.state.stages import optimizer_stage
-from dreplica.world.channel import Channel
-from dreplica.world.process_group import World
-from dreplica.world.roll_call import ReplicaLost
 from tests.harness import run_replicas
 
 

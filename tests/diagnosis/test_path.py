@@ -12,7 +12,7 @@ from dreplica.diagnosis.operators import OpRecord, OpTracer
 from dreplica.diagnosis.path import measure_path
 from dreplica.diagnosis.sampler import OutputSampler
 from dreplica.diagnosis.witness import Decision
-from dreplica.world.channel import Channel
+from dreplica.distributed.channel import Channel
 from tests.diagnosis.test_replay import indices_of, load, train, with_momentum
 from tests.fixtures import SMALL
 from tests.harness import run_job

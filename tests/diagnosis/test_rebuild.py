@@ -12,10 +12,10 @@ from torch import nn
 
 from dreplica.agreement.verdict.verdict import Verdict
 from dreplica.diagnosis.rebuild import Rebuilt, explain_build, rebuild
+from dreplica.distributed.channel import Channel
 from dreplica.state.replica import Replica
 from dreplica.state.rng import get_rng_state, set_rng_state
 from dreplica.state.stages import rng_stage
-from dreplica.world.channel import Channel
 from tests.fixtures import tiny_model
 
 FOUND = Verdict(False, "unexplained", "parted", step=0, stage="weights", classes=[[0, 2], [1]], evidence=["before"])

@@ -16,10 +16,10 @@ from torch import Tensor, nn
 from dreplica.config.load import load_config
 from dreplica.data.coordinator import draw_order
 from dreplica.data.datasets import load_data
+from dreplica.distributed.process_group import World
 from dreplica.environment.determinism import apply_determinism
 from dreplica.replica.build import build_replica
 from dreplica.state.rng import seed_generators
-from dreplica.world.process_group import World
 from tests.harness import Job, run_job, run_replicas
 
 BASE = (

@@ -13,6 +13,8 @@ import torch
 
 from dreplica.config.paths import PACKAGE_ROOT
 from dreplica.config.schema import DeterminismConfig
+from dreplica.distributed.channel import Channel
+from dreplica.distributed.process_group import World
 from dreplica.environment import manifest as manifest_module
 from dreplica.environment.device import Device
 from dreplica.environment.manifest import (
@@ -23,8 +25,6 @@ from dreplica.environment.manifest import (
     source_digest,
     spell_device,
 )
-from dreplica.world.channel import Channel
-from dreplica.world.process_group import World
 
 WORLD = World(0, 1, Channel(), None, "a-host")
 

@@ -8,13 +8,13 @@ from typing import Any
 import pytest
 
 from dreplica.config.schema import DeterminismConfig
+from dreplica.distributed.process_group import World
+from dreplica.distributed.signals import StopRequest
 from dreplica.errors import ExitCode, UsageError
 from dreplica.flags.flag import STRICT, Variant, closed
 from dreplica.flags.measure import Outcome, describe
 from dreplica.flags.trial import Trial
 from dreplica.run.bootstrap import prepare
-from dreplica.world.process_group import World
-from dreplica.world.signals import StopRequest
 from tests.fixtures import SMALL
 from tests.harness import run_replicas
 

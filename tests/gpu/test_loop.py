@@ -16,6 +16,9 @@ from dreplica.data.coordinator import Coordinator
 from dreplica.data.datasets import DataConfig, TensorImages, load_data
 from dreplica.data.device_cache import Store
 from dreplica.diagnosis.operators import OpTracer
+from dreplica.distributed.channel import Channel
+from dreplica.distributed.process_group import World
+from dreplica.distributed.signals import StopRequest
 from dreplica.replica.build import build_replica
 from dreplica.state.replica import Replica
 from dreplica.state.rng import seed_generators
@@ -26,9 +29,6 @@ from dreplica.training.events import StepDone
 from dreplica.training.history import History
 from dreplica.training.loop import train
 from dreplica.training.step import make_scaler, training_step
-from dreplica.world.channel import Channel
-from dreplica.world.process_group import World
-from dreplica.world.signals import StopRequest
 from tests.fixtures import SMALL, tiny_images
 
 pytestmark = [

@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import nn
 
 from dreplica.agreement.verdict.verdict import Divergence, Verdict
-from dreplica.world.process_group import World
+from dreplica.distributed.process_group import World
 from tests.harness import REPOSITORY, run_replicas
 from tests.library.loops import LOOPS, STEP, Net
 from tests.library.page import examples_of, run

@@ -14,12 +14,12 @@ from torch._inductor import config as inductor_config
 
 from dreplica.config.load import load_config
 from dreplica.config.schema import ModelConfig, RunConfig
+from dreplica.distributed.process_group import World
 from dreplica.errors import UsageError
 from dreplica.replica.build import broadcast_state, build_model, build_replica
 from dreplica.replica.wiring import check_wiring
 from dreplica.state.replica import Replica
 from dreplica.state.rng import get_rng_state, seed_generators
-from dreplica.world.process_group import World
 from tests.fixtures import tiny_model
 from tests.harness import run_replicas
 

@@ -24,13 +24,13 @@ from torchvision.models import ShuffleNet_V2_X0_5_Weights
 
 from dreplica.config.schema import ModelConfig, RunConfig
 from dreplica.diagnosis.rebuild import rebuild
+from dreplica.distributed.process_group import World
 from dreplica.errors import UsageError
 from dreplica.replica import published as published_module
 from dreplica.replica.build import build_model, build_replica, weights_digest
 from dreplica.replica.pretrained import find_head, load_pretrained
 from dreplica.replica.published import arguments_for, find_published
 from dreplica.state.rng import seed_generators
-from dreplica.world.process_group import World
 from tests.fixtures import tiny_model
 from tests.harness import run_job, run_replicas
 

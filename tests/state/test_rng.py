@@ -14,6 +14,8 @@ from torch.utils.data import DataLoader
 from dreplica.config.schema import SeedConfig, check_model_seeds
 from dreplica.data.coordinator import Coordinator, draw_order, epoch_generator
 from dreplica.data.loader import load_batches
+from dreplica.distributed.channel import Channel
+from dreplica.distributed.process_group import World
 from dreplica.errors import UsageError
 from dreplica.state.rng import (
     fresh_seed,
@@ -23,8 +25,6 @@ from dreplica.state.rng import (
     set_rng_state,
     shares_model_seed,
 )
-from dreplica.world.channel import Channel
-from dreplica.world.process_group import World
 from tests.fixtures import tiny_images
 from tests.harness import run_replicas
 

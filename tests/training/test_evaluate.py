@@ -11,10 +11,10 @@ from torch import Tensor, nn
 from dreplica.config.schema import TrainConfig
 from dreplica.data.coordinator import Coordinator
 from dreplica.data.datasets import TensorImages
+from dreplica.distributed.channel import Channel
 from dreplica.state.replica import Replica
 from dreplica.state.rng import seed_generators
 from dreplica.training.evaluate import Evaluation, Tally, evaluate
-from dreplica.world.channel import Channel
 from tests.fixtures import tiny_images, tiny_model
 from tests.state.fingerprint.late import LateHasher
 

@@ -13,12 +13,12 @@ from dreplica.config.schema import FaultConfig, TrainConfig
 from dreplica.data.coordinator import Coordinator
 from dreplica.data.loader import Batch
 from dreplica.diagnosis.operators import OpTracer
+from dreplica.distributed.channel import Channel
 from dreplica.errors import UsageError
 from dreplica.state.replica import Replica
 from dreplica.state.rng import get_rng_state, seed_generators, set_rng_state
 from dreplica.training.fault_injection import FaultyCoordinator, Injector, flip_bits
 from dreplica.training.step import training_step
-from dreplica.world.channel import Channel
 from tests.fixtures import tiny_model
 
 DTYPES = [

@@ -15,14 +15,14 @@ from dreplica.agreement.trace.writer import Trace
 from dreplica.config.schema import RunConfig
 from dreplica.data.coordinator import Coordinator
 from dreplica.data.datasets import load_data
+from dreplica.distributed.process_group import World, open_world
+from dreplica.distributed.signals import StopRequest
 from dreplica.replica.build import build_replica
 from dreplica.state.replica import Replica
 from dreplica.state.rng import seed_generators
 from dreplica.training.events import EpochDone, StepDone, Stopped
 from dreplica.training.history import History
 from dreplica.training.loop import train
-from dreplica.world.process_group import World, open_world
-from dreplica.world.signals import StopRequest
 from tests.harness import run_replicas
 
 CPU = torch.device("cpu")

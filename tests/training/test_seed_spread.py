@@ -5,10 +5,10 @@ from dataclasses import replace
 import pytest
 import torch
 
+from dreplica.distributed.channel import Channel
+from dreplica.distributed.process_group import World
 from dreplica.training.evaluate import Evaluation, Tally
 from dreplica.training.seed_spread import Spread, measure_spread
-from dreplica.world.channel import Channel
-from dreplica.world.process_group import World
 from tests.harness import run_replicas
 
 LABELS = torch.tensor([0, 1, 2, 0])

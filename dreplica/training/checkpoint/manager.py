@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from dreplica.config.schema import CheckpointConfig
+from dreplica.distributed.process_group import World
 from dreplica.errors import SharedUsageError
 from dreplica.state.progress import Position
 from dreplica.state.replica import Replica
@@ -22,7 +23,6 @@ from dreplica.training.checkpoint.file_format import (
     remove_leftovers,
 )
 from dreplica.training.checkpoint.replica_state import attributes_as_built, copy_state, restore_state
-from dreplica.world.process_group import World
 
 log = logging.getLogger(__name__)
 

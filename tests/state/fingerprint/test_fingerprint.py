@@ -15,9 +15,9 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from dreplica.distributed.process_group import World
 from dreplica.state.fingerprint import fingerprint as module
 from dreplica.state.fingerprint.fingerprint import ALGORITHM, digest_bytes, digest_tensor, fingerprint, num_bytes
-from dreplica.world.process_group import World
 from tests.harness import run_replicas
 
 DTYPES = (

@@ -12,9 +12,9 @@ from torch import nn
 from dreplica.agreement import hasher as hashing
 from dreplica.agreement.agreement import Agreement
 from dreplica.agreement.hasher import Hasher
+from dreplica.distributed.process_group import World
 from dreplica.run.run import Run
 from dreplica.state.fingerprint.fingerprint import ALGORITHM
-from dreplica.world.process_group import World
 from tests.agreement.bodies import Fault, Job, Result, train_all
 from tests.harness import run_replicas
 from tests.state.fingerprint.late import LateHasher

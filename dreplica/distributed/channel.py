@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from dreplica.world.roll_call import ReplicaLost, RollCall
+from dreplica.distributed.liveness import ReplicaLost, RollCall
 
 _NAP_SECONDS = (0.00002, 0.002)
 

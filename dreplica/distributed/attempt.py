@@ -3,8 +3,8 @@
 from collections.abc import Callable
 from typing import TypeVar
 
-from dreplica.world.channel import Channel
-from dreplica.world.roll_call import describe_failure
+from dreplica.distributed.channel import Channel
+from dreplica.distributed.liveness import describe_failure
 
 T = TypeVar("T")
 

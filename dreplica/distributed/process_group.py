@@ -11,11 +11,11 @@ from typing import TypeVar
 
 import torch.distributed as dist
 
+from dreplica.distributed.channel import Channel
+from dreplica.distributed.liveness import ReplicaLost, RollCall, describe_failure
+from dreplica.distributed.rendezvous import store_of_this_start
+from dreplica.distributed.signals import ended_once_told
 from dreplica.errors import SharedUsageError, UsageError
-from dreplica.world.channel import Channel
-from dreplica.world.joining import store_of_this_start
-from dreplica.world.roll_call import ReplicaLost, RollCall, describe_failure
-from dreplica.world.signals import ended_once_told
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")

@@ -6,8 +6,8 @@ from collections.abc import Iterator
 
 import pytest
 
-from dreplica.world import signals
-from dreplica.world.signals import stop_signals
+from dreplica.distributed import signals
+from dreplica.distributed.signals import stop_signals
 
 NUMBERS = [signal.SIGTERM, signal.SIGINT, signal.SIGUSR2, signal.SIGHUP]
 

@@ -10,11 +10,11 @@ import torch
 import torch.distributed as dist
 
 from dreplica.config.schema import WorldConfig
+from dreplica.distributed import liveness as roll_call
+from dreplica.distributed.liveness import ReplicaLost, RollCall
+from dreplica.distributed.process_group import World, env_num_replicas, env_rank, open_world
 from dreplica.environment.device import bind_device
 from dreplica.errors import SharedUsageError, UsageError
-from dreplica.world import roll_call
-from dreplica.world.process_group import World, env_num_replicas, env_rank, open_world
-from dreplica.world.roll_call import ReplicaLost, RollCall
 from tests.harness import run_replicas
 
 

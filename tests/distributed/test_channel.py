@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 import torch
 
-from dreplica.world import roll_call
-from dreplica.world.channel import Channel
-from dreplica.world.process_group import World
-from dreplica.world.roll_call import ReplicaLost
+from dreplica.distributed import liveness as roll_call
+from dreplica.distributed.channel import Channel
+from dreplica.distributed.liveness import ReplicaLost
+from dreplica.distributed.process_group import World
 from tests.harness import run_replicas
 
 HANG_SECONDS = 25.0

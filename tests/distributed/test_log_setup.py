@@ -4,7 +4,7 @@ import logging
 
 import pytest
 
-from dreplica.world.logs import set_up_logging
+from dreplica.distributed.log_setup import set_up_logging
 
 
 @pytest.mark.parametrize(

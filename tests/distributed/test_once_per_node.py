@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from dreplica.distributed.once_per_node import once_per_node
+from dreplica.distributed.process_group import World
 from dreplica.errors import UsageError
-from dreplica.world.once_per_node import once_per_node
-from dreplica.world.process_group import World
 from tests.harness import run_replicas
 
 
