@@ -40,7 +40,7 @@ exist, or a value that does not fit, ends the run with exit code 2 and one messa
 """
 _LAUNCH = """
 import sys
-from dreplica.launcher import launch
+from dreplica.distributed.launch.launcher import launch
 sys.exit(launch(sys.argv[1], sys.argv[3:], int(sys.argv[2])))
 """
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, NoReturn, TypeAlias
 from dreplica.errors import ExitCode, UsageError
 
 if TYPE_CHECKING:
-    from dreplica.launcher import Nodes
+    from dreplica.distributed.launch.launcher import Nodes
 
 _INTERRUPTED = "error: interrupted"
 _SETTINGS = "[--config FILE] [--section.key VALUE ...]"
@@ -90,7 +90,7 @@ def _add_training_commands(commands: Commands) -> None:
 
 def _train(known: argparse.Namespace, settings: Sequence[str]) -> int:
     with _importing():
-        from dreplica.launcher import launch  # it configures torchrun's logging when imported
+        from dreplica.distributed.launch.launcher import launch  # it configures torchrun's logging when imported
 
     return launch("dreplica.worker", settings, known.replicas, _nodes(known))
 
@@ -107,7 +107,7 @@ def _burn_in(known: argparse.Namespace, settings: Sequence[str]) -> int:
     with _importing():
         import torch
 
-        from dreplica.launcher import launch
+        from dreplica.distributed.launch.launcher import launch
 
     num_gpus = torch.cuda.device_count()
     num_replicas = known.replicas or (num_gpus if nodes is not None and num_gpus else max(num_gpus, 2))
@@ -117,7 +117,7 @@ def _burn_in(known: argparse.Namespace, settings: Sequence[str]) -> int:
 
 def _bench(known: argparse.Namespace, settings: Sequence[str]) -> int:
     with _importing():
-        from dreplica.launcher import launch
+        from dreplica.distributed.launch.launcher import launch
 
     steps = [] if known.steps is None else [f"--steps={known.steps}"]
     return launch("dreplica.worker", ["bench", f"--rounds={known.rounds}", *steps, *settings], known.replicas)
@@ -255,7 +255,7 @@ def _add_nodes(command: argparse.ArgumentParser) -> None:
 
 def _nodes(known: argparse.Namespace) -> "Nodes | None":
     """Raises UsageError."""
-    from dreplica.launcher import Nodes
+    from dreplica.distributed.launch.launcher import Nodes
 
     if known.nodes == 1:
         return None

@@ -11,8 +11,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from dreplica.background import run_in_background
 from dreplica.cases.case import Case, find_cases
+from dreplica.distributed.launch.background import run_in_background
 from dreplica.distributed.signals import ends_are_interrupts
 from dreplica.errors import ExitCode
 from dreplica.fresh_folder import fresh_folder

@@ -9,8 +9,8 @@ from typing import Any
 
 from dreplica.agreement.trace.comparison import compare_traces
 from dreplica.agreement.trace.reader import RecordedTrace
-from dreplica.background import run_in_background
 from dreplica.config.schema import RunConfig
+from dreplica.distributed.launch.background import run_in_background
 from dreplica.errors import ExitCode, UsageError
 from dreplica.flags.flag import STRICT, Variant
 from dreplica.flags.trial import FOUND_NAME, LOST, REFUSED_NAME

@@ -7,7 +7,7 @@ import traceback
 from collections.abc import Callable
 from typing import NoReturn
 
-from dreplica import exit_codes
+from dreplica.distributed.launch import exit_codes
 from dreplica.distributed.signals import hold_signals
 from dreplica.errors import ExitCode
 

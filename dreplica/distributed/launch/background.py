@@ -10,7 +10,7 @@ from dreplica.config.paths import IMPORT_ROOT
 
 _LAUNCH = """
 import sys
-from dreplica.launcher import launch
+from dreplica.distributed.launch.launcher import launch
 sys.exit(launch(sys.argv[1], sys.argv[3:], int(sys.argv[2])))
 """
 _SHUTDOWN_SECONDS = 5

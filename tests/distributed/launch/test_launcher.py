@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from dreplica.background import run_in_background
+from dreplica.distributed.launch.background import run_in_background
 from dreplica.errors import ExitCode
 
 
