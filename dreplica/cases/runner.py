@@ -12,10 +12,10 @@ from rich.markup import escape
 from rich.table import Table
 
 from dreplica.cases.case import Case, find_cases
+from dreplica.commands.scratch_folder import fresh_folder
 from dreplica.distributed.launch.background import run_in_background
 from dreplica.distributed.signals import ends_are_interrupts
 from dreplica.errors import ExitCode
-from dreplica.fresh_folder import fresh_folder
 
 _PLACE = ("step", "stage", "tensor", "operator", "suspects")
 """What the table shows of a verdict besides its cause."""

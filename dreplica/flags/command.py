@@ -8,6 +8,7 @@ from pathlib import Path
 
 from rich.console import Console
 
+from dreplica.commands.scratch_folder import fresh_folder
 from dreplica.config.load import load_config
 from dreplica.config.schema import AgreementConfig, RunConfig
 from dreplica.distributed.signals import ends_are_interrupts
@@ -16,7 +17,6 @@ from dreplica.errors import ExitCode, UsageError
 from dreplica.flags.measure import Measurements, TrialFailed
 from dreplica.flags.study import Study, investigate
 from dreplica.flags.tell import print_study
-from dreplica.fresh_folder import fresh_folder
 from dreplica.state.rng import shares_model_seed
 
 

@@ -36,7 +36,9 @@ def measure(one: Path, other: Path) -> tuple[int, float, float, str]:
     """Exit code, seconds, peak resident memory in MB, and the verdict."""
     started = time.perf_counter()
     process = subprocess.Popen(
-        [sys.executable, "-m", "dreplica.cli", "compare", str(one), str(other)], stdout=subprocess.PIPE, text=True
+        [sys.executable, "-m", "dreplica.commands.main", "compare", str(one), str(other)],
+        stdout=subprocess.PIPE,
+        text=True,
     )
     assert process.stdout is not None
     output = process.stdout.read()

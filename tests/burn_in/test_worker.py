@@ -20,7 +20,7 @@ from dreplica.agreement.trace.writer import Trace
 from dreplica.burn_in import worker
 from dreplica.burn_in.cards import PassDone
 from dreplica.burn_in.worker import BurnIn, Until
-from dreplica.cli import main
+from dreplica.commands.main import main
 from dreplica.distributed.process_group import World
 from dreplica.distributed.signals import StopRequest, stop_signals
 from dreplica.errors import ExitCode, UsageError
@@ -285,7 +285,7 @@ def test_where_nothing_can_be_written_any_more_it_ends_and_tells(tmp_path: Path)
 
 @pytest.mark.cluster
 def test_the_command(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "dreplica.cli", "burn-in", "--for=1s", "--replicas=2", "--json", *SMALL]
+    command = [sys.executable, "-m", "dreplica.commands.main", "burn-in", "--for=1s", "--replicas=2", "--json", *SMALL]
     process = subprocess.run(
         [*command, f"--run.root={tmp_path}", "--run.name=job"],
         capture_output=True,

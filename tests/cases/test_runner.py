@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from dreplica import cli
 from dreplica.cases import runner
 from dreplica.cases.case import Case, read_case
 from dreplica.cases.runner import run_case
+from dreplica.commands import main as cli
 
 
 @pytest.mark.cluster

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from dreplica.cli import main
+from dreplica.commands.main import main
 from dreplica.doctor.check import Check
 from dreplica.doctor.examine import Examination, examine, run_doctor
 from dreplica.errors import ExitCode

@@ -143,7 +143,7 @@ def test_a_job_that_is_told_to_stop_ends_by_itself_at_the_same_step(
     command = torchrun_command(*SMALL, "--train.epochs=100000", root=root)
     if launcher == "dreplica":
         settings = command[command.index(str(REPOSITORY / "train.py")) + 1 :]
-        command = [sys.executable, "-m", "dreplica.cli", "train", "--replicas=2", *settings]
+        command = [sys.executable, "-m", "dreplica.commands.main", "train", "--replicas=2", *settings]
     process = subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment(), start_new_session=True
     )

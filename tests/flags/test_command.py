@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from dreplica import cli
+from dreplica.commands import main as cli
 from dreplica.errors import ExitCode
 from tests.fixtures import SMALL
 from tests.harness import REPOSITORY, environment
@@ -71,7 +71,15 @@ def test_a_replica_that_fails_ends_it_and_is_named(
 @pytest.mark.cluster
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_interrupted_it_leaves_nothing_behind(number: signal.Signals, tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "dreplica.cli", "flags", *SMALL, "--train.epochs=1000000", "--steps=1000000"]
+    command = [
+        sys.executable,
+        "-m",
+        "dreplica.commands.main",
+        "flags",
+        *SMALL,
+        "--train.epochs=1000000",
+        "--steps=1000000",
+    ]
     command = [token for token in command if token != "--train.epochs=2"]
     keep = tmp_path / "kept"
     process = subprocess.Popen(

@@ -2,7 +2,7 @@
 
 import pytest
 
-from dreplica.cli import main
+from dreplica.commands.main import main
 
 
 @pytest.mark.parametrize(

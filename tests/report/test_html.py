@@ -12,7 +12,7 @@ import pytest
 import yaml
 from torch import Tensor, nn
 
-from dreplica import cli
+from dreplica.commands import main as cli
 from dreplica.diagnosis.conclude import wiring_fault
 from dreplica.replica.wiring import WiringError
 from dreplica.report.html import render

@@ -134,7 +134,7 @@ def _certify(known: argparse.Namespace, settings: Sequence[str]) -> int:
     if known.at_step is None:
         raise UsageError("--at-step: it is needed: the step after which to interrupt, best in mid-epoch.")
     with _importing():
-        from dreplica.certify import certify_resume
+        from dreplica.commands.certify_resume import certify_resume
 
     return certify_resume(settings, known.replicas, known.at_step, known.keep)
 
@@ -175,7 +175,7 @@ def _cases(known: argparse.Namespace, _settings: Sequence[str]) -> int:
 
 def _compare(known: argparse.Namespace, _settings: Sequence[str]) -> int:
     with _importing():
-        from dreplica.compare import compare_runs
+        from dreplica.commands.compare import compare_runs
 
     return compare_runs(known.runs[0], known.runs[1], known.json, known.prefix)
 

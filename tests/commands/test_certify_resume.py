@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from dreplica.certify import Certificate, judge
-from dreplica.cli import main
+from dreplica.commands.certify_resume import Certificate, judge
+from dreplica.commands.main import main
 from dreplica.errors import ExitCode
 from tests.data.pictures import make_folder
 from tests.end_to_end.test_image_folder import AUGMENTED

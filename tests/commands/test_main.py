@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from dreplica.cli import main
+from dreplica.commands.main import main
 from tests.harness import REPOSITORY, environment
 
 
@@ -32,7 +32,7 @@ def test_a_setting_given_to_a_command_that_takes_none(capsys: pytest.CaptureFixt
 
 
 def test_whoever_has_read_enough_of_it_may_leave() -> None:
-    command = [sys.executable, "-m", "dreplica.cli", "train", "--help"]
+    command = [sys.executable, "-m", "dreplica.commands.main", "train", "--help"]
     process = subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=REPOSITORY, env=environment()
     )
@@ -47,7 +47,7 @@ def test_whoever_has_read_enough_of_it_may_leave() -> None:
     "command", [["train"], ["cases", "racy_sum"], ["compare", "a", "b"]], ids=lambda command: command[0]
 )
 def test_interrupted_while_it_imports_it_says_so_in_one_line(command: list[str]) -> None:
-    code = "import dreplica.cli, sys; print(flush=True); sys.exit(dreplica.cli.main(sys.argv[1:]))"
+    code = "import dreplica.commands.main, sys; print(flush=True); sys.exit(dreplica.commands.main.main(sys.argv[1:]))"
     process = subprocess.Popen(
         [sys.executable, "-c", code, *command],
         stdout=subprocess.PIPE,
@@ -66,7 +66,7 @@ def test_interrupted_while_it_imports_it_says_so_in_one_line(command: list[str])
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_certificate_that_is_interrupted_leaves_nothing_running(number: signal.Signals, tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "dreplica.cli", "certify-resume", "--at-step=7", "--replicas=1"]
+    command = [sys.executable, "-m", "dreplica.commands.main", "certify-resume", "--at-step=7", "--replicas=1"]
     job = [f"--keep={tmp_path / 'kept'}", "--data.num_workers=0", "--train.epochs=1000", "--data.batch_size=8"]
     process = subprocess.Popen(
         [*command, *job], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=REPOSITORY, env=environment()

@@ -11,10 +11,10 @@ from pathlib import Path
 from rich.console import Console
 
 from dreplica.agreement.trace.reader import Key, RecordedTrace
+from dreplica.commands.scratch_folder import fresh_folder
 from dreplica.config.paths import IMPORT_ROOT
 from dreplica.distributed.signals import ends_are_interrupts
 from dreplica.errors import ExitCode, UsageError
-from dreplica.fresh_folder import fresh_folder
 from dreplica.state.fingerprint.stage import STAGES
 
 _COMPONENTS = {
@@ -153,7 +153,7 @@ def _run(root: Path, name: str, arguments: Sequence[str], num_replicas: int) -> 
     environment = os.environ | {
         "PYTHONPATH": os.pathsep.join(filter(None, [str(IMPORT_ROOT), os.environ.get("PYTHONPATH")]))
     }
-    command = [sys.executable, "-m", "dreplica.cli", "train", f"--replicas={num_replicas}"]
+    command = [sys.executable, "-m", "dreplica.commands.main", "train", f"--replicas={num_replicas}"]
     path = root / f"{name}.log"
     with path.open("ab") as log:
         begins = log.tell()
