@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from dreplica.agreement.agreement import Agreement
-from dreplica.bench.loops import Bench
+from dreplica.commands.bench.loops import Bench
 from dreplica.config.load import load_config
 from dreplica.config.schema import RunConfig, TrainConfig
 from dreplica.data.coordinator import Coordinator

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from dreplica.bench.loops import Bench
-from dreplica.bench.measured import Measured, Memory, median_interval, print_measured
+from dreplica.commands.bench.loops import Bench
+from dreplica.commands.bench.results import Measured, Memory, median_interval, print_measured
 from dreplica.config.load import load_config
 from dreplica.distributed.process_group import World
 from dreplica.distributed.signals import StoppedOnRequest, StopRequest

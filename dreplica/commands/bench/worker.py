@@ -5,8 +5,8 @@ from collections.abc import Sequence
 
 from rich.console import Console
 
-from dreplica.bench.loops import Bench
-from dreplica.bench.measured import print_measured
+from dreplica.commands.bench.loops import Bench
+from dreplica.commands.bench.results import print_measured
 from dreplica.distributed.process_group import World
 from dreplica.distributed.signals import StoppedOnRequest, StopRequest
 from dreplica.errors import ExitCode

@@ -20,7 +20,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from dreplica.agreement.agreement import Agreement
-from dreplica.bench.measured import LOOPS, Measured, Memory
+from dreplica.commands.bench.results import LOOPS, Measured, Memory
 from dreplica.config.schema import RunConfig
 from dreplica.data.coordinator import Coordinator
 from dreplica.data.loader import normalize
