@@ -97,7 +97,7 @@ def _train(known: argparse.Namespace, settings: Sequence[str]) -> int:
 
 def _burn_in(known: argparse.Namespace, settings: Sequence[str]) -> int:
     with _importing():
-        from dreplica.burn_in.duration import parse_duration
+        from dreplica.commands.burn_in.job_config import parse_duration
 
     if known.duration is None:
         raise UsageError("--for: it is needed: how long to go on. For instance --for 30m.")

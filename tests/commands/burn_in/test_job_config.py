@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from dreplica.burn_in.job import check_job, job_of, pass_of, pass_seeds
+from dreplica.commands.burn_in.job_config import check_job, job_of, pass_of, pass_seeds
 from dreplica.config.load import load_config
 from dreplica.config.schema import RunConfig, SeedConfig
 from dreplica.errors import UsageError

@@ -10,8 +10,8 @@ from rich.markup import escape
 from rich.table import Table
 
 from dreplica.agreement.verdict.causes import CAUSES
-from dreplica.burn_in.cards import HARDWARE, Account, Card, PassDone
-from dreplica.burn_in.duration import spell_duration
+from dreplica.commands.burn_in.cards import HARDWARE, Account, Card, PassDone
+from dreplica.commands.burn_in.job_config import spell_duration
 
 _SECONDS_BETWEEN_LINES = 10.0
 _COLOURS = {"suspect": "red", "lost": "red", "in doubt": "yellow", "not checked": "yellow", "clean": "green"}

@@ -11,12 +11,12 @@ from rich.console import Console
 
 from dreplica.agreement.verdict.causes import CAUSES
 from dreplica.agreement.verdict.verdict import Verdict
-from dreplica.burn_in.cards import HARDWARE, OPEN, VARYING, Account, Card, PassDone, ask_health, kind_of
-from dreplica.burn_in.record import Record
-from dreplica.burn_in.table import PassLines, conclusions, print_account
+from dreplica.commands.burn_in.cards import HARDWARE, OPEN, VARYING, Account, Card, PassDone, ask_health, kind_of
+from dreplica.commands.burn_in.record import Record
+from dreplica.commands.burn_in.table import PassLines, conclusions, print_account
 from dreplica.distributed.liveness import Lost
 from dreplica.errors import ExitCode
-from tests.burn_in.test_job import config
+from tests.commands.burn_in.test_job_config import config
 
 UUIDS = ["6e5ac3b1-0", "77ff6cbd-1", "9aa5c7d2-2"]
 

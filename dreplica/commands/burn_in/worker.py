@@ -14,12 +14,11 @@ from pathlib import Path
 
 from rich.console import Console
 
-from dreplica.burn_in.cards import Account, PassDone, ask_health
-from dreplica.burn_in.duration import parse_duration
-from dreplica.burn_in.job import check_job, job_of, pass_of
-from dreplica.burn_in.passes import Pass
-from dreplica.burn_in.record import CONFIG_NAME, Ended, Record
-from dreplica.burn_in.table import PassLines, print_account
+from dreplica.commands.burn_in.cards import Account, PassDone, ask_health
+from dreplica.commands.burn_in.job_config import check_job, job_of, parse_duration, pass_of
+from dreplica.commands.burn_in.passes import Pass
+from dreplica.commands.burn_in.record import CONFIG_NAME, Ended, Record
+from dreplica.commands.burn_in.table import PassLines, print_account
 from dreplica.distributed.liveness import exit_code_of, is_to_tell, who_is_lost
 from dreplica.distributed.process_group import World
 from dreplica.distributed.signals import StopRequest

@@ -17,9 +17,9 @@ import pytest
 import torch
 
 from dreplica.agreement.trace.writer import Trace
-from dreplica.burn_in import worker
-from dreplica.burn_in.cards import PassDone
-from dreplica.burn_in.worker import BurnIn, Until
+from dreplica.commands.burn_in import worker
+from dreplica.commands.burn_in.cards import PassDone
+from dreplica.commands.burn_in.worker import BurnIn, Until
 from dreplica.commands.main import main
 from dreplica.distributed.process_group import World
 from dreplica.distributed.signals import StopRequest, stop_signals
@@ -152,7 +152,7 @@ def test_the_card_that_is_always_wrong_is_named_in_every_pass_and_fills_no_disk(
 
 
 def test_a_card_that_fails_once_is_named_and_the_night_goes_on(tmp_path: Path) -> None:
-    model = "--model.factory=tests.burn_in.failing:FlipsOnce"
+    model = "--model.factory=tests.commands.burn_in.failing:FlipsOnce"
     codes = run(tmp_path, model, num_replicas=3, on_pass=stop_after_third)
     assert codes == [ExitCode.DIVERGED] * 3
     found, passes = summary(tmp_path), lines(tmp_path)
@@ -163,7 +163,7 @@ def test_a_card_that_fails_once_is_named_and_the_night_goes_on(tmp_path: Path) -
 
 def test_a_lost_replica_ends_it_in_seconds_and_a_survivor_tells(tmp_path: Path) -> None:
     began = time.monotonic()
-    codes = run(tmp_path, "--model.factory=tests.burn_in.failing:DiesOnce", num_replicas=3)
+    codes = run(tmp_path, "--model.factory=tests.commands.burn_in.failing:DiesOnce", num_replicas=3)
     assert time.monotonic() - began < 30
     assert codes == [None, None, None], "nobody returns: each has ended itself"
     found, passes = summary(tmp_path), lines(tmp_path)
@@ -244,7 +244,7 @@ def test_a_disk_that_is_full_in_mid_pass_is_no_lost_card(tmp_path: Path) -> None
 
 
 def test_what_never_comes_to_a_step_is_given_up(tmp_path: Path) -> None:
-    codes = run(tmp_path, "--replica.factory=tests.burn_in.failing:unbound")
+    codes = run(tmp_path, "--replica.factory=tests.commands.burn_in.failing:unbound")
     assert codes == [ExitCode.DIVERGED] * 2
     found = summary(tmp_path)
     assert (found["burn_in"]["ended"], found["passes"], found["steps"]) == ("idle", 3, 0)

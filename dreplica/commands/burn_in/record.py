@@ -9,7 +9,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal
 
-from dreplica.burn_in.cards import Account, Card, PassDone
+from dreplica.commands.burn_in.cards import Account, Card, PassDone
 from dreplica.config.schema import RunConfig
 from dreplica.errors import ExitCode, UsageError
 from dreplica.report.run_report import write_json

@@ -2,7 +2,7 @@
 
 import pytest
 
-from dreplica.burn_in.duration import parse_duration, spell_duration
+from dreplica.commands.burn_in.job_config import parse_duration, spell_duration
 from dreplica.errors import UsageError
 
 
