@@ -18,7 +18,7 @@ import yaml
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from dreplica.cases.case import read_case
+from dreplica.commands.cases.case import read_case
 from dreplica.config.schema import FaultConfig
 from dreplica.config.schema import RunConfig
 from dreplica.config.base import Lockstep

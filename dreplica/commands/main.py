@@ -168,7 +168,7 @@ def _add_plain_commands(commands: Commands) -> None:
 
 def _cases(known: argparse.Namespace, _settings: Sequence[str]) -> int:
     with _importing():
-        from dreplica.cases.runner import run_cases
+        from dreplica.commands.cases.runner import run_cases
 
     return run_cases(known.names, known.json, known.keep, known.timeout)
 

@@ -10,7 +10,7 @@ import pytest
 
 from dreplica.agreement.verdict.causes import CAUSES
 from dreplica.agreement.verdict.verdict import Verdict
-from dreplica.cases.case import find_cases
+from dreplica.commands.cases.case import find_cases
 from tests.harness import REPOSITORY
 
 _DOCS = REPOSITORY / "docs"

@@ -116,7 +116,11 @@ def test_a_setting_that_has_changed_nothing_so_far_is_not_named_later(reference:
 
 
 def test_an_operator_that_is_not_deterministic_is_named_with_one_replica(tmp_path: Path) -> None:
-    racy = ("--model.factory=dreplica.cases.models:racy_pooling", "--train.max_steps=2", "--train.epochs=1")
+    racy = (
+        "--model.factory=dreplica.commands.cases.samples.models:racy_pooling",
+        "--train.max_steps=2",
+        "--train.epochs=1",
+    )
     first = run_job(*SMALL, *racy, "--run.name=first", num_replicas=1, root=tmp_path)
     assert first.returncode == 0, first.output
     job = run(tmp_path / "first", *racy)

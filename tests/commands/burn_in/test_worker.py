@@ -210,7 +210,10 @@ def test_told_to_stop_it_stops_on_all_replicas_and_is_not_taken_for_a_full_one(t
 
 
 def test_an_operator_that_is_not_deterministic_is_held_against_no_card(tmp_path: Path) -> None:
-    job = ("--model.factory=dreplica.cases.models:racy_pooling", "--data.name=dreplica.cases.data:tiny_images")
+    job = (
+        "--model.factory=dreplica.commands.cases.samples.models:racy_pooling",
+        "--data.name=dreplica.commands.cases.samples.data:tiny_images",
+    )
     codes = run(tmp_path, *job, on_pass=stop_after_third)
     assert codes == [ExitCode.DIVERGED] * 2
     found = summary(tmp_path)

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from dreplica.cases import runner
-from dreplica.cases.case import Case, read_case
-from dreplica.cases.runner import run_case
 from dreplica.commands import main as cli
+from dreplica.commands.cases import runner
+from dreplica.commands.cases.case import Case, read_case
+from dreplica.commands.cases.runner import run_case
 
 
 @pytest.mark.cluster
@@ -35,8 +35,8 @@ def test_a_case_that_comes_out_otherwise_fails(
 ) -> None:
     (tmp_path / "wrong.yaml").write_text(
         "# Expected: not-learning step=0\n"
-        'model: {factory: "dreplica.cases.models:tiny_cnn"}\n'
-        'data: {name: "dreplica.cases.data:tiny_images"}\n'
+        'model: {factory: "dreplica.commands.cases.samples.models:tiny_cnn"}\n'
+        'data: {name: "dreplica.commands.cases.samples.data:tiny_images"}\n'
     )
     monkeypatch.setattr(runner, "find_cases", lambda names: [read_case(tmp_path / "wrong.yaml")])
     assert cli.main(["cases"]) == 1
@@ -59,7 +59,7 @@ def test_a_run_without_a_report_is_a_mismatch_with_its_last_words(tmp_path: Path
 def test_a_run_that_does_not_end_is_ended(tmp_path: Path) -> None:
     path = tmp_path / "endless.yaml"
     path.write_text("run: {name: endless}\n")
-    case = Case("endless", path, {"cause": "none"}, num_replicas=1, module="tests.cases.endless")
+    case = Case("endless", path, {"cause": "none"}, num_replicas=1, module="tests.commands.cases.endless")
     result = run_case(case, tmp_path / "runs", timeout=12)
     assert result.mismatches == ["cause"]
     assert "did not end within 12 seconds" in result.problem

@@ -116,7 +116,9 @@ def probed_loader(config: "RunConfig", num_classes: int, device: torch.device) -
 
 def _model(config: "RunConfig", num_classes: int, device: torch.device) -> nn.Sequential:
     model = build_model(config.model, num_classes)
-    assert isinstance(model, nn.Sequential), "these builds reach into the layers of dreplica.cases.models:tiny_cnn"
+    assert isinstance(model, nn.Sequential), (
+        "these builds reach into the layers of dreplica.commands.cases.samples.models:tiny_cnn"
+    )
     return model.to(device)
 
 

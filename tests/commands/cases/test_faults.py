@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch import nn
 
-from dreplica.cases import builds, data, models
-from dreplica.cases.operators import racy_sum
+from dreplica.commands.cases.samples import builds, data, models
+from dreplica.commands.cases.samples.operators import racy_sum
 from dreplica.config.schema import RunConfig
 from dreplica.diagnosis.operators import OpTracer
 from dreplica.replica.wiring import WiringError, check_wiring
@@ -21,7 +21,7 @@ from dreplica.state.rng import get_rng_state, seed_generators, set_rng_state
 
 CPU = torch.device("cpu")
 CONFIG = RunConfig.model_validate(
-    {"model": {"factory": "dreplica.cases.models:tiny_cnn"}, "optim": {"name": "SGD", "lr": 0.1}}
+    {"model": {"factory": "dreplica.commands.cases.samples.models:tiny_cnn"}, "optim": {"name": "SGD", "lr": 0.1}}
 )
 
 

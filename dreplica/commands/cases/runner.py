@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from dreplica.cases.case import Case, find_cases
+from dreplica.commands.cases.case import Case, find_cases
 from dreplica.commands.scratch_folder import fresh_folder
 from dreplica.distributed.launch.background import run_in_background
 from dreplica.distributed.signals import ends_are_interrupts

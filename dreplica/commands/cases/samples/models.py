@@ -6,7 +6,7 @@ import numpy
 import torch
 from torch import Tensor, nn
 
-from dreplica.cases.operators import racy_sum
+from dreplica.commands.cases.samples.operators import racy_sum
 from dreplica.distributed.process_group import env_rank
 
 

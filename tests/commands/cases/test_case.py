@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from dreplica.agreement.verdict.causes import CAUSES
-from dreplica.cases.case import CASES_FOLDER, find_cases, read_case
+from dreplica.commands.cases.case import CASES_FOLDER, find_cases, read_case
 from dreplica.config.load import load_config
 from dreplica.errors import UsageError
 
@@ -30,7 +30,7 @@ def test_every_cause_has_a_case() -> None:
 
 
 def test_every_faulty_build_model_and_data_set_is_used() -> None:
-    import dreplica.cases
+    import dreplica.commands.cases
 
     folder = Path(dreplica.cases.__file__).parent
     used = "".join(case.path.read_text() for case in CASES)
