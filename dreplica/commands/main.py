@@ -182,7 +182,7 @@ def _compare(known: argparse.Namespace, _settings: Sequence[str]) -> int:
 
 def _doctor(known: argparse.Namespace, _settings: Sequence[str]) -> int:
     with _importing():
-        from dreplica.doctor.examine import run_doctor
+        from dreplica.commands.doctor.examine import run_doctor
 
     return run_doctor(known.json)
 

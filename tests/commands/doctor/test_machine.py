@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 
-from dreplica.doctor.machine import (
+from dreplica.commands.doctor.machine import (
     check_descriptors,
     check_disk,
     check_memory_errors,

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from dreplica.doctor.judge import STRICT_FLAGS, judge_devices, judge_flags, judge_joining, judge_probes
+from dreplica.commands.doctor.judge import STRICT_FLAGS, judge_devices, judge_flags, judge_joining, judge_probes
 
 _PLACES = {"step 1, buffers, 1.running_mean": "aa", "step 1, output, logits": "bb", "step 1, weights, 0.weight": "cc"}
 

@@ -6,8 +6,8 @@ from typing import Any
 import pytest
 import torch
 
-from dreplica.doctor.check import Check
-from dreplica.doctor.settings import check_hashes, check_settings
+from dreplica.commands.doctor.check import Check
+from dreplica.commands.doctor.settings import check_hashes, check_settings
 from dreplica.environment.determinism import numerics_flags
 from dreplica.environment.device import Device
 from dreplica.environment.manifest import collect_manifest
@@ -55,7 +55,7 @@ def test_cublas(value: str | None, gpu: bool, cuda_started: bool, status: str, m
 
 def test_a_variable_that_was_there_at_the_start_is_not_late(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    monkeypatch.setattr("dreplica.doctor.settings.environment_at_start", lambda: set(os.environ))
+    monkeypatch.setattr("dreplica.commands.doctor.settings.environment_at_start", lambda: set(os.environ))
     assert _found(True, True)["CUBLAS_WORKSPACE_CONFIG"].status == "ok"
 
 

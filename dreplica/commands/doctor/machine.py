@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from dreplica.doctor.check import Check
+from dreplica.commands.doctor.check import Check
 from dreplica.environment.hardware import cpu_limit
 
 _SHM = Path("/dev/shm")

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from dreplica.commands.doctor.check import Check
+from dreplica.commands.doctor.examine import Examination, examine, run_doctor
 from dreplica.commands.main import main
-from dreplica.doctor.check import Check
-from dreplica.doctor.examine import Examination, examine, run_doctor
 from dreplica.errors import ExitCode
 from tests.harness import REPOSITORY
 
@@ -64,7 +64,7 @@ def test_only_what_is_bad_counts(
     status: str, code: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     check = Check("a thing", status, "a [value]", "a reason", ("a remedy [x]",))  # type: ignore[arg-type]
-    monkeypatch.setattr("dreplica.doctor.examine.examine", lambda: Examination([check], {}))
+    monkeypatch.setattr("dreplica.commands.doctor.examine.examine", lambda: Examination([check], {}))
     assert run_doctor() == code
     printed = capsys.readouterr().out
     assert "a [value]" in printed

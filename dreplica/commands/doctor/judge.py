@@ -3,8 +3,8 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from dreplica.doctor.check import Check
-from dreplica.doctor.probes import unstopped
+from dreplica.commands.doctor.check import Check
+from dreplica.commands.doctor.operator_probes import unstopped
 
 STRICT_FLAGS: Mapping[str, Any] = {
     "deterministic_algorithms": True,

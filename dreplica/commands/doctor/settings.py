@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from dreplica.doctor.check import Check
+from dreplica.commands.doctor.check import Check
 from dreplica.environment.determinism import DETERMINISTIC_WORKSPACES, environment_at_start
 
 _LOOP = "dreplica sets it; a loop of your own has to."

@@ -15,15 +15,15 @@ import torch.distributed as dist
 from rich.console import Console
 from rich.markup import escape
 
+from dreplica.commands.doctor.check import Check
+from dreplica.commands.doctor.gpus import check_gpus
+from dreplica.commands.doctor.judge import first_difference, judge_devices, judge_flags, judge_joining, judge_probes
+from dreplica.commands.doctor.machine import check_machine, check_threads
+from dreplica.commands.doctor.settings import check_hashes, check_settings
+from dreplica.commands.doctor.trial import MARK
 from dreplica.config.schema import WorldConfig
 from dreplica.distributed.channel import Channel
 from dreplica.distributed.process_group import World
-from dreplica.doctor.check import Check
-from dreplica.doctor.gpus import check_gpus
-from dreplica.doctor.judge import first_difference, judge_devices, judge_flags, judge_joining, judge_probes
-from dreplica.doctor.machine import check_machine, check_threads
-from dreplica.doctor.settings import check_hashes, check_settings
-from dreplica.doctor.trial import MARK
 from dreplica.environment.device import bind_device
 from dreplica.environment.manifest import collect_manifest
 from dreplica.errors import ExitCode
@@ -102,7 +102,7 @@ def _run_trials(timeout: float) -> tuple[list[tuple[dict[str, Any], dict[str, An
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     processes = [
         subprocess.Popen(
-            [sys.executable, "-m", "dreplica.doctor.trial"],
+            [sys.executable, "-m", "dreplica.commands.doctor.trial"],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,

@@ -12,10 +12,10 @@ from typing import Any, TextIO
 import torch
 from torch import nn
 
+from dreplica.commands.doctor.machine import threads_follow_the_load
+from dreplica.commands.doctor.operator_probes import run_probes
 from dreplica.config.schema import DeterminismConfig
 from dreplica.distributed.process_group import env_rank, open_world
-from dreplica.doctor.machine import threads_follow_the_load
-from dreplica.doctor.probes import run_probes
 from dreplica.environment.determinism import apply_determinism, numerics_flags, set_environment
 from dreplica.state.fingerprint.fingerprint import fingerprint
 

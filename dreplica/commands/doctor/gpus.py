@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import torch
 
-from dreplica.doctor.check import Check
+from dreplica.commands.doctor.check import Check
 from dreplica.environment.hardware import ask_nvidia_smi
 
 

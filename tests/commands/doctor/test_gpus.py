@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from dreplica.doctor.check import Check
-from dreplica.doctor.gpus import check_gpus
+from dreplica.commands.doctor.check import Check
+from dreplica.commands.doctor.gpus import check_gpus
 
 _FINE = "0, NVIDIA H100 80GB HBM3, 550.54.15, Disabled, Enabled, 0, 0"
 _CORRECTED = "1, NVIDIA H100 80GB HBM3, 550.54.15, Disabled, Enabled, 4, 0"
