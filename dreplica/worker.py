@@ -11,7 +11,7 @@ from dreplica.run.process import run_process
 _OTHER_WORK = {
     "bench": "dreplica.commands.bench.worker",
     "burn-in": "dreplica.commands.burn_in.worker",
-    "flags": "dreplica.flags.trial",
+    "flags": "dreplica.commands.flags.trial",
 }
 """What a worker does besides training, by the first word of its command line: a module, whose `work` does it."""
 

@@ -125,7 +125,7 @@ def _bench(known: argparse.Namespace, settings: Sequence[str]) -> int:
 
 def _flags(known: argparse.Namespace, settings: Sequence[str]) -> int:
     with _importing():
-        from dreplica.flags.command import find_flags
+        from dreplica.commands.flags.command import find_flags
 
     return find_flags(settings, known.replicas, known.steps, known.rounds, known.json, known.keep, known.timeout)
 

@@ -5,10 +5,19 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from dreplica.commands.flags.flags import (
+    STRICT,
+    Flag,
+    Variant,
+    closed,
+    options_on,
+    to_paste,
+    with_effect_on,
+    without_effect_on,
+)
+from dreplica.commands.flags.measure import Measurements, Outcome, spread
+from dreplica.commands.flags.search import give_up
 from dreplica.config.schema import DeterminismConfig
-from dreplica.flags.flag import STRICT, Flag, Variant, closed, options_on, to_paste, with_effect_on, without_effect_on
-from dreplica.flags.measure import Measurements, Outcome, spread
-from dreplica.flags.search import give_up
 
 
 @dataclass(frozen=True)

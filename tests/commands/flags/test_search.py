@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dreplica.flags.search import give_up
+from dreplica.commands.flags.search import give_up
 
 FLAGS = ("mode", "fill", "cudnn", "benchmark", "workspace")
 Asked = list[frozenset[str]]

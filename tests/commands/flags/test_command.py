@@ -46,7 +46,7 @@ def test_a_folder_that_is_not_empty_is_not_written_to(tmp_path: Path, capsys: py
 def test_a_job_that_needs_the_mode(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.chdir(REPOSITORY)
     job = [token for token in SMALL if "model.factory" not in token]
-    factory = "--model.factory=tests.flags.needing:mode"
+    factory = "--model.factory=tests.commands.flags.needing:mode"
     options = ("--replicas=1", "--steps=4", "--rounds=1", "--json")
     assert cli.main(["flags", *options, *job, factory]) == ExitCode.AGREED
     found = json.loads(capsys.readouterr().out)

@@ -8,12 +8,12 @@ from typing import Any
 
 import pytest
 
+from dreplica.commands.flags import measure
+from dreplica.commands.flags.flags import STRICT, Variant, closed
+from dreplica.commands.flags.measure import Measurements, Outcome, TrialFailed, describe
 from dreplica.config.load import load_config
 from dreplica.errors import ExitCode, UsageError
-from dreplica.flags import measure
-from dreplica.flags.flag import STRICT, Variant, closed
-from dreplica.flags.measure import Measurements, Outcome, TrialFailed, describe
-from tests.flags.jobs import MadeUp, options_in, write_trace
+from tests.commands.flags.jobs import MadeUp, options_in, write_trace
 
 OFF = Variant(closed({"mode"}))
 NO_WORKSPACE = Variant(closed({"mode", "cublas_workspace_config"}))

@@ -9,11 +9,11 @@ from typing import Any
 
 from dreplica.agreement.trace.comparison import compare_traces
 from dreplica.agreement.trace.reader import RecordedTrace
+from dreplica.commands.flags.flags import STRICT, Variant
+from dreplica.commands.flags.trial import FOUND_NAME, LOST, REFUSED_NAME
 from dreplica.config.schema import RunConfig
 from dreplica.distributed.launch.background import run_in_background
 from dreplica.errors import ExitCode, UsageError
-from dreplica.flags.flag import STRICT, Variant
-from dreplica.flags.trial import FOUND_NAME, LOST, REFUSED_NAME
 
 _TAIL_LINES = 15
 

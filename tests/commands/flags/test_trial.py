@@ -7,13 +7,13 @@ from typing import Any
 
 import pytest
 
+from dreplica.commands.flags.flags import STRICT, Variant, closed
+from dreplica.commands.flags.measure import Outcome, describe
+from dreplica.commands.flags.trial import Trial
 from dreplica.config.schema import DeterminismConfig
 from dreplica.distributed.process_group import World
 from dreplica.distributed.signals import StopRequest
 from dreplica.errors import ExitCode, UsageError
-from dreplica.flags.flag import STRICT, Variant, closed
-from dreplica.flags.measure import Outcome, describe
-from dreplica.flags.trial import Trial
 from dreplica.run.bootstrap import prepare
 from tests.fixtures import SMALL
 from tests.harness import run_replicas
@@ -28,7 +28,7 @@ def start(world: World, folder: Path, model: str, variant: Variant, stopped: boo
     section = variant.section(DeterminismConfig()).model_dump()
     arguments = {token.split("=")[0]: token for token in (*SMALL, f"--determinism={json.dumps(section)}", *settings)}
     if model:
-        arguments["--model.factory"] = f"--model.factory=tests.flags.needing:{model}"
+        arguments["--model.factory"] = f"--model.factory=tests.commands.flags.needing:{model}"
     stop = StopRequest()
     stop.signal_name = "SIGTERM" if stopped else None
     others = [STRICT.section(DeterminismConfig())]

@@ -28,6 +28,7 @@ from dreplica.agreement.trace.reader import TENSORS_NAME, TRACE_NAME
 from dreplica.agreement.trace.tensor_digests import TensorRecord
 from dreplica.agreement.trace.writer import Trace
 from dreplica.agreement.verdict.verdict import Divergence, Verdict
+from dreplica.commands.flags.refusal import describe_refusal, describe_unrun
 from dreplica.config.schema import DeterminismConfig
 from dreplica.data.coordinator import Coordinator
 from dreplica.diagnosis.against_reference import AgainstReference
@@ -37,7 +38,6 @@ from dreplica.distributed.process_group import World
 from dreplica.distributed.signals import StoppedOnRequest, StopRequest
 from dreplica.environment.determinism import apply_determinism
 from dreplica.errors import ExitCode, UsageError
-from dreplica.flags.refusal import describe_refusal, describe_unrun
 from dreplica.run.bootstrap import Prepared, end_at_once, meet
 from dreplica.run.explain import Explainer
 from dreplica.run.run import AGREEMENT_LAG

@@ -7,9 +7,9 @@ import yaml
 from rich.console import Console
 from rich.table import Table
 
-from dreplica.flags.flag import Variant, to_paste
-from dreplica.flags.measure import Outcome, describe, spread
-from dreplica.flags.study import Row, Study
+from dreplica.commands.flags.flag_search import Row, Study
+from dreplica.commands.flags.flags import Variant, to_paste
+from dreplica.commands.flags.measure import Outcome, describe, spread
 
 
 def print_study(console: Console, found: Study) -> None:

@@ -8,15 +8,15 @@ from pathlib import Path
 
 from rich.console import Console
 
+from dreplica.commands.flags.flag_search import Study, investigate
+from dreplica.commands.flags.measure import Measurements, TrialFailed
+from dreplica.commands.flags.print_results import print_study
 from dreplica.commands.scratch_folder import fresh_folder
 from dreplica.config.load import load_config
 from dreplica.config.schema import AgreementConfig, RunConfig
 from dreplica.distributed.signals import ends_are_interrupts
 from dreplica.environment.hardware import cpu_limit
 from dreplica.errors import ExitCode, UsageError
-from dreplica.flags.measure import Measurements, TrialFailed
-from dreplica.flags.study import Study, investigate
-from dreplica.flags.tell import print_study
 from dreplica.state.rng import shares_model_seed
 
 

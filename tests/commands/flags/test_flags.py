@@ -6,10 +6,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from dreplica.config.load import load_config
-from dreplica.config.schema import DeterminismConfig
-from dreplica.environment.determinism import set_environment
-from dreplica.flags.flag import (
+from dreplica.commands.flags.flags import (
     FLAGS,
     STRICT,
     Variant,
@@ -19,6 +16,9 @@ from dreplica.flags.flag import (
     to_paste,
     without_effect_on,
 )
+from dreplica.config.load import load_config
+from dreplica.config.schema import DeterminismConfig
+from dreplica.environment.determinism import set_environment
 
 NAMES = [flag.name for flag in FLAGS]
 SETS = sorted({closed(some) for size in range(6) for some in itertools.combinations(NAMES, size)}, key=sorted)

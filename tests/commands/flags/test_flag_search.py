@@ -9,12 +9,12 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
+from dreplica.commands.flags import measure
+from dreplica.commands.flags.flag_search import Study, investigate
+from dreplica.commands.flags.measure import Measurements
+from dreplica.commands.flags.print_results import print_study
 from dreplica.config.load import load_config
-from dreplica.flags import measure
-from dreplica.flags.measure import Measurements
-from dreplica.flags.study import Study, investigate
-from dreplica.flags.tell import print_study
-from tests.flags.jobs import MadeUp, Section
+from tests.commands.flags.jobs import MadeUp, Section
 
 Made = Callable[[MadeUp], Study]
 
