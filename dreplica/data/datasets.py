@@ -1,5 +1,6 @@
 """Data sets by name: what there is to train and validate on."""
 
+import logging
 from collections.abc import Sequence
 from typing import Any
 
@@ -16,11 +17,13 @@ from dreplica.config.messages import nearest, show
 from dreplica.config.schema import DataConfig
 from dreplica.data.augment import make_augmentation
 from dreplica.data.image_folder import load_image_folder
+from dreplica.data.image_sharing import keep_and_share, keep_on_device
 from dreplica.data.images import Images
 from dreplica.data.sample_weights import make_weights
-from dreplica.data.samples import DataSets, Sample, TensorImages, load_sample
-from dreplica.data.split import split_indices
+from dreplica.data.samples import DataSets, Sample, TensorImages, load_sample, split_indices
+from dreplica.data.skip import leave_out_unreadable
 from dreplica.data.torchvision_sets import SETS, load_torchvision_set
+from dreplica.distributed.process_group import World
 from dreplica.errors import UsageError
 
 _ARRAYS = (Tensor, numpy.ndarray)
@@ -188,3 +191,26 @@ def _labels(dataset: Any) -> list[int] | None:
                     f"set begins with {show(values[0])}. Let it hold an int for each sample, or use null."
                 ) from None
     return None
+
+
+log = logging.getLogger(__name__)
+
+
+def prepare_data(config: DataConfig, augment_seed: int, world: World, device: torch.device) -> DataSets:
+    """What the section of this replica says. A collective. Raises SharedUsageError."""
+    data = world.together(lambda: load_data(config, augment_seed))
+    data = keep_and_share(data, config, world)
+    if config.on_error == "skip":
+        data = leave_out_unreadable(data, world.channel, config.num_workers, f"{world.host} {config.root}")
+        if data.skipped and world.is_coordinator:
+            log.warning("data.on_error: skipped %d samples:\n  %s", len(data.skipped), "\n  ".join(data.skipped))
+    world.together(lambda: _check_batch_size(config, len(data.train)))  # type: ignore[arg-type]
+    return keep_on_device(data, config, device, world)
+
+
+def _check_batch_size(config: DataConfig, num_samples: int) -> None:
+    if config.batch_size > num_samples:
+        raise UsageError(
+            f"data.batch_size: {config.batch_size} is more than the {num_samples} samples of the training set. "
+            f"Choose {num_samples} or fewer."
+        )

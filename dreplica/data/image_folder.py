@@ -11,8 +11,7 @@ from dreplica.config.schema import DataConfig
 from dreplica.data.augment import make_augmentation
 from dreplica.data.images import ImageFiles, Images
 from dreplica.data.sample_weights import make_weights
-from dreplica.data.samples import DataSets, digest_files
-from dreplica.data.split import split_indices
+from dreplica.data.samples import DataSets, digest_files, split_indices
 from dreplica.distributed.process_group import env_rank
 from dreplica.errors import UsageError
 

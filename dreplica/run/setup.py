@@ -8,7 +8,7 @@ import torch
 
 from dreplica.agreement.verdict.verdict import Verdict, split_into_classes, suspects_of
 from dreplica.config.components import check_schedule
-from dreplica.data.prepare import prepare_data
+from dreplica.data.datasets import prepare_data
 from dreplica.data.samples import DataSets
 from dreplica.diagnosis import conclude as diagnosis
 from dreplica.diagnosis.conclude import BuildFacts, RunFacts

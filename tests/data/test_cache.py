@@ -8,11 +8,11 @@ import pytest
 import torch
 
 from dreplica.config.schema import DataConfig
-from dreplica.data import coordinator, device_cache, images, loader, sharing
+from dreplica.data import coordinator, device_cache, images, loader
+from dreplica.data import image_sharing as sharing
 from dreplica.data.coordinator import Coordinator
-from dreplica.data.datasets import load_data
+from dreplica.data.datasets import load_data, prepare_data
 from dreplica.data.loader import load_again, load_batches
-from dreplica.data.prepare import prepare_data
 from dreplica.data.samples import DataSets, at_epoch
 from dreplica.data.shelf import Shelf
 from dreplica.distributed.channel import Channel

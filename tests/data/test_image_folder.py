@@ -13,8 +13,7 @@ import torch
 from dreplica.config.schema import DataConfig
 from dreplica.data.datasets import load_data
 from dreplica.data.images import Images
-from dreplica.data.samples import DataSets
-from dreplica.data.split import split_indices
+from dreplica.data.samples import DataSets, split_indices
 from dreplica.errors import UsageError
 from tests.data.pictures import cut, make_folder
 

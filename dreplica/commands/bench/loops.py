@@ -23,8 +23,8 @@ from dreplica.agreement.agreement import Agreement
 from dreplica.commands.bench.results import LOOPS, Measured, Memory
 from dreplica.config.schema import RunConfig
 from dreplica.data.coordinator import Coordinator
+from dreplica.data.datasets import prepare_data
 from dreplica.data.loader import normalize
-from dreplica.data.prepare import prepare_data
 from dreplica.data.samples import DataSets, at_epoch, by_itself, normalization
 from dreplica.distributed.process_group import World
 from dreplica.distributed.signals import StoppedOnRequest, StopRequest
