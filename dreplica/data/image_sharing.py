@@ -11,10 +11,10 @@ from typing import Any
 import torch
 
 from dreplica.config.schema import DataConfig
-from dreplica.data.device_cache import OnDevice, Store
+from dreplica.data.cache.device_cache import OnDevice, Store
+from dreplica.data.cache.shared_file_cache import Item, Key, Shelf
 from dreplica.data.images import Images
 from dreplica.data.samples import DataSets, Kept, Place
-from dreplica.data.shelf import Item, Key, Shelf
 from dreplica.distributed.process_group import World
 from dreplica.environment.hardware import available_memory, spell_size
 from dreplica.errors import UsageError

@@ -12,9 +12,9 @@ from dreplica.agreement.agreement import Agreement
 from dreplica.commands.bench.loops import Bench
 from dreplica.config.load import load_config
 from dreplica.config.schema import RunConfig, TrainConfig
+from dreplica.data.cache.device_cache import Store
 from dreplica.data.coordinator import Coordinator
 from dreplica.data.datasets import DataConfig, TensorImages, load_data
-from dreplica.data.device_cache import Store
 from dreplica.diagnosis.operators import OpTracer
 from dreplica.distributed.channel import Channel
 from dreplica.distributed.process_group import World

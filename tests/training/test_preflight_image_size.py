@@ -7,7 +7,7 @@ import torch
 import torchvision
 
 from dreplica.config.schema import RunConfig
-from dreplica.data.device_cache import OnDevice, Store
+from dreplica.data.cache.device_cache import OnDevice, Store
 from dreplica.data.images import Images
 from dreplica.data.samples import Kept, TensorImages
 from dreplica.errors import UsageError

@@ -11,8 +11,8 @@ from typing import Any
 import numpy
 import pytest
 
-from dreplica.data import shelf
-from dreplica.data.shelf import Item, Key, Shelf
+from dreplica.data.cache import shared_file_cache as shelf
+from dreplica.data.cache.shared_file_cache import Item, Key, Shelf
 
 FORK = multiprocessing.get_context("fork")
 

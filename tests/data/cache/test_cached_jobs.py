@@ -91,7 +91,7 @@ def folder_decoded_wrongly_once(config: DataConfig) -> tuple[Images, Images, int
 
 
 def test_a_mistake_in_decoding_that_is_kept_is_no_fault_of_the_file(tmp_path: Path) -> None:
-    data = "--data.name=tests.data.test_cached_jobs:folder_decoded_wrongly_once"
+    data = "--data.name=tests.data.cache.test_cached_jobs:folder_decoded_wrongly_once"
     job = run(make_folder(tmp_path), data, "--data.cache=memory")
     verdict = job.report["verdict"]
     assert (verdict["cause"], verdict["step"], verdict["suspects"]) == ("transient-fault", 1, [1]), verdict
@@ -113,7 +113,7 @@ def noise(_config: DataConfig) -> tuple[Noise, Noise, int]:
 
 @pytest.mark.parametrize("cache", ["none", "memory"])
 def test_what_is_drawn_in_workers_is_seen_through_a_cache(cache: str, tmp_path: Path) -> None:
-    arguments = ("--data.name=tests.data.test_cached_jobs:noise", f"--overrides.1.data.cache={cache}")
+    arguments = ("--data.name=tests.data.cache.test_cached_jobs:noise", f"--overrides.1.data.cache={cache}")
     job = run(tmp_path, *arguments, "--overrides.1.data.num_workers=2")
     verdict = job.report["verdict"]
     assert (verdict["cause"], verdict["step"], verdict["stage"]) == ("batch-differs", 1, "batch"), verdict
@@ -145,7 +145,7 @@ def folder_where_replica_1_dies(config: DataConfig) -> tuple[Images, Images, int
 def test_a_replica_killed_while_it_decodes_for_all_is_named(cache: str, tmp_path: Path) -> None:
     root = make_folder(tmp_path / "images")
     arguments = (
-        "--data.name=tests.data.test_cached_jobs:folder_where_replica_1_dies",
+        "--data.name=tests.data.cache.test_cached_jobs:folder_where_replica_1_dies",
         "--data.decode=node",
         f"--data.cache={cache}",
     )

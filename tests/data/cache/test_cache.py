@@ -8,13 +8,14 @@ import pytest
 import torch
 
 from dreplica.config.schema import DataConfig
-from dreplica.data import coordinator, device_cache, images, loader
+from dreplica.data import coordinator, images, loader
 from dreplica.data import image_sharing as sharing
+from dreplica.data.cache import device_cache
+from dreplica.data.cache.shared_file_cache import Shelf
 from dreplica.data.coordinator import Coordinator
 from dreplica.data.datasets import load_data, prepare_data
 from dreplica.data.loader import load_again, load_batches
 from dreplica.data.samples import DataSets, at_epoch
-from dreplica.data.shelf import Shelf
 from dreplica.distributed.channel import Channel
 from dreplica.distributed.process_group import World
 from dreplica.environment import hardware as memory
