@@ -15,10 +15,10 @@ from torch.utils.data import Dataset, IterableDataset
 from dreplica.config.imports import call_function
 from dreplica.config.messages import nearest, show
 from dreplica.config.schema import DataConfig
-from dreplica.data.augment import make_augmentation
 from dreplica.data.image_folder import load_image_folder
 from dreplica.data.image_sharing import keep_and_share, keep_on_device
-from dreplica.data.images import Images
+from dreplica.data.images.augment import make_augmentation
+from dreplica.data.images.images import Images
 from dreplica.data.sample_weights import make_weights
 from dreplica.data.samples import DataSets, Sample, TensorImages, load_sample, split_indices
 from dreplica.data.skip import leave_out_unreadable

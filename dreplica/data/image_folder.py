@@ -8,8 +8,8 @@ from pathlib import Path
 from torchvision.datasets.folder import IMG_EXTENSIONS, has_file_allowed_extension
 
 from dreplica.config.schema import DataConfig
-from dreplica.data.augment import make_augmentation
-from dreplica.data.images import ImageFiles, Images
+from dreplica.data.images.augment import make_augmentation
+from dreplica.data.images.images import ImageFiles, Images
 from dreplica.data.sample_weights import make_weights
 from dreplica.data.samples import DataSets, digest_files, split_indices
 from dreplica.distributed.process_group import env_rank

@@ -13,7 +13,7 @@ import torch
 from dreplica.config.schema import DataConfig
 from dreplica.data.cache.device_cache import OnDevice, Store
 from dreplica.data.cache.shared_file_cache import Item, Key, Shelf
-from dreplica.data.images import Images
+from dreplica.data.images.images import Images
 from dreplica.data.samples import DataSets, Kept, Place
 from dreplica.distributed.process_group import World
 from dreplica.environment.hardware import available_memory, spell_size

@@ -12,8 +12,8 @@ import torchvision
 import xxhash
 
 from dreplica.config.schema import DataConfig
-from dreplica.data.augment import make_augmentation
-from dreplica.data.images import Images
+from dreplica.data.images.augment import make_augmentation
+from dreplica.data.images.images import Images
 from dreplica.data.sample_weights import make_weights
 from dreplica.data.samples import IMAGENET_MEAN, IMAGENET_STD, DataSets, split_indices
 from dreplica.distributed.once_per_node import once_per_node

@@ -36,7 +36,7 @@ from dreplica.agreement.agreement import Agreement
 from dreplica.config.load import load_config
 from dreplica.data.coordinator import Coordinator
 from dreplica.data.datasets import prepare_data
-from dreplica.data.images import Images
+from dreplica.data.images.images import Images
 from dreplica.data.loader import load_batches, normalize
 from dreplica.data.samples import DataSets, at_epoch
 from dreplica.distributed.channel import Channel

@@ -12,7 +12,7 @@ import torch
 
 from dreplica.config.schema import DataConfig
 from dreplica.data.datasets import load_data
-from dreplica.data.images import Images
+from dreplica.data.images.images import Images
 from dreplica.data.samples import DataSets, split_indices
 from dreplica.errors import UsageError
 from tests.data.pictures import cut, make_folder

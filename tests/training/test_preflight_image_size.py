@@ -8,7 +8,7 @@ import torchvision
 
 from dreplica.config.schema import RunConfig
 from dreplica.data.cache.device_cache import OnDevice, Store
-from dreplica.data.images import Images
+from dreplica.data.images.images import Images
 from dreplica.data.samples import Kept, TensorImages
 from dreplica.errors import UsageError
 from dreplica.training.preflight import check_image_size

@@ -8,12 +8,13 @@ import pytest
 import torch
 
 from dreplica.config.schema import DataConfig
-from dreplica.data import coordinator, images, loader
+from dreplica.data import coordinator, loader
 from dreplica.data import image_sharing as sharing
 from dreplica.data.cache import device_cache
 from dreplica.data.cache.shared_file_cache import Shelf
 from dreplica.data.coordinator import Coordinator
 from dreplica.data.datasets import load_data, prepare_data
+from dreplica.data.images import images
 from dreplica.data.loader import load_again, load_batches
 from dreplica.data.samples import DataSets, at_epoch
 from dreplica.distributed.channel import Channel
@@ -263,7 +264,7 @@ def test_data_that_are_no_images_are_refused(config: dict[str, Any], words: str)
         prepare_data(DataConfig.model_validate(config), 0, ALONE, CPU)
 
 
-@pytest.mark.parametrize("augment", ["resized_crop", "trivial", "tests.data.test_augment:of_all_generators"])
+@pytest.mark.parametrize("augment", ["resized_crop", "trivial", "tests.data.images.test_augment:of_all_generators"])
 def test_augmentations_that_compute_are_refused_on_a_device(augment: str, tmp_path: Path) -> None:
     root = make_folder(tmp_path, 8)
     with pytest.raises(SharedUsageError, match=rf"^data.cache: 'device' .*but data.augment is '{augment}'. Use one of"):

@@ -15,7 +15,7 @@ from torchvision.transforms.v2 import functional
 from dreplica.config.imports import import_function
 from dreplica.config.messages import nearest
 from dreplica.config.schema import DataConfig
-from dreplica.data.shift_flip import ShiftFlip
+from dreplica.data.images.batch_augment import ShiftFlip
 from dreplica.errors import UsageError
 
 Transform = Callable[[Image], Image]

@@ -17,8 +17,8 @@ from torch import Tensor
 from torch.utils.data import Dataset, default_collate
 from torchvision.transforms.v2 import functional
 
-from dreplica.data.augment import Augmentation, fit_image
 from dreplica.data.cache.shared_file_cache import Item, Key, Shelf
+from dreplica.data.images.augment import Augmentation, fit_image
 from dreplica.data.samples import IMAGENET_MEAN, IMAGENET_STD, Place, Sample, SampleError, load_sample
 
 _WHITE = (255, 255, 255, 255)

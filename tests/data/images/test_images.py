@@ -8,7 +8,7 @@ import PIL.Image
 import pytest
 import torch
 
-from dreplica.data.images import ImageFiles, Images, UnreadableImageError, read_image, to_rgb
+from dreplica.data.images.images import ImageFiles, Images, UnreadableImageError, read_image, to_rgb
 from dreplica.data.samples import SampleError
 from tests.data.pictures import cut
 

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from dreplica.data.shift_flip import ShiftFlip
+from dreplica.data.images.batch_augment import ShiftFlip
 
 
 def noise(num: int, height: int = 6, width: int = 5) -> Tensor:
