@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from dreplica.data.loader import Batch
+from dreplica.data.loading.loader import Batch
 from dreplica.diagnosis.operators import OpRecord
 from dreplica.state.fingerprint.fingerprint import digest_tensor
 from dreplica.state.replica import Parts

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from dreplica.agreement.agreement import Agreement
 from dreplica.agreement.protocol import fold
 from dreplica.config.schema import TrainConfig
-from dreplica.data.loader import Batch
+from dreplica.data.loading.loader import Batch
 from dreplica.diagnosis.operators import OpTracer
 from dreplica.diagnosis.provenance import Contents, contents_after, contents_before
 from dreplica.diagnosis.sampler import OutputSampler

@@ -10,8 +10,8 @@ from torch import Tensor
 from dreplica.agreement.agreement import Agreement
 from dreplica.agreement.verdict.verdict import Verdict
 from dreplica.config.schema import RunConfig
-from dreplica.data.coordinator import Coordinator
-from dreplica.data.loader import Batch, load_again
+from dreplica.data.loading.index_stream import Coordinator
+from dreplica.data.loading.loader import Batch, load_again
 from dreplica.data.samples import DataSets, at_epoch, by_itself
 from dreplica.diagnosis.against_reference import AgainstReference
 from dreplica.diagnosis.conclude import RunFacts, conclude, conclude_build

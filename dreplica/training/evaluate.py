@@ -8,8 +8,8 @@ from torch.utils.data import Dataset
 
 from dreplica.agreement.hasher import Hasher
 from dreplica.config.schema import TrainConfig
-from dreplica.data.coordinator import Coordinator
-from dreplica.data.loader import Labels, load_batches
+from dreplica.data.loading.index_stream import Coordinator
+from dreplica.data.loading.loader import Labels, load_batches
 from dreplica.state.progress import Position
 from dreplica.state.replica import Replica
 from dreplica.state.stages import batch_entries

@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_leaves
 
 from dreplica.config.messages import nearest
 from dreplica.config.schema import FaultConfig
-from dreplica.data.coordinator import Coordinator, IndexStream
+from dreplica.data.loading.index_stream import Coordinator, IndexStream
 from dreplica.distributed.channel import Channel
 from dreplica.errors import UsageError
 from dreplica.state.replica import Replica

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 import torch
 
 from dreplica.agreement.agreement import Agreement
-from dreplica.data.coordinator import Coordinator
-from dreplica.data.loader import Labels, load_batches
+from dreplica.data.loading.index_stream import Coordinator
+from dreplica.data.loading.loader import Labels, load_batches
 from dreplica.data.samples import DataSets, at_epoch
 from dreplica.distributed.process_group import World
 from dreplica.distributed.signals import StopRequest

@@ -7,7 +7,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.data import Dataset
 
-from dreplica.data.loader import load_again
+from dreplica.data.loading.loader import load_again
 from dreplica.errors import UsageError
 from dreplica.state.rng import get_rng_state, set_rng_state
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from dreplica.config.schema import TrainConfig
-from dreplica.data.loader import Batch
+from dreplica.data.loading.loader import Batch
 from dreplica.errors import UsageError
 from dreplica.state.replica import Replica
 

@@ -34,10 +34,10 @@ from torchvision.transforms import v2
 
 from dreplica.agreement.agreement import Agreement
 from dreplica.config.load import load_config
-from dreplica.data.coordinator import Coordinator
 from dreplica.data.datasets import prepare_data
 from dreplica.data.images.images import Images
-from dreplica.data.loader import load_batches, normalize
+from dreplica.data.loading.index_stream import Coordinator
+from dreplica.data.loading.loader import load_batches, normalize
 from dreplica.data.samples import DataSets, at_epoch
 from dreplica.distributed.channel import Channel
 from dreplica.distributed.process_group import World

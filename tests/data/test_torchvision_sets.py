@@ -20,7 +20,7 @@ import torchvision
 
 from dreplica.config.schema import DataConfig
 from dreplica.data.datasets import load_data
-from dreplica.data.loader import load_again
+from dreplica.data.loading.loader import load_again
 from dreplica.data.samples import DataSets
 from dreplica.data.torchvision_sets import SETS
 from dreplica.distributed.process_group import World

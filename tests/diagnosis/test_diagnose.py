@@ -11,7 +11,7 @@ from torch import Tensor
 
 from dreplica.agreement.verdict.verdict import Verdict
 from dreplica.data.datasets import TensorImages
-from dreplica.data.loader import Batch
+from dreplica.data.loading.loader import Batch
 from dreplica.diagnosis.conclude import RunFacts
 from dreplica.diagnosis.diagnose import _approach, can_replay, diagnose, digest_samples, doubt_persistent
 from dreplica.diagnosis.operators import OpRecord

@@ -299,7 +299,7 @@ def test_source_is_the_users_line() -> None:
 
 def test_source_is_empty_where_the_training_step_calls() -> None:
     from dreplica.config.schema import TrainConfig
-    from dreplica.data.loader import Batch
+    from dreplica.data.loading.loader import Batch
     from dreplica.state.replica import Replica
     from dreplica.training.step import training_step
 

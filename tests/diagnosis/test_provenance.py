@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from dreplica.config.schema import TrainConfig
-from dreplica.data.loader import Batch
+from dreplica.data.loading.loader import Batch
 from dreplica.diagnosis.operators import OpRecord, OpTracer
 from dreplica.diagnosis.provenance import (
     Contents,

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from dreplica.agreement.agreement import Agreement
 from dreplica.agreement.protocol import Word, fold
 from dreplica.config.schema import TrainConfig
-from dreplica.data.loader import Batch
+from dreplica.data.loading.loader import Batch
 from dreplica.diagnosis.replay import Load, Replayer
 from dreplica.state.replica import Replica
 from dreplica.state.rng import get_rng_state, seed_generators, set_rng_state

@@ -12,10 +12,10 @@ from torch import nn
 
 from dreplica.config.load import load_config
 from dreplica.config.schema import DataConfig
-from dreplica.data.coordinator import draw_order
 from dreplica.data.datasets import load_data
 from dreplica.data.images.augment import make_augmentation
 from dreplica.data.images.images import Images
+from dreplica.data.loading.index_stream import draw_order
 from dreplica.replica.build import build_replica
 from tests.data.pictures import make_folder
 from tests.end_to_end.test_bad_input import messages

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from dreplica.config.load import load_config
-from dreplica.data.coordinator import draw_order
 from dreplica.data.datasets import load_data
+from dreplica.data.loading.index_stream import draw_order
 from dreplica.distributed.process_group import World
 from dreplica.environment.determinism import apply_determinism
 from dreplica.replica.build import build_replica

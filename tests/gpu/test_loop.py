@@ -13,8 +13,8 @@ from dreplica.commands.bench.loops import Bench
 from dreplica.config.load import load_config
 from dreplica.config.schema import RunConfig, TrainConfig
 from dreplica.data.cache.device_cache import Store
-from dreplica.data.coordinator import Coordinator
 from dreplica.data.datasets import DataConfig, TensorImages, load_data
+from dreplica.data.loading.index_stream import Coordinator
 from dreplica.diagnosis.operators import OpTracer
 from dreplica.distributed.channel import Channel
 from dreplica.distributed.process_group import World
@@ -133,7 +133,7 @@ def test_a_scaler_is_kept_without_waiting_and_put_back() -> None:
 
 
 def _batches(config: RunConfig, dataset: Any) -> Any:
-    from dreplica.data.loader import load_batches
+    from dreplica.data.loading.loader import load_batches
 
     stream = Coordinator(WORLD.channel, 0).training_batches(len(dataset), config.data.batch_size, 1)
     return load_batches(dataset, stream, DEVICE, 0, 0, 1)

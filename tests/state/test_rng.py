@@ -12,8 +12,8 @@ from pydantic import TypeAdapter, ValidationError
 from torch.utils.data import DataLoader
 
 from dreplica.config.schema import SeedConfig, check_model_seeds
-from dreplica.data.coordinator import Coordinator, draw_order, epoch_generator
-from dreplica.data.loader import load_batches
+from dreplica.data.loading.index_stream import Coordinator, draw_order, epoch_generator
+from dreplica.data.loading.loader import load_batches
 from dreplica.distributed.channel import Channel
 from dreplica.distributed.process_group import World
 from dreplica.errors import UsageError

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from dreplica.config.schema import TrainConfig
-from dreplica.data.loader import Batch
+from dreplica.data.loading.loader import Batch
 from dreplica.state.replica import Replica
 from dreplica.state.snapshot import restore_snapshot, take_snapshot
 from dreplica.state.stages import (

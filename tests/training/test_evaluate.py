@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from dreplica.config.schema import TrainConfig
-from dreplica.data.coordinator import Coordinator
 from dreplica.data.datasets import TensorImages
+from dreplica.data.loading.index_stream import Coordinator
 from dreplica.distributed.channel import Channel
 from dreplica.state.replica import Replica
 from dreplica.state.rng import seed_generators

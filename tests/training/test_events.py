@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from dreplica.config.schema import TrainConfig
-from dreplica.data.loader import Batch
+from dreplica.data.loading.loader import Batch
 from dreplica.state.replica import Replica
 from dreplica.training.events import PHASES, PhaseTimer
 from dreplica.training.step import training_step

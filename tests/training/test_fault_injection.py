@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from dreplica.config.schema import FaultConfig, TrainConfig
-from dreplica.data.coordinator import Coordinator
-from dreplica.data.loader import Batch
+from dreplica.data.loading.index_stream import Coordinator
+from dreplica.data.loading.loader import Batch
 from dreplica.diagnosis.operators import OpTracer
 from dreplica.distributed.channel import Channel
 from dreplica.errors import UsageError

@@ -13,8 +13,8 @@ from torch import nn
 from dreplica.agreement.agreement import Agreement
 from dreplica.agreement.trace.writer import Trace
 from dreplica.config.schema import RunConfig
-from dreplica.data.coordinator import Coordinator
 from dreplica.data.datasets import load_data
+from dreplica.data.loading.index_stream import Coordinator
 from dreplica.distributed.process_group import World, open_world
 from dreplica.distributed.signals import StopRequest
 from dreplica.replica.build import build_replica

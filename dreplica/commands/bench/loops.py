@@ -22,9 +22,9 @@ from torch.utils.data import DataLoader
 from dreplica.agreement.agreement import Agreement
 from dreplica.commands.bench.results import LOOPS, Measured, Memory
 from dreplica.config.schema import RunConfig
-from dreplica.data.coordinator import Coordinator
 from dreplica.data.datasets import prepare_data
-from dreplica.data.loader import normalize
+from dreplica.data.loading.index_stream import Coordinator
+from dreplica.data.loading.loader import normalize
 from dreplica.data.samples import DataSets, at_epoch, by_itself, normalization
 from dreplica.distributed.process_group import World
 from dreplica.distributed.signals import StoppedOnRequest, StopRequest

@@ -8,21 +8,22 @@ import pytest
 import torch
 
 from dreplica.config.schema import DataConfig
-from dreplica.data import coordinator, loader
 from dreplica.data import image_sharing as sharing
 from dreplica.data.cache import device_cache
 from dreplica.data.cache.shared_file_cache import Shelf
-from dreplica.data.coordinator import Coordinator
 from dreplica.data.datasets import load_data, prepare_data
 from dreplica.data.images import images
-from dreplica.data.loader import load_again, load_batches
+from dreplica.data.loading import index_stream as coordinator
+from dreplica.data.loading import loader
+from dreplica.data.loading.index_stream import Coordinator
+from dreplica.data.loading.loader import load_again, load_batches
 from dreplica.data.samples import DataSets, at_epoch
 from dreplica.distributed.channel import Channel
 from dreplica.distributed.process_group import World
 from dreplica.environment import hardware as memory
 from dreplica.errors import SharedUsageError
+from tests.data.loading.test_loader import bytes_of, let_workers_start
 from tests.data.pictures import make_folder
-from tests.data.test_loader import bytes_of, let_workers_start
 from tests.harness import run_replicas
 
 CPU = torch.device("cpu")

@@ -14,10 +14,10 @@ from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional
 
 from dreplica.config.schema import DataConfig
-from dreplica.data.coordinator import Coordinator
 from dreplica.data.images.augment import NAMES, drawing_from, make_augmentation
 from dreplica.data.images.images import Images
-from dreplica.data.loader import load_batches
+from dreplica.data.loading.index_stream import Coordinator
+from dreplica.data.loading.loader import load_batches
 from dreplica.data.samples import at_epoch
 from dreplica.distributed.channel import Channel
 from dreplica.errors import UsageError

@@ -11,9 +11,10 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from dreplica.config.schema import DataConfig
-from dreplica.data import coordinator, loader
-from dreplica.data.coordinator import Coordinator
-from dreplica.data.loader import Batch, load_again, load_batches
+from dreplica.data.loading import index_stream as coordinator
+from dreplica.data.loading import loader
+from dreplica.data.loading.index_stream import Coordinator
+from dreplica.data.loading.loader import Batch, load_again, load_batches
 from dreplica.data.samples import SampleError
 from dreplica.distributed.channel import Channel
 from dreplica.distributed.liveness import ReplicaLost

@@ -9,10 +9,10 @@ import pytest
 import torch
 
 from dreplica.config.schema import DataConfig
-from dreplica.data import skip
 from dreplica.data.datasets import load_data
+from dreplica.data.loading import unreadable as skip
+from dreplica.data.loading.unreadable import leave_out_unreadable
 from dreplica.data.samples import DataSets, at_epoch, describe
-from dreplica.data.skip import leave_out_unreadable
 from dreplica.distributed.channel import Channel
 from dreplica.distributed.process_group import World
 from dreplica.errors import SharedUsageError

@@ -8,8 +8,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dreplica.data import coordinator
-from dreplica.data.coordinator import Coordinator, IndexStream, draw_order, epoch_generator
+from dreplica.data.loading import index_stream as coordinator
+from dreplica.data.loading.index_stream import Coordinator, IndexStream, draw_order, epoch_generator
 from dreplica.distributed.channel import Channel
 from dreplica.distributed.process_group import World
 from tests.harness import run_replicas

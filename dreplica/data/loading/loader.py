@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from dreplica.data.cache.device_cache import OnDevice
-from dreplica.data.coordinator import WINDOW, IndexStream, epoch_generator
+from dreplica.data.loading.index_stream import WINDOW, IndexStream, epoch_generator
 from dreplica.data.samples import Place, SampleError, by_itself, describe, load_batch, normalization
 from dreplica.errors import UsageError
 from dreplica.state.tensors import to_device

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from dreplica.data.loader import leave_the_group
+from dreplica.data.loading.loader import leave_the_group
 from dreplica.data.samples import DataSets, at_epoch, load_sample
 from dreplica.distributed.channel import Channel
 from dreplica.errors import SharedUsageError, UsageError
