@@ -15,14 +15,14 @@ from torch.utils.data import Dataset, IterableDataset
 from dreplica.config.imports import call_function
 from dreplica.config.messages import nearest, show
 from dreplica.config.schema import DataConfig
-from dreplica.data.image_folder import load_image_folder
 from dreplica.data.image_sharing import keep_and_share, keep_on_device
 from dreplica.data.images.augment import make_augmentation
 from dreplica.data.images.images import Images
 from dreplica.data.loading.unreadable import leave_out_unreadable
-from dreplica.data.sample_weights import make_weights
 from dreplica.data.samples import DataSets, Sample, TensorImages, load_sample, split_indices
-from dreplica.data.torchvision_sets import SETS, load_torchvision_set
+from dreplica.data.sources.image_folder import load_image_folder
+from dreplica.data.sources.sample_weights import make_weights
+from dreplica.data.sources.torchvision_datasets import SETS, load_torchvision_set
 from dreplica.distributed.process_group import World
 from dreplica.errors import UsageError
 

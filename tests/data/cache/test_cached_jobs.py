@@ -17,10 +17,10 @@ from rich.console import Console
 from torch.utils.data import Dataset
 
 from dreplica.config.schema import DataConfig
-from dreplica.data.image_folder import load_image_folder
 from dreplica.data.images import images
 from dreplica.data.images.images import Images
 from dreplica.data.loading.index_stream import draw_order
+from dreplica.data.sources.image_folder import load_image_folder
 from dreplica.report import terminal
 from dreplica.training.evaluate import Tally
 from dreplica.training.events import StepDone

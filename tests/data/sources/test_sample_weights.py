@@ -13,7 +13,7 @@ from sklearn.utils.class_weight import compute_class_weight
 
 from dreplica.config.schema import DataConfig
 from dreplica.data.datasets import load_data
-from dreplica.data.sample_weights import balanced
+from dreplica.data.sources.sample_weights import balanced
 from dreplica.errors import UsageError
 from tests.data.pictures import make_folder
 

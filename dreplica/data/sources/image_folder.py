@@ -10,8 +10,8 @@ from torchvision.datasets.folder import IMG_EXTENSIONS, has_file_allowed_extensi
 from dreplica.config.schema import DataConfig
 from dreplica.data.images.augment import make_augmentation
 from dreplica.data.images.images import ImageFiles, Images
-from dreplica.data.sample_weights import make_weights
 from dreplica.data.samples import DataSets, digest_files, split_indices
+from dreplica.data.sources.sample_weights import make_weights
 from dreplica.distributed.process_group import env_rank
 from dreplica.errors import UsageError
 

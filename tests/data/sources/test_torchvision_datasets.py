@@ -22,7 +22,7 @@ from dreplica.config.schema import DataConfig
 from dreplica.data.datasets import load_data
 from dreplica.data.loading.loader import load_again
 from dreplica.data.samples import DataSets
-from dreplica.data.torchvision_sets import SETS
+from dreplica.data.sources.torchvision_datasets import SETS
 from dreplica.distributed.process_group import World
 from dreplica.errors import UsageError
 from tests.data.pictures import cut
@@ -179,7 +179,7 @@ def test_offline_all_are_told_what_to_put_where(tmp_path: Path) -> None:
 def test_a_folder_that_cannot_be_written_to(tmp_path: Path) -> None:
     put_mnist(tmp_path)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("dreplica.data.torchvision_sets.once_per_node", read_only)
+        patch.setattr("dreplica.data.sources.torchvision_datasets.once_per_node", read_only)
         assert len(load(tmp_path, "MNIST").train) == 8  # type: ignore[arg-type]
         with pytest.raises(UsageError, match=r"KMNIST is not in .* cannot be written to \(Read-only file system\)"):
             load(tmp_path, "KMNIST")

@@ -14,8 +14,8 @@ import xxhash
 from dreplica.config.schema import DataConfig
 from dreplica.data.images.augment import make_augmentation
 from dreplica.data.images.images import Images
-from dreplica.data.sample_weights import make_weights
 from dreplica.data.samples import IMAGENET_MEAN, IMAGENET_STD, DataSets, split_indices
+from dreplica.data.sources.sample_weights import make_weights
 from dreplica.distributed.once_per_node import once_per_node
 from dreplica.errors import UsageError
 
