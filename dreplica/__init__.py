@@ -7,7 +7,7 @@ if TYPE_CHECKING:
     from dreplica.agreement.agreement import Agreement
     from dreplica.agreement.hasher import Hasher
     from dreplica.agreement.verdict.verdict import Divergence
-    from dreplica.diagnosis.own_step import diagnose
+    from dreplica.diagnosis.diagnose_step import diagnose
     from dreplica.replica.wiring import check_wiring
     from dreplica.state.fingerprint.fingerprint import fingerprint
     from dreplica.state.replica import Replica
@@ -22,7 +22,7 @@ _MODULES = {
     "Hasher": "dreplica.agreement.hasher",
     "Replica": "dreplica.state.replica",
     "check_wiring": "dreplica.replica.wiring",
-    "diagnose": "dreplica.diagnosis.own_step",
+    "diagnose": "dreplica.diagnosis.diagnose_step",
     "fingerprint": "dreplica.state.fingerprint.fingerprint",
 }
 

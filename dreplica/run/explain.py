@@ -15,7 +15,7 @@ from dreplica.data.loading.loader import Batch, load_again
 from dreplica.data.samples import DataSets, at_epoch, by_itself
 from dreplica.diagnosis.against_reference import AgainstReference
 from dreplica.diagnosis.conclude import RunFacts, conclude, conclude_build
-from dreplica.diagnosis.diagnose import Judge, can_replay, diagnose
+from dreplica.diagnosis.diagnose_run import Judge, can_replay, diagnose
 from dreplica.diagnosis.rebuild import explain_build, rebuild
 from dreplica.diagnosis.replay import Replayer
 from dreplica.diagnosis.witness import Decision

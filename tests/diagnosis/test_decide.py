@@ -7,7 +7,7 @@ import pytest
 
 from dreplica.agreement.verdict.verdict import Verdict
 from dreplica.diagnosis.decide import decide
-from dreplica.diagnosis.diagnose import as_verdict
+from dreplica.diagnosis.diagnose_run import as_verdict
 from dreplica.diagnosis.operators import OpRecord
 from dreplica.diagnosis.provenance import Contents
 from dreplica.diagnosis.witness import Decision, Witness, first_difference

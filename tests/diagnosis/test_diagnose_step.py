@@ -15,7 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 import dreplica
 from dreplica.agreement.verdict.verdict import Verdict
 from dreplica.commands.cases.samples.operators import racy_sum
-from dreplica.diagnosis.remedies import as_code
+from dreplica.diagnosis.diagnose_step import as_code
 from dreplica.distributed.channel import Channel
 from dreplica.distributed.liveness import ReplicaLost
 from dreplica.distributed.process_group import World

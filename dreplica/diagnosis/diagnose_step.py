@@ -1,5 +1,6 @@
 """`dreplica.diagnose`: why a step of anyone's own loop does not come to the same on all replicas."""
 
+import re
 import socket
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -15,9 +16,8 @@ from dreplica.diagnosis.common_state import differing_shapes, shapes, share_stat
 from dreplica.diagnosis.conclude import RunFacts, conclude
 from dreplica.diagnosis.decide import decide
 from dreplica.diagnosis.declared import divides_as
-from dreplica.diagnosis.diagnose import as_verdict, put_back
+from dreplica.diagnosis.diagnose_run import as_verdict, put_back
 from dreplica.diagnosis.in_full import add, compare_outputs
-from dreplica.diagnosis.remedies import as_code
 from dreplica.diagnosis.repeated import NO_INDICES, Repeated
 from dreplica.diagnosis.replay import Replayed
 from dreplica.diagnosis.witness import Decision, Witness, could_have_made, difference_behind, first_stage
@@ -243,3 +243,27 @@ def _conclude(verdict: Verdict, facts: RunFacts) -> Verdict:
         return verdict
     concluded = conclude(verdict, facts)
     return concluded.with_(remedy=as_code(concluded.remedy))
+
+
+_FLAGS = {
+    "mode": "torch.use_deterministic_algorithms(True)",
+    "threads": "torch.set_num_threads({})",
+    "cudnn_deterministic": "torch.backends.cudnn.deterministic = True",
+    "cudnn_benchmark": "torch.backends.cudnn.benchmark = False",
+    "tf32": "torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False",
+    "cublas_workspace_config": 'os.environ["CUBLAS_WORKSPACE_CONFIG"] = "{}"  # before anything uses CUDA',
+}
+_FLAG = re.compile(r"--determinism\.(\w+) (\S+)")
+
+
+def as_code(remedy: Sequence[str]) -> list[str]:
+    """The lines of a verdict's remedy, the trainer's flags as calls of torch's; without those for the trainer alone."""
+    lines = []
+    for line in remedy:
+        if line.startswith("--"):
+            calls = [_FLAGS[name].format(value) for name, value in _FLAG.findall(line) if name in _FLAGS]
+            remark = line.partition("  #")[2]
+            lines += [f"{call}  #{remark}" if remark and "  #" not in call else call for call in calls]
+        elif not line.startswith("dreplica "):
+            lines.append(line)
+    return list(dict.fromkeys(lines))
