@@ -11,10 +11,10 @@ from torch.utils.data import Dataset, default_collate
 
 from dreplica.agreement.verdict.verdict import Verdict
 from dreplica.data.samples import describe
-from dreplica.diagnosis.conclude import RunFacts
-from dreplica.diagnosis.decide import decide
+from dreplica.diagnosis.decision.conclude import RunFacts
+from dreplica.diagnosis.decision.decide import decide
+from dreplica.diagnosis.decision.nondeterministic_ops import is_picked_by_timing, may_vary
 from dreplica.diagnosis.in_full import add, compare_outputs, doubt_moved, doubt_struck
-from dreplica.diagnosis.nondeterminism import is_picked_by_timing, may_vary
 from dreplica.diagnosis.operators import OpRecord
 from dreplica.diagnosis.path import measure_path
 from dreplica.diagnosis.replay import Repeats, Replayed, Replayer

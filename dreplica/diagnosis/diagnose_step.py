@@ -13,9 +13,9 @@ from dreplica.agreement.subject import Models, Subject
 from dreplica.agreement.verdict.location import describe, first_difference
 from dreplica.agreement.verdict.verdict import Verdict, split_into_classes
 from dreplica.diagnosis.common_state import differing_shapes, shapes, share_state
-from dreplica.diagnosis.conclude import RunFacts, conclude
-from dreplica.diagnosis.decide import decide
-from dreplica.diagnosis.declared import divides_as
+from dreplica.diagnosis.decision.conclude import RunFacts, conclude
+from dreplica.diagnosis.decision.decide import decide
+from dreplica.diagnosis.decision.overrides import divides_as
 from dreplica.diagnosis.diagnose_run import as_verdict, put_back
 from dreplica.diagnosis.in_full import add, compare_outputs
 from dreplica.diagnosis.repeated import NO_INDICES, Repeated

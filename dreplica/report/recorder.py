@@ -14,7 +14,7 @@ from rich.console import Console
 
 from dreplica.agreement.verdict.verdict import Verdict
 from dreplica.config.schema import ReportConfig, RunFolderConfig
-from dreplica.diagnosis.conclude import replica_lost
+from dreplica.diagnosis.decision.conclude import replica_lost
 from dreplica.distributed.liveness import Lost, describe_failure, is_to_tell
 from dreplica.distributed.process_group import World
 from dreplica.environment.manifest import card_of, compare_values

@@ -13,8 +13,8 @@ from dreplica.config.schema import RunConfig
 from dreplica.data.loading.index_stream import Coordinator
 from dreplica.data.loading.loader import Batch, load_again
 from dreplica.data.samples import DataSets, at_epoch, by_itself
-from dreplica.diagnosis.against_reference import AgainstReference
-from dreplica.diagnosis.conclude import RunFacts, conclude, conclude_build
+from dreplica.diagnosis.decision.conclude import RunFacts, conclude, conclude_build
+from dreplica.diagnosis.decision.decide_reference import AgainstReference
 from dreplica.diagnosis.diagnose_run import Judge, can_replay, diagnose
 from dreplica.diagnosis.rebuild import explain_build, rebuild
 from dreplica.diagnosis.replay import Replayer

@@ -18,7 +18,7 @@ from dreplica.agreement.trace.run_metadata import (
 )
 from dreplica.agreement.verdict.verdict import Verdict
 from dreplica.config.schema import RunConfig
-from dreplica.diagnosis.against_reference import AgainstReference
+from dreplica.diagnosis.decision.decide_reference import AgainstReference
 from dreplica.distributed.process_group import World
 from dreplica.errors import UsageError
 

@@ -10,8 +10,8 @@ from dreplica.agreement.verdict.verdict import Verdict, split_into_classes, susp
 from dreplica.config.components import check_schedule
 from dreplica.data.datasets import prepare_data
 from dreplica.data.samples import DataSets
-from dreplica.diagnosis import conclude as diagnosis
-from dreplica.diagnosis.conclude import BuildFacts, RunFacts
+from dreplica.diagnosis.decision import conclude as diagnosis
+from dreplica.diagnosis.decision.conclude import BuildFacts, RunFacts
 from dreplica.distributed.process_group import World
 from dreplica.environment.manifest import collect_manifest, compare_manifests, compare_values
 from dreplica.replica.build import broadcast_state, build_replica, weights_digest

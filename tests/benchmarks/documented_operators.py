@@ -54,7 +54,7 @@ class Case:
     documented: str | None
     """As the documentation names it; None for what is documented in other places."""
     operator: str
-    """As the table of `dreplica.diagnosis.nondeterminism` has it: what a trace is expected to name."""
+    """As the table of `dreplica.diagnosis.decision.nondeterministic_ops` has it: what a trace is expected to name."""
     make: Callable[[torch.device, int], Work]
     """Given a device and about how many numbers to write."""
     by_process: bool = False

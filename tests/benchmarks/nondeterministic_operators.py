@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 
 from dreplica.config.schema import DeterminismConfig
-from dreplica.diagnosis.nondeterminism import DOCUMENTED, explain_operator
+from dreplica.diagnosis.decision.nondeterministic_ops import DOCUMENTED, explain_operator
 from dreplica.diagnosis.operators import OpRecord, OpTracer
 from dreplica.diagnosis.witness import first_difference
 from dreplica.environment.determinism import apply_determinism, numerics_flags, set_environment

@@ -12,7 +12,7 @@ from torch import Tensor
 from dreplica.agreement.verdict.verdict import Verdict
 from dreplica.data.datasets import TensorImages
 from dreplica.data.loading.loader import Batch
-from dreplica.diagnosis.conclude import RunFacts
+from dreplica.diagnosis.decision.conclude import RunFacts
 from dreplica.diagnosis.diagnose_run import _approach, can_replay, diagnose, digest_samples, doubt_persistent
 from dreplica.diagnosis.operators import OpRecord
 from dreplica.diagnosis.witness import Decision, OpDifference

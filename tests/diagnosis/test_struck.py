@@ -6,7 +6,7 @@ from dreplica.diagnosis.operators import OpRecord
 from dreplica.diagnosis.provenance import Contents
 from dreplica.diagnosis.struck import struck_memory
 from dreplica.diagnosis.witness import Decision, Witness, first_difference
-from tests.diagnosis.test_decide import CONV, GOOD, RELU, SGD, START, always, bad, digest, witness
+from tests.diagnosis.decision.test_decide import CONV, GOOD, RELU, SGD, START, always, bad, digest, witness
 
 CLASSES = [[0, 2], [1]]
 FLIPPED_WEIGHTS = Contents(frozenset({START}), {"weights": {"weight": digest("flipped")}})

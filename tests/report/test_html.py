@@ -13,7 +13,7 @@ import yaml
 from torch import Tensor, nn
 
 from dreplica.commands import main as cli
-from dreplica.diagnosis.conclude import wiring_fault
+from dreplica.diagnosis.decision.conclude import wiring_fault
 from dreplica.replica.wiring import WiringError
 from dreplica.report.html import render
 from dreplica.report.run_files import read_run

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from dreplica.diagnosis.nondeterminism import DOCUMENTED
+from dreplica.diagnosis.decision.nondeterministic_ops import DOCUMENTED
 
 _REFUSES = "deterministic"
 """In what torch raises when deterministic algorithms are required and there is none."""

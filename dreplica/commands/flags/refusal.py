@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from dreplica.diagnosis.nondeterminism import explain_operator
+from dreplica.diagnosis.decision.nondeterministic_ops import explain_operator
 from dreplica.diagnosis.raises import find_refused, is_refusal
 from dreplica.environment.determinism import numerics_flags
 from dreplica.run.explain import Explainer

@@ -31,7 +31,7 @@ from dreplica.agreement.verdict.verdict import Divergence, Verdict
 from dreplica.commands.flags.refusal import describe_refusal, describe_unrun
 from dreplica.config.schema import DeterminismConfig
 from dreplica.data.loading.index_stream import Coordinator
-from dreplica.diagnosis.against_reference import AgainstReference
+from dreplica.diagnosis.decision.decide_reference import AgainstReference
 from dreplica.diagnosis.raises import is_refusal
 from dreplica.distributed.liveness import ReplicaLost
 from dreplica.distributed.process_group import World

@@ -6,7 +6,7 @@ import pytest
 
 from dreplica.agreement.verdict.causes import CAUSES
 from dreplica.agreement.verdict.verdict import Verdict
-from dreplica.diagnosis.conclude import (
+from dreplica.diagnosis.decision.conclude import (
     BuildFacts,
     RunFacts,
     agreed,

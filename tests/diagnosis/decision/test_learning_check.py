@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from dreplica.diagnosis.learning import LearningWatch
+from dreplica.diagnosis.decision.learning_check import LearningWatch
 from dreplica.state.replica import Replica
 from dreplica.state.rng import get_rng_state, seed_generators, set_rng_state
 from tests.fixtures import tiny_model

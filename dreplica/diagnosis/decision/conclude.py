@@ -6,7 +6,7 @@ from typing import Any
 
 from dreplica.agreement.verdict.causes import CAUSES
 from dreplica.agreement.verdict.verdict import Verdict, split_into_classes, suspects_of
-from dreplica.diagnosis.nondeterminism import explain_operator
+from dreplica.diagnosis.decision.nondeterministic_ops import explain_operator
 from dreplica.distributed.liveness import Lost
 from dreplica.environment.manifest import Difference, card_of, spell_device
 from dreplica.replica.wiring import WiringError

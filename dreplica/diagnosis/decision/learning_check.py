@@ -3,7 +3,7 @@
 import torch
 
 from dreplica.agreement.verdict.verdict import Verdict
-from dreplica.diagnosis.conclude import not_learning
+from dreplica.diagnosis.decision.conclude import not_learning
 from dreplica.distributed.channel import Channel
 from dreplica.state.replica import Replica
 from dreplica.state.stages import buffers_stage, named_weights, weights_stage

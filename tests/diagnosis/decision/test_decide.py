@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from dreplica.agreement.verdict.verdict import Verdict
-from dreplica.diagnosis.decide import decide
+from dreplica.diagnosis.decision.decide import decide
 from dreplica.diagnosis.diagnose_run import as_verdict
 from dreplica.diagnosis.operators import OpRecord
 from dreplica.diagnosis.provenance import Contents

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 
 from dreplica.agreement.reference import Apart
 from dreplica.agreement.trace.run_metadata import RunDifference, show
-from dreplica.diagnosis.decide import decide_alone
+from dreplica.diagnosis.decision.decide import decide_alone
 from dreplica.diagnosis.witness import Decision, Witness
 from dreplica.environment.determinism import CHANGEABLE, numerics_as
 from dreplica.environment.manifest import follows_from

@@ -9,7 +9,7 @@ import torch
 
 from dreplica.config.load import load_config
 from dreplica.config.schema import RunConfig
-from dreplica.diagnosis.nondeterminism import DOCUMENTED, Explanation, explain_operator, may_vary
+from dreplica.diagnosis.decision.nondeterministic_ops import DOCUMENTED, Explanation, explain_operator, may_vary
 from dreplica.environment.determinism import numerics_flags
 
 STRICT = {

@@ -10,8 +10,8 @@ from dreplica.agreement.reference import Apart
 from dreplica.agreement.trace.run_metadata import RunDifference
 from dreplica.agreement.verdict.location import Place
 from dreplica.config.schema import RunConfig
-from dreplica.diagnosis import against_reference
-from dreplica.diagnosis.against_reference import AgainstReference
+from dreplica.diagnosis.decision import decide_reference as against_reference
+from dreplica.diagnosis.decision.decide_reference import AgainstReference
 from dreplica.diagnosis.witness import Witness
 from dreplica.environment.determinism import CHANGEABLE, numerics_as, numerics_flags
 

@@ -6,12 +6,12 @@ from typing import Any
 
 import pytest
 
-from dreplica.diagnosis.decide import decide
+from dreplica.diagnosis.decision.decide import decide
 from dreplica.diagnosis.operators import OpRecord
 from dreplica.diagnosis.provenance import Contents
 from dreplica.diagnosis.witness import Decision, Witness, first_difference
 from dreplica.environment.manifest import Difference
-from tests.diagnosis.test_decide import CONV, GOOD, RELU, SGD, START, always, bad, digest, witness
+from tests.diagnosis.decision.test_decide import CONV, GOOD, RELU, SGD, START, always, bad, digest, witness
 
 THREADS = {"determinism": {"threads": 2}}
 ONEDNN = {"determinism": {"onednn": False}}

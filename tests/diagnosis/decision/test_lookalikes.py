@@ -12,7 +12,9 @@ FLIPPED_WEIGHT = "--inject=[{replica: 1, step: 3, target: weights}]"
 
 
 def run(kind: str, name: str, *arguments: str, num_replicas: int = 3) -> Job:
-    return run_job(*SHORT, f"--{kind}=tests.diagnosis.lookalikes:{name}", *arguments, num_replicas=num_replicas)
+    return run_job(
+        *SHORT, f"--{kind}=tests.diagnosis.decision.lookalikes:{name}", *arguments, num_replicas=num_replicas
+    )
 
 
 def verdict_of(job: Job) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import Any
 
 from dreplica.agreement.verdict.verdict import split_into_classes, suspects_of
-from dreplica.diagnosis.deterministic import decide_deterministic, other_numbers, with_operator
+from dreplica.diagnosis.decision.decide_reproducible import decide_deterministic, other_numbers, with_operator
 from dreplica.diagnosis.struck import flipped_bits
 from dreplica.diagnosis.witness import Decision, Witness, could_have_made, first_stage, up_to
 from dreplica.environment.manifest import Difference

@@ -9,7 +9,7 @@ from itertools import combinations
 from typing import Any
 
 from dreplica.agreement.verdict.verdict import suspects_of
-from dreplica.diagnosis.declared import divides_as, overridden, settings_behind
+from dreplica.diagnosis.decision.overrides import divides_as, overridden, settings_behind
 from dreplica.diagnosis.operators import OpRecord
 from dreplica.diagnosis.struck import struck_memory
 from dreplica.diagnosis.witness import (
