@@ -14,11 +14,17 @@ from dreplica.data.samples import describe
 from dreplica.diagnosis.decision.conclude import RunFacts
 from dreplica.diagnosis.decision.decide import decide
 from dreplica.diagnosis.decision.nondeterministic_ops import is_picked_by_timing, may_vary
+from dreplica.diagnosis.evidence.observation import (
+    Decision,
+    Witness,
+    could_have_made,
+    difference_behind,
+    first_difference,
+)
 from dreplica.diagnosis.in_full import add, compare_outputs, doubt_moved, doubt_struck
 from dreplica.diagnosis.operators import OpRecord
 from dreplica.diagnosis.path import measure_path
 from dreplica.diagnosis.replay import Repeats, Replayed, Replayer
-from dreplica.diagnosis.witness import Decision, Witness, could_have_made, difference_behind, first_difference
 from dreplica.distributed.attempt import AttemptFailed, attempt
 from dreplica.distributed.channel import Channel
 from dreplica.environment.determinism import numerics_flags

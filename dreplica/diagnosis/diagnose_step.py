@@ -17,11 +17,11 @@ from dreplica.diagnosis.decision.conclude import RunFacts, conclude
 from dreplica.diagnosis.decision.decide import decide
 from dreplica.diagnosis.decision.overrides import divides_as
 from dreplica.diagnosis.diagnose_run import as_verdict, put_back
+from dreplica.diagnosis.evidence.observation import Decision, Witness, could_have_made, difference_behind, first_stage
+from dreplica.diagnosis.evidence.observation import first_difference as first_operator
 from dreplica.diagnosis.in_full import add, compare_outputs
 from dreplica.diagnosis.repeated import NO_INDICES, Repeated
 from dreplica.diagnosis.replay import Replayed
-from dreplica.diagnosis.witness import Decision, Witness, could_have_made, difference_behind, first_stage
-from dreplica.diagnosis.witness import first_difference as first_operator
 from dreplica.distributed.attempt import AttemptFailed, attempt
 from dreplica.distributed.channel import Channel, gloo_channel
 from dreplica.distributed.process_group import World

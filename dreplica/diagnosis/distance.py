@@ -5,8 +5,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from dreplica.diagnosis.elements import compare_elements
-from dreplica.diagnosis.provenance import optimizer_tensors
+from dreplica.diagnosis.evidence.provenance import optimizer_tensors
+from dreplica.diagnosis.evidence.tensor_diff import compare_elements
 from dreplica.distributed.channel import Channel
 from dreplica.state.replica import Replica
 from dreplica.state.stages import named_buffers, named_weights

@@ -8,11 +8,11 @@ from torch import Tensor
 
 from dreplica.agreement.verdict.verdict import Verdict
 from dreplica.diagnosis.arbitrate import Arbitration, arbitrate
-from dreplica.diagnosis.elements import Difference, compare_elements
+from dreplica.diagnosis.evidence.memory_corruption import MOST_STRUCK_BITS
+from dreplica.diagnosis.evidence.observation import Decision
+from dreplica.diagnosis.evidence.tensor_diff import Difference, compare_elements
 from dreplica.diagnosis.operators import Captured
 from dreplica.diagnosis.replay import Repeats, Replayer
-from dreplica.diagnosis.struck import MOST_STRUCK_BITS
-from dreplica.diagnosis.witness import Decision
 from dreplica.distributed.attempt import AttemptFailed, attempt
 from dreplica.distributed.channel import Channel
 from dreplica.state.stages import Stage

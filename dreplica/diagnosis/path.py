@@ -6,11 +6,11 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from dreplica.diagnosis.elements import compare_elements
+from dreplica.diagnosis.evidence.observation import Decision
+from dreplica.diagnosis.evidence.tensor_diff import compare_elements
 from dreplica.diagnosis.operators import OpRecord
 from dreplica.diagnosis.replay import Replayer
 from dreplica.diagnosis.sampler import OutputSampler
-from dreplica.diagnosis.witness import Decision
 from dreplica.distributed.attempt import AttemptFailed, attempt
 from dreplica.distributed.channel import Channel
 

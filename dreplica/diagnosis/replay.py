@@ -12,8 +12,8 @@ from dreplica.agreement.agreement import Agreement
 from dreplica.agreement.protocol import fold
 from dreplica.config.schema import TrainConfig
 from dreplica.data.loading.loader import Batch
+from dreplica.diagnosis.evidence.provenance import Contents, contents_after, contents_before
 from dreplica.diagnosis.operators import OpTracer
-from dreplica.diagnosis.provenance import Contents, contents_after, contents_before
 from dreplica.diagnosis.sampler import OutputSampler
 from dreplica.state.fingerprint.fingerprint import digest_bytes
 from dreplica.state.replica import Replica

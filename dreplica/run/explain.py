@@ -16,9 +16,9 @@ from dreplica.data.samples import DataSets, at_epoch, by_itself
 from dreplica.diagnosis.decision.conclude import RunFacts, conclude, conclude_build
 from dreplica.diagnosis.decision.decide_reference import AgainstReference
 from dreplica.diagnosis.diagnose_run import Judge, can_replay, diagnose
+from dreplica.diagnosis.evidence.observation import Decision
 from dreplica.diagnosis.rebuild import explain_build, rebuild
 from dreplica.diagnosis.replay import Replayer
-from dreplica.diagnosis.witness import Decision
 from dreplica.distributed.attempt import AttemptFailed, attempt
 from dreplica.distributed.channel import Channel
 from dreplica.replica.build import build_replica

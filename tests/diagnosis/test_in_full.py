@@ -9,10 +9,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from dreplica.diagnosis.elements import Difference, compare_elements
+from dreplica.diagnosis.evidence.observation import Decision, OpDifference
+from dreplica.diagnosis.evidence.tensor_diff import Difference, compare_elements
 from dreplica.diagnosis.in_full import compare, compare_outputs, was_written
 from dreplica.diagnosis.operators import OpTracer
-from dreplica.diagnosis.witness import Decision, OpDifference
 from dreplica.distributed.process_group import World
 from dreplica.training.fault_injection import flip_bits
 from tests.harness import run_replicas

@@ -9,8 +9,8 @@ from typing import Any
 
 from dreplica.agreement.verdict.verdict import split_into_classes, suspects_of
 from dreplica.diagnosis.decision.decide_reproducible import decide_deterministic, other_numbers, with_operator
-from dreplica.diagnosis.struck import flipped_bits
-from dreplica.diagnosis.witness import Decision, Witness, could_have_made, first_stage, up_to
+from dreplica.diagnosis.evidence.memory_corruption import flipped_bits
+from dreplica.diagnosis.evidence.observation import Decision, Witness, could_have_made, first_stage, up_to
 from dreplica.environment.manifest import Difference
 from dreplica.state.stages import STAGES
 

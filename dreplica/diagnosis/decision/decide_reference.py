@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from dreplica.agreement.reference import Apart
 from dreplica.agreement.trace.run_metadata import RunDifference, show
 from dreplica.diagnosis.decision.decide import decide_alone
-from dreplica.diagnosis.witness import Decision, Witness
+from dreplica.diagnosis.evidence.observation import Decision, Witness
 from dreplica.environment.determinism import CHANGEABLE, numerics_as
 from dreplica.environment.manifest import follows_from
 from dreplica.state.fingerprint.stage import STAGES

@@ -10,9 +10,8 @@ from typing import Any
 
 from dreplica.agreement.verdict.verdict import suspects_of
 from dreplica.diagnosis.decision.overrides import divides_as, overridden, settings_behind
-from dreplica.diagnosis.operators import OpRecord
-from dreplica.diagnosis.struck import struck_memory
-from dreplica.diagnosis.witness import (
+from dreplica.diagnosis.evidence.memory_corruption import struck_memory
+from dreplica.diagnosis.evidence.observation import (
     Decision,
     OpDifference,
     Witness,
@@ -20,6 +19,7 @@ from dreplica.diagnosis.witness import (
     difference_behind,
     first_difference,
 )
+from dreplica.diagnosis.operators import OpRecord
 from dreplica.environment.manifest import Difference
 
 

@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from dreplica.diagnosis.witness import OpDifference, Witness
+from dreplica.diagnosis.evidence.observation import OpDifference, Witness
 from dreplica.state.stages import STAGES
 
 Overrides = Mapping[int, Mapping[str, Any]]

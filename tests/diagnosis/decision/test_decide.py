@@ -8,9 +8,9 @@ import pytest
 from dreplica.agreement.verdict.verdict import Verdict
 from dreplica.diagnosis.decision.decide import decide
 from dreplica.diagnosis.diagnose_run import as_verdict
+from dreplica.diagnosis.evidence.observation import Decision, Witness, first_difference
+from dreplica.diagnosis.evidence.provenance import Contents
 from dreplica.diagnosis.operators import OpRecord
-from dreplica.diagnosis.provenance import Contents
-from dreplica.diagnosis.witness import Decision, Witness, first_difference
 from dreplica.environment.manifest import Difference
 from dreplica.state.stages import STAGES
 

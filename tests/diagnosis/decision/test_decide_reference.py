@@ -12,7 +12,7 @@ from dreplica.agreement.verdict.location import Place
 from dreplica.config.schema import RunConfig
 from dreplica.diagnosis.decision import decide_reference as against_reference
 from dreplica.diagnosis.decision.decide_reference import AgainstReference
-from dreplica.diagnosis.witness import Witness
+from dreplica.diagnosis.evidence.observation import Witness
 from dreplica.environment.determinism import CHANGEABLE, numerics_as, numerics_flags
 
 ZERO, ONE, TWO = (bytes([number]) * 16 for number in range(3))

@@ -2,8 +2,8 @@
 
 from dataclasses import replace
 
+from dreplica.diagnosis.evidence.observation import OpDifference, first_difference
 from dreplica.diagnosis.operators import OpRecord
-from dreplica.diagnosis.witness import OpDifference, first_difference
 
 
 def record(name: str, inputs: bytes = b"i", outputs: bytes = b"o", scalars: str = "") -> OpRecord:

@@ -3,8 +3,8 @@
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
+from dreplica.diagnosis.evidence.provenance import Contents
 from dreplica.diagnosis.operators import OpRecord
-from dreplica.diagnosis.provenance import Contents
 from dreplica.state.stages import STAGES
 
 

@@ -8,8 +8,7 @@ from torch import Tensor, nn
 
 from dreplica.config.schema import TrainConfig
 from dreplica.data.loading.loader import Batch
-from dreplica.diagnosis.operators import OpRecord, OpTracer
-from dreplica.diagnosis.provenance import (
+from dreplica.diagnosis.evidence.provenance import (
     Contents,
     contents_after,
     contents_before,
@@ -17,6 +16,7 @@ from dreplica.diagnosis.provenance import (
     left_unaccounted,
     reads_unaccounted,
 )
+from dreplica.diagnosis.operators import OpRecord, OpTracer
 from dreplica.state.replica import Replica
 from dreplica.state.rng import get_rng_state, seed_generators, set_rng_state
 from dreplica.state.stages import optimizer_stage

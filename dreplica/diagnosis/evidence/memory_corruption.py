@@ -3,8 +3,8 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
-from dreplica.diagnosis.provenance import differing_inputs, last_writer, left_unaccounted, reads_unaccounted
-from dreplica.diagnosis.witness import Decision, OpDifference, Struck, Witness
+from dreplica.diagnosis.evidence.observation import Decision, OpDifference, Struck, Witness
+from dreplica.diagnosis.evidence.provenance import differing_inputs, last_writer, left_unaccounted, reads_unaccounted
 
 MOST_STRUCK_BITS = 64
 """More bits than that do not flip at once: something has written there."""

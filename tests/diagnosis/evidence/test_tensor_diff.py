@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from dreplica.diagnosis.elements import Difference, compare_elements
+from dreplica.diagnosis.evidence.tensor_diff import Difference, compare_elements
 
 FLOATS = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
 SIZES = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
