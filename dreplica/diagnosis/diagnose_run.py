@@ -21,9 +21,9 @@ from dreplica.diagnosis.evidence.observation import (
     difference_behind,
     first_difference,
 )
-from dreplica.diagnosis.in_full import add, compare_outputs, doubt_moved, doubt_struck
+from dreplica.diagnosis.measurement.error_propagation import measure_path
+from dreplica.diagnosis.measurement.full_tensors import add, compare_outputs, doubt_moved, doubt_struck
 from dreplica.diagnosis.operators import OpRecord
-from dreplica.diagnosis.path import measure_path
 from dreplica.diagnosis.replay import Repeats, Replayed, Replayer
 from dreplica.distributed.attempt import AttemptFailed, attempt
 from dreplica.distributed.channel import Channel

@@ -19,7 +19,7 @@ from dreplica.diagnosis.decision.overrides import divides_as
 from dreplica.diagnosis.diagnose_run import as_verdict, put_back
 from dreplica.diagnosis.evidence.observation import Decision, Witness, could_have_made, difference_behind, first_stage
 from dreplica.diagnosis.evidence.observation import first_difference as first_operator
-from dreplica.diagnosis.in_full import add, compare_outputs
+from dreplica.diagnosis.measurement.full_tensors import add, compare_outputs
 from dreplica.diagnosis.repeated import NO_INDICES, Repeated
 from dreplica.diagnosis.replay import Replayed
 from dreplica.distributed.attempt import AttemptFailed, attempt

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from dreplica.diagnosis.path import evenly
+from dreplica.diagnosis.measurement.error_propagation import evenly
 from dreplica.report.charts import (
     LineChart,
     Table,

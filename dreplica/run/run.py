@@ -18,7 +18,7 @@ from dreplica.agreement.trace.writer import Trace
 from dreplica.agreement.verdict.verdict import Divergence, Verdict
 from dreplica.diagnosis.decision import conclude as diagnosis
 from dreplica.diagnosis.decision.learning_check import LearningWatch
-from dreplica.diagnosis.distance import measure_distance
+from dreplica.diagnosis.measurement.replica_distance import measure_distance
 from dreplica.distributed.liveness import Lost, ReplicaLost, exit_code_of, who_is_lost
 from dreplica.distributed.process_group import World
 from dreplica.distributed.signals import StopRequest

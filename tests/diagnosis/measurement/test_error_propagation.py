@@ -7,10 +7,10 @@ import torch
 from torch import nn
 
 from dreplica.agreement.verdict.verdict import Verdict
-from dreplica.diagnosis import path
 from dreplica.diagnosis.evidence.observation import Decision
+from dreplica.diagnosis.measurement import error_propagation as path
+from dreplica.diagnosis.measurement.error_propagation import measure_path
 from dreplica.diagnosis.operators import OpRecord, OpTracer
-from dreplica.diagnosis.path import measure_path
 from dreplica.diagnosis.sampler import OutputSampler
 from dreplica.distributed.channel import Channel
 from tests.diagnosis.test_replay import indices_of, load, train, with_momentum

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from dreplica.diagnosis import arbitrate as arbitrate_module
-from dreplica.diagnosis.arbitrate import Arbitration, arbitrate
+from dreplica.diagnosis.measurement import float64_arbitration as arbitrate_module
+from dreplica.diagnosis.measurement.float64_arbitration import Arbitration, arbitrate
 from dreplica.diagnosis.operators import Captured, OpTracer
 
 SIZES = {torch.float32: torch.int32, torch.bfloat16: torch.int16, torch.float16: torch.int16}

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from dreplica.diagnosis.distance import measure_distance
+from dreplica.diagnosis.measurement.replica_distance import measure_distance
 from dreplica.distributed.channel import Channel
 from dreplica.distributed.process_group import World
 from dreplica.state.replica import Replica

@@ -7,10 +7,10 @@ from typing import Any
 from torch import Tensor
 
 from dreplica.agreement.verdict.verdict import Verdict
-from dreplica.diagnosis.arbitrate import Arbitration, arbitrate
 from dreplica.diagnosis.evidence.memory_corruption import MOST_STRUCK_BITS
 from dreplica.diagnosis.evidence.observation import Decision
 from dreplica.diagnosis.evidence.tensor_diff import Difference, compare_elements
+from dreplica.diagnosis.measurement.float64_arbitration import Arbitration, arbitrate
 from dreplica.diagnosis.operators import Captured
 from dreplica.diagnosis.replay import Repeats, Replayer
 from dreplica.distributed.attempt import AttemptFailed, attempt
