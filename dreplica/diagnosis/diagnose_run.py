@@ -24,7 +24,7 @@ from dreplica.diagnosis.evidence.observation import (
 from dreplica.diagnosis.measurement.error_propagation import measure_path
 from dreplica.diagnosis.measurement.full_tensors import add, compare_outputs, doubt_moved, doubt_struck
 from dreplica.diagnosis.operators import OpRecord
-from dreplica.diagnosis.replay import Repeats, Replayed, Replayer
+from dreplica.diagnosis.replay.replay_run import Repeats, Replayed, Replayer
 from dreplica.distributed.attempt import AttemptFailed, attempt
 from dreplica.distributed.channel import Channel
 from dreplica.environment.determinism import numerics_flags

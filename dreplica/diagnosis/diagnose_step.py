@@ -12,7 +12,6 @@ from dreplica.agreement.agreement import Batch
 from dreplica.agreement.subject import Models, Subject
 from dreplica.agreement.verdict.location import describe, first_difference
 from dreplica.agreement.verdict.verdict import Verdict, split_into_classes
-from dreplica.diagnosis.common_state import differing_shapes, shapes, share_state
 from dreplica.diagnosis.decision.conclude import RunFacts, conclude
 from dreplica.diagnosis.decision.decide import decide
 from dreplica.diagnosis.decision.overrides import divides_as
@@ -20,8 +19,9 @@ from dreplica.diagnosis.diagnose_run import as_verdict, put_back
 from dreplica.diagnosis.evidence.observation import Decision, Witness, could_have_made, difference_behind, first_stage
 from dreplica.diagnosis.evidence.observation import first_difference as first_operator
 from dreplica.diagnosis.measurement.full_tensors import add, compare_outputs
-from dreplica.diagnosis.repeated import NO_INDICES, Repeated
-from dreplica.diagnosis.replay import Replayed
+from dreplica.diagnosis.replay.replay_run import Replayed
+from dreplica.diagnosis.replay.replay_step import NO_INDICES, Repeated
+from dreplica.diagnosis.replay.shared_state import differing_shapes, shapes, share_state
 from dreplica.distributed.attempt import AttemptFailed, attempt
 from dreplica.distributed.channel import Channel, gloo_channel
 from dreplica.distributed.process_group import World

@@ -17,8 +17,8 @@ from dreplica.diagnosis.decision.conclude import RunFacts, conclude, conclude_bu
 from dreplica.diagnosis.decision.decide_reference import AgainstReference
 from dreplica.diagnosis.diagnose_run import Judge, can_replay, diagnose
 from dreplica.diagnosis.evidence.observation import Decision
-from dreplica.diagnosis.rebuild import explain_build, rebuild
-from dreplica.diagnosis.replay import Replayer
+from dreplica.diagnosis.replay.rebuild import explain_build, rebuild
+from dreplica.diagnosis.replay.replay_run import Replayer
 from dreplica.distributed.attempt import AttemptFailed, attempt
 from dreplica.distributed.channel import Channel
 from dreplica.replica.build import build_replica

@@ -21,7 +21,15 @@ from dreplica.distributed.process_group import World
 from dreplica.state.rng import get_rng_state, seed_generators, set_rng_state
 from dreplica.state.stages import Stage
 from dreplica.training.history import History, StepEntry
-from tests.diagnosis.test_replay import NUM_STEPS, Trained, everything, load, train, with_adamw, with_momentum
+from tests.diagnosis.replay.test_replay_run import (
+    NUM_STEPS,
+    Trained,
+    everything,
+    load,
+    train,
+    with_adamw,
+    with_momentum,
+)
 from tests.harness import run_replicas
 
 IMAGES = TensorImages(torch.arange(80.0).view(10, 2, 2, 2), torch.arange(10) % 5)

@@ -23,7 +23,7 @@ from torch.overrides import TorchFunctionMode
 from torchvision.models import ShuffleNet_V2_X0_5_Weights
 
 from dreplica.config.schema import ModelConfig, RunConfig
-from dreplica.diagnosis.rebuild import rebuild
+from dreplica.diagnosis.replay.rebuild import rebuild
 from dreplica.distributed.process_group import World
 from dreplica.errors import UsageError
 from dreplica.replica import published as published_module

@@ -9,7 +9,7 @@ from torch import Tensor
 from dreplica.diagnosis.evidence.observation import Decision
 from dreplica.diagnosis.evidence.tensor_diff import compare_elements
 from dreplica.diagnosis.operators import OpRecord
-from dreplica.diagnosis.replay import Replayer
+from dreplica.diagnosis.replay.replay_run import Replayer
 from dreplica.diagnosis.sampler import OutputSampler
 from dreplica.distributed.attempt import AttemptFailed, attempt
 from dreplica.distributed.channel import Channel

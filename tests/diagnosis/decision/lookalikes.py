@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from dreplica import Replica
 from dreplica.config.schema import RunConfig
 from dreplica.data.datasets import DataConfig, TensorImages
-from tests.diagnosis.stateful import Counting, rank
+from tests.diagnosis.replay.stateful import Counting, rank
 from tests.fixtures import tiny_images, tiny_model
 
 Sets = tuple[TensorImages, TensorImages, int]

@@ -13,7 +13,7 @@ from dreplica.diagnosis.measurement.error_propagation import measure_path
 from dreplica.diagnosis.operators import OpRecord, OpTracer
 from dreplica.diagnosis.sampler import OutputSampler
 from dreplica.distributed.channel import Channel
-from tests.diagnosis.test_replay import indices_of, load, train, with_momentum
+from tests.diagnosis.replay.test_replay_run import indices_of, load, train, with_momentum
 from tests.fixtures import SMALL
 from tests.harness import run_job
 

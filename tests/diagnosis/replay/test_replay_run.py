@@ -15,7 +15,7 @@ from dreplica.agreement.agreement import Agreement
 from dreplica.agreement.protocol import Word, fold
 from dreplica.config.schema import TrainConfig
 from dreplica.data.loading.loader import Batch
-from dreplica.diagnosis.replay import Load, Replayer
+from dreplica.diagnosis.replay.replay_run import Load, Replayer
 from dreplica.state.replica import Replica
 from dreplica.state.rng import get_rng_state, seed_generators, set_rng_state
 from dreplica.state.stages import STAGES, Stage

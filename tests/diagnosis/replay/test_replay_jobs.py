@@ -12,7 +12,7 @@ FLIPPED = "--inject=[{{replica: 1, step: {}, target: weights}}]"
 
 
 def part(name: str) -> str:
-    return f"--{'replica' if name.startswith('with_') else 'model'}.factory=tests.diagnosis.stateful:{name}"
+    return f"--{'replica' if name.startswith('with_') else 'model'}.factory=tests.diagnosis.replay.stateful:{name}"
 
 
 def verdict_of(*arguments: str) -> dict[str, Any]:
@@ -49,7 +49,7 @@ def test_a_buffer_of_shared_memory_can_be_broadcast() -> None:
 
 
 @pytest.mark.parametrize(
-    "argument", [*map(part, (*MODELS, "with_center_loss")), "--data.name=tests.diagnosis.stateful:restless"]
+    "argument", [*map(part, (*MODELS, "with_center_loss")), "--data.name=tests.diagnosis.replay.stateful:restless"]
 )
 def test_going_on_after_a_difference_ends_as_if_it_had_not_been_looked_into(argument: str) -> None:
     arguments = (*SMALL, argument, FLIPPED.format(3), "--agreement.on_divergence=continue")

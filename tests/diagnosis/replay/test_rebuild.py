@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from dreplica.agreement.verdict.verdict import Verdict
-from dreplica.diagnosis.rebuild import Rebuilt, explain_build, rebuild
+from dreplica.diagnosis.replay.rebuild import Rebuilt, explain_build, rebuild
 from dreplica.distributed.channel import Channel
 from dreplica.state.replica import Replica
 from dreplica.state.rng import get_rng_state, set_rng_state

@@ -14,7 +14,7 @@ from dreplica.agreement.agreement import Batch
 from dreplica.agreement.subject import Subject
 from dreplica.diagnosis.evidence.provenance import DIGEST_BYTES, Contents
 from dreplica.diagnosis.operators import OpRecord, OpTracer
-from dreplica.diagnosis.replay import Replayed, layout
+from dreplica.diagnosis.replay.replay_run import Replayed, layout
 from dreplica.state.snapshot import Snapshot, restore_snapshot, take_snapshot
 from dreplica.state.stages import STAGES, Stage, batch_stage, make_stage
 
