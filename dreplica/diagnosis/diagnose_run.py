@@ -23,8 +23,8 @@ from dreplica.diagnosis.evidence.observation import (
 )
 from dreplica.diagnosis.measurement.error_propagation import measure_path
 from dreplica.diagnosis.measurement.full_tensors import add, compare_outputs, doubt_moved, doubt_struck
-from dreplica.diagnosis.operators import OpRecord
 from dreplica.diagnosis.replay.replay_run import Repeats, Replayed, Replayer
+from dreplica.diagnosis.tracing.op_tracer import OpRecord
 from dreplica.distributed.attempt import AttemptFailed, attempt
 from dreplica.distributed.channel import Channel
 from dreplica.environment.determinism import numerics_flags

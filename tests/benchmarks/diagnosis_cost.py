@@ -24,7 +24,7 @@ from dreplica.config.schema import FaultConfig, RunConfig
 from dreplica.data.datasets import DataSets, load_data
 from dreplica.data.loading.loader import Batch
 from dreplica.diagnosis.decision.conclude import RunFacts
-from dreplica.diagnosis.operators import OpTracer
+from dreplica.diagnosis.tracing.op_tracer import OpTracer
 from dreplica.distributed.process_group import World, open_world
 from dreplica.distributed.signals import StopRequest
 from dreplica.environment.determinism import apply_determinism

@@ -23,7 +23,7 @@ import torch
 from dreplica.config.schema import DeterminismConfig
 from dreplica.diagnosis.decision.nondeterministic_ops import DOCUMENTED, explain_operator
 from dreplica.diagnosis.evidence.observation import first_difference
-from dreplica.diagnosis.operators import OpRecord, OpTracer
+from dreplica.diagnosis.tracing.op_tracer import OpRecord, OpTracer
 from dreplica.environment.determinism import apply_determinism, numerics_flags, set_environment
 from dreplica.state.fingerprint.fingerprint import digest_bytes
 from tests.benchmarks.documented_operators import CASES, Case, read_documentation

@@ -7,7 +7,7 @@ import torch
 
 from dreplica.config.schema import DeterminismConfig
 from dreplica.diagnosis.decision.nondeterministic_ops import DOCUMENTED
-from dreplica.diagnosis.operators import OpTracer
+from dreplica.diagnosis.tracing.op_tracer import OpTracer
 from dreplica.environment.determinism import apply_determinism
 from tests.benchmarks import nondeterministic_operators as benchmark
 from tests.benchmarks.documented_operators import CASES, Case, Work, read_documentation

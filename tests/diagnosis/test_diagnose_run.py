@@ -15,7 +15,7 @@ from dreplica.data.loading.loader import Batch
 from dreplica.diagnosis.decision.conclude import RunFacts
 from dreplica.diagnosis.diagnose_run import _approach, can_replay, diagnose, digest_samples, doubt_persistent
 from dreplica.diagnosis.evidence.observation import Decision, OpDifference
-from dreplica.diagnosis.operators import OpRecord
+from dreplica.diagnosis.tracing.op_tracer import OpRecord
 from dreplica.distributed.channel import Channel
 from dreplica.distributed.process_group import World
 from dreplica.state.rng import get_rng_state, seed_generators, set_rng_state

@@ -15,7 +15,7 @@ from dreplica.config.schema import RunConfig, TrainConfig
 from dreplica.data.cache.device_cache import Store
 from dreplica.data.datasets import DataConfig, TensorImages, load_data
 from dreplica.data.loading.index_stream import Coordinator
-from dreplica.diagnosis.operators import OpTracer
+from dreplica.diagnosis.tracing.op_tracer import OpTracer
 from dreplica.distributed.channel import Channel
 from dreplica.distributed.process_group import World
 from dreplica.distributed.signals import StopRequest

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from dreplica.config.schema import FaultConfig, TrainConfig
 from dreplica.data.loading.index_stream import Coordinator
 from dreplica.data.loading.loader import Batch
-from dreplica.diagnosis.operators import OpTracer
+from dreplica.diagnosis.tracing.op_tracer import OpTracer
 from dreplica.distributed.channel import Channel
 from dreplica.errors import UsageError
 from dreplica.state.replica import Replica

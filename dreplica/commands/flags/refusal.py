@@ -6,7 +6,7 @@ from typing import Any
 import torch
 
 from dreplica.diagnosis.decision.nondeterministic_ops import explain_operator
-from dreplica.diagnosis.raises import find_refused, is_refusal
+from dreplica.diagnosis.tracing.refused_op import find_refused, is_refusal
 from dreplica.environment.determinism import numerics_flags
 from dreplica.run.explain import Explainer
 from dreplica.training.history import StepEntry

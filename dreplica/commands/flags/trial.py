@@ -32,7 +32,7 @@ from dreplica.commands.flags.refusal import describe_refusal, describe_unrun
 from dreplica.config.schema import DeterminismConfig
 from dreplica.data.loading.index_stream import Coordinator
 from dreplica.diagnosis.decision.decide_reference import AgainstReference
-from dreplica.diagnosis.raises import is_refusal
+from dreplica.diagnosis.tracing.refused_op import is_refusal
 from dreplica.distributed.liveness import ReplicaLost
 from dreplica.distributed.process_group import World
 from dreplica.distributed.signals import StoppedOnRequest, StopRequest

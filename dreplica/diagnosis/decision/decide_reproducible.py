@@ -19,7 +19,7 @@ from dreplica.diagnosis.evidence.observation import (
     difference_behind,
     first_difference,
 )
-from dreplica.diagnosis.operators import OpRecord
+from dreplica.diagnosis.tracing.op_tracer import OpRecord
 from dreplica.environment.manifest import Difference
 
 

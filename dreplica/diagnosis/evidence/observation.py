@@ -4,7 +4,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from dreplica.diagnosis.evidence.provenance import Contents
-from dreplica.diagnosis.operators import OpRecord
+from dreplica.diagnosis.tracing.op_tracer import OpRecord
 from dreplica.state.stages import STAGES
 
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from dreplica.data.loading.loader import Batch
-from dreplica.diagnosis.operators import OpRecord
+from dreplica.diagnosis.tracing.op_tracer import OpRecord
 from dreplica.state.fingerprint.fingerprint import digest_tensor
 from dreplica.state.replica import Parts
 from dreplica.state.stages import named_buffers, named_weights, parameter_names

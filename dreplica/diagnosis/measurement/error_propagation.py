@@ -8,9 +8,9 @@ from torch import Tensor
 
 from dreplica.diagnosis.evidence.observation import Decision
 from dreplica.diagnosis.evidence.tensor_diff import compare_elements
-from dreplica.diagnosis.operators import OpRecord
 from dreplica.diagnosis.replay.replay_run import Replayer
-from dreplica.diagnosis.sampler import OutputSampler
+from dreplica.diagnosis.tracing.op_tracer import OpRecord
+from dreplica.diagnosis.tracing.output_sampler import OutputSampler
 from dreplica.distributed.attempt import AttemptFailed, attempt
 from dreplica.distributed.channel import Channel
 

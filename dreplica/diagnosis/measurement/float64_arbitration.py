@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
-from dreplica.diagnosis.op_signature import tensors_in
-from dreplica.diagnosis.operators import Captured
+from dreplica.diagnosis.tracing.op_signature import tensors_in
+from dreplica.diagnosis.tracing.op_tracer import Captured
 from dreplica.environment.determinism import fp32_precision
 
 _CONVOLUTIONS = {"aten.convolution.default", "aten.convolution_backward.default"}

@@ -11,8 +11,8 @@ from dreplica.diagnosis.evidence.memory_corruption import MOST_STRUCK_BITS
 from dreplica.diagnosis.evidence.observation import Decision
 from dreplica.diagnosis.evidence.tensor_diff import Difference, compare_elements
 from dreplica.diagnosis.measurement.float64_arbitration import Arbitration, arbitrate
-from dreplica.diagnosis.operators import Captured
 from dreplica.diagnosis.replay.replay_run import Repeats, Replayer
+from dreplica.diagnosis.tracing.op_tracer import Captured
 from dreplica.distributed.attempt import AttemptFailed, attempt
 from dreplica.distributed.channel import Channel
 from dreplica.state.stages import Stage

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from dreplica.agreement.verdict.verdict import Verdict
 from dreplica.diagnosis.evidence.observation import OpDifference, first_difference
-from dreplica.diagnosis.operators import OpRecord, OpTracer
+from dreplica.diagnosis.tracing.op_tracer import OpRecord, OpTracer
 from dreplica.distributed.channel import Channel
 from dreplica.state.replica import Replica
 from dreplica.state.rng import get_rng_state, seed_generators, set_rng_state

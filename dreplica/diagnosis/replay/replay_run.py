@@ -13,8 +13,8 @@ from dreplica.agreement.protocol import fold
 from dreplica.config.schema import TrainConfig
 from dreplica.data.loading.loader import Batch
 from dreplica.diagnosis.evidence.provenance import Contents, contents_after, contents_before
-from dreplica.diagnosis.operators import OpTracer
-from dreplica.diagnosis.sampler import OutputSampler
+from dreplica.diagnosis.tracing.op_tracer import OpTracer
+from dreplica.diagnosis.tracing.output_sampler import OutputSampler
 from dreplica.state.fingerprint.fingerprint import digest_bytes
 from dreplica.state.replica import Replica
 from dreplica.state.rng import set_rng_state

@@ -13,8 +13,8 @@ from torch.utils._pytree import tree_leaves, tree_map
 from dreplica.agreement.agreement import Batch
 from dreplica.agreement.subject import Subject
 from dreplica.diagnosis.evidence.provenance import DIGEST_BYTES, Contents
-from dreplica.diagnosis.operators import OpRecord, OpTracer
 from dreplica.diagnosis.replay.replay_run import Replayed, layout
+from dreplica.diagnosis.tracing.op_tracer import OpRecord, OpTracer
 from dreplica.state.snapshot import Snapshot, restore_snapshot, take_snapshot
 from dreplica.state.stages import STAGES, Stage, batch_stage, make_stage
 

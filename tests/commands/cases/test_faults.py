@@ -13,7 +13,7 @@ from torch import nn
 from dreplica.commands.cases.samples import builds, data, models
 from dreplica.commands.cases.samples.operators import racy_sum
 from dreplica.config.schema import RunConfig
-from dreplica.diagnosis.operators import OpTracer
+from dreplica.diagnosis.tracing.op_tracer import OpTracer
 from dreplica.replica.wiring import WiringError, check_wiring
 from dreplica.state.fingerprint.fingerprint import fingerprint
 from dreplica.state.replica import Replica

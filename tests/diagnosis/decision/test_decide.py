@@ -10,7 +10,7 @@ from dreplica.diagnosis.decision.decide import decide
 from dreplica.diagnosis.diagnose_run import as_verdict
 from dreplica.diagnosis.evidence.observation import Decision, Witness, first_difference
 from dreplica.diagnosis.evidence.provenance import Contents
-from dreplica.diagnosis.operators import OpRecord
+from dreplica.diagnosis.tracing.op_tracer import OpRecord
 from dreplica.environment.manifest import Difference
 from dreplica.state.stages import STAGES
 

@@ -8,7 +8,7 @@ import pytest
 from dreplica.diagnosis.decision.decide import decide
 from dreplica.diagnosis.evidence.observation import Decision, Witness, difference_behind, first_difference
 from dreplica.diagnosis.evidence.provenance import Contents
-from dreplica.diagnosis.operators import OpRecord
+from dreplica.diagnosis.tracing.op_tracer import OpRecord
 from tests.diagnosis.decision.test_decide import CONV, GOOD, RELU, SGD, START, always, bad, digest, rounding, witness
 
 LOGGED = OpRecord("aten.mean.default", "", "forward", digest("conv"), digest("mean"), "model.py:7")

@@ -5,7 +5,7 @@ from dataclasses import replace
 from dreplica.diagnosis.evidence.memory_corruption import struck_memory
 from dreplica.diagnosis.evidence.observation import Decision, Witness, first_difference
 from dreplica.diagnosis.evidence.provenance import Contents
-from dreplica.diagnosis.operators import OpRecord
+from dreplica.diagnosis.tracing.op_tracer import OpRecord
 from tests.diagnosis.decision.test_decide import CONV, GOOD, RELU, SGD, START, always, bad, digest, witness
 
 CLASSES = [[0, 2], [1]]

@@ -3,7 +3,7 @@
 from dataclasses import replace
 
 from dreplica.diagnosis.evidence.observation import OpDifference, first_difference
-from dreplica.diagnosis.operators import OpRecord
+from dreplica.diagnosis.tracing.op_tracer import OpRecord
 
 
 def record(name: str, inputs: bytes = b"i", outputs: bytes = b"o", scalars: str = "") -> OpRecord:

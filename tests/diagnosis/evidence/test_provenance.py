@@ -16,7 +16,7 @@ from dreplica.diagnosis.evidence.provenance import (
     left_unaccounted,
     reads_unaccounted,
 )
-from dreplica.diagnosis.operators import OpRecord, OpTracer
+from dreplica.diagnosis.tracing.op_tracer import OpRecord, OpTracer
 from dreplica.state.replica import Replica
 from dreplica.state.rng import get_rng_state, seed_generators, set_rng_state
 from dreplica.state.stages import optimizer_stage

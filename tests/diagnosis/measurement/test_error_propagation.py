@@ -10,8 +10,8 @@ from dreplica.agreement.verdict.verdict import Verdict
 from dreplica.diagnosis.evidence.observation import Decision
 from dreplica.diagnosis.measurement import error_propagation as path
 from dreplica.diagnosis.measurement.error_propagation import measure_path
-from dreplica.diagnosis.operators import OpRecord, OpTracer
-from dreplica.diagnosis.sampler import OutputSampler
+from dreplica.diagnosis.tracing.op_tracer import OpRecord, OpTracer
+from dreplica.diagnosis.tracing.output_sampler import OutputSampler
 from dreplica.distributed.channel import Channel
 from tests.diagnosis.replay.test_replay_run import indices_of, load, train, with_momentum
 from tests.fixtures import SMALL
@@ -57,7 +57,7 @@ def test_the_distance_of_results_is_the_largest_over_all_of_them() -> None:
 
 
 def test_of_a_large_result_evenly_spaced_elements_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("dreplica.diagnosis.sampler._MOST_ELEMENTS", 10)
+    monkeypatch.setattr("dreplica.diagnosis.tracing.output_sampler._MOST_ELEMENTS", 10)
     model = nn.Sequential(nn.Linear(3, 5), nn.ReLU())
     inputs = torch.randn(7, 3)
     with OpTracer(model=model) as tracer:

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from dreplica.diagnosis.measurement import float64_arbitration as arbitrate_module
 from dreplica.diagnosis.measurement.float64_arbitration import Arbitration, arbitrate
-from dreplica.diagnosis.operators import Captured, OpTracer
+from dreplica.diagnosis.tracing.op_tracer import Captured, OpTracer
 
 SIZES = {torch.float32: torch.int32, torch.bfloat16: torch.int16, torch.float16: torch.int16}
 DTYPES = [torch.float32, torch.bfloat16]

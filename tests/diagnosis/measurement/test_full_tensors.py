@@ -12,7 +12,7 @@ from torch import Tensor
 from dreplica.diagnosis.evidence.observation import Decision, OpDifference
 from dreplica.diagnosis.evidence.tensor_diff import Difference, compare_elements
 from dreplica.diagnosis.measurement.full_tensors import compare, compare_outputs, was_written
-from dreplica.diagnosis.operators import OpTracer
+from dreplica.diagnosis.tracing.op_tracer import OpTracer
 from dreplica.distributed.process_group import World
 from dreplica.training.fault_injection import flip_bits
 from tests.harness import run_replicas

@@ -19,8 +19,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from dreplica.diagnosis import op_signature, operators
-from dreplica.diagnosis.operators import OpRecord, OpTracer
+from dreplica.diagnosis.tracing import op_signature
+from dreplica.diagnosis.tracing import op_tracer as operators
+from dreplica.diagnosis.tracing.op_tracer import OpRecord, OpTracer
 from dreplica.state.fingerprint.fingerprint import digest_tensor
 
 REPOSITORY = Path(__file__).parents[2]
@@ -500,7 +501,7 @@ def test_memory_that_was_never_written_makes_no_difference() -> None:
 import pickle, sys, torch
 from torch import nn
 from torch.nn import functional as F
-from dreplica.diagnosis.operators import OpTracer
+from dreplica.diagnosis.tracing.op_tracer import OpTracer
 
 torch.manual_seed(0)
 with OpTracer() as tracer:

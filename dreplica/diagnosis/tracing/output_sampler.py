@@ -6,8 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dreplica.diagnosis.op_signature import signature_of
-from dreplica.diagnosis.operators import OpTracer
+from dreplica.diagnosis.tracing.op_signature import signature_of
+from dreplica.diagnosis.tracing.op_tracer import OpTracer
 
 _MOST_ELEMENTS = 2**18
 """Of one result; of a larger one, evenly spaced elements are compared. Bounds what is kept and sent."""

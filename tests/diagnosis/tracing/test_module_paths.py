@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from dreplica.diagnosis.module_paths import ModulePaths
+from dreplica.diagnosis.tracing.module_paths import ModulePaths
 
 
 class Seen(TorchDispatchMode):

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from dreplica.diagnosis.raises import Raised, find_refused, is_refusal
+from dreplica.diagnosis.tracing.refused_op import Raised, find_refused, is_refusal
 
 
 @pytest.fixture

@@ -19,8 +19,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 from dreplica.config.paths import PACKAGE_ROOT
-from dreplica.diagnosis.module_paths import ModulePaths
-from dreplica.diagnosis.op_signature import signature_of, tensors_in
+from dreplica.diagnosis.tracing.module_paths import ModulePaths
+from dreplica.diagnosis.tracing.op_signature import signature_of, tensors_in
 from dreplica.state.fingerprint.fingerprint import ABSENT, digest_tensor
 from dreplica.state.stages import Optimizers, by_name
 

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from dreplica.diagnosis import op_signature as tables
-from dreplica.diagnosis.op_signature import signature_of, tensors_in
+from dreplica.diagnosis.tracing import op_signature as tables
+from dreplica.diagnosis.tracing.op_signature import signature_of, tensors_in
 
 aten = torch.ops.aten
 

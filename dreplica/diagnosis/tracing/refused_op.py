@@ -6,8 +6,8 @@ from typing import Any
 
 from torch import nn
 
-from dreplica.diagnosis.op_signature import signature_of
-from dreplica.diagnosis.operators import OpTracer
+from dreplica.diagnosis.tracing.op_signature import signature_of
+from dreplica.diagnosis.tracing.op_tracer import OpTracer
 from dreplica.state.stages import Optimizers
 
 _REFUSALS = ("does not have a deterministic implementation", "Deterministic behavior was enabled with either")
