@@ -2,7 +2,7 @@
 
 import torch
 
-from dreplica.report.html import template
+from dreplica.report.html.render import template
 
 torch.compiler.list_backends()  # imports them
 template()

@@ -189,7 +189,7 @@ def _doctor(known: argparse.Namespace, _settings: Sequence[str]) -> int:
 
 def _report(known: argparse.Namespace, _settings: Sequence[str]) -> int:
     with _importing():
-        from dreplica.report.html import write_report
+        from dreplica.report.html.render import write_report
 
     try:
         print(write_report(known.run))

@@ -19,7 +19,7 @@ from dreplica.distributed.liveness import Lost, describe_failure, is_to_tell
 from dreplica.distributed.process_group import World
 from dreplica.environment.manifest import card_of, compare_values
 from dreplica.errors import UsageError
-from dreplica.report.html import FILE_NAME, write_report
+from dreplica.report.html.render import FILE_NAME, write_report
 from dreplica.report.resumable import Completed, NotResumable, check_resumable
 from dreplica.report.run_report import RunReport, append_metrics, read_metrics, write_json
 from dreplica.report.sinks import Sinks

@@ -11,8 +11,8 @@ import yaml
 from pydantic import TypeAdapter
 
 from dreplica.errors import UsageError
-from dreplica.report import shapes
-from dreplica.report.strip import TraceSummary, read_trace
+from dreplica.report.html import file_schemas as shapes
+from dreplica.report.html.trace_summary import TraceSummary, read_trace
 
 _FILES = ("report.json", "config.yaml", "manifest.json", "metrics.jsonl", "trace.jsonl")
 

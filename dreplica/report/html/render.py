@@ -16,11 +16,12 @@ from pathlib import Path
 from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
 from markupsafe import Markup
 
-from dreplica.report import environment, sections
-from dreplica.report.charts import Tick
-from dreplica.report.headline import duration, headline
-from dreplica.report.run_files import RunFiles, read_run
-from dreplica.report.strip import Cell
+from dreplica.report.html import environment_tables as environment
+from dreplica.report.html import sections
+from dreplica.report.html.charts import Tick
+from dreplica.report.html.headline import duration, headline
+from dreplica.report.html.run_files import RunFiles, read_run
+from dreplica.report.html.trace_summary import Cell
 
 log = logging.getLogger(__name__)
 

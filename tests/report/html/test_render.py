@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from dreplica.commands import main as cli
 from dreplica.diagnosis.decision.conclude import wiring_fault
 from dreplica.replica.wiring import WiringError
-from dreplica.report.html import render
-from dreplica.report.run_files import read_run
+from dreplica.report.html.render import render
+from dreplica.report.html.run_files import read_run
 from tests.fixtures import SMALL, tiny_model
 from tests.harness import run_job
 
@@ -273,7 +273,7 @@ class InTheWay(nn.Module):
 
 def test_a_report_that_cannot_be_made_changes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("IN_THE_WAY", str(tmp_path / "job" / "report.html"))
-    arguments = (*SMALL, "--train.max_steps=2", "--model.factory=tests.report.test_html:InTheWay")
+    arguments = (*SMALL, "--train.max_steps=2", "--model.factory=tests.report.html.test_render:InTheWay")
     job = run_job(*arguments, root=tmp_path)
     assert job.exitcodes == {}, job.output
     assert job.report["verdict"]["cause"] == "none"

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from dreplica.report import shapes
+from dreplica.report.html import file_schemas as shapes
 
 MOST_CELLS = 160
 

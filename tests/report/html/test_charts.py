@@ -5,7 +5,7 @@ from itertools import pairwise
 
 import pytest
 
-from dreplica.report.charts import LineChart, line_chart, nice_ticks
+from dreplica.report.html.charts import LineChart, line_chart, nice_ticks
 
 
 def chart(*rows: list[float | None], **options: bool) -> LineChart:

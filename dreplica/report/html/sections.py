@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from dreplica.diagnosis.measurement.error_propagation import evenly
-from dreplica.report.charts import (
+from dreplica.report.html.charts import (
     LineChart,
     Table,
     Tick,
@@ -16,7 +16,7 @@ from dreplica.report.charts import (
     number_text,
     percent,
 )
-from dreplica.report.run_files import RunFiles, by_epoch
+from dreplica.report.html.run_files import RunFiles, by_epoch
 from dreplica.state.stages import STAGES
 from dreplica.training.events import PHASES
 

@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 
-from dreplica.report.html import write_report
+from dreplica.report.html.render import write_report
 from tests.fixtures import SMALL
 from tests.harness import run_job
-from tests.report.test_html import EVIL, poison
+from tests.report.html.test_render import EVIL, poison
 
 sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
 

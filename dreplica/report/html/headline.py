@@ -5,8 +5,8 @@ from datetime import UTC, datetime
 from typing import Any
 
 from dreplica.agreement.verdict.causes import CAUSES
-from dreplica.report.charts import name_replicas
-from dreplica.report.run_files import RunFiles
+from dreplica.report.html.charts import name_replicas
+from dreplica.report.html.run_files import RunFiles
 
 _STAGES_IN_WORDS = {
     "indices": "the sample indices",

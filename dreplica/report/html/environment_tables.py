@@ -4,8 +4,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from dreplica.environment.manifest import compare_manifests
-from dreplica.report.charts import LAST, Table, name_replicas, percent
-from dreplica.report.run_files import RunFiles
+from dreplica.report.html.charts import LAST, Table, name_replicas, percent
+from dreplica.report.html.run_files import RunFiles
 
 
 def replicas_table(run: RunFiles) -> Table:

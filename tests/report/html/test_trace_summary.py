@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from dreplica.report.strip import Cell, read_trace
+from dreplica.report.html.trace_summary import Cell, read_trace
 
 HEADER = json.dumps({"algorithm": "xxh3-128", "torch": "2", "replicas": 2}) + "\n"
 
