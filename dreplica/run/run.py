@@ -23,10 +23,10 @@ from dreplica.distributed.liveness import Lost, ReplicaLost, exit_code_of, who_i
 from dreplica.distributed.process_group import World
 from dreplica.distributed.signals import StopRequest
 from dreplica.errors import ExitCode, UsageError
-from dreplica.report.recorder import Recorder
-from dreplica.report.run_report import RunReport
-from dreplica.report.sinks import check_sinks
-from dreplica.report.terminal import ProgressDisplay, Screen
+from dreplica.report.record.recorder import Recorder
+from dreplica.report.record.run_report import RunReport
+from dreplica.report.record.terminal import ProgressDisplay, Screen
+from dreplica.report.record.trackers import check_sinks
 from dreplica.run.bootstrap import Prepared, end_at_once, meet
 from dreplica.run.explain import Explainer
 from dreplica.run.reference_run import Referring

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
+from dreplica.report.record.run_folder import FolderLock
 from dreplica.training.checkpoint.file_format import list_checkpoints
-from dreplica.world.run_folder import FolderLock
 from tests.data.pictures import make_folder
 from tests.end_to_end.test_bad_input import messages
 from tests.end_to_end.test_image_folder import AUGMENTED, JOB

@@ -24,9 +24,9 @@ from dreplica.distributed.process_group import World
 from dreplica.distributed.signals import StopRequest
 from dreplica.environment.manifest import collect_manifest
 from dreplica.errors import ExitCode, UsageError
-from dreplica.report.terminal import Screen
+from dreplica.report.record.run_folder import create_run_folder
+from dreplica.report.record.terminal import Screen
 from dreplica.run.bootstrap import Prepared, end_at_once, meet
-from dreplica.world.run_folder import create_run_folder
 
 log = logging.getLogger(__name__)
 

@@ -21,7 +21,7 @@ from dreplica.data.images import images
 from dreplica.data.images.images import Images
 from dreplica.data.loading.index_stream import draw_order
 from dreplica.data.sources.image_folder import load_image_folder
-from dreplica.report import terminal
+from dreplica.report.record import terminal
 from dreplica.training.evaluate import Tally
 from dreplica.training.events import StepDone
 from tests.data.pictures import make_folder

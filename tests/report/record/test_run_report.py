@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from dreplica.report import run_report
-from dreplica.report.run_report import RunReport, append_metrics, write_json
+from dreplica.report.record import run_report
+from dreplica.report.record.run_report import RunReport, append_metrics, write_json
 from dreplica.state.progress import Position
 from dreplica.training.events import EpochDone
 

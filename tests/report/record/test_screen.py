@@ -4,7 +4,7 @@ import subprocess
 import sys
 
 PRINT = """
-from dreplica.report.terminal import Screen
+from dreplica.report.record.terminal import Screen
 screen = Screen()
 for number in range(20000):
     screen.print(f"line {number} \\u2026 \\u2713")

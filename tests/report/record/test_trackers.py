@@ -12,13 +12,13 @@ import torch
 
 from dreplica.config.schema import ReportConfig
 from dreplica.errors import UsageError
-from dreplica.report import sinks
-from dreplica.report.run_report import RunReport
-from dreplica.report.sinks import Sinks, check_sinks
+from dreplica.report.record import trackers as sinks
+from dreplica.report.record.run_report import RunReport
+from dreplica.report.record.trackers import Sinks, check_sinks
 from dreplica.state.rng import get_rng_state
 from tests.fixtures import SMALL
 from tests.harness import run_job
-from tests.report.test_run_report import done
+from tests.report.record.test_run_report import done
 
 pytestmark = pytest.mark.xdist_group("report")
 

@@ -20,12 +20,12 @@ from dreplica.distributed.process_group import World
 from dreplica.environment.manifest import card_of, compare_values
 from dreplica.errors import UsageError
 from dreplica.report.html.render import FILE_NAME, write_report
-from dreplica.report.resumable import Completed, NotResumable, check_resumable
-from dreplica.report.run_report import RunReport, append_metrics, read_metrics, write_json
-from dreplica.report.sinks import Sinks
-from dreplica.report.terminal import print_report
+from dreplica.report.record.resumable import Completed, NotResumable, check_resumable
+from dreplica.report.record.run_folder import FolderLock, create_run_folder, newest_run_folder
+from dreplica.report.record.run_report import RunReport, append_metrics, read_metrics, write_json
+from dreplica.report.record.terminal import print_report
+from dreplica.report.record.trackers import Sinks
 from dreplica.training.events import EpochDone
-from dreplica.world.run_folder import FolderLock, create_run_folder, newest_run_folder
 
 log = logging.getLogger(__name__)
 

@@ -11,7 +11,7 @@ from typing import Any, Protocol
 from dreplica.config.schema import ReportConfig
 from dreplica.distributed.liveness import describe_failure
 from dreplica.errors import UsageError
-from dreplica.report.run_report import RunReport
+from dreplica.report.record.run_report import RunReport
 from dreplica.state.rng import get_rng_state, set_rng_state
 from dreplica.training.events import EpochDone
 

@@ -7,8 +7,8 @@ from typing import Any
 from rich.console import Console
 
 from dreplica.agreement.verdict.verdict import Verdict
-from dreplica.report.run_report import RunReport
-from dreplica.report.terminal import print_report
+from dreplica.report.record.run_report import RunReport
+from dreplica.report.record.terminal import print_report
 
 
 def printed(verdict: Verdict, **replica: Any) -> str:

@@ -9,7 +9,7 @@ from rich.console import Console
 from dreplica.config.schema import ReportConfig, RunFolderConfig
 from dreplica.distributed.channel import Channel
 from dreplica.distributed.process_group import World
-from dreplica.report.recorder import Recorder
+from dreplica.report.record.recorder import Recorder
 
 
 def manifest(host: str, uuid: str | None) -> dict[str, Any]:

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from dreplica.errors import UsageError
-from dreplica.world.run_folder import create_run_folder
+from dreplica.report.record.run_folder import create_run_folder
 
 
 def test_a_second_run_of_a_name_gets_a_suffix(tmp_path: Path) -> None:

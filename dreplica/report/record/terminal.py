@@ -11,7 +11,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from dreplica.report.run_report import RunReport
+from dreplica.report.record.run_report import RunReport
 from dreplica.training.events import EpochDone, StepDone
 
 log = logging.getLogger(__name__)
