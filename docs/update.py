@@ -19,9 +19,8 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 from dreplica.commands.cases.case import read_case
-from dreplica.config.schema import FaultConfig
-from dreplica.config.schema import RunConfig
 from dreplica.config.base import Lockstep
+from dreplica.config.schema import FaultConfig, RunConfig
 
 DOCS = Path(__file__).parent
 CONFIGURATION = DOCS / "configuration.md"

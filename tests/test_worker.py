@@ -58,35 +58,36 @@ def test_one_that_is_told_to_stop_does_not_wait_for_good_for_others_to_join() ->
 
 
 def test_nothing_that_takes_seconds_is_imported_before_signals_are_held() -> None:
-    code = "import sys, dreplica.worker; print('torch' in sys.modules)"
-    process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert process.stdout == "False\n"
+    for module in (
+        "dreplica.worker",
+        *(f"dreplica.commands.{name}.__main__" for name in ("bench", "burn_in", "flags")),
+    ):
+        code = f"import sys, {module}; print('torch' in sys.modules)"
+        process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+        assert process.stdout == "False\n", module
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="huge pages are asked for as Linux has it")
-@pytest.mark.parametrize("command", ["bench", "burn-in", "flags"])
-def test_whatever_it_does_large_tensors_are_put_where_huge_pages_can_be(command: str) -> None:
+@pytest.mark.parametrize("package", ["bench", "burn_in", "flags"])
+def test_worker_aligns_large_tensors(package: str) -> None:
+    """Every worker process allocates large tensors where huge pages are possible."""
+    module = {"flags": "trial"}.get(package, "worker")
     code = f"""
-import sys
-from importlib import import_module
-from types import SimpleNamespace
-import dreplica.worker as worker
+import runpy, sys
+from types import ModuleType
 
 def look(argv):
     import torch
     print(*argv, torch.empty(2**21).data_ptr() % 4096)
     return 0
 
-def imported(name):
-    assert callable(import_module(name).work)
-    return SimpleNamespace(work=look)
-
-worker.import_module = imported
-sys.argv[1:] = [{command!r}, "--steps=3"]
-worker.main()
+fake = sys.modules["dreplica.commands.{package}.{module}"] = ModuleType("fake")
+fake.work = look
+sys.argv[1:] = ["--steps=3"]
+runpy.run_module("dreplica.commands.{package}", run_name="__main__")
 """
-    process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert process.stdout == "--steps=3 0\n"
+    process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert process.stdout == "--steps=3 0\n", process.stderr
 
 
 def test_what_the_package_names_is_there() -> None:

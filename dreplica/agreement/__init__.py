@@ -1,4 +1,4 @@
-"""Fingerprints of training state and the protocol that compares them: a library for anyone's loop.
+"""Comparison of training state between replicas and between runs.
 
-It knows nothing of the trainer, which is its first user.
+This package is a library for any training loop. It knows nothing of the trainer.
 """

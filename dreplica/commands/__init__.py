@@ -1,1 +1,1 @@
-"""commands"""
+"""The `dreplica` command and its subcommands, the topmost package."""

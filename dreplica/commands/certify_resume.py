@@ -1,8 +1,6 @@
 """`dreplica certify-resume`: does an interrupted run come to what an uninterrupted one comes to, bit for bit?"""
 
 import json
-import os
-import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -12,7 +10,7 @@ from rich.console import Console
 
 from dreplica.agreement.trace.reader import Key, RecordedTrace
 from dreplica.commands.scratch_folder import fresh_folder
-from dreplica.config.paths import IMPORT_ROOT
+from dreplica.distributed.launch.background import run_in_background
 from dreplica.distributed.signals import ends_are_interrupts
 from dreplica.errors import ExitCode, UsageError
 from dreplica.state.fingerprint.stage import STAGES
@@ -150,27 +148,10 @@ def _read_trace(folder: Path) -> dict[Key, Mapping[str, str]]:
 def _run(root: Path, name: str, arguments: Sequence[str], num_replicas: int) -> tuple[int, str]:
     """Exit code and output of one run."""
     root.mkdir(parents=True, exist_ok=True)
-    environment = os.environ | {
-        "PYTHONPATH": os.pathsep.join(filter(None, [str(IMPORT_ROOT), os.environ.get("PYTHONPATH")]))
-    }
-    command = [sys.executable, "-m", "dreplica.commands.main", "train", f"--replicas={num_replicas}"]
-    path = root / f"{name}.log"
-    with path.open("ab") as log:
-        begins = log.tell()
-        process = subprocess.Popen(
-            [*command, *arguments, f"--run.name={name}"],
-            stdout=log,
-            stderr=subprocess.STDOUT,
-            stdin=subprocess.DEVNULL,
-            env=environment,
-            start_new_session=True,  # a Ctrl-C is for this process, which then ends the run in order
-        )
-        try:
-            process.wait()
-        finally:
-            process.terminate()
-            process.wait()
-    return process.returncode, path.read_bytes()[begins:].decode(errors="replace")
+    settings = [*arguments, f"--run.name={name}"]
+    code, output = run_in_background("dreplica.worker", settings, num_replicas, root / f"{name}.log")
+    assert code is not None, "there is no timeout"
+    return code, output
 
 
 def _failed(what: str, code: int, output: str) -> ExitCode:

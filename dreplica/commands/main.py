@@ -112,7 +112,7 @@ def _burn_in(known: argparse.Namespace, settings: Sequence[str]) -> int:
     num_gpus = torch.cuda.device_count()
     num_replicas = known.replicas or (num_gpus if nodes is not None and num_gpus else max(num_gpus, 2))
     options = [f"--for={known.duration}", *(["--json"] if known.json else [])]
-    return launch("dreplica.worker", ["burn-in", *options, *settings], num_replicas, nodes)
+    return launch("dreplica.commands.burn_in", [*options, *settings], num_replicas, nodes)
 
 
 def _bench(known: argparse.Namespace, settings: Sequence[str]) -> int:
@@ -120,7 +120,7 @@ def _bench(known: argparse.Namespace, settings: Sequence[str]) -> int:
         from dreplica.distributed.launch.launcher import launch
 
     steps = [] if known.steps is None else [f"--steps={known.steps}"]
-    return launch("dreplica.worker", ["bench", f"--rounds={known.rounds}", *steps, *settings], known.replicas)
+    return launch("dreplica.commands.bench", [f"--rounds={known.rounds}", *steps, *settings], known.replicas)
 
 
 def _flags(known: argparse.Namespace, settings: Sequence[str]) -> int:

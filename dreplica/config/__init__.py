@@ -1,1 +1,1 @@
-"""config"""
+"""Configuration: the schema of every section, loading from YAML and the command line, and error messages."""

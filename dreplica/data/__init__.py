@@ -1,1 +1,1 @@
-"""Data sets, the coordinator that draws the order of samples, and the loader that loads exactly those."""
+"""Data sets, the index stream of the coordinator, and the loader."""

@@ -1,1 +1,1 @@
-"""From the place where replicas part to the cause: what it is, who, why, and what to do about it."""
+"""Diagnosis: from the location of a divergence to its cause, suspects and remedy."""

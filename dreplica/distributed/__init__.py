@@ -1,1 +1,1 @@
-"""The lowest room: processes, devices, determinism settings, the environment manifest, the run folder, logging."""
+"""Processes: rendezvous, the control process group, liveness, signals and launching."""

@@ -1,1 +1,1 @@
-"""One replica: built from scratch from a seed, and checked to be wired right."""
+"""One replica: built from scratch from a seed, with its wiring checked."""

@@ -1,1 +1,1 @@
-"""What people and programs read of a run: the terminal, report.json, metrics.jsonl, report.html, other services."""
+"""Everything a run leaves for people and programs to read."""

@@ -1,1 +1,1 @@
-"""run"""
+"""One training run in a worker process: prepare, rendezvous, build, train, diagnose and report."""

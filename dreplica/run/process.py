@@ -1,4 +1,7 @@
-"""process"""
+"""Lifecycle of a worker process: signals first, then its work, then an exit code.
+
+This module must not import torch at the top: signals that arrive before `run_process` would end the process.
+"""
 
 import os
 import signal
@@ -13,7 +16,11 @@ from dreplica.errors import ExitCode
 
 
 def run_process(work: Callable[[], ExitCode]) -> NoReturn:
-    """Runs `work` as the whole of a worker process, and ends the process with the exit code it returns."""
+    """Run `work` in this process, then exit with the code it returns.
+
+    Args:
+        work: The entry point of the worker. It imports what it needs, and returns the exit code.
+    """
     hold_signals()  # first of all: what else is imported takes seconds, and a group that stops, stops as one
     # Huge pages: torch reads this at its first allocation, and reading all state each step goes a quarter faster.
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")

@@ -1,1 +1,1 @@
-"""The step, the loop and the evaluation."""
+"""The training step, the training loop and evaluation."""

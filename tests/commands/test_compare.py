@@ -216,6 +216,9 @@ def test_what_users_write_is_no_markup(runs: Path, tmp_path: Path, capsys: pytes
 
 def test_it_needs_no_torch(runs: Path) -> None:
     """Which takes seconds to import, and more memory than comparing does."""
-    code = "import sys; from dreplica.commands.main import main; code = main(sys.argv[1:]); assert 'torch' not in sys.modules"
+    code = (
+        "import sys; from dreplica.commands.main import main; "
+        "code = main(sys.argv[1:]); assert 'torch' not in sys.modules"
+    )
     command = [sys.executable, "-c", code, "compare", str(runs / "one"), str(runs / "again")]
     subprocess.run(command, check=True, capture_output=True, cwd=REPOSITORY, env=environment(), timeout=60)

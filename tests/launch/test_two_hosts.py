@@ -143,7 +143,7 @@ def test_a_cable_that_is_cut_ends_both_hosts_and_each_names_the_other(hosts: tup
 
 def test_a_burn_in_ends_on_both_hosts_and_each_tells_what_was_checked(hosts: tuple[Host, Host]) -> None:
     one, other = hosts
-    program = ("-m", "dreplica.worker", "burn-in", "--for=8h")
+    program = ("-m", "dreplica.commands.burn_in", "--for=8h")
     run = [*SMALL, f"--world.timeout={TIMEOUT}", "--run.name=job"]
     passes = one.folder / "runs/burn-in-job/burn_in.jsonl"
 

@@ -1,1 +1,1 @@
-"""trace"""
+"""Traces: recorded digests of a run, written, read and compared."""

@@ -1,1 +1,1 @@
-"""verdict"""
+"""Verdicts: cause, location, suspects, evidence and remedy of a divergence."""

@@ -1,1 +1,1 @@
-"""`dreplica bench`: what the trainer and its checks cost per step, on the user's own config."""
+"""`dreplica bench`: the cost per step of the trainer and of its checks."""

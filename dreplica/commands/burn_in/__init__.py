@@ -1,1 +1,1 @@
-"""`dreplica burn-in`: a job trained again and again for a chosen time, to find the card that computes wrongly."""
+"""`dreplica burn-in`: train a job repeatedly for a chosen time to find devices that compute wrongly."""

@@ -1,1 +1,1 @@
-"""Faults and faulty builds, made on purpose: what `inject:` and configs/cases use."""
+"""`dreplica cases`: run a small faulty job for each known cause and check the verdict."""

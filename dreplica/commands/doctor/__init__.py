@@ -1,1 +1,1 @@
-"""`dreplica doctor`: what on this machine would break determinism, measured, and what to do about it."""
+"""`dreplica doctor`: measure what would break determinism on this machine."""

@@ -1,1 +1,1 @@
-"""Which determinism flags a job needs, and what each costs."""
+"""`dreplica flags`: which determinism flags a job needs, and the cost of each."""

@@ -146,11 +146,11 @@ class Measurements:
         (folder / "config.yaml").write_text(config.to_yaml(), encoding="utf-8")
         others = [other for other in beside if other != variant and other.process == variant.process]
         sections = [other.section(self._config.determinism).model_dump() for other in others]
-        arguments = ["flags", f"--config={folder / 'config.yaml'}", f"--folder={folder}", f"--steps={self._steps}"]
+        arguments = [f"--config={folder / 'config.yaml'}", f"--folder={folder}", f"--steps={self._steps}"]
         arguments.append(f"--others={json.dumps(sections)}")
         log, variables = folder / "output.log", variant.variables
         code, output = run_in_background(
-            "dreplica.worker", arguments, self._num_replicas, log, self._timeout, variables
+            "dreplica.commands.flags", arguments, self._num_replicas, log, self._timeout, variables
         )
         outcome = self._read([variant, *others], folder, code, output)
         self._outcomes.setdefault(variant, []).append(outcome)

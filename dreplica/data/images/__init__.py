@@ -1,1 +1,1 @@
-"""images"""
+"""Image decoding and augmentation."""

@@ -1,1 +1,1 @@
-"""loading"""
+"""The index stream that rank 0 broadcasts, and the loader that gathers those samples."""

@@ -1,1 +1,1 @@
-"""decision"""
+"""Decisions: from the evidence of a divergence to its cause."""

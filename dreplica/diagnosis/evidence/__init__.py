@@ -1,1 +1,1 @@
-"""evidence"""
+"""Evidence: what each replica observed of a divergent step."""

@@ -1,1 +1,1 @@
-"""measurement"""
+"""Measurements of a divergence: full tensors, error propagation, distances and float64 arbitration."""

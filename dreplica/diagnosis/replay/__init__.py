@@ -1,1 +1,1 @@
-"""replay"""
+"""Replays of a build or a step from restored state."""

@@ -1,1 +1,1 @@
-"""launch"""
+"""Launching of worker processes under torchrun, and their exit codes."""

@@ -1,4 +1,4 @@
-"""Workers under a launcher of their own in the background: what they print is kept, and they are ended in order."""
+"""Run worker processes in the background, with their output kept in a file."""
 
 import os
 import subprocess
@@ -21,15 +21,24 @@ def run_in_background(
     arguments: Sequence[str],
     num_replicas: int,
     log: Path,
-    timeout: float,
+    timeout: float | None = None,
     variables: Mapping[str, str | None] | None = None,
 ) -> tuple[int | None, str]:
-    """Runs `python -m module arguments...` once per replica; returns the exit code, and what was printed.
+    """Run `python -m module arguments...` once per replica, and wait for the end.
 
-    Nothing is left running, whatever ends the wait; the code is None if they did not end by themselves within `timeout`
-    seconds. What they print goes to the file `log`. `variables`: of their environment; None: not set.
+    No process is left running, whatever ends the wait.
+
+    Args:
+        module: The entry point of the workers.
+        arguments: Command-line arguments of each worker.
+        num_replicas: Number of workers.
+        log: File that the output is appended to.
+        timeout: Seconds until the workers are terminated, or None to wait without a limit.
+        variables: Environment variables to set in the workers, or to remove where the value is None.
+
+    Returns:
+        The exit code, or None if the workers were terminated at the timeout, and the output.
     """
-
     environment = os.environ | {
         "PYTHONPATH": os.pathsep.join(filter(None, [str(IMPORT_ROOT), os.environ.get("PYTHONPATH")])),
         "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": str(_SHUTDOWN_SECONDS),
@@ -38,14 +47,15 @@ def run_in_background(
         environment.pop(name, None)
         if value is not None:
             environment[name] = value
-    with log.open("w", encoding="utf-8") as output:
+    with log.open("ab") as output:
+        start = output.tell()
         process = subprocess.Popen(
             [sys.executable, "-c", _LAUNCH, module, str(num_replicas), *arguments],
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=subprocess.STDOUT,
             env=environment,
-            start_new_session=True,  # a Ctrl-C is for this process, which then ends the launcher in order
+            start_new_session=True,  # Ctrl-C reaches only this process, which then terminates the launcher
         )
         code = None
         try:
@@ -53,13 +63,17 @@ def run_in_background(
         except subprocess.TimeoutExpired:
             pass
         finally:
-            printed = log.read_text(encoding="utf-8", errors="replace")  # before the launcher says how it was ended
+            # Read before terminating: the launcher would add how it was terminated.
+            printed = log.read_bytes()[start:].decode(errors="replace")
             _end(process)
     return code, printed
 
 
 def _end(process: "subprocess.Popen[bytes]") -> None:
-    """Ends launcher and workers, if they run. Workers are in sessions of their own: the launcher ends them."""
+    """Terminate the launcher and its workers.
+
+    The launcher terminates the workers, since they run in sessions of their own.
+    """
     process.terminate()
     try:
         process.wait(2 * _SHUTDOWN_SECONDS)

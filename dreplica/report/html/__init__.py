@@ -1,1 +1,1 @@
-"""html"""
+"""`report.html`: one self-contained page per run."""

@@ -1,1 +1,1 @@
-"""record"""
+"""The run folder, `report.json`, metrics, experiment trackers and the terminal."""

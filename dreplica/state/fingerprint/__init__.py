@@ -1,1 +1,1 @@
-"""fingerprint"""
+"""Fingerprints: 128-bit digests of tensors on the CPU and on CUDA devices."""

@@ -1,1 +1,1 @@
-"""checkpoint"""
+"""Checkpoints: capture of the state of a replica, the file format, writing, and resuming."""

@@ -48,7 +48,7 @@ class MadeUp:
         timeout: float,
         variables: Mapping[str, str | None],
     ) -> tuple[int | None, str]:
-        assert (module, arguments[0]) == ("dreplica.worker", "flags")
+        assert module == "dreplica.commands.flags"
         given = options_in(arguments)
         section = yaml.safe_load(Path(given["config"]).read_text())["determinism"]
         refused = section["mode"] == "strict" and section["cublas_workspace_config"] is None

@@ -1,1 +1,1 @@
-"""samples"""
+"""Faulty models, data sets, builds and operators that the cases use."""
