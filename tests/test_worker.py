@@ -10,7 +10,7 @@ from collections.abc import Callable
 import pytest
 
 import dreplica
-from dreplica.distributed.signals import ended_once_told, stop_signals
+from dreplica.distributed.signals import exit_after_signal, stop_signals
 from dreplica.errors import ExitCode
 from dreplica.run.process import run_process
 
@@ -34,7 +34,7 @@ def in_child(work: Callable[[], ExitCode]) -> int:
 
 
 def waits_for_nobody() -> ExitCode:
-    with ended_once_told(0.2):
+    with exit_after_signal(0.2):
         time.sleep(0.5)
         os.kill(os.getpid(), signal.SIGTERM)
         time.sleep(60)
@@ -42,7 +42,7 @@ def waits_for_nobody() -> ExitCode:
 
 
 def comes_in_time() -> ExitCode:
-    with ended_once_told(60):
+    with exit_after_signal(60):
         return told_to_stop_early()
 
 

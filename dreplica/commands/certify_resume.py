@@ -11,7 +11,7 @@ from rich.console import Console
 from dreplica.agreement.trace.reader import Key, RecordedTrace
 from dreplica.commands.scratch_folder import fresh_folder
 from dreplica.distributed.launch.background import run_in_background
-from dreplica.distributed.signals import ends_are_interrupts
+from dreplica.distributed.signals import signals_as_interrupts
 from dreplica.errors import ExitCode, UsageError
 from dreplica.state.fingerprint.stage import STAGES
 
@@ -47,7 +47,7 @@ def certify_resume(settings: Sequence[str], num_replicas: int, at_step: int, kee
     run failed. Raises UsageError.
     """
     console = Console(highlight=False)
-    with ends_are_interrupts(), fresh_folder(keep, "certify") as root:
+    with signals_as_interrupts(), fresh_folder(keep, "certify") as root:
         common = [*settings, f"--run.root={root}", "--run.resume=auto"]
         console.print(f"1 of 3: the run, straight through (output in {root})")
         code, output = _run(root, "straight", common, num_replicas)

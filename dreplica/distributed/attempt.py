@@ -4,7 +4,7 @@ from collections.abc import Callable
 from typing import TypeVar
 
 from dreplica.distributed.channel import Channel
-from dreplica.distributed.liveness import describe_failure
+from dreplica.distributed.liveness import describe_exception
 
 T = TypeVar("T")
 
@@ -26,7 +26,7 @@ def attempt(channel: Channel, action: Callable[[], T]) -> T:
     try:
         result = action()
     except Exception as error:
-        reason = describe_failure(error)
+        reason = describe_exception(error)
     reasons = dict(enumerate(channel.gather(reason)))
     failed = {replica_id: text for replica_id, text in reasons.items() if text is not None}
     if failed:

@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from dreplica.distributed.liveness import ReplicaLost, RollCall
+from dreplica.distributed.liveness import LivenessMonitor, ReplicaLost
 
 _NAP_SECONDS = (0.00002, 0.002)
 
@@ -35,11 +35,11 @@ class Channel:
     def __init__(
         self,
         group: dist.ProcessGroup | None = None,
-        roll_call: RollCall | None = None,
+        monitor: LivenessMonitor | None = None,
         timeout: float = 300.0,
     ) -> None:
         self.group = group
-        self.roll_call = roll_call
+        self.monitor = monitor
         self.timeout = timeout
         self.rank = dist.get_rank(group) if dist.is_initialized() else 0
         self.size = dist.get_world_size(group) if dist.is_initialized() else 1
@@ -61,10 +61,10 @@ class Channel:
             return posted.tensor
         end = time.monotonic() + self.timeout
         nap, longest_nap = _NAP_SECONDS
-        if self.roll_call is not None:
-            self.roll_call.waiting = True
+        if self.monitor is not None:
+            self.monitor.waiting = True
         while not work.is_completed():
-            if self.roll_call is not None and self.roll_call.alarm.is_set():
+            if self.monitor is not None and self.monitor.alarm.is_set():
                 raise ReplicaLost("another replica raised the alarm")
             if time.monotonic() > end:
                 raise self._silent()
@@ -74,19 +74,19 @@ class Channel:
             work.wait()
         except RuntimeError as error:
             raise self._lost(error) from error
-        if self.roll_call is not None:
-            self.roll_call.waiting = False
+        if self.monitor is not None:
+            self.monitor.waiting = False
         return posted.tensor
 
     def _lost(self, error: RuntimeError) -> ReplicaLost:
         line = _first_line(error)
-        if self.roll_call is None:  # which would know who it is
+        if self.monitor is None:  # which would know who it is
             line = f"another replica is gone, and its own output says why ({line})"
         return ReplicaLost(line)
 
     def _silent(self) -> ReplicaLost:
         hint = "(world.timeout)"
-        if self.roll_call is None:
+        if self.monitor is None:
             hint = "from another replica: it hangs, or has left out a comparison in which this one takes part"
         return ReplicaLost(f"no answer for {self.timeout:g} s {hint}")
 

@@ -42,12 +42,12 @@ class Lost:
     """Whether it ended because of input that cannot be used."""
 
 
-def describe_failure(error: BaseException) -> str:
+def describe_exception(error: BaseException) -> str:
     """What the other replicas are told of `error`."""
     return f"it raised {type(error).__name__}: {error}".removesuffix(": ")
 
 
-class RollCall:
+class LivenessMonitor:
     """The alarm and the roll over a `torch.distributed` store.
 
     `holds_store`: whether this process serves the store itself (rank 0 without torchrun, whose store outlives all
@@ -74,26 +74,26 @@ class RollCall:
         self._holds_store = holds_store
         self._last_seconds = last_seconds
         self._closed = threading.Event()
-        self._thread = threading.Thread(target=self._listen, name="dreplica-roll-call", daemon=True)
+        self._thread = threading.Thread(target=self._listen, name="dreplica-liveness", daemon=True)
         self._thread.start()
 
     def report_failure(self, reason: str, unusable: bool = False) -> bool:
         """Tells the others that this replica is failing, and why, before it ends. Returns whether it is the first."""
         failure = {"step": self.step, "reason": reason, "unusable": unusable}
         try:
-            self._store.set(f"roll_call/failed/{self.replica_id}", json.dumps(failure))
-            first = self._store.add("roll_call/failures", 1) == 1
-            self._store.set("roll_call/alarm", "1")
+            self._store.set(f"liveness/failed/{self.replica_id}", json.dumps(failure))
+            first = self._store.add("liveness/failures", 1) == 1
+            self._store.set("liveness/alarm", "1")
         except RuntimeError as error:
             log.debug("the store is gone: %s", error)
             return True
         return first
 
-    def take(self) -> list[Lost]:
+    def find_lost(self) -> list[Lost]:
         """Raises the alarm, waits a few seconds for the answers, and returns who is lost."""
         result: Future[list[Lost]] = Future()
         # In a thread, because a store whose process stands still keeps whoever asks it waiting for good.
-        threading.Thread(target=self._take, args=(result,), name="dreplica-roll", daemon=True).start()
+        threading.Thread(target=self._find_lost, args=(result,), name="dreplica-find-lost", daemon=True).start()
         try:
             return result.result(2 * _ANSWER_SECONDS + 1)
         except TimeoutError:
@@ -110,10 +110,10 @@ class RollCall:
     def _listen(self) -> None:
         while not self._closed.wait(_POLL_SECONDS):
             try:
-                if not self._store.check(["roll_call/alarm"]):
+                if not self._store.check(["liveness/alarm"]):
                     continue
                 answer = {"step": self.step, "waiting": self.waiting}
-                self._store.set(f"roll_call/answer/{self.replica_id}", json.dumps(answer))
+                self._store.set(f"liveness/answer/{self.replica_id}", json.dumps(answer))
             except RuntimeError as error:
                 log.debug("the store is gone: %s", error)
             self.alarm.set()
@@ -121,11 +121,11 @@ class RollCall:
                 os._exit(ExitCode.FAILED)
             return
 
-    def _take(self, result: "Future[list[Lost]]") -> None:
+    def _find_lost(self, result: "Future[list[Lost]]") -> None:
         try:
-            self._store.set("roll_call/alarm", "1")
+            self._store.set("liveness/alarm", "1")
             answers, failed = self._collect()
-            self._store.set(f"roll_call/done/{self.replica_id}", "{}")
+            self._store.set(f"liveness/done/{self.replica_id}", "{}")
             if self._holds_store:
                 self._wait_for_readers(answers.keys() | failed.keys())
         except RuntimeError as error:
@@ -159,20 +159,20 @@ class RollCall:
             time.sleep(_POLL_SECONDS / 2)
 
     def _read(self, kind: str) -> dict[int, dict]:
-        keys = {i: f"roll_call/{kind}/{i}" for i in range(self.num_replicas)}
+        keys = {i: f"liveness/{kind}/{i}" for i in range(self.num_replicas)}
         return {i: json.loads(self._store.get(key)) for i, key in keys.items() if self._store.check([key])}
 
 
-def who_is_lost(roll_call: RollCall | None, error: BaseException) -> list[Lost]:
+def find_lost_replicas(monitor: LivenessMonitor | None, error: BaseException) -> list[Lost]:
     """Who is gone, once this replica fails with `error` or (`ReplicaLost`) another is; tells the others the former."""
-    if roll_call is None:
-        return [Lost(0, describe_failure(error))]
+    if monitor is None:
+        return [Lost(0, describe_exception(error))]
     if not isinstance(error, ReplicaLost):
-        roll_call.report_failure(describe_failure(error))
-    return roll_call.take()
+        monitor.report_failure(describe_exception(error))
+    return monitor.find_lost()
 
 
-def is_to_tell(lost: Sequence[Lost], replica_id: int, num_replicas: int) -> bool:
+def is_reporter(lost: Sequence[Lost], replica_id: int, num_replicas: int) -> bool:
     """Whether it is this replica that writes down who is lost: the first survivor, or rank 0 where there is none."""
     gone = {item.replica_id for item in lost}
     return replica_id == min((i for i in range(num_replicas) if i not in gone), default=0)

@@ -12,9 +12,9 @@ from typing import TypeVar
 import torch.distributed as dist
 
 from dreplica.distributed.channel import Channel
-from dreplica.distributed.liveness import ReplicaLost, RollCall, describe_failure
-from dreplica.distributed.rendezvous import store_of_this_start
-from dreplica.distributed.signals import ended_once_told
+from dreplica.distributed.liveness import LivenessMonitor, ReplicaLost, describe_exception
+from dreplica.distributed.rendezvous import store_for_this_start
+from dreplica.distributed.signals import exit_after_signal
 from dreplica.errors import SharedUsageError, UsageError
 
 log = logging.getLogger(__name__)
@@ -34,7 +34,7 @@ class World:
     replica_id: int
     num_replicas: int
     channel: Channel
-    roll_call: RollCall | None
+    monitor: LivenessMonitor | None
     host: str
 
     @property
@@ -83,14 +83,14 @@ def open_world(timeout: float) -> Iterator[World]:
     if num_replicas == 1:
         yield World(0, 1, Channel(), None, host)
         return
-    with ended_once_told(_TOLD_SECONDS):
+    with exit_after_signal(_TOLD_SECONDS):
         shared, _, _ = next(dist.rendezvous("env://", timeout=timedelta(seconds=_JOIN_SECONDS)))
-        store = store_of_this_start(shared, replica_id, num_replicas)
+        store = store_for_this_start(shared, replica_id, num_replicas)
     holds_store = replica_id == 0 and not _launcher_holds_store()
-    roll_call = RollCall(store, replica_id, num_replicas, holds_store, last_seconds=_LAST_SECONDS)
+    monitor = LivenessMonitor(store, replica_id, num_replicas, holds_store, last_seconds=_LAST_SECONDS)
     try:
         # The channel does its own waiting; gloo's limit only has to be the longer of the two.
-        with ended_once_told(_TOLD_SECONDS):
+        with exit_after_signal(_TOLD_SECONDS):
             dist.init_process_group(
                 "gloo",
                 store=dist.PrefixStore("gloo", store),
@@ -98,18 +98,18 @@ def open_world(timeout: float) -> Iterator[World]:
                 world_size=num_replicas,
                 timeout=timedelta(seconds=timeout + 60),
             )
-        yield World(replica_id, num_replicas, Channel(None, roll_call, timeout), roll_call, host)
+        yield World(replica_id, num_replicas, Channel(None, monitor, timeout), monitor, host)
     except (SharedUsageError, ReplicaLost) as error:
         # Either all replicas raise it, or it is another that is gone: this one has nothing to tell.
-        roll_call.close()
+        monitor.close()
         if isinstance(error, SharedUsageError):
             dist.destroy_process_group()
         raise
     except BaseException as error:
-        roll_call.report_failure(describe_failure(error))
-        roll_call.close()
+        monitor.report_failure(describe_exception(error))
+        monitor.close()
         raise
-    roll_call.close()
+    monitor.close()
     dist.destroy_process_group()
 
 

@@ -10,7 +10,7 @@ import torch.distributed as dist
 _LOOK_AGAIN_SECONDS = 0.5
 
 
-def store_of_this_start(store: dist.Store, replica_id: int, num_replicas: int, timeout: float = 600.0) -> dist.Store:
+def store_for_this_start(store: dist.Store, replica_id: int, num_replicas: int, timeout: float = 600.0) -> dist.Store:
     """A part of `store` that no earlier start of this job has written to: torchrun keeps its store over restarts.
 
     Rank 0 draws its name; who reads an older one finds itself missing from the list of those whom that start has, and

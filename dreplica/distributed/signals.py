@@ -31,14 +31,14 @@ class StoppedOnRequest(Exception):
     """Some replica was told to stop, and all have; raised on all of them."""
 
 
-def hold_signals() -> None:
+def block_stop_signals() -> None:
     """Keeps signals that ask to stop from this process until `stop_signals` hears them: it then learns of them."""
     signal.pthread_sigmask(signal.SIG_BLOCK, _NUMBERS)
 
 
 @contextmanager
-def ended_once_told(seconds: float) -> Iterator[None]:
-    """Ends this process if it is still inside `seconds` after a signal that `hold_signals` keeps from it.
+def exit_after_signal(seconds: float) -> Iterator[None]:
+    """Ends this process if it is still inside `seconds` after a signal that `block_stop_signals` keeps from it.
 
     For a wait for other processes that cannot be cut short, and that goes on for good if one of them is gone.
     """
@@ -90,7 +90,7 @@ def stop_signals() -> Iterator[StopRequest]:
 
 
 @contextmanager
-def ends_are_interrupts() -> Iterator[None]:
+def signals_as_interrupts() -> Iterator[None]:
     """Inside, SIGTERM and SIGHUP are a KeyboardInterrupt, so that what is running is ended first."""
 
     def interrupt(_number: int, _frame: FrameType | None) -> None:

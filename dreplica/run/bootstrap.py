@@ -61,11 +61,11 @@ def meet(argv: Sequence[str], conduct: Callable[[Prepared, World, StopRequest], 
 def end_unusable(error: UsageError, world: World) -> ExitCode:
     """Prints the message once, however many replicas raise it. Does not return where others may be left behind."""
     shared = isinstance(error, SharedUsageError)
-    if world.is_coordinator if shared or world.roll_call is None else world.roll_call.report_failure(str(error), True):
+    if world.is_coordinator if shared or world.monitor is None else world.monitor.report_failure(str(error), True):
         print(f"error: {error}", file=sys.stderr, flush=True)
     if shared:
         world.channel.gather(None)  # nobody leaves before it is printed: the launcher ends the rest with the first
-    elif world.roll_call is not None:
+    elif world.monitor is not None:
         end_at_once(ExitCode.UNUSABLE)
     return ExitCode.UNUSABLE
 

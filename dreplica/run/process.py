@@ -11,7 +11,7 @@ from collections.abc import Callable
 from typing import NoReturn
 
 from dreplica.distributed.launch import exit_codes
-from dreplica.distributed.signals import hold_signals
+from dreplica.distributed.signals import block_stop_signals
 from dreplica.errors import ExitCode
 
 
@@ -21,7 +21,7 @@ def run_process(work: Callable[[], ExitCode]) -> NoReturn:
     Args:
         work: The entry point of the worker. It imports what it needs, and returns the exit code.
     """
-    hold_signals()  # first of all: what else is imported takes seconds, and a group that stops, stops as one
+    block_stop_signals()  # first of all: what else is imported takes seconds, and a group that stops, stops as one
     # Huge pages: torch reads this at its first allocation, and reading all state each step goes a quarter faster.
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     from torch.distributed.elastic.multiprocessing.errors import record

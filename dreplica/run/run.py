@@ -19,7 +19,7 @@ from dreplica.agreement.verdict.verdict import Divergence, Verdict
 from dreplica.diagnosis.decision import conclude as diagnosis
 from dreplica.diagnosis.decision.learning_check import LearningWatch
 from dreplica.diagnosis.measurement.replica_distance import measure_distance
-from dreplica.distributed.liveness import Lost, ReplicaLost, exit_code_of, who_is_lost
+from dreplica.distributed.liveness import Lost, ReplicaLost, exit_code_of, find_lost_replicas
 from dreplica.distributed.process_group import World
 from dreplica.distributed.signals import StopRequest
 from dreplica.errors import ExitCode, UsageError
@@ -84,7 +84,7 @@ class Run:
             raise
         except (Exception, SystemExit, KeyboardInterrupt) as error:
             lost = self.conclude_without(error)
-            if self.world.roll_call is not None:
+            if self.world.monitor is not None:
                 end_at_once(exit_code_of(lost))
             raise
 
@@ -299,11 +299,11 @@ class Run:
 
     def conclude_without(self, error: BaseException) -> list[Lost]:
         """Ends the record when this replica fails or (`ReplicaLost`) another is gone. Returns who is lost."""
-        if self.world.roll_call is not None and not isinstance(error, ReplicaLost):
+        if self.world.monitor is not None and not isinstance(error, ReplicaLost):
             # At once: the launcher may end this process as soon as another one has learned of it and ended.
             traceback.print_exception(error)
             get_error_handler().record_exception(error)
-        lost = who_is_lost(self.world.roll_call, error)
+        lost = find_lost_replicas(self.world.monitor, error)
         steps_done = None if self.agreement is None else self.agreement.steps_done
         self.recorder.conclude_without(lost, error, self.facts.manifests, steps_done, self.steps_checked)
         return lost

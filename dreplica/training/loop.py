@@ -94,8 +94,8 @@ def train(
                 if saves or halts:
                     stop = agreement.complete()
                 tally.add(output.loss, output.logits, batch.labels, reduction_of(replica.criterion))
-                if world.roll_call is not None:
-                    world.roll_call.step = agreement.steps_done
+                if world.monitor is not None:
+                    world.monitor.step = agreement.steps_done
                 timer.lap("checks")
                 yield StepDone(step, epoch, number, len(stream), tally, saves, dict(timer.seconds))
                 timer.lap("saving")

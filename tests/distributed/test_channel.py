@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from dreplica.distributed import liveness as roll_call
+from dreplica.distributed import liveness
 from dreplica.distributed.channel import Channel
 from dreplica.distributed.liveness import ReplicaLost
 from dreplica.distributed.process_group import World
@@ -94,22 +94,22 @@ class Missed(ReplicaLost):
 
 def miss(world: World, channel: Channel) -> None:
     """Waits for one that will not come, and raises `Missed` with (replica id, reason) of each that is lost."""
-    assert world.roll_call is not None
+    assert world.monitor is not None
     started = time.monotonic()
     with pytest.raises(ReplicaLost):
         channel.gather("who else?")
-    lost = world.roll_call.take()
+    lost = world.monitor.find_lost()
     assert time.monotonic() - started < HANG_SECONDS
     raise Missed([(item.replica_id, item.reason) for item in lost])
 
 
 def loses(world: World, lost: int, how: str, timeout: float) -> None:
     """Replica `lost` goes in one of several ways; the others wait for it."""
-    channel = Channel(None, world.roll_call, timeout)
-    assert world.roll_call is not None
-    roll_call._ANSWER_SECONDS = 2.0
+    channel = Channel(None, world.monitor, timeout)
+    assert world.monitor is not None
+    liveness._ANSWER_SECONDS = 2.0
     pids = channel.gather(os.getpid())
-    world.roll_call.step = 6
+    world.monitor.step = 6
     if world.replica_id != lost:
         try:
             miss(world, channel)
@@ -159,7 +159,7 @@ def test_a_silent_replica_counts_as_lost_after_the_timeout(how: str) -> None:
         assert missed == [(1, "it is alive but stuck after step 6 while the others wait for it")]
 
 
-def waits_without_a_roll_call(world: World, how: str) -> None:
+def waits_without_a_monitor(world: World, how: str) -> None:
     channel = Channel(None, timeout=1.0)
     channel.gather(None)
     if world.replica_id == 1:
@@ -177,8 +177,8 @@ def waits_without_a_roll_call(world: World, how: str) -> None:
         ("sleeps", "no answer for 1 s from another replica: it hangs, or has left out a comparison in which this one"),
     ],
 )
-def test_without_a_roll_call_it_is_said_where_to_look(how: str, words: str) -> None:
-    lost = run_replicas(waits_without_a_roll_call, 2, how)[0]
+def test_without_a_monitor_it_is_said_where_to_look(how: str, words: str) -> None:
+    lost = run_replicas(waits_without_a_monitor, 2, how)[0]
     assert isinstance(lost, ReplicaLost)
     assert str(lost).startswith(words)
 
@@ -191,8 +191,8 @@ def test_a_replica_that_stands_still_counts_as_lost_after_the_timeout() -> None:
 
 def busy_witness(world: World) -> None:
     """Replica 2 dies while replica 1 computes: 0 asks, and 1 must be able to answer."""
-    assert world.roll_call is not None
-    roll_call._ANSWER_SECONDS = 2.0
+    assert world.monitor is not None
+    liveness._ANSWER_SECONDS = 2.0
     world.channel.gather(None)
     if world.replica_id == 2:
         os.kill(os.getpid(), signal.SIGKILL)
@@ -202,7 +202,7 @@ def busy_witness(world: World) -> None:
     miss(world, world.channel)
 
 
-def test_a_replica_busy_with_a_long_computation_answers_the_roll() -> None:
+def test_a_replica_busy_with_a_long_computation_responds() -> None:
     zero, one, _ = run_replicas(busy_witness, 3)
     assert [replica_id for replica_id, _ in zero.args[0]] == [2]
     assert [replica_id for replica_id, _ in one.args[0]] == [2]

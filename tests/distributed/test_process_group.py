@@ -10,8 +10,8 @@ import torch
 import torch.distributed as dist
 
 from dreplica.config.schema import WorldConfig
-from dreplica.distributed import liveness as roll_call
-from dreplica.distributed.liveness import ReplicaLost, RollCall
+from dreplica.distributed import liveness
+from dreplica.distributed.liveness import LivenessMonitor, ReplicaLost
 from dreplica.distributed.process_group import World, env_num_replicas, env_rank, open_world
 from dreplica.environment.device import bind_device
 from dreplica.errors import SharedUsageError, UsageError
@@ -47,8 +47,8 @@ def lonely_usage_error(world: World) -> None:
         raise UsageError("data.root: a broken image")
     with pytest.raises(ReplicaLost):
         world.channel.gather(None)
-    assert world.roll_call is not None
-    raise ReplicaLost(str([(item.replica_id, item.reason) for item in world.roll_call.take()]))
+    assert world.monitor is not None
+    raise ReplicaLost(str([(item.replica_id, item.reason) for item in world.monitor.find_lost()]))
 
 
 def test_a_usage_error_outside_of_together_does_not_leave_the_others_waiting() -> None:
@@ -64,7 +64,7 @@ def test_without_a_launcher_there_is_one_replica(monkeypatch: pytest.MonkeyPatch
     assert (env_rank(), env_num_replicas()) == (0, 1)
     with open_world(timeout=1) as world:
         assert (world.replica_id, world.num_replicas, world.is_coordinator) == (0, 1, True)
-        assert world.roll_call is None
+        assert world.monitor is None
         assert not dist.is_initialized()
         assert world.together(lambda: "alone") == "alone"
         with pytest.raises(SharedUsageError, match=r"^no$"):
@@ -106,13 +106,13 @@ def test_device_auto_shares_gpus_and_says_so(monkeypatch: pytest.MonkeyPatch, lo
 
 
 def test_the_world_leaves_no_thread_and_no_group_behind() -> None:
-    assert run_replicas(threads_within, 2) == [["dreplica-roll-call"]] * 2
+    assert run_replicas(threads_within, 2) == [["dreplica-liveness"]] * 2
 
 
 def threads_within(world: World) -> list[str]:
-    assert world.roll_call is not None
+    assert world.monitor is not None
     before = [thread.name for thread in threading.enumerate() if thread.name.startswith("dreplica")]
-    world.roll_call.close()
+    world.monitor.close()
     assert not any(thread.name.startswith("dreplica") for thread in threading.enumerate())
     return before
 
@@ -132,7 +132,7 @@ def test_when_the_store_goes_its_holder_is_named(
     """Without torchrun rank 0 holds the store. Whoever asks a store whose process stands still waits for good."""
     from tests.harness import _CONTEXT
 
-    monkeypatch.setattr(roll_call, "_ANSWER_SECONDS", 0.5)
+    monkeypatch.setattr(liveness, "_ANSWER_SECONDS", 0.5)
     port = os.path.join(tmp_path, "port")
     holder = _CONTEXT.Process(target=serve, args=(port,), daemon=True)
     holder.start()
@@ -140,13 +140,13 @@ def test_when_the_store_goes_its_holder_is_named(
         while not os.path.exists(port):
             time.sleep(0.01)
         with open(port) as file:
-            roll = RollCall(dist.TCPStore("127.0.0.1", int(file.read())), 1, 2)
+            monitor = LivenessMonitor(dist.TCPStore("127.0.0.1", int(file.read())), 1, 2)
         os.kill(holder.pid, how)
-        (lost,) = roll.take()
+        (lost,) = monitor.find_lost()
         assert lost.replica_id == 0
         assert reason in lost.reason
         assert "\n" not in lost.reason
-        roll.close()
+        monitor.close()
     finally:
         holder.kill()
         holder.join()
@@ -154,34 +154,34 @@ def test_when_the_store_goes_its_holder_is_named(
 
 def test_the_holder_of_the_store_stays_until_the_others_have_read(monkeypatch: pytest.MonkeyPatch) -> None:
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    rolls = [RollCall(store, replica_id, 3, holds_store=replica_id == 0) for replica_id in range(3)]
-    rolls[2].report_failure("it fell")
+    monitors = [LivenessMonitor(store, replica_id, 3, holds_store=replica_id == 0) for replica_id in range(3)]
+    monitors[2].report_failure("it fell")
     found: list[object] = []
-    holder = threading.Thread(target=lambda: found.append(rolls[0].take()))
+    holder = threading.Thread(target=lambda: found.append(monitors[0].find_lost()))
     holder.start()
     holder.join(1.5)
     assert holder.is_alive()
-    assert [item.replica_id for item in rolls[1].take()] == [2]
-    rolls[2].take()
+    assert [item.replica_id for item in monitors[1].find_lost()] == [2]
+    monitors[2].find_lost()
     holder.join(3)
     assert not holder.is_alive()
     assert [(item.replica_id, item.reason) for item in found[0]] == [(2, "it fell")]  # type: ignore[attr-defined]
-    for roll in rolls:
-        roll.close()
+    for monitor in monitors:
+        monitor.close()
 
 
 def test_only_the_first_to_fail_is_told_so() -> None:
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    rolls = [RollCall(store, replica_id, 2) for replica_id in range(2)]
-    assert [roll.report_failure("it fell") for roll in rolls] == [True, False]
-    for roll in rolls:
-        roll.close()
+    monitors = [LivenessMonitor(store, replica_id, 2) for replica_id in range(2)]
+    assert [monitor.report_failure("it fell") for monitor in monitors] == [True, False]
+    for monitor in monitors:
+        monitor.close()
 
 
 def _stuck(world: World, last_seconds: float | None) -> str:
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    roll = RollCall(store, 0, 2, last_seconds=last_seconds)
-    roll.report_failure("the alarm")
+    monitor = LivenessMonitor(store, 0, 2, last_seconds=last_seconds)
+    monitor.report_failure("the alarm")
     time.sleep(3)
     return "still there"
 

@@ -19,7 +19,7 @@ from dreplica.commands.burn_in.job_config import check_job, job_of, parse_durati
 from dreplica.commands.burn_in.passes import Pass
 from dreplica.commands.burn_in.record import CONFIG_NAME, Ended, Record
 from dreplica.commands.burn_in.table import PassLines, print_account
-from dreplica.distributed.liveness import exit_code_of, is_to_tell, who_is_lost
+from dreplica.distributed.liveness import exit_code_of, find_lost_replicas, is_reporter
 from dreplica.distributed.process_group import World
 from dreplica.distributed.signals import StopRequest
 from dreplica.environment.manifest import collect_manifest
@@ -95,7 +95,7 @@ class BurnIn:
             raise
         except (Exception, SystemExit, KeyboardInterrupt) as error:
             code = self.end_without(error)
-            if world.roll_call is not None:
+            if world.monitor is not None:
                 end_at_once(code)
             raise
 
@@ -182,11 +182,11 @@ class BurnIn:
 
     def end_without(self, error: BaseException) -> ExitCode:
         """Ends this replica when it fails or (`ReplicaLost`) another is gone. No collective."""
-        run, roll_call = self.current, self.world.roll_call
+        run, monitor = self.current, self.world.monitor
         done = None
         if run is None:
             traceback.print_exception(error)
-            lost = who_is_lost(roll_call, error)
+            lost = find_lost_replicas(monitor, error)
         else:
             lost = run.conclude_without(error)
             done = run.cut_off(lost, error)
@@ -196,7 +196,7 @@ class BurnIn:
             self.account.lose(lost)
         code = exit_code(self.account, "lost", exit_code_of(lost))
         has_told = any(item.replica_id == 0 and item.unusable for item in lost)
-        if not has_told and is_to_tell(lost, self.world.replica_id, self.world.num_replicas):
+        if not has_told and is_reporter(lost, self.world.replica_id, self.world.num_replicas):
             self.tell(ended, code, done)
         return code
 

@@ -14,7 +14,7 @@ from rich.table import Table
 from dreplica.commands.cases.case import Case, find_cases
 from dreplica.commands.scratch_folder import fresh_folder
 from dreplica.distributed.launch.background import run_in_background
-from dreplica.distributed.signals import ends_are_interrupts
+from dreplica.distributed.signals import signals_as_interrupts
 from dreplica.errors import ExitCode
 
 _PLACE = ("step", "stage", "tensor", "operator", "suspects")
@@ -66,7 +66,7 @@ def run_cases(
     cases = find_cases(names)
     progress = Console(stderr=True)
     results = []
-    with ends_are_interrupts(), fresh_folder(keep, "cases") as root:
+    with signals_as_interrupts(), fresh_folder(keep, "cases") as root:
         for number, case in enumerate(cases, start=1):
             result = run_case(case, root, timeout)
             results.append(result)

@@ -14,7 +14,7 @@ from dreplica.commands.flags.print_results import print_study
 from dreplica.commands.scratch_folder import fresh_folder
 from dreplica.config.load import load_config
 from dreplica.config.schema import AgreementConfig, RunConfig
-from dreplica.distributed.signals import ends_are_interrupts
+from dreplica.distributed.signals import signals_as_interrupts
 from dreplica.environment.hardware import cpu_limit
 from dreplica.errors import ExitCode, UsageError
 from dreplica.state.rng import shares_model_seed
@@ -42,7 +42,7 @@ def find_flags(
         progress.print(line, markup=False, highlight=False, soft_wrap=True)
 
     try:
-        with ends_are_interrupts(), fresh_folder(keep, "flags") as root:
+        with signals_as_interrupts(), fresh_folder(keep, "flags") as root:
             measurements = Measurements(config, num_replicas, steps, root, timeout, tell)
             found = investigate(measurements, config.determinism, num_replicas, rounds, _num_cpus())
     except TrialFailed as error:

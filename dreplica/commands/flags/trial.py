@@ -95,8 +95,8 @@ class Trial:
         try:
             return self.measure()
         except ReplicaLost:
-            if self.world.roll_call is not None:
-                for lost in self.world.roll_call.take():
+            if self.world.monitor is not None:
+                for lost in self.world.monitor.find_lost():
                     print(f"{LOST}replica {lost.replica_id}: {lost.reason}", file=sys.stderr)
                 end_at_once(ExitCode.FAILED)
             raise

@@ -15,7 +15,7 @@ from rich.console import Console
 from dreplica.agreement.verdict.verdict import Verdict
 from dreplica.config.schema import ReportConfig, RunFolderConfig
 from dreplica.diagnosis.decision.conclude import replica_lost
-from dreplica.distributed.liveness import Lost, describe_failure, is_to_tell
+from dreplica.distributed.liveness import Lost, describe_exception, is_reporter
 from dreplica.distributed.process_group import World
 from dreplica.environment.manifest import card_of, compare_values
 from dreplica.errors import UsageError
@@ -194,7 +194,7 @@ class Recorder:
 
         One survivor writes the report, naming who was lost. A verdict that was reached before stands. No collective.
         """
-        if not is_to_tell(lost, self._world.replica_id, self._world.num_replicas):
+        if not is_reporter(lost, self._world.replica_id, self._world.num_replicas):
             return
         if self.report is not None and self.report.verdict is not None:
             if not (self.folder / "report.json").exists():
@@ -241,6 +241,6 @@ class Recorder:
         try:
             write_report(self.folder)
         except Exception as error:  # whatever it is, the run ends as it would have
-            log.warning("%s could not be made: %s", self.folder / FILE_NAME, describe_failure(error))
+            log.warning("%s could not be made: %s", self.folder / FILE_NAME, describe_exception(error))
         if self._sinks is not None:
             self._sinks.close(self.report)

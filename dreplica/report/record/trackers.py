@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from dreplica.config.schema import ReportConfig
-from dreplica.distributed.liveness import describe_failure
+from dreplica.distributed.liveness import describe_exception
 from dreplica.errors import UsageError
 from dreplica.report.record.run_report import RunReport
 from dreplica.state.rng import get_rng_state, set_rng_state
@@ -60,7 +60,7 @@ class Sinks:
             yield
         except Exception as error:  # a server that does not answer, say: the run is not to end for that
             self._open.pop(key, None)
-            log.warning("report.%s: not written to any more: %s", key, describe_failure(error))
+            log.warning("report.%s: not written to any more: %s", key, describe_exception(error))
         finally:
             set_rng_state(state)
 
