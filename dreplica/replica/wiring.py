@@ -1,7 +1,11 @@
-"""Is the optimizer bound to this model, the scheduler to this optimizer, and every tensor to its own memory?"""
+"""Identity checks that model, criterion, optimizer and scheduler belong together.
+
+The checks read no values and run no step. They catch setups that train nothing, or something other than intended,
+without any exception from torch.
+"""
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,19 +13,38 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
+from dreplica.errors import DreplicaError, UsageError
 
-class WiringError(ValueError):
-    """A replica's parts do not belong together. `cause` is the verdict's code; `remedy` is what to write instead."""
 
-    def __init__(self, cause: str, message: str, tensor: str | None, remedy: list[str]) -> None:
-        super().__init__(cause, message, tensor, remedy)
-        self.cause = cause
-        self.message = message
-        self.tensor = tensor
-        self.remedy = remedy
+class WiringError(DreplicaError, ValueError):
+    """A fault in how model, optimizer and scheduler are connected.
 
-    def __str__(self) -> str:
-        return self.message
+    Args:
+        text: The message for people.
+        code: The cause: `optimizer-not-bound`, `parameters-not-optimized`, `scheduler-not-bound` or `storage-shared`.
+        tensor: Name of the first tensor concerned, None if the fault concerns no single tensor.
+        remedies: Lines of code, each of which is a fix.
+        **fields: Further data that the text is made from.
+
+    Attributes:
+        code: The cause, as in a verdict.
+        fields: The data that the text is made from, `tensor` and `remedies` included.
+    """
+
+    def __init__(
+        self, text: str, *, code: str, tensor: str | None = None, remedies: Sequence[str] = (), **fields: Any
+    ) -> None:
+        super().__init__(text, code=code, tensor=tensor, remedies=list(remedies), **fields)
+
+    @property
+    def tensor(self) -> str | None:
+        """Name of the first tensor concerned, None if the fault concerns no single tensor."""
+        return self.fields["tensor"]
+
+    @property
+    def remedies(self) -> list[str]:
+        """Lines of code, each of which is a fix."""
+        return self.fields["remedies"]
 
 
 def check_wiring(
@@ -30,31 +53,42 @@ def check_wiring(
     scheduler: Any = None,
     criterion: nn.Module | None = None,
 ) -> None:
-    """Checks by identity that model, optimizer and scheduler belong together.
+    """Check by identity that model, optimizer and scheduler belong together.
 
-    `criterion`: the loss, where it has parameters of its own, which the optimizer may train, too.
+    Call it once model, optimizer and scheduler are final. It needs no step and no process group, and changes nothing.
+    The cause is in the error's `code`:
 
-    Raises ValueError for what is no model or optimizer, and WiringError, with the cause
-    - `optimizer-not-bound`: the optimizer holds parameters that are not this model's, nor the criterion's;
-    - `parameters-not-optimized`: a trainable parameter is in no parameter group, or in one twice;
-    - `scheduler-not-bound`: the scheduler drives another optimizer;
-    - `storage-shared`: two different parameters or buffers overlap in memory. (Tied weights, one parameter under two
-      names, are fine.)
+    - `optimizer-not-bound`: the optimizer holds parameters that belong to neither the model nor the criterion.
+    - `parameters-not-optimized`: a trainable parameter is in no parameter group, or in the groups twice.
+    - `scheduler-not-bound`: the scheduler, or one that it chains, drives another optimizer.
+    - `storage-shared`: two different parameters or buffers overlap in memory. Tied weights, which are one parameter
+      under two names, are fine.
+
+    Args:
+        model: The model to train.
+        optimizer: The optimizer that trains it. None checks only the model's memory.
+        scheduler: The learning rate scheduler, None if there is none.
+        criterion: The loss module, if the optimizer may train its parameters, too.
+
+    Raises:
+        WiringError: If they do not belong together.
+        UsageError: If `model` is not an `nn.Module`, or `optimizer` has no `param_groups`.
     """
-    for name, value, is_one in (
-        ("model", model, isinstance(model, nn.Module)),
-        ("optimizer", optimizer, optimizer is None or hasattr(optimizer, "param_groups")),
-    ):
-        if not is_one:
-            raise ValueError(
-                f"{name}: a {type(value).__name__} will not do: give one; of several models, check each with its own "
-                "optimizer."
-            )
+    if not isinstance(model, nn.Module):
+        raise _wrong_type("model", "an nn.Module", model)
     if optimizer is not None:
+        if not hasattr(optimizer, "param_groups"):
+            raise _wrong_type("optimizer", "a torch.optim.Optimizer or None", optimizer)
         _check_optimizer(model, optimizer, criterion)
         if scheduler is not None:
             _check_scheduler(optimizer, scheduler)
     _check_storage(model)
+
+
+def _wrong_type(name: str, expected: str, value: object) -> UsageError:
+    found = type(value).__name__
+    text = f"{name} must be {expected}, got {found}. Check each model with its own optimizer, in one call per model."
+    return UsageError(text, code="wrong-type", argument=name, expected=expected, found=found)
 
 
 def _check_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, criterion: nn.Module | None) -> None:
@@ -66,14 +100,16 @@ def _check_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, criteri
     kind = type(optimizer).__name__
     if orphans:
         raise WiringError(
-            "optimizer-not-bound",
             f"{len(orphans)} of the {len(held)} parameters in the {kind} optimizer are not parameters of this model, "
-            f"so stepping it does not train the model. {_guess_origin(model, held, orphans)}",
-            None,
-            [
+            f"so optimizer.step() does not train the model. {_explain_orphans(model, held, orphans)}",
+            code="optimizer-not-bound",
+            remedies=[
                 f"optimizer = torch.optim.{kind}(model.parameters(), ...)  # after the model is final",
-                "model, optimizer = copy.deepcopy((model, optimizer))  # both in one call, if you copy",
+                "model, optimizer = copy.deepcopy((model, optimizer))  # to copy both, copy them in one call",
             ],
+            optimizer=kind,
+            num_orphans=len(orphans),
+            num_parameters=len(held),
         )
     counts = Counter(id(parameter) for parameter in held)
     missing = [
@@ -81,62 +117,68 @@ def _check_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, criteri
     ]
     if missing:
         raise WiringError(
-            "parameters-not-optimized",
-            f"{len(missing)} trainable parameters are in no parameter group of the {kind} optimizer and will never "
-            f"change, first {missing[0]!r}.",
-            missing[0],
-            [
-                f"optimizer = torch.optim.{kind}(model.parameters(), ...)  # after the last layer is in place",
-                f"model.get_parameter({missing[0]!r}).requires_grad_(False)  # if it is meant to stay as it is",
+            f"{len(missing)} trainable parameters are in no parameter group of the {kind} optimizer and never change. "
+            f"The first is {missing[0]!r}.",
+            code="parameters-not-optimized",
+            tensor=missing[0],
+            remedies=[
+                f"optimizer = torch.optim.{kind}(model.parameters(), ...)  # after the last layer is added",
+                f"model.get_parameter({missing[0]!r}).requires_grad_(False)  # to freeze it on purpose",
             ],
+            optimizer=kind,
+            missing=missing,
         )
-    twice = [names[key] for key, count in counts.items() if count > 1]
-    if twice:
+    duplicates = [names[key] for key, count in counts.items() if count > 1]
+    if duplicates:
         raise WiringError(
-            "parameters-not-optimized",
-            f"{len(twice)} parameters are more than once in the {kind} optimizer and are updated each time, "
-            f"first {twice[0]!r}.",
-            twice[0],
-            [f"optimizer = torch.optim.{kind}(model.parameters(), ...)  # every parameter once"],
+            f"{len(duplicates)} parameters are more than once in the {kind} optimizer and are updated more than once "
+            f"per step. The first is {duplicates[0]!r}.",
+            code="parameters-not-optimized",
+            tensor=duplicates[0],
+            remedies=[f"optimizer = torch.optim.{kind}(model.parameters(), ...)  # each parameter once"],
+            optimizer=kind,
+            duplicates=duplicates,
         )
 
 
-def _guess_origin(model: nn.Module, held: list[Tensor], orphans: list[Tensor]) -> str:
+def _explain_orphans(model: nn.Module, held: list[Tensor], orphans: list[Tensor]) -> str:
+    """Return a sentence on where the optimizer's foreign parameters come from, judged by their shapes."""
     if len(orphans) < len(held):
-        return "The rest are: a layer of the model was replaced or added to after the optimizer was made."
-    own = Counter(tuple(parameter.shape) for parameter in model.parameters())
-    if Counter(tuple(parameter.shape) for parameter in orphans) - own:
-        return "Their shapes are not this model's: the optimizer was made for another model."
+        return "The others are: a layer of the model was replaced or extended after the optimizer was created."
+    model_shapes = Counter(tuple(parameter.shape) for parameter in model.parameters())
+    if Counter(tuple(parameter.shape) for parameter in orphans) - model_shapes:
+        return "Their shapes differ from this model's: the optimizer was created for another model."
     return (
-        "They have the shapes of this model's: the optimizer belongs to another instance of the model, or the model or "
-        "the optimizer was deep-copied by itself. copy.deepcopy(optimizer) copies the parameters too, so the copy's "
-        "belong to no model at all and nobody learns."
+        "Their shapes are those of this model: the optimizer belongs to another instance of the model, or the model or "
+        "the optimizer was deep-copied alone. copy.deepcopy(optimizer) also copies the parameters, so the copies "
+        "belong to no model, and no model is trained."
     )
 
 
 def _check_scheduler(optimizer: torch.optim.Optimizer, scheduler: Any) -> None:
-    for part in _scheduler_parts(scheduler):
+    for part in _flatten_scheduler(scheduler):
         driven = getattr(part, "optimizer", None)
         if driven is not None and driven is not optimizer:
             kind = type(part).__name__
             raise WiringError(
-                "scheduler-not-bound",
-                f"the {kind} scheduler drives another optimizer, so this one's learning rate never changes. "
-                "(copy.deepcopy(scheduler) copies the optimizer inside it.)",
-                None,
-                [f"scheduler = torch.optim.lr_scheduler.{kind}(optimizer, ...)  # with the optimizer that steps"],
+                f"the {kind} scheduler drives another optimizer, so the learning rate of this optimizer never changes. "
+                "(copy.deepcopy(scheduler) also copies the optimizer that the scheduler holds.)",
+                code="scheduler-not-bound",
+                remedies=[f"scheduler = torch.optim.lr_scheduler.{kind}(optimizer, ...)  # the optimizer that steps"],
+                scheduler=kind,
             )
 
 
-def _scheduler_parts(scheduler: Any) -> Iterator[Any]:
+def _flatten_scheduler(scheduler: Any) -> Iterator[Any]:
+    """Yield the scheduler and all schedulers that it chains (ChainedScheduler, SequentialLR)."""
     yield scheduler
     for part in getattr(scheduler, "_schedulers", []):
-        yield from _scheduler_parts(part)
+        yield from _flatten_scheduler(part)
 
 
 @dataclass(frozen=True)
 class _Span:
-    """The stretch of memory from a tensor's first byte to its last."""
+    """The address range from a tensor's first byte to its last."""
 
     device: str
     start: int
@@ -146,32 +188,34 @@ class _Span:
 
     @property
     def is_dense(self) -> bool:
-        """Whether the tensor fills it: then every other tensor that reaches into it shares memory."""
+        """True if the tensor uses every byte of the range, so that any tensor that overlaps it shares memory."""
         filled = self.tensor.numel() * self.tensor.element_size()
         return self.end - self.start == filled and 0 not in self.tensor.stride()
 
 
 def _check_storage(model: nn.Module) -> None:
+    # A sweep over addresses: a tensor is compared only with the earlier ones that reach past its start.
     pending: list[_Span] = []
     for span in sorted(_spans(model), key=lambda span: (span.device, span.start, span.end)):
         pending = [other for other in pending if other.device == span.device and other.end > span.start]
         for other in pending:
             if _share_bytes(other, span):
                 raise WiringError(
-                    "storage-shared",
-                    f"{other.name!r} and {span.name!r} are different tensors in the same memory: an update of one "
-                    "changes the other behind its optimizer's back.",
-                    span.name,
-                    [
+                    f"{other.name!r} and {span.name!r} are different tensors in the same memory: an update of one also "
+                    "changes the other.",
+                    code="storage-shared",
+                    tensor=span.name,
+                    remedies=[
                         f"# to tie them: register one parameter under both names ({span.name} = {other.name})",
-                        f"# to keep them apart: initialise {span.name} with .detach().clone()",
+                        f"# to separate them: initialize {span.name} with .detach().clone()",
                     ],
+                    other=other.name,
                 )
         pending.append(span)
 
 
 def _spans(model: nn.Module) -> Iterator[_Span]:
-    """Of every parameter and buffer that has memory; a tensor under several names once."""
+    """Yield the address range of each parameter and buffer that has memory, once for a tensor with several names."""
     seen = set()
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
         if id(tensor) in seen or is_lazy(tensor) or tensor.layout is not torch.strided or tensor.is_meta:
@@ -183,20 +227,22 @@ def _spans(model: nn.Module) -> Iterator[_Span]:
 
 
 def _extent(tensor: Tensor) -> int:
-    """Elements from the first to the last in memory, gaps included."""
+    """Return the number of elements from the first to the last in memory, gaps included."""
     return 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
 
 
 def _share_bytes(one: _Span, other: _Span) -> bool:
-    """Whether two tensors whose spans overlap have a byte in common: columns of one matrix, interleaved, do not."""
+    """Return True if two tensors with overlapping ranges have a byte in common.
+
+    Interleaved tensors, such as columns of one matrix, overlap in range but share no byte.
+    """
     if one.is_dense and other.is_dense:
         return True
     start, end = min(one.start, other.start), max(one.end, other.end)
-    taken = torch.zeros(2, end - start, dtype=torch.bool)
-    for row, span in zip(taken, (one, other), strict=True):
+    used = torch.zeros(2, end - start, dtype=torch.bool)
+    for row, span in zip(used, (one, other), strict=True):
         size = span.tensor.element_size()
         bytes_of_elements = row[span.start - start : span.end - start].view(-1, size)
-        bytes_of_elements.as_strided((*span.tensor.shape, size), (*(s * size for s in span.tensor.stride()), 1)).fill_(
-            1
-        )
-    return bool(taken.all(dim=0).any())
+        strides = (*(stride * size for stride in span.tensor.stride()), 1)
+        bytes_of_elements.as_strided((*span.tensor.shape, size), strides).fill_(1)
+    return bool(used.all(dim=0).any())

@@ -1,4 +1,4 @@
-"""check_wiring: every trap that makes a run train nothing, or something else than one thinks."""
+"""Tests of check_wiring: each setup that trains nothing, or something other than intended."""
 
 import copy
 import pickle
@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import dreplica
+from dreplica.errors import DreplicaError, UsageError
 from dreplica.replica.wiring import WiringError, check_wiring
 
 schedulers = torch.optim.lr_scheduler
@@ -29,13 +30,12 @@ def bytes_of(model: nn.Module) -> bytes:
 def fault(model: nn.Module, optimizer: torch.optim.Optimizer | None, scheduler: object = None) -> WiringError:
     with pytest.raises(WiringError) as caught:
         dreplica.check_wiring(model, optimizer, scheduler)
-    assert str(caught.value) == caught.value.message
-    assert caught.value.remedy
+    assert caught.value.remedies
     return caught.value
 
 
 class Holder(nn.Module):
-    """Registers the tensors given as parameters and buffers."""
+    """A module with the given parameters and buffers."""
 
     def __init__(self, parameters: dict[str, Tensor], buffers: dict[str, Tensor] | None = None) -> None:
         super().__init__()
@@ -48,7 +48,7 @@ class Holder(nn.Module):
 # ---- optimizer-not-bound
 
 
-def test_a_deep_copied_optimizer_is_over_orphans_and_trains_neither_model() -> None:
+def test_deepcopied_optimizer_trains_neither_model() -> None:
     original = make_model()
     optimizer = sgd(original)
     model, copied = copy.deepcopy(original), copy.deepcopy(optimizer)
@@ -58,7 +58,7 @@ def test_a_deep_copied_optimizer_is_over_orphans_and_trains_neither_model() -> N
         each(torch.ones(5, 4)).sum().backward()
         copied.step()
     assert (bytes_of(original), bytes_of(model)) == before
-    # Even with gradients of its own, what it moves are the orphans.
+    # With gradients on the copied parameters, too: the step moves only the orphans.
     for parameter in copied.param_groups[0]["params"]:
         parameter.grad = torch.ones_like(parameter)
     copied.step()
@@ -66,86 +66,86 @@ def test_a_deep_copied_optimizer_is_over_orphans_and_trains_neither_model() -> N
 
     for each in (original, model):
         error = fault(each, copied)
-        assert error.cause == "optimizer-not-bound"
-        assert "6 of the 6 parameters" in error.message
-        assert "copy.deepcopy(optimizer)" in error.message
-        assert any("copy.deepcopy((model, optimizer))" in line for line in error.remedy)
+        assert error.code == "optimizer-not-bound"
+        assert "6 of the 6 parameters" in str(error)
+        assert "copy.deepcopy(optimizer)" in str(error)
+        assert any("copy.deepcopy((model, optimizer))" in line for line in error.remedies)
 
 
-def test_model_and_optimizer_copied_in_one_call_are_right() -> None:
+def test_model_and_optimizer_copied_together_pass() -> None:
     model = make_model()
     check_wiring(*copy.deepcopy((model, sgd(model))))
 
 
 @pytest.mark.parametrize("num_outputs", [2, 7])
-def test_an_optimizer_from_before_the_head_was_replaced_holds_some_orphans(num_outputs: int) -> None:
+def test_head_replaced_after_optimizer_is_a_fault(num_outputs: int) -> None:
     model = make_model()
     optimizer = sgd(model)
     model[3] = nn.Linear(3, num_outputs)
     error = fault(model, optimizer)
-    assert error.cause == "optimizer-not-bound"
-    assert "2 of the 6 parameters" in error.message
-    # Not a deep copy, also where the new head has the old one's shape.
-    assert "replaced" in error.message
-    assert "deepcopy" not in error.message
-    assert "after the model is final" in error.remedy[0]
+    assert error.code == "optimizer-not-bound"
+    assert "2 of the 6 parameters" in str(error)
+    # Not reported as a deep copy, even if the new head has the shape of the old one.
+    assert "replaced" in str(error)
+    assert "deepcopy" not in str(error)
+    assert "after the model is final" in error.remedies[0]
 
 
-def test_the_optimizer_of_another_instance() -> None:
-    assert fault(make_model(), sgd(make_model())).cause == "optimizer-not-bound"
+def test_optimizer_of_another_instance_is_a_fault() -> None:
+    assert fault(make_model(), sgd(make_model())).code == "optimizer-not-bound"
 
 
-def test_a_deep_copied_model_with_the_old_optimizer() -> None:
+def test_deepcopied_model_with_old_optimizer_is_a_fault() -> None:
     model = make_model()
     optimizer = sgd(model)
     error = fault(copy.deepcopy(model), optimizer)
-    assert error.cause == "optimizer-not-bound"
-    assert "model or the optimizer was deep-copied by itself" in error.message
+    assert error.code == "optimizer-not-bound"
+    assert "model or the optimizer was deep-copied alone" in str(error)
 
 
-def test_the_optimizer_of_another_model() -> None:
+def test_optimizer_of_another_model_is_a_fault() -> None:
     error = fault(make_model(), sgd(nn.Linear(9, 9)))
-    assert error.cause == "optimizer-not-bound"
-    assert "made for another model" in error.message
+    assert error.code == "optimizer-not-bound"
+    assert "created for another model" in str(error)
 
 
 class Scaled(nn.CrossEntropyLoss):
-    """A loss with a weight to learn."""
+    """A loss with a trainable parameter."""
 
     def __init__(self) -> None:
         super().__init__()
         self.scale = nn.Parameter(torch.ones(()))
 
 
-def test_an_optimizer_may_train_the_criterion_too() -> None:
+def test_optimizer_may_also_train_the_criterion() -> None:
     model, criterion = make_model(), Scaled()
     check_wiring(model, torch.optim.SGD([*model.parameters(), *criterion.parameters()], lr=0.1), None, criterion)
     check_wiring(model, sgd(model), None, criterion)
 
 
-def test_another_criterions_parameters_are_orphans() -> None:
+def test_parameters_of_another_criterion_are_orphans() -> None:
     model = make_model()
     optimizer = torch.optim.SGD([*model.parameters(), *Scaled().parameters()], lr=0.1)
     for criterion in (None, Scaled(), nn.CrossEntropyLoss()):
         with pytest.raises(WiringError, match="1 of the 7 parameters") as caught:
             check_wiring(model, optimizer, None, criterion)
-        assert caught.value.cause == "optimizer-not-bound"
+        assert caught.value.code == "optimizer-not-bound"
 
 
 # ---- parameters-not-optimized
 
 
-def test_a_trainable_parameter_in_no_group() -> None:
+def test_trainable_parameter_in_no_group_is_a_fault() -> None:
     model = make_model()
     optimizer = torch.optim.SGD(list(model.parameters())[:-1], lr=0.1)
     error = fault(model, optimizer)
-    assert error.cause == "parameters-not-optimized"
+    assert error.code == "parameters-not-optimized"
     assert error.tensor == "3.bias"
-    assert "'3.bias'" in error.message
-    assert "requires_grad_(False)" in error.remedy[1]
+    assert "'3.bias'" in str(error)
+    assert "requires_grad_(False)" in error.remedies[1]
 
 
-def test_a_layer_added_after_the_optimizer_was_made() -> None:
+def test_layer_added_after_optimizer_is_a_fault() -> None:
     model = make_model()
     optimizer = sgd(model)
     model.append(nn.Linear(2, 2))
@@ -153,24 +153,24 @@ def test_a_layer_added_after_the_optimizer_was_made() -> None:
 
 
 @pytest.mark.filterwarnings("ignore:optimizer contains a parameter group with duplicate")
-def test_a_parameter_of_the_criterion_twice() -> None:
+def test_criterion_parameter_held_twice_is_a_fault() -> None:
     model, criterion = make_model(), Scaled()
     optimizer = torch.optim.SGD([*model.parameters(), criterion.scale, criterion.scale], lr=0.1)
     with pytest.raises(WiringError) as caught:
         check_wiring(model, optimizer, None, criterion)
-    assert (caught.value.cause, caught.value.tensor) == ("parameters-not-optimized", "criterion.scale")
+    assert (caught.value.code, caught.value.tensor) == ("parameters-not-optimized", "criterion.scale")
 
 
 @pytest.mark.filterwarnings("ignore:optimizer contains a parameter group with duplicate")
-def test_a_parameter_twice_in_one_group() -> None:
+def test_parameter_twice_in_one_group_is_a_fault() -> None:
     model = make_model()
     error = fault(model, torch.optim.SGD([*model.parameters(), model[3].weight], lr=0.1))
-    assert error.cause == "parameters-not-optimized"
+    assert error.code == "parameters-not-optimized"
     assert error.tensor == "3.weight"
-    assert "more than once" in error.message
+    assert "more than once" in str(error)
 
 
-def test_a_parameter_in_two_groups() -> None:
+def test_parameter_in_two_groups_is_a_fault() -> None:
     # add_param_group refuses it, a hand-made group does not.
     model = make_model()
     optimizer = sgd(model)
@@ -179,19 +179,19 @@ def test_a_parameter_in_two_groups() -> None:
 
 
 @pytest.mark.parametrize("held", [True, False])
-def test_a_frozen_trunk_is_fine_in_the_optimizer_or_not(held: bool) -> None:
+def test_frozen_trunk_passes_in_the_optimizer_or_not(held: bool) -> None:
     model = make_model()
     model[0].requires_grad_(False)
     check_wiring(model, sgd(model if held else nn.Sequential(*model[1:])))
 
 
-def test_tied_weights_are_fine() -> None:
+def test_tied_weights_pass() -> None:
     model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
     model[1].weight = model[0].weight
     check_wiring(model, sgd(model))
 
 
-def test_without_an_optimizer_only_memory_is_checked() -> None:
+def test_only_memory_is_checked_without_an_optimizer() -> None:
     check_wiring(make_model(), None)
 
 
@@ -222,29 +222,29 @@ def step_lr(optimizer: torch.optim.Optimizer) -> schedulers.StepLR:
 
 
 @pytest.mark.parametrize("make", [step_lr, chained, sequential, nested, plateau])
-def test_a_scheduler_of_the_right_and_of_the_wrong_optimizer(make: Callable[[torch.optim.Optimizer], object]) -> None:
+def test_scheduler_must_drive_this_optimizer(make: Callable[[torch.optim.Optimizer], object]) -> None:
     model = make_model()
     optimizer = sgd(model)
     check_wiring(model, optimizer, make(optimizer))
     for wrong in (make(sgd(model)), copy.deepcopy(make(optimizer))):
         error = fault(model, optimizer, wrong)
-        assert error.cause == "scheduler-not-bound"
-        assert "copy.deepcopy(scheduler)" in error.message
-        assert "optimizer" in error.remedy[0]
+        assert error.code == "scheduler-not-bound"
+        assert "copy.deepcopy(scheduler)" in str(error)
+        assert "optimizer" in error.remedies[0]
 
 
-def test_a_part_that_drives_another_optimizer_under_a_whole_that_does_not() -> None:
+def test_chained_scheduler_of_another_optimizer_is_a_fault() -> None:
     model = make_model()
     optimizer = sgd(model)
     scheduler = chained(optimizer)
     scheduler._schedulers[1] = schedulers.ExponentialLR(sgd(model), 0.9)
     error = fault(model, optimizer, scheduler)
-    assert error.cause == "scheduler-not-bound"
-    assert "ExponentialLR" in error.remedy[0]
+    assert error.code == "scheduler-not-bound"
+    assert "ExponentialLR" in error.remedies[0]
 
 
 @pytest.mark.filterwarnings("ignore:Seems like .optimizer.step")
-def test_a_deep_copied_scheduler_drives_neither_optimizer() -> None:
+def test_deepcopied_scheduler_drives_neither_optimizer() -> None:
     model = make_model()
     optimizer = sgd(model)
     copied = copy.deepcopy(schedulers.ExponentialLR(optimizer, 0.5))
@@ -254,7 +254,7 @@ def test_a_deep_copied_scheduler_drives_neither_optimizer() -> None:
     assert optimizer.param_groups[0]["lr"] == 0.1
 
 
-def test_no_scheduler_and_a_scheduler_without_an_optimizer_are_fine() -> None:
+def test_missing_or_unbound_scheduler_passes() -> None:
     model = make_model()
     check_wiring(model, sgd(model), None)
     check_wiring(model, sgd(model), object())
@@ -285,11 +285,11 @@ SHARED = {
 @pytest.mark.parametrize("model", SHARED.values(), ids=SHARED.keys())
 def test_overlapping_memory_is_a_fault(model: nn.Module) -> None:
     error = fault(model, None)
-    assert error.cause == "storage-shared"
+    assert error.code == "storage-shared"
     names = [name for name, _ in [*model.named_parameters(), *model.named_buffers()]]
     assert error.tensor in names
-    assert sum(f"'{name}'" in error.message for name in names) == 2
-    assert "clone()" in error.remedy[1]
+    assert sum(f"'{name}'" in str(error) for name in names) == 2
+    assert "clone()" in error.remedies[1]
 
 
 def tied_as_buffer() -> nn.Module:
@@ -297,7 +297,7 @@ def tied_as_buffer() -> nn.Module:
     return Holder({"a": parameter}, {"b": parameter})
 
 
-APART = {
+SEPARATE = {
     "neighbours in one storage": Holder({"a": BASE[:4], "b": BASE[4:8], "c": BASE[8:]}),
     "neighbours in bytes": Holder({"a": BASE[:4], "b": BASE.view(torch.bfloat16)[8:9]}),
     "interleaved": Holder({"a": BASE[0::2], "b": BASE[1::2]}),
@@ -308,19 +308,19 @@ APART = {
     "empty": Holder({"a": torch.empty(0), "b": BASE[:0], "c": BASE[4:4], "d": BASE}),
     "lazy": nn.Sequential(nn.LazyLinear(3), nn.LazyLinear(2)),
     "sparse": Holder({"a": torch.eye(3).to_sparse(), "b": torch.eye(3).to_sparse()}),
-    "an expanded buffer of its own": Holder({"a": BASE}, {"b": torch.zeros(1).expand(4, 4)}),
+    "an expanded buffer": Holder({"a": BASE}, {"b": torch.zeros(1).expand(4, 4)}),
     "one tensor as parameter and buffer": tied_as_buffer(),
     "recurrent": nn.LSTM(3, 4, num_layers=2, bidirectional=True),
 }
 
 
-@pytest.mark.parametrize("model", APART.values(), ids=APART.keys())
-def test_memory_of_ones_own_is_fine(model: nn.Module) -> None:
+@pytest.mark.parametrize("model", SEPARATE.values(), ids=SEPARATE.keys())
+def test_separate_memory_passes(model: nn.Module) -> None:
     check_wiring(model, None)
 
 
-def test_flat_recurrent_weights_are_views_of_one_storage_and_fine() -> None:
-    # As cuDNN lays them out; on the CPU flatten_parameters does nothing, so this does it by hand.
+def test_flat_recurrent_weights_in_one_storage_pass() -> None:
+    # The layout of cuDNN. On the CPU flatten_parameters does nothing, so the test builds it by hand.
     model = nn.GRU(3, 4)
     flat = torch.cat([parameter.detach().reshape(-1) for parameter in model.parameters()])
     offset = 0
@@ -342,22 +342,21 @@ def test_addresses_on_different_devices_do_not_collide() -> None:
 # ---- the error itself
 
 
-def test_what_is_no_model_or_optimizer_is_refused() -> None:
+def test_wrong_argument_types_are_usage_errors() -> None:
     model = make_model()
-    with pytest.raises(ValueError, match="model: a list will not do: give one; of several models, check each with its"):
+    with pytest.raises(UsageError, match=r"^model must be an nn\.Module, got list\. Check each model with its own"):
         check_wiring([model], sgd(model))  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="optimizer: a dict will not do: give one"):
+    with pytest.raises(UsageError, match=r"^optimizer must be .* or None, got dict") as caught:
         check_wiring(model, {"one": sgd(model)})  # type: ignore[arg-type]
+    assert (caught.value.code, caught.value.fields["argument"]) == ("wrong-type", "optimizer")
 
 
-def test_the_error_survives_pickling_since_it_crosses_processes() -> None:
+def test_error_survives_pickling_between_processes() -> None:
     error = fault(make_model(), sgd(make_model()))
     again = pickle.loads(pickle.dumps(error))
     assert type(again) is WiringError
+    assert isinstance(again, DreplicaError)
     assert isinstance(again, ValueError)
-    assert (str(again), again.cause, again.tensor, again.remedy) == (
-        str(error),
-        "optimizer-not-bound",
-        None,
-        error.remedy,
-    )
+    assert (str(again), again.code, again.tensor) == (str(error), "optimizer-not-bound", None)
+    assert again.fields == error.fields
+    assert (again.fields["num_orphans"], again.fields["num_parameters"]) == (6, 6)

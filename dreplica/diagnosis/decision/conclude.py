@@ -109,15 +109,15 @@ def wiring_fault(error: WiringError, replica_ids: list[int], num_replicas: int) 
     others = [replica_id for replica_id in range(num_replicas) if replica_id not in replica_ids]
     return Verdict(
         agreed=False,
-        cause=error.cause,
-        summary=f"{error.cause}: {error}",
+        cause=error.code,
+        summary=f"{error.code}: {error}",
         step=0,
-        stage="optimizer" if error.cause != "storage-shared" else "weights",
+        stage="optimizer" if error.code != "storage-shared" else "weights",
         tensor=error.tensor,
         suspects=replica_ids,
         classes=[ids for ids in (others, replica_ids) if ids],
         evidence=[f"found by identity checks on replicas {replica_ids} before the first step"],
-        remedy=list(error.remedy),
+        remedy=error.remedies,
     )
 
 

@@ -102,7 +102,7 @@ def test_faulty_wiring_is_what_it_claims(function: Any, cause: str, monkeypatch:
     replica = build(function, 0, monkeypatch)
     with pytest.raises(WiringError) as raised:
         check_wiring(replica.model, replica.optimizer, replica.scheduler)
-    assert raised.value.cause == cause
+    assert raised.value.code == cause
 
 
 @pytest.mark.parametrize(

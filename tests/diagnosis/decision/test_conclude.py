@@ -156,12 +156,12 @@ def test_agreement_claims_no_more_than_was_compared(
 
 @pytest.mark.parametrize(("cause", "stage"), [("optimizer-not-bound", "optimizer"), ("storage-shared", "weights")])
 def test_wiring_is_faulty_where_it_was_found(cause: str, stage: str) -> None:
-    error = WiringError(cause, "the parts do not fit", "0.weight", ["mend it"])
+    error = WiringError("the parts do not fit", code=cause, tensor="0.weight", remedies=["fix it"])
     verdict = wiring_fault(error, [1], 3)
     assert (verdict.agreed, verdict.cause, verdict.step, verdict.stage) == (False, cause, 0, stage)
     assert (verdict.suspects, verdict.classes) == ([1], [[0, 2], [1]])
     assert verdict.tensor == "0.weight"
-    assert verdict.remedy == ["mend it"]
+    assert verdict.remedy == ["fix it"]
     assert wiring_fault(error, [0, 1], 2).classes == [[0, 1]]
 
 

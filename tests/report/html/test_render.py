@@ -121,7 +121,7 @@ def test_a_run_in_progress_says_so_and_how_far_it_is(folder: Path) -> None:
 
 def test_a_fault_found_on_a_replica_by_itself_is_not_told_as_a_parting(folder: Path) -> None:
     report = json.loads((folder / "report.json").read_text())
-    verdict = wiring_fault(WiringError("optimizer-not-bound", "it holds none of them", "0.weight", []), [1], 2)
+    verdict = wiring_fault(WiringError("it holds none of them", code="optimizer-not-bound", tensor="0.weight"), [1], 2)
     (folder / "report.json").write_text(json.dumps(report | {"verdict": verdict.as_dict(), "divergence": None}))
     text = text_of(folder)
     assert "Fault found optimizer-not-bound" in text
