@@ -11,7 +11,7 @@ from dreplica.agreement.exchange import Exchange
 from dreplica.agreement.hasher import Hasher, Observation, hasher_for
 from dreplica.agreement.reference import Apart, Reference, ReferenceDiffers
 from dreplica.agreement.subject import Batch, Expect, Models, Subject
-from dreplica.agreement.trace.writer import Trace
+from dreplica.agreement.trace.writer import TraceWriter
 from dreplica.agreement.verdict.verdict import Divergence, Verdict
 from dreplica.distributed.channel import Channel, gloo_channel
 from dreplica.state.stages import STAGES, Entry, Optimizers, Stage, batch_entries, make_stage
@@ -90,7 +90,7 @@ class Agreement:
         every: int = 1,
         on_divergence: Literal["stop", "continue"] = "stop",
         lag: Literal[0, 1] = 0,
-        trace: Trace | None = None,
+        trace: TraceWriter | None = None,
         reference: Reference | None = None,
         channel: Channel | None = None,
         steps_done: int = 0,
@@ -103,9 +103,9 @@ class Agreement:
         _check_choice("lag", lag, (0, 1))
         if not isinstance(every, int) or every < 0:
             raise ValueError(f"every: {every!r} will not do: give a number of steps, or 0 for never.")
-        if not isinstance(trace, Trace | None):
+        if not isinstance(trace, TraceWriter | None):
             raise ValueError(
-                f"trace: {trace!r} will not do: give a dreplica.agreement.trace.writer.Trace, or leave it out."
+                f"trace: {trace!r} will not do: give a dreplica.agreement.trace.writer.TraceWriter, or leave it out."
             )
         self.steps_done = self._began_after = steps_done
         self.steps_checked = 0
@@ -126,7 +126,7 @@ class Agreement:
         self._stoppable = stoppable
         self._channel = channel or gloo_channel()
         self.hasher = hasher or hasher_for(tensor.device for tensor in self._subject.tensors())
-        trace = trace or Trace(None, self._channel.size, algorithm=self.hasher.algorithm)
+        trace = trace or TraceWriter(None, self._channel.size, algorithm=self.hasher.algorithm)
         if trace.algorithm != self.hasher.algorithm:
             raise ValueError(
                 f"trace: its header says {trace.algorithm!r}, and digests are {self.hasher.algorithm!r} here; "

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from dreplica.agreement import protocol
 from dreplica.agreement.hasher import Hasher, Observation
 from dreplica.agreement.reference import Apart, Reference, describe_apart
-from dreplica.agreement.trace.writer import Trace
+from dreplica.agreement.trace.writer import TraceWriter
 from dreplica.agreement.verdict.location import describe, describe_algorithms
 from dreplica.agreement.verdict.verdict import Verdict
 from dreplica.distributed.channel import Channel, Posted
@@ -54,7 +54,9 @@ class Exchange:
         ddp: whether replicas are the ranks of one data-parallel model.
     """
 
-    def __init__(self, channel: Channel, hasher: Hasher, trace: Trace, reference: Reference | None, ddp: bool) -> None:
+    def __init__(
+        self, channel: Channel, hasher: Hasher, trace: TraceWriter, reference: Reference | None, ddp: bool
+    ) -> None:
         self._channel, self._hasher, self._trace = channel, hasher, trace
         self._reference, self._ddp = reference, ddp
         self._under_way: _UnderWay | None = None

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dreplica.agreement.trace.comparison import part_at, place_of
-from dreplica.agreement.trace.reader import RecordedTrace
+from dreplica.agreement.trace.reader import Trace
 from dreplica.agreement.verdict.location import Place, module_of
 from dreplica.agreement.verdict.verdict import Divergence, Verdict
 from dreplica.errors import UsageError
@@ -45,7 +45,7 @@ class Reference:
     """
 
     def __init__(self, path: Path, algorithm: str = ALGORITHM) -> None:
-        self.trace = RecordedTrace(path)
+        self.trace = Trace(path)
         self._name = str(path)
         if self.trace.algorithm != algorithm:
             raise UsageError(

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from dreplica.agreement.trace.reader import Key, RecordedTrace
+from dreplica.agreement.trace.reader import Key, Trace
 from dreplica.commands.scratch_folder import fresh_folder
 from dreplica.distributed.launch.background import run_in_background
 from dreplica.distributed.signals import signals_as_interrupts
@@ -132,14 +132,14 @@ def _first_difference(one: Path, other: Path) -> tuple[int, str] | None:
 def _algorithm(folder: Path) -> str | None:
     """Of the digests that a run recorded, if any."""
     try:
-        return RecordedTrace(folder).algorithm
+        return Trace(folder).algorithm
     except UsageError:
         return None
 
 
 def _read_trace(folder: Path) -> dict[Key, Mapping[str, str]]:
     try:
-        trace = RecordedTrace(folder)
+        trace = Trace(folder)
         return {line.key: trace.digests(line) for line in trace.lines()}
     except UsageError:  # it ended before it recorded anything
         return {}

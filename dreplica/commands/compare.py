@@ -10,7 +10,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from dreplica.agreement.trace.comparison import Comparison, compare_traces
-from dreplica.agreement.trace.reader import RecordedTrace
+from dreplica.agreement.trace.reader import Trace
 from dreplica.agreement.trace.run_metadata import (
     RecordedRun,
     RunDifference,
@@ -39,7 +39,7 @@ class RunPair:
 
     def __init__(self, one: Path, other: Path) -> None:
         self.names = str(one), str(other)
-        self.traces = RecordedTrace(one), RecordedTrace(other)
+        self.traces = Trace(one), Trace(other)
         runs = tuple(read_run(trace.path.parent) for trace in self.traces)
         self.config: list[RunDifference] | None = None
         self.manifest: list[RunDifference] | None = None
@@ -238,7 +238,7 @@ def _evidence(found: Comparison, place: Place) -> list[str]:
 
 def _notes(
     names: tuple[str, str],
-    traces: tuple[RecordedTrace, RecordedTrace],
+    traces: tuple[Trace, Trace],
     runs: tuple[RecordedRun, ...],
     found: Comparison,
 ) -> list[str]:

@@ -15,6 +15,7 @@ import numpy
 import torch
 import xxhash
 
+from dreplica import __version__
 from dreplica.config.paths import PACKAGE_ROOT
 from dreplica.distributed.process_group import World
 from dreplica.environment.determinism import numerics_flags
@@ -205,6 +206,8 @@ def _describe_device(device: Device) -> dict[str, Any]:
 
 
 def _version(package: str) -> str | None:
+    if package == "dreplica":
+        return __version__
     if package == "torch":
         return str(torch.__version__)
     if package == "numpy":

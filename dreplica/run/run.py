@@ -14,7 +14,7 @@ from dreplica.agreement.hasher import Hasher, common_hasher
 from dreplica.agreement.reference import Apart, ReferenceDiffers
 from dreplica.agreement.trace.reader import TENSORS_NAME, TRACE_NAME
 from dreplica.agreement.trace.tensor_digests import TensorRecord
-from dreplica.agreement.trace.writer import Trace
+from dreplica.agreement.trace.writer import TraceWriter
 from dreplica.agreement.verdict.verdict import Divergence, Verdict
 from dreplica.diagnosis.decision import conclude as diagnosis
 from dreplica.diagnosis.decision.learning_check import LearningWatch
@@ -157,17 +157,17 @@ class Run:
             self.check_reproduces(trace)
         return self.finish(agreement)
 
-    def open_trace(self) -> Trace:
+    def open_trace(self) -> TraceWriter:
         """Rank 0's digests go into the run folder. A collective."""
         return self.world.together(self._open_trace)
 
-    def _open_trace(self) -> Trace:
+    def _open_trace(self) -> TraceWriter:
         path = tensors = None
         if self.world.is_coordinator:
             path = self.recorder.folder / TRACE_NAME
             if self.config.agreement.record == "tensors":
                 tensors = TensorRecord(self.recorder.folder / TENSORS_NAME)
-        return Trace(path, self.world.num_replicas, self.start.num_trace_lines, tensors, self.hasher.algorithm)
+        return TraceWriter(path, self.world.num_replicas, self.start.num_trace_lines, tensors, self.hasher.algorithm)
 
     def go_on(self) -> Start:
         """Where this run begins: at its beginning or, in the folder of an interrupted run, at its newest checkpoint."""
@@ -182,20 +182,20 @@ class Run:
         self.report.warnings += [f"skipped checkpoint {line}" for line in start.skipped]
         return start
 
-    def save(self, position: Position, trace: Trace) -> None:
+    def save(self, position: Position, trace: TraceWriter) -> None:
         """Saves the state, unless replicas that should agree have parted."""
         agreement = self.agreement
         assert agreement is not None
         if agreement.divergence is None:
             self.checkpoints.save(position, self.coordinator.seed, agreement.steps_checked, trace.num_lines)
 
-    def stop(self, event: Stopped, trace: Trace) -> None:
+    def stop(self, event: Stopped, trace: TraceWriter) -> None:
         """Saves the state of a run that was told to stop: it can go on if that has worked."""
         self.save(event.position, trace)
         self.report.stopped_after = event.step
         self.stopped_with = ExitCode.STOPPED if self.checkpoints.newest_is_there() else ExitCode.FAILED
 
-    def check_reproduces(self, trace: Trace) -> None:
+    def check_reproduces(self, trace: TraceWriter) -> None:
         """Raises Concluded if a run that goes on comes to something else than it had recorded before."""
         differing = self.channel.gather(trace.not_reproduced)[0]
         if differing is not None:
@@ -211,7 +211,7 @@ class Run:
             )
         return hasher
 
-    def make_agreement(self, trace: Trace) -> Agreement:
+    def make_agreement(self, trace: TraceWriter) -> Agreement:
         """Compares the build, too. Raises Divergence."""
         return Agreement(
             self.replica.model,

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from dreplica.agreement.agreement import Agreement
 from dreplica.agreement.hasher import Hasher
-from dreplica.agreement.trace.writer import Trace
+from dreplica.agreement.trace.writer import TraceWriter
 from dreplica.agreement.verdict.verdict import Divergence, Verdict
 from dreplica.distributed.process_group import World
 from tests.state.fingerprint.late import LateHasher
@@ -119,7 +119,7 @@ def train(world: World, job: Job) -> Result:
     path = None if job.trace is None else Path(job.trace) / f"{world.replica_id}.jsonl"
     hasher = LateHasher() if world.replica_id in job.late else Hasher()
     agreement, stops, raised = None, [], False
-    with Trace(path, world.num_replicas, algorithm=hasher.algorithm) as trace:
+    with TraceWriter(path, world.num_replicas, algorithm=hasher.algorithm) as trace:
         try:
             agreement = Agreement(
                 model,

@@ -1,4 +1,4 @@
-"""Traces written for a test, through the same `Trace` that a run writes with."""
+"""Traces written for a test, through the same `TraceWriter` that a run writes with."""
 
 import contextlib
 from collections.abc import Iterable, Mapping
@@ -8,7 +8,7 @@ import torch
 
 from dreplica.agreement.trace.reader import TENSORS_NAME, TRACE_NAME
 from dreplica.agreement.trace.tensor_digests import TensorRecord
-from dreplica.agreement.trace.writer import Trace
+from dreplica.agreement.trace.writer import TraceWriter
 from dreplica.state.stages import Stage, tensors_stage
 
 Change = tuple[int, str, str]
@@ -45,7 +45,7 @@ def record(
     folder.mkdir(exist_ok=True)
     with contextlib.ExitStack() as stack:
         beside = TensorRecord(folder / TENSORS_NAME) if tensors else None
-        trace = stack.enter_context(Trace(folder / TRACE_NAME, num_replicas, num_lines, beside))
+        trace = stack.enter_context(TraceWriter(folder / TRACE_NAME, num_replicas, num_lines, beside))
         for step in steps:
             epoch = (epochs or {}).get(step)
             trace.step(step, epoch, agreed, stages_of(step, changes, names))

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from dreplica.agreement.agreement import Agreement
 from dreplica.agreement.protocol import fold
-from dreplica.agreement.trace.writer import Trace
+from dreplica.agreement.trace.writer import TraceWriter
 from dreplica.agreement.verdict.verdict import Divergence, Verdict
 from dreplica.distributed.liveness import ReplicaLost
 from dreplica.distributed.process_group import World
@@ -155,7 +155,7 @@ def test_what_a_replay_goes_by() -> None:
 
 def test_an_evaluation_is_of_a_state_that_was_compared(tmp_path: Path) -> None:
     """Otherwise weights that had parted would look like an evaluation that went otherwise."""
-    with Trace(tmp_path / "trace.jsonl", 1) as trace:
+    with TraceWriter(tmp_path / "trace.jsonl", 1) as trace:
         agreement = Agreement(nn.Linear(2, 2), every=3, trace=trace)
         agreement.step()
         agreement.evaluation({"logits": torch.ones(1)}, batch={"validation batch 0": b"digest"})

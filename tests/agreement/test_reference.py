@@ -13,7 +13,7 @@ from dreplica.agreement import protocol
 from dreplica.agreement.agreement import Agreement
 from dreplica.agreement.reference import Reference, ReferenceDiffers
 from dreplica.agreement.trace.reader import TRACE_NAME
-from dreplica.agreement.trace.writer import Trace
+from dreplica.agreement.trace.writer import TraceWriter
 from dreplica.agreement.verdict.verdict import Verdict
 from dreplica.distributed.process_group import World
 from dreplica.state.rng import seed_generators
@@ -47,7 +47,7 @@ def _loop(world: World, job: Job) -> tuple[Verdict | None, int, bool, int | None
     with ExitStack() as stack:
         trace = None
         if job.records and world.is_coordinator:
-            trace = stack.enter_context(Trace(job.folder / TRACE_NAME, 2))
+            trace = stack.enter_context(TraceWriter(job.folder / TRACE_NAME, 2))
         if not job.records and world.is_coordinator:
             reference = Reference(job.folder)
         keywords: dict[str, Any] = {"lag": job.lag, "every": job.every, "on_divergence": job.on_divergence}

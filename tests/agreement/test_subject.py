@@ -159,7 +159,11 @@ def test_a_name_that_no_model_can_have_is_refused(name: Any) -> None:
         ((nn.Linear(1, 1),), {"stages": []}, "stages: [] will not do: nothing would be compared"),
         ((nn.Linear(1, 1),), {"stages": "weights"}, "stages: 'weights' will not do: give several, or one in a list"),
         ((nn.Linear(1, 1),), {"every": 1.5}, "every: 1.5 will not do"),
-        ((nn.Linear(1, 1),), {"trace": "x"}, "trace: 'x' will not do: give a dreplica.agreement.trace.writer.Trace"),
+        (
+            (nn.Linear(1, 1),),
+            {"trace": "x"},
+            "trace: 'x' will not do: give a dreplica.agreement.trace.writer.TraceWriter",
+        ),
     ],
 )
 def test_what_is_no_argument_is_refused(arguments: Any, keywords: Any, words: str) -> None:

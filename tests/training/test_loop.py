@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from dreplica.agreement.agreement import Agreement
-from dreplica.agreement.trace.writer import Trace
+from dreplica.agreement.trace.writer import TraceWriter
 from dreplica.config.schema import RunConfig
 from dreplica.data.datasets import load_data
 from dreplica.data.loading.index_stream import Coordinator
@@ -54,7 +54,7 @@ def run(
     events, rates = [], []
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "trace.jsonl"
-        with Trace(path, world.num_replicas) as trace:
+        with TraceWriter(path, world.num_replicas) as trace:
             agreement = Agreement(
                 replica.model,
                 replica.optimizer,

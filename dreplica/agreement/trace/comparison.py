@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 
-from dreplica.agreement.trace.reader import Line, RecordedTrace, Start
+from dreplica.agreement.trace.reader import Line, Start, Trace
 from dreplica.agreement.verdict.location import Place, first_difference
 from dreplica.errors import UsageError
 from dreplica.state.fingerprint.stage import INDEPENDENT_STAGES, STAGES, Stage
@@ -58,7 +58,7 @@ class Comparison:
         self.last_step = step
 
 
-def compare_traces(one: RecordedTrace, other: RecordedTrace) -> Comparison:
+def compare_traces(one: Trace, other: Trace) -> Comparison:
     """Reads both to the end, line by line. Raises UsageError where their digests are of different algorithms."""
     if one.algorithm != other.algorithm:
         raise UsageError(
@@ -92,7 +92,7 @@ def place_of(
     return first_difference([step, step], rows, [phase, phase])
 
 
-def _compare(one: RecordedTrace, other: RecordedTrace, start: Start, found: Comparison) -> Comparison:
+def _compare(one: Trace, other: Trace, start: Start, found: Comparison) -> Comparison:
     ours, theirs = one.lines(start), other.lines(start)
     kinds: dict[bytes, list[str]] = {}
     for here, there in _in_step(ours, theirs, found):
@@ -119,7 +119,7 @@ def _compare(one: RecordedTrace, other: RecordedTrace, start: Start, found: Comp
     return found
 
 
-def _same_beginning(one: RecordedTrace, other: RecordedTrace, found: Comparison) -> Start:
+def _same_beginning(one: Trace, other: Trace, found: Comparison) -> Start:
     """Up to where both have the same bytes, and nothing that needs a closer look: counts a block of lines at a time."""
     start = Start()
     with one.path.open("rb") as file, other.path.open("rb") as other_file:

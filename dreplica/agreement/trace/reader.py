@@ -43,7 +43,7 @@ class Start(NamedTuple):
     """Of the line before."""
 
 
-class RecordedTrace:
+class Trace:
     """The trace of a run, in a file.
 
     Raises UsageError, naming the file, if there is none or it is no trace.

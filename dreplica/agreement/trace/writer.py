@@ -18,7 +18,7 @@ from dreplica.state.fingerprint.fingerprint import ALGORITHM
 from dreplica.state.stages import STAGES, Stage
 
 
-class Trace:
+class TraceWriter:
     """Writes a trace, each line flushed as it comes; with no path, writes nothing.
 
     An interrupted run that goes on has recorded more than it goes on from. What it comes to again is compared with
@@ -80,7 +80,7 @@ class Trace:
         if self._tensors is not None:
             self._tensors.close()
 
-    def __enter__(self) -> "Trace":
+    def __enter__(self) -> "TraceWriter":
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:

@@ -4,7 +4,7 @@ import shutil
 import time
 from collections.abc import Sequence
 
-from dreplica.agreement.trace.writer import Trace
+from dreplica.agreement.trace.writer import TraceWriter
 from dreplica.agreement.verdict.verdict import Verdict
 from dreplica.commands.burn_in.cards import PassDone
 from dreplica.diagnosis.decision.conclude import replica_lost
@@ -27,7 +27,7 @@ class Pass(Run):
         self.number = number
         self._started = time.monotonic()
 
-    def stop(self, event: Stopped, trace: Trace) -> None:
+    def stop(self, event: Stopped, trace: TraceWriter) -> None:
         """Remembers that the pass was cut short."""
         self.report.stopped_after = event.step
 

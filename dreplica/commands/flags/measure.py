@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from dreplica.agreement.trace.comparison import compare_traces
-from dreplica.agreement.trace.reader import RecordedTrace
+from dreplica.agreement.trace.reader import Trace
 from dreplica.commands.flags.flags import STRICT, Variant
 from dreplica.commands.flags.trial import FOUND_NAME, LOST, REFUSED_NAME
 from dreplica.config.schema import RunConfig
@@ -228,7 +228,7 @@ def _operator(row: Mapping[str, Any]) -> str:
 
 def _parted_at(one: Path, other: Path) -> dict[str, Any] | None:
     """Where two recorded trainings part, as far as their traces tell."""
-    found = compare_traces(RecordedTrace(one), RecordedTrace(other))
+    found = compare_traces(Trace(one), Trace(other))
     place = found.place
     if place is None:
         return None

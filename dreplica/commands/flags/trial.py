@@ -26,7 +26,7 @@ from dreplica.agreement.hasher import common_hasher
 from dreplica.agreement.reference import Reference, ReferenceDiffers
 from dreplica.agreement.trace.reader import TENSORS_NAME, TRACE_NAME
 from dreplica.agreement.trace.tensor_digests import TensorRecord
-from dreplica.agreement.trace.writer import Trace
+from dreplica.agreement.trace.writer import TraceWriter
 from dreplica.agreement.verdict.verdict import Divergence, Verdict
 from dreplica.commands.flags.refusal import describe_refusal, describe_unrun
 from dreplica.config.schema import DeterminismConfig
@@ -158,11 +158,11 @@ class Trial:
         with self.trace(None) as trace:
             return self.train_once(trace, reference)
 
-    def trace(self, path: Path | None, tensors: TensorRecord | None = None) -> Trace:
+    def trace(self, path: Path | None, tensors: TensorRecord | None = None) -> TraceWriter:
         """A fresh one."""
-        return Trace(path, self.world.num_replicas, 0, tensors, self.hasher.algorithm)
+        return TraceWriter(path, self.world.num_replicas, 0, tensors, self.hasher.algorithm)
 
-    def train_once(self, trace: Trace, reference: Reference | None) -> Parted | None:
+    def train_once(self, trace: TraceWriter, reference: Reference | None) -> Parted | None:
         """Trains the replica as it was built, to the first difference, of which it finds out the cause."""
         agreement = history = None
         try:
@@ -190,7 +190,7 @@ class Trial:
         self.steps_done = agreement.steps_done
         return None
 
-    def agreement(self, trace: Trace, reference: Reference | None) -> Agreement:
+    def agreement(self, trace: TraceWriter, reference: Reference | None) -> Agreement:
         """Compares the build, too. Raises Divergence."""
         return Agreement(
             self.parts.replica.model,

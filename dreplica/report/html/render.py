@@ -10,12 +10,12 @@ import logging
 import os
 from datetime import UTC, datetime
 from functools import cache
-from importlib.metadata import version
 from pathlib import Path
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
 from markupsafe import Markup
 
+from dreplica import __version__
 from dreplica.report.html import environment_tables as environment
 from dreplica.report.html import sections
 from dreplica.report.html.charts import Tick
@@ -86,7 +86,7 @@ def render(run: RunFiles) -> str:
         style=Markup((_TEMPLATES / "report.css").read_text(encoding="utf-8")),
         script=Markup(script),
         script_digest=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
-        version=version("dreplica"),
+        version=__version__,
         made=f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC",
     )
 

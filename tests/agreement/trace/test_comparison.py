@@ -8,13 +8,13 @@ import pytest
 
 from dreplica.agreement.trace import comparison
 from dreplica.agreement.trace.comparison import Comparison, compare_traces
-from dreplica.agreement.trace.reader import TRACE_NAME, RecordedTrace
+from dreplica.agreement.trace.reader import TRACE_NAME, Trace
 from dreplica.errors import UsageError
 from tests.agreement.recording import record
 
 
 def compare(one: Path, other: Path) -> Comparison:
-    return compare_traces(RecordedTrace(one), RecordedTrace(other))
+    return compare_traces(Trace(one), Trace(other))
 
 
 def append(folder: Path, text: str) -> None:
@@ -71,8 +71,8 @@ def test_an_evaluation_comes_after_its_step(tmp_path: Path) -> None:
 @pytest.mark.usefixtures("same_beginning")
 def test_one_that_ends_sooner(tmp_path: Path) -> None:
     traces = [
-        RecordedTrace(record(tmp_path / "one", range(30))),
-        RecordedTrace(record(tmp_path / "other", range(20))),
+        Trace(record(tmp_path / "one", range(30))),
+        Trace(record(tmp_path / "other", range(20))),
     ]
     found = compare_traces(*traces)
     assert (found.place, found.num_steps, found.last_step) == (None, 19, 19)
@@ -85,8 +85,8 @@ def test_a_line_that_was_cut_off_is_left_out(cut: int, tmp_path: Path) -> None:
     one, other = (record(tmp_path / name, range(10)) for name in ("one", "other"))
     path = other / TRACE_NAME
     path.write_bytes(path.read_bytes()[:-cut])
-    trace = RecordedTrace(other)
-    found = compare_traces(RecordedTrace(one), trace)
+    trace = Trace(other)
+    found = compare_traces(Trace(one), trace)
     assert (found.place, found.last_step) == (None, 8)
     assert (trace.is_cut_off, trace.last_key) == (True, (8, False))
     again = compare(other, other)
@@ -124,8 +124,8 @@ def test_of_what_was_done_again_the_last_counts(tmp_path: Path) -> None:
     assert parted is not None
     assert parted.step == 5
     record(resumed, range(4, 9), num_lines=5)
-    trace = RecordedTrace(resumed)
-    found = compare_traces(RecordedTrace(good), trace)
+    trace = Trace(resumed)
+    found = compare_traces(Trace(good), trace)
     assert (found.place, found.num_steps, found.last_step) == (None, 8, 8)
     assert (trace.done_again, trace.parted_at) == (5, None)
 
@@ -135,8 +135,8 @@ def test_what_both_have_done_again_counts_once_and_is_known(tmp_path: Path) -> N
     one, other = (record(tmp_path / name, range(7)) for name in ("one", "other"))
     for folder in (one, other):
         record(folder, range(4, 9), *((step, "weights", "one") for step in range(4, 9)), num_lines=5)
-    trace = RecordedTrace(other)
-    found = compare_traces(RecordedTrace(one), trace)
+    trace = Trace(other)
+    found = compare_traces(Trace(one), trace)
     assert (found.place, found.num_steps, found.num_same["weights"], trace.done_again) == (None, 8, 9, 4)
 
 
@@ -144,8 +144,8 @@ def test_where_a_run_had_parted_itself_is_known(tmp_path: Path) -> None:
     one = record(tmp_path / "one", range(6))
     other = record(tmp_path / "other", range(4))
     record(other, range(4, 6), (4, "weights", "one"), num_lines=5, agreed=False)
-    trace = RecordedTrace(other)
-    found = compare_traces(RecordedTrace(one), trace)
+    trace = Trace(other)
+    found = compare_traces(Trace(one), trace)
     assert found.place is not None
     assert (found.place.step, found.agreed, trace.parted_at) == (4, (True, False), 4)
 

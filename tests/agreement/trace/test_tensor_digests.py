@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from dreplica.agreement.trace.reader import TENSORS_NAME, RecordedTrace
+from dreplica.agreement.trace.reader import TENSORS_NAME, Trace
 from dreplica.agreement.trace.tensor_digests import TensorRecord, find_stages
 from dreplica.state.fingerprint.stage import Stage
 from dreplica.state.stages import tensors_stage
@@ -22,7 +22,7 @@ def found(folder: Path, step: int, *changes: tuple[int, str, str]) -> dict[str, 
 
 def test_every_line_of_the_trace_is_found_again_tensor_by_tensor(tmp_path: Path) -> None:
     folder = record(tmp_path / "run", range(5), evaluated=[2, 4], tensors=True)
-    lines = list(RecordedTrace(folder).lines())
+    lines = list(Trace(folder).lines())
     assert [line.key for line in lines] == [
         (0, False),
         (1, False),
@@ -33,7 +33,7 @@ def test_every_line_of_the_trace_is_found_again_tensor_by_tensor(tmp_path: Path)
         (4, True),
     ]
     for line in lines:
-        stages = RecordedTrace(folder).tensors(line)
+        stages = Trace(folder).tensors(line)
         assert stages == stages_of(line.key[0], names=["predictions"] if line.key[1] else ["batch", "weights"])
 
 
@@ -98,10 +98,10 @@ def test_an_evaluation_of_which_only_the_trace_has_come_to_disk_is_written_again
     path = folder / TENSORS_NAME
     layout, frame = len('{"predictions": ["one", "two"]}') + 16, 16 + 2 * 16
     path.write_bytes(path.read_bytes()[: -frame - layout])
-    line = list(RecordedTrace(folder).lines())[-1]
-    assert RecordedTrace(folder).tensors(line) is None
+    line = list(Trace(folder).lines())[-1]
+    assert Trace(folder).tensors(line) is None
     record(folder, range(3, 5), num_lines=4, evaluated=[4], tensors=True)
-    assert RecordedTrace(folder).tensors(line) == stages_of(4, names=["predictions"])
+    assert Trace(folder).tensors(line) == stages_of(4, names=["predictions"])
 
 
 def test_what_comes_out_otherwise_is_kept_beside_what_was_recorded(tmp_path: Path) -> None:

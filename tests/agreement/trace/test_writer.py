@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from dreplica.agreement.agreement import Agreement
-from dreplica.agreement.trace.writer import Trace
+from dreplica.agreement.trace.writer import TraceWriter
 from dreplica.errors import UsageError
 from dreplica.state.fingerprint.fingerprint import ALGORITHM
 from dreplica.state.stages import tensors_stage
@@ -65,7 +65,7 @@ def test_another_seed_leaves_another_trace(traces: dict[str, list[list[str]]]) -
 
 def test_lines_are_on_disk_as_they_come(tmp_path: Path) -> None:
     path = tmp_path / "trace.jsonl"
-    with Trace(path, 1) as trace:
+    with TraceWriter(path, 1) as trace:
         assert len(path.read_text().splitlines()) == 1
         for step in (1, 2):
             trace.step(step, None, True, {"weights": tensors_stage({"w": torch.ones(1)})})
@@ -74,8 +74,8 @@ def test_lines_are_on_disk_as_they_come(tmp_path: Path) -> None:
             assert json.loads(lines[-1])["step"] == step
 
 
-def record(path: Path, steps: range, value: float = 1.0, num_lines: int = 0, agreed: bool = True) -> Trace:
-    with Trace(path, 1, num_lines) as trace:
+def record(path: Path, steps: range, value: float = 1.0, num_lines: int = 0, agreed: bool = True) -> TraceWriter:
+    with TraceWriter(path, 1, num_lines) as trace:
         for step in steps:
             trace.step(step, None, agreed, {"weights": tensors_stage({"w": torch.full((1,), value)})})
     return trace
@@ -114,15 +114,15 @@ def test_digests_of_another_algorithm_are_not_compared_with(tmp_path: Path) -> N
     record(path, range(1, 4))
     whole = path.read_bytes()
     with pytest.raises(UsageError, match=r"algorithm 'xxh3-128/1', and this run's are of 'other/1'.*--run.resume"):
-        Trace(path, 1, 2, algorithm="other/1")
+        TraceWriter(path, 1, 2, algorithm="other/1")
     assert path.read_bytes() == whole
-    Trace(tmp_path / "other.jsonl", 1, algorithm="other/1").close()
+    TraceWriter(tmp_path / "other.jsonl", 1, algorithm="other/1").close()
     assert json.loads((tmp_path / "other.jsonl").read_text())["algorithm"] == "other/1"
 
 
 def test_the_header_is_that_of_the_digests(tmp_path: Path) -> None:
     with (
-        Trace(tmp_path / "trace.jsonl", 1, algorithm="other/1") as trace,
+        TraceWriter(tmp_path / "trace.jsonl", 1, algorithm="other/1") as trace,
         pytest.raises(ValueError, match=r"trace: its header says 'other/1', and digests are 'xxh3-128/1' here"),
     ):
         Agreement(torch.nn.Linear(2, 2), trace=trace)
@@ -151,6 +151,6 @@ def test_lines_that_are_gone_are_counted(tmp_path: Path) -> None:
 
 def test_without_a_path_nothing_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    with Trace(None, 1) as trace:
+    with TraceWriter(None, 1) as trace:
         Agreement(torch.nn.Linear(2, 2), trace=trace).step()
     assert not list(tmp_path.iterdir())

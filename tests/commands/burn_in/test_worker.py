@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import torch
 
-from dreplica.agreement.trace.writer import Trace
+from dreplica.agreement.trace.writer import TraceWriter
 from dreplica.commands.burn_in import worker
 from dreplica.commands.burn_in.cards import PassDone
 from dreplica.commands.burn_in.worker import BurnIn, Until
@@ -234,7 +234,7 @@ def fill_the_disk_in_mid_pass(burn_in: BurnIn, _done: PassDone) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     if burn_in.world.is_coordinator:
-        Trace.step = step  # of the next pass; this process ends with it
+        TraceWriter.step = step  # of the next pass; this process ends with it
 
 
 def test_a_disk_that_is_full_in_mid_pass_is_no_lost_card(tmp_path: Path) -> None:
