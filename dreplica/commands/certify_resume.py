@@ -87,9 +87,12 @@ def judge(straight: Path, interrupted: Path, at_step: int, code: int, output: st
     one, other = (
         json.loads((folder / "report.json").read_text(encoding="utf-8")) for folder in (straight, interrupted)
     )
-    skipped = [line for line in other["warnings"] if line.startswith("skipped checkpoint")]
-    if skipped or other["run"]["resumed_from"] != at_step:
-        return Certificate(False, skipped[0] if skipped else f"it went on from step {other['run']['resumed_from']}")
+    run = other["run"]
+    for skipped in run.get("skipped_checkpoints", []):
+        text = f"skipped checkpoint {skipped['name']}: {skipped['reason']} (replica {skipped['replica']})"
+        return Certificate(False, text)
+    if run["resumed_from"] != at_step:
+        return Certificate(False, f"it resumed from step {run['resumed_from']}, expected step {at_step}")
     one_algorithm, other_algorithm = _algorithm(straight), _algorithm(interrupted)
     if one_algorithm != other_algorithm:
         return Certificate(False, f"digests of {one_algorithm} cannot be compared with those of {other_algorithm}")

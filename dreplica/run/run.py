@@ -4,6 +4,7 @@ import logging
 import traceback
 from collections.abc import Sequence
 from contextlib import closing
+from dataclasses import asdict
 from functools import partial
 from typing import Literal
 
@@ -179,7 +180,8 @@ class Run:
         start = self.checkpoints.restore()
         self.recorder.go_on(start.position.epoch)
         self.report.resumed_from = start.step
-        self.report.warnings += [f"skipped checkpoint {line}" for line in start.skipped]
+        self.report.skipped_checkpoints = [asdict(each) for each in start.skipped]
+        self.report.warnings += [f"skipped checkpoint {each}" for each in start.skipped]
         return start
 
     def save(self, position: Position, trace: TraceWriter) -> None:

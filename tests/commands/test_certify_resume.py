@@ -58,9 +58,9 @@ def test_the_command(capsys: pytest.CaptureFixture[str]) -> None:
     [
         ("nothing", "interrupted after step 7 of 10: 3 steps gone on with"),
         ("position", "not restored: the position in the data (step 8, indices)"),
-        ("generators", "torch.cpu of rng does not come out as it was saved"),
-        ("momentum", "0.weight.momentum_buffer of optimizer does not come out as it was saved"),
-        ("scheduler", "StepLR.last_epoch of optimizer does not come out as it was saved"),
+        ("generators", "torch.cpu in rng differs from its saved digest"),
+        ("momentum", "0.weight.momentum_buffer in optimizer differs from its saved digest"),
+        ("scheduler", "StepLR.last_epoch in optimizer differs from its saved digest"),
     ],
 )
 def test_what_a_checkpoint_leaves_out_is_named(what: str, words: str, tmp_path: Path) -> None:

@@ -107,7 +107,7 @@ def test_independent_replicas_do_not_go_on_in_another_number(tmp_path: Path) -> 
     assert resumed.exitcodes == {0: 2, 1: 2, 2: 2}
     assert "(replica 2)" in resumed.output
     (message,) = messages(resumed.output)
-    assert message.startswith("error: run.resume: 'auto', but no checkpoint in ")
+    assert message.startswith("error: run.resume: no checkpoint in ")
 
 
 @pytest.mark.cluster
@@ -142,11 +142,14 @@ def leave_half(place: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("damage", "words"),
-    [(flip_one_bit, "model.safetensors is not as it was written"), (leave_half, "there is no state.json")],
+    ("damage", "code", "words"),
+    [
+        (flip_one_bit, "damaged", "model.safetensors does not match its digest"),
+        (leave_half, "file-missing", "state.json is missing"),
+    ],
 )
 def test_a_damaged_checkpoint_is_skipped_and_the_one_before_is_as_good(
-    damage: Callable[[Path], None], words: str, tmp_path: Path
+    damage: Callable[[Path], None], code: str, words: str, tmp_path: Path
 ) -> None:
     stopped = run_job(*SMALL, STOP, root=tmp_path)
     newest, before = list_checkpoints(stopped.folder / "checkpoints")
@@ -154,6 +157,8 @@ def test_a_damaged_checkpoint_is_skipped_and_the_one_before_is_as_good(
     resumed = run_job(*SMALL, root=tmp_path)
     assert f"run.resume: skipped {newest.name}: {words} (replica 0)\n" in resumed.output
     assert f"skipped checkpoint {newest.name}: {words} (replica 0)" in resumed.report["warnings"]
+    (skipped,) = resumed.report["run"]["skipped_checkpoints"]
+    assert skipped == {"name": newest.name, "replica": 0, "code": code, "reason": words}
     assert resumed.report["run"]["resumed_from"] == 5
     assert before.name == "step_000005"
     assert facts(resumed) == facts(run_job(*SMALL))

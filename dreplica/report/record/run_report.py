@@ -40,6 +40,8 @@ class RunReport:
     """The last one taken, after which `fingerprints` are; None if it has not come to that."""
     stopped_after: int | None = None
     """The step after which it was stopped on request."""
+    skipped_checkpoints: list[dict[str, Any]] = field(default_factory=list)
+    """Checkpoints that could not be restored: name, replica, code and reason of each."""
 
     def first_differing_result(self) -> tuple[int, str, list[float]] | None:
         """The first epoch in which replicas report other numbers: the epoch, which number, and each replica's."""
@@ -61,6 +63,7 @@ class RunReport:
                 "resumed_from": self.resumed_from,
                 "last_step": self.last_step,
                 "stopped_after": self.stopped_after,
+                "skipped_checkpoints": self.skipped_checkpoints,
             },
             "expect": self.expect,
             "replicas": self.replicas,

@@ -27,6 +27,8 @@ from safetensors.torch import load, save_file
 from torch import Tensor
 from torch.utils.serialization import config as serialization_config
 
+from dreplica.errors import DreplicaError
+
 SCHEMA = 2
 MODEL_FILE, OPTIMIZER_FILE, STATE_FILE = "model.safetensors", "optimizer.pt", "state.json"
 _SAFETENSORS_DTYPES = {
@@ -36,8 +38,10 @@ _SAFETENSORS_DTYPES = {
 _STEP_FOLDER = re.compile(r"step_(\d{6,})")
 
 
-class CheckpointError(Exception):
-    """A checkpoint that cannot be used; the message says why."""
+class CheckpointError(DreplicaError):
+    """A checkpoint that cannot be restored, and the reason."""
+
+    default_code = "checkpoint"
 
 
 @dataclass(frozen=True)
@@ -127,9 +131,11 @@ def read_files(place: Path) -> dict[str, bytes]:
     try:
         return {name: (place / name).read_bytes() for name in (STATE_FILE, MODEL_FILE, OPTIMIZER_FILE)}
     except FileNotFoundError as error:
-        raise CheckpointError(f"there is no {Path(error.filename).name}") from None
+        name = Path(error.filename).name
+        raise CheckpointError(f"{name} is missing", code="file-missing", file=name) from None
     except OSError as error:
-        raise CheckpointError(f"{error.filename} cannot be read: {error.strerror}") from None
+        name = Path(error.filename).name
+        raise CheckpointError(f"cannot read {error.filename}: {error.strerror}", code="unreadable", file=name) from None
 
 
 def parse(files: Mapping[str, bytes]) -> Contents:
@@ -139,23 +145,25 @@ def parse(files: Mapping[str, bytes]) -> Contents:
         digest = state.pop("digest")
         schema, digests = state["schema"], {name: state["files"][name] for name in (MODEL_FILE, OPTIMIZER_FILE)}
     except (ValueError, KeyError, TypeError, AttributeError):
-        raise CheckpointError(f"{STATE_FILE} is damaged, or none of dreplica's") from None
+        text = f"{STATE_FILE} is damaged or was not written by dreplica"
+        raise CheckpointError(text, code="damaged", file=STATE_FILE) from None
     if digest != _digest_state(state):
-        raise CheckpointError(f"{STATE_FILE} is not as it was written")
+        raise _damaged(STATE_FILE)
     if schema != SCHEMA:
-        raise CheckpointError(f"it is of schema {schema}, and this version reads schema {SCHEMA}")
+        text = f"unknown checkpoint schema: expected {SCHEMA}, got {schema}"
+        raise CheckpointError(text, code="unknown-schema", expected=SCHEMA, got=schema)
     for name in (MODEL_FILE, OPTIMIZER_FILE):
         if xxhash.xxh3_128_hexdigest(files[name]) != digests[name]:
-            raise CheckpointError(f"{name} is not as it was written")
+            raise _damaged(name)
     try:
         tensors = load(files[MODEL_FILE])
     except (SafetensorError, ValueError, KeyError) as error:
-        raise CheckpointError(f"{MODEL_FILE} cannot be loaded: {_first_line(error)}") from None
+        raise _not_loadable(MODEL_FILE, error) from None
     try:
         optimizer = torch.load(io.BytesIO(files[OPTIMIZER_FILE]), map_location="cpu", weights_only=True)
         return Contents({**tensors, **optimizer.pop("tensors")}, optimizer, state)
-    except Exception as error:  # whatever a pickle that is not to be trusted makes of it
-        raise CheckpointError(f"{OPTIMIZER_FILE} cannot be loaded: {_first_line(error)}") from None
+    except Exception as error:  # an untrusted pickle can raise anything
+        raise _not_loadable(OPTIMIZER_FILE, error) from None
 
 
 def rng_to_json(rng: Mapping[str, Any]) -> dict[str, Any]:
@@ -237,6 +245,14 @@ def flush(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def _damaged(name: str) -> CheckpointError:
+    return CheckpointError(f"{name} does not match its digest", code="damaged", file=name)
+
+
+def _not_loadable(name: str, error: Exception) -> CheckpointError:
+    return CheckpointError(f"cannot load {name}: {_first_line(error)}", code="not-loadable", file=name)
 
 
 def _first_line(error: Exception) -> str:

@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -27,11 +27,30 @@ from dreplica.training.checkpoint.replica_state import attributes_as_built, copy
 log = logging.getLogger(__name__)
 
 _FOLDER = "checkpoints"
+_Failure = tuple[str, str]
+"""Code and text of a `CheckpointError`."""
+
+
+@dataclass(frozen=True)
+class SkippedCheckpoint:
+    """A checkpoint that could not be restored."""
+
+    name: str
+    """Name of its folder, such as `step_000005`."""
+    replica: int
+    """The first replica that could not restore it."""
+    code: str
+    """Code of the `CheckpointError`."""
+    reason: str
+    """Text of the `CheckpointError`."""
+
+    def __str__(self) -> str:
+        return f"{self.name}: {self.reason} (replica {self.replica})"
 
 
 @dataclass(frozen=True)
 class Start:
-    """Where a run begins, or goes on."""
+    """Where a run begins or resumes."""
 
     position: Position = field(default_factory=Position)
     step: int = 0
@@ -39,8 +58,8 @@ class Start:
     """Of the order of samples; None: not drawn yet."""
     steps_checked: int = 0
     num_trace_lines: int = 0
-    skipped: tuple[str, ...] = ()
-    """Newer checkpoints that cannot be used, and why."""
+    skipped: tuple[SkippedCheckpoint, ...] = ()
+    """Newer checkpoints that could not be restored."""
 
 
 class Checkpoints:
@@ -70,13 +89,17 @@ class Checkpoints:
         if self._world.is_coordinator:
             remove_leftovers(self._folder)
         names = self._world.channel.gather([path.name for path in list_checkpoints(self._folder)])[0]
-        skipped: list[str] = []
+        skipped: list[SkippedCheckpoint] = []
         for name in names:
-            state, reason = self._restore(self._folder / name)
-            reasons = {rank: text for rank, text in enumerate(self._world.channel.gather(reason)) if text is not None}
-            if not reasons:
+            state, failure = self._restore(self._folder / name)
+            failures = [
+                SkippedCheckpoint(name, rank, *each)
+                for rank, each in enumerate(self._world.channel.gather(failure))
+                if each is not None
+            ]
+            if not failures:
                 assert state is not None
-                log.info("going on from %s", self._folder / name)
+                log.info("resuming from %s", self._folder / name)
                 self._saved_step = state["step"]
                 return Start(
                     Position(**state["position"]),
@@ -87,45 +110,47 @@ class Checkpoints:
                     tuple(skipped),
                 )
             self._saver.unusable.add(name)
-            rank, text = next(iter(reasons.items()))
-            skipped.append(f"{name}: {text} (replica {rank})")
+            skipped.append(failures[0])
             if self._world.is_coordinator:
                 log.warning("run.resume: skipped %s", skipped[-1])
         if names:
             raise SharedUsageError(
-                f"run.resume: 'auto', but no checkpoint in {str(self._folder)!r} can be used: {'; '.join(skipped)}. "
-                "Begin anew with --run.resume never."
+                f"run.resume: no checkpoint in {str(self._folder)!r} can be restored: "
+                f"{'; '.join(map(str, skipped))}. Start over with --run.resume never.",
+                code="no-usable-checkpoint",
+                folder=str(self._folder),
+                skipped=[asdict(each) for each in skipped],
             )
         return Start()
 
-    def _restore(self, place: Path) -> tuple[Mapping[str, Any] | None, str | None]:
-        """The saved state, or why there is none."""
+    def _restore(self, place: Path) -> tuple[Mapping[str, Any] | None, _Failure | None]:
+        """Restore a checkpoint and return its `state.json`, or the failure."""
         files: Mapping[str, bytes] | None = None
-        reason = None
+        failure = None
         try:
             if self._world.is_coordinator or not self._shared:
                 files = read_files(place if self._part is None else place / self._part)
         except CheckpointError as error:
-            reason = str(error)
+            failure = error.code, str(error)
         if self._shared:
-            files, reason = self._send_to_all(files, reason)
+            files, failure = self._send_to_all(files, failure)
         if files is None:
-            return None, reason
+            return None, failure
         try:
             contents = parse(files)
             restore_state(self._replica, contents, self._as_built)
         except CheckpointError as error:
-            return None, str(error)
+            return None, (error.code, str(error))
         return contents.state, None
 
     def _send_to_all(
-        self, files: Mapping[str, bytes] | None, reason: str | None
-    ) -> tuple[Mapping[str, bytes] | None, str | None]:
-        """Rank 0's, on every replica: the files or, where there are none, the reason."""
+        self, files: Mapping[str, bytes] | None, failure: _Failure | None
+    ) -> tuple[Mapping[str, bytes] | None, _Failure | None]:
+        """Send rank 0's files, or its failure to read them, to every replica."""
         own = None if files is None else {name: len(content) for name, content in files.items()}
-        sizes, reason = self._world.channel.gather((own, reason))[0]
+        sizes, failure = self._world.channel.gather((own, failure))[0]
         if sizes is None:
-            return None, reason
+            return None, failure
         received = {}
         for name, size in sizes.items():
             content = bytearray(size) if files is None else bytearray(files[name])

@@ -120,17 +120,24 @@ def restore_state(replica: Replica, contents: Contents, as_built: AsBuilt) -> No
     """
     state = contents.state
     if state["algorithm"] != ALGORITHM:
-        raise CheckpointError(f"its digests are of {state['algorithm']}, and here they are of {ALGORITHM}")
+        raise CheckpointError(
+            f"fingerprint algorithm differs: expected {ALGORITHM}, got {state['algorithm']}",
+            code="algorithm-differs",
+            expected=ALGORITHM,
+            got=state["algorithm"],
+        )
     _check_same_model(replica.model, contents.tensors)
     try:
         _put_back(replica, contents, as_built)
     except (KeyError, ValueError, TypeError, RuntimeError, AttributeError, IndexError) as error:
-        raise CheckpointError(f"it does not fit this replica: {type(error).__name__}: {error}") from error
+        text = f"the saved state does not fit this replica: {type(error).__name__}: {error}"
+        raise CheckpointError(text, code="state-does-not-fit") from error
     for stage, entries in _state_entries(replica).items():
         saved, now = state["digests"][stage], _hex(make_stage(entries))
         for name in [*saved, *now]:
             if saved.get(name) != now.get(name):
-                raise CheckpointError(f"{name} of {stage} does not come out as it was saved")
+                text = f"{name} in {stage} differs from its saved digest after the restore"
+                raise CheckpointError(text, code="digest-differs", stage=stage, tensor=name)
 
 
 def _state_entries(replica: Replica) -> dict[str, list[Entry]]:
@@ -178,10 +185,11 @@ def _put_back(replica: Replica, contents: Contents, as_built: AsBuilt) -> None:
 
 def _check_same_model(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
     for name, parameter in model.named_parameters():
-        there = tuple(tensors[name].shape) if name in tensors else None
-        if there != tuple(parameter.shape):
-            what = "has none" if there is None else f"has one of shape {there}"
-            raise CheckpointError(f"it is of another model: {name} is {tuple(parameter.shape)} here, and it {what}")
+        expected, got = tuple(parameter.shape), tuple(tensors[name].shape) if name in tensors else None
+        if got != expected:
+            what = "no such tensor" if got is None else got
+            text = f"the checkpoint is of another model: {name}: expected shape {expected}, got {what}"
+            raise CheckpointError(text, code="model-differs", tensor=name, expected=expected, got=got)
 
 
 def _restore_buffers(module: nn.Module, before: Mapping[str, bool], path: str, tensors: Mapping[str, Tensor]) -> None:
