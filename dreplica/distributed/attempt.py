@@ -1,34 +1,41 @@
-"""Local work between collectives that may fail on one replica without leaving the others waiting."""
+"""Local work between collectives, which may fail on one replica while the others do not wait for it."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TypeVar
 
 from dreplica.distributed.channel import Channel
-from dreplica.distributed.liveness import describe_exception
+from dreplica.distributed.failure import Failure
 
 T = TypeVar("T")
 
 
 class AttemptFailed(Exception):
-    """Some replica could not do its part; raised on all of them. `reasons`: replica id to what it raised."""
+    """Local work failed on some replica, raised on all of them.
 
-    def __init__(self, reasons: dict[int, str]) -> None:
-        super().__init__("; ".join(f"replica {replica_id}: {reason}" for replica_id, reason in reasons.items()))
-        self.reasons = reasons
+    Attributes:
+        failures: What each replica that failed has raised, by replica id.
+    """
+
+    def __init__(self, failures: Mapping[int, Failure]) -> None:
+        super().__init__("; ".join(f"replica {rank} raised {failure}" for rank, failure in failures.items()))
+        self.failures = dict(failures)
 
 
 def attempt(channel: Channel, action: Callable[[], T]) -> T:
-    """Runs `action`, which takes part in no collective, and returns its result. A collective.
+    """Run `action` on each replica and return its result.
 
-    Raises AttemptFailed on all replicas if it raises on any.
+    Note:
+        Collective: call on every rank. `action` itself takes part in no collective.
+
+    Raises:
+        AttemptFailed: On all replicas, if `action` raised on any.
     """
-    result, reason = None, None
+    result, failure = None, None
     try:
         result = action()
     except Exception as error:
-        reason = describe_exception(error)
-    reasons = dict(enumerate(channel.gather(reason)))
-    failed = {replica_id: text for replica_id, text in reasons.items() if text is not None}
-    if failed:
-        raise AttemptFailed(failed)
+        failure = Failure.from_exception(error)
+    failures = {replica_id: item for replica_id, item in enumerate(channel.gather(failure)) if item is not None}
+    if failures:
+        raise AttemptFailed(failures)
     return result  # type: ignore[return-value]  # None only where T is

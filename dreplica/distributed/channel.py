@@ -1,4 +1,4 @@
-"""The collectives that control traffic needs: kilobytes of CPU data over gloo, and no wait without an end."""
+"""Collectives for control messages: kilobytes of CPU data over gloo, each with a bounded wait."""
 
 import io
 import os
@@ -19,17 +19,25 @@ _NAP_SECONDS = (0.00002, 0.002)
 
 @dataclass(frozen=True)
 class Posted:
-    """A collective under way: its tensor must not be read before `Channel.wait`."""
+    """A collective in flight, whose tensor must not be read before `Channel.wait`."""
 
     tensor: Tensor
     work: dist.Work | None
 
 
 class Channel:
-    """All replicas of a process group, or this process alone when there is none.
+    """Control messages between all replicas of a process group, or of this process alone without a group.
 
-    Every method is a collective: all replicas must call it, in the same order. With a roll call, waiting ends as soon
-    as any replica raises the alarm; without, when a peer closes its connection or `timeout` (seconds) is over.
+    A wait ends with `ReplicaLost` when a peer closes its connection or after `timeout`. With a monitor it also ends
+    as soon as any replica raises the alarm.
+
+    Args:
+        group: A gloo process group, or None for the default group (for this process alone where there is none).
+        monitor: The monitor that raises the alarm when a replica fails, if there is one.
+        timeout: Longest wait for the other replicas, in seconds.
+
+    Note:
+        All methods are collectives: call them on every rank, in the same order.
     """
 
     def __init__(
@@ -45,17 +53,24 @@ class Channel:
         self.size = dist.get_world_size(group) if dist.is_initialized() else 1
 
     def post_max(self, tensor: Tensor) -> Posted:
-        """Starts the element-wise maximum of `tensor` (CPU) over all replicas, in place; `wait` completes it."""
+        """Start the element-wise maximum of a CPU tensor over all replicas, in place.
+
+        `wait` completes it.
+        """
         work = None
         if self.size > 1:
             try:
                 work = dist.all_reduce(tensor, op=dist.ReduceOp.MAX, group=self.group, async_op=True)
             except RuntimeError as error:
-                raise self._lost(error) from error
+                raise self._connection_lost(error) from error
         return Posted(tensor, work)
 
     def wait(self, posted: Posted) -> Tensor:
-        """The result of a posted collective. Raises `ReplicaLost` if it cannot be completed."""
+        """Wait for a collective in flight and return its result.
+
+        Raises:
+            ReplicaLost: If it cannot be completed.
+        """
         work = posted.work
         if work is None:
             return posted.tensor
@@ -65,47 +80,58 @@ class Channel:
             self.monitor.waiting = True
         while not work.is_completed():
             if self.monitor is not None and self.monitor.alarm.is_set():
-                raise ReplicaLost("another replica raised the alarm")
+                raise ReplicaLost("another replica reported a failure", code="alarm")
             if time.monotonic() > end:
-                raise self._silent()
+                raise self._timed_out()
             time.sleep(nap)
             nap = min(2 * nap, longest_nap)
         try:
             work.wait()
         except RuntimeError as error:
-            raise self._lost(error) from error
+            raise self._connection_lost(error) from error
         if self.monitor is not None:
             self.monitor.waiting = False
         return posted.tensor
 
-    def _lost(self, error: RuntimeError) -> ReplicaLost:
-        line = _first_line(error)
-        if self.monitor is None:  # which would know who it is
-            line = f"another replica is gone, and its own output says why ({line})"
-        return ReplicaLost(line)
+    def _connection_lost(self, error: RuntimeError) -> ReplicaLost:
+        line = text = _first_line(error)
+        if self.monitor is None:  # with a monitor, the lost replica is named
+            text = f"lost the connection to another replica ({line}). See the other ranks' output for the cause."
+        return ReplicaLost(text, code="connection-lost", error=line)
 
-    def _silent(self) -> ReplicaLost:
-        hint = "(world.timeout)"
+    def _timed_out(self) -> ReplicaLost:
+        text = f"no response for {self.timeout:g} s (world.timeout)"
         if self.monitor is None:
-            hint = "from another replica: it hangs, or has left out a comparison in which this one takes part"
-        return ReplicaLost(f"no answer for {self.timeout:g} s {hint}")
+            text = (
+                f"no response from another replica for {self.timeout:g} s: it hangs, or it skipped a comparison that "
+                "this replica takes part in"
+            )
+        return ReplicaLost(text, code="timeout", seconds=self.timeout)
 
     def broadcast(self, tensor: Tensor, rank: int = 0) -> Tensor:
-        """That rank's `tensor` (CPU, contiguous, same shape and dtype everywhere), in place, on every replica."""
+        """Copy one rank's tensor to all replicas, in place.
+
+        Args:
+            tensor: A contiguous CPU tensor of the same shape and dtype on all replicas.
+            rank: The rank whose values are copied.
+
+        Returns:
+            `tensor`.
+        """
         if self.size > 1:
             source = dist.get_global_rank(self.group, rank) if self.group is not None else rank
-            sent = tensor.view(-1).view(torch.uint8)  # as bytes, since gloo does not take every dtype
+            sent = tensor.view(-1).view(torch.uint8)  # as bytes: gloo does not support every dtype
             self.wait(Posted(sent, self._start(dist.broadcast, sent, src=source)))
         return tensor
 
     def sum(self, tensor: Tensor) -> Tensor:
-        """The sum of `tensor` (CPU) over all replicas, in place."""
+        """Sum a CPU tensor over all replicas, in place."""
         if self.size > 1:
             self.wait(Posted(tensor, self._start(dist.all_reduce, tensor)))
         return tensor
 
     def gather(self, value: Any) -> list[Any]:
-        """Every replica's `value` (picklable), in the order of ranks, on every replica."""
+        """Return the picklable `value` of each replica, in the order of ranks."""
         if self.size == 1:
             return [value]
         payload = torch.frombuffer(_pickle(value), dtype=torch.uint8)
@@ -122,20 +148,30 @@ class Channel:
         try:
             return collective(*args, group=self.group, async_op=True, **kwargs)
         except RuntimeError as error:
-            raise self._lost(error) from error
+            raise self._connection_lost(error) from error
 
 
 def gloo_channel(timeout: float = 300.0) -> Channel:
-    """A channel over a gloo group of its own, in which it meets no collective of the user's. A collective itself.
+    """Open a channel over a new gloo group, apart from the user's collectives.
 
-    This process alone where there is no process group. Raises ValueError where a launcher has started several.
+    Args:
+        timeout: Longest wait for the other replicas, in seconds.
+
+    Returns:
+        A channel of all ranks, or of this process alone where there is no process group.
+
+    Raises:
+        ValueError: If a launcher started several processes but there is no process group.
+
+    Note:
+        Collective: call on every rank.
     """
     group: dist.ProcessGroup | None = None
     launched = os.environ.get("WORLD_SIZE", "1")
     if not dist.is_initialized() and launched != "1":
         raise ValueError(
             f"WORLD_SIZE is {launched} but there is no process group, so nothing would be compared. Call "
-            'torch.distributed.init_process_group("gloo") first, or leave WORLD_SIZE unset for a process by itself.'
+            'torch.distributed.init_process_group("gloo") first, or unset WORLD_SIZE for a single process.'
         )
     if dist.is_initialized():
         group = cast(dist.ProcessGroup, dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout)))
@@ -143,7 +179,7 @@ def gloo_channel(timeout: float = 300.0) -> Channel:
 
 
 class _Pickler(pickle.Pickler):
-    """Writes tensors as their bytes: torch's own way knows neither float8 nor unsigned integers of more than 8 bits."""
+    """Pickles tensors as bytes, since torch pickles neither float8 nor unsigned integers of more than 8 bits."""
 
     def reducer_override(self, value: Any) -> Any:
         if type(value) is not Tensor or value.layout is not torch.strided or value.is_quantized or value.is_meta:

@@ -1,9 +1,10 @@
-"""Who is still there. When one replica fails, the others learn it within a second and can name it.
+"""Detection of failed replicas: when one fails, the others learn which one within seconds.
 
-A gloo collective that misses a peer tells nothing about which replica is missing, and replicas that wait for a
-survivor do not notice at all. So every replica runs one small thread which asks the store for an alarm a few times a
-second and, when there is one, answers the roll with the step it is at and whether it waits for others. Whoever does
-not answer is lost; if all answer, those that were waiting for nobody are the ones the others waited for.
+A gloo collective that fails does not say which peer is missing, and a replica that waits for a survivor does not notice
+a failure at all. So each replica runs a small thread that checks the store for an alarm a few times per second. When
+there is one, the thread answers with the replica's current step and whether it is waiting for the others. A replica
+that does not answer is lost. If all replicas answer, those that wait for no other replica hang: the others wait for
+them.
 """
 
 import json
@@ -13,48 +14,120 @@ import threading
 import time
 from collections.abc import Iterable, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
 
 import torch.distributed as dist
 
-from dreplica.errors import ExitCode
+from dreplica.distributed.failure import Failure
+from dreplica.errors import DreplicaError, ExitCode
 
 log = logging.getLogger(__name__)
 
 _POLL_SECONDS = 0.25
 _ANSWER_SECONDS = 5.0
-_SILENT = "it ended without a word or does not respond (killed, or its host is)"
 
+LossCode = Literal["no-response", "raised", "unusable", "hung", "store-no-response", "store-lost"]
+"""Reasons for which a replica counts as lost.
 
-class ReplicaLost(RuntimeError):
-    """A collective could not be completed: some replica ended, failed, or stayed silent for too long."""
+no-response: its process ended without a report, or does not respond.
+raised: it raised an exception.
+unusable: its config, data, arguments or environment are unusable.
+hung: its process responds, but the other replicas wait for it.
+store-no-response: it serves the rendezvous store, and the store does not respond.
+store-lost: it served the rendezvous store, and the connection to the store broke.
+"""
 
 
 @dataclass(frozen=True)
 class Lost:
-    """A replica that is gone, and what is known of how."""
+    """A replica that ended, failed or hangs, and why."""
 
     replica_id: int
-    reason: str
+    """Global rank of the lost replica."""
+    code: LossCode = "no-response"
+    """Reason of the loss, for programs."""
     step: int | None = None
-    """The last step it is known to have done."""
-    unusable: bool = False
-    """Whether it ended because of input that cannot be used."""
+    """Last step that the replica is known to have completed."""
+    failure: Failure | None = None
+    """Exception that the replica reported, with the codes `raised` and `unusable`."""
+    detail: str = ""
+    """First line of the store's error, with the code `store-lost`."""
+
+    @property
+    def reason(self) -> str:
+        """Reason of the loss, for people."""
+        match self.code:
+            case "raised":
+                return f"raised {self.failure}"
+            case "unusable":
+                return "" if self.failure is None else self.failure.message
+            case "hung":
+                when = "before the first step" if self.step is None else f"after step {self.step}"
+                return f"hangs {when}: its process responds, but the other replicas wait for it"
+            case "store-no-response":
+                return "no response from the rendezvous store, which this replica serves"
+            case "store-lost":
+                return f"the rendezvous store, which this replica served, is gone ({self.detail})"
+            case _:
+                return "no response: the process was killed or its host is down"
+
+    @property
+    def raised(self) -> bool:
+        """True if the replica raised an exception, which `failure` has."""
+        return self.code == "raised"
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the fields and the reason as a dictionary of JSON values."""
+        return asdict(self) | {"reason": self.reason}
 
 
-def describe_exception(error: BaseException) -> str:
-    """What the other replicas are told of `error`."""
-    return f"it raised {type(error).__name__}: {error}".removesuffix(": ")
+class ReplicaLost(DreplicaError, RuntimeError):
+    """A collective could not be completed, since some replica ended, failed or does not respond.
+
+    `code` is `alarm` (another replica reported a failure), `connection-lost` or `timeout`. The fields `ranks` and
+    `reasons` (rank to `LossCode`) are there once the lost replicas are known.
+
+    Args:
+        text: The message for people.
+        code: Stable identifier for programs.
+        lost: The lost replicas, where they are known already.
+        **fields: The data that the text is made from.
+
+    Attributes:
+        lost: The lost replicas, or an empty tuple while they are unknown.
+    """
+
+    default_code = "replica-lost"
+
+    def __init__(self, text: str = "", *, code: str | None = None, lost: Sequence[Lost] = (), **fields: Any) -> None:
+        super().__init__(text, code=code, **fields)
+        self.lost: tuple[Lost, ...] = ()
+        self.set_lost(lost)
+
+    def set_lost(self, lost: Sequence[Lost]) -> None:
+        """Add the lost replicas, once they are known."""
+        self.lost = tuple(lost)
+        self.fields["ranks"] = [item.replica_id for item in lost]
+        self.fields["reasons"] = {item.replica_id: item.code for item in lost}
 
 
 class LivenessMonitor:
-    """The alarm and the roll over a `torch.distributed` store.
+    """Alarm and liveness check of all replicas, over a `torch.distributed` store.
 
-    `holds_store`: whether this process serves the store itself (rank 0 without torchrun, whose store outlives all
-    replicas); it then stays until the others have read what they need.
+    Args:
+        store: The store that all replicas share.
+        replica_id: Global rank of this process.
+        num_replicas: Number of replicas.
+        holds_store: Whether this process serves the store itself: rank 0 without torchrun, whose store outlives all
+            replicas. It then stays until the others have read what they need.
+        last_seconds: Seconds after an alarm until this process is ended, whatever its main thread waits for; None to
+            never end it.
 
-    `last_seconds`: how long after an alarm this process may still be there before it is ended, whatever its main thread
-    is stuck in; None: for good.
+    Attributes:
+        alarm: Set once any replica has raised the alarm.
+        step: Last step that this replica has completed, kept up to date by the training loop.
+        waiting: Whether this replica waits for the others in a collective, kept up to date by the channel.
     """
 
     def __init__(
@@ -77,33 +150,44 @@ class LivenessMonitor:
         self._thread = threading.Thread(target=self._listen, name="dreplica-liveness", daemon=True)
         self._thread.start()
 
-    def report_failure(self, reason: str, unusable: bool = False) -> bool:
-        """Tells the others that this replica is failing, and why, before it ends. Returns whether it is the first."""
-        failure = {"step": self.step, "reason": reason, "unusable": unusable}
+    def report_failure(self, error: BaseException, unusable: bool = False) -> bool:
+        """Report to the other replicas that this one fails, before it ends.
+
+        Args:
+            error: The exception that this replica fails with.
+            unusable: Whether the cause is unusable config, data, arguments or environment.
+
+        Returns:
+            True if this replica is the first to report a failure.
+        """
+        row = {
+            "step": self.step,
+            "code": "unusable" if unusable else "raised",
+            "failure": Failure.from_exception(error).as_dict(),
+        }
         try:
-            self._store.set(f"liveness/failed/{self.replica_id}", json.dumps(failure))
+            self._store.set(f"liveness/failed/{self.replica_id}", json.dumps(row))
             first = self._store.add("liveness/failures", 1) == 1
             self._store.set("liveness/alarm", "1")
-        except RuntimeError as error:
-            log.debug("the store is gone: %s", error)
+        except RuntimeError as store_error:
+            log.debug("cannot reach the rendezvous store: %s", store_error)
             return True
         return first
 
     def find_lost(self) -> list[Lost]:
-        """Raises the alarm, waits a few seconds for the answers, and returns who is lost."""
+        """Raise the alarm, wait a few seconds for answers and return the lost replicas."""
         result: Future[list[Lost]] = Future()
-        # In a thread, because a store whose process stands still keeps whoever asks it waiting for good.
+        # In a thread: a request to a store whose process is suspended never returns.
         threading.Thread(target=self._find_lost, args=(result,), name="dreplica-find-lost", daemon=True).start()
         try:
             return result.result(2 * _ANSWER_SECONDS + 1)
         except TimeoutError:
-            return [Lost(0, "it holds the store that all replicas meet at, and the store does not respond")]
+            return [Lost(0, "store-no-response")]
         except RuntimeError as error:
-            reason = str(error).partition("\n")[0]
-            return [Lost(0, f"it held the store that all replicas meet at, and the store is gone ({reason})")]
+            return [Lost(0, "store-lost", detail=str(error).partition("\n")[0])]
 
     def close(self) -> None:
-        """Ends the thread."""
+        """Stop the thread."""
         self._closed.set()
         self._thread.join(_ANSWER_SECONDS)
 
@@ -115,7 +199,7 @@ class LivenessMonitor:
                 answer = {"step": self.step, "waiting": self.waiting}
                 self._store.set(f"liveness/answer/{self.replica_id}", json.dumps(answer))
             except RuntimeError as error:
-                log.debug("the store is gone: %s", error)
+                log.debug("cannot reach the rendezvous store: %s", error)
             self.alarm.set()
             if self._last_seconds is not None and not self._closed.wait(self._last_seconds):
                 os._exit(ExitCode.FAILED)
@@ -131,21 +215,16 @@ class LivenessMonitor:
         except RuntimeError as error:
             result.set_exception(error)
             return
-        everyone = range(self.num_replicas)
         lost = [
-            Lost(i, **failed[i]) if i in failed else Lost(i, _SILENT)
-            for i in everyone
+            _reported(i, failed[i]) if i in failed else Lost(i)
+            for i in range(self.num_replicas)
             if i in failed or i not in answers
         ]
-        stuck = [
-            Lost(i, f"it is alive but stuck after step {answer['step']} while the others wait for it", answer["step"])
-            for i, answer in answers.items()
-            if not answer["waiting"]
-        ]
-        result.set_result(lost or stuck)
+        hung = [Lost(i, "hung", answer["step"]) for i, answer in answers.items() if not answer["waiting"]]
+        result.set_result(lost or hung)
 
     def _collect(self) -> tuple[dict[int, dict], dict[int, dict]]:
-        """The answers, and the failures reported, by replica id."""
+        """Return the answers and the reported failures, each by replica id."""
         end = time.monotonic() + _ANSWER_SECONDS
         while True:
             answers, failed = self._read("answer"), self._read("failed")
@@ -163,21 +242,40 @@ class LivenessMonitor:
         return {i: json.loads(self._store.get(key)) for i, key in keys.items() if self._store.check([key])}
 
 
+def _reported(replica_id: int, row: dict[str, Any]) -> Lost:
+    return Lost(replica_id, row["code"], row["step"], Failure.from_dict(row["failure"]))
+
+
 def find_lost_replicas(monitor: LivenessMonitor | None, error: BaseException) -> list[Lost]:
-    """Who is gone, once this replica fails with `error` or (`ReplicaLost`) another is; tells the others the former."""
+    """Return the lost replicas, this one included, after an exception on this one.
+
+    Reports `error` to the other replicas, unless it is a `ReplicaLost`, to which the lost replicas are added.
+    """
     if monitor is None:
-        return [Lost(0, describe_exception(error))]
+        return [Lost(0, "raised", failure=Failure.from_exception(error))]
     if not isinstance(error, ReplicaLost):
-        monitor.report_failure(describe_exception(error))
-    return monitor.find_lost()
+        monitor.report_failure(error)
+    lost = monitor.find_lost()
+    if isinstance(error, ReplicaLost):
+        error.set_lost(lost)
+    return lost
 
 
 def is_reporter(lost: Sequence[Lost], replica_id: int, num_replicas: int) -> bool:
-    """Whether it is this replica that writes down who is lost: the first survivor, or rank 0 where there is none."""
+    """Return True on the one replica that reports the loss.
+
+    Args:
+        lost: The lost replicas.
+        replica_id: Global rank of this process.
+        num_replicas: Number of replicas, the lost ones included.
+
+    Returns:
+        True on the survivor with the lowest rank, or on rank 0 where no replica survives.
+    """
     gone = {item.replica_id for item in lost}
     return replica_id == min((i for i in range(num_replicas) if i not in gone), default=0)
 
 
 def exit_code_of(lost: Sequence[Lost]) -> ExitCode:
-    """That of those who are left: unusable input of another is that of all."""
-    return ExitCode.UNUSABLE if lost and all(item.unusable for item in lost) else ExitCode.FAILED
+    """Return the exit code of the survivors: `UNUSABLE` where unusable input ended all lost replicas."""
+    return ExitCode.UNUSABLE if lost and all(item.code == "unusable" for item in lost) else ExitCode.FAILED

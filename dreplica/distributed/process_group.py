@@ -1,4 +1,4 @@
-"""The processes of a run: joined at the start, left at the end, and one place where all of them fail together."""
+"""The process group of a run: rendezvous, shutdown, and errors that all replicas raise together."""
 
 import logging
 import os
@@ -12,7 +12,8 @@ from typing import TypeVar
 import torch.distributed as dist
 
 from dreplica.distributed.channel import Channel
-from dreplica.distributed.liveness import LivenessMonitor, ReplicaLost, describe_exception
+from dreplica.distributed.failure import Failure
+from dreplica.distributed.liveness import LivenessMonitor, ReplicaLost
 from dreplica.distributed.rendezvous import store_for_this_start
 from dreplica.distributed.signals import exit_after_signal
 from dreplica.errors import SharedUsageError, UsageError
@@ -20,77 +21,97 @@ from dreplica.errors import SharedUsageError, UsageError
 log = logging.getLogger(__name__)
 T = TypeVar("T")
 
-_JOIN_SECONDS = 600.0
-_TOLD_SECONDS = 15.0
-"""That the others may take to join once this replica is told to stop: so that all stop alike, if they come."""
+_RENDEZVOUS_SECONDS = 600.0
+_STOP_GRACE_SECONDS = 15.0
+"""Seconds that a replica still waits for the others at rendezvous after a signal to stop, so that all stop alike."""
 _LAST_SECONDS = 30.0
-"""That a replica may take to end once another is gone, before it is ended."""
+"""Seconds until a surviving process is ended after another replica was lost."""
 
 
 @dataclass(frozen=True)
 class World:
-    """This process among all. `replica_id` is the global rank; rank 0 is the coordinator."""
+    """This process and its connection to the other replicas of a run."""
 
     replica_id: int
+    """Global rank of this process."""
     num_replicas: int
+    """Number of replicas on all nodes."""
     channel: Channel
+    """Control messages between all replicas."""
     monitor: LivenessMonitor | None
+    """Detection of failed replicas, or None for a run of one process."""
     host: str
+    """Host name of this node."""
 
     @property
     def is_coordinator(self) -> bool:
-        """Whether this is rank 0."""
+        """True on rank 0."""
         return self.replica_id == 0
 
     def together(self, action: Callable[[], T]) -> T:
-        """Runs `action` here and returns its result. A collective.
+        """Run `action` on each replica and return its result, or raise the same error on all replicas.
 
-        Raises `SharedUsageError` on all replicas if `action` raises `UsageError` on any, so that none is left waiting.
+        Note:
+            Collective: call on every rank. `action` itself takes part in no collective.
+
+        Raises:
+            SharedUsageError: On all replicas, if `action` raised `UsageError` on any. It has the code and the fields
+                of the error of the first such replica, and the field `replicas`, the ids of all of them.
         """
-        result, problem = None, None
+        result, failure = None, None
         try:
             result = action()
         except UsageError as error:
-            problem = str(error)
-        problems = self.channel.gather(problem)
-        if any(text is not None for text in problems):
-            blamed = [replica for replica, text in enumerate(problems) if text is not None]
-            text = str(problems[blamed[0]])
-            raise SharedUsageError(text if len(blamed) == len(problems) else f"replica {blamed[0]}: {text}")
+            failure = Failure.from_exception(error).as_dict()
+        rows = self.channel.gather(failure)
+        failed = {replica_id: Failure.from_dict(row) for replica_id, row in enumerate(rows) if row is not None}
+        if failed:
+            raise _shared_error(failed, self.num_replicas)
         return result  # type: ignore[return-value]  # None only where T is
 
 
+def _shared_error(failed: dict[int, Failure], num_replicas: int) -> SharedUsageError:
+    first, failure = next(iter(failed.items()))
+    text = failure.message if len(failed) == num_replicas else f"replica {first}: {failure.message}"
+    return SharedUsageError(text, code=failure.code, **{**failure.fields, "replicas": list(failed)})
+
+
 def env_rank() -> int:
-    """This process's global rank as the launcher set it; 0 without a launcher."""
+    """Return the global rank that the launcher set, or 0 without a launcher."""
     return int(os.environ.get("RANK", "0"))
 
 
 def env_num_replicas() -> int:
-    """The number of replicas as the launcher set it; 1 without a launcher."""
+    """Return the number of replicas that the launcher set, or 1 without a launcher."""
     return int(os.environ.get("WORLD_SIZE", "1")) if "RANK" in os.environ else 1
 
 
 @contextmanager
 def open_world(timeout: float) -> Iterator[World]:
-    """Joins the replicas that the launcher started (or stands alone without one), and leaves them at the end.
+    """Rendezvous with the replicas that the launcher started, and leave them at the end.
 
-    `timeout`: seconds until a silent replica counts as lost. Every exception inside is told to the other replicas, so
-    that they end with `replica-lost` naming this one instead of waiting. After such an exception the process group is
-    left as it is, since taking it down waits for what the lost replica never sends, and so does the interpreter's own
-    end: end the process with `os._exit`.
+    An exception inside is reported to the other replicas, so that they end with `replica-lost` and name this one
+    instead of waiting for it. After such an exception the process group is not destroyed: that would wait for what
+    the lost replica never sends, and so would a normal exit of the interpreter. End the process with `os._exit`.
+
+    Args:
+        timeout: Seconds until a replica that does not respond counts as lost.
+
+    Yields:
+        The world, of one process without a launcher.
     """
     replica_id, num_replicas, host = env_rank(), env_num_replicas(), socket.gethostname()
     if num_replicas == 1:
         yield World(0, 1, Channel(), None, host)
         return
-    with exit_after_signal(_TOLD_SECONDS):
-        shared, _, _ = next(dist.rendezvous("env://", timeout=timedelta(seconds=_JOIN_SECONDS)))
+    with exit_after_signal(_STOP_GRACE_SECONDS):
+        shared, _, _ = next(dist.rendezvous("env://", timeout=timedelta(seconds=_RENDEZVOUS_SECONDS)))
         store = store_for_this_start(shared, replica_id, num_replicas)
     holds_store = replica_id == 0 and not _launcher_holds_store()
     monitor = LivenessMonitor(store, replica_id, num_replicas, holds_store, last_seconds=_LAST_SECONDS)
     try:
-        # The channel does its own waiting; gloo's limit only has to be the longer of the two.
-        with exit_after_signal(_TOLD_SECONDS):
+        # The channel limits its waits itself, so gloo's timeout only has to be longer.
+        with exit_after_signal(_STOP_GRACE_SECONDS):
             dist.init_process_group(
                 "gloo",
                 store=dist.PrefixStore("gloo", store),
@@ -100,13 +121,13 @@ def open_world(timeout: float) -> Iterator[World]:
             )
         yield World(replica_id, num_replicas, Channel(None, monitor, timeout), monitor, host)
     except (SharedUsageError, ReplicaLost) as error:
-        # Either all replicas raise it, or it is another that is gone: this one has nothing to tell.
+        # Nothing to report: either all replicas raise it, or another replica was lost.
         monitor.close()
         if isinstance(error, SharedUsageError):
             dist.destroy_process_group()
         raise
     except BaseException as error:
-        monitor.report_failure(describe_exception(error))
+        monitor.report_failure(error)
         monitor.close()
         raise
     monitor.close()
@@ -114,5 +135,5 @@ def open_world(timeout: float) -> Iterator[World]:
 
 
 def _launcher_holds_store() -> bool:
-    """Whether the store that replicas meet at is torchrun's, and outlives rank 0."""
+    """Return True if torchrun serves the rendezvous store, which then outlives rank 0."""
     return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == str(True)

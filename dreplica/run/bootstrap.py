@@ -61,7 +61,7 @@ def meet(argv: Sequence[str], conduct: Callable[[Prepared, World, StopRequest], 
 def end_unusable(error: UsageError, world: World) -> ExitCode:
     """Prints the message once, however many replicas raise it. Does not return where others may be left behind."""
     shared = isinstance(error, SharedUsageError)
-    if world.is_coordinator if shared or world.monitor is None else world.monitor.report_failure(str(error), True):
+    if world.is_coordinator if shared or world.monitor is None else world.monitor.report_failure(error, unusable=True):
         print(f"error: {error}", file=sys.stderr, flush=True)
     if shared:
         world.channel.gather(None)  # nobody leaves before it is printed: the launcher ends the rest with the first

@@ -193,7 +193,7 @@ def test_a_failure_in_a_replay_is_evidence_and_leaves_the_replica_as_found() -> 
 
     verdict = diagnosed(trained, 4, trained.stages[4], fails)
     assert verdict.cause == "unexplained"
-    assert "could not be run again: replica 0: it raised OSError: the disk is gone" in verdict.evidence[-1]
+    assert "could not be run again: replica 0 raised OSError: the disk is gone" in verdict.evidence[-1]
     assert everything(trained.replica) == before
 
 
@@ -208,7 +208,7 @@ def test_a_state_that_cannot_be_put_back_is_said_on_all_replicas() -> None:
     original = without(trained.stages[3], "weights")
     verdict = diagnose(finding(3), original, replayer, IMAGES, 0, Channel(), RunFacts(1))
     assert verdict.cause == "transient-fault"
-    assert "could not be put back: replica 0: it raised RuntimeError: unsupported" in verdict.evidence[-1]
+    assert "could not be put back: replica 0 raised RuntimeError: unsupported" in verdict.evidence[-1]
 
 
 class Stumbling:

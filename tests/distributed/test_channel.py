@@ -1,4 +1,4 @@
-"""Collectives, and how they end when a replica is gone: with its name, on every survivor."""
+"""The control channel: its collectives, and how they end on the survivors when a replica is lost."""
 
 import os
 import signal
@@ -10,12 +10,13 @@ import torch
 
 from dreplica.distributed import liveness
 from dreplica.distributed.channel import Channel
-from dreplica.distributed.liveness import ReplicaLost
+from dreplica.distributed.failure import Failure
+from dreplica.distributed.liveness import Lost, ReplicaLost, find_lost_replicas
 from dreplica.distributed.process_group import World
 from tests.harness import run_replicas
 
 HANG_SECONDS = 25.0
-"""A survivor that has not learned of a loss by then never will."""
+"""A survivor that has not detected a loss by then hangs."""
 
 
 def gathers(world: World) -> list[Any]:
@@ -25,7 +26,7 @@ def gathers(world: World) -> list[Any]:
     return [[len(text) for text in unequal], [(row["rank"], row["tensor"].tolist()) for row in objects]]
 
 
-def test_gather_brings_unequal_and_large_objects_in_the_order_of_ranks() -> None:
+def test_gather_returns_objects_in_rank_order() -> None:
     expected = [[0, 3_000_000, 6_000_000], [(0, []), (1, [1]), (2, [2, 2])]]
     assert run_replicas(gathers, 3) == [expected] * 3
 
@@ -60,7 +61,7 @@ def described(tensor: torch.Tensor) -> tuple[Any, ...]:
     return tensor.dtype, tensor.layout, tuple(tensor.shape), dense.view(-1).view(torch.uint8).tolist()
 
 
-def test_tensors_of_any_dtype_can_be_sent() -> None:
+def test_channel_sends_tensors_of_any_dtype() -> None:
     everything = [described(tensor) for tensor in UNUSUAL.values()]
     dense = [row for row in everything if row[1] is torch.strided]
     assert run_replicas(sends_unusual, 2) == [(everything, dense)] * 2
@@ -75,11 +76,11 @@ def reduces(world: World) -> list[Any]:
     return [tensor.tolist() for tensor in (broadcast, total, channel.wait(one), channel.wait(two))]
 
 
-def test_broadcast_sum_and_posted_maxima() -> None:
+def test_channel_reduces_and_broadcasts() -> None:
     assert run_replicas(reduces, 3) == [[[7, 0], [3, 111], [2, 0], [10]]] * 3
 
 
-def test_a_channel_of_one_replica_talks_to_itself() -> None:
+def test_channel_of_one_replica_works() -> None:
     channel = Channel()
     assert (channel.rank, channel.size) == (0, 1)
     assert channel.gather("a") == ["a"]
@@ -88,23 +89,18 @@ def test_a_channel_of_one_replica_talks_to_itself() -> None:
     assert channel.wait(channel.post_max(torch.tensor([3]))).tolist() == [3]
 
 
-class Missed(ReplicaLost):
-    """Carries whom a survivor misses out of a world that is no longer whole."""
-
-
-def miss(world: World, channel: Channel) -> None:
-    """Waits for one that will not come, and raises `Missed` with (replica id, reason) of each that is lost."""
-    assert world.monitor is not None
+def wait_for_lost(world: World, channel: Channel) -> None:
+    """Wait for a replica that was lost, and raise `ReplicaLost` with the lost replicas."""
     started = time.monotonic()
-    with pytest.raises(ReplicaLost):
-        channel.gather("who else?")
-    lost = world.monitor.find_lost()
+    with pytest.raises(ReplicaLost) as caught:
+        channel.gather(None)
+    find_lost_replicas(world.monitor, caught.value)
     assert time.monotonic() - started < HANG_SECONDS
-    raise Missed([(item.replica_id, item.reason) for item in lost])
+    raise caught.value
 
 
 def loses(world: World, lost: int, how: str, timeout: float) -> None:
-    """Replica `lost` goes in one of several ways; the others wait for it."""
+    """Lose the replica `lost` in one of several ways, while the others wait for it."""
     channel = Channel(None, world.monitor, timeout)
     assert world.monitor is not None
     liveness._ANSWER_SECONDS = 2.0
@@ -112,10 +108,10 @@ def loses(world: World, lost: int, how: str, timeout: float) -> None:
     world.monitor.step = 6
     if world.replica_id != lost:
         try:
-            miss(world, channel)
+            wait_for_lost(world, channel)
         finally:
             if how in {"stopped", "sleeps", "computes"} and world.replica_id == (lost + 1) % world.num_replicas:
-                time.sleep(1)  # the other survivors have asked it, too
+                time.sleep(1)  # until the other survivors have asked it, too
                 os.kill(pids[lost], signal.SIGKILL)
     match how:
         case "killed":
@@ -133,30 +129,32 @@ def loses(world: World, lost: int, how: str, timeout: float) -> None:
                 torch.mm(torch.ones(300, 300), torch.ones(300, 300))
 
 
-def missed_by_survivors(num_replicas: int, lost: int, how: str, timeout: float = 60.0) -> list[list[tuple[int, str]]]:
+def errors_of_survivors(num_replicas: int, lost: int, how: str, timeout: float = 60.0) -> list[ReplicaLost]:
     results = run_replicas(loses, num_replicas, lost, how, timeout, timeout=HANG_SECONDS + 10)
     survivors = [result for replica_id, result in enumerate(results) if replica_id != lost]
-    assert [type(result) for result in survivors] == [Missed] * (num_replicas - 1), results
-    return [result.args[0] for result in survivors]
+    assert [type(result) for result in survivors] == [ReplicaLost] * (num_replicas - 1), results
+    return survivors
 
 
 @pytest.mark.parametrize(
     ("num_replicas", "lost", "how"), [(4, 2, "killed"), (3, 0, "killed"), (2, 1, "killed"), (3, 1, "exits")]
 )
-def test_all_survivors_name_exactly_the_replica_that_died(num_replicas: int, lost: int, how: str) -> None:
-    for missed in missed_by_survivors(num_replicas, lost, how):
-        assert [replica_id for replica_id, _ in missed] == [lost]
-        assert "ended without a word" in missed[0][1]
+def test_survivors_name_the_replica_that_died(num_replicas: int, lost: int, how: str) -> None:
+    for error in errors_of_survivors(num_replicas, lost, how):
+        assert (error.fields["ranks"], error.fields["reasons"]) == ([lost], {lost: "no-response"})
 
 
-def test_all_survivors_know_what_the_lost_replica_raised() -> None:
-    assert missed_by_survivors(3, 1, "raises") == [[(1, "it raised ArithmeticError: the sky fell")]] * 2
+def test_survivors_know_what_the_lost_replica_raised() -> None:
+    for error in errors_of_survivors(3, 1, "raises"):
+        assert error.lost == (Lost(1, "raised", 6, Failure("ArithmeticError", "the sky fell")),)
+        assert error.lost[0].reason == "raised ArithmeticError: the sky fell"
 
 
 @pytest.mark.parametrize("how", ["sleeps", "computes"])
-def test_a_silent_replica_counts_as_lost_after_the_timeout(how: str) -> None:
-    for missed in missed_by_survivors(3, 1, how, timeout=1.0):
-        assert missed == [(1, "it is alive but stuck after step 6 while the others wait for it")]
+def test_hanging_replica_is_lost_after_the_timeout(how: str) -> None:
+    for error in errors_of_survivors(3, 1, how, timeout=1.0):
+        assert error.lost == (Lost(1, "hung", 6),)
+        assert error.lost[0].reason.startswith("hangs after step 6: ")
 
 
 def waits_without_a_monitor(world: World, how: str) -> None:
@@ -167,30 +165,34 @@ def waits_without_a_monitor(world: World, how: str) -> None:
             os._exit(0)
         time.sleep(3)
     else:
-        channel.gather("who else?")
+        channel.gather(None)
 
 
 @pytest.mark.parametrize(
-    ("how", "words"),
+    ("how", "code", "words"),
     [
-        ("exits", "another replica is gone, and its own output says why ("),
-        ("sleeps", "no answer for 1 s from another replica: it hangs, or has left out a comparison in which this one"),
+        ("exits", "connection-lost", "lost the connection to another replica ("),
+        (
+            "sleeps",
+            "timeout",
+            "no response from another replica for 1 s: it hangs, or it skipped a comparison",
+        ),
     ],
 )
-def test_without_a_monitor_it_is_said_where_to_look(how: str, words: str) -> None:
-    lost = run_replicas(waits_without_a_monitor, 2, how)[0]
-    assert isinstance(lost, ReplicaLost)
-    assert str(lost).startswith(words)
+def test_without_a_monitor_the_error_says_where_to_look(how: str, code: str, words: str) -> None:
+    error = run_replicas(waits_without_a_monitor, 2, how)[0]
+    assert isinstance(error, ReplicaLost)
+    assert (error.code, error.fields["ranks"]) == (code, [])
+    assert str(error).startswith(words)
 
 
-def test_a_replica_that_stands_still_counts_as_lost_after_the_timeout() -> None:
-    for missed in missed_by_survivors(3, 0, "stopped", timeout=1.0):
-        assert [replica_id for replica_id, _ in missed] == [0]
-        assert "does not respond" in missed[0][1]
+def test_suspended_replica_is_lost_after_the_timeout() -> None:
+    for error in errors_of_survivors(3, 0, "stopped", timeout=1.0):
+        assert error.lost == (Lost(0, "no-response"),)
 
 
-def busy_witness(world: World) -> None:
-    """Replica 2 dies while replica 1 computes: 0 asks, and 1 must be able to answer."""
+def busy_survivor(world: World) -> None:
+    """Kill replica 2 while replica 1 computes: replica 0 raises the alarm, and replica 1 must be able to answer."""
     assert world.monitor is not None
     liveness._ANSWER_SECONDS = 2.0
     world.channel.gather(None)
@@ -199,13 +201,12 @@ def busy_witness(world: World) -> None:
     started = time.monotonic()
     while world.replica_id == 1 and time.monotonic() < started + 4:
         torch.mm(torch.ones(500, 500), torch.ones(500, 500))
-    miss(world, world.channel)
+    wait_for_lost(world, world.channel)
 
 
-def test_a_replica_busy_with_a_long_computation_responds() -> None:
-    zero, one, _ = run_replicas(busy_witness, 3)
-    assert [replica_id for replica_id, _ in zero.args[0]] == [2]
-    assert [replica_id for replica_id, _ in one.args[0]] == [2]
+def test_busy_replica_responds_to_the_alarm() -> None:
+    zero, one, _ = run_replicas(busy_survivor, 3)
+    assert zero.fields["ranks"] == one.fields["ranks"] == [2]
 
 
 def leaves_early(world: World) -> None:
@@ -214,14 +215,14 @@ def leaves_early(world: World) -> None:
     world.channel.gather(None)
 
 
-def test_an_interrupt_is_told_to_the_others() -> None:
+def test_interrupt_is_reported_to_the_others() -> None:
     zero, one = run_replicas(leaves_early, 2, timeout=HANG_SECONDS)
     assert isinstance(zero, ReplicaLost)
     assert isinstance(one, KeyboardInterrupt)
 
 
 def posts_then_fails(world: World) -> None:
-    """Replica 0 fails with a collective under way that replica 1 never completes."""
+    """Fail on replica 0 with a collective in flight that replica 1 never completes."""
     world.channel.gather(None)
     if world.replica_id == 1:
         os.kill(os.getpid(), signal.SIGSTOP)
@@ -230,6 +231,6 @@ def posts_then_fails(world: World) -> None:
     raise ArithmeticError("with a pending maximum")
 
 
-def test_failing_with_a_collective_under_way_does_not_wait_for_its_end() -> None:
-    zero, _ = run_replicas(posts_then_fails, 2, timeout=8)  # both are killed when it is over
+def test_failure_does_not_wait_for_a_collective_in_flight() -> None:
+    zero, _ = run_replicas(posts_then_fails, 2, timeout=8)  # then both are killed
     assert isinstance(zero, ArithmeticError)

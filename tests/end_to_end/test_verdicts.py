@@ -217,7 +217,7 @@ def test_without_comparisons_no_more_is_said_than_that_the_final_state_agrees() 
 def test_an_interrupt_on_all_replicas_leaves_a_report() -> None:
     job = run_job(*SHORT, f"--model.factory={FAULTY}:interrupted")
     assert set(job.exitcodes.values()) == {1}
-    assert "it raised KeyboardInterrupt" in job.report["verdict"]["summary"]
+    assert "raised KeyboardInterrupt" in job.report["verdict"]["summary"]
 
 
 def test_a_schedule_per_step_is_replayed_with_its_step() -> None:

@@ -195,7 +195,7 @@ class BurnIn:
         if ended == "lost":
             self.account.lose(lost)
         code = exit_code(self.account, "lost", exit_code_of(lost))
-        has_told = any(item.replica_id == 0 and item.unusable for item in lost)
+        has_told = any(item.replica_id == 0 and item.code == "unusable" for item in lost)
         if not has_told and is_reporter(lost, self.world.replica_id, self.world.num_replicas):
             self.tell(ended, code, done)
         return code

@@ -10,7 +10,7 @@ from typing import Any
 from dreplica.agreement.trace.comparison import compare_traces
 from dreplica.agreement.trace.reader import Trace
 from dreplica.commands.flags.flags import STRICT, Variant
-from dreplica.commands.flags.trial import FOUND_NAME, LOST, REFUSED_NAME
+from dreplica.commands.flags.trial import FOUND_NAME, LOST_NAME, REFUSED_NAME
 from dreplica.config.schema import RunConfig
 from dreplica.distributed.launch.background import run_in_background
 from dreplica.errors import ExitCode, UsageError
@@ -178,8 +178,7 @@ class Measurements:
         if code == ExitCode.STOPPED:
             raise TrialFailed(f"{variant.name}: a replica was told to stop")
         if code != ExitCode.AGREED:
-            lost = next((line for line in output.splitlines() if line.startswith(LOST)), tail)
-            raise TrialFailed(f"{variant.name}: it ended with exit code {code}:\n{lost}")
+            raise TrialFailed(f"{variant.name}: exit code {code}:\n{_describe_lost(folder) or tail}")
         found = json.loads((folder / FOUND_NAME).read_text(encoding="utf-8"))
         verdict, between = found["verdict"], found["between"] or ""
         seconds = dict(zip(timed, found["seconds_per_step"], strict=False))  # none, if it ended before
@@ -189,6 +188,12 @@ class Measurements:
             between = "" if verdict is None else "starts"
         steps = found["steps"] if verdict is None else 0
         return Outcome(variant, found["device"], steps, seconds, folder, verdict, between)
+
+
+def _describe_lost(folder: Path) -> str:
+    path = folder / LOST_NAME
+    rows = json.loads(path.read_text(encoding="utf-8"))["lost"] if path.exists() else []
+    return "\n".join(f"replica {row['replica_id']} was lost: {row['reason']}" for row in rows)
 
 
 def spread(ratios: Sequence[float]) -> dict[str, float] | None:

@@ -48,9 +48,8 @@ from dreplica.training.loop import train
 
 Events = Generator[StepDone | EpochDone | Stopped, None, None]
 
-FOUND_NAME, REFUSED_NAME = "found.json", "refused.json"
-LOST = "lost: "
-"""What a survivor's line on a replica that is gone begins with."""
+FOUND_NAME, REFUSED_NAME, LOST_NAME = "found.json", "refused.json", "lost.json"
+"""Files of a trial: what was found, what raised, and which replicas were lost."""
 
 _TIMED_STEPS = 4
 _LEAST_ROUNDS = 3
@@ -96,8 +95,10 @@ class Trial:
             return self.measure()
         except ReplicaLost:
             if self.world.monitor is not None:
-                for lost in self.world.monitor.find_lost():
-                    print(f"{LOST}replica {lost.replica_id}: {lost.reason}", file=sys.stderr)
+                rows = [lost.as_dict() for lost in self.world.monitor.find_lost()]
+                self.write_once(LOST_NAME, {"lost": rows})
+                for row in rows:
+                    print(f"replica {row['replica_id']} was lost: {row['reason']}", file=sys.stderr)
                 end_at_once(ExitCode.FAILED)
             raise
         except RuntimeError as error:
@@ -225,11 +226,15 @@ class Trial:
 
     def leave_word(self, found: Mapping[str, Any]) -> None:
         """Of what did not run, on this replica alone: the others, rank 0 included, need not have come to it."""
-        place = self.folder / REFUSED_NAME
-        if not place.exists():  # what was told first says more
-            written = place.with_name(f".{REFUSED_NAME}.{self.world.replica_id}")
-            written.write_text(json.dumps(found), encoding="utf-8")
-            written.replace(place)  # whole, for this process may be ended as soon as another has failed
+        self.write_once(REFUSED_NAME, found)
+
+    def write_once(self, name: str, data: Mapping[str, Any]) -> None:
+        """Write a JSON file into the folder, unless another replica has written it."""
+        path = self.folder / name
+        if not path.exists():  # the first failure is the most informative
+            partial = path.with_name(f".{name}.{self.world.replica_id}")
+            partial.write_text(json.dumps(data), encoding="utf-8")
+            partial.replace(path)  # atomic, since this process may be ended as soon as another has failed
 
     def time(self) -> list[list[float]]:
         """Seconds per step without checks, the slowest replica's: of each section in `timed`, one for each round.

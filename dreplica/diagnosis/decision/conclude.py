@@ -165,9 +165,8 @@ def replica_lost(lost: Sequence[Lost], step: int | None, noticed: str) -> Verdic
         suspects=[item.replica_id for item in lost],
         evidence=evidence,
     )
-    if lost and all(item.reason.startswith("it raised") for item in lost):
-        raised = lost[0].reason.removeprefix("it raised ")
-        verdict = verdict.with_(remedy=[f"mend this; its traceback stands above: {raised}"])
+    if lost and all(item.raised for item in lost):
+        verdict = verdict.with_(remedy=[f"fix this error, whose traceback is above: {lost[0].failure}"])
     return _with_remedy(verdict)
 
 

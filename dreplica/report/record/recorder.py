@@ -15,7 +15,8 @@ from rich.console import Console
 from dreplica.agreement.verdict.verdict import Verdict
 from dreplica.config.schema import ReportConfig, RunFolderConfig
 from dreplica.diagnosis.decision.conclude import replica_lost
-from dreplica.distributed.liveness import Lost, describe_exception, is_reporter
+from dreplica.distributed.failure import describe_exception
+from dreplica.distributed.liveness import Lost, is_reporter
 from dreplica.distributed.process_group import World
 from dreplica.environment.manifest import card_of, compare_values
 from dreplica.errors import UsageError

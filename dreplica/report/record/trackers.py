@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from dreplica.config.schema import ReportConfig
-from dreplica.distributed.liveness import describe_exception
+from dreplica.distributed.failure import describe_exception
 from dreplica.errors import UsageError
 from dreplica.report.record.run_report import RunReport
 from dreplica.state.rng import get_rng_state, set_rng_state

@@ -14,6 +14,7 @@ from dreplica.agreement.verdict.verdict import Verdict
 from dreplica.commands.burn_in.cards import HARDWARE, OPEN, VARYING, Account, Card, PassDone, ask_health, kind_of
 from dreplica.commands.burn_in.record import Record
 from dreplica.commands.burn_in.table import PassLines, conclusions, print_account
+from dreplica.distributed.failure import Failure
 from dreplica.distributed.liveness import Lost
 from dreplica.errors import ExitCode
 from tests.commands.burn_in.test_job_config import config
@@ -113,7 +114,7 @@ def test_what_is_not_settled_is_said_to_be_so(cause: str) -> None:
 
 def test_a_replica_that_is_gone_is_no_finding_but_named() -> None:
     found = account(done(1), done(2, "replica-lost", (2,)))
-    found.lose([Lost(2, "it raised RuntimeError: uncorrectable ECC error")])
+    found.lose([Lost(2, "raised", failure=Failure("RuntimeError", "uncorrectable ECC error"))])
     assert (found.num_found, found.passes, states(found)) == (0, 2, ["clean", "clean", "lost"])
     assert "LOST replica 2: host node7, cuda:2" in shown(found)
     assert "uncorrectable ECC error" in shown(found)

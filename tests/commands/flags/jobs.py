@@ -14,7 +14,7 @@ Section = Mapping[str, Any]
 
 def options_in(arguments: Sequence[str]) -> dict[str, str]:
     """What a worker is started with, by name."""
-    return dict(argument.removeprefix("--").split("=", 1) for argument in arguments[1:])
+    return dict(argument.removeprefix("--").split("=", 1) for argument in arguments)
 
 
 class MadeUp:

@@ -64,7 +64,7 @@ def test_a_replica_that_fails_ends_it_and_is_named(
     job = [token for token in SMALL if "model.factory" not in token]
     failing = "--model.factory=dreplica.commands.cases.samples.models:fails_on_third_step"
     assert cli.main(["flags", "--replicas=2", *job, failing]) == ExitCode.FAILED
-    words = "strict: it ended with exit code 1:\nlost: replica 1: it raised RuntimeError: out of memory, say\n"
+    words = "strict: exit code 1:\nreplica 1 was lost: raised RuntimeError: out of memory, say\n"
     assert capsys.readouterr().err == f"error: {words}"
 
 

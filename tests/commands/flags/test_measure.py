@@ -87,7 +87,7 @@ def test_an_operator_that_raises_is_an_outcome(make: Callable[..., Measurements]
 def out_of_memory(_module: str, arguments: Sequence[str], *_: Any) -> tuple[int, str]:
     told = {"phase": "memory", "message": "replica 1: CUDA out of memory. Tried to allocate 2.00 GiB"}
     (Path(options_in(arguments)["folder"]) / "refused.json").write_text(json.dumps(told))
-    return ExitCode.FAILED, "lost: replica 1: it raised OutOfMemoryError"
+    return ExitCode.FAILED, "replica 1 was lost: raised OutOfMemoryError"
 
 
 def test_a_setting_for_which_memory_does_not_suffice_is_one_that_does_not_run(
@@ -115,12 +115,21 @@ def test_strict_mode_without_the_workspace_is_not_tried(make: Callable[..., Meas
     assert describe(measurements.of(refused)[0]).startswith("strict mode does not start without CUBLAS_WORKSPACE_CON")
 
 
+def test_start_names_lost_replicas(make: Callable[..., Measurements]) -> None:
+    def lose(_module: str, arguments: Sequence[str], *_: Any) -> tuple[int, str]:
+        row = {"replica_id": 1, "reason": "raised OSError"}
+        (Path(options_in(arguments)["folder"]) / "lost.json").write_text(json.dumps({"lost": [row]}))
+        return ExitCode.FAILED, "and more"
+
+    with pytest.raises(TrialFailed, match=r"code 1:\nreplica 1 was lost: raised OSError$"):
+        make(lose).start(STRICT)
+
+
 @pytest.mark.parametrize(
     ("code", "printed", "error", "message"),
     [
         (ExitCode.UNUSABLE, "hm\nerror: data.root: there is none\n", UsageError, r"^data\.root: there is none$"),
-        (ExitCode.FAILED, "out of memory, say", TrialFailed, "(?s)strict: .* with exit code 1:.*out of memory, say"),
-        (ExitCode.FAILED, "lost: replica 1: OSError\nand more", TrialFailed, r"code 1:\nlost: replica 1: OSError$"),
+        (ExitCode.FAILED, "out of memory, say", TrialFailed, "(?s)strict: exit code 1:.*out of memory, say"),
         (ExitCode.STOPPED, "", TrialFailed, "^strict: a replica was told to stop$"),
         (None, "still at it", TrialFailed, r"(?s)did not end within 60 seconds \(--timeout\):.*still at it"),
     ],
