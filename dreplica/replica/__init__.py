@@ -1,1 +1,1 @@
-"""One replica: built from scratch from a seed, with its wiring checked."""
+"""Building one replica from scratch from a seed, and checking its wiring."""

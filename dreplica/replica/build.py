@@ -1,11 +1,11 @@
-"""Builds one replica from scratch, under its own seed."""
+"""Building one replica from scratch, under its own seed."""
 
 import hashlib
 import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
 import torch
 import torchvision
@@ -22,24 +22,31 @@ from dreplica.config.components import (
 )
 from dreplica.config.imports import call_function
 from dreplica.config.messages import nearest
+from dreplica.config.schema import ModelConfig, RunConfig
 from dreplica.distributed.channel import Channel
 from dreplica.errors import UsageError
 from dreplica.replica.pretrained import load_pretrained
-from dreplica.replica.published import arguments_for, cached, find_published, is_file
+from dreplica.replica.published import builder_arguments, cache_path, find_published, is_file
 from dreplica.state.replica import Replica
 from dreplica.state.rng import get_rng_state, set_rng_state
 from dreplica.state.tensors import overwrite
 
-if TYPE_CHECKING:
-    from dreplica.config.schema import RunConfig
-from dreplica.config.schema import ModelConfig
 
+def build_replica(config: RunConfig, num_classes: int, device: torch.device) -> Replica:
+    """Build a replica on `device` under the global generators' current state.
 
-def build_replica(config: "RunConfig", num_classes: int, device: torch.device) -> Replica:
-    """A replica on `device`, built under the global generators as they are: seed them first.
+    Seed the generators first. Draws happen on the CPU, so the build does not depend on the device.
 
-    `num_classes`: the data set's. Draws happen on the CPU, so the build does not depend on the device. Raises
-    UsageError for what the config asks and torch cannot build, or cannot train on this data set.
+    Args:
+        config: The replica's config, its overrides merged in.
+        num_classes: Number of classes of the data set.
+        device: The device to train on.
+
+    Returns:
+        The replica, without an fp16 scaler, which the trainer adds.
+
+    Raises:
+        UsageError: If torch cannot build what the config asks for, or cannot train it on this data set.
     """
     num_outputs = _num_outputs(config, num_classes)
     if config.replica.factory is not None:
@@ -53,42 +60,38 @@ def build_replica(config: "RunConfig", num_classes: int, device: torch.device) -
     if config.model.channels_last:
         model = model.to(memory_format=torch.channels_last)
     compile_model(model, config.model.compile, device)
-    with _naming(f"optim: {config.optim.name} cannot train this model"):
+    with _torch_errors_as_usage("optim", f"{config.optim.name} cannot train this model"):
         optimizer = build_optimizer(config.optim, model)
     check_optimizer("optim", optimizer, device)
-    with _naming(f"schedule: {config.schedule.name} cannot drive {config.optim.name}"):
+    with _torch_errors_as_usage("schedule", f"{config.schedule.name} cannot drive {config.optim.name}"):
         scheduler = build_scheduler(config.schedule, optimizer)
     return Replica(model, criterion, optimizer, scheduler, scheduler_per=config.schedule.per)
 
 
 def build_model(config: ModelConfig, num_classes: int) -> nn.Module:
-    """The model with a fresh head for `num_classes`, on the CPU.
+    """Build the model with a newly drawn head for `num_classes`, on the CPU.
 
-    With `weights`: every layer is drawn as it is from scratch, then all but the head is loaded, which draws nothing,
-    and then the head is drawn again, as nn.Linear and nn.Conv2d draw theirs by default (a ViT's own is all zeros: one
-    head for all seeds). So head and generators after it depend on the seed, the model and the number of classes alone.
-    A head from a `factory` stays as that drew it.
+    With `weights`, all layers are drawn as from scratch. Then everything except the head is loaded, which draws
+    nothing, and the head is drawn again with the default initialization of nn.Linear or nn.Conv2d. (A ViT's own
+    initialization is all zeros, which would be the same head for all seeds.) So the head and the state of the
+    generators depend only on the seed, the model and the number of classes. The head of a `factory` is kept as the
+    factory drew it.
+
+    Raises:
+        UsageError: If there is no such model, or the weights cannot be loaded into it.
     """
     if config.factory is not None:
-        model = call_function("model.factory", config.factory, num_classes=num_classes)
-        if not isinstance(model, nn.Module):
-            raise UsageError(f"model.factory: {config.factory!r} returned {type(model).__name__}. Return an nn.Module.")
-        _check_initialized("model.factory", model)
-        if config.weights is not None:
-            if not is_file(config.weights):
-                raise UsageError(
-                    f"model.weights: {config.weights!r} is a name of torchvision's, and the model is that of "
-                    "model.factory. Give a file, or load torchvision's weights in your function."
-                )
-            load_pretrained(model, config.weights, None, num_classes)
-        return model
+        return _build_from_factory(config, config.factory, num_classes)
     names = torchvision.models.list_models(module=torchvision.models)
     if config.name not in names:
         raise UsageError(
-            f"model.name: torchvision has no classification model {config.name!r}. {nearest(config.name, names)}"
+            f"model.name: torchvision has no classification model {config.name!r}. {nearest(config.name, names)}",
+            code="unknown-model",
+            key="model.name",
+            value=config.name,
         )
     published = None if config.weights is None else find_published(config.name, config.weights)
-    arguments = {**_ARGUMENTS.get(config.name, {}), **arguments_for(config.name, published)}
+    arguments = {**_ARGUMENTS.get(config.name, {}), **builder_arguments(config.name, published)}
     model = torchvision.models.get_model(config.name, weights=None, num_classes=num_classes, **arguments)
     if config.weights is not None:
         head = load_pretrained(model, config.weights, published, num_classes)
@@ -98,23 +101,49 @@ def build_model(config: ModelConfig, num_classes: int) -> nn.Module:
 
 
 _ARGUMENTS = {name: {"aux_logits": False, "init_weights": True} for name in ("googlenet", "inception_v3")}
-"""Without auxiliary heads, with which these two would return several logits in training."""
+"""Arguments that disable auxiliary heads, with which these two models return several logits in training mode."""
 
 
-def weights_digest(config: "RunConfig") -> str | None:
-    """32 hex digits over the file that the replica just built has its weights from; None if there is none."""
+def _build_from_factory(config: ModelConfig, factory: str, num_classes: int) -> nn.Module:
+    model = call_function("model.factory", factory, num_classes=num_classes)
+    if not isinstance(model, nn.Module):
+        raise _factory_error("model.factory", f"{factory!r} returned {type(model).__name__}. Return an nn.Module.")
+    _check_initialized("model.factory", model)
+    if config.weights is not None:
+        if not is_file(config.weights):
+            raise UsageError(
+                f"model.weights: {config.weights!r} names weights of torchvision, but the model comes from "
+                "model.factory. Name a weights file, or load torchvision's weights in your function.",
+                code="weights-of-another-model",
+                key="model.weights",
+                value=config.weights,
+            )
+        load_pretrained(model, config.weights, None, num_classes)
+    return model
+
+
+def weights_digest(config: RunConfig) -> str | None:
+    """Return 32 hex digits over the weights file of the replica just built, None if it has no such file."""
     weights = config.model.weights
     if weights is None or config.replica.factory is not None:
         return None
     published = None if is_file(weights) else find_published(config.model.name, weights)
-    with (Path(weights).expanduser() if published is None else cached(published)).open("rb") as file:
+    with (Path(weights).expanduser() if published is None else cache_path(published)).open("rb") as file:
         return hashlib.file_digest(file, xxhash.xxh3_128).hexdigest()
 
 
 def broadcast_state(model: nn.Module, channel: Channel, with_rng: bool) -> None:
-    """Gives every replica rank 0's parameters and buffers, and with `with_rng` rank 0's generators. A collective.
+    """Copy rank 0's parameters and buffers to every replica, in place.
 
-    Where replicas do not have the same tensors nothing is sent: the comparison of the build names what differs.
+    If replicas do not have the same tensors, nothing is sent: the comparison of the build names what differs.
+
+    Note:
+        Collective: call on every rank.
+
+    Args:
+        model: This replica's model.
+        channel: The control channel between all replicas.
+        with_rng: Also copy the state of rank 0's random generators.
     """
     tensors = [*model.named_parameters(), *model.named_buffers()]
     described = channel.gather([(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors])
@@ -130,17 +159,25 @@ def broadcast_state(model: nn.Module, channel: Channel, with_rng: bool) -> None:
 
 
 def compile_model(model: nn.Module, backend: bool | str, device: torch.device) -> None:
-    """Compiles `model` in place, as `model.compile` asks: parameters, names and the state_dict's keys stay.
+    """Compile `model` in place with torch.compile; parameters, names and state_dict keys do not change.
 
-    Nothing is compiled before the first forward pass. Raises UsageError if there is no C++ compiler and it takes one.
+    Nothing is compiled before the first forward pass.
+
+    Args:
+        model: The model to compile.
+        backend: `model.compile` of the config: False for no compilation, True for inductor, or a backend's name.
+        device: The model's device.
+
+    Raises:
+        UsageError: If the backend needs a C++ compiler and there is none.
     """
     if backend is False:
         return
     name = "inductor" if backend is True else backend
     if name == "inductor" and device.type == "cpu":
         _check_cpp_compiler()
-    # Compiled for each batch size by itself: by default, the second size makes torch compile for any, which may round
-    # otherwise, and a replay of the first steps would run that code instead of what they ran.
+    # Compile each batch size separately. By default, torch compiles dynamic code at the second batch size, which may
+    # round differently, and a replay of the first steps would run that code instead of the one that they ran.
     model.compile(backend=name, dynamic=False)
 
 
@@ -152,78 +189,98 @@ def _check_cpp_compiler() -> None:
         get_cpp_compiler()
     except InvalidCxxCompiler:
         raise UsageError(
-            "model.compile: the backend 'inductor' writes C++ for the CPU, and there is no working C++ compiler. "
-            "Install one (apt-get install g++), name yours in the environment variable CXX, or take 'aot_eager'."
+            "model.compile: the backend 'inductor' generates C++ for the CPU, and there is no working C++ compiler. "
+            "Install one (apt-get install g++), name yours in the environment variable CXX, or use 'aot_eager'.",
+            code="no-compiler",
+            key="model.compile",
         ) from None
 
 
-def _num_outputs(config: "RunConfig", num_classes: int) -> int:
-    """`model.num_classes`, by default the data set's. Raises UsageError if labels would fall outside the logits."""
+def _num_outputs(config: RunConfig, num_classes: int) -> int:
+    """Return `model.num_classes`, by default the data set's, after checking that no label exceeds the logits."""
     wanted = config.model.num_classes
     if wanted is not None and wanted < num_classes:
         raise UsageError(
             f"model.num_classes: {wanted} is fewer than the {num_classes} classes of the data set "
-            f"{config.data.name!r} (data.name). Set it to null to take the data set's, or to {num_classes} or more."
+            f"{config.data.name!r} (data.name). Set it to null to use the data set's, or to {num_classes} or more.",
+            code="too-few-outputs",
+            key="model.num_classes",
+            value=wanted,
+            num_classes=num_classes,
         )
     return wanted or num_classes
 
 
 def _check_factory(path: str, replica: object, device: torch.device) -> None:
-    """Raises UsageError for what a `replica.factory` returned and the trainer cannot train."""
+    """Raise UsageError if the trainer cannot train what a `replica.factory` returned."""
+    key = "replica.factory"
     if not isinstance(replica, Replica):
-        raise UsageError(
-            f"replica.factory: {path!r} returned {type(replica).__name__}. "
-            "Return dreplica.Replica(model=, criterion=, optimizer=, scheduler=)."
+        raise _factory_error(
+            key,
+            f"{path!r} returned {type(replica).__name__}. "
+            "Return dreplica.Replica(model=, criterion=, optimizer=, scheduler=).",
         )
     for name, kind, hint in _PARTS:
         part = getattr(replica, name)
         if not isinstance(part, kind):
             found = "a function" if inspect.isfunction(part) else "None" if part is None else type(part).__name__
-            raise UsageError(f"replica.factory: the {name} that {path!r} returned is {found}. {hint}")
-    check_optimizer("replica.factory", replica.optimizer, device)
-    _check_initialized("replica.factory", replica.model)
+            raise _factory_error(key, f"the {name} that {path!r} returned is {found}. {hint}", part=name)
+    check_optimizer(key, replica.optimizer, device)
+    _check_initialized(key, replica.model)
     scheduler = replica.scheduler
     if scheduler is not None and not (hasattr(scheduler, "step") and hasattr(scheduler, "state_dict")):
-        raise UsageError(
-            f"replica.factory: the scheduler that {path!r} returned is {type(scheduler).__name__}, which has no step "
-            "or no state_dict. Return one of torch.optim.lr_scheduler's, or None."
+        raise _factory_error(
+            key,
+            f"the scheduler that {path!r} returned is {type(scheduler).__name__}, which has no step or no state_dict. "
+            "Return a scheduler of torch.optim.lr_scheduler, or None.",
+            part="scheduler",
         )
     if replica.scheduler_per not in ("epoch", "step"):
-        raise UsageError(
-            f"replica.factory: the replica that {path!r} returned has scheduler_per={replica.scheduler_per!r}. "
-            "Say 'epoch' or 'step'."
+        raise _factory_error(
+            key,
+            f"the replica that {path!r} returned has scheduler_per={replica.scheduler_per!r}. "
+            "Set it to 'epoch' or 'step'.",
+            part="scheduler_per",
         )
     if isinstance(scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau):
-        raise UsageError(
-            f"replica.factory: the scheduler that {path!r} returned is a ReduceLROnPlateau, which waits for a metric; "
-            "schedules are stepped without one. Use another, CosineAnnealingLR for instance."
+        raise _factory_error(
+            key,
+            f"the scheduler that {path!r} returned is a ReduceLROnPlateau, which waits for a metric, but the trainer "
+            "steps schedulers without one. Use another, for instance CosineAnnealingLR.",
+            part="scheduler",
         )
 
 
 _PARTS: tuple[tuple[str, type, str], ...] = (
     ("model", nn.Module, "Return an nn.Module."),
-    ("criterion", nn.Module, "Return an nn.Module, torch.nn.CrossEntropyLoss() for instance: it may hold state, too."),
-    ("optimizer", torch.optim.Optimizer, "Return one of torch.optim's over the model's parameters."),
+    ("criterion", nn.Module, "Return an nn.Module, for instance torch.nn.CrossEntropyLoss(): it may hold state, too."),
+    ("optimizer", torch.optim.Optimizer, "Return an optimizer of torch.optim over the model's parameters."),
 )
-"""What a `replica.factory` has to return, and the hint where it does not."""
+"""Attribute, required type and hint of each part that a `replica.factory` must return."""
 
 
 def _check_initialized(key: str, model: nn.Module) -> None:
-    """Raises UsageError for lazy parameters: they have no values to compare, and their draws would come later."""
+    """Raise UsageError for lazy parameters: they have no values to compare yet and would draw later."""
     lazy = [name for name, tensor in [*model.named_parameters(), *model.named_buffers()] if is_lazy(tensor)]
     if lazy:
-        raise UsageError(
-            f"{key}: {lazy[0]!r} of the model is not initialized yet (a lazy module). Run a dummy batch through the "
-            "model in your function, before its optimizer is made."
+        raise _factory_error(
+            key,
+            f"{lazy[0]!r} of the model is not initialized yet (a lazy module). Run a dummy batch through the model in "
+            "your function, before creating its optimizer.",
+            tensor=lazy[0],
         )
 
 
+def _factory_error(key: str, problem: str, **fields: Any) -> UsageError:
+    return UsageError(f"{key}: {problem}", code="bad-factory", key=key, **fields)
+
+
 @contextmanager
-def _naming(what: str) -> Iterator[None]:
-    """Turns what torch objects to into a UsageError that begins with `what`."""
+def _torch_errors_as_usage(key: str, problem: str) -> Iterator[None]:
+    """Turn torch's ValueError and TypeError into a UsageError that begins with `key` and `problem`."""
     try:
         yield
     except UsageError:
         raise
     except (ValueError, TypeError) as error:
-        raise UsageError(f"{what}: {error}") from None
+        raise UsageError(f"{key}: {problem}: {error}", code="refused-by-torch", key=key) from None

@@ -1,4 +1,4 @@
-"""The weights that torchvision publishes: by name, in its cache, fetched once per node."""
+"""Weights that torchvision publishes: looked up by name, kept in torch.hub's cache, downloaded once per node."""
 
 import hashlib
 import http.client
@@ -23,18 +23,25 @@ from dreplica.errors import UsageError
 log = logging.getLogger(__name__)
 
 WEIGHTS_SUFFIXES = (".pth", ".pt", ".safetensors")
-_STALLED_SECONDS = 30.0
+_STALL_TIMEOUT = 30.0
+"""Seconds without data after which a download fails."""
 
 
 def is_file(weights: str) -> bool:
-    """Whether `model.weights` is a path rather than a name of torchvision's."""
+    """Return True if `model.weights` is a path, False if it is a name of torchvision's."""
     return weights.endswith(WEIGHTS_SUFFIXES) or os.sep in weights
 
 
 def find_published(model_name: str, weights: str) -> Any | None:
-    """The member of torchvision's WeightsEnum for this model that `weights` names, also by its file's own name.
+    """Return the member of the model's torchvision WeightsEnum that `weights` names.
 
-    None for any other file. Raises UsageError for a name that torchvision does not have for this model.
+    A path counts, too, if its file name is that of a published file.
+
+    Returns:
+        The member, or None for a path to any other file.
+
+    Raises:
+        UsageError: If torchvision has no weights of that name for this model.
     """
     enum = torchvision.models.get_model_weights(model_name)
     if is_file(weights):
@@ -43,38 +50,45 @@ def find_published(model_name: str, weights: str) -> Any | None:
     if name not in enum.__members__:
         raise UsageError(
             f"model.weights: torchvision has no weights {weights!r} for {model_name}. "
-            f"{nearest(name, enum.__members__)} Or name a file ({', '.join(WEIGHTS_SUFFIXES)})."
+            f"{nearest(name, enum.__members__)} Or name a file ({', '.join(WEIGHTS_SUFFIXES)}).",
+            code="unknown-weights",
+            key="model.weights",
+            value=weights,
         )
     return enum[name]
 
 
-def arguments_for(model_name: str, published: Any | None) -> dict[str, Any]:
-    """What the model's builder must be given for these weights to compute what they did in training."""
+def builder_arguments(model_name: str, published: Any | None) -> dict[str, Any]:
+    """Return the arguments with which the model's builder computes what these weights were trained with."""
     if published is None:
         return {}
     if model_name in {"googlenet", "inception_v3"}:
         return {"transform_input": True}
-    # The position embedding is as long as the image has patches.
+    # The length of a ViT's position embedding depends on the number of patches of the image.
     return {"image_size": published.meta["min_size"][0]} if model_name.startswith("vit_") else {}
 
 
 def fetch(published: Any) -> Path:
-    """The file where torchvision looks for it, fetched once per node if it is not there."""
-    path = cached(published)
+    """Return the weights file in torch.hub's cache, downloading it once per node if it is missing.
+
+    Raises:
+        UsageError: If it is missing and cannot be downloaded.
+    """
+    path = cache_path(published)
     try:
         once_per_node(path, partial(_download, published, path))
     except (OSError, NotImplementedError) as error:
-        raise UsageError(_not_cached(published, path, error)) from None
+        raise _not_available(published, path, error) from None
     return path
 
 
-def cached(published: Any) -> Path:
-    """Where torchvision looks for the file on this node; it need not be there."""
+def cache_path(published: Any) -> Path:
+    """Return the path where torchvision looks for the weights on this node; the file may be missing."""
     return Path(torch.hub.get_dir(), "checkpoints", _file_name(published))
 
 
 def check_hash(path: Path, published: Any) -> None:
-    """Warns if a file in torchvision's place, put there by hand, is not torchvision's; torch.hub does not look."""
+    """Log a warning if a file in torch.hub's cache is not the published one. (torch.hub checks downloads only.)"""
     expected = _hash_prefix(published)
     if expected is None or not path.is_file():
         return
@@ -95,28 +109,32 @@ def _file_name(published: Any) -> str:
 
 
 def _download(published: Any, path: Path) -> None:
-    """Under a temporary name, renamed when the hash is right: a part of a file never counts as the file."""
+    """Download to a temporary name, renamed once the hash is right, so that a partial file is never used."""
     log.info("fetching %s to %s", published.url, path)
     try:
-        with _giving_up_when_stalled():
+        with _socket_timeout(_STALL_TIMEOUT):
             torch.hub.download_url_to_file(published.url, str(path), _hash_prefix(published), sys.stderr.isatty())
     except (OSError, RuntimeError, http.client.HTTPException) as error:  # RuntimeError: the hash is wrong
-        raise UsageError(_not_cached(published, path, error)) from None
+        raise _not_available(published, path, error) from None
 
 
-def _not_cached(published: Any, path: Path, error: Exception) -> str:
-    return (
-        f"model.weights: {published} is not on this machine and cannot be fetched ({type(error).__name__}: {error}). "
-        f"Fetch {published.url} where there is a network, and put it on every node at {path} "
-        "(TORCH_HOME moves that folder), or anywhere and give its path as model.weights."
+def _not_available(published: Any, path: Path, error: Exception) -> UsageError:
+    return UsageError(
+        f"model.weights: {published} is not on this machine and cannot be downloaded ({type(error).__name__}: {error})."
+        f" Download {published.url} on a machine with network access, and copy it on every node to {path} "
+        "(TORCH_HOME moves that folder), or copy it anywhere and set model.weights to its path.",
+        code="weights-not-available",
+        key="model.weights",
+        url=published.url,
+        path=str(path),
     )
 
 
 @contextmanager
-def _giving_up_when_stalled() -> Iterator[None]:
-    """torch.hub waits forever for a server that does not answer, and so would all replicas of the node."""
+def _socket_timeout(seconds: float) -> Iterator[None]:
+    """Limit how long a socket waits for data. By default torch.hub, and all replicas of the node, wait forever."""
     before = socket.getdefaulttimeout()
-    socket.setdefaulttimeout(_STALLED_SECONDS)
+    socket.setdefaulttimeout(seconds)
     try:
         yield
     finally:
@@ -124,6 +142,6 @@ def _giving_up_when_stalled() -> Iterator[None]:
 
 
 def _hash_prefix(published: Any) -> str | None:
-    """The first digits of the file's SHA-256, which torchvision has in its name."""
+    """Return the first digits of the file's SHA-256, which torchvision puts into its name."""
     found = torch.hub.HASH_REGEX.search(_file_name(published))
     return found.group(1) if found else None

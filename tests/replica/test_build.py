@@ -1,4 +1,4 @@
-"""A replica from its config: the same bytes from the same seed, and clear words where it cannot be built."""
+"""Tests of building a replica from its config: equal bytes from equal seeds, clear errors where it cannot be built."""
 
 import re
 from dataclasses import replace
@@ -32,7 +32,7 @@ def config(**sections: Any) -> RunConfig:
 
 
 def state_bytes(model: nn.Module) -> dict[str, bytes]:
-    """Of every parameter and buffer, those that are not saved included."""
+    """Return the bytes of each parameter and buffer, non-persistent ones included."""
     named = [*model.named_parameters(), *model.named_buffers()]
     return {name: tensor.detach().contiguous().view(-1).view(torch.uint8).numpy().tobytes() for name, tensor in named}
 
@@ -42,7 +42,7 @@ def build_from(_world: World, seed: int, sections: dict[str, Any]) -> dict[str, 
     return state_bytes(build_replica(config(**sections), 5, CPU).model)
 
 
-def test_the_same_seed_in_fresh_processes_gives_the_same_bytes() -> None:
+def test_same_seed_builds_same_bytes_in_new_processes() -> None:
     first, second = run_replicas(build_from, 2, 42, {})
     third, _ = run_replicas(build_from, 2, 42, {"seed": {"data": 99}})
     assert first == second == third
@@ -51,7 +51,7 @@ def test_the_same_seed_in_fresh_processes_gives_the_same_bytes() -> None:
     assert state_bytes(build_replica(config(), 5, CPU).model)["0.weight"] != first["0.weight"]
 
 
-def test_the_parts_are_what_the_config_says_and_belong_together() -> None:
+def test_parts_follow_the_config_and_are_wired() -> None:
     built = config(
         criterion={"label_smoothing": 0.1},
         schedule={"name": "StepLR", "step_size": 2},
@@ -66,20 +66,20 @@ def test_the_parts_are_what_the_config_says_and_belong_together() -> None:
     assert replica.scaler is None
 
 
-def test_the_number_of_classes_comes_from_the_data_unless_it_is_given() -> None:
+def test_num_classes_defaults_to_the_data_set() -> None:
     assert build_replica(config(), 7, CPU).model[-1].out_features == 7
     wider = config(model={**TINY["model"], "num_classes": 9})
     assert build_replica(wider, 7, CPU).model[-1].out_features == 9
 
 
 @pytest.mark.parametrize("sections", [{}, {"replica": {"factory": f"{__name__}:plain_replica"}}])
-def test_fewer_outputs_than_the_data_has_classes_are_refused(sections: dict[str, Any]) -> None:
+def test_fewer_outputs_than_classes_is_a_usage_error(sections: dict[str, Any]) -> None:
     narrow = config(model={**TINY["model"], "num_classes": 3}, **sections)
     with pytest.raises(UsageError, match=r"^model\.num_classes: 3 is fewer than the 7 classes .*null.* 7 or more"):
         build_replica(narrow, 7, CPU)
 
 
-def test_channels_last_is_a_layout_not_other_numbers() -> None:
+def test_channels_last_changes_layout_but_no_value() -> None:
     seed_generators(1)
     plain = build_replica(config(), 5, CPU).model
     seed_generators(1)
@@ -103,18 +103,18 @@ def graphs_compiled() -> int:
 
 
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
-def test_a_compiled_model_has_the_same_names_and_bytes_and_runs_compiled(backend: str) -> None:
+def test_compiled_model_keeps_names_and_bytes(backend: str) -> None:
     plain, model = compiled(False), compiled(backend)
     assert type(model) is type(plain)
     assert list(model.state_dict()) == list(plain.state_dict())
     assert state_bytes(model) == state_bytes(plain)
     before, images = graphs_compiled(), torch.ones(4, 3, 8, 8)
     assert torch.equal(plain.eval()(images), torch.from_numpy(model.eval()(images).detach().numpy()))
-    assert graphs_compiled() == before + 1, "by the compiled one alone"
+    assert graphs_compiled() == before + 1, "only the compiled model compiles a graph"
 
 
-def test_every_batch_size_is_compiled_by_itself() -> None:
-    """Code that becomes dynamic when a second batch size is seen would not be the code that took the first steps."""
+def test_each_batch_size_is_compiled_separately() -> None:
+    """Code that becomes dynamic at the second batch size would differ from the code that ran the first steps."""
     model = compiled("eager")
     before = graphs_compiled()
     for size in (4, 3, 5, 4, 3):
@@ -132,14 +132,14 @@ def test_every_batch_size_is_compiled_by_itself() -> None:
         ),
     ],
 )
-def test_an_unknown_backend_is_named_with_the_nearest(argument: str, words: str) -> None:
+def test_unknown_backend_error_suggests_the_nearest(argument: str, words: str) -> None:
     with pytest.raises(UsageError) as caught:
         load_config([argument], 2)
     assert words in str(caught.value)
 
 
 @pytest.mark.parametrize("setting", [True, "inductor"])
-def test_a_missing_compiler_is_told_before_the_first_step(setting: bool | str) -> None:
+def test_missing_compiler_is_reported_at_the_build(setting: bool | str) -> None:
     words = r"^model\.compile: .*'inductor'.* no working C\+\+ compiler.*g\+\+.*'aot_eager'"
     with inductor_config.patch({"cpp.cxx": (None, "no-such-compiler")}):
         with pytest.raises(UsageError, match=words):
@@ -151,11 +151,11 @@ def test_a_missing_compiler_is_told_before_the_first_step(setting: bool | str) -
 # ---- models by name
 
 
-def test_every_classification_model_of_torchvision_has_a_builder_with_what_is_given_to_it() -> None:
+def test_every_torchvision_classifier_has_a_builder() -> None:
     names = torchvision.models.list_models(module=torchvision.models)
     assert {"resnet18", "vit_b_16", "inception_v3"} <= set(names)
     for name in names:
-        # The builder itself is replaced, so that nothing is built.
+        # The builder is replaced, so that nothing is built.
         asked = []
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(torchvision.models, "get_model", lambda *args, _asked=asked, **kw: _asked.append((args, kw)))
@@ -168,19 +168,19 @@ def test_every_classification_model_of_torchvision_has_a_builder_with_what_is_gi
 
 
 @pytest.mark.parametrize("name", ["squeezenet1_1", "shufflenet_v2_x0_5", "mnasnet0_5"])
-def test_models_are_built_with_a_head_for_the_classes(name: str) -> None:
+def test_head_has_one_output_per_class(name: str) -> None:
     model = build_model(ModelConfig(name=name), 5).eval()
     assert model(torch.zeros(1, 3, 64, 64)).shape == (1, 5)
 
 
-def test_a_model_with_auxiliary_heads_gives_plain_logits_in_training() -> None:
+def test_auxiliary_heads_are_disabled() -> None:
     with torch.device("meta"):
         model = build_model(ModelConfig(name="googlenet"), 5).train()
         assert model(torch.zeros(2, 3, 64, 64)).shape == (2, 5)
         assert not build_model(ModelConfig(name="inception_v3"), 5).aux_logits
 
 
-def test_an_unknown_model_is_named_with_the_nearest() -> None:
+def test_unknown_model_error_suggests_the_nearest() -> None:
     with pytest.raises(UsageError, match=r"^model\.name: .*'resnet81'\. Did you mean 'resnet\d+'\?"):
         build_replica(config(model={"name": "resnet81"}), 5, CPU)
     with pytest.raises(UsageError, match="no classification model 'fasterrcnn_resnet50_fpn'"):
@@ -267,11 +267,15 @@ def lazy_replica(config: RunConfig, num_classes: int, device: torch.device) -> R
             r"replica.factory: .* cannot be called with \(a value, a value, a value\): too",
         ),
         ("replica", "without_model", "replica.factory: the model that .* returned is None. Return an nn.Module"),
-        ("replica", "without_optimizer", "replica.factory: the optimizer that .* is None. Return one of torch.optim"),
+        (
+            "replica",
+            "without_optimizer",
+            "replica.factory: the optimizer that .* is None. Return an optimizer of torch.optim",
+        ),
         (
             "replica",
             "without_criterion",
-            "replica.factory: the criterion that .* is None. Return an nn.Module, torch",
+            "replica.factory: the criterion that .* is None. Return an nn.Module, for instance torch",
         ),
         ("replica", "criterion_function", "replica.factory: the criterion that .* is a function. Return an nn.Module"),
         ("replica", "lbfgs_replica", "replica.factory: LBFGS wants a closure"),
@@ -286,12 +290,12 @@ def lazy_replica(config: RunConfig, num_classes: int, device: torch.device) -> R
         ("replica", "lazy_replica", "replica.factory: '6.weight' of the model is not initialized"),
     ],
 )
-def test_a_factory_that_does_not_give_what_is_wanted(section: str, function: str, words: str) -> None:
+def test_bad_factory_result_is_a_usage_error(section: str, function: str, words: str) -> None:
     with pytest.raises(UsageError, match=f"^{words}"):
         build_replica(config(**{section: {"factory": f"{__name__}:{function}"}}), 5, CPU)
 
 
-def test_a_replica_from_ones_own_function() -> None:
+def test_replica_factory_is_called_with_the_config() -> None:
     replica = build_replica(config(replica={"factory": f"{__name__}:plain_replica"}, optim={"lr": 0.7}), 5, CPU)
     assert replica.optimizer.param_groups[0]["lr"] == 0.7
 
@@ -313,7 +317,7 @@ def test_a_replica_from_ones_own_function() -> None:
         ),
     ],
 )
-def test_parts_that_do_not_fit_each_other(sections: dict[str, Any], words: str) -> None:
+def test_parts_that_do_not_fit_are_usage_errors(sections: dict[str, Any], words: str) -> None:
     if not words:
         build_replica(config(**sections), 5, CPU)
         return
@@ -324,8 +328,8 @@ def test_parts_that_do_not_fit_each_other(sections: dict[str, Any], words: str) 
 # ---- broadcast
 
 
-class Motley(nn.Module):
-    """Parameters and buffers of many kinds, filled by rank."""
+class MixedState(nn.Module):
+    """A model with parameters and buffers of many kinds, filled by rank."""
 
     def __init__(self, replica_id: int, extra: bool = False) -> None:
         super().__init__()
@@ -352,7 +356,7 @@ class Motley(nn.Module):
 def broadcast(world: World, with_rng: bool, extra: bool) -> tuple[dict[str, bytes], dict[str, int], tuple[Any, ...]]:
     seed_generators(world.replica_id)
     numpy.random.standard_normal()
-    model = Motley(world.replica_id, extra)
+    model = MixedState(world.replica_id, extra)
     identities = {name: tensor.data_ptr() for name, tensor in model.named_parameters()}
     broadcast_state(model, world.channel, with_rng)
     moved = {name: tensor.data_ptr() - identities[name] for name, tensor in model.named_parameters()}
@@ -362,23 +366,23 @@ def broadcast(world: World, with_rng: bool, extra: bool) -> tuple[dict[str, byte
 
 
 @pytest.mark.parametrize("with_rng", [True, False])
-def test_rank_0s_state_reaches_all(with_rng: bool) -> None:
+def test_broadcast_copies_rank_0_state_in_place(with_rng: bool) -> None:
     results = run_replicas(broadcast, 3, with_rng, False)
-    own = state_bytes(Motley(0))
-    assert state_bytes(Motley(1)) != own
+    own = state_bytes(MixedState(0))
+    assert state_bytes(MixedState(1)) != own
     for state, moved, rng in results:
         assert {name: state[name] == own[name] for name in own} == dict.fromkeys(own, True)
         assert not any(moved.values()), "in place, so that the optimizer still holds the parameters"
         assert (rng == results[0][2]) is (with_rng or rng is results[0][2])
 
 
-def test_other_tensors_on_one_replica_are_left_for_the_comparison_to_name() -> None:
+def test_broadcast_skips_replicas_with_other_tensors() -> None:
     states = [state for state, _, _ in run_replicas(broadcast, 2, True, True)]
-    assert states[0] == state_bytes(Motley(0))
-    assert states[1] == state_bytes(Motley(1, extra=True))
+    assert states[0] == state_bytes(MixedState(0))
+    assert states[1] == state_bytes(MixedState(1, extra=True))
 
 
-def test_the_message_for_a_wrong_model_names_key_value_and_remedy() -> None:
+def test_too_few_outputs_error_names_key_value_and_remedy() -> None:
     with pytest.raises(UsageError) as caught:
         build_replica(config(model={**TINY["model"], "num_classes": 2}), 5, CPU)
     assert re.match(r"model\.num_classes: 2 .*5 classes.*'digits' \(data\.name\)", str(caught.value))
