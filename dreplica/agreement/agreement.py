@@ -1,29 +1,37 @@
-"""`Agreement`: after every step of any loop, are all replicas still bit for bit the same?"""
+"""`Agreement`: check after every step of a training loop that all replicas hold the same bits."""
 
 import logging
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, Unpack
 
 from torch import Tensor
 
 from dreplica.agreement import protocol
+from dreplica.agreement.arguments import (
+    InternalArguments,
+    check_algorithm,
+    check_choice,
+    check_every,
+    check_internal,
+    check_stages,
+)
 from dreplica.agreement.exchange import Exchange
-from dreplica.agreement.hasher import Hasher, Observation, hasher_for
-from dreplica.agreement.reference import Apart, Reference, ReferenceDiffers
+from dreplica.agreement.hasher import Hasher, Observation, hasher_for, negotiated_hasher
+from dreplica.agreement.reference import ReferenceDifference, ReferenceDiffers
 from dreplica.agreement.subject import Batch, Expect, Models, Subject
 from dreplica.agreement.trace.writer import TraceWriter
 from dreplica.agreement.verdict.verdict import Divergence, Verdict
-from dreplica.distributed.channel import Channel, gloo_channel
+from dreplica.distributed.channel import gloo_channel
 from dreplica.state.stages import STAGES, Entry, Optimizers, Stage, batch_entries, make_stage
 
 log = logging.getLogger(__name__)
 
-_GIVEN = frozenset({"indices", "batch", "output"})
-"""Stages that `step` has from its arguments alone."""
+_PASSED_TO_STEP = frozenset({"indices", "batch", "output"})
+"""Stages that are compared only if `step` is given them."""
 
 
 class Agreement:
-    """Compares the state of all replicas of a process group after every step, bit for bit.
+    """Comparison of the training state of all replicas after every step, bit for bit.
 
     ::
 
@@ -34,49 +42,53 @@ class Agreement:
             agreement.step(batch=(inputs, labels), loss=loss)
         agreement.finish()
 
-    Creating it compares the build (step 0), generators included: seed Python's, NumPy's and torch's alike before.
-    Creating it, `step`, `complete`, `evaluation` and `finish` are collectives: every replica calls them in the same
-    order. Each raises `Divergence`, which carries the verdict, unless `on_divergence` is "continue"; then `divergence`
-    holds the first verdict. `ReplicaLost` is raised when a replica is gone, ValueError for an argument that is none of
-    the below.
+    Creating an `Agreement` compares the build (step 0), the random number generators included.
+    Seed those of Python, NumPy and torch with the same values on every replica first.
+
+    Note:
+        Collective: create it, and call `step`, `complete`, `evaluation` and `finish`, on every rank in the same order.
+        Each of them raises `Divergence` and `ReplicaLost` as described below.
 
     Args:
-        model: its parameters, buffers and gradients are compared; several by name: `{"generator": g, "critic": c}`.
-            Tensors have the names they have in the model itself, without DistributedDataParallel and `torch.compile`.
-        optimizer: its settings and state are compared; several by name, or None if there is none.
-        others: further objects with a `state_dict` that belong to the optimizer stage: scheduler, GradScaler.
-        expect: "identical": every one of `stages` must agree; "independent": only `indices` and `batch`; "ddp", where
-            every rank has a batch of its own and gradients are averaged: `gradients`, `optimizer` and `weights`, and
-            `buffers` unless DistributedDataParallel broadcasts them before each forward pass (`broadcast_buffers`, its
-            default). By default "ddp" if a model is in DistributedDataParallel, otherwise "identical".
-        stages: what is compared; by default all that must agree.
-        every: compare every so many steps; 0: only count them.
-        on_divergence: "stop" raises, "continue" records.
-        lag: 0 compares at the step itself; 1 completes the comparison during the next step, so that replicas need not
-            wait for each other at every step. The verdict names the exact step either way.
-        trace: where each checked step is recorded.
-        reference: a recorded run, on rank 0: what replicas agree on is compared with it, and the first difference is
-            a divergence, too (`ReferenceDiffers`).
-        stoppable: exchange at every step, compared or not, whether a replica wants to stop; otherwise only where
-            something is compared.
-        steps_done: of a run that goes on: how many steps it had taken. Its state is compared as it is now, in place of
-            the build's.
-        channel: how replicas talk; by default a gloo group of its own.
-        hasher: takes the fingerprints, on all replicas alike; by default those of tensors on an NVIDIA GPU there. With
-            `lag` 1 the GPU is then waited for only as far as the step before.
+        model: The model whose parameters, buffers and gradients are compared, or several by name:
+            `{"generator": g, "critic": c}`. Verdicts name tensors as in the bare model, without the prefixes of
+            DistributedDataParallel and `torch.compile`.
+        optimizer: The optimizer whose settings and state are compared, several by name, or None.
+        others: Further objects with a `state_dict` that belong to the stage `optimizer`: a learning rate scheduler,
+            a GradScaler. None items are skipped.
+        expect: What must agree. "identical": all of `stages`. "independent" (replicas with different seeds): `indices`
+            and `batch` only. "ddp" (each rank has its own batch and gradients are averaged): `gradients`, `optimizer`,
+            `weights`, and `buffers` unless DistributedDataParallel broadcasts them (`broadcast_buffers`, its default).
+            Default: "ddp" if a model is wrapped in DistributedDataParallel, otherwise "identical".
+        stages: The names of the stages to compare. Default: every stage that must agree.
+        every: Compare every this many steps. 0 disables comparisons; steps are still counted.
+        on_divergence: "stop" raises `Divergence` at the first difference. "continue" stores its verdict in
+            `divergence` and continues.
+        lag: 0 compares each step at once. 1 completes the comparison during the next step, so that replicas do not
+            wait for each other. The verdict names the exact step in both cases.
+        steps_done: Number of steps taken before, when training resumes. The current state is then compared in place of
+            the build.
+        internal: Arguments of the trainer (`InternalArguments`), which may change without notice.
+
+    Raises:
+        UsageError: If an argument is invalid (also a ValueError; `code` and `fields` say which one), or if
+            `WORLD_SIZE` is above 1 without a process group.
+        TypeError: If a tensor has no memory to hash (a meta, fake or lazy tensor).
+        Divergence: If replicas differ and `on_divergence` is "stop". `verdict` says where.
+        ReplicaLost: If another replica ended or stopped responding.
 
     Attributes:
-        hasher: takes the fingerprints.
-        divergence: the verdict of the first difference; None while there is none.
-        steps_done: how often `step` was called.
-        steps_checked: how many steps were compared.
-        stages_compared: of all comparisons together, how many stages.
-        bytes_per_step: bytes of tensors that this replica hashed in the newest compared step; 0 before the first.
-        bytes_hashed: bytes of tensors that this replica has hashed to compare them, in all.
-        agreed_until: the newest step whose state all replicas are known to have agreed on; -1 before the build's.
-        last_word: stands for what this replica compared last; None after a step that is not compared.
-        diverged_stages: this replica's stages at the first difference.
-        apart: that difference, if it is one from the reference: the same on all replicas.
+        divergence: The verdict of the first difference, or None.
+        steps_done: Number of calls of `step`, plus the argument `steps_done`.
+        steps_checked: Number of steps that were compared.
+        bytes_per_step: Bytes of tensors that this replica hashed in the newest compared step; 0 before the first.
+        bytes_hashed: Bytes of tensors that this replica hashed in total.
+        stages_compared: Number of stages compared, summed over all comparisons.
+        agreed_until: The newest step at which all replicas are known to have agreed; -1 before the build's comparison.
+        last_digest: Combined digest of what this replica compared last; None after a step that is not compared.
+        diverged_stages: Digests of this replica's stages at the first difference.
+        reference_difference: The first difference from the reference, the same on all replicas, or None.
+        hasher: Internal: what computes the fingerprints.
     """
 
     def __init__(
@@ -90,49 +102,39 @@ class Agreement:
         every: int = 1,
         on_divergence: Literal["stop", "continue"] = "stop",
         lag: Literal[0, 1] = 0,
-        trace: TraceWriter | None = None,
-        reference: Reference | None = None,
-        channel: Channel | None = None,
         steps_done: int = 0,
-        stoppable: bool = False,
-        hasher: Hasher | None = None,
+        **internal: Unpack[InternalArguments],
     ) -> None:
         if expect is not None:
-            _check_choice("expect", expect, ("identical", "independent", "ddp"))
-        _check_choice("on_divergence", on_divergence, ("stop", "continue"))
-        _check_choice("lag", lag, (0, 1))
-        if not isinstance(every, int) or every < 0:
-            raise ValueError(f"every: {every!r} will not do: give a number of steps, or 0 for never.")
-        if not isinstance(trace, TraceWriter | None):
-            raise ValueError(
-                f"trace: {trace!r} will not do: give a dreplica.agreement.trace.writer.TraceWriter, or leave it out."
-            )
-        self.steps_done = self._began_after = steps_done
+            check_choice("expect", expect, ("identical", "independent", "ddp"))
+        check_choice("on_divergence", on_divergence, ("stop", "continue"))
+        check_choice("lag", lag, (0, 1))
+        check_every(every)
+        check_internal(internal, internal.get("trace"))
+        self.steps_done = self._steps_before = steps_done
         self.steps_checked = 0
         self.stages_compared = 0
         self.bytes_per_step = 0
         self.bytes_hashed = 0
         self.agreed_until = -1
-        self.last_word: protocol.Word | None = None
+        self.last_digest: protocol.CombinedDigest | None = None
         self.divergence: Verdict | None = None
         self.diverged_stages: dict[str, Stage] = {}
-        self.apart: Apart | None = None
+        self.reference_difference: ReferenceDifference | None = None
         self._subject = Subject(model, optimizer, others)
         self._expect = expect or ("ddp" if self._subject.is_ddp else "identical")
+        check_stages(stages, self._expect)
         self._compared = self._subject.compared(self._expect, stages)
         self._every = every
         self._on_divergence = on_divergence
         self._lag = lag
-        self._stoppable = stoppable
-        self._channel = channel or gloo_channel()
-        self.hasher = hasher or hasher_for(tensor.device for tensor in self._subject.tensors())
-        trace = trace or TraceWriter(None, self._channel.size, algorithm=self.hasher.algorithm)
-        if trace.algorithm != self.hasher.algorithm:
-            raise ValueError(
-                f"trace: its header says {trace.algorithm!r}, and digests are {self.hasher.algorithm!r} here; "
-                "create it with algorithm=hasher.algorithm."
-            )
-        self._exchange = Exchange(self._channel, self.hasher, trace, reference, self._expect == "ddp")
+        self._stoppable = internal.get("stoppable", False)
+        self._channel = internal.get("channel") or gloo_channel()
+        self.hasher = internal.get("hasher") or self._choose_hasher()
+        trace = internal.get("trace") or TraceWriter(None, self._channel.size, algorithm=self.hasher.algorithm)
+        check_algorithm(trace, self.hasher)
+        is_ddp = self._expect == "ddp"
+        self._exchange = Exchange(self._channel, self.hasher, trace, internal.get("reference"), is_ddp)
         self._wants_stop = False
         self._stop = False
         self._last_checked = -1
@@ -153,46 +155,63 @@ class Agreement:
         stop: bool = False,
         check: bool = False,
     ) -> bool:
-        """Compares the state after a training step; call it after `optimizer.step()`.
+        """Compare the state after a training step.
 
-        Once for each step of the optimizer, however many micro-batches its gradients were accumulated over; of several
-        optimizers, once when all that a batch gives rise to is done. Gradients are compared as they are: call it before
-        they are set to zero.
+        Call it once for each step of the optimizer, after `optimizer.step()` and before gradients are set to zero,
+        however many micro-batches the gradients were accumulated over. With several optimizers, call it once when all
+        of them have stepped for a batch.
+
+        Note:
+            Collective: call it on every rank.
 
         Args:
-            batch: what reached the model: a tensor, or tensors in dicts, lists and tuples; several micro-batches as a
-                list of them.
-            loss: the loss, 0-dim.
-            outputs: the model's output: a tensor, or tensors in dicts, lists and tuples.
-            indices: the samples' indices, int64.
-            epoch: for the record.
-            stop: this replica wants to stop, from now on.
-            check: compare this step even if `every` would not: the last one before an evaluation or a checkpoint.
+            batch: What the model was given: a tensor, or tensors in dicts, lists, tuples and dataclasses. Pass several
+                micro-batches as a list.
+            loss: The loss, a 0-dim tensor.
+            outputs: The model's output: a tensor, or tensors in dicts, lists, tuples and dataclasses.
+            indices: Indices of the samples in the dataset, int64.
+            epoch: The epoch, from 1, for the verdict and the trace.
+            stop: True if this replica wants to stop. It stays set for later steps.
+            check: Compare this step even if `every` skips it, such as the last step before a checkpoint.
 
-        Returns whether any replica wanted to stop, as of the newest completed comparison: the same on all replicas.
-        With `every` 0 nothing is exchanged unless `stoppable`, so nobody learns of it and the answer is always False.
+        Returns:
+            True if any replica wanted to stop, as of the newest completed comparison; the same on all replicas.
+            Always False with `every=0`, since nothing is exchanged then.
+
+        Raises:
+            Divergence: If replicas differ and `on_divergence` is "stop".
+            ReplicaLost: If another replica ended or stopped responding.
+            TypeError: If `batch` or `outputs` contains something that cannot be hashed.
         """
         self.steps_done += 1
         self._wants_stop = self._wants_stop or stop
-        self.last_word = None
+        self.last_digest = None
         if self._every and (check or self.steps_done % self._every == 0):
             observation = self._start(self._subject.after_step(indices, batch, outputs, loss))
             self.bytes_per_step = observation.num_bytes
             self._check(self.steps_done, epoch, observation)
         elif self._stoppable:
             self._check(self.steps_done, epoch, self._start({}))
-            self.last_word = None
+            self.last_digest = None
         return self._stop
 
     def evaluation(
         self, predictions: Mapping[str, Tensor], epoch: int | None = None, batch: Batch | None = None
     ) -> None:
-        """Compares an evaluation, as part of the step it follows; first the state, where that step was not compared.
+        """Compare an evaluation, as part of the step that it follows.
+
+        If that step's state was not compared yet, it is compared first.
+
+        Note:
+            Collective: call it on every rank.
 
         Args:
-            predictions: the model's outputs, by name.
-            epoch: for the record.
-            batch: what they were made from; tensors, or digests as bytes, in dicts, lists or tuples.
+            predictions: The model's outputs, by name.
+            epoch: The epoch, from 1, for the verdict and the trace.
+            batch: What the predictions were made from: tensors, or digests as bytes, in dicts, lists or tuples.
+
+        Raises:
+            Divergence, ReplicaLost: As `step` does.
         """
         self.complete()
         if self._every:
@@ -204,35 +223,102 @@ class Agreement:
                 self._check(self.steps_done, epoch, self._start(entries), lag=0, phase="evaluation")
 
     def finish(self) -> None:
-        """Completes what is under way and, where the last step was not compared, compares the final state.
+        """Complete the comparison in progress and compare the final state if the last step was not compared.
 
-        Notices when replicas have taken different numbers of steps. Warns where `step` was never given anything that is
-        compared.
+        Also finds replicas that have taken different numbers of steps. Logs a warning if nothing was compared because
+        `step` was given none of the stages to compare.
+
+        Note:
+            Collective: call it on every rank.
+
+        Raises:
+            Divergence, ReplicaLost: As `step` does.
         """
         self.complete()
         self._compare_state()
         self._check(self.steps_done, None, self._start({}), lag=0)
-        taken = self.steps_done - self._began_after
-        if self._every and taken and not self.steps_checked and self._compared <= _GIVEN:
-            given = ", ".join(stage for stage in STAGES if stage in self._compared)
-            log.warning("nothing was compared in %d steps: step() was given none of %s", taken, given)
+        taken = self.steps_done - self._steps_before
+        if self._every and taken and not self.steps_checked and self._compared <= _PASSED_TO_STEP:
+            missing = ", ".join(stage for stage in STAGES if stage in self._compared)
+            log.warning("nothing was compared in %d steps: step() was given none of %s", taken, missing)
+
+    def complete(self) -> bool:
+        """Complete the comparison in progress, if there is one.
+
+        Note:
+            Collective: call it on every rank.
+
+        Returns:
+            The same as `step`.
+
+        Raises:
+            Divergence, ReplicaLost: As `step` does.
+        """
+        compared = self._exchange.complete()
+        if compared is None:
+            return self._stop
+        outcome, stages = compared.outcome, compared.stages
+        is_same = outcome.agreed and not outcome.differs_from_reference
+        self.stages_compared += len(stages)
+        self._stop = self._stop or outcome.stop
+        if stages and compared.phase is None:
+            self._last_checked = compared.step
+            if compared.step > 0 and compared.recorded:
+                self.steps_checked += 1
+            if is_same and self.divergence is None:
+                self.agreed_until = compared.step
+        if not is_same and self.divergence is None:
+            self.diverged_stages = stages
+            self.divergence, self.reference_difference = self._exchange.describe(compared)
+            if self._on_divergence == "stop":
+                if self.reference_difference is not None:
+                    raise ReferenceDiffers(self.divergence, self.reference_difference)
+                raise Divergence(self.divergence)
+        return self._stop
+
+    def fingerprints(self) -> list[dict[str, str]]:
+        """Gather digests of the weights, buffers and optimizer of every replica.
+
+        Note:
+            Collective: call it on every rank.
+
+        Returns:
+            For each replica, stage name to 32 hex digits.
+        """
+        state = self._subject.state()
+        names = [name for name in ("weights", "buffers", "optimizer") if name in state]
+        return self._channel.gather({name: make_stage(state[name]).digest.hex() for name in names})
+
+    def observe(
+        self,
+        *,
+        indices: Tensor | None = None,
+        batch: Batch | None = None,
+        outputs: Batch | None = None,
+        loss: Tensor | None = None,
+    ) -> dict[str, Stage]:
+        """Return the digests of this replica's current state, without comparing them.
+
+        Args:
+            indices: As for `step`.
+            batch: As for `step`.
+            outputs: As for `step`.
+            loss: As for `step`.
+
+        Returns:
+            Stage name to its digests, in causal order, for the stages that are compared.
+        """
+        return self._start(self._subject.after_step(indices, batch, outputs, loss)).stages
+
+    def _choose_hasher(self) -> Hasher:
+        devices = (tensor.device for tensor in self._subject.tensors())
+        return negotiated_hasher(devices, self._channel) if self._every else hasher_for(devices)
 
     def _compare_state(self) -> None:
-        """Compares the state as it is now, unless the last step's comparison has."""
+        """Compare the current state, unless the last step's comparison covered it."""
         state = self._subject.state()
         if self._last_checked < self.steps_done and self._compared & state.keys():
             self._check(self.steps_done, None, self._start(state), lag=0)
-
-    def fingerprints(self) -> list[dict[str, str]]:
-        """The digest of the weights, buffers and optimizer of every replica, 32 hex digits each. A collective."""
-        state = self._subject.state()
-        return self._channel.gather(
-            {
-                name: make_stage(state[name]).digest.hex()
-                for name in ("weights", "buffers", "optimizer")
-                if name in state
-            }
-        )
 
     def _check(
         self,
@@ -245,50 +331,10 @@ class Agreement:
     ) -> None:
         self.complete()
         self.bytes_hashed += observation.num_bytes
-        self.last_word = self._exchange.start(step, epoch, observation, self._wants_stop, phase, recorded)
+        self.last_digest = self._exchange.start(step, epoch, observation, self._wants_stop, phase, recorded)
         if not (self._lag if lag is None else lag):
             self.complete()
 
-    def complete(self) -> bool:
-        """Completes the comparison that is under way, if one is; returns what `step` does."""
-        compared = self._exchange.complete()
-        if compared is None:
-            return self._stop
-        outcome, stages = compared.outcome, compared.stages
-        is_same = outcome.agreed and not outcome.apart
-        self.stages_compared += len(stages)
-        self._stop = self._stop or outcome.stop
-        if stages and compared.phase is None:
-            self._last_checked = compared.step
-            if compared.step > 0 and compared.recorded:
-                self.steps_checked += 1
-            if is_same and self.divergence is None:
-                self.agreed_until = compared.step
-        if not is_same and self.divergence is None:
-            self.diverged_stages = stages
-            self.divergence, self.apart = self._exchange.describe(compared)
-            if self._on_divergence == "stop":
-                if self.apart is not None:
-                    raise ReferenceDiffers(self.divergence, self.apart)
-                raise Divergence(self.divergence)
-        return self._stop
-
-    def observe(
-        self,
-        *,
-        indices: Tensor | None = None,
-        batch: Batch | None = None,
-        outputs: Batch | None = None,
-        loss: Tensor | None = None,
-    ) -> dict[str, Stage]:
-        """This replica's stages as they are now, without comparing them; arguments as in `step`."""
-        return self._start(self._subject.after_step(indices, batch, outputs, loss)).stages
-
     def _start(self, entries: Mapping[str, Iterable[Entry]]) -> Observation:
-        """Hashes those of the stages that are compared, in causal order."""
+        """Start hashing the compared ones of the given stages, in causal order."""
         return self.hasher.start({name: entries[name] for name in STAGES if name in entries and name in self._compared})
-
-
-def _check_choice(name: str, value: Any, choices: Sequence[Any]) -> None:
-    if value not in choices:
-        raise ValueError(f"{name}: {value!r} will not do: give {' or '.join(map(repr, choices))}.")

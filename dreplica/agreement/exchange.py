@@ -1,10 +1,10 @@
-"""The comparison of what replicas hold: with each other and with a reference, one of them under way at a time."""
+"""Comparison of digests between replicas and with a reference, one comparison in progress at a time."""
 
 from dataclasses import dataclass, field
 
 from dreplica.agreement import protocol
 from dreplica.agreement.hasher import Hasher, Observation
-from dreplica.agreement.reference import Apart, Reference, describe_apart
+from dreplica.agreement.reference import Reference, ReferenceDifference, describe_difference
 from dreplica.agreement.trace.writer import TraceWriter
 from dreplica.agreement.verdict.location import describe, describe_algorithms
 from dreplica.agreement.verdict.verdict import Verdict
@@ -13,45 +13,48 @@ from dreplica.state.fingerprint.stage import Stage
 
 
 @dataclass
-class _UnderWay:
+class _InProgress:
     step: int
     epoch: int | None
     observation: Observation
-    word: protocol.Word
+    combined: protocol.CombinedDigest
     wants_stop: bool
     phase: str | None
     recorded: bool
     posted: Posted | None = field(default=None, init=False)
-    """None: not yet, since the device is still computing the word."""
-    apart: Apart | None = field(default=None, init=False)
-    """On rank 0, its difference from the reference."""
+    """The posted message; None while the device is still computing the combined digest."""
+    own_difference: ReferenceDifference | None = field(default=None, init=False)
+    """On rank 0, the difference from the reference."""
 
 
 @dataclass(frozen=True)
 class Compared:
-    """A comparison that has come to its end; but for `stages` and `own_apart` the same on all replicas."""
+    """A completed comparison, the same on all replicas except `stages` and `own_difference`."""
 
     step: int
     epoch: int | None
     phase: str | None
     recorded: bool
     stages: dict[str, Stage]
-    """This replica's."""
+    """This replica's digests."""
     outcome: protocol.Outcome
-    """The reference is looked at until the first difference, be it from it or between replicas."""
-    own_apart: Apart | None
-    """The difference from the reference, on rank 0."""
+    """The result. The reference is compared only until the first difference, from it or between replicas."""
+    own_difference: ReferenceDifference | None
+    """On rank 0, the difference from the reference."""
 
 
 class Exchange:
-    """What goes to and fro between replicas. Its methods but `start` are collectives, and so is that if nothing lags.
+    """Messages between replicas.
+
+    Note:
+        All methods are collectives, except `start` with an asynchronous hasher.
 
     Args:
-        channel: between all replicas.
-        hasher: that takes the fingerprints.
-        trace: where comparisons are recorded.
-        reference: a recorded run, on rank 0.
-        ddp: whether replicas are the ranks of one data-parallel model.
+        channel: The control channel between all replicas.
+        hasher: What computes the fingerprints.
+        trace: Where comparisons are recorded.
+        reference: A recorded run to compare with, on rank 0.
+        ddp: True if replicas are the ranks of one data-parallel model.
     """
 
     def __init__(
@@ -59,7 +62,7 @@ class Exchange:
     ) -> None:
         self._channel, self._hasher, self._trace = channel, hasher, trace
         self._reference, self._ddp = reference, ddp
-        self._under_way: _UnderWay | None = None
+        self._in_progress: _InProgress | None = None
 
     def start(
         self,
@@ -69,47 +72,57 @@ class Exchange:
         wants_stop: bool,
         phase: str | None,
         recorded: bool,
-    ) -> protocol.Word:
-        """Starts a comparison, when the one before is complete. Returns the word that stands for this replica's stages.
+    ) -> protocol.CombinedDigest:
+        """Start a comparison; the one before must be complete.
 
-        `phase`: `evaluation`, or None; `recorded`: whether it goes into the trace.
+        Args:
+            step: The training step.
+            epoch: The epoch, for the trace.
+            observation: The digests to compare.
+            wants_stop: True if this replica wants to stop.
+            phase: "evaluation" or None.
+            recorded: True if the comparison goes into the trace.
+
+        Returns:
+            The combined digest of this replica's stages.
         """
-        assert self._under_way is None
-        word = protocol.Word(lambda: protocol.fold(step, observation.stages))
-        self._under_way = _UnderWay(step, epoch, observation, word, wants_stop, phase, recorded)
-        # Whether it is ready yet, replicas may see differently, and they must post in the same order as they gather.
+        assert self._in_progress is None
+        combined = protocol.CombinedDigest(lambda: protocol.fold(step, observation.stages))
+        self._in_progress = _InProgress(step, epoch, observation, combined, wants_stop, phase, recorded)
+        # An asynchronous digest may be ready on one replica and not on another. All must post before they gather, in
+        # the same order, so such a digest is always posted when the comparison is completed.
         if not self._hasher.is_asynchronous:
-            self._post(self._under_way)
-        return word
+            self._post(self._in_progress)
+        return combined
 
-    def _post(self, under_way: _UnderWay) -> Posted:
-        """Sends this replica's part; waits for the device, where it is still computing."""
-        if self._reference is not None and under_way.recorded:
-            is_evaluation = under_way.phase is not None
-            under_way.apart = self._reference.compare(under_way.step, is_evaluation, under_way.observation.stages)
-        differs = under_way.apart is not None
-        under_way.posted = protocol.post(self._channel, under_way.word.value, under_way.wants_stop, differs)
-        return under_way.posted
+    def _post(self, current: _InProgress) -> Posted:
+        """Send this replica's message, once its device has computed the digests."""
+        if self._reference is not None and current.recorded:
+            is_evaluation = current.phase is not None
+            current.own_difference = self._reference.compare(current.step, is_evaluation, current.observation.stages)
+        differs = current.own_difference is not None
+        current.posted = protocol.post(self._channel, current.combined.value, current.wants_stop, differs)
+        return current.posted
 
     def complete(self) -> Compared | None:
-        """Completes the comparison that is under way; None if none is."""
-        done, self._under_way = self._under_way, None
+        """Complete the comparison in progress and record it; None if there is none."""
+        done, self._in_progress = self._in_progress, None
         if done is None:
             return None
         outcome = protocol.read(self._channel, done.posted or self._post(done))
         stages = done.observation.stages
         if stages and done.recorded:
             self._trace.step(done.step, done.epoch, outcome.agreed, stages)
-        if not outcome.agreed or outcome.apart:
+        if not outcome.agreed or outcome.differs_from_reference:
             self._reference = None
-        return Compared(done.step, done.epoch, done.phase, done.recorded, stages, outcome, done.apart)
+        return Compared(done.step, done.epoch, done.phase, done.recorded, stages, outcome, done.own_difference)
 
-    def describe(self, compared: Compared) -> tuple[Verdict, Apart | None]:
-        """What replicas differ in or, where they agree, in what they differ from the reference."""
+    def describe(self, compared: Compared) -> tuple[Verdict, ReferenceDifference | None]:
+        """Return the verdict on a difference between replicas or, if they agree, from the reference."""
         size = self._channel.size
         if compared.outcome.agreed:
-            apart: Apart = self._channel.gather(compared.own_apart)[0]
-            return describe_apart(apart, compared.epoch, size), apart
+            difference: ReferenceDifference = self._channel.gather(compared.own_difference)[0]
+            return describe_difference(difference, compared.epoch, size), difference
         algorithms = self._channel.gather(self._hasher.algorithm)
         if len(set(algorithms)) > 1:
             return describe_algorithms(compared.step, algorithms), None

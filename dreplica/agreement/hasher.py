@@ -1,4 +1,4 @@
-"""Who computes fingerprints: the CPU those of its tensors, a GPU those of its own, where Triton works."""
+"""Hashing of all stages of a step: on the CPU, and for tensors on an NVIDIA GPU on that GPU where Triton works."""
 
 import logging
 from collections.abc import Callable, Iterable, Mapping
@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from dreplica.distributed.channel import Channel
+from dreplica.errors import DreplicaError
 from dreplica.state.fingerprint import multilinear
 from dreplica.state.fingerprint.fingerprint import ALGORITHM, WITH_MEMORY, num_bytes
 from dreplica.state.fingerprint.pending_digests import Digests
@@ -19,25 +20,31 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-_Place = tuple[torch.device, int]
-"""Where a digest is to come: of the device's, the how many-th."""
+_Slot = tuple[torch.device, int]
+"""A device, and the index of the digest in its output buffer."""
+
+
+class KernelError(DreplicaError, RuntimeError):
+    """The fingerprint kernel of a GPU computes wrong digests."""
+
+    default_code = "fingerprint-kernel"
 
 
 class Observation:
-    """What a replica holds at one moment, stage by stage; its device may still be computing the digests.
+    """Digests of a replica's state at one moment, which a device may still be computing.
 
     Args:
-        parts: of each stage, in causal order, its entries: a name, and a digest or where to find it.
-        sizes: bytes of tensors hashed, by stage.
-        on_devices: digests to come.
+        parts: Stage, in causal order, to entry name to the digest or to its slot on a device.
+        sizes: Stage to bytes of tensors hashed.
+        on_devices: Device to the digests that it computes.
 
     Attributes:
-        num_bytes: bytes of tensors hashed.
+        num_bytes: Bytes of tensors hashed.
     """
 
     def __init__(
         self,
-        parts: Mapping[str, Mapping[str, bytes | _Place]],
+        parts: Mapping[str, Mapping[str, bytes | _Slot]],
         sizes: Mapping[str, int],
         on_devices: Mapping[torch.device, Digests],
     ) -> None:
@@ -47,19 +54,19 @@ class Observation:
 
     @property
     def ready(self) -> bool:
-        """Whether `stages` would not wait."""
+        """True if reading `stages` would not wait."""
         return all(digests.ready for digests in self._on_devices.values())
 
     @property
     def stages(self) -> dict[str, Stage]:
-        """The stages, in causal order. Waits until all digests are there."""
+        """Stage name to its digests, in causal order. Waits until all digests are computed."""
         if self._stages is None:
-            everything = {device: digests.all for device, digests in self._on_devices.items()}
+            buffers = {device: digests.all for device, digests in self._on_devices.items()}
             self._stages = {
                 stage: Stage(
                     tuple(entries),
                     b"".join(
-                        part if isinstance(part, bytes) else everything[part[0]][16 * part[1] : 16 * part[1] + 16]
+                        part if isinstance(part, bytes) else buffers[part[0]][16 * part[1] : 16 * part[1] + 16]
                         for part in entries.values()
                     ),
                     self._sizes[stage],
@@ -71,51 +78,57 @@ class Observation:
 
 
 class Hasher:
-    """Takes the fingerprints of all of a step's stages.
+    """Hashing of all stages of a step together.
 
     Args:
-        takes: which tensors are hashed on their device, with one launch for all on the same; by default none: tensors
-            elsewhere are copied to the CPU, with a warning. Sparse tensors and subclasses of Tensor are in any case.
+        on_device: Selects the tensors that are hashed on their own device, with one launch for all tensors of a device.
+            By default none: tensors on other devices are copied to the CPU, with a warning. Sparse tensors and
+            subclasses of Tensor are always hashed on the CPU.
 
     Attributes:
-        algorithm: names the functions in use: digests of different ones are never compared.
+        algorithm: Name of the hash functions in use. Digests of different algorithms are never compared.
     """
 
-    def __init__(self, takes: Callable[[Tensor], bool] | None = None) -> None:
-        self.algorithm = ALGORITHM if takes is None else f"{ALGORITHM}+{multilinear.ALGORITHM}"
-        self._takes = takes
+    def __init__(self, on_device: Callable[[Tensor], bool] | None = None) -> None:
+        self.algorithm = ALGORITHM if on_device is None else f"{ALGORITHM}+{multilinear.ALGORITHM}"
+        self._on_device = on_device
         self._devices: dict[torch.device, DeviceHash] = {}
 
     @property
     def is_asynchronous(self) -> bool:
-        """Whether digests may come after `start` has returned."""
-        return self._takes is not None
+        """True if digests may still be computed when `start` has returned."""
+        return self._on_device is not None
 
     def start(self, stages: Mapping[str, Iterable[Entry]]) -> Observation:
-        """Starts on the entries of all stages as they are now; the tensors may change as soon as it returns.
+        """Start hashing the current bytes of all stages.
 
-        On a GPU in its current stream, so what runs in others must be awaited there first, as for any operator.
+        The tensors may be overwritten as soon as this returns. A GPU hashes in its current stream, so wait there for
+        work in other streams first, as for any operator.
+
+        Raises:
+            TypeError: If a tensor has no memory to hash. The message names it.
         """
-        parts: dict[str, dict[str, bytes | _Place]] = {}
+        parts: dict[str, dict[str, bytes | _Slot]] = {}
         sizes: dict[str, int] = {}
-        there: dict[torch.device, list[tuple[str, Tensor]]] = {}
+        queued: dict[torch.device, list[tuple[str, Tensor]]] = {}
         for stage, entries in stages.items():
-            own = parts[stage] = {}
+            row = parts[stage] = {}
             sizes[stage] = 0
             for name, value in with_distinct_names(entries):
                 if isinstance(value, Tensor):
                     sizes[stage] += num_bytes(value)
-                    if self._takes is not None and self._takes(value) and _has_memory_of_its_own(value):
-                        named = there.setdefault(value.device, [])
-                        own[name] = value.device, len(named)
+                    if self._on_device is not None and self._on_device(value) and _has_own_memory(value):
+                        named = queued.setdefault(value.device, [])
+                        row[name] = value.device, len(named)
                         named.append((name, value))
                         continue
                     if value.device.type != "cpu":
                         _warn_of_copy(value.device.type)
-                own[name] = digest_entry(name, value)
-        return Observation(parts, sizes, {device: self._on(device).start(named) for device, named in there.items()})
+                row[name] = digest_entry(name, value)
+        started = {device: self._device_hash(device).start(named) for device, named in queued.items()}
+        return Observation(parts, sizes, started)
 
-    def _on(self, device: torch.device) -> "DeviceHash":
+    def _device_hash(self, device: torch.device) -> "DeviceHash":
         from dreplica.state.fingerprint.gpu import DeviceHash  # needs Triton
 
         if device not in self._devices:
@@ -123,7 +136,7 @@ class Hasher:
         return self._devices[device]
 
 
-def _has_memory_of_its_own(tensor: Tensor) -> bool:
+def _has_own_memory(tensor: Tensor) -> bool:
     if type(tensor) not in WITH_MEMORY or tensor.layout is not torch.strided:
         return False
     return not (tensor.is_quantized or tensor.is_nested)
@@ -131,13 +144,14 @@ def _has_memory_of_its_own(tensor: Tensor) -> bool:
 
 @lru_cache
 def _warn_of_copy(device_type: str) -> None:
-    log.warning("fingerprints of tensors on %s are taken through a copy to the CPU, which is slow", device_type)
+    log.warning("fingerprints of %s tensors are computed on a copy in CPU memory, which is slow", device_type)
 
 
 def hasher_for(devices: Iterable[torch.device]) -> Hasher:
-    """Hashes on those of `devices` that are NVIDIA GPUs, if the kernel works there, else through copies to the CPU.
+    """Return a hasher that uses the NVIDIA GPUs among `devices`, or the CPU if the kernel does not run there.
 
-    Raises RuntimeError if it runs and computes something else than its definition.
+    Raises:
+        KernelError: If the kernel runs but computes wrong digests.
     """
     gpus = sorted({device for device in devices if device.type == "cuda"}, key=str)
     if not gpus or torch.version.cuda is None:
@@ -146,22 +160,54 @@ def hasher_for(devices: Iterable[torch.device]) -> Hasher:
         from dreplica.state.fingerprint.gpu import computes_as_defined
 
         wrong = [device for device in gpus if not computes_as_defined(device)]
-    except Exception as error:  # Triton, a compiler or the card may be missing, unfit or too old in many ways
-        log.warning("no fingerprints on %s itself: %s: %s", gpus[0], type(error).__name__, error)
+    except Exception as error:  # Triton, a compiler or the GPU may be missing, unsupported or too old in many ways
+        log.warning("fingerprints are computed on the CPU, not on %s: %s: %s", gpus[0], type(error).__name__, error)
         return Hasher()
     if wrong:
-        raise RuntimeError(
-            f"the fingerprint kernel on {', '.join(map(str, wrong))} computes something else than its definition: this "
-            "card, its driver or Triton is at fault. Leave the card out, or pass hasher=Hasher() to Agreement."
+        names = ", ".join(map(str, wrong))
+        raise KernelError(
+            f"the fingerprint kernel on {names} computes wrong digests: the GPU, its driver or Triton is faulty. "
+            "Exclude this GPU (CUDA_VISIBLE_DEVICES), or update the driver and Triton.",
+            devices=list(map(str, wrong)),
         )
     return Hasher(lambda tensor: tensor.is_cuda)
 
 
-def common_hasher(device: torch.device, channel: Channel) -> tuple[Hasher, list[str]]:
-    """That for the replicas' devices where it is the same on all, else the CPU's; and what each one's own computes.
+def common_hasher(devices: Iterable[torch.device], channel: Channel) -> tuple[Hasher, list[str]]:
+    """Choose a hasher of the same algorithm on all replicas.
 
-    A collective. Raises RuntimeError as `hasher_for` does.
+    Note:
+        Collective: call it on every rank.
+
+    Args:
+        devices: The devices of this replica's tensors.
+        channel: The control channel between all replicas.
+
+    Returns:
+        The hasher of this replica's devices if all replicas have the same algorithm, otherwise that of the CPU; and
+        for each replica the algorithm that its devices support.
+
+    Raises:
+        KernelError: As `hasher_for` does.
     """
-    own = hasher_for([device])
+    own = hasher_for(devices)
     algorithms = channel.gather(own.algorithm)
     return own if len(set(algorithms)) == 1 else Hasher(), algorithms
+
+
+def describe_fallback(algorithms: Iterable[str]) -> str:
+    """Return the warning for replicas that cannot all hash on their GPUs, from `common_hasher`'s second result."""
+    rows = ", ".join(f"replica {replica_id}: {algorithm}" for replica_id, algorithm in enumerate(algorithms))
+    return f"fingerprints are computed on the CPU, because not all replicas support the same algorithm: {rows}"
+
+
+def negotiated_hasher(devices: Iterable[torch.device], channel: Channel) -> Hasher:
+    """Return the hasher of `common_hasher` and log a warning if replicas support different algorithms.
+
+    Note:
+        Collective: call it on every rank.
+    """
+    hasher, algorithms = common_hasher(devices, channel)
+    if len(set(algorithms)) > 1:
+        log.warning(describe_fallback(algorithms))
+    return hasher

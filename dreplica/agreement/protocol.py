@@ -1,8 +1,9 @@
-"""One message per step: are all replicas' digests equal, and does anyone want to stop, or differ from a reference?
+"""One message per step: are all replicas' digests equal, and does a replica want to stop or differ from a reference?
 
-Each replica folds its stage digests into one 128-bit word, and one all-reduce takes the maximum over the words and over
-their complements. max(~w) = ~min(w), so the two results are complements of each other exactly if the largest word is
-the smallest: all are equal. The message has 40 bytes whatever the number of replicas or of tensors.
+Each replica folds its stage digests into one combined digest of 128 bits. One all-reduce takes the maximum over these
+digests and over their complements. max(~d) = ~min(d), so the two results are complements of each other exactly if the
+largest digest equals the smallest, that is, if all are equal. The message has 40 bytes for any number of replicas and
+tensors.
 """
 
 import struct
@@ -23,25 +24,28 @@ MESSAGE_BYTES = 40
 
 @dataclass(frozen=True)
 class Outcome:
-    """What the message of one step says, the same on every replica."""
+    """Result of the message of one step, the same on every replica."""
 
     agreed: bool
     stop: bool
-    apart: bool = False
-    """Whether rank 0 has found a difference from its reference."""
+    differs_from_reference: bool = False
+    """True if rank 0 has found a difference from its reference."""
 
 
 def fold(step: int, stages: Mapping[str, Stage]) -> bytes:
-    """16 bytes over the step and the digests of all stages."""
+    """Return 16 bytes over the step and the digests of all stages."""
     return xxhash.xxh3_128_digest(
         struct.pack("<q", step) + b"".join(name.encode() + b"\0" + stage.digest for name, stage in stages.items())
     )
 
 
-class Word:
-    """16 bytes that stand for what a replica observed; `compute` is called when they are first needed.
+class CombinedDigest:
+    """16 bytes over all that a replica compares at a step, computed when first read.
 
-    By then a device may have to be waited for.
+    Reading it may wait for the device that computes the digests.
+
+    Args:
+        compute: Computes the 16 bytes.
     """
 
     def __init__(self, compute: Callable[[], bytes]) -> None:
@@ -49,37 +53,69 @@ class Word:
 
     @cached_property
     def value(self) -> bytes:
-        """What `compute` returns."""
+        """The 16 bytes."""
         return self._compute()
 
 
-def message(word: bytes, stop: bool, apart: bool = False) -> Tensor:
-    """What a replica with this `word` (16 bytes) sends: (5,) int64. The replies are its element-wise maximum."""
-    low, high = struct.unpack("<qq", word)
-    # In the maximum, `apart` hides another replica's `stop`, which that one sends again with the next message.
-    return torch.tensor([low, high, ~low, ~high, int(stop) | 2 * apart], dtype=torch.int64, device="cpu")
+def message(combined: bytes, stop: bool, differs_from_reference: bool = False) -> Tensor:
+    """Return the message that a replica sends.
+
+    Args:
+        combined: The combined digest, 16 bytes.
+        stop: True if this replica wants to stop.
+        differs_from_reference: True if rank 0 has found a difference from its reference.
+
+    Returns:
+        (5,) int64 on the CPU. The replicas' results are in its element-wise maximum.
+    """
+    low, high = struct.unpack("<qq", combined)
+    # The flags share one number. In the maximum `differs_from_reference` hides another replica's `stop`, which that
+    # replica sends again with its next message.
+    flags = int(stop) | 2 * differs_from_reference
+    return torch.tensor([low, high, ~low, ~high, flags], dtype=torch.int64, device="cpu")
 
 
 def outcome(maximum: Tensor) -> Outcome:
-    """What the element-wise maximum of all replicas' messages says."""
+    """Return the result of a step from the element-wise maximum of all replicas' messages."""
     low, high, inverted_low, inverted_high, flags = maximum.tolist()
-    return Outcome(low == ~inverted_low and high == ~inverted_high, stop=bool(flags & 1), apart=bool(flags & 2))
+    agreed = low == ~inverted_low and high == ~inverted_high
+    return Outcome(agreed, stop=bool(flags & 1), differs_from_reference=bool(flags & 2))
 
 
-def post(channel: Channel, word: bytes, stop: bool, apart: bool = False) -> Posted:
-    """Starts the comparison of `word` (16 bytes); complete it with `read`."""
-    return channel.post_max(message(word, stop, apart))
+def post(channel: Channel, combined: bytes, stop: bool, differs_from_reference: bool = False) -> Posted:
+    """Start a comparison, to be completed with `read`.
+
+    Args:
+        channel: The control channel between all replicas.
+        combined: The combined digest, 16 bytes.
+        stop: True if this replica wants to stop.
+        differs_from_reference: True if rank 0 has found a difference from its reference.
+
+    Returns:
+        The collective in progress.
+    """
+    return channel.post_max(message(combined, stop, differs_from_reference))
 
 
 def read(channel: Channel, posted: Posted) -> Outcome:
-    """Completes a comparison."""
+    """Complete a comparison."""
     return outcome(channel.wait(posted))
 
 
 def locate(channel: Channel, step: int, stages: Mapping[str, Stage], phase: str | None = None) -> Place:
-    """Gathers every replica's step and per-tensor digests and finds where they first differ. A collective.
+    """Gather every replica's step and digests, and return where they first differ.
 
-    `phase`: `evaluation`, where that is what this replica compared.
+    Note:
+        Collective: call it on every rank.
+
+    Args:
+        channel: The control channel between all replicas.
+        step: The step that this replica compared.
+        stages: The digests that this replica compared.
+        phase: "evaluation" if this replica compared an evaluation, otherwise None.
+
+    Returns:
+        The step, stage and tensor, with the groups of replicas.
     """
     gathered: list[tuple[int, Mapping[str, Stage], str | None]] = channel.gather((step, dict(stages), phase))
     steps, rows, phases = zip(*gathered, strict=True)

@@ -1,10 +1,10 @@
-"""A recorded run with which one that is under way is compared, step by step."""
+"""A recorded run that a running one is compared with, step by step."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from dreplica.agreement.trace.comparison import part_at, place_of
+from dreplica.agreement.trace.comparison import find_differing_stages, place_of
 from dreplica.agreement.trace.reader import Trace
 from dreplica.agreement.verdict.location import Place, module_of
 from dreplica.agreement.verdict.verdict import Divergence, Verdict
@@ -14,34 +14,35 @@ from dreplica.state.fingerprint.stage import INDEPENDENT_STAGES, Stage
 
 
 @dataclass(frozen=True)
-class Apart:
-    """Where a run parts from its reference."""
+class ReferenceDifference:
+    """The first difference of a run from its reference."""
 
     reference: str
-    """Its path, as given."""
+    """Path of the reference, as given."""
     place: Place
-    """The reference is replica 1 of it."""
+    """Where the runs differ. The reference is replica 1 of it."""
     recorded: dict[str, str]
-    """What the reference has there: stage to 32 hex digits."""
+    """What the reference has recorded there: stage to 32 hex digits."""
     is_first: bool
-    """Whether no training step before it has been compared."""
+    """True if no training step before it has been compared."""
 
 
 class Reference:
-    """The trace of a recorded run, for `Agreement`. Only the replica of rank 0 needs it.
+    """The trace of a recorded run, for `Agreement`. Only rank 0 needs it.
 
-    Steps that it has not recorded, and stages, are not compared.
-
-    Raises UsageError if there is no trace, or one whose digests are of another algorithm than this run's.
+    Steps and stages that the reference has not recorded are not compared.
 
     Args:
-        path: of the run folder, or of the trace itself.
-        algorithm: of this run's digests.
+        path: Path of the run folder or of the trace file.
+        algorithm: The algorithm of this run's digests.
+
+    Raises:
+        UsageError: If there is no trace, or if its digests are of another algorithm than this run's.
 
     Attributes:
-        trace: as read through.
-        num_compared: how many checked steps and evaluations have been compared so far, and were the same.
-        only_samples: whether nothing of any replica's state was among what was compared.
+        trace: The recorded trace, already read once from start to end.
+        num_compared: Number of checked steps and evaluations that were compared and equal so far.
+        only_samples: True if only `indices` and `batch` were compared so far, and no state of any replica.
     """
 
     def __init__(self, path: Path, algorithm: str = ALGORITHM) -> None:
@@ -49,9 +50,13 @@ class Reference:
         self._name = str(path)
         if self.trace.algorithm != algorithm:
             raise UsageError(
-                f"{str(self.trace.path)!r} has digests of algorithm {self.trace.algorithm!r}, and this run's are of "
-                f"{algorithm!r}: they would differ whatever the runs did. Record it again with this release, on the "
-                "same kind of device."
+                f"{str(self.trace.path)!r} has digests of algorithm {self.trace.algorithm!r}, but this run computes "
+                f"{algorithm!r}, so they cannot be compared. Record the reference again with this release, on the same "
+                "kind of device.",
+                code="algorithms-differ",
+                path=str(self.trace.path),
+                recorded=self.trace.algorithm,
+                computed=algorithm,
             )
         self.trace.read_through()
         self.num_compared = 0
@@ -60,10 +65,16 @@ class Reference:
         self._line = next(self._lines, None)
         self._has_begun = False
 
-    def compare(self, step: int, is_evaluation: bool, stages: Mapping[str, Stage]) -> Apart | None:
-        """Where this run's `stages` of a checked step differ from the recorded ones; None if they do not.
+    def compare(self, step: int, is_evaluation: bool, stages: Mapping[str, Stage]) -> ReferenceDifference | None:
+        """Compare a checked step with the recorded one. Call it for the steps in order.
 
-        Steps are asked for in order.
+        Args:
+            step: The training step.
+            is_evaluation: True for the evaluation that follows the step.
+            stages: This run's digests.
+
+        Returns:
+            The difference, or None if there is none or the reference has not recorded this step.
         """
         key = step, is_evaluation
         while self._line is not None and self._line.key <= key:
@@ -71,10 +82,10 @@ class Reference:
             if line.key == key:
                 recorded = self.trace.digests(line)
                 own = {name: stage.digest.hex() for name, stage in stages.items()}
-                differing_stages = part_at(own, recorded)
+                differing_stages = find_differing_stages(own, recorded)
                 if differing_stages:
                     place = place_of(key, differing_stages, stages, self.trace.tensors(line))
-                    return Apart(self._name, place, recorded, is_first=not self._has_begun)
+                    return ReferenceDifference(self._name, place, recorded, is_first=not self._has_begun)
                 self.num_compared += bool(own.keys() & recorded.keys())
                 self.only_samples = self.only_samples and own.keys() & recorded.keys() <= set(INDEPENDENT_STAGES)
                 self._has_begun = step > 0
@@ -82,17 +93,31 @@ class Reference:
 
 
 class ReferenceDiffers(Divergence):
-    """Replicas agree, and what they have is not what the reference has recorded; `apart` says what that is."""
+    """All replicas agree, but they differ from the reference.
 
-    def __init__(self, verdict: Verdict, apart: Apart) -> None:
+    Args:
+        verdict: The verdict, which says where.
+        difference: The difference from the reference.
+    """
+
+    def __init__(self, verdict: Verdict, difference: ReferenceDifference) -> None:
         super().__init__(verdict)
-        self.args = verdict, apart  # that unpickling calls it with again
-        self.apart = apart
+        self.args = verdict, difference  # unpickling calls the class with these
+        self.difference = difference
 
 
-def describe_apart(apart: Apart, epoch: int | None, num_replicas: int) -> Verdict:
-    """The verdict as far as the comparison alone can tell: where."""
-    place = apart.place
+def describe_difference(difference: ReferenceDifference, epoch: int | None, num_replicas: int) -> Verdict:
+    """Return the verdict that a comparison alone supports: where the runs differ.
+
+    Args:
+        difference: The difference from the reference.
+        epoch: The epoch of the step, from 1.
+        num_replicas: The number of replicas of this run.
+
+    Returns:
+        The verdict, with cause `unexplained`.
+    """
+    place = difference.place
     assert place.stage is not None
     evidence = [f"differing stages: {', '.join(place.differing_stages)}"]
     if place.num_entries:
@@ -104,7 +129,7 @@ def describe_apart(apart: Apart, epoch: int | None, num_replicas: int) -> Verdic
     return Verdict(
         agreed=False,
         cause="unexplained",
-        summary=f"parted from the reference {apart.reference} {place.when}: {place.where}",
+        summary=f"diverged from the reference {difference.reference} {place.when}: {place.where}",
         step=place.step,
         epoch=epoch,
         stage=place.stage,

@@ -1,4 +1,4 @@
-"""Whose state is compared: one model or several, bare or wrapped, with what trains them; and what of it must agree."""
+"""The models and optimizers whose state is compared, bare or wrapped, and which of their stages must agree."""
 
 import sys
 from collections.abc import Collection, Iterable, Mapping, Sequence
@@ -7,7 +7,8 @@ from typing import Any, Literal
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from dreplica.config.messages import nearest
+from dreplica.agreement.arguments import invalid_argument
+from dreplica.errors import UsageError
 from dreplica.state.fingerprint.stage import INDEPENDENT_STAGES
 from dreplica.state.stages import (
     STAGES,
@@ -23,7 +24,7 @@ from dreplica.state.stages import (
 )
 
 Models = nn.Module | Mapping[str, nn.Module]
-"""One, or several by name."""
+"""One model, or several by name."""
 
 Batch = Tensor | Mapping[str, Any] | Sequence[Any]
 """A tensor, or tensors in dicts, lists and tuples."""
@@ -36,19 +37,26 @@ _WHOLE_FLAT_PARAMETERS = (
 )
 
 DDP_STAGES = ("gradients", "optimizer", "weights")
-"""What the ranks of one data-parallel model share after every step; buffers, too, if no forward pass mends them."""
+"""Stages that the ranks of one data-parallel model share after every step. Buffers, too, unless DDP broadcasts them."""
 
 
 class Subject:
     """Models and optimizers under the names that a verdict gives to their tensors.
 
-    Raises ValueError for what is none, and for several of them that have no names.
+    Args:
+        model: One model, or several by name.
+        optimizer: One optimizer, several by name, or None.
+        others: Further objects with a `state_dict`. None items are skipped.
+
+    Raises:
+        UsageError: If an argument has the wrong type, a model is sharded, or a model's name is invalid.
 
     Attributes:
-        model: without DistributedDataParallel and `torch.compile` around it; several models as one, `nn.ModuleDict`.
-        given: with what is around it.
-        optimizers: by name; the only one under "".
-        others: further objects with a `state_dict`.
+        model: The model without DistributedDataParallel and `torch.compile`; several models as one `nn.ModuleDict`.
+        given: The model as it was passed, with its wrappers.
+        optimizers: Name to optimizer; a single optimizer has the name "".
+        others: Further objects with a `state_dict`.
+        is_ddp: True if a model is wrapped in DistributedDataParallel or FullyShardedDataParallel (NO_SHARD).
     """
 
     def __init__(self, model: Models, optimizer: Optimizers = None, others: Sequence[Any] = ()) -> None:
@@ -61,18 +69,18 @@ class Subject:
         wrapped = [each for each in models.values() if _in_ddp(each) is not None or _fsdp_modules(each)]
         self.is_ddp = bool(wrapped)
         in_ddp = [_in_ddp(each) for each in wrapped]
-        self._mends_buffers = all(each is not None and each.broadcast_buffers for each in in_ddp)
+        self._broadcasts_buffers = all(each is not None and each.broadcast_buffers for each in in_ddp)
 
     def tensors(self) -> Iterable[Tensor]:
-        """Parameters and buffers."""
+        """Return all parameters and buffers."""
         return (*self.model.parameters(), *self.model.buffers())
 
     def gradients(self) -> Iterable[Entry]:
-        """As they are now."""
+        """Return the entries of the current gradients."""
         return gradient_entries(named_weights(self.model))
 
     def state(self) -> dict[str, Iterable[Entry]]:
-        """The entries of the stages that exist at any time."""
+        """Return the entries of the stages that exist at any time."""
         return self._state(named_weights(self.model))
 
     def _state(self, named: dict[str, nn.Parameter]) -> dict[str, Iterable[Entry]]:
@@ -88,7 +96,17 @@ class Subject:
     def after_step(
         self, indices: Tensor | None, batch: Batch | None, outputs: Batch | None, loss: Tensor | None
     ) -> dict[str, Iterable[Entry]]:
-        """The entries of all stages there are after a step to which these belong."""
+        """Return the entries of all stages after a training step.
+
+        Args:
+            indices: Indices of the samples, int64.
+            batch: What the model was given.
+            outputs: The model's output.
+            loss: The loss, 0-dim.
+
+        Returns:
+            Stage to entries. A stage whose argument is None is left out.
+        """
         named = named_weights(self.model)  # once: in a large model it takes longer than the rest
         stages = {"gradients": gradient_entries(named)} | self._state(named)
         output = {name: value for name, value in (("logits", outputs), ("loss", loss)) if value is not None}
@@ -101,39 +119,23 @@ class Subject:
         return stages
 
     def compared(self, expect: Expect, stages: Collection[str] | None) -> frozenset[str]:
-        """The stages to compare: those given, or all that must agree.
-
-        Raises ValueError for a name that is no stage, and for one that independent replicas do not share.
-        """
-        comparable = INDEPENDENT_STAGES if expect == "independent" else STAGES
-        if isinstance(stages, str):
-            raise ValueError(f"stages: {stages!r} will not do: give several, or one in a list: [{stages!r}].")
-        for name in stages or ():
-            if name not in STAGES:
-                raise ValueError(f"stages: {name!r} is no stage. {nearest(name, STAGES)}")
-            if name not in comparable:
-                raise ValueError(
-                    f"stages: {name!r} is not compared where expect is 'independent', only {', '.join(comparable)}. "
-                    "Leave it out, or use expect='identical' with the stages that must agree."
-                )
-        if stages is not None and not stages:
-            raise ValueError(f"stages: {stages!r} will not do: nothing would be compared. Name some, or leave it out.")
+        """Return the names of the stages to compare: those given, or all that must agree."""
         if stages is not None:
             return frozenset(stages)
         if expect == "ddp":
-            return frozenset(DDP_STAGES if self._mends_buffers else (*DDP_STAGES, "buffers"))
-        return frozenset(comparable)
+            return frozenset(DDP_STAGES if self._broadcasts_buffers else (*DDP_STAGES, "buffers"))
+        return frozenset(INDEPENDENT_STAGES if expect == "independent" else STAGES)
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
-    """The module within DistributedDataParallel and `torch.compile`, in whatever order."""
+    """Return the module inside DistributedDataParallel and `torch.compile`, nested in any order."""
     within = model.module if isinstance(model, DistributedDataParallel) else getattr(model, "_orig_mod", model)
     return model if within is model else unwrapped(within)
 
 
 def _fsdp_modules(model: nn.Module) -> list[Any]:
-    """Those of its modules that are in FullyShardedDataParallel."""
-    fsdp = sys.modules.get("torch.distributed.fsdp")  # to import it takes a second, and few have
+    """Return the submodules that are wrapped in FullyShardedDataParallel."""
+    fsdp = sys.modules.get("torch.distributed.fsdp")  # importing it takes a second, and few programs use it
     return [] if fsdp is None else fsdp.FullyShardedDataParallel.fsdp_modules(model)
 
 
@@ -144,40 +146,45 @@ def _in_ddp(model: nn.Module) -> DistributedDataParallel | None:
 
 def _check_arguments(models: Mapping[str, Any], optimizers: Mapping[str, Any], others: Any) -> None:
     if not models:
-        raise ValueError("model: there is none in {}, and nothing would be compared.")
+        raise invalid_argument("model", models, "model must name at least one nn.Module, got {}.")
     for each in models.values():
         if not isinstance(each, nn.Module):
-            raise _refused("model", each, "an nn.Module, or several by name: {'generator': g, 'critic': c}")
+            raise _wrong_type("model", each, "an nn.Module, or several by name: {'generator': g, 'critic': c}")
         for name, parameter in each.named_parameters():
             if hasattr(parameter, "placements"):
-                raise _sharded(f"{name!r} is a {type(parameter).__name__}", "fully_shard, say", _WHOLE_DTENSORS)
+                what = f"{name!r} is a {type(parameter).__name__}"
+                raise _sharded(each, what, "as fully_shard makes it", _WHOLE_DTENSORS)
         for module in _fsdp_modules(each):
             strategy = module.sharding_strategy.name
             if strategy != "NO_SHARD":
-                raise _sharded("it is in FullyShardedDataParallel", strategy, _WHOLE_FLAT_PARAMETERS)
+                raise _sharded(each, "it is in FullyShardedDataParallel", strategy, _WHOLE_FLAT_PARAMETERS)
     for each in optimizers.values():
         if not hasattr(each, "param_groups"):
-            raise _refused("optimizer", each, "one, or several by name: {'generator': g, 'critic': c}")
+            raise _wrong_type("optimizer", each, "an optimizer, or several by name: {'generator': g, 'critic': c}")
     if not isinstance(others, Sequence):
-        raise _refused("others", others, "a list: [scheduler, scaler]")
+        raise _wrong_type("others", others, "a list of objects with a state_dict: [scheduler, scaler]")
     for each in others:
         if not (each is None or hasattr(each, "state_dict")):
-            raise _refused("others", each, "what has a state_dict: [scheduler, scaler]")
+            raise _wrong_type("others", each, "a list of objects with a state_dict: [scheduler, scaler]", "one with a ")
 
 
-def _sharded(what: str, how: str, whole: str) -> ValueError:
-    return ValueError(
-        f"model: {what}: each rank holds a part of its own ({how}), and parts differ by design. "
-        f"Compare whole tensors instead, run against run: {whole}."
+def _sharded(model: nn.Module, what: str, how: str, whole: str) -> UsageError:
+    return invalid_argument(
+        "model",
+        model,
+        f"model: {what}, so each rank holds different values by design ({how}). Compare whole tensors between runs "
+        f"instead: {whole}.",
+        code="sharded-model",
     )
 
 
-def _refused(name: str, value: Any, hint: str) -> ValueError:
-    return ValueError(f"{name}: a {type(value).__name__} will not do; give {hint}.")
+def _wrong_type(name: str, value: Any, expected: str, container: str = "") -> UsageError:
+    return invalid_argument(name, value, f"{name} must be {expected}, got {container}{type(value).__name__}.")
 
 
 def _checked(models: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
     for name in models:
         if not isinstance(name, str) or not name.isidentifier() or hasattr(nn.ModuleDict, name):
-            raise ValueError(f"model: {name!r} cannot be a model's name; give another word, such as 'generator'.")
+            text = f"model: {name!r} is not a valid name for a model. Use an identifier such as 'generator'."
+            raise invalid_argument("model", name, text)
     return {name: unwrapped(model) for name, model in models.items()}

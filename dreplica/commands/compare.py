@@ -106,7 +106,7 @@ class RunPair:
                 "trace": str(trace.path),
                 "replicas": trace.num_replicas,
                 "last_step": trace.last_key[0],
-                "parted_at": trace.parted_at,
+                "parted_at": trace.diverged_at,
                 "cut_off": trace.is_cut_off,
             }
             for trace in self.traces
@@ -247,13 +247,13 @@ def _notes(
         notes += [f"{name}: {line}" for line in run.missing if not line.endswith("no report.json")]
         if trace.is_cut_off:
             notes.append(f"{name}: the last line was cut off, and is left out; step {trace.last_key[0]} is the last")
-        if trace.done_again is not None:
-            notes.append(f"{name}: gone on with from before step {trace.done_again}; what came of it later counts")
-        if trace.parted_at is not None:
+        if trace.first_repeated is not None:
+            notes.append(f"{name}: gone on with from before step {trace.first_repeated}; what came of it later counts")
+        if trace.diverged_at is not None:
             cause = f" ({run.verdict['cause']})" if run.verdict else ""
             notes.append(
-                f"{name}: its own {trace.num_replicas} replicas had parted at step {trace.parted_at}{cause}; the trace "
-                "has replica 0's digests"
+                f"{name}: its own {trace.num_replicas} replicas had parted at step {trace.diverged_at}{cause}; "
+                "the trace has replica 0's digests"
             )
         if alone:
             notes.append(f"{name}: {alone} checked steps or evaluations that the other has not recorded")

@@ -8,7 +8,7 @@ from typing import Any
 
 import yaml
 
-from dreplica.agreement.reference import Apart, Reference
+from dreplica.agreement.reference import Reference, ReferenceDifference
 from dreplica.agreement.trace.run_metadata import (
     RunDifference,
     config_differences,
@@ -61,7 +61,7 @@ class Referring:
             for line in self.differences:
                 log.warning(line)
 
-    def against(self, apart: Apart) -> AgainstReference:
+    def against(self, apart: ReferenceDifference) -> AgainstReference:
         """What a difference from the reference is to be explained with."""
         seeds = {"seed.model": self._config.seed.model, "seed.data": self._config.seed.data}
         unseeded = frozenset(key for key, seed in seeds.items() if seed is None)
@@ -120,8 +120,8 @@ class Referring:
         lines = [f"reference: {line}" for line in recorded.missing if not line.endswith("no report.json")]
         if trace.is_cut_off:
             lines.append(f"reference: its last line was cut off; step {trace.last_key[0]} is the last")
-        if trace.parted_at is not None:
-            lines.append(f"reference: its own replicas had parted at step {trace.parted_at}; it is its replica 0's")
+        if trace.diverged_at is not None:
+            lines.append(f"reference: its own replicas had parted at step {trace.diverged_at}; it is its replica 0's")
         lines += [
             f"reference: {item.field} was {show(item.one)}, and is {show(item.other)} here"
             for item in (*config, *manifest)

@@ -11,8 +11,8 @@ from typing import Literal
 from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
 from dreplica.agreement.agreement import Agreement
-from dreplica.agreement.hasher import Hasher, common_hasher
-from dreplica.agreement.reference import Apart, ReferenceDiffers
+from dreplica.agreement.hasher import Hasher, common_hasher, describe_fallback
+from dreplica.agreement.reference import ReferenceDifference, ReferenceDiffers
 from dreplica.agreement.trace.reader import TENSORS_NAME, TRACE_NAME
 from dreplica.agreement.trace.tensor_digests import TensorRecord
 from dreplica.agreement.trace.writer import TraceWriter
@@ -108,7 +108,7 @@ class Run:
         except Concluded as end:
             return end.verdict
         except ReferenceDiffers as difference:
-            return self.explain(difference.verdict, difference.apart)
+            return self.explain(difference.verdict, difference.difference)
         except Divergence as divergence:
             return self.explain(divergence.verdict)
 
@@ -153,7 +153,7 @@ class Run:
                     case Stopped():
                         self.stop(event, trace)
                 if agreement.divergence is not None and self.explained is None:
-                    self.explained = self.explain(agreement.divergence, agreement.apart)
+                    self.explained = self.explain(agreement.divergence, agreement.reference_difference)
             self.report.warnings += self.checkpoints.finish()
             self.check_reproduces(trace)
         return self.finish(agreement)
@@ -205,12 +205,9 @@ class Run:
 
     def choose_hasher(self) -> Hasher:
         """Takes fingerprints on the device where that works on all replicas, so that all have digests of one kind."""
-        hasher, algorithms = common_hasher(self.device.device, self.channel)
+        hasher, algorithms = common_hasher([self.device.device], self.channel)
         if len(set(algorithms)) > 1:
-            each = ", ".join(f"replica {replica_id}: {algorithm}" for replica_id, algorithm in enumerate(algorithms))
-            self.warnings.append(
-                f"fingerprints are taken on the CPU, since not all replicas can take them elsewhere: {each}"
-            )
+            self.warnings.append(describe_fallback(algorithms))
         return hasher
 
     def make_agreement(self, trace: TraceWriter) -> Agreement:
@@ -236,7 +233,7 @@ class Run:
         compares = self.expect == "identical" and self.config.agreement.every > 0
         return History(self.replica, self.config.agreement.snapshot_every if compares else 0)
 
-    def explain(self, found: Verdict, apart: Apart | None = None) -> Verdict:
+    def explain(self, found: Verdict, apart: ReferenceDifference | None = None) -> Verdict:
         """The verdict on a divergence, or a difference from the reference (`apart`), with its cause."""
         assert self.parts.seed is not None
         device, coordinator, injector = self.device.device, self.coordinator, self.injector
@@ -264,7 +261,7 @@ class Run:
             if evaluation is not None:  # a run that had nothing left to do has made none
                 report.spread = measure_spread(evaluation, self.channel)
         if agreement.divergence is not None:
-            return self.explained or self.explain(agreement.divergence, agreement.apart)
+            return self.explained or self.explain(agreement.divergence, agreement.reference_difference)
         differing = None if self.expect == "independent" else report.first_differing_result()
         if differing is not None:
             return diagnosis.results_differ(*differing)

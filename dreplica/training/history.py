@@ -5,7 +5,7 @@ from typing import Any
 
 from torch import Tensor
 
-from dreplica.agreement.protocol import Word
+from dreplica.agreement.protocol import CombinedDigest
 from dreplica.state.plain_state import PlainState
 from dreplica.state.replica import Replica
 from dreplica.state.rng import get_rng_state
@@ -22,7 +22,7 @@ class StepEntry:
     """Of the batch in its epoch, from 0."""
     indices: Tensor
     """(batch,) int64: the samples, as this replica received them."""
-    word: Word | None
+    word: CombinedDigest | None
     """Over this replica's state after the step, as compared; None if the step was not compared."""
     generator: bytes = b""
     """State of torch's CPU generator after the step."""

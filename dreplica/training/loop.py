@@ -88,7 +88,7 @@ def train(
                 )
                 generator = torch.get_rng_state().numpy().tobytes()
                 history.step(
-                    StepEntry(agreement.steps_done, epoch, number - 1, batch.indices, agreement.last_word, generator),
+                    StepEntry(agreement.steps_done, epoch, number - 1, batch.indices, agreement.last_digest, generator),
                     agreement.agreed_until,
                 )
                 if saves or halts:

@@ -151,8 +151,14 @@ def _messages_per_step(world: World, nums_layers: Sequence[int], every: int) -> 
 
 @pytest.mark.parametrize("num_replicas", [2, 4])
 def test_a_step_costs_one_message_of_40_bytes(num_replicas: int) -> None:
+    message = ("all_reduce", 40)
     for steps in run_replicas(_messages_per_step, num_replicas, (1, 100), 1):  # 2 and 200 parameters
-        assert steps == [[("all_reduce", 40)]] * 6
+        sizes, algorithms = steps[0][:2]  # creating an Agreement agrees on the hash function first
+        assert sizes == ("all_reduce", 8 * num_replicas)
+        assert algorithms[0] == "all_gather"
+        assert algorithms[1] < 100
+        build = [sizes, algorithms, message]
+        assert steps == [build, [message], [message]] * 2
 
 
 def test_every_0_sends_nothing() -> None:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from dreplica.agreement import hasher as hashing
-from dreplica.agreement.hasher import Hasher, hasher_for
+from dreplica.agreement.hasher import Hasher, KernelError, hasher_for
 from dreplica.state.fingerprint import gpu as device_module
 from dreplica.state.fingerprint import multilinear
 from dreplica.state.fingerprint.fingerprint import ALGORITHM, digest_tensor, header
@@ -186,7 +186,7 @@ def test_the_kernel_is_tried_before_it_is_trusted(monkeypatch: pytest.MonkeyPatc
 
 
 def _fail(device: torch.device) -> bool:
-    raise RuntimeError("Failed to find C compiler")
+    raise RuntimeError("no C compiler")
 
 
 @pytest.mark.parametrize(
@@ -194,7 +194,11 @@ def _fail(device: torch.device) -> bool:
     [
         (lambda device: True, ["cpu"], []),
         (lambda device: True, ["cpu", "mps", "xpu"], []),
-        (_fail, ["cuda:0"], ["no fingerprints on cuda:0 itself: RuntimeError: Failed to find C compiler"]),
+        (
+            _fail,
+            ["cuda:0"],
+            ["fingerprints are computed on the CPU, not on cuda:0: RuntimeError: no C compiler"],
+        ),
     ],
     ids=["cpu", "others", "without a compiler"],
 )
@@ -219,7 +223,7 @@ def test_on_gpus_where_it_does(monkeypatch: pytest.MonkeyPatch) -> None:
     assert tried == [torch.device("cuda:0"), torch.device("cuda:1")]
     assert hasher.is_asynchronous
     monkeypatch.setattr(device_module, "computes_as_defined", lambda device: device.index == 0)
-    with pytest.raises(RuntimeError, match=r"kernel on cuda:1 computes something else than its definition"):
+    with pytest.raises(KernelError, match=r"kernel on cuda:1 computes wrong digests"):
         hasher_for(map(torch.device, ["cuda:0", "cuda:1"]))
 
 
@@ -233,4 +237,4 @@ def test_a_copy_in_every_step_is_warned_of_once_and_one_at_the_end_is_not(caplog
     for _ in range(2):
         with pytest.raises(TypeError, match="with memory"):
             Hasher().start({"s": [("t", elsewhere)]})
-    assert caplog.messages == ["fingerprints of tensors on meta are taken through a copy to the CPU, which is slow"]
+    assert caplog.messages == ["fingerprints of meta tensors are computed on a copy in CPU memory, which is slow"]

@@ -116,10 +116,10 @@ def test_going_on_keeps_the_first_difference_and_loses_no_wish_to_stop(
 
 def test_a_difference_on_rank_0_reaches_all_in_the_message_of_its_step() -> None:
     words = bytes(range(16)), bytes(range(16))
-    for apart in (False, True):
+    for differs in (False, True):
         for stop in (False, True):
-            messages = [protocol.message(words[0], False, apart), protocol.message(words[1], stop)]
+            messages = [protocol.message(words[0], False, differs), protocol.message(words[1], stop)]
             outcome = protocol.outcome(torch.stack(messages).amax(0))
-            assert (outcome.agreed, outcome.apart) == (True, apart)
-            assert outcome.stop is (stop and not apart), "which is sent again with the next message"
+            assert (outcome.agreed, outcome.differs_from_reference) == (True, differs)
+            assert outcome.stop is (stop and not differs), "which is sent again with the next message"
     assert protocol.message(words[0], True, True).nbytes == protocol.MESSAGE_BYTES

@@ -12,6 +12,7 @@ from dreplica.agreement.agreement import Agreement
 from dreplica.agreement.subject import Subject
 from dreplica.agreement.verdict.verdict import Verdict
 from dreplica.distributed.process_group import World
+from dreplica.errors import UsageError
 from dreplica.state.stages import batch_stage, gradients_stage, optimizer_stage
 from tests.agreement.bodies import flip_bit, seed_everything, tiny_model
 from tests.harness import run_replicas
@@ -139,36 +140,36 @@ def test_a_tensor_without_memory_is_named() -> None:
 
 @pytest.mark.parametrize("name", ["a.b", "", "train", 3])
 def test_a_name_that_no_model_can_have_is_refused(name: Any) -> None:
-    with pytest.raises(ValueError, match=re.escape(f"model: {name!r} cannot be a model's name")):
+    with pytest.raises(ValueError, match=re.escape(f"model: {name!r} is not a valid name for a model")):
         Subject({name: nn.Linear(2, 2)})
 
 
 @pytest.mark.parametrize(
-    ("arguments", "keywords", "words"),
+    ("arguments", "text"),
     [
-        (([nn.Linear(1, 1)],), {}, "model: a list will not do; give an nn.Module, or several by name"),
-        (({"one": None},), {}, "model: a NoneType will not do"),
-        (({},), {}, "model: there is none in {}, and nothing would be compared"),
-        ((nn.Linear(1, 1), []), {}, "optimizer: a list will not do; give one, or several by name"),
-        ((nn.Linear(1, 1),), {"others": nn.Linear(1, 1)}, "others: a Linear will not do; give a list"),
         (
-            (nn.Linear(1, 1),),
-            {"others": [torch.Generator()]},
-            "others: a Generator will not do; give what has a state_d",
+            ([nn.Linear(1, 1)],),
+            "model must be an nn.Module, or several by name: {'generator': g, 'critic': c}, got list.",
         ),
-        ((nn.Linear(1, 1),), {"stages": []}, "stages: [] will not do: nothing would be compared"),
-        ((nn.Linear(1, 1),), {"stages": "weights"}, "stages: 'weights' will not do: give several, or one in a list"),
-        ((nn.Linear(1, 1),), {"every": 1.5}, "every: 1.5 will not do"),
+        (({"one": None},), "model must be an nn.Module, or several by name: .*, got NoneType."),
+        (({},), "model must name at least one nn.Module, got {}."),
+        ((nn.Linear(1, 1), []), "optimizer must be an optimizer, or several by name: .*, got list."),
         (
-            (nn.Linear(1, 1),),
-            {"trace": "x"},
-            "trace: 'x' will not do: give a dreplica.agreement.trace.writer.TraceWriter",
+            (nn.Linear(1, 1), None, nn.Linear(1, 1)),
+            "others must be a list of objects with a state_dict: [scheduler, scaler], got Linear.",
+        ),
+        (
+            (nn.Linear(1, 1), None, [torch.Generator()]),
+            "others must be a list of objects with a state_dict: [scheduler, scaler], got one with a Generator.",
         ),
     ],
 )
-def test_what_is_no_argument_is_refused(arguments: Any, keywords: Any, words: str) -> None:
-    with pytest.raises(ValueError, match=re.escape(words)):
-        Agreement(*arguments, **keywords)
+def test_subject_rejects_wrong_types(arguments: Any, text: str) -> None:
+    with pytest.raises(UsageError) as raised:
+        Subject(*arguments)
+    assert raised.value.code == "invalid-argument"
+    assert raised.value.fields["argument"] == text.partition(" ")[0]
+    assert re.fullmatch(re.escape(text).replace(r"\.\*", ".*"), str(raised.value))
 
 
 def _sharded(world: World) -> list[str]:
@@ -180,7 +181,7 @@ def _sharded(world: World) -> list[str]:
     model = nn.Linear(3, 4)
     whole = dreplica.fingerprint(dict(model.named_parameters()))
     fully_shard(model, mesh=init_device_mesh("cpu", (2,)))
-    with pytest.raises(ValueError, match=r"'weight' is a DTensor: each rank holds a part .*: p\.full_tensor\(\) for"):
+    with pytest.raises(ValueError, match=r"'weight' is a DTensor, so each rank .*: p\.full_tensor\(\) for"):
         Agreement(model)
     assert dreplica.fingerprint({name: p.full_tensor() for name, p in model.named_parameters()}) == whole
     return list(whole.values())
@@ -206,9 +207,7 @@ def _in_fsdp(world: World, strategy: str, use_orig_params: bool) -> Any:
     )
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
     if strategy != "NO_SHARD":
-        words = (
-            rf"model: it is in FullyShardedDataParallel: each rank holds a part .*\({strategy}\).*summon_full_params"
-        )
+        words = rf"model: it is in FullyShardedDataParallel, so each rank .*\({strategy}\).*summon_full_params"
         for given in (model, {"generator": nn.Sequential(model)}):
             with pytest.raises(ValueError, match=words):
                 Agreement(given, optimizer)

@@ -67,12 +67,12 @@ def compare_traces(one: Trace, other: Trace) -> Comparison:
         )
     found = Comparison()
     found = _compare(one, other, _same_beginning(one, other, found), found)
-    if one.done_again is not None or other.done_again is not None:
+    if one.first_repeated is not None or other.first_repeated is not None:
         found = _compare(one, other, Start(), Comparison())  # with what counts of the steps that were done again
     return found
 
 
-def part_at(line: Mapping[str, str], other: Mapping[str, str]) -> list[str]:
+def find_differing_stages(line: Mapping[str, str], other: Mapping[str, str]) -> list[str]:
     """The stages in which two lines differ, in causal order, of those that both have."""
     return [stage for stage in STAGES if stage in line and stage in other and line[stage] != other[stage]]
 
@@ -103,7 +103,7 @@ def _compare(one: Trace, other: Trace, start: Start, found: Comparison) -> Compa
             common = kinds[kind]
         else:
             row, other_row = one.digests(here), other.digests(there)
-            differing_stages = part_at(row, other_row)
+            differing_stages = find_differing_stages(row, other_row)
             if differing_stages:
                 found.place = place_of(here.key, differing_stages, one.tensors(here), other.tensors(there))
                 found.epoch, found.agreed = here.epoch, (here.agreed, there.agreed)

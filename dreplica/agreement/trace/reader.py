@@ -60,14 +60,14 @@ class Trace:
     Attributes:
         last_key: of the newest step in it; (-1, False) if there is none.
         is_cut_off: whether its last line is not whole, and therefore not read.
-        parted_at: the first step at which its own replicas had parted; None if they agreed all along.
+        diverged_at: the first step at which its own replicas had parted; None if they agreed all along.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path / TRACE_NAME if path.is_dir() else path
         self.last_key: Key = (-1, False)
         self.is_cut_off = False
-        self.parted_at: int | None = None
+        self.diverged_at: int | None = None
         self._again: list[tuple[int, Key]] = []
         if self.path.exists() and not self.path.is_file():
             raise UsageError(f"{str(self.path)!r} is no plain file, and a trace is read twice. Write it to one first.")
@@ -94,7 +94,7 @@ class Trace:
         """
         start = start or Start()
         last = newest = (start.step, False)
-        parted_at: int | None = None
+        diverged_at: int | None = None
         again: list[tuple[int, Key]] = []
         with self.path.open("rb") as file:
             file.readline()
@@ -106,10 +106,10 @@ class Trace:
                 newest = max(newest, last)
                 if self._again and any(at > number and key <= last for at, key in self._again):
                     continue
-                if not line.agreed and parted_at is None:
-                    parted_at = last[0]
+                if not line.agreed and diverged_at is None:
+                    diverged_at = last[0]
                 yield line
-        self.last_key, self.parted_at, self._again = newest, parted_at, again
+        self.last_key, self.diverged_at, self._again = newest, diverged_at, again
 
     def read_through(self) -> None:
         """Reads all lines, for what can only be known then."""
@@ -120,7 +120,7 @@ class Trace:
                 pass
 
     @property
-    def done_again(self) -> int | None:
+    def first_repeated(self) -> int | None:
         """The first step of which there are several lines; None if there is none."""
         return min((key[0] for _, key in self._again), default=None)
 

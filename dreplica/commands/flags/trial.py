@@ -112,7 +112,7 @@ class Trial:
         self.world.together(lambda: None)  # another replica's input may be unusable
         seconds: list[list[float]] = []
         try:
-            self.hasher, _ = common_hasher(self.device, self.channel)
+            self.hasher, _ = common_hasher([self.device], self.channel)
             self.parts.prepare()
             self.world.together(self.check_epoch)
             self.coordinator = Coordinator(self.channel, self.parts.data_seed)
@@ -178,9 +178,9 @@ class Trial:
             agreement.finish()
         except ReferenceDiffers as difference:
             unseeded = frozenset({"seed.model"} if self.own.seed.model is None else ())
-            against = AgainstReference(difference.apart, [], [], unseeded)
+            against = AgainstReference(difference.difference, [], [], unseeded)
             verdict = self.explainer().explain_apart(difference.verdict, against, agreement, history)
-            summary = verdict.summary.replace(f"the reference {difference.apart.reference}", "the first training")
+            summary = verdict.summary.replace(f"the reference {difference.difference.reference}", "the first training")
             return Parted(verdict.with_(summary=summary), "repetitions")
         except Divergence as divergence:
             return Parted(self.explainer().explain(divergence.verdict, agreement, history), "replicas")

@@ -11,7 +11,7 @@ import shlex
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from dreplica.agreement.reference import Apart
+from dreplica.agreement.reference import ReferenceDifference
 from dreplica.agreement.trace.run_metadata import RunDifference, show
 from dreplica.diagnosis.decision.decide import decide_alone
 from dreplica.diagnosis.evidence.observation import Decision, Witness
@@ -71,7 +71,7 @@ _ENVIRONMENT_ACTS = (
 class AgainstReference:
     """A difference from a reference, and in what the two runs differ: in all of these, the reference is `one`."""
 
-    apart: Apart
+    apart: ReferenceDifference
     config: Sequence[RunDifference]
     manifest: Sequence[RunDifference]
     unseeded: frozenset[str]

@@ -127,7 +127,7 @@ def test_of_what_was_done_again_the_last_counts(tmp_path: Path) -> None:
     trace = Trace(resumed)
     found = compare_traces(Trace(good), trace)
     assert (found.place, found.num_steps, found.last_step) == (None, 8, 8)
-    assert (trace.done_again, trace.parted_at) == (5, None)
+    assert (trace.first_repeated, trace.diverged_at) == (5, None)
 
 
 @pytest.mark.usefixtures("same_beginning")
@@ -137,7 +137,7 @@ def test_what_both_have_done_again_counts_once_and_is_known(tmp_path: Path) -> N
         record(folder, range(4, 9), *((step, "weights", "one") for step in range(4, 9)), num_lines=5)
     trace = Trace(other)
     found = compare_traces(Trace(one), trace)
-    assert (found.place, found.num_steps, found.num_same["weights"], trace.done_again) == (None, 8, 9, 4)
+    assert (found.place, found.num_steps, found.num_same["weights"], trace.first_repeated) == (None, 8, 9, 4)
 
 
 def test_where_a_run_had_parted_itself_is_known(tmp_path: Path) -> None:
@@ -147,7 +147,7 @@ def test_where_a_run_had_parted_itself_is_known(tmp_path: Path) -> None:
     trace = Trace(other)
     found = compare_traces(Trace(one), trace)
     assert found.place is not None
-    assert (found.place.step, found.agreed, trace.parted_at) == (4, (True, False), 4)
+    assert (found.place.step, found.agreed, trace.diverged_at) == (4, (True, False), 4)
 
 
 def test_another_program_s_spacing_is_read_too(tmp_path: Path) -> None:

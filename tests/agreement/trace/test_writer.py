@@ -123,7 +123,7 @@ def test_digests_of_another_algorithm_are_not_compared_with(tmp_path: Path) -> N
 def test_the_header_is_that_of_the_digests(tmp_path: Path) -> None:
     with (
         TraceWriter(tmp_path / "trace.jsonl", 1, algorithm="other/1") as trace,
-        pytest.raises(ValueError, match=r"trace: its header says 'other/1', and digests are 'xxh3-128/1' here"),
+        pytest.raises(ValueError, match=r"trace has algorithm 'other/1', but digests are computed with 'xxh3-128/1'"),
     ):
         Agreement(torch.nn.Linear(2, 2), trace=trace)
 

@@ -70,7 +70,7 @@ def test_memory_that_nobody_wrote_to_is_found_out_by_one_replica_alone(tmp_path:
     assert found["between"] == "repetitions"
     assert found["verdict"]["operator"] == "aten.nan_to_num.default"
     assert found["verdict"]["cause"] == "unexplained", "that operator has only read it"
-    assert "parted from the first training at step" in found["verdict"]["summary"]
+    assert "diverged from the first training at step" in found["verdict"]["summary"]
 
 
 @pytest.mark.parametrize("model", ["mode", "filling"])

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from dreplica.agreement.reference import Apart
+from dreplica.agreement.reference import ReferenceDifference
 from dreplica.agreement.trace.run_metadata import RunDifference
 from dreplica.agreement.verdict.location import Place
 from dreplica.config.schema import RunConfig
@@ -29,7 +29,8 @@ def against(
 ) -> AgainstReference:
     place = Place(step, stage, None, [[0], [1]], 0, 0, [stage], {})
     rows = ([RunDifference(*row, matters=True) for row in rows] for rows in (config, manifest))
-    return AgainstReference(Apart("ref", place, {stage: recorded.hex()}, is_first), *rows, frozenset(unseeded))
+    difference = ReferenceDifference("ref", place, {stage: recorded.hex()}, is_first)
+    return AgainstReference(difference, *rows, frozenset(unseeded))
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from dreplica.agreement.agreement import Agreement
-from dreplica.agreement.protocol import Word, fold
+from dreplica.agreement.protocol import CombinedDigest, fold
 from dreplica.config.schema import TrainConfig
 from dreplica.data.loading.loader import Batch
 from dreplica.diagnosis.replay.replay_run import Load, Replayer
@@ -106,7 +106,7 @@ def train(kind: Callable[[nn.Module], Replica], every: int = 50, compared: Calla
         stages[step] = agreement.observe(
             indices=batch.indices, batch=(batch.inputs, batch.labels), outputs=output.logits, loss=output.loss
         )
-        word = Word(partial(fold, step, stages[step])) if compared(step) else None
+        word = CombinedDigest(partial(fold, step, stages[step])) if compared(step) else None
         history.step(replace(entry, word=word), step)
         if step % STEPS_PER_EPOCH == 0:
             if replica.scheduler is not None:
@@ -205,7 +205,7 @@ def test_approach_reports_the_first_step_that_does_not_come_out_as_compared(wron
     entries = trained.history.entries
     for number, entry in enumerate(entries):
         if isinstance(entry, StepEntry) and entry.step in (wrong_at, wrong_at + 1):
-            entries[number] = replace(entry, word=Word(lambda: bytes(16)))
+            entries[number] = replace(entry, word=CombinedDigest(lambda: bytes(16)))
     replayer = trained.replayer()
     assert replayer.approach(NUM_STEPS) == wrong_at
     assert replayer.approach(wrong_at) is None
@@ -289,7 +289,7 @@ def test_evaluations_and_modes_are_followed(every: int) -> None:
         stages[step] = agreement.observe(
             indices=batch.indices, batch=(batch.inputs, batch.labels), outputs=output.logits, loss=output.loss
         )
-        history.step(replace(entry, word=Word(partial(fold, step, stages[step]))), step)
+        history.step(replace(entry, word=CombinedDigest(partial(fold, step, stages[step]))), step)
         if number == 2:
             modes = {module: module.training for module in replica.model.modules()}
             replica.model.eval()

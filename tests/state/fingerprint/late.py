@@ -1,4 +1,4 @@
-"""A device that has computed nothing before somebody waits for it."""
+"""A fake device that computes digests only when a caller waits for them."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -12,11 +12,13 @@ from dreplica.state.fingerprint.pending_digests import Digests
 
 
 class LateHasher(Hasher):
-    """Digests of tensors with dimensions come late; those without stay on the CPU, as a model's step counts do.
+    """A hasher whose digests of tensors with dimensions are computed late.
+
+    Tensors without dimensions are hashed on the CPU at once, as a model's step counts are.
 
     Attributes:
-        waited: numbers of the computations that have been waited for, from 0, in that order.
-        num_started: of them.
+        waited: Indices of the computations that a caller has waited for, in that order.
+        num_started: Number of computations started.
     """
 
     def __init__(self) -> None:
@@ -24,12 +26,12 @@ class LateHasher(Hasher):
         self.waited: list[int] = []
         self.num_started = 0
 
-    def _on(self, device: torch.device) -> Any:
+    def _device_hash(self, device: torch.device) -> Any:
         return _LateDevice(self)
 
 
 class _LateDevice:
-    """In place of a `DeviceHash`; its digests are those of the CPU, backwards."""
+    """A fake `DeviceHash`, whose digests are those of the CPU with the bytes reversed."""
 
     def __init__(self, hasher: LateHasher) -> None:
         self._hasher = hasher
@@ -42,7 +44,7 @@ class _LateDevice:
 
 
 class _Written:
-    """Stands in for the event behind the copy to the host."""
+    """A fake event, recorded after the copy to the host."""
 
     def __init__(self, hasher: LateHasher, number: int, rows: Tensor, digests: bytes) -> None:
         self._hasher, self._number, self._rows, self._digests = hasher, number, rows, digests

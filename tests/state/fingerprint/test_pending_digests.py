@@ -75,7 +75,7 @@ def test_one_step_later_and_not_before() -> None:
     words = []
     for step in range(1, 4):
         agreement.step(batch=torch.ones(2))
-        words.append(agreement.last_word)
+        words.append(agreement.last_digest)
         assert hasher.waited == list(range(step))
         assert agreement.agreed_until == step - 1
     agreement.complete()  # as before a checkpoint

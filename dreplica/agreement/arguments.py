@@ -1,0 +1,108 @@
+"""Checks of the arguments of `Agreement`."""
+
+from collections.abc import Collection, Iterable, Sequence
+from typing import Any, TypedDict, get_type_hints
+
+from dreplica.agreement.hasher import Hasher
+from dreplica.agreement.reference import Reference
+from dreplica.agreement.trace.writer import TraceWriter
+from dreplica.config.messages import nearest
+from dreplica.distributed.channel import Channel
+from dreplica.errors import UsageError
+from dreplica.state.fingerprint.stage import INDEPENDENT_STAGES, STAGES
+
+
+class InternalArguments(TypedDict, total=False):
+    """Arguments of `Agreement` that only the trainer and the tests use."""
+
+    trace: TraceWriter | None
+    """Where checked steps are recorded. Its algorithm must be that of `hasher`."""
+    reference: Reference | None
+    """On rank 0, a recorded run to compare with. A difference raises `ReferenceDiffers`."""
+    channel: Channel | None
+    """The control channel between all replicas. By default a new gloo group."""
+    hasher: Hasher | None
+    """What computes the fingerprints, of the same kind on all replicas. By default negotiated between replicas."""
+    stoppable: bool
+    """Exchange the stop flag at every step, also at steps that are not compared."""
+
+
+def invalid_argument(name: str, value: Any, text: str, code: str = "invalid-argument") -> UsageError:
+    """Return the error for an invalid argument.
+
+    Args:
+        name: The argument's name.
+        value: The value that was passed.
+        text: The message for people.
+        code: The stable identifier for programs.
+
+    Returns:
+        The error, with `argument` and `value` among its fields.
+    """
+    return UsageError(text, code=code, argument=name, value=value)
+
+
+def check_choice(name: str, value: Any, choices: Sequence[Any]) -> None:
+    """Raise `UsageError` unless `value` is one of `choices`.
+
+    Args:
+        name: The argument's name.
+        value: The value that was passed.
+        choices: The valid values, at least two.
+    """
+    if value not in choices:
+        *first, last = map(repr, choices)
+        hint = nearest(value, choices) if isinstance(value, str) and isinstance(choices[0], str) else ""
+        hint = f" {hint}" if hint.startswith("Did") else ""
+        raise invalid_argument(name, value, f"{name} must be {', '.join(first)} or {last}, got {value!r}.{hint}")
+
+
+def check_every(every: Any) -> None:
+    """Raise `UsageError` unless `every` is an integer of at least 0."""
+    if not isinstance(every, int):
+        text = f"every must be an integer, got {every!r}. Pass a number of steps, or 0 to disable comparisons."
+        raise invalid_argument("every", every, text)
+    if every < 0:
+        raise invalid_argument("every", every, f"every must be >= 0, got {every}. Use 0 to disable comparisons.")
+
+
+def check_stages(stages: Collection[str] | None, expect: str) -> None:
+    """Raise `UsageError` for stages that do not exist or that `expect` does not compare."""
+    if stages is None:
+        return
+    if isinstance(stages, str):
+        text = f"stages must be a list of stage names, got {stages!r}. Use stages=[{stages!r}]."
+        raise invalid_argument("stages", stages, text)
+    if not stages:
+        text = f"stages must name at least one stage, got {stages!r}. Omit it to compare every stage that must agree."
+        raise invalid_argument("stages", stages, text)
+    for name in stages:
+        if name not in STAGES:
+            raise invalid_argument("stages", stages, f"stages: {name!r} is not a stage. {nearest(str(name), STAGES)}")
+        if expect == "independent" and name not in INDEPENDENT_STAGES:
+            raise invalid_argument(
+                "stages",
+                stages,
+                f"stages: {name!r} is not compared with expect='independent', only {', '.join(INDEPENDENT_STAGES)}. "
+                "Remove it, or use expect='identical' with the stages that must agree.",
+            )
+
+
+def check_internal(names: Iterable[str], trace: Any) -> None:
+    """Raise an error for an unknown keyword argument or a trace that cannot be written to."""
+    for name in names:
+        if name not in get_type_hints(InternalArguments):
+            raise TypeError(f"Agreement() got an unexpected keyword argument {name!r}")
+    if not isinstance(trace, TraceWriter | None):
+        text = f"trace must be a TraceWriter or None, got {type(trace).__name__}. It is internal: omit it."
+        raise invalid_argument("trace", trace, text)
+
+
+def check_algorithm(trace: TraceWriter, hasher: Hasher) -> None:
+    """Raise `UsageError` unless the trace holds digests of the hasher's algorithm."""
+    if trace.algorithm != hasher.algorithm:
+        text = (
+            f"trace has algorithm {trace.algorithm!r}, but digests are computed with {hasher.algorithm!r}. "
+            "Create it with algorithm=hasher.algorithm."
+        )
+        raise invalid_argument("trace", trace.algorithm, text)
