@@ -1,11 +1,11 @@
-"""Logging: rank 0 speaks for all; the others are heard from warnings up, with their replica id."""
+"""Logging setup: rank 0 logs from INFO, the other replicas from WARNING, with their replica id."""
 
 import logging
 import sys
 
 
 def set_up_logging(replica_id: int) -> None:
-    """Configures the `dreplica` logger: INFO from rank 0, WARNING from all, to standard error."""
+    """Configure the `dreplica` logger to write to standard error."""
     logger = logging.getLogger("dreplica")
     logger.handlers.clear()
     handler = logging.StreamHandler(sys.stderr)

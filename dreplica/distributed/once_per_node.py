@@ -1,5 +1,6 @@
-"""A file made by one process of a node while the others wait for it."""
+"""Creation of a file by one process of a node while the other processes wait for it."""
 
+import json
 import logging
 import os
 import time
@@ -8,19 +9,27 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
+from dreplica.distributed.failure import Failure
 from dreplica.errors import UsageError
 
 log = logging.getLogger(__name__)
 
 
 def once_per_node(path: Path, make: Callable[[], None]) -> None:
-    """Sees to it that the file `path` exists: one process of this node calls `make`, the others wait for it.
+    """Create the file `path` in one process of this node, while the other processes wait for it.
 
-    `make` puts the whole file there at once (a temporary name, then a rename) or raises UsageError, which those that
-    waited raise, too. Whoever holds the lock calls it, whatever its local rank: the operating system releases the lock
-    of a process that dies, and one of those that wait goes on in its place, so nobody waits for the dead. Where the
-    folder is shared between nodes, it is once for all of them. No collective. Raises OSError where the folder cannot be
-    written to; NotImplementedError where its file system has no locks.
+    The process that holds a file lock calls `make`, whatever its local rank. The operating system releases the lock of
+    a process that dies, and a waiting process takes over. Where the folder is shared between nodes, one process of all
+    nodes creates the file. This is not a collective.
+
+    Args:
+        path: The file to create.
+        make: Creates the file atomically (writes a temporary file, then renames it), or raises UsageError.
+
+    Raises:
+        UsageError: If `make` raised it in this process, or in the process that this one waited for.
+        OSError: If the folder is not writable.
+        NotImplementedError: If the file system has no locks.
     """
     if path.exists():
         return
@@ -30,7 +39,7 @@ def once_per_node(path: Path, make: Callable[[], None]) -> None:
     try:
         lock.acquire(timeout=0)
     except Timeout:
-        log.info("waiting for another process of this node, which makes %s", path)
+        log.info("waiting for another process of this node to create %s", path)
         lock.acquire()
     try:
         if not path.exists():
@@ -40,17 +49,21 @@ def once_per_node(path: Path, make: Callable[[], None]) -> None:
 
 
 def _make(path: Path, make: Callable[[], None], began: float) -> None:
-    """Holds the lock. A failure is left beside the file, with its time: later than `began`, it is why one waited."""
+    """Create the file under the lock.
+
+    A failure is stored next to the file with its time. If that is later than `began`, this process waited for it.
+    """
     failure = path.with_name(f"{path.name}.failed")
     if failure.exists():
-        when, _, message = failure.read_text(encoding="utf-8").partition("\n")
-        if float(when) >= began:
-            raise UsageError(message)
+        row = json.loads(failure.read_text(encoding="utf-8"))
+        if row["time"] >= began:
+            raise UsageError(row["message"], code=row["code"], **row["fields"])
         failure.unlink()
     try:
         make()
     except UsageError as error:
         partial = failure.with_name(f"{failure.name}.partial")
-        partial.write_text(f"{time.time()}\n{error}", encoding="utf-8")
+        row = {"time": time.time()} | Failure.from_exception(error).as_dict()
+        partial.write_text(json.dumps(row), encoding="utf-8")
         os.replace(partial, failure)
         raise

@@ -1,4 +1,4 @@
-"""A request to stop is a flag that the loop reads; it never interrupts a step."""
+"""Signals to stop, turned into a flag that the training loop reads. They never interrupt a step."""
 
 import os
 import signal
@@ -10,15 +10,18 @@ from types import FrameType
 
 from dreplica.errors import ExitCode
 
-_SAME_INTERRUPT_SECONDS = 3.0
-_LOOK_SECONDS = 0.1
+_DUPLICATE_SECONDS = 3.0
+_POLL_SECONDS = 0.1
 
-
-_NUMBERS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2, signal.SIGHUP)
+_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2, signal.SIGHUP)
 
 
 class StopRequest:
-    """Set by SIGTERM, SIGINT, SIGHUP or SIGUSR2; carried to all replicas by the agreement message."""
+    """Flag that SIGTERM, SIGINT, SIGHUP and SIGUSR2 set, and that the agreement message carries to all replicas.
+
+    Attributes:
+        signal_name: Name of the first signal received, or None.
+    """
 
     def __init__(self) -> None:
         self.signal_name: str | None = None
@@ -28,31 +31,31 @@ class StopRequest:
 
 
 class StoppedOnRequest(Exception):
-    """Some replica was told to stop, and all have; raised on all of them."""
+    """All replicas have stopped since one received a signal to stop, raised on all of them."""
 
 
 def block_stop_signals() -> None:
-    """Keeps signals that ask to stop from this process until `stop_signals` hears them: it then learns of them."""
-    signal.pthread_sigmask(signal.SIG_BLOCK, _NUMBERS)
+    """Block signals to stop until `stop_signals` handles them, so that none is lost or ends the process."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
 
 
 @contextmanager
 def exit_after_signal(seconds: float) -> Iterator[None]:
-    """Ends this process if it is still inside `seconds` after a signal that `block_stop_signals` keeps from it.
+    """Exit the process if the body still runs `seconds` after a signal that `block_stop_signals` blocks.
 
-    For a wait for other processes that cannot be cut short, and that goes on for good if one of them is gone.
+    For a wait for other processes that cannot be interrupted, and that never ends if one of them is gone.
     """
     left = threading.Event()
 
     def watch() -> None:
-        told_at: float | None = None
-        while not left.wait(_LOOK_SECONDS):
-            if told_at is None and signal.sigpending() & set(_NUMBERS):
-                told_at = time.monotonic()
-            if told_at is not None and time.monotonic() - told_at > seconds:
+        received_at: float | None = None
+        while not left.wait(_POLL_SECONDS):
+            if received_at is None and signal.sigpending() & set(_SIGNALS):
+                received_at = time.monotonic()
+            if received_at is not None and time.monotonic() - received_at > seconds:
                 os._exit(ExitCode.FAILED)
 
-    thread = threading.Thread(target=watch, name="dreplica-told", daemon=True)
+    thread = threading.Thread(target=watch, name="dreplica-exit-after-signal", daemon=True)
     thread.start()
     try:
         yield
@@ -63,10 +66,13 @@ def exit_after_signal(seconds: float) -> Iterator[None]:
 
 @contextmanager
 def stop_signals() -> Iterator[StopRequest]:
-    """Turns SIGTERM, SIGINT, SIGHUP and SIGUSR2 into a `StopRequest`; a second Ctrl-C interrupts at once.
+    """Turn SIGTERM, SIGINT, SIGHUP and SIGUSR2 into a `StopRequest` inside the body.
 
-    One Ctrl-C may reach a worker twice: from the terminal, and passed on by its launcher. So the second SIGINT only
-    counts when it comes some seconds later.
+    A second Ctrl-C raises KeyboardInterrupt. One Ctrl-C may reach a worker twice, from the terminal and from its
+    launcher, so a second SIGINT only counts a few seconds after the first.
+
+    Yields:
+        The request, which is true once a signal was received.
     """
     request = StopRequest()
     interrupted_at: float | None = None
@@ -74,14 +80,14 @@ def stop_signals() -> Iterator[StopRequest]:
     def handle(number: int, _frame: FrameType | None) -> None:
         nonlocal interrupted_at
         if number == signal.SIGINT:
-            if interrupted_at is not None and time.monotonic() - interrupted_at > _SAME_INTERRUPT_SECONDS:
+            if interrupted_at is not None and time.monotonic() - interrupted_at > _DUPLICATE_SECONDS:
                 raise KeyboardInterrupt
             interrupted_at = interrupted_at or time.monotonic()
         request.signal_name = request.signal_name or signal.Signals(number).name
 
-    ignored = {signal.SIGHUP} if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN else set()  # by nohup
-    before = {number: signal.signal(number, handle) for number in _NUMBERS if number not in ignored}
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, _NUMBERS)
+    ignored = {signal.SIGHUP} if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN else set()  # as nohup does
+    before = {number: signal.signal(number, handle) for number in _SIGNALS if number not in ignored}
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
     try:
         yield request
     finally:
@@ -91,13 +97,13 @@ def stop_signals() -> Iterator[StopRequest]:
 
 @contextmanager
 def signals_as_interrupts() -> Iterator[None]:
-    """Inside, SIGTERM and SIGHUP are a KeyboardInterrupt, so that what is running is ended first."""
+    """Turn SIGTERM and SIGHUP into KeyboardInterrupt inside the body, so that cleanup code runs."""
 
     def interrupt(_number: int, _frame: FrameType | None) -> None:
         raise KeyboardInterrupt
 
-    ends = [number for number in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(number) is not signal.SIG_IGN]
-    before = {number: signal.signal(number, interrupt) for number in ends}
+    numbers = [number for number in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(number) is not signal.SIG_IGN]
+    before = {number: signal.signal(number, interrupt) for number in numbers}
     try:
         yield
     finally:

@@ -36,5 +36,5 @@ def run_process(work: Callable[[], ExitCode]) -> NoReturn:
         os._exit(ExitCode.FAILED)
     # The launcher ends the rest as soon as one worker has failed; each is to end with its own code.
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    exit_codes.leave(int(code))
+    exit_codes.report(int(code))
     sys.exit(int(code))

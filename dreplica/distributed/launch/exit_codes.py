@@ -1,4 +1,4 @@
-"""How a launcher learns with what code each of its workers ended: torchrun's own has but 1 for all of them."""
+"""Exit codes of workers, passed to their launcher in files, since torchrun reports 1 for every failure."""
 
 import os
 import tempfile
@@ -11,7 +11,11 @@ _FOLDER = "DREPLICA_EXIT_CODES"
 
 @contextmanager
 def collect() -> Iterator[Callable[[], dict[int, int]]]:
-    """Workers that are started inside leave their codes; yields what returns those left so far, by local rank."""
+    """Collect the exit codes of workers that are started in the body.
+
+    Yields:
+        A function that returns the codes reported so far, by local rank.
+    """
     with tempfile.TemporaryDirectory(prefix="dreplica-exit-codes-") as folder:
         os.environ[_FOLDER] = folder
         try:
@@ -20,8 +24,8 @@ def collect() -> Iterator[Callable[[], dict[int, int]]]:
             del os.environ[_FOLDER]
 
 
-def leave(code: int) -> None:
-    """Tells the launcher of this worker, if it collects them, with what code this process is about to end."""
+def report(code: int) -> None:
+    """Report the exit code of this worker to its launcher, if the launcher collects codes."""
     folder = os.environ.get(_FOLDER)
     if folder is not None and Path(folder).is_dir():
         (Path(folder) / os.environ.get("LOCAL_RANK", "0")).write_text(str(code))

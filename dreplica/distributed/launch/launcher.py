@@ -1,4 +1,4 @@
-"""Starts the workers of a run with torchrun's own launcher, and tells their exit codes apart."""
+"""Start of the workers of a run with torchrun's launcher, with an exit code per outcome."""
 
 import logging
 import sys
@@ -13,57 +13,67 @@ from dreplica.distributed.launch import exit_codes
 from dreplica.errors import ExitCode
 
 _SIGNALS = "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR2"
-"""That are passed on to workers: torchrun's own, and the one that batch systems are asked to send ahead of the end."""
+"""Signals forwarded to workers: torchrun's defaults, and SIGUSR2, which batch systems send before the time limit."""
 
 
 @dataclass(frozen=True)
 class Nodes:
-    """The machines that a run is spread over, and which of them this is."""
+    """The nodes of a run, and which of them this is."""
 
     num_nodes: int
+    """Number of nodes."""
     node_rank: int
-    """This one's place: 0 on the machine that `head` names."""
+    """Rank of this node: 0 on the node at `head`."""
     head: str
-    """Its address, `host:port`: where replicas meet."""
+    """Address of node 0 for the rendezvous, as `host:port`."""
 
 
 def launch(module: str, arguments: Sequence[str], num_replicas: int, nodes: Nodes | None = None) -> ExitCode:
-    """Runs `python -m module arguments...` once per replica on this node, and returns the run's exit code.
+    """Run `python -m module arguments...` once per replica on this node.
 
-    `num_replicas`: on this node, which is the only one without `nodes`. torchrun collapses the workers' codes to 1;
-    here the run's code is theirs, and where they differ (some were ended because another failed) the one that says
-    most: unusable, diverged, stopped, failed.
+    torchrun reports 1 for every failure. This reports the workers' own code. Where codes differ, since some workers
+    were ended after another failed, it is the most informative: unusable, diverged, stopped, failed.
+
+    Args:
+        module: The entry point of the workers.
+        arguments: Command-line arguments of each worker.
+        num_replicas: Number of replicas on this node.
+        nodes: The nodes of the run, or None for this node alone.
+
+    Returns:
+        The exit code of the run.
     """
-    # The workers have said what went wrong; the launcher's own summary would bury it under a traceback.
+    # The workers have reported the error; the launcher's summary would bury it under a traceback.
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
     logging.getLogger("torch.distributed.run").setLevel(logging.ERROR)
-    options = [f"--nproc_per_node={num_replicas}", f"--signals-to-handle={_SIGNALS}", *_meeting_point(nodes)]
-    with exit_codes.collect() as left:
+    options = [f"--nproc_per_node={num_replicas}", f"--signals-to-handle={_SIGNALS}", *_rendezvous_options(nodes)]
+    with exit_codes.collect() as reported_codes:
         try:
             run(get_args_parser().parse_args([*options, "--module", module, *arguments]))
         except SignalException:
-            codes = left()  # asked to stop: the workers have, all at the same step
-            if len(codes) == num_replicas and set(codes.values()) == {ExitCode.AGREED}:
+            reported = reported_codes()  # stopped on request: all workers have stopped at the same step
+            if len(reported) == num_replicas and set(reported.values()) == {ExitCode.AGREED}:
                 return ExitCode.AGREED
-            return _most_telling(codes.values())
+            return _most_informative(reported.values())
         except ChildFailedError as error:
             for rank, failure in error.failures.items():
-                if failure.exitcode < 0:  # it had no time to say anything
-                    print(f"replica {rank} was ended by {failure.signal_name()}", file=sys.stderr)
-            return _most_telling({failure.exitcode for failure in error.failures.values()} | set(left().values()))
+                if failure.exitcode < 0:  # killed by a signal, so it reported nothing
+                    print(f"replica {rank} was terminated by {failure.signal_name()}", file=sys.stderr)
+            codes = {failure.exitcode for failure in error.failures.values()} | set(reported_codes().values())
+            return _most_informative(codes)
     return ExitCode.AGREED
 
 
-def _meeting_point(nodes: Nodes | None) -> list[str]:
+def _rendezvous_options(nodes: Nodes | None) -> list[str]:
     if nodes is None:
         return ["--standalone"]
-    # Static, for a node keeps its replicas' ids over restarts: rank 0, which writes the run folder, is at the head.
+    # Static, so that a node keeps its ranks over restarts: rank 0, which writes the run folder, stays on node 0.
     host, _, port = nodes.head.rpartition(":")
-    place = [f"--master-addr={host}", f"--master-port={port}"]
-    return ["--rdzv-backend=static", f"--nnodes={nodes.num_nodes}", f"--node-rank={nodes.node_rank}", *place]
+    address = [f"--master-addr={host}", f"--master-port={port}"]
+    return ["--rdzv-backend=static", f"--nnodes={nodes.num_nodes}", f"--node-rank={nodes.node_rank}", *address]
 
 
-def _most_telling(codes: Collection[int]) -> ExitCode:
+def _most_informative(codes: Collection[int]) -> ExitCode:
     for code in (ExitCode.UNUSABLE, ExitCode.DIVERGED, ExitCode.STOPPED):
         if code in codes:
             return code

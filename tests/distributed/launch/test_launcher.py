@@ -1,4 +1,4 @@
-"""What the launcher itself says."""
+"""The launcher's own output."""
 
 from pathlib import Path
 
@@ -6,6 +6,6 @@ from dreplica.distributed.launch.background import run_in_background
 from dreplica.errors import ExitCode
 
 
-def test_a_worker_that_is_killed_before_it_says_anything_is_named(tmp_path: Path) -> None:
+def test_launcher_names_a_killed_worker(tmp_path: Path) -> None:
     code, printed = run_in_background("tests.launch.dying", [], 1, tmp_path / "log", timeout=60)
-    assert (code, printed) == (ExitCode.FAILED, "replica 0 was ended by SIGKILL\n")
+    assert (code, printed) == (ExitCode.FAILED, "replica 0 was terminated by SIGKILL\n")
