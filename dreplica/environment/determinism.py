@@ -1,4 +1,4 @@
-"""Every setting that decides how numbers are rounded, in one function.
+"""All settings that decide how numbers are rounded, applied in one function.
 
 The list follows PyTorch's notes on reproducibility (https://docs.pytorch.org/docs/stable/notes/randomness.html) and the
 documentation of `torch.use_deterministic_algorithms`.
@@ -18,17 +18,24 @@ _WORKSPACE = "CUBLAS_WORKSPACE_CONFIG"
 DETERMINISTIC_WORKSPACES = {":4096:8", ":16:8"}
 """Values of CUBLAS_WORKSPACE_CONFIG with which cuBLAS is deterministic."""
 
-_OR_OFF = "or take --determinism.mode off, and see whether replicas agree"
+_OR_OFF = "or use --determinism.mode off to find out whether the replicas agree without it"
 
 CHANGEABLE = ("threads", "onednn")
-"""Flags that change how numbers are rounded on the CPU, and that may be changed and put back between two steps."""
+"""Flags that change rounding on the CPU, and that can be changed and restored between two steps."""
 
 
 def set_environment(config: DeterminismConfig) -> str | None:
-    """Sets what the CUDA libraries read once at their start, unless they have started: what is set then, none has seen.
+    """Set the environment variable that cuBLAS reads once, when CUDA starts.
 
-    Never overwrites a user's own variable. Returns why cuBLAS may be nondeterministic on a GPU, and what to do about
-    it; None if it is not, and in mode `off`, in which it may be.
+    A variable that the user has set is never overwritten. After CUDA has started, nothing is set: it would have no
+    effect.
+
+    Args:
+        config: The section `determinism`.
+
+    Returns:
+        Why cuBLAS may be nondeterministic on a GPU, and how to fix it. None if it is deterministic, or with mode `off`,
+        which permits that it is not.
     """
     if config.mode == "off":
         return None
@@ -41,21 +48,24 @@ def set_environment(config: DeterminismConfig) -> str | None:
     if present in DETERMINISTIC_WORKSPACES:
         if not started or _WORKSPACE in environment_at_start():
             return None
-        seen = f"{_WORKSPACE} was set to {present} from within a process that has started CUDA, which reads it once"
+        seen = f"{_WORKSPACE} was set to {present} inside this process, which has started CUDA, and CUDA reads it once"
     elif by_user:
-        seen = f"{_WORKSPACE} is {present} in the environment, with which cuBLAS is not deterministic"
-        return f"{seen}. Before the run: unset {_WORKSPACE}, or export {_WORKSPACE}=:4096:8 ({_OR_OFF})."
+        seen = f"{_WORKSPACE}={present} in the environment makes cuBLAS nondeterministic"
+        return f"{seen}. Unset {_WORKSPACE} before the run, or export {_WORKSPACE}=:4096:8 ({_OR_OFF})."
     elif wanted not in DETERMINISTIC_WORKSPACES:
         value = "null" if wanted is None else repr(wanted)
         seen = f"determinism.cublas_workspace_config: {value} leaves cuBLAS nondeterministic"
         return f"{seen}. Set it to {good} ({_OR_OFF})."
     else:
-        seen = f"{_WORKSPACE} is not set, and something that was imported has started CUDA, which reads it once"
-    return f"{seen}. Before the run: export {_WORKSPACE}=:4096:8; or import what uses CUDA later ({_OR_OFF})."
+        seen = f"{_WORKSPACE} is not set, and an imported module has started CUDA, which reads it once"
+    return f"{seen}. Export {_WORKSPACE}=:4096:8 before the run, or import what uses CUDA later ({_OR_OFF})."
 
 
 def environment_at_start() -> set[str]:
-    """The variables that this process was started with. os.environ shows those set since, too."""
+    """Return the names of the environment variables that this process was started with.
+
+    `os.environ` also has those set since.
+    """
     try:
         entries = Path("/proc/self/environ").read_bytes().split(b"\0")
     except OSError:
@@ -64,7 +74,10 @@ def environment_at_start() -> set[str]:
 
 
 def apply_determinism(config: DeterminismConfig) -> None:
-    """Puts every flag of the section into effect, in this process; `set_environment` comes first, before CUDA."""
+    """Apply all flags of the section `determinism` to this process.
+
+    Call `set_environment` first, before CUDA starts.
+    """
     torch.use_deterministic_algorithms(config.mode != "off", warn_only=config.mode == "warn")
     torch.utils.deterministic.fill_uninitialized_memory = config.fill_uninitialized_memory  # type: ignore[attr-defined]
     torch.set_num_threads(config.threads)
@@ -79,7 +92,7 @@ def apply_determinism(config: DeterminismConfig) -> None:
 
 
 def numerics_flags() -> dict[str, Any]:
-    """Every flag as torch now has it, whoever set it: what the manifest records and the preflight compares."""
+    """Return the current value of each flag in torch, which the manifest records and the preflight compares."""
     matmul = torch.backends.cuda.matmul
     precision = fp32_precision()
     return {
@@ -108,7 +121,11 @@ def numerics_flags() -> dict[str, Any]:
 
 @contextmanager
 def numerics_as(flags: Mapping[str, Any]) -> Iterator[None]:
-    """Inside, the flags in `CHANGEABLE` are as `flags` has them; keys as of `numerics_flags`."""
+    """Set the flags in `CHANGEABLE` inside the body.
+
+    Args:
+        flags: Values by flag, with the keys of `numerics_flags`. A flag that is missing is not changed.
+    """
     before = torch.get_num_threads(), torch.backends.mkldnn.enabled
     torch.set_num_threads(flags.get("threads", before[0]))
     torch.backends.mkldnn.enabled = flags.get("onednn", before[1])
@@ -120,9 +137,12 @@ def numerics_as(flags: Mapping[str, Any]) -> Iterator[None]:
 
 
 def fp32_precision() -> dict[str, str]:
-    """What float32 numbers may be rounded to on the way, by library and operation: `ieee` (not at all), `tf32`, `bf16`.
+    """Return the internal precision of float32 operations, by library and operation.
 
-    Read as torch now has it. The older flags (`allow_tf32`) raise once somebody has used the newer ones beside them.
+    Read from the newer flags: the older ones (`allow_tf32`) raise once the newer ones were set in addition to them.
+
+    Returns:
+        `ieee` (full float32), `tf32` or `bf16` for each of `cuda.matmul`, `cudnn.conv` and so on.
     """
     backends: Any = torch.backends
     found = {
@@ -137,7 +157,7 @@ def fp32_precision() -> dict[str, str]:
 
 
 def _attention() -> dict[str, bool]:
-    """The backends that scaled dot product attention may choose on a GPU, each with whether it is enabled."""
+    """Return which backends scaled dot product attention may choose on a GPU."""
     cuda = torch.backends.cuda
     return {
         "flash": cuda.flash_sdp_enabled(),
@@ -150,10 +170,10 @@ def _attention() -> dict[str, bool]:
 def _float32_matmul_precision() -> str:
     try:
         return torch.get_float32_matmul_precision()
-    except RuntimeError:  # set through the newer flags, to what has no name among the older ones
+    except RuntimeError:  # set through the newer flags, to a value that the older ones cannot express
         return "mixed"
 
 
 def _flushes_denormals() -> bool:
-    """torch has a setter for this flag but no getter, so ask the processor: is the smallest denormal kept?"""
+    """Return True if denormals are flushed to zero, which torch can set but not read."""
     return bool((torch.tensor([1e-45], dtype=torch.float32, device="cpu") * 1).item() == 0)

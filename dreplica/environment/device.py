@@ -1,4 +1,4 @@
-"""device"""
+"""Choice of the device of a replica."""
 
 import os
 from dataclasses import dataclass
@@ -11,26 +11,32 @@ from dreplica.errors import UsageError
 
 @dataclass(frozen=True)
 class Device:
-    """The device of one replica; `shared` when replicas on this node share a GPU."""
+    """The device of one replica."""
 
     device: torch.device
+    """CPU or CUDA device."""
     shared: bool = False
+    """True if replicas on this node share a GPU."""
 
 
 def bind_device(config: WorldConfig) -> Device:
-    """Picks and binds this process's device; call it before the process group is initialised.
+    """Choose and set the device of this process, before the process group is initialized.
 
-    Raises UsageError where `world.device` is `cuda` and this node has fewer GPUs than replicas.
+    Raises:
+        UsageError: If `world.device` is `cuda` and this node has fewer GPUs than replicas.
     """
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     local_size = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     num_gpus = torch.cuda.device_count() if config.device != "cpu" else 0
     if config.device == "cuda" and num_gpus < local_size:
+        fix = f"Start at most {num_gpus} replicas on this node, or use" if num_gpus else "Use"
         raise UsageError(
-            f"world.device: 'cuda' wants a GPU for each of the {local_size} replicas on this node, but torch sees "
-            f"{num_gpus}. "
-            + (f"Start no more than {num_gpus} replicas here, or use" if num_gpus else "Use")
-            + " --world.device auto (shares GPUs, or runs on the CPU if there are none)."
+            f"world.device: 'cuda' requires one GPU for each of the {local_size} replicas on this node, but torch "
+            f"finds {num_gpus}. {fix} --world.device auto, which shares GPUs, or uses the CPU if there are none.",
+            code="too-few-gpus",
+            key="world.device",
+            gpus=num_gpus,
+            replicas=local_size,
         )
     if num_gpus == 0:
         return Device(torch.device("cpu"))

@@ -1,4 +1,4 @@
-"""hardware"""
+"""Memory, CPU limits and GPUs of this machine."""
 
 import csv
 import os
@@ -9,10 +9,10 @@ from pathlib import Path
 
 
 def available_memory() -> int:
-    """Bytes that this process could still use: of the machine's, and of its container's where that has a limit."""
+    """Return the bytes of memory that this process can still use, within its container's limit."""
     try:
         available = _numbers(Path("/proc/meminfo").read_text())["MemAvailable:"] * 1024
-    except FileNotFoundError:  # no Linux
+    except FileNotFoundError:  # not Linux
         return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     group = Path("/sys/fs/cgroup")
     try:
@@ -20,17 +20,17 @@ def available_memory() -> int:
         of_files = _numbers((group / "memory.stat").read_text())
     except (FileNotFoundError, ValueError):  # the root group, the older interface, or a limit of `max`
         return available
-    # What the system keeps of files that were read counts as used, and is given up when it is needed.
+    # The page cache counts as used, but is released when memory is needed.
     return min(available, limit - used + of_files["active_file"] + of_files["inactive_file"])
 
 
 def spell_size(size: float) -> str:
-    """Bytes as `1.5 GB` or `0.1 MB`."""
+    """Return a number of bytes as text, such as `1.5 GB` or `0.1 MB`."""
     return f"{size / 1e9:.1f} GB" if size >= 1e8 else f"{size / 1e6:.1f} MB"
 
 
 def _numbers(text: str) -> dict[str, int]:
-    """The first number of each line, by its first word."""
+    """Return the first number of each line, by its first word."""
     return {words[0]: int(words[1]) for words in (line.split() for line in text.splitlines())}
 
 
@@ -38,7 +38,17 @@ _CGROUP = Path("/sys/fs/cgroup")
 
 
 def cpu_limit(root: Path = _CGROUP, own: Path = Path("/proc/self/cgroup")) -> float | None:
-    """CPUs that this process's cgroup, or one around it, grants (cpu.max, or version 1's quota); None: no limit."""
+    """Return the number of CPUs that this process's cgroup and its parents grant.
+
+    Read from `cpu.max` (cgroup version 2) or the CFS quota (version 1).
+
+    Args:
+        root: Mount point of the cgroup file system.
+        own: File that names the cgroup of this process.
+
+    Returns:
+        The smallest limit, or None without a limit.
+    """
     limits = []
     for line in own.read_text().splitlines() if own.exists() else ():
         _, controllers, path = line.split(":", 2)
@@ -77,15 +87,22 @@ _SECONDS = 30.0
 
 
 def ask_nvidia_smi(fields: Sequence[str] = _FIELDS) -> list[dict[str, str]] | str:
-    """One row per GPU of the machine, of these fields (`nvidia-smi --help-query-gpu`); or why there is none."""
+    """Query nvidia-smi for each GPU of this machine.
+
+    Args:
+        fields: Names of fields, as in `nvidia-smi --help-query-gpu`.
+
+    Returns:
+        One row per GPU, or the reason why nvidia-smi returned none.
+    """
     program = shutil.which("nvidia-smi")
     if program is None:
-        return "there is no nvidia-smi"
+        return "nvidia-smi is not installed"
     command = [program, f"--query-gpu={','.join(fields)}", "--format=csv,noheader,nounits"]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=_SECONDS, check=False)
     except subprocess.TimeoutExpired:
-        return f"nvidia-smi did not answer within {_SECONDS:.0f} s"
+        return f"nvidia-smi did not respond within {_SECONDS:.0f} s"
     if done.returncode:
         return f"nvidia-smi: {(done.stdout + done.stderr).strip()}"
     rows = csv.reader(done.stdout.splitlines(), skipinitialspace=True)

@@ -1,4 +1,4 @@
-"""What each replica runs on and with: recorded, exchanged before the first step, and compared."""
+"""Manifest of the environment of each replica: recorded, exchanged before the first step, and compared."""
 
 import ctypes
 import importlib.metadata
@@ -21,7 +21,7 @@ from dreplica.distributed.process_group import World
 from dreplica.environment.determinism import numerics_flags
 from dreplica.environment.device import Device
 
-# A field of these may differ between replicas without an error; it stays in the record as a suspect.
+# Fields that may differ between replicas without an error. A difference is recorded as a possible cause.
 _MAY_DIFFER = {
     "host",
     "cpu.model",
@@ -34,7 +34,7 @@ _MAY_DIFFER = {
     "seed",
 }
 _MAY_ROUND = {"cpu.model", "device.name", "device.capability", "device.driver"}
-# A field that follows from config keys: a replica whose `overrides` name one of the keys may differ in it.
+# Config keys that decide a field: a replica with one of the keys in its `overrides` may differ in the field.
 _FOLLOWS_FROM = {
     "numerics.deterministic_algorithms": ("determinism.mode",),
     "numerics.deterministic_warn_only": ("determinism.mode",),
@@ -57,7 +57,7 @@ _FOLLOWS_FROM = {
     "device.cuda": ("world.device",),
     "device.cudnn": ("world.device",),
 }
-# Variables by which the libraries beneath torch change how they round, whatever torch's own flags say.
+# Environment variables that change rounding in the libraries below torch, regardless of torch's flags.
 _VARIABLES = (
     "ATEN_CPU_CAPABILITY",
     "CUBLASLT_WORKSPACE_SIZE",
@@ -78,40 +78,44 @@ _VARIABLES = (
 
 @dataclass(frozen=True)
 class Difference:
-    """One manifest field on which replicas do not have the same value."""
+    """A manifest field whose value differs between replicas."""
 
     field: str
+    """Dotted name of the field."""
     values: tuple[Any, ...]
     """One value per replica."""
     allowed: bool
-    """Whether replicas may differ in it: a fact to remember, not an error."""
+    """True if replicas may differ in the field, so that the difference is recorded but no error."""
 
     @property
     def may_round(self) -> bool:
-        """Whether hardware that differs in it may round differently, without being at fault."""
+        """True if sound hardware that differs in the field may round differently."""
         return self.field in _MAY_ROUND
 
     def __str__(self) -> str:
         groups: dict[str, list[int]] = {}
         for replica_id, value in enumerate(self.values):
             groups.setdefault(repr(value), []).append(replica_id)
-        sides = (
+        parts = (
             f"{value} on replica{'s' * (len(ids) > 1)} {', '.join(map(str, ids))}" for value, ids in groups.items()
         )
-        return f"{self.field}: {'; '.join(sides)}"
+        return f"{self.field}: {'; '.join(parts)}"
 
 
 def collect_manifest(
     world: World, device: Device, seed: int | None, data_digest: str, weights_digest: str | None = None
 ) -> dict[str, Any]:
-    """This replica's manifest; JSON values only.
+    """Return the manifest of this replica.
 
     Args:
-        world: for the host's name.
-        device: this replica's.
-        seed: the model seed.
-        data_digest: of the data set as loaded.
-        weights_digest: of the file that pretrained weights came from; None without, or before the build.
+        world: This replica's process, for the name of its host.
+        device: This replica's device.
+        seed: The model seed.
+        data_digest: Digest of the data set as loaded.
+        weights_digest: Digest of the file of pretrained weights, or None without one and before the build.
+
+    Returns:
+        JSON values by field.
     """
     return {
         "host": world.host,
@@ -129,7 +133,7 @@ def collect_manifest(
 
 
 def compare_values(rows: Sequence[Mapping[str, Any]]) -> list[Difference]:
-    """The fields (dotted) on which replicas' mappings differ, none of them allowed to."""
+    """Return the dotted fields in which the replicas' mappings differ, none of them allowed."""
     flat = [_flatten(row) for row in rows]
     columns = {field: tuple(row.get(field) for row in flat) for field in sorted(set().union(*flat))}
     return [
@@ -142,7 +146,12 @@ def compare_values(rows: Sequence[Mapping[str, Any]]) -> list[Difference]:
 def compare_manifests(
     manifests: Sequence[Mapping[str, Any]], declared: Mapping[int, Mapping[str, Any]]
 ) -> list[Difference]:
-    """The fields on which replicas differ. `declared`: the config's `overrides`, which excuse what follows."""
+    """Return the fields in which replicas' manifests differ.
+
+    Args:
+        manifests: The manifest of each replica.
+        declared: The config's `overrides` by replica id, which allow differences in the fields that they decide.
+    """
     return [replace(item, allowed=_is_allowed(item, declared)) for item in compare_values(manifests)]
 
 
@@ -159,12 +168,12 @@ def _is_allowed(difference: Difference, declared: Mapping[int, Mapping[str, Any]
 
 
 def follows_from(field: str) -> tuple[str, ...]:
-    """The config keys (dotted) that decide a manifest field; none for a fact of the machine or its software."""
+    """Return the dotted config keys that decide a manifest field, none for one of the machine or its software."""
     return _FOLLOWS_FROM.get(field, ())
 
 
 def spell_device(manifest: Mapping[str, Any]) -> str:
-    """The physical thing that a replica runs on, and the host it is in."""
+    """Return a text that names the physical device of a replica and its host."""
     device, host = manifest["device"], manifest["host"]
     if device["type"] != "cuda":
         return f"{manifest['cpu']['model'] or 'the CPU'} of host {host}"
@@ -172,7 +181,7 @@ def spell_device(manifest: Mapping[str, Any]) -> str:
 
 
 def card_of(manifest: Mapping[str, Any]) -> str | None:
-    """The UUID of a replica's GPU, or of its slice of one, as nvidia-smi writes it; None on the CPU."""
+    """Return the UUID of a replica's GPU or MIG slice as nvidia-smi prints it, or None on the CPU."""
     device = manifest["device"]
     if device["type"] != "cuda":
         return None
@@ -181,7 +190,7 @@ def card_of(manifest: Mapping[str, Any]) -> str | None:
 
 @cache
 def source_digest() -> str:
-    """32 hex digits over dreplica's own source files: which code runs, whatever its version says."""
+    """Return a digest of dreplica's source files, as 32 hexadecimal digits."""
     digest = xxhash.xxh3_128()
     for path in sorted(PACKAGE_ROOT.rglob("*.py")):
         digest.update(str(path.relative_to(PACKAGE_ROOT)).encode() + b"\0" + path.read_bytes() + b"\0")
@@ -223,13 +232,13 @@ def _driver_version() -> str | None:
     try:
         text = Path("/proc/driver/nvidia/version").read_text(encoding="utf-8", errors="replace")
     except OSError:
-        return _driver_version_by_nvml()  # a container need not show the kernel's files
+        return _driver_version_by_nvml()  # not visible in some containers
     found = re.search(r"\d+\.\d+(\.\d+)?", text)
     return found and found.group()
 
 
 def _driver_version_by_nvml() -> str | None:
-    """https://docs.nvidia.com/deploy/nvml-api/group__nvmlSystemQueries.html"""
+    # https://docs.nvidia.com/deploy/nvml-api/group__nvmlSystemQueries.html
     try:
         nvml = ctypes.CDLL("libnvidia-ml.so.1")
     except OSError:

@@ -92,14 +92,15 @@ def test_device_auto_is_the_cpu_without_a_gpu(monkeypatch: pytest.MonkeyPatch) -
 
 
 @pytest.mark.parametrize(
-    ("num_gpus", "advice"), [(0, "Use --world.device auto"), (1, "Start no more than 1 replicas here, or use --world")]
+    ("num_gpus", "advice"),
+    [(0, "Use --world.device auto"), (1, "Start at most 1 replicas on this node, or use --world")],
 )
 def test_device_cuda_requires_a_gpu_per_replica(monkeypatch: pytest.MonkeyPatch, num_gpus: int, advice: str) -> None:
     monkeypatch.setattr(torch.cuda, "device_count", lambda: num_gpus)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
     with pytest.raises(UsageError) as caught:
         bind_device(WorldConfig(device="cuda"))
-    assert str(caught.value).startswith("world.device: 'cuda' wants a GPU for each of the 2 replicas on this node")
+    assert str(caught.value).startswith("world.device: 'cuda' requires one GPU for each of the 2 replicas on this node")
     assert advice in str(caught.value)
 
 

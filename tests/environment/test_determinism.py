@@ -1,4 +1,4 @@
-"""Every flag takes effect on its own, and is reported as torch has it."""
+"""Determinism settings: each key changes its own flags only, and the flags are read from torch."""
 
 import os
 from collections.abc import Iterator
@@ -19,7 +19,7 @@ from dreplica.environment.determinism import (
 
 
 @pytest.fixture(autouse=True)
-def _flags_as_before() -> Iterator[None]:
+def _restore_flags() -> Iterator[None]:
     before, default_dtype = numerics_flags(), torch.get_default_dtype()
     workspace = os.environ.pop("CUBLAS_WORKSPACE_CONFIG", None)
     yield
@@ -85,7 +85,7 @@ def flags_under(config: DeterminismConfig) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize(("given", "expected"), CHANGES.values(), ids=CHANGES.keys())
-def test_a_key_changes_its_own_flags_and_no_other(given: dict[str, Any], expected: dict[str, Any]) -> None:
+def test_key_changes_only_its_own_flags(given: dict[str, Any], expected: dict[str, Any]) -> None:
     usual = flags_under(DeterminismConfig())
     changed = flags_under(DeterminismConfig(**given))
     assert {name: value for name, value in changed.items() if value != usual[name]} == expected
@@ -96,15 +96,15 @@ def test_every_key_is_tested() -> None:
     assert {key for given, _ in CHANGES.values() for key in given} == set(DeterminismConfig.model_fields)
 
 
-def test_strict_mode_makes_an_operator_without_a_deterministic_implementation_raise() -> None:
+def test_strict_mode_sets_the_mode_of_torch() -> None:
     apply_determinism(DeterminismConfig())
     assert torch.are_deterministic_algorithms_enabled()
-    assert torch.empty(3).isnan().all()  # uninitialised memory is filled
+    assert torch.empty(3).isnan().all()  # uninitialized memory is filled
     apply_determinism(DeterminismConfig(mode="off"))
     assert not torch.are_deterministic_algorithms_enabled()
 
 
-def test_flags_set_by_others_are_reported() -> None:
+def test_numerics_flags_reports_flags_set_elsewhere() -> None:
     apply_determinism(DeterminismConfig())
     torch.set_num_threads(2)
     torch.set_default_dtype(torch.float64)
@@ -116,7 +116,7 @@ def test_flags_set_by_others_are_reported() -> None:
 @pytest.mark.parametrize(("present", "is_wrong"), [(":16:8", False), (":0:0", True), ("", True)])
 @pytest.mark.parametrize("mode", ["strict", "warn", "off"])
 @pytest.mark.parametrize("started", [False, True])
-def test_a_users_own_workspace_config_is_left_alone(
+def test_workspace_config_of_the_user_is_kept(
     monkeypatch: pytest.MonkeyPatch, present: str, is_wrong: bool, mode: Any, started: bool
 ) -> None:
     monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", present)
@@ -125,37 +125,35 @@ def test_a_users_own_workspace_config_is_left_alone(
     problem = set_environment(DeterminismConfig(mode=mode))
     assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == present
     assert (problem is not None) == (is_wrong and mode != "off")
-    assert problem is None or f"CUBLAS_WORKSPACE_CONFIG is {present} in the environment" in problem
-    assert problem is None or "unset CUBLAS_WORKSPACE_CONFIG" in problem
+    assert problem is None or f"CUBLAS_WORKSPACE_CONFIG={present} in the environment" in problem
+    assert problem is None or "Unset CUBLAS_WORKSPACE_CONFIG" in problem
 
 
 @pytest.mark.parametrize("mode", ["strict", "warn", "off"])
-def test_once_cuda_has_started_the_workspace_config_is_not_set_and_recorded_as_it_is(
-    monkeypatch: pytest.MonkeyPatch, mode: Any
-) -> None:
+def test_workspace_config_is_not_set_after_cuda_start(monkeypatch: pytest.MonkeyPatch, mode: Any) -> None:
     monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
     problem = set_environment(DeterminismConfig(mode=mode))
     assert numerics_flags()["cublas_workspace_config"] is None
     assert (problem is not None) == (mode != "off")
-    assert problem is None or "something that was imported has started CUDA" in problem
-    assert problem is None or "export CUBLAS_WORKSPACE_CONFIG=:4096:8" in problem
+    assert problem is None or "an imported module has started CUDA" in problem
+    assert problem is None or "Export CUBLAS_WORKSPACE_CONFIG=:4096:8" in problem
 
 
-def test_one_set_from_within_a_process_that_has_started_cuda_is_not_trusted(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_workspace_config_set_inside_the_process_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     assert set_environment(DeterminismConfig()) is None
     monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
-    assert "from within a process" in str(set_environment(DeterminismConfig()))
+    assert "inside this process" in str(set_environment(DeterminismConfig()))
 
 
-@pytest.mark.parametrize(("wanted", "spelt"), [(None, "null"), (":4096:2", "':4096:2'")])
-def test_a_configured_workspace_that_is_not_deterministic_is_named(wanted: str | None, spelt: str) -> None:
+@pytest.mark.parametrize(("wanted", "text"), [(None, "null"), (":4096:2", "':4096:2'")])
+def test_nondeterministic_workspace_in_config_is_reported(wanted: str | None, text: str) -> None:
     problem = set_environment(DeterminismConfig(cublas_workspace_config=wanted))
-    assert str(problem).startswith(f"determinism.cublas_workspace_config: {spelt} leaves cuBLAS nondeterministic")
+    assert str(problem).startswith(f"determinism.cublas_workspace_config: {text} leaves cuBLAS nondeterministic")
     assert os.environ.get("CUBLAS_WORKSPACE_CONFIG") == wanted
 
 
-def test_the_environment_at_the_start_is_not_what_was_set_since(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_environment_at_start_omits_later_variables(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("DREPLICA_SET_LATER", "1")
     assert "PATH" in environment_at_start()
     assert "DREPLICA_SET_LATER" not in environment_at_start()
@@ -170,21 +168,19 @@ def test_the_environment_at_the_start_is_not_what_was_set_since(monkeypatch: pyt
         ("cuda.matmul", "tf32", {"cuda_matmul_fp32_precision": "tf32", "matmul_tf32": True}),
     ],
 )
-def test_the_newer_precision_flags_are_reported_and_do_not_make_the_older_ones_raise(
-    backend: str, value: str, changed: dict[str, Any]
-) -> None:
+def test_newer_precision_flags_are_reported(backend: str, value: str, changed: dict[str, Any]) -> None:
     apply_determinism(DeterminismConfig())
     usual = numerics_flags()
     library, operation = backend.split(".")
     getattr(getattr(torch.backends, library), operation).fp32_precision = value
     flags = numerics_flags()
     assert {name: flags[name] for name in changed} == changed
-    others = set(changed) | {"float32_matmul_precision"}  # of which torch says that it cannot tell
+    others = set(changed) | {"float32_matmul_precision"}  # which torch cannot read once the newer flags were used
     assert {name for name in flags if flags[name] != usual[name]} <= others
     apply_determinism(DeterminismConfig())
 
 
-def test_a_precision_for_everything_is_reported_for_each() -> None:
+def test_global_precision_is_reported_for_each_operation() -> None:
     apply_determinism(DeterminismConfig())
     torch.backends.fp32_precision = "tf32"  # type: ignore[attr-defined]
     precision = fp32_precision()

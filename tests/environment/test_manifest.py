@@ -1,4 +1,4 @@
-"""What replicas run on: recorded, compared, and excused only where it was declared."""
+"""Manifests: recorded, compared, with differences allowed only where an override declares them."""
 
 import copy
 import ctypes
@@ -44,7 +44,7 @@ def changed(manifest: Mapping[str, Any], field: str, value: Any) -> dict[str, An
     return other
 
 
-def test_a_manifest_is_json_and_holds_what_decides_a_number(manifest: dict[str, Any]) -> None:
+def test_manifest_is_json_with_all_numerics_settings(manifest: dict[str, Any]) -> None:
     assert json.loads(json.dumps(manifest)) == manifest
     assert set(manifest) >= {"host", "seed", "code", "python", "packages", "cpu", "device", "numerics", "data"}
     assert manifest["packages"]["torch"] == torch.__version__
@@ -70,9 +70,7 @@ def test_a_manifest_is_json_and_holds_what_decides_a_number(manifest: dict[str, 
         ("device.type", "cuda"),
     ],
 )
-def test_what_must_match_and_does_not_is_named_with_ranks_and_values(
-    manifest: dict[str, Any], field: str, value: Any
-) -> None:
+def test_forbidden_difference_names_ranks_and_values(manifest: dict[str, Any], field: str, value: Any) -> None:
     (difference,) = compare_manifests([manifest, changed(manifest, field, value), manifest], {})
     assert (difference.field, difference.allowed) == (field, False)
     assert difference.values[1] == value
@@ -80,12 +78,12 @@ def test_what_must_match_and_does_not_is_named_with_ranks_and_values(
 
 
 @pytest.mark.parametrize("field", ["host", "cpu.model", "device.name", "seed"])
-def test_what_may_differ_is_kept_as_a_fact(manifest: dict[str, Any], field: str) -> None:
+def test_allowed_difference_is_recorded(manifest: dict[str, Any], field: str) -> None:
     (difference,) = compare_manifests([manifest, changed(manifest, field, "other")], {})
     assert (difference.field, difference.allowed) == (field, True)
 
 
-def test_another_gpu_model_is_allowed_another_cuda_is_not(manifest: dict[str, Any]) -> None:
+def test_gpu_model_may_differ_but_not_cuda(manifest: dict[str, Any]) -> None:
     gpu = {"type": "cuda", "index": 0, "name": "A", "uuid": "1", "capability": "8.0", "shared": False}
     gpu |= {"driver": "1.0", "cuda": "13.2", "cudnn": 91000}
     one = {**manifest, "device": gpu}
@@ -107,7 +105,7 @@ def test_another_gpu_model_is_allowed_another_cuda_is_not(manifest: dict[str, An
         ("numerics.onednn", "onednn", False),
     ],
 )
-def test_an_override_excuses_what_follows_from_it_on_that_replica_only(
+def test_override_allows_its_fields_on_its_replica_only(
     manifest: dict[str, Any], field: str, key: str, value: Any
 ) -> None:
     other = changed(manifest, field, "odd")
@@ -121,20 +119,20 @@ def test_an_override_excuses_what_follows_from_it_on_that_replica_only(
 
 
 @pytest.mark.parametrize("field", ["numerics.threads", "packages.torch", "data", "variables.MKL_CBWR", "device.type"])
-def test_an_override_excuses_nothing_else(manifest: dict[str, Any], field: str) -> None:
+def test_override_allows_no_other_field(manifest: dict[str, Any], field: str) -> None:
     declared = {1: {"determinism": {"tf32": True, "mode": "off"}, "optim": {"lr": 0.1}}}
     (difference,) = compare_manifests([manifest, changed(manifest, field, "odd")], declared)
     assert not difference.allowed
 
 
-def test_an_override_of_the_device_excuses_the_device(manifest: dict[str, Any]) -> None:
+def test_override_of_the_device_allows_the_device(manifest: dict[str, Any]) -> None:
     (difference,) = compare_manifests(
         [manifest, changed(manifest, "device.type", "cuda")], {0: {"world": {"device": "cpu"}}}
     )
     assert difference.allowed
 
 
-def test_every_flag_that_follows_from_a_key_names_a_field_and_a_key_that_exist(manifest: dict[str, Any]) -> None:
+def test_fields_decided_by_config_keys_exist(manifest: dict[str, Any]) -> None:
     for field, keys in manifest_module._FOLLOWS_FROM.items():
         section, _, name = field.partition(".")
         if section == "numerics":
@@ -142,7 +140,7 @@ def test_every_flag_that_follows_from_a_key_names_a_field_and_a_key_that_exist(m
             assert {key.removeprefix("determinism.") for key in keys} <= set(DeterminismConfig.model_fields)
 
 
-def test_values_are_compared_to_any_depth() -> None:
+def test_compare_values_is_recursive() -> None:
     one = {"optim": {"lr": 0.1, "betas": [0.9, 0.99]}, "overrides": {"1": {"optim": {"lr": 1}}}, "seed": None}
     two = copy.deepcopy(one)
     assert compare_values([one, two]) == []
@@ -151,7 +149,7 @@ def test_values_are_compared_to_any_depth() -> None:
     assert [difference.field for difference in compare_values([one, two])] == ["optim.betas", "overrides.1.train.amp"]
 
 
-def test_the_source_digest_is_stable_and_sees_every_file(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_source_digest_covers_every_file(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     copied = tmp_path / "elsewhere" / "dreplica"
     shutil.copytree(PACKAGE_ROOT, copied, ignore=shutil.ignore_patterns("__pycache__"))
     monkeypatch.setattr(manifest_module, "PACKAGE_ROOT", copied)
@@ -186,7 +184,7 @@ GPU |= {"driver": "570.1", "cuda": "13.2", "cudnn": 91000}
         ("variables.TORCH_BLAS_PREFER_CUBLASLT", "1", False),
     ],
 )
-def test_of_gpus_cards_may_differ_and_settings_may_not(
+def test_gpus_may_differ_but_not_their_settings(
     manifest: dict[str, Any], field: str, value: Any, allowed: bool
 ) -> None:
     one = {**manifest, "device": GPU}
@@ -194,7 +192,7 @@ def test_of_gpus_cards_may_differ_and_settings_may_not(
     assert (difference.field, difference.allowed) == (field, allowed)
 
 
-def test_a_card_is_named_as_nvidia_smi_does(manifest: dict[str, Any]) -> None:
+def test_card_is_named_as_in_nvidia_smi(manifest: dict[str, Any]) -> None:
     assert card_of(manifest) is None
     assert spell_device(manifest).endswith(" of host a-host")
     whole = {**manifest, "device": GPU}
@@ -204,7 +202,7 @@ def test_a_card_is_named_as_nvidia_smi_does(manifest: dict[str, Any]) -> None:
 
 
 class _Nvml:
-    """Stands in for NVIDIA's library."""
+    """A fake of NVIDIA's management library."""
 
     def __init__(self, _: str, starts: int = 0) -> None:
         self.starts = starts
@@ -220,15 +218,15 @@ class _Nvml:
         return 0
 
 
-def _nothing_there(*_: Any, **__: Any) -> Any:
+def _not_found(*_: Any, **__: Any) -> Any:
     raise FileNotFoundError
 
 
-def test_the_driver_of_a_container_is_asked_of_nvml(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Path, "read_text", _nothing_there)
+def test_driver_version_falls_back_to_nvml(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Path, "read_text", _not_found)
     monkeypatch.setattr(ctypes, "CDLL", _Nvml)
     assert manifest_module._driver_version.__wrapped__() == "570.86.15"
     monkeypatch.setattr(ctypes, "CDLL", lambda name: _Nvml(name, starts=999))
     assert manifest_module._driver_version.__wrapped__() is None
-    monkeypatch.setattr(ctypes, "CDLL", _nothing_there)
+    monkeypatch.setattr(ctypes, "CDLL", _not_found)
     assert manifest_module._driver_version.__wrapped__() is None
