@@ -6,11 +6,15 @@ from pathlib import Path
 
 from dreplica.agreement.trace.comparison import find_differing_stages, place_of
 from dreplica.agreement.trace.reader import Trace
-from dreplica.agreement.verdict.location import Place, module_of
+from dreplica.agreement.verdict.evidence import Evidence
+from dreplica.agreement.verdict.location import Place, count_differing_entries, module_of
 from dreplica.agreement.verdict.verdict import Divergence, Verdict
 from dreplica.errors import UsageError
 from dreplica.state.fingerprint.fingerprint import ALGORITHM
 from dreplica.state.fingerprint.stage import INDEPENDENT_STAGES, Stage
+
+_MOST_NAMED = 5
+"""Entries named as evidence that only one side has."""
 
 
 @dataclass(frozen=True)
@@ -102,7 +106,6 @@ class ReferenceDiffers(Divergence):
 
     def __init__(self, verdict: Verdict, difference: ReferenceDifference) -> None:
         super().__init__(verdict)
-        self.args = verdict, difference  # unpickling calls the class with these
         self.difference = difference
 
 
@@ -119,13 +122,16 @@ def describe_difference(difference: ReferenceDifference, epoch: int | None, num_
     """
     place = difference.place
     assert place.stage is not None
-    evidence = [f"differing stages: {', '.join(place.differing_stages)}"]
+    evidence = [Evidence.of("differing-stages", stages=place.differing_stages)]
     if place.num_entries:
-        evidence.insert(0, f"{place.num_differing} of {place.num_entries} entries of {place.stage} differ")
         sides = ("here", "in the reference")
-        evidence += [f"{name} is only {sides[ids[0]]}" for name, ids in list(place.only_on.items())[:5]]
+        evidence.insert(0, count_differing_entries(place))
+        evidence += [
+            Evidence.of("entry-one-sided", entry=name, side=sides[ids[0]])
+            for name, ids in list(place.only_on.items())[:_MOST_NAMED]
+        ]
     else:
-        evidence.append("the reference has not recorded which tensor it is: record it with --agreement.record tensors")
+        evidence.append(Evidence.of("tensor-not-recorded"))
     return Verdict(
         agreed=False,
         cause="unexplained",
@@ -136,6 +142,6 @@ def describe_difference(difference: ReferenceDifference, epoch: int | None, num_
         tensor=place.tensor,
         module=module_of(place.stage, place.tensor),
         phase=place.phase,
-        classes=[list(range(num_replicas))],
+        groups=[list(range(num_replicas))],
         evidence=evidence,
     )

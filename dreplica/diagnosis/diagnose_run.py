@@ -1,4 +1,4 @@
-"""From the place where replicas part to the verdict, through replays of the step."""
+"""Diagnosis of a divergence in a training run, by replaying the step."""
 
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -9,6 +9,8 @@ from typing import Any
 from torch import Tensor
 from torch.utils.data import Dataset, default_collate
 
+from dreplica.agreement.verdict.evidence import Evidence
+from dreplica.agreement.verdict.remedy import Remedy
 from dreplica.agreement.verdict.verdict import Verdict
 from dreplica.data.samples import describe
 from dreplica.diagnosis.decision.conclude import RunFacts
@@ -22,7 +24,7 @@ from dreplica.diagnosis.evidence.observation import (
     first_difference,
 )
 from dreplica.diagnosis.measurement.error_propagation import measure_path
-from dreplica.diagnosis.measurement.full_tensors import add, compare_outputs, doubt_moved, doubt_struck
+from dreplica.diagnosis.measurement.full_tensors import add, compare_outputs, doubt_corruption, doubt_moved
 from dreplica.diagnosis.replay.replay_run import Repeats, Replayed, Replayer
 from dreplica.diagnosis.tracing.op_tracer import OpRecord
 from dreplica.distributed.attempt import AttemptFailed, attempt
@@ -35,17 +37,17 @@ from dreplica.training.history import History, StepEntry
 
 
 def can_replay(found: Verdict, history: History) -> bool:
-    """Whether the step at which replicas parted is one that the history can run again."""
+    """Return True if the history can replay the step at which replicas diverged."""
     if found.step is None or history.snapshot is None or found.phase == "evaluation":
         return False
     return any(isinstance(entry, StepEntry) and entry.step == found.step for entry in history.entries)
 
 
 _SETTING = re.compile(r"(.+\.)?group\d+\.\w+")
-"""The name of an entry of the optimizer stage that is no tensor's state."""
+"""Matches entries of the optimizer stage that are hyperparameters of a parameter group."""
 
 Judge = Callable[[Sequence[Witness], Callable[[], Mapping[str, bytes]]], Decision]
-"""Decides on what every replica has to say; its second argument takes the step once more, for its stages' digests."""
+"""Names the cause from the replicas' observations. Its second argument replays the step and returns stage digests."""
 
 
 def diagnose(
@@ -58,17 +60,23 @@ def diagnose(
     facts: RunFacts,
     judge: Judge | None = None,
 ) -> Verdict:
-    """The verdict on a divergence at a training step. A collective; the replica is left as it was found.
+    """Diagnose a divergence at a training step by replaying it.
+
+    Note:
+        Collective: call on every rank. The replica's state is restored.
 
     Args:
-        found: what the comparison says.
-        original: this replica's stages at that step, as compared.
-        replayer: over the history that holds the step.
-        dataset: the training set, to tell different data from data that was changed afterwards.
-        num_workers: that loaded this replica's batches.
-        channel: between all replicas.
-        facts: what else is known of the run.
-        judge: in place of `decide`, for a divergence that is not between replicas. A collective.
+        found: The verdict of the comparison.
+        original: This replica's stages of the original step, as compared.
+        replayer: Replays steps of the history that holds the step.
+        dataset: The training set, to distinguish different data from data that was changed after loading.
+        num_workers: Number of worker processes that loaded this replica's batches.
+        channel: The control process group.
+        facts: The known facts of the run.
+        judge: Replaces `decide` for a divergence that is not between replicas. Collective.
+
+    Returns:
+        The verdict with cause, suspects, evidence and location. `unexplained` if the step cannot be replayed.
     """
     assert found.step is not None
     try:
@@ -89,38 +97,49 @@ def diagnose(
         else:
             decision = judge(witnesses, lambda: _digests(attempt(channel, lambda: replayer.again(indices))))
         decision = _doubt_transient(decision, first.tracer.records, found.stage, channel, facts)
-        decision = doubt_struck(decision, replayer, indices, channel)
+        decision = doubt_corruption(decision, replayer, indices, channel)
         decision = doubt_persistent(compare_outputs(decision, replayer, indices, channel), facts)
         decision = doubt_moved(decision, found, original, first.stages, replayer, channel)
         if decision.positions:
-            decision = add(decision, [f"first such sample: {describe(dataset, int(indices[decision.positions[0]]))}"])
+            index = int(indices[decision.positions[0]])
+            line = Evidence.of("first-differing-sample", sample=describe(dataset, index), index=index)
+            decision = add(decision, [line])
         if earlier:
-            decision = add(decision, [f"already step {step} is not reproducible"])
+            decision = add(decision, [Evidence.of("earlier-step-not-reproducible", step=step)])
         if decision.cause == "unexplained":
-            changed = [str(row) for row in differences if row not in facts.differences and not row.may_round]
-            decision = add(decision, [f"differs, as it stands now: {row}" for row in changed])
+            changed = [row for row in differences if row not in facts.differences and not row.may_round]
+            decision = add(decision, [field_evidence("later-difference", row) for row in changed])
         runs = [witness.records for witness in witnesses], second.tracer.records
         verdict = as_verdict(found, decision).with_(path=measure_path(decision, *runs, replayer, indices, channel))
     except AttemptFailed as error:
-        line = f"the step could not be run again: {error}"
+        line = Evidence.of("replay-failed", error=error)
         verdict = found.with_(cause="unexplained", evidence=[*found.evidence, line])
-    return put_back(verdict, replayer, channel)
+    return close_replayer(verdict, replayer, channel)
 
 
-def put_back(verdict: Verdict, replayer: Repeats, channel: Channel) -> Verdict:
-    """Closes the replayer; the verdict, which says so where that has failed. A collective."""
+def close_replayer(verdict: Verdict, replayer: Repeats, channel: Channel) -> Verdict:
+    """Restore the replicas' state and return the verdict, which mentions a failure to do so.
+
+    Note:
+        Collective: call on every rank.
+
+    Args:
+        verdict: The verdict to return.
+        replayer: The replayer to close, which restores the state from before the diagnosis.
+        channel: The control process group.
+    """
     try:
         attempt(channel, replayer.close)
     except AttemptFailed as error:
-        line = f"the state in which the replicas were found could not be put back: {error}"
-        return verdict.with_(evidence=[*verdict.evidence, line])
+        return verdict.with_(evidence=[*verdict.evidence, Evidence.of("restore-failed", error=error)])
     return verdict
 
 
 def _approach(step: int, replayer: Replayer, channel: Channel) -> tuple[int, bool]:
-    """Brings every replica to just before `step`, or before an earlier step that some replica does not reproduce.
+    """Bring every replica to just before `step`, or before an earlier step that some replica does not reproduce.
 
-    Returns the step, and whether this replica reproduces it, as far as it is known.
+    Returns:
+        The step, and False if this replica is known not to reproduce it.
     """
     reproduced = True
     while True:
@@ -128,7 +147,7 @@ def _approach(step: int, replayer: Replayer, channel: Channel) -> tuple[int, boo
         stumbled = [at for at in channel.gather(own) if at is not None]
         if not stumbled:
             return step, reproduced
-        step = min(stumbled)  # earlier each time, since approaching ends before its target
+        step = min(stumbled)  # Earlier each time, since the approach ends before its target.
         reproduced = own != step
 
 
@@ -150,7 +169,7 @@ def _witness(
         generator=first.generator,
         layout=first.layout,
         original_generator=generator,
-        generator_struck=first.tracer.generator_struck,
+        generator_changed=first.tracer.generator_struck,
         indices_intact=first.stages["indices"].digest == tensors_stage({"indices": indices}).digest,
         against_itself=difference_behind(*records, stage) or first_difference(*records),
         sample_digests=[],
@@ -162,7 +181,7 @@ def _digests(replayed: Replayed) -> dict[str, bytes]:
 
 
 def _differences_now(channel: Channel, facts: RunFacts) -> list[Difference]:
-    """Manifest fields that differ, the flags as they stand now: code that trains may have changed them."""
+    """Return the manifest fields that differ, with current flags: the training code may have changed them."""
     flags = compare_values([{"numerics": row} for row in channel.gather(numerics_flags())])
     return [*(row for row in facts.differences if not row.field.startswith("numerics.")), *flags]
 
@@ -170,7 +189,7 @@ def _differences_now(channel: Channel, facts: RunFacts) -> list[Difference]:
 def _doubt_transient(
     decision: Decision, records: Sequence[OpRecord], stage: str | None, channel: Channel, facts: RunFacts
 ) -> Decision:
-    """A difference that does not come back may be a rare race, where an operator that is not deterministic ran."""
+    """Reject a transient fault where a nondeterministic operator ran: it may have been a rare race."""
     if decision.cause != "transient-fault" or not facts.manifests:
         return decision
     manifest = facts.manifests[channel.rank]
@@ -182,13 +201,15 @@ def _doubt_transient(
     names = sorted(set().union(*channel.gather(own)))
     if not names:
         return decision
-    line = f"{', '.join(names)} ran in this step and is not deterministic with these settings: it may have been a race"
-    return add(decision, [line], cause="unexplained")
+    return add(decision, [Evidence.of("operator-may-race", operators=names)], cause="unexplained")
 
 
 def doubt_persistent(decision: Decision, facts: RunFacts) -> Decision:
-    """What replicas came to twice each, and not all alike, no hardware need have made where the operator may vary: a
-    few additions in disorder often come out the same, and cuDNN keeps to what it has picked in each process."""
+    """Reject a persistent fault where the operator may vary although no replica's replays differ.
+
+    A few additions in a varying order often give the same result twice, and cuDNN keeps the algorithm that it picked in
+    each process.
+    """
     place = decision.operator
     if not (decision.cause == "persistent-fault" or decision.both_possible) or decision.settled:
         return decision
@@ -198,10 +219,9 @@ def doubt_persistent(decision: Decision, facts: RunFacts) -> Decision:
     if not any(may_vary(name, manifest["device"]["type"], manifest["numerics"]) for manifest in manifests):
         return decision
     if decision.both_possible and any(is_picked_by_timing(name, manifest["numerics"]) for manifest in manifests):
-        line = "each process keeps to the algorithm that it found the fastest, and replicas have found different ones"
+        line = Evidence.of("operator-picked-by-timing")
         return add(decision, [line], cause="nondeterministic-operator", suspects=sorted(decision.sides))
-    line = f"{name} is not deterministic with these settings: it may have been that, though no replica's replays differ"
-    return add(decision, [line], cause="unexplained")
+    return add(decision, [Evidence.of("operator-may-vary", operator=name)], cause="unexplained")
 
 
 def _examine_samples(dataset: Dataset[Any], indices: Tensor) -> dict[str, Any]:
@@ -210,21 +230,30 @@ def _examine_samples(dataset: Dataset[Any], indices: Tensor) -> dict[str, Any]:
 
 
 def digest_samples(dataset: Dataset[Any], indices: Tensor, seed: int = 0) -> list[bytes]:
-    """16 bytes for each sample, loaded by itself, the global generators seeded first."""
+    """Digest each sample, loaded alone, after seeding the global generators.
+
+    Args:
+        dataset: The dataset to load from.
+        indices: The samples' indices, shape (batch,).
+        seed: The seed of the global generators.
+
+    Returns:
+        16 bytes per sample.
+    """
     seed_generators(seed)
     return [batch_stage(default_collate([dataset[int(index)]])).digest for index in indices]
 
 
 def as_verdict(found: Verdict, decision: Decision) -> Verdict:
-    """What the comparison has found, with the cause and place that were decided on."""
+    """Return the verdict of the comparison with the cause and location of a decision."""
     place = decision.operator
     record = None if place is None else place.record
-    # What the comparison saw by itself (entries that only some replicas have) does not depend on the replays.
+    # What the comparison alone has found (entries that only some replicas have) does not depend on the replays.
     cause = found.cause if decision.cause == "unexplained" else decision.cause
     return found.with_(
         cause=cause,
         suspects=decision.suspects,
-        classes=decision.classes or found.classes,
+        groups=decision.groups or found.groups,
         module=record.module if record else found.module,
         operator=record.name if record else None,
         phase=record.phase if record else None,
@@ -233,14 +262,18 @@ def as_verdict(found: Verdict, decision: Decision) -> Verdict:
     )
 
 
-def _remedy(found: Verdict, decision: Decision) -> list[str]:
-    """Where it is known what differs, and not why: what is said of `unexplained` in general would lead away from it."""
+def field_evidence(code: str, difference: Difference) -> Evidence:
+    """Return evidence of a code about one manifest field that differs."""
+    return Evidence.of(code, difference=str(difference), field=difference.field, values=list(difference.values))
+
+
+def _remedy(found: Verdict, decision: Decision) -> list[Remedy]:
+    """Return remedies for a known difference with an unknown cause: those of `unexplained` would be misleading."""
     place = decision.operator
     if found.stage == "optimizer" and _SETTING.fullmatch(found.tensor or ""):
-        who = "look for code, a file or an environment variable that sets it"
-        return [f"give the optimizer the same {found.tensor} on all replicas: {who}"]
+        return [Remedy.of("give-optimizer-setting", setting=found.tensor)]
     if place is None or not place.same_structure or place.made_here:
         return []
     record = place.record
-    where = f" at {record.source}" if record.source else ""
-    return [f"find out what {record}{where} is given, and make it the same on all replicas, each time"]
+    source = f" at {record.source}" if record.source else ""
+    return [Remedy.of("make-input-equal", operator=record, source=source)]

@@ -1,6 +1,5 @@
-"""`dreplica.diagnose`: why a step of anyone's own loop does not come to the same on all replicas."""
+"""`dreplica.diagnose`: the cause of a divergence in a custom training loop."""
 
-import re
 import socket
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -10,12 +9,14 @@ import torch
 
 from dreplica.agreement.agreement import Batch
 from dreplica.agreement.subject import Models, Subject
+from dreplica.agreement.verdict.evidence import Evidence
 from dreplica.agreement.verdict.location import describe, first_difference
-from dreplica.agreement.verdict.verdict import Verdict, split_into_classes
+from dreplica.agreement.verdict.remedy import Remedy
+from dreplica.agreement.verdict.verdict import Verdict, split_into_groups
 from dreplica.diagnosis.decision.conclude import RunFacts, conclude
 from dreplica.diagnosis.decision.decide import decide
 from dreplica.diagnosis.decision.overrides import divides_as
-from dreplica.diagnosis.diagnose_run import as_verdict, put_back
+from dreplica.diagnosis.diagnose_run import as_verdict, close_replayer, field_evidence
 from dreplica.diagnosis.evidence.observation import Decision, Witness, could_have_made, difference_behind, first_stage
 from dreplica.diagnosis.evidence.observation import first_difference as first_operator
 from dreplica.diagnosis.measurement.full_tensors import add, compare_outputs
@@ -42,7 +43,7 @@ def diagnose(
     found: Verdict | None = None,
     channel: Channel | None = None,
 ) -> Verdict:
-    """Takes a training step twice on every replica, from one state, and names the first operator at which they part.
+    """Run a training step twice on every replica, from one state, and locate the first operator that differs.
 
     ::
 
@@ -51,33 +52,39 @@ def diagnose(
         except dreplica.Divergence as divergence:
             print(dreplica.diagnose(training_step, batch, model, optimizer, found=divergence.verdict))
 
-    A collective: every replica calls it, with the same batch. Where replicas do not hold the same state, that of the
-    first one of the largest class is given to all for the time of the diagnosis. Afterwards model, optimizer, `others`
-    and the global generators are as they were, byte for byte; what else the step changes (a counter of its own, a file)
-    stays changed. The verdict has no step or epoch of its own, only those of `found`.
+    If replicas hold different states, all use the state of the first replica of the largest group during the
+    diagnosis. Afterwards model, optimizer, `others` and the global generators are restored byte for byte. Anything else
+    that the step changes (its own counter, a file) stays changed. The verdict's step and epoch are those of `found`.
+
+    Note:
+        Collective: call it on every rank, with the same batch.
 
     Args:
-        step: takes one step on the batch it is given: forward, backward, optimizer. What it returns (a loss, outputs)
-            is compared, too, so let it return the outputs as well: what rounds to the same loss is then told apart.
-            It must not communicate with other processes.
-        batch: what it is given: a tensor, or tensors in dicts, lists and tuples. The step gets a copy.
-        model: what the step trains; several by name. Not wrapped in DistributedDataParallel; of `torch.compile(model)`
-            what that returns, so that the step runs as it is compiled.
-        optimizer: what trains it; several by name.
-        others: further objects with a `state_dict` that the step changes: scheduler, GradScaler.
-        found: the verdict of a `Divergence` that the step is to explain.
-        channel: how replicas talk; by default a gloo group of its own.
+        step: Function that takes one step on the batch that it is given: forward, backward, optimizer. Its return
+            value (a loss, outputs) is compared too. Return the outputs as well as the loss, since different outputs can
+            round to the same loss. The step must not communicate with other processes.
+        batch: The step's argument: a tensor, or tensors in dicts, lists and tuples. The step gets a copy.
+        model: The model that the step trains, or several models by name. Pass a model without
+            DistributedDataParallel. Pass a compiled model as `torch.compile` returned it, so that the compiled step is
+            run.
+        optimizer: The optimizer of the model, or several optimizers by name.
+        others: Further objects with a `state_dict` that the step changes, such as a scheduler or a GradScaler.
+        found: The verdict of the `Divergence` to explain.
+        channel: The control process group. By default, a new gloo group of all ranks.
 
-    Returns the verdict: `none` if every replica comes to the same both times and there is no `found`; `unexplained`
-    if it does but there is one, or if what is seen does not account for it.
+    Returns:
+        The verdict. Its cause is `none` if every replica gets the same result both times and there is no `found`, and
+        `unexplained` if `found` cannot be reproduced or the observations do not explain it.
 
-    Raises ValueError for a model in DistributedDataParallel, and `ReplicaLost` when a replica is gone.
+    Raises:
+        ValueError: If the model is wrapped in DistributedDataParallel.
+        ReplicaLost: If another replica ended, failed or stopped responding.
     """
     subject = Subject(model, optimizer, others)
     if subject.is_ddp:
         raise ValueError(
-            "model: it is in DistributedDataParallel, whose backward pass waits for other ranks. Give model.module, a "
-            "step that calls it, and the same batch on all ranks: they must then come to the same."
+            "model is wrapped in DistributedDataParallel, whose backward pass waits for other ranks. Pass "
+            "model.module, a step that calls it, and the same batch on all ranks, which must then get the same result."
         )
     channel = channel or gloo_channel()
     facts, differing = _environment(subject, channel)
@@ -89,38 +96,39 @@ def diagnose(
         verdict = _diagnose(repeated, found, channel, differing)
     except AttemptFailed as error:
         verdict = _failed(found, channel, error)
-    except BaseException:  # Ctrl-C, or another replica is gone: nobody is left to agree on anything with
+    except BaseException:  # Ctrl-C, or a lost replica: the replicas cannot agree on anything any more.
         repeated.close()
         raise
-    return _conclude(put_back(verdict, repeated, channel), facts)
+    return _conclude(close_replayer(verdict, repeated, channel), facts)
 
 
 def _diagnose(repeated: Repeated, found: Verdict | None, channel: Channel, differing: Sequence[Difference]) -> Verdict:
     batches, states, tensors = zip(
         *channel.gather((repeated.batch, repeated.state, shapes(repeated.parts))), strict=True
     )
-    if len(_classes(batches)) > 1:
-        return _parted(found, "replicas were given different batches", batches)
+    if len(_groups(batches)) > 1:
+        return _diverged(found, "replicas were given different batches", batches)
     if names := differing_shapes(tensors):
-        line = f"replicas do not have the same tensors, in the same shapes: first {names[0]}"
-        return _parted(found, "replicas are not built alike", states).with_(cause="structure-differs", evidence=[line])
+        line = Evidence.of("tensors-differ", tensor=names[0])
+        verdict = _diverged(found, "replicas do not have the same tensors", states)
+        return verdict.with_(cause="structure-differs", evidence=[line])
     lines = _begin(repeated, states, channel)
     first, second = attempt(channel, lambda: (repeated.again(), repeated.again()))
     runs = list(zip(*channel.gather((first.stages, second.stages)), strict=True))
-    if len(_classes(runs[0])) == 1 < len(_classes(runs[1])):
+    if len(_groups(runs[0])) == 1 < len(_groups(runs[1])):
         first, second, runs = second, first, runs[::-1]
     stage = first_stage([{name: made.digest for name, made in row.items()} for row in runs[0]])
     witnesses = channel.gather(_witness(first, second, stage))
     talks = sorted({r.name for row in witnesses for r in row.records if r.name.startswith(_COLLECTIVES)})
     if talks:
-        line = f"the step communicates ({', '.join(talks)}): what one replica does in it depends on the others"
+        line = Evidence.of("step-communicates", operators=talks)
         return _unexplained(found, channel, "the step could not be diagnosed", [*lines, line])
     if stage is None and all(row.first == row.second for row in witnesses):
-        return _alike(found, channel, lines)
+        return _all_agree(found, channel, lines)
     if stage is None:
-        verdict = _unexplained(found, channel, "the step does not come to the same twice", [])
+        verdict = _unexplained(found, channel, "the step does not give the same result twice", [])
     else:
-        verdict = _parted(found, "taken from one state, the step parts replicas", runs[0])
+        verdict = _diverged(found, "run from one state, the step diverges", runs[0])
     decision = decide(witnesses, {}, differing)
     decision = compare_outputs(decision, repeated, NO_INDICES, channel)
     decision = _blame_varying(decision, witnesses)
@@ -128,28 +136,29 @@ def _diagnose(repeated: Repeated, found: Verdict | None, channel: Channel, diffe
     verdict = as_verdict(verdict, replace(decision, evidence=[*lines, *decision.evidence]))
     if decision.cause != "environment-differs":
         return verdict
-    return verdict.with_(remedy=[f"let all replicas have the same {row.field}" for row in differing if not row.allowed])
+    fields = [row.field for row in differing if not row.allowed]
+    return verdict.with_(remedy=[Remedy.of("set-field-alike", field=field) for field in fields])
 
 
-def _begin(repeated: Repeated, states: Sequence[Mapping[str, Stage]], channel: Channel) -> list[str]:
-    """Has all replicas begin with one state; returns what is to be said of it. A collective."""
-    classes = _classes(states)
+def _begin(repeated: Repeated, states: Sequence[Mapping[str, Stage]], channel: Channel) -> list[Evidence]:
+    """Make all replicas begin with one state. Collective. Returns evidence if their states differed."""
+    groups = _groups(states)
     lines = []
-    if len(classes) > 1:
-        source, place = classes[0][0], first_difference([0] * channel.size, states)
+    if len(groups) > 1:
+        source, place = groups[0][0], first_difference([0] * channel.size, states)
         share_state(repeated.parts, source, channel)
-        parted = f"{place.stage}, {place.tensor}" if place.tensor else place.stage
-        lines.append(f"replicas did not hold the same state ({parted}): all began with replica {source}'s")
+        where = f"{place.stage}, {place.tensor}" if place.tensor else place.stage
+        lines.append(Evidence.of("state-shared", place=where, replica=source))
     attempt(channel, repeated.begin)
     return lines
 
 
-def _classes(rows: Sequence[Mapping[str, Stage]]) -> list[list[int]]:
-    return split_into_classes([b"".join(stage.digest for stage in row.values()) for row in rows])
+def _groups(rows: Sequence[Mapping[str, Stage]]) -> list[list[int]]:
+    return split_into_groups([b"".join(stage.digest for stage in row.values()) for row in rows])
 
 
 def _witness(first: Replayed, second: Replayed, stage: str | None) -> Witness:
-    """The first of the two, which parts replicas in `stage`, stands for what happened: there is no other original."""
+    """Return this replica's observations. The first run serves as the original: there is no other."""
     records = first.tracer.records, second.tracer.records
     digests, again = ({name: stage.digest for name, stage in row.stages.items()} for row in (first, second))
     return Witness(
@@ -161,24 +170,23 @@ def _witness(first: Replayed, second: Replayed, stage: str | None) -> Witness:
         contents=first.contents,
         indices_intact=True,
         generator=first.generator,
-        generator_struck=False,
+        generator_changed=False,
         sample_digests=[],
         layout=first.layout,
     )
 
 
-def _alike(found: Verdict | None, channel: Channel, lines: list[str]) -> Verdict:
-    """The verdict where the step comes to the same everywhere, both times."""
+def _all_agree(found: Verdict | None, channel: Channel, lines: list[Evidence]) -> Verdict:
+    """Return the verdict on a step that gives the same result on every replica, both times."""
     if found is not None:
-        line = "taken twice from one state, the step comes to the same on every replica: the difference is not its own"
-        return _unexplained(found, channel, "", [*lines, line])
+        return _unexplained(found, channel, "", [*lines, Evidence.of("step-agrees")])
     replicas = f"{channel.size} replica{'s' * (channel.size > 1)}"
-    summary = f"{replicas}: from one state the step comes to the same on each, bit for bit, both times"
-    return Verdict(True, "none", summary, classes=[list(range(channel.size))], evidence=lines)
+    summary = f"{replicas}: from one state, the step gives bit-identical results on each, both times"
+    return Verdict(True, "none", summary, groups=[list(range(channel.size))], evidence=lines)
 
 
 def _blame_varying(decision: Decision, witnesses: Sequence[Witness]) -> Decision:
-    """The operator that parts replicas may vary on one by itself, without its showing in what the step returns."""
+    """Name a nondeterministic operator that varies on one replica without a difference in the step's stages."""
     place = decision.operator
     if place is None or not place.made_here or decision.cause == "nondeterministic-operator":
         return decision
@@ -186,32 +194,30 @@ def _blame_varying(decision: Decision, witnesses: Sequence[Witness]) -> Decision
     varying = [r for r, each in enumerate(own) if each is not None and each.made_here and each.index == place.index]
     if not varying:
         return decision
-    line = f"on replicas {varying} that operator gave other outputs for the same inputs in two runs"
+    line = Evidence.of("operator-varies-on", replicas=varying)
     return add(decision, [line], cause="nondeterministic-operator", suspects=varying)
 
 
 def _doubt(decision: Decision, stage: str | None, found: Verdict | None, differing: Sequence[Difference]) -> Decision:
-    """What else may account for it, and whether it accounts for `found`. `stage`: in which the step parts replicas."""
+    """Reject a cause that something else may explain, or that does not explain `found`."""
     undeclared = [difference for difference in differing if not difference.allowed]
     others = [difference for difference in undeclared if not difference.field.startswith("numerics.")]
     if decision.cause == "persistent-fault" and others:
-        dividing = [d for d in others if divides_as([repr(value) for value in d.values], decision.classes or [])]
+        dividing = [d for d in others if divides_as([repr(value) for value in d.values], decision.groups or [])]
         decision = replace(decision, cause="environment-differs" if dividing else "unexplained")
     if decision.cause == "persistent-fault" and not decision.settled:
-        line = "only the vote says who is wrong, and the step may read what lies in memory otherwise on some replicas"
-        decision = add(decision, [line], cause="unexplained")
+        decision = add(decision, [Evidence.of("vote-only")], cause="unexplained")
     if found is not None and found.stage in STAGES:
         record = None if decision.operator is None else decision.operator.record
         later = stage is not None and STAGES.index(stage) > STAGES.index(found.stage)
         if later or (record is not None and not could_have_made(record, found.stage)):
-            line = f"but replicas had parted in {found.stage}, which this does not account for"
-            decision = add(decision, [line], cause="unexplained")
-    named = "\n".join(decision.evidence)
-    return add(decision, [f"differs: {row}" for row in undeclared if str(row) not in named])
+            decision = add(decision, [Evidence.of("stage-not-explained", stage=found.stage)], cause="unexplained")
+    named = {line.data.get("field") for line in decision.evidence}
+    return add(decision, [field_evidence("undeclared-difference", row) for row in undeclared if row.field not in named])
 
 
 def _environment(subject: Subject, channel: Channel) -> tuple[RunFacts, list[Difference]]:
-    """What each replica runs on, and all in which they differ. A collective."""
+    """Gather what each replica runs on, and the manifest fields that differ. Collective."""
     tensor = next(subject.model.parameters(), torch.empty(0))
     world = World(channel.rank, channel.size, channel, None, socket.gethostname())
     manifests = channel.gather(collect_manifest(world, Device(tensor.device), None, ""))
@@ -220,22 +226,23 @@ def _environment(subject: Subject, channel: Channel) -> tuple[RunFacts, list[Dif
     return RunFacts(channel.size, differences=allowed, manifests=manifests), differing
 
 
-def _parted(found: Verdict | None, how: str, rows: Sequence[Mapping[str, Stage]]) -> Verdict:
+def _diverged(found: Verdict | None, how: str, rows: Sequence[Mapping[str, Stage]]) -> Verdict:
     place = first_difference([0] * len(rows), rows)
     where = ", ".join(part for part in (place.stage, place.tensor) if part)
-    summary = f"{how}: {where}; classes {place.classes}"
-    told = describe(place, None, len(rows)).with_(summary=summary, step=None, remedy=[])
-    return told if found is None else told.with_(step=found.step, epoch=found.epoch)
+    summary = f"{how}: {where}; groups {place.groups}"
+    verdict = describe(place, None, len(rows)).with_(summary=summary, step=None, remedy=[])
+    return verdict if found is None else verdict.with_(step=found.step, epoch=found.epoch)
 
 
-def _unexplained(found: Verdict | None, channel: Channel, summary: str, lines: list[str]) -> Verdict:
+def _unexplained(found: Verdict | None, channel: Channel, summary: str, lines: list[Evidence]) -> Verdict:
     if found is not None:
         return found.with_(cause="unexplained", remedy=[], evidence=[*found.evidence, *lines])
-    return Verdict(False, "unexplained", summary, classes=[list(range(channel.size))], evidence=lines)
+    return Verdict(False, "unexplained", summary, groups=[list(range(channel.size))], evidence=lines)
 
 
 def _failed(found: Verdict | None, channel: Channel, error: AttemptFailed) -> Verdict:
-    return _unexplained(found, channel, "the step could not be taken again", [f"it could not be taken again: {error}"])
+    line = Evidence.of("replay-failed", error=error)
+    return _unexplained(found, channel, "the step could not be replayed", [line])
 
 
 def _conclude(verdict: Verdict, facts: RunFacts) -> Verdict:
@@ -251,19 +258,23 @@ _FLAGS = {
     "cudnn_deterministic": "torch.backends.cudnn.deterministic = True",
     "cudnn_benchmark": "torch.backends.cudnn.benchmark = False",
     "tf32": "torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False",
-    "cublas_workspace_config": 'os.environ["CUBLAS_WORKSPACE_CONFIG"] = "{}"  # before anything uses CUDA',
+    "cublas_workspace_config": 'os.environ["CUBLAS_WORKSPACE_CONFIG"] = "{}"',
 }
-_FLAG = re.compile(r"--determinism\.(\w+) (\S+)")
+"""Settings of the trainer, in the section `determinism`, to the code that a custom loop runs instead."""
+_TRAINER_ONLY = {"rerun-alone"}
+"""Remedies that only the trainer has."""
 
 
-def as_code(remedy: Sequence[str]) -> list[str]:
-    """The lines of a verdict's remedy, the trainer's flags as calls of torch's; without those for the trainer alone."""
-    lines = []
-    for line in remedy:
-        if line.startswith("--"):
-            calls = [_FLAGS[name].format(value) for name, value in _FLAG.findall(line) if name in _FLAGS]
-            remark = line.partition("  #")[2]
-            lines += [f"{call}  #{remark}" if remark and "  #" not in call else call for call in calls]
-        elif not line.startswith("dreplica "):
-            lines.append(line)
-    return list(dict.fromkeys(lines))
+def as_code(remedies: Sequence[Remedy]) -> list[Remedy]:
+    """Convert remedies for the trainer to remedies for a custom loop: settings become calls of torch."""
+    converted: dict[str, Remedy] = {}
+    for remedy in remedies:
+        if remedy.settings:
+            for key, value in remedy.settings.items():
+                section, _, name = key.partition(".")
+                if section == "determinism" and name in _FLAGS:
+                    command = _FLAGS[name].format(value)
+                    converted[command] = Remedy(remedy.code, remedy.text, command, remedy.data)
+        elif remedy.code not in _TRAINER_ONLY:
+            converted[str(remedy)] = remedy
+    return list(converted.values())

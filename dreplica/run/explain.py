@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from dreplica.agreement.agreement import Agreement
+from dreplica.agreement.verdict.evidence import Evidence
 from dreplica.agreement.verdict.verdict import Verdict
 from dreplica.config.schema import RunConfig
 from dreplica.data.loading.index_stream import Coordinator
@@ -68,7 +69,7 @@ class Explainer:
         if found.step == 0:
             verdict = self.rebuild_alone(found, account)
         elif agreement is None or history is None or not can_replay(found, history):
-            line = "this step was not run again: whether this side reproduces itself is not known"
+            line = Evidence.of("reference-not-replayed")
             verdict = found.with_(cause=account.cause, evidence=[*found.evidence, line, *account.evidence])
         else:
             verdict = self.replay(found, agreement, history, against.judge)
@@ -81,10 +82,10 @@ class Explainer:
         try:
             rebuilt = attempt(self.channel, lambda: rebuild(build, self.seed))
         except AttemptFailed as error:
-            return found.with_(evidence=[*found.evidence, f"the replica could not be built again: {error}"])
+            return found.with_(evidence=[*found.evidence, Evidence.of("rebuild-failed", error=error)])
         if not all(self.channel.gather(rebuilt.reproducible)):
             return explain_build(found, rebuilt, self.channel)
-        line = "built again from the same seed, every replica reproduces itself"
+        line = Evidence.of("rebuild-reproduces")
         return found.with_(cause=account.cause, evidence=[*found.evidence, line, *account.evidence])
 
     def replay(
@@ -98,7 +99,7 @@ class Explainer:
         try:
             replayer = attempt(self.channel, make)
         except AttemptFailed as error:
-            line = f"the step could not be run again: {error}"
+            line = Evidence.of("replay-failed", error=error)
             return found.with_(cause="unexplained", evidence=[*found.evidence, line])
         original = agreement.diverged_stages
         num_workers = self.config.data.num_workers
@@ -118,7 +119,7 @@ class Explainer:
         try:
             rebuilt = attempt(self.channel, lambda: rebuild(build, self.seed))
         except AttemptFailed as error:
-            return found.with_(evidence=[*found.evidence, f"the replica could not be built again: {error}"])
+            return found.with_(evidence=[*found.evidence, Evidence.of("rebuild-failed", error=error)])
         return explain_build(found, rebuilt, self.channel)
 
     def redraw(self, entry: StepEntry) -> Tensor:

@@ -6,7 +6,7 @@ from typing import Literal
 
 import torch
 
-from dreplica.agreement.verdict.verdict import Verdict, split_into_classes, suspects_of
+from dreplica.agreement.verdict.verdict import Verdict, split_into_groups, suspects_of
 from dreplica.config.components import check_schedule
 from dreplica.data.datasets import prepare_data
 from dreplica.data.samples import DataSets
@@ -85,8 +85,8 @@ class Preparation:
         configs = self.channel.gather(self.config.model_dump(mode="json"))
         differences = compare_values(configs)
         if differences:
-            classes = split_into_classes([repr(config).encode() for config in configs])
-            raise Concluded(diagnosis.config_differs(differences, classes, suspects_of(classes)))
+            groups = split_into_groups([repr(config).encode() for config in configs])
+            raise Concluded(diagnosis.config_differs(differences, groups, suspects_of(groups)))
 
     def load(self) -> tuple[DataSets, int]:
         """The data sets, and the seed of the data order: rank 0's own draw if `seed.data` is null."""
@@ -105,8 +105,8 @@ class Preparation:
         self.facts.differences = compare_manifests(self.facts.manifests, self.facts.overrides)
         wrong = [difference for difference in self.facts.differences if not difference.allowed]
         if wrong:
-            classes = split_into_classes([repr(value).encode() for value in wrong[0].values])
-            raise Concluded(diagnosis.environment_differs(wrong, classes, suspects_of(classes)))
+            groups = split_into_groups([repr(value).encode() for value in wrong[0].values])
+            raise Concluded(diagnosis.environment_differs(wrong, groups, suspects_of(groups)))
 
     def build(self, num_classes: int) -> Replica:
         """This process's replica, from its own seed."""

@@ -83,7 +83,7 @@ def test_one_bit_in_any_stage_is_found_at_its_step(name: str, found: dict[str, l
         TENSOR[fault.stage],
     )
     assert verdict.suspects == [culprit]
-    assert verdict.classes == [[replica for replica in range(3) if replica != culprit], [culprit]]
+    assert verdict.groups == [[replica for replica in range(3) if replica != culprit], [culprit]]
     assert verdict.cause == CAUSE.get(fault.stage, "unexplained")
     assert verdict.module == (TENSOR[fault.stage].split(".")[0] if fault.stage in MODULES else None)
     assert verdict.evidence[0].startswith("1 of ")
@@ -104,8 +104,8 @@ def test_a_difference_at_the_build_is_found_there() -> None:
 
 def test_four_replicas_two_against_two_and_three_against_one() -> None:
     even, odd = run_jobs([Job(faults=(Fault(replicas, 2, "weights"),)) for replicas in ((0, 3), (2,))], 4)
-    assert (one_verdict(even).classes, one_verdict(even).suspects) == ([[0, 3], [1, 2]], [])
-    assert (one_verdict(odd).classes, one_verdict(odd).suspects) == ([[0, 1, 3], [2]], [2])
+    assert (one_verdict(even).groups, one_verdict(even).suspects) == ([[0, 3], [1, 2]], [])
+    assert (one_verdict(odd).groups, one_verdict(odd).suspects) == ([[0, 1, 3], [2]], [2])
 
 
 # What it costs
@@ -199,7 +199,7 @@ def pairs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Result]]:
 
 def test_two_replicas_have_no_suspects(pairs: dict[str, list[Result]]) -> None:
     verdict = one_verdict(pairs["two"])
-    assert (verdict.step, verdict.classes, verdict.suspects) == (3, [[0], [1]], [])
+    assert (verdict.step, verdict.groups, verdict.suspects) == (3, [[0], [1]], [])
     assert any("without a majority" in line for line in verdict.evidence)
 
 

@@ -84,4 +84,4 @@ def _locate(world: World) -> protocol.Place:
 def test_every_replica_locates_the_same_place() -> None:
     one, two, three = run_replicas(_locate, 3)
     assert one == two == three
-    assert (one.step, one.stage, one.tensor, one.classes) == (7, "weights", "b", [[0, 1], [2]])
+    assert (one.step, one.stage, one.tensor, one.groups) == (7, "weights", "b", [[0, 1], [2]])

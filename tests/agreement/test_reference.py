@@ -101,7 +101,7 @@ def test_all_replicas_raise_the_same_verdict_at_the_same_step(
     (verdict, *_), (other, *_) = results[name]
     assert verdict == other
     stage = "output" if name == "other, now and then" else "weights"
-    assert (verdict.agreed, verdict.step, verdict.stage, verdict.classes) == (False, at, stage, [[0, 1]])
+    assert (verdict.agreed, verdict.step, verdict.stage, verdict.groups) == (False, at, stage, [[0, 1]])
     assert [row[1] for row in results[name]] == [steps, steps]
 
 

@@ -44,7 +44,7 @@ def _restore_generators():
 
 
 def finding(step: int | None = 3, stage: str = "weights") -> Verdict:
-    return Verdict(False, "unexplained", "parted", step=step, stage=stage, tensor="body.5.weight", classes=[[0]])
+    return Verdict(False, "unexplained", "parted", step=step, stage=stage, tensor="body.5.weight", groups=[[0]])
 
 
 # ---- what can be replayed
@@ -274,7 +274,7 @@ def on_gpus(**numerics: Any) -> RunFacts:
 
 def persistent(operator: str, **changes: Any) -> Decision:
     record = OpRecord(f"aten.{operator}.default", "body", "forward", b"", b"", "")
-    found = Decision("persistent-fault", [1], [], OpDifference(0, record, record), (0, 1), classes=[[0, 2], [1]])
+    found = Decision("persistent-fault", [1], [], OpDifference(0, record, record), (0, 1), groups=[[0, 2], [1]])
     return replace(found, **changes)
 
 

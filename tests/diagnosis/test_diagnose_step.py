@@ -144,11 +144,11 @@ def _all_loops(world: World) -> dict[str, tuple[Verdict, bool]]:
         torch.rand(3)
     parted = Verdict(False, "unexplained", "parted", step=7, epoch=2, stage="weights", tensor="head.bias")
     found["parted"] = ask(loop)
-    found["parted, and asked why"] = ask(loop, found=parted.with_(classes=[[0], [1]]))
+    found["parted, and asked why"] = ask(loop, found=parted.with_(groups=[[0], [1]]))
 
     loop = make(only_on_one)
-    found["if, and parted before"] = ask(loop, found=parted.with_(stage="batch", tensor="inputs", classes=[[0], [1]]))
-    found["if, and asked why"] = ask(loop, found=parted.with_(stage="output", tensor="loss", classes=[[0], [1]]))
+    found["if, and parted before"] = ask(loop, found=parted.with_(stage="batch", tensor="inputs", groups=[[0], [1]]))
+    found["if, and asked why"] = ask(loop, found=parted.with_(stage="output", tensor="loss", groups=[[0], [1]]))
 
     loop = make()
     if one:

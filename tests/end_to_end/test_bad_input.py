@@ -48,7 +48,7 @@ def test_replicas_with_different_command_lines_are_told_apart(tmp_path: Path) ->
     assert job.exitcodes == {0: 3, 1: 3, 2: 3}, job.output
     verdict = job.report["verdict"]
     assert (verdict["agreed"], verdict["cause"]) == (False, "config-differs")
-    assert (verdict["suspects"], verdict["classes"]) == ([1], [[0, 2], [1]])
+    assert (verdict["suspects"], verdict["groups"]) == ([1], [[0, 2], [1]])
     assert "optim.lr: 0.1 on replicas 0, 2; 0.2 on replica 1" in verdict["evidence"]
     assert "optim.lr" in verdict["summary"]
     assert verdict["remedy"]

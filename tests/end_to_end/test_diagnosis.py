@@ -21,7 +21,7 @@ def test_another_thread_count_is_a_declared_override_and_its_operator_is_named()
     assert (verdict["step"], verdict["stage"], verdict["phase"]) == (1, "buffers", "forward")
     assert verdict["operator"].startswith("aten.")
     assert verdict["module"].startswith("layer")
-    assert (verdict["classes"], verdict["suspects"]) == ([[0], [1]], [1])
+    assert (verdict["groups"], verdict["suspects"]) == ([[0], [1]], [1])
     for words in (("determinism.threads=2",), ("inputs agree", "outputs do not"), ("ULP",)):
         assert any(all(word in line for word in words) for line in verdict["evidence"]), words
     assert set(job.exitcodes.values()) == {3}
@@ -34,7 +34,7 @@ def test_of_three_replicas_the_one_with_another_thread_count_is_the_suspect_be_i
     verdict = job.report["verdict"]
     assert (verdict["cause"], verdict["step"], verdict["stage"]) == ("declared-override", 1, "gradients"), job.output
     assert (verdict["module"], verdict["operator"]) == ("0", "aten.convolution_backward.default")
-    assert (verdict["classes"], verdict["suspects"]) == ([[1, 2], [0]], [0])
+    assert (verdict["groups"], verdict["suspects"]) == ([[1, 2], [0]], [0])
 
 
 @pytest.mark.parametrize(

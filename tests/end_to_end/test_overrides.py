@@ -120,7 +120,7 @@ def verdict_of(job: Job, step: int | None) -> dict[str, Any] | None:
         return None
     assert set(job.exitcodes.values()) == {3}, job.output
     assert (verdict["cause"], verdict["agreed"]) == ("declared-override", False), job.output
-    assert (verdict["step"], verdict["suspects"], verdict["classes"]) == (step, [1], [[0], [1]])
+    assert (verdict["step"], verdict["suspects"], verdict["groups"]) == (step, [1], [[0], [1]])
     return verdict
 
 
@@ -206,7 +206,7 @@ def test_only_the_replica_whose_setting_rounds_otherwise_is_the_suspect() -> Non
     if first_step_apart(plain, native) is None:
         assert verdict["cause"] == "none"
         return
-    assert (verdict["cause"], verdict["classes"]) == ("declared-override", [[0, 1], [2]]), job.output
+    assert (verdict["cause"], verdict["groups"]) == ("declared-override", [[0, 1], [2]]), job.output
     assert verdict["suspects"] == [2]
 
 

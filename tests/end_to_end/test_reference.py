@@ -59,7 +59,7 @@ def test_another_setting_stops_all_replicas_at_its_first_step(num_replicas: int,
     assert job.exitcodes == dict.fromkeys(range(num_replicas), 3), job.output
     verdict = job.report["verdict"]
     assert (verdict["cause"], verdict["step"], verdict["stage"]) == ("config-differs", 1, "optimizer")
-    assert (verdict["tensor"], verdict["suspects"], verdict["classes"]) == ("group0.lr", [], [[*range(num_replicas)]])
+    assert (verdict["tensor"], verdict["suspects"], verdict["groups"]) == ("group0.lr", [], [[*range(num_replicas)]])
     assert verdict["remedy"] == ["--optim.lr 0.05  # as in the reference"]
     assert "differs from the reference (config): optim.lr: 0.05 there, 0.02 here" in verdict["evidence"]
     assert "reference: optim.lr was 0.05, and is 0.02 here" in job.output, "it is told at the start"

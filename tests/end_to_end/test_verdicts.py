@@ -52,7 +52,7 @@ def test_unseeded_builds_are_told_at_step_0_by_the_first_tensor() -> None:
         tensor="0.weight",
         module="0",
         suspects=[],
-        classes=[[0], [1]],
+        groups=[[0], [1]],
     )
     assert any("--seed.model 42" in line for line in verdict["remedy"])
     seeds = [replica["seed"] for replica in job.report["replicas"]]
@@ -75,7 +75,7 @@ def test_unseeded_builds_agree_once_rank_0s_state_is_sent_to_all() -> None:
 )
 def test_a_build_that_draws_otherwise(factory: str, cause: str) -> None:
     job = run_job(*SHORT, f"--model.factory={FAULTY}:{factory}")
-    diverged(job, cause, agreed=False, step=0, stage="weights", tensor="0.weight", classes=[[0], [1]], suspects=[])
+    diverged(job, cause, agreed=False, step=0, stage="weights", tensor="0.weight", groups=[[0], [1]], suspects=[])
 
 
 @pytest.mark.parametrize(
@@ -111,7 +111,7 @@ def test_builds_that_part_while_the_generators_agree(factory: str, cause: str, w
         (
             "shared_storage_on_rank_1",
             "storage-shared",
-            {"suspects": [1], "tensor": "1.running_var", "classes": [[0], [1]]},
+            {"suspects": [1], "tensor": "1.running_var", "groups": [[0], [1]]},
             ".clone()",
         ),
     ],
@@ -141,7 +141,7 @@ def test_a_fresh_data_order_each_run_is_still_the_same_on_all_replicas() -> None
 
 def test_other_bytes_for_the_same_samples() -> None:
     job = run_job(*SHORT, f"--data.name={FAULTY}:noisy_on_rank_1", "--data.batch_size=80")
-    verdict = diverged(job, "batch-differs", agreed=False, step=1, stage="batch", tensor="inputs", classes=[[0], [1]])
+    verdict = diverged(job, "batch-differs", agreed=False, step=1, stage="batch", tensor="inputs", groups=[[0], [1]])
     assert "indices" not in str(verdict["evidence"][:2])
 
 
@@ -151,7 +151,7 @@ def test_other_bytes_for_the_same_samples() -> None:
 def test_independent_replicas_report_their_spread() -> None:
     report = agreed(run_job(*SHORT, "--seed.model=[1, 2]"))
     assert report["expect"] == "independent"
-    assert report["verdict"]["classes"] == [[0], [1]]
+    assert report["verdict"]["groups"] == [[0], [1]]
     accuracies = report["epochs"][-1]["val"]["accuracy"]
     spread = report["spread"]
     assert spread["n"] == 2
@@ -175,7 +175,7 @@ def test_moving_buffers_are_not_learning() -> None:
 
 def test_an_evaluation_that_differs_on_one_replica() -> None:
     job = run_job(*SHORT, f"--model.factory={FAULTY}:other_evaluation")
-    diverged(job, "evaluation-differs", agreed=False, step=5, epoch=1, stage="predictions", classes=[[0], [1]])
+    diverged(job, "evaluation-differs", agreed=False, step=5, epoch=1, stage="predictions", groups=[[0], [1]])
 
 
 def test_other_labels_to_validate_on_are_other_data_though_predictions_agree() -> None:

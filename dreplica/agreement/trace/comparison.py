@@ -24,7 +24,7 @@ class Comparison:
     """What comparing two traces came to; of steps that only one of them has recorded, nothing can be said."""
 
     place: Place | None = None
-    """Where they part first, the traces' classes being [[0], [1]]; None if they nowhere do."""
+    """Where they part first, the traces' groups being [[0], [1]]; None if they nowhere do."""
     epoch: int | None = None
     """Of that step."""
     agreed: tuple[bool, bool] = (True, True)

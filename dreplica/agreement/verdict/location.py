@@ -1,56 +1,50 @@
-"""Where replicas part first, and the verdict as far as the comparison alone can tell."""
+"""The location of a divergence, and the verdict as far as the comparison alone supports it."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from dreplica.agreement.verdict.verdict import Verdict, split_into_classes, suspects_of
+from dreplica.agreement.verdict.evidence import Evidence
+from dreplica.agreement.verdict.remedy import Remedy
+from dreplica.agreement.verdict.verdict import Verdict, split_into_groups, suspects_of
 from dreplica.state.fingerprint.stage import STAGES, Stage
 
 _CAUSE_OF_STAGE = {"indices": "indices-differ", "batch": "batch-differs", "predictions": "evaluation-differs"}
-
-_SEED_ALL = (
-    "random.seed(42); numpy.random.seed(42); torch.manual_seed(42)  # on every replica, just before the build",
-    "build the model without a draw that depends on the rank",
-)
-
-_DDP = (
-    "make no code that sets requires_grad, writes to parameters or steps the optimizer depend on the rank",
-    "call the wrapped model, not model.module, and the last backward pass outside of no_sync()",
-)
-_DDP_BUFFERS = (
-    "DistributedDataParallel(model)  # its default for buffers: rank 0's on all ranks before each forward pass",
-    "model = torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)  # statistics of the whole batch; before wrapping it",
-    'Agreement(model, optimizer, stages=("gradients", "optimizer", "weights"))  # if each rank is to have its own',
-)
+_SEED_ALL = ("seed-before-build", "build-without-rank")
+_DDP = ("ddp-no-rank-dependence", "ddp-call-wrapped-model")
+_DDP_BUFFERS = ("ddp-broadcast-buffers", "ddp-sync-batch-norm", "ddp-exclude-buffers")
+_MOST_NAMED = 5
+"""Entries named in a line of evidence; the count covers all of them."""
 
 
 @dataclass(frozen=True)
 class Place:
-    """Where replicas part first, and the classes they fall into there."""
+    """The first place where replicas differ, with the groups they form there."""
 
     step: int
-    """The step compared; where replicas are at different steps, the earliest."""
+    """The step that was compared; the earliest where replicas are at different steps."""
     stage: str | None
-    """The first differing stage in causal order; None if replicas are at different steps."""
+    """The first stage that differs, in causal order. None if replicas are at different steps."""
     tensor: str | None
-    """The stage's first entry that differs or that some replica lacks; None if there is none, that is, if replicas have
-    the same entries in different orders, or an empty stage against none."""
-    classes: list[list[int]]
+    """The stage's first entry that differs or that some replica lacks. None if there is none: replicas then have the
+    same entries in different orders, or one of them has the stage without entries and another lacks it."""
+    groups: list[list[int]]
+    """Replica ids grouped by equal digests of the stage, the largest group first."""
     num_differing: int
-    """How many of the stage's entries differ, or are missing somewhere."""
+    """Number of the stage's entries that differ or that some replica lacks."""
     num_entries: int
-    """How many entries the stage has on all replicas together."""
+    """Number of different entry names that the replicas have in the stage."""
     differing_stages: list[str]
+    """All stages that differ, in causal order."""
     only_on: dict[str, list[int]]
-    """The stage's entries that only some replicas have, and which."""
+    """Entries of the stage that only some replicas have, with the ids of those replicas."""
     phase: str | None = None
-    """`evaluation`, where that is what was compared."""
-    stage_classes: dict[str, list[list[int]]] = field(default_factory=dict)
-    """Every stage compared, in causal order, with its classes."""
+    """`evaluation` where an evaluation was compared, otherwise None."""
+    stage_groups: dict[str, list[list[int]]] = field(default_factory=dict)
+    """Groups of every compared stage, in causal order."""
 
     @property
     def is_structural(self) -> bool:
-        """Whether replicas differ in what there is to compare, rather than in its values."""
+        """True if replicas have different entries, rather than different values."""
         return self.tensor is None or bool(self.only_on)
 
     @property
@@ -69,17 +63,23 @@ class Place:
 def first_difference(
     steps: Sequence[int], stages: Sequence[Mapping[str, Stage]], phases: Sequence[str | None] | None = None
 ) -> Place:
-    """Where replicas part first, given what each of them compared, by replica id.
+    """Locate the first difference between replicas that are known to differ.
 
-    `phases`: `evaluation` for a replica that compared one; by default none did.
+    Args:
+        steps: The step that each replica compared, by replica id.
+        stages: The stages that each replica compared, by replica id.
+        phases: `evaluation` for a replica that compared one. By default, none did.
+
+    Returns:
+        The first differing stage and entry, with the groups of replicas.
     """
     step = min(steps)
     moments = list(zip(steps, phases or [None] * len(steps), strict=True))
     if len(set(moments)) > 1:
-        return Place(step, None, None, split_into_classes([repr(each).encode() for each in moments]), 0, 0, [], {})
+        return Place(step, None, None, split_into_groups([repr(each).encode() for each in moments]), 0, 0, [], {})
     digests = {name: [row[name].digest if name in row else b"" for row in stages] for name in STAGES}
     differing_stages = [name for name in STAGES if len(set(digests[name])) > 1]
-    assert differing_stages, "the words differ, so some stage does"
+    assert differing_stages, "the combined digests differ, so some stage does"
     stage = differing_stages[0]
     rows = [row[stage].entries() if stage in row else {} for row in stages]
     everything = list(dict.fromkeys(name for row in rows for name in row))
@@ -89,25 +89,32 @@ def first_difference(
         step=step,
         stage=stage,
         tensor=differing[0] if differing else None,
-        classes=split_into_classes(digests[stage]),
+        groups=split_into_groups(digests[stage]),
         num_differing=len(differing),
         num_entries=len(everything),
         differing_stages=differing_stages,
         only_on={name: replicas for name, replicas in owners.items() if len(replicas) < len(rows)},
         phase=moments[0][1],
-        stage_classes={name: split_into_classes(digests[name]) for name in STAGES if any(digests[name])},
+        stage_groups={name: split_into_groups(digests[name]) for name in STAGES if any(digests[name])},
     )
 
 
 def describe(place: Place, epoch: int | None, num_replicas: int, ddp: bool = False) -> Verdict:
-    """The verdict as far as the comparison alone can tell: where, and who; the cause only where the stage says it.
+    """Return the verdict as far as the comparison alone supports it.
 
-    `ddp`: whether replicas are the ranks of one data-parallel model.
+    Args:
+        place: The first difference.
+        epoch: The epoch of the step, if known.
+        num_replicas: Number of replicas compared.
+        ddp: True if the replicas are the ranks of one data-parallel model.
+
+    Returns:
+        Place, groups and suspects. The cause is named only where the stage alone determines it.
     """
-    suspects = suspects_of(place.classes)
+    suspects = suspects_of(place.groups)
     evidence = _evidence(place)
     if not suspects:
-        evidence.append(f"{num_replicas} replicas without a majority: the comparison alone cannot say who is wrong")
+        evidence.append(Evidence.of("no-majority", num_replicas=num_replicas))
     cause = _CAUSE_OF_STAGE.get(place.stage or "", "unexplained")
     remedy: tuple[str, ...] = _SEED_ALL if place.step == 0 and place.tensor and not place.only_on else ()
     if ddp and place.stage is not None:
@@ -115,7 +122,7 @@ def describe(place: Place, epoch: int | None, num_replicas: int, ddp: bool = Fal
     return Verdict(
         agreed=False,
         cause="structure-differs" if place.is_structural else cause,
-        summary=f"replicas parted {place.when}: {place.where}; classes {place.classes}",
+        summary=f"replicas diverged {place.when}: {place.where}; groups {place.groups}",
         step=place.step,
         epoch=epoch,
         stage=place.stage,
@@ -123,45 +130,58 @@ def describe(place: Place, epoch: int | None, num_replicas: int, ddp: bool = Fal
         module=module_of(place.stage, place.tensor),
         phase=place.phase,
         suspects=suspects,
-        classes=place.classes,
+        groups=place.groups,
         evidence=evidence,
-        remedy=list(remedy),
-        stage_classes=place.stage_classes,
+        remedy=[Remedy.of(code) for code in remedy],
+        stage_groups=place.stage_groups,
     )
 
 
 def describe_algorithms(step: int, algorithms: Sequence[str]) -> Verdict:
-    """The verdict where replicas take fingerprints by different functions: nothing is known of their state."""
-    classes = split_into_classes([algorithm.encode() for algorithm in algorithms])
+    """Return the verdict on replicas whose fingerprints come from different algorithms.
+
+    Args:
+        step: The step that was to be compared.
+        algorithms: The name of each replica's algorithm.
+    """
+    groups = split_into_groups([algorithm.encode() for algorithm in algorithms])
     return Verdict(
         agreed=False,
         cause="environment-differs",
-        summary=f"replicas take fingerprints by different functions, which cannot be compared; classes {classes}",
+        summary=f"replicas use different fingerprint algorithms, so their state cannot be compared; groups {groups}",
         step=step,
-        suspects=suspects_of(classes),
-        classes=classes,
-        evidence=[f"replicas {ids}: {algorithms[ids[0]]}" for ids in classes],
-        remedy=["dreplica.Agreement(..., hasher=dreplica.Hasher())  # on every replica: all on the CPU"],
+        suspects=suspects_of(groups),
+        groups=groups,
+        evidence=[Evidence.of("fingerprint-algorithm", replicas=ids, algorithm=algorithms[ids[0]]) for ids in groups],
+        remedy=[Remedy.of("hash-on-cpu")],
     )
 
 
-def _evidence(place: Place) -> list[str]:
+def count_differing_entries(place: Place) -> Evidence:
+    """Return the evidence that counts the differing entries of the first differing stage."""
+    code = "entry-order-differs" if place.tensor is None else "entries-differ"
+    return Evidence.of(
+        code,
+        num_differing=place.num_differing,
+        num_entries=place.num_entries,
+        stage=place.stage,
+        tensor=place.tensor,
+    )
+
+
+def _evidence(place: Place) -> list[Evidence]:
     if place.stage is None:
-        return ["replicas compare different steps: some took a step, or an evaluation, that others did not"]
-    count = f"{place.num_differing} of {place.num_entries} entries of {place.stage} differ"
-    if place.tensor is not None:
-        evidence = [f"{count}, first {place.tensor}"]
-    else:
-        evidence = [f"{count}: they come in different orders, or some replicas have no such stage"]
-    evidence.append(f"differing stages: {', '.join(place.differing_stages)}")
+        return [Evidence.of("steps-differ")]
+    evidence = [count_differing_entries(place), Evidence.of("differing-stages", stages=place.differing_stages)]
     if place.only_on:
-        some = [f"{name} only on replicas {ids}" for name, ids in list(place.only_on.items())[:5]]
-        evidence.append(f"{len(place.only_on)} entries exist on some replicas only: {'; '.join(some)}")
+        named = [f"{name} only on replicas {ids}" for name, ids in list(place.only_on.items())[:_MOST_NAMED]]
+        count, some = len(place.only_on), "; ".join(named)
+        evidence.append(Evidence.of("entries-missing", count=count, some=some, entries=place.only_on))
     return evidence
 
 
 def module_of(stage: str | None, tensor: str | None) -> str | None:
-    """The module path that a parameter's or buffer's name begins with."""
+    """Return the path of the module that a parameter or buffer belongs to, or None for any other entry."""
     if tensor is None or stage not in {"weights", "gradients", "buffers"} or "." not in tensor:
         return None
     return tensor.rpartition(".")[0]

@@ -1,64 +1,147 @@
-"""What a comparison finds: the place where replicas part, the classes they fall into, and the verdict."""
+"""Verdicts: what a comparison or a diagnosis concludes, and the exception that carries one."""
 
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
+
+from dreplica.agreement.verdict.evidence import Evidence
+from dreplica.agreement.verdict.remedy import Remedy
+from dreplica.errors import DreplicaError
+
+_PLACE = ("step", "stage", "tensor", "module", "operator", "phase")
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """What a run concludes: the fields of `verdict` in report.json."""
+    """The conclusion of a run, a comparison or a diagnosis."""
 
     agreed: bool
+    """True if everything that was compared is equal."""
     cause: str
+    """The code of the cause: a key of `CAUSES`, `none` where nothing is wrong."""
     summary: str
+    """One line: what diverged and where, or what was compared."""
     step: int | None = None
+    """The training step at which replicas diverged; 0 is the build."""
     epoch: int | None = None
+    """The epoch of that step, counted from 1."""
     stage: str | None = None
+    """The first stage that differs, in causal order."""
     tensor: str | None = None
+    """The first entry of the stage that differs."""
     module: str | None = None
+    """Path of the module that the tensor or the operator belongs to."""
     operator: str | None = None
+    """The first operator that differs, as in `aten.mm.default`."""
     phase: str | None = None
+    """The phase of that operator (`forward`, `backward`, `optimizer`, `build`), or `evaluation`."""
     suspects: list[int] = field(default_factory=list)
-    classes: list[list[int]] = field(default_factory=list)
-    evidence: list[str] = field(default_factory=list)
-    remedy: list[str] = field(default_factory=list)
-    stage_classes: dict[str, list[list[int]]] = field(default_factory=dict)
-    """Every stage compared at that step, in causal order, with its classes."""
+    """Ids of the replicas that are probably wrong; empty where none can be singled out."""
+    groups: list[list[int]] = field(default_factory=list)
+    """Replica ids grouped by equal digests, the largest group first."""
+    evidence: list[Evidence] = field(default_factory=list)
+    """The observations that the cause rests on."""
+    remedy: list[Remedy] = field(default_factory=list)
+    """What to do about the cause."""
+    stage_groups: dict[str, list[list[int]]] = field(default_factory=dict)
+    """Groups of every stage compared at that step, in causal order."""
     path: dict[str, Any] = field(default_factory=dict)
-    """From the first operator that differs to the outputs, how far apart two replicas are; as `measure_path` gives."""
+    """Distance of two replicas from the first operator that differs to the outputs, as `measure_path` returns it."""
 
     def as_dict(self) -> dict[str, Any]:
-        """JSON values: the fields of `verdict`; `stage_classes` and `path` stand by themselves in the report."""
-        return {name: value for name, value in asdict(self).items() if name not in {"stage_classes", "path"}}
+        """Return the fields of `verdict` in report.json as JSON values.
+
+        `stage_groups` and `path` are left out: the report keeps them in `divergence`.
+        """
+        values = {each.name: getattr(self, each.name) for each in fields(self)}
+        del values["stage_groups"], values["path"]
+        return values | {
+            "suspects": list(self.suspects),
+            "groups": [list(ids) for ids in self.groups],
+            "evidence": [item.as_dict() for item in self.evidence],
+            "remedy": [item.as_dict() for item in self.remedy],
+        }
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> "Verdict":
+        """Restore a verdict from a report of schema 2 or 1.
+
+        Args:
+            values: The field `verdict` of report.json. Unknown keys are ignored.
+
+        Returns:
+            The verdict. Evidence and remedies of schema 1, which are plain strings, get the code `text`.
+        """
+        known = {each.name for each in fields(cls)}
+        kept = {key: value for key, value in values.items() if key in known}
+        kept["groups"] = values.get("groups", values.get("classes")) or []
+        kept["suspects"] = values.get("suspects") or []
+        kept["evidence"] = [Evidence.from_dict(item) for item in values.get("evidence") or []]
+        kept["remedy"] = [Remedy.from_dict(item) for item in values.get("remedy") or []]
+        return cls(**kept)
 
     def with_(self, **changes: Any) -> "Verdict":
-        """A copy with some fields changed."""
+        """Return a copy with some fields changed."""
         return replace(self, **changes)
 
+    def details(self) -> Iterator[tuple[str, str]]:
+        """Yield label and text of each line below the summary: place, groups, evidence, remedies, how to read more."""
+        if self.cause == "none":
+            return
+        place = [f"{name} {value}" for name in _PLACE if (value := getattr(self, name)) not in (None, "")]
+        if place:
+            yield "where", ", ".join(place)
+        if self.groups or self.suspects:
+            yield "who", f"suspects {self.suspects or 'none'}, groups {self.groups}"
+        yield from (("evidence", str(item)) for item in self.evidence)
+        yield from (("remedy", str(item)) for item in self.remedy)
+        yield "explain", explain_command(self.cause)
 
-class Divergence(Exception):
-    """Replicas do not hold the same state. `verdict` has the fields of the report's verdict."""
+
+def explain_command(cause: str) -> str:
+    """Return the command that prints the page of a cause."""
+    return f"dreplica explain {cause}"
+
+
+class Divergence(DreplicaError):
+    """Replicas do not hold the same state.
+
+    Args:
+        verdict: What differs, and where.
+
+    Attributes:
+        verdict: What differs, where, between which replicas, with evidence and remedies.
+    """
+
+    default_code = "divergence"
 
     def __init__(self, verdict: Verdict) -> None:
-        super().__init__(verdict)  # the arguments that unpickling calls it with again
+        super().__init__(verdict.summary, cause=verdict.cause)
         self.verdict = verdict
 
     def __str__(self) -> str:
-        return self.verdict.summary
+        lines = [f"  {label}: {text}" for label, text in self.verdict.details()]
+        return "\n".join([self.verdict.summary, *lines])
 
 
-def split_into_classes(digests: Sequence[bytes]) -> list[list[int]]:
-    """Replicas grouped by equal digest: the largest class first, ties by lowest replica id; ids ascending."""
+def split_into_groups(digests: Sequence[bytes]) -> list[list[int]]:
+    """Group replica ids by equal digest.
+
+    Args:
+        digests: One per replica.
+
+    Returns:
+        The groups, the largest first, ties ordered by lowest id, with ids ascending.
+    """
     groups: dict[bytes, list[int]] = {}
     for replica_id, digest in enumerate(digests):
         groups.setdefault(digest, []).append(replica_id)
     return sorted(groups.values(), key=lambda ids: (-len(ids), ids))
 
 
-def suspects_of(classes: Sequence[Sequence[int]]) -> list[int]:
-    """The replicas outside the majority class; nobody where no class holds more than half of the replicas."""
-    total = sum(len(ids) for ids in classes)
-    if not classes or 2 * len(classes[0]) <= total:
+def suspects_of(groups: Sequence[Sequence[int]]) -> list[int]:
+    """Return the replicas outside the majority group, or none where no group holds more than half of them."""
+    total = sum(len(ids) for ids in groups)
+    if not groups or 2 * len(groups[0]) <= total:
         return []
-    return sorted(replica_id for ids in classes[1:] for replica_id in ids)
+    return sorted(replica_id for ids in groups[1:] for replica_id in ids)

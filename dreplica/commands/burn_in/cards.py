@@ -204,7 +204,7 @@ class Account:
             if warning in self.warnings or len(self.warnings) < self._kept:
                 self.warnings[warning] += 1
         if verdict.cause in HARDWARE and not verdict.suspects:
-            self.undecided[tuple(tuple(ids) for ids in verdict.classes)] += 1
+            self.undecided[tuple(tuple(ids) for ids in verdict.groups)] += 1
 
     def lose(self, lost: Sequence[Lost]) -> None:
         """Enters replicas that are gone."""

@@ -167,7 +167,7 @@ def _shared(cards: list[Card]) -> Iterator[str]:
 
 
 def _remedy(named: Counter[str]) -> str:
-    return CAUSES[max(named, key=lambda cause: (cause == "persistent-fault", named[cause]))].remedy[0]
+    return CAUSES[max(named, key=lambda cause: (cause == "persistent-fault", named[cause]))].remedy[0].text
 
 
 def _passes(number: int) -> str:

@@ -1,111 +1,141 @@
-"""Names the cause of a finding where no replay is needed; `unexplained` where the evidence does not suffice."""
+"""Verdicts that need no replay, and the last step of every verdict: explanation, evidence and remedies."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from dreplica.agreement.verdict.causes import CAUSES
-from dreplica.agreement.verdict.verdict import Verdict, split_into_classes, suspects_of
+from dreplica.agreement.verdict.evidence import Evidence
+from dreplica.agreement.verdict.remedy import Remedy
+from dreplica.agreement.verdict.verdict import Verdict, split_into_groups, suspects_of
 from dreplica.diagnosis.decision.nondeterministic_ops import explain_operator
 from dreplica.distributed.liveness import Lost
 from dreplica.environment.manifest import Difference, card_of, spell_device
 from dreplica.replica.wiring import WiringError
 
 _OF_HARDWARE = {"transient-fault", "persistent-fault", "nondeterministic-operator", "unexplained"}
-"""Causes that a host or a card may be behind."""
-_ASK_CARD = "nvidia-smi -q -d"
+"""Causes that a host or a GPU may be behind."""
 
 
 @dataclass(frozen=True)
 class BuildFacts:
-    """How one replica's build went."""
+    """Seeds and generators of one replica's build."""
 
     seed: int
-    """The seed its generators were given."""
+    """The seed that the replica's generators were given."""
     seed_after: int
-    """`torch.initial_seed()` after the build: another one if the build seeded again."""
+    """`torch.initial_seed()` after the build; differs from `seed` if the build seeded again."""
     rng_before: bytes
     """Digest of all generators just before the build."""
     rng_after: bytes
-    """And just after."""
+    """Digest of all generators just after the build."""
 
 
 @dataclass
 class RunFacts:
-    """What is known of a run besides the comparison itself."""
+    """The known facts of a run, apart from the comparison itself."""
 
     num_replicas: int
+    """Number of replicas in the run."""
     seeded: bool = True
-    """Whether `seed.model` gives a seed."""
+    """True if `seed.model` is set."""
     shared_seed: bool = True
-    """Whether it gives all replicas the same."""
+    """True if `seed.model` gives all replicas the same seed."""
     overrides: Mapping[int, Mapping[str, Any]] = field(default_factory=dict)
+    """The config's declared differences: replica id to section to key to value."""
     differences: Sequence[Difference] = ()
-    """Manifest fields on which replicas differ."""
+    """Manifest fields in which the replicas differ."""
     builds: Sequence[BuildFacts] = ()
-    """One per replica, once built."""
+    """Facts of each replica's build, by replica id; empty before the build."""
     manifests: Sequence[Mapping[str, Any]] = ()
-    """One per replica."""
+    """Each replica's manifest, by replica id."""
 
 
 def conclude(found: Verdict, facts: RunFacts) -> Verdict:
-    """The verdict on a divergence: the finding with cause, evidence and remedy."""
+    """Return the final verdict: the finding with explanation, evidence of the run and remedies."""
     verdict = _explain_nondeterminism(found, facts)
-    declared = [f"replica {replica_id} declares {_dotted(partial)}" for replica_id, partial in facts.overrides.items()]
-    environment = [f"differs, allowed: {difference}" for difference in facts.differences]
-    if verdict.cause == "declared-override" and not verdict.suspects and found.classes:
-        verdict = verdict.with_(suspects=_singled_out(found.classes, facts.overrides))
+    declared = [
+        Evidence.of("declared-settings", replica=replica_id, settings=_dotted(partial))
+        for replica_id, partial in facts.overrides.items()
+    ]
+    environment = [_difference("allowed-difference", difference) for difference in facts.differences]
+    if verdict.cause == "declared-override" and not verdict.suspects and found.groups:
+        verdict = verdict.with_(suspects=_singled_out(found.groups, facts.overrides))
     verdict = _with_remedy(verdict.with_(evidence=[*verdict.evidence, *declared, *environment]))
     return _with_cards(verdict, facts.manifests)
 
 
 def agreed(facts: RunFacts, steps: int, independent: bool, compared: bool) -> Verdict:
-    """The verdict on a run of `steps` steps in which nothing was found; `compared`: whether steps were compared."""
+    """Return the verdict on a run in which no difference was found.
+
+    Args:
+        facts: The facts of the run.
+        steps: Number of steps taken.
+        independent: True if only samples were compared, since replicas are meant to have different states.
+        compared: True if steps were compared, rather than the final state only.
+    """
     replicas = f"{facts.num_replicas} replica{'s' * (facts.num_replicas > 1)}"
     what = "same samples in the same order, states independent" if independent else "bit-identical"
     if not compared:
         what = "nothing compared (agreement.every 0)" if independent else "only the final state compared: bit-identical"
     if facts.num_replicas == 1:
-        what = "recorded (one replica has nothing to agree with)"
-    classes = (
+        what = "recorded (a single replica has no other to agree with)"
+    groups = (
         [[replica_id] for replica_id in range(facts.num_replicas)] if independent else [list(range(facts.num_replicas))]
     )
-    return Verdict(True, "none", f"{replicas}, {steps} steps: {what}", classes=classes)
+    return Verdict(True, "none", f"{replicas}, {steps} steps: {what}", groups=groups)
 
 
 def results_differ(epoch: int, what: str, values: Sequence[float]) -> Verdict:
-    """The verdict on replicas that agreed in all that was compared, and report other numbers for an epoch."""
-    classes = split_into_classes([repr(value).encode() for value in values])
+    """Return the verdict on replicas whose compared state agrees but whose reported results differ.
+
+    Args:
+        epoch: The epoch of the results.
+        what: The name of the result.
+        values: The result of each replica.
+    """
+    groups = split_into_groups([repr(value).encode() for value in values])
     verdict = Verdict(
         False,
         "unexplained",
-        f"replicas agree in all that was compared, but not in the {what} of epoch {epoch}: {list(values)}",
+        f"replicas agree in all compared state, but not in the {what} of epoch {epoch}: {list(values)}",
         epoch=epoch,
         stage="predictions",
         phase="evaluation",
-        suspects=suspects_of(classes),
-        classes=classes,
-        evidence=["the numbers themselves differ; compare every step to see where it begins"],
+        suspects=suspects_of(groups),
+        groups=groups,
+        evidence=[Evidence.of("reported-values-differ", result=what, epoch=epoch, values=list(values))],
     )
     return _with_remedy(verdict)
 
 
 def not_reproduced(step: int, stage: str) -> Verdict:
-    """The verdict on a run that went on and came to something else than it had recorded before its interruption."""
+    """Return the verdict on a resumed run that does not reproduce the steps recorded before its interruption.
+
+    Args:
+        step: The repeated step.
+        stage: The first of its stages whose digest differs from the recorded one.
+    """
     verdict = Verdict(
         False,
         "unexplained",
-        f"gone on with, the run does not come to what it had recorded at step {step} before it was interrupted",
+        f"the resumed run does not reproduce what it recorded at step {step} before it was interrupted",
         step=step,
         stage=stage,
-        evidence=[f"replicas agree with each other; the trace has another digest of {stage} for step {step}"],
-        remedy=["compare manifest.json with the environment as it is now; begin anew with --run.resume never"],
+        evidence=[Evidence.of("trace-differs", stage=stage, step=step)],
+        remedy=[Remedy.of("compare-manifest"), Remedy.of("start-anew")],
     )
     return _with_remedy(verdict)
 
 
 def wiring_fault(error: WiringError, replica_ids: list[int], num_replicas: int) -> Verdict:
-    """The verdict on a replica whose parts do not belong together; `replica_ids`: where it was found."""
+    """Return the verdict on replicas whose model, optimizer and scheduler do not belong together.
+
+    Args:
+        error: The fault, as the first of these replicas found it.
+        replica_ids: The replicas that found a fault.
+        num_replicas: Number of replicas in the run.
+    """
     others = [replica_id for replica_id in range(num_replicas) if replica_id not in replica_ids]
     return Verdict(
         agreed=False,
@@ -115,45 +145,68 @@ def wiring_fault(error: WiringError, replica_ids: list[int], num_replicas: int) 
         stage="optimizer" if error.code != "storage-shared" else "weights",
         tensor=error.tensor,
         suspects=replica_ids,
-        classes=[ids for ids in (others, replica_ids) if ids],
-        evidence=[f"found by identity checks on replicas {replica_ids} before the first step"],
-        remedy=error.remedies,
+        groups=[ids for ids in (others, replica_ids) if ids],
+        evidence=[Evidence.of("wiring-checked", replicas=replica_ids)],
+        remedy=[_wiring_remedy(line) for line in error.remedies],
     )
 
 
-def config_differs(differences: Sequence[Difference], classes: list[list[int]], suspects: list[int]) -> Verdict:
-    """The verdict on replicas that were given different configs; `differences`: the keys with their values."""
+def _wiring_remedy(line: str) -> Remedy:
+    """Convert a line of a `WiringError`, which is code with a remark after `#`."""
+    command, _, text = line.partition("# ")
+    return Remedy("wiring", text.strip(), command.strip() or None)
+
+
+def config_differs(differences: Sequence[Difference], groups: list[list[int]], suspects: list[int]) -> Verdict:
+    """Return the verdict on replicas that were started with different configs.
+
+    Args:
+        differences: The keys that differ, with each replica's value.
+        groups: The replicas grouped by equal configs.
+        suspects: The replicas outside the majority.
+    """
     verdict = Verdict(
         False,
         "config-differs",
         f"replicas were started with different configs: {differences[0]}",
         suspects=suspects,
-        classes=classes,
-        evidence=[str(item) for item in differences],
+        groups=groups,
+        evidence=[_difference("field-differs", item) for item in differences],
     )
     return _with_remedy(verdict)
 
 
-def environment_differs(differences: Sequence[Difference], classes: list[list[int]], suspects: list[int]) -> Verdict:
-    """The verdict on manifest fields that must match and do not."""
+def environment_differs(differences: Sequence[Difference], groups: list[list[int]], suspects: list[int]) -> Verdict:
+    """Return the verdict on replicas that differ in manifest fields which must be equal.
+
+    Args:
+        differences: The fields, with each replica's value.
+        groups: The replicas grouped by the first field's value.
+        suspects: The replicas outside the majority.
+    """
     verdict = Verdict(
         False,
         "environment-differs",
-        f"replicas run on different things: {differences[0]}",
+        f"replicas run in different environments: {differences[0]}",
         suspects=suspects,
-        classes=classes,
-        evidence=[str(item) for item in differences],
+        groups=groups,
+        evidence=[_difference("field-differs", item) for item in differences],
     )
     flags = [item.field for item in differences if item.field.startswith("numerics.")]
-    if len(flags) == len(differences):  # the config's were set alike
-        who = "code of the job, a library that it imports or an environment variable may set it on some"
-        verdict = verdict.with_(remedy=[f"let all replicas have the same {', '.join(flags)}: {who}"])
+    if len(flags) == len(differences):  # The configs are equal, so something else has set the flags.
+        verdict = verdict.with_(remedy=[Remedy.of("set-fields-alike", fields=flags)])
     return _with_remedy(verdict)
 
 
 def replica_lost(lost: Sequence[Lost], step: int | None, noticed: str) -> Verdict:
-    """The verdict on replicas that are gone; `noticed`: what the survivor saw."""
-    evidence = [f"replica {item.replica_id}: {item.reason}" for item in lost] + [f"noticed as: {noticed}"]
+    """Return the verdict on replicas that ended, failed or stopped responding.
+
+    Args:
+        lost: The lost replicas, as far as they are known.
+        step: The last completed step, or None before the first one.
+        noticed: The error that the surviving replica observed.
+    """
+    evidence = [Evidence.of("replica-lost", replica=item.replica_id, reason=item.reason) for item in lost]
     names = ", ".join(str(item.replica_id) for item in lost) or "unknown"
     when = "before the first step" if step is None else f"in step {step + 1}"
     first = f": {lost[0].reason}" if lost else ""
@@ -163,129 +216,131 @@ def replica_lost(lost: Sequence[Lost], step: int | None, noticed: str) -> Verdic
         f"replica {names} was lost {when}{first}",
         step=None if step is None else step + 1,
         suspects=[item.replica_id for item in lost],
-        evidence=evidence,
+        evidence=[*evidence, Evidence.of("loss-noticed", error=noticed)],
     )
     if lost and all(item.raised for item in lost):
-        verdict = verdict.with_(remedy=[f"fix this error, whose traceback is above: {lost[0].failure}"])
+        verdict = verdict.with_(remedy=[Remedy.of("fix-exception", replica=names, error=lost[0].failure)])
     return _with_remedy(verdict)
 
 
-def not_learning(step: int, epoch: int, replica_ids: list[int], evidence: list[str]) -> Verdict:
-    """The verdict on replicas whose weights did not change over a whole epoch. They may agree all the same."""
+def not_learning(step: int, epoch: int, replica_ids: list[int], evidence: list[Evidence]) -> Verdict:
+    """Return the verdict on replicas whose weights did not change over a whole epoch, whether they agree or not.
+
+    Args:
+        step: Number of steps taken.
+        epoch: The epoch after which this was found.
+        replica_ids: The replicas whose weights did not change.
+        evidence: What the first of them shows of gradients, buffers and learning rates.
+    """
     names = ", ".join(map(str, replica_ids))
-    summary = f"no trainable weight of replica {names} has changed in {step} steps"
     verdict = Verdict(
         True,
         "not-learning",
-        summary,
+        f"no trainable weight of replica {names} has changed in {step} steps",
         step=step,
         epoch=epoch,
         stage="weights",
         suspects=replica_ids,
-        classes=[replica_ids],
+        groups=[replica_ids],
         evidence=evidence,
     )
     return _with_remedy(verdict)
 
 
 def conclude_build(found: Verdict, facts: RunFacts) -> Verdict:
-    """The cause of a difference at the build, as far as seeds and generators tell it."""
-    found = found.with_(remedy=[])  # the comparison's own is for a loop that seeds by itself
-    if _declares_build(facts.overrides, found.classes):
-        return _name(found, "declared-override", ["replicas differ exactly as their declared settings of the build do"])
+    """Name the cause of a divergence at the build as far as seeds and generators determine it."""
+    found = found.with_(remedy=[])  # The comparison's own remedy is for a training loop that seeds itself.
+    if _declares_build(facts.overrides, found.groups):
+        return _name(found, "declared-override", Evidence.of("build-matches-overrides"))
     if found.cause != "unexplained":
         return found
     seeds = [build.seed for build in facts.builds]
-    reseeded = [i for i, build in enumerate(facts.builds) if build.seed_after != build.seed]
+    seeds_after = [build.seed_after for build in facts.builds]
+    seeded_again = [i for i, build in enumerate(facts.builds) if build.seed_after != build.seed]
     if not facts.seeded:
-        evidence = [f"seed.model is null; the seeds drawn were {seeds}"]
-        return _name(found, "build-not-seeded", evidence)
+        return _name(found, "build-not-seeded", Evidence.of("build-seeds-drawn", seeds=seeds))
     if not facts.shared_seed:
-        remedy = ["--seed.model 42  # one seed for all", "--agreement.expect auto  # or: expect them to differ"]
-        line = f"seed.model gives the replicas different seeds: {seeds}"
-        return _name(found, "declared-override", [line]).with_(remedy=remedy)
-    if reseeded and len({facts.builds[i].seed_after for i in range(len(seeds))}) > 1:
-        after = [build.seed_after for build in facts.builds]
-        evidence = [
-            f"the build seeded torch again on replicas {reseeded}: torch.initial_seed() was {seeds} before the "
-            f"build and {after} after it"
-        ]
-        remedy = ["take the seeding out of the build: every generator is seeded from seed.model before it"]
-        return _name(found, "build-not-seeded", evidence).with_(remedy=remedy)
-    before = {build.rng_before for build in facts.builds}
-    after_build = {build.rng_after for build in facts.builds}
-    if facts.builds and len(before) > 1:
-        return _name(found, "build-rng-differs", ["the generators already differed when the build began"])
-    if facts.builds and len(after_build) > 1:
-        evidence = [
-            "the generators were equal when the build began and differ after it: a build drew other or more "
-            "random numbers than another"
-        ]
-        return _name(found, "build-rng-differs", evidence)
-    line = "the generators were equal before and after the build on all replicas: what differs was not drawn from them"
-    remedy = ["make nothing in the build depend on the rank, the host, the time, or a generator that is not seeded"]
-    return found.with_(evidence=[*found.evidence, line], remedy=remedy)
+        remedy = [Remedy.of("seed-build"), Remedy.of("expect-auto")]
+        return _name(found, "declared-override", Evidence.of("build-seeds-differ", seeds=seeds)).with_(remedy=remedy)
+    if seeded_again and len(set(seeds_after)) > 1:
+        evidence = Evidence.of("build-seeded-again", replicas=seeded_again, before=seeds, after=seeds_after)
+        return _name(found, "build-not-seeded", evidence).with_(remedy=[Remedy.of("do-not-seed-in-build")])
+    if facts.builds and len({build.rng_before for build in facts.builds}) > 1:
+        return _name(found, "build-rng-differs", Evidence.of("generators-differ-before-build"))
+    if facts.builds and len({build.rng_after for build in facts.builds}) > 1:
+        return _name(found, "build-rng-differs", Evidence.of("generators-differ-after-build"))
+    evidence = Evidence.of("generators-equal-around-build")
+    return found.with_(evidence=[*found.evidence, evidence], remedy=[Remedy.of("build-without-hidden-inputs")])
 
 
-def _declares_build(overrides: Mapping[int, Mapping[str, Any]], classes: list[list[int]]) -> bool:
-    """Whether replicas are built alike exactly where they declare the same for their build."""
+def _declares_build(overrides: Mapping[int, Mapping[str, Any]], groups: list[list[int]]) -> bool:
+    """Return True if replicas are built alike exactly where they declare the same settings for their build."""
     sections = ("model", "replica", "criterion", "optim")
-    count = sum(len(ids) for ids in classes)
+    count = sum(len(ids) for ids in groups)
     declared = [repr({key: overrides.get(r, {}).get(key) for key in sections}) for r in range(count)]
-    return len(set(declared)) > 1 and all(len({declared[r] for r in ids}) == 1 for ids in classes)
+    return len(set(declared)) > 1 and all(len({declared[r] for r in ids}) == 1 for ids in groups)
 
 
 def _explain_nondeterminism(found: Verdict, facts: RunFacts) -> Verdict:
-    """What is documented of a non-deterministic operator, and how the settings stood on the replica in question."""
+    """Add what is documented of a nondeterministic operator, and the settings of the replica in question."""
     if found.cause != "nondeterministic-operator" or found.operator is None or not facts.manifests:
         return found
     manifest = facts.manifests[found.suspects[0]]
     explanation = explain_operator(found.operator, manifest["device"]["type"], manifest["numerics"])
-    return found.with_(evidence=[*found.evidence, explanation.text], remedy=list(explanation.remedy))
+    evidence = Evidence.of(
+        "operator-documented", explanation=explanation.text, operator=found.operator, documented=explanation.known
+    )
+    return found.with_(evidence=[*found.evidence, evidence], remedy=list(explanation.remedy))
 
 
 def _with_cards(verdict: Verdict, manifests: Sequence[Mapping[str, Any]]) -> Verdict:
-    """Names what the suspects run on, or all where none is singled out, if hardware may have to do with it."""
+    """Name the devices of the suspects, or of all replicas without suspects, where hardware may be the cause."""
     hosts, cards = [row["host"] for row in manifests], [card_of(row) for row in manifests]
     if verdict.cause not in _OF_HARDWARE or (len(set(hosts)) < 2 and not any(cards)):
         return verdict
-    replica_ids = verdict.suspects or sorted(r for ids in verdict.classes for r in ids)
-    lines = []
+    replica_ids = verdict.suspects or sorted(r for ids in verdict.groups for r in ids)
+    evidence = []
     for replica_id in replica_ids:
         here = hosts[replica_id], cards[replica_id]
         others = [r for r in range(len(cards)) if r != replica_id and here[1] and (hosts[r], cards[r]) == here]
         shared = f", shared with replicas {others}" if others else ""
-        lines.append(f"replica {replica_id} runs on {spell_device(manifests[replica_id])}{shared}")
+        device = spell_device(manifests[replica_id])
+        evidence.append(
+            Evidence.of("runs-on", replica=replica_id, device=device, shared=shared, shared_with=others, host=here[0])
+        )
     remedy = []
-    for line in verdict.remedy:
-        if line.startswith(_ASK_CARD) and all(cards[r] for r in replica_ids):
+    for item in verdict.remedy:
+        if item.code in ("check-gpu-memory", "test-other-gpu") and all(cards[r] for r in replica_ids):
             named = dict.fromkeys((cards[r], hosts[r]) for r in replica_ids)
-            remedy += [
-                line.replace(" -d", f" -i {card} -d").partition("  #")[0] + f"  # on host {host}"
-                for card, host in named
-            ]
+            remedy += [Remedy.of("check-this-gpu-memory", card=card, host=host) for card, host in named]
         else:
-            remedy.append(line)
-    return verdict.with_(evidence=[*verdict.evidence, *lines], remedy=remedy)
+            remedy.append(item)
+    return verdict.with_(evidence=[*verdict.evidence, *evidence], remedy=remedy)
 
 
-def _name(found: Verdict, cause: str, evidence: list[str]) -> Verdict:
-    return found.with_(cause=cause, evidence=[*found.evidence, *evidence])
+def _name(found: Verdict, cause: str, evidence: Evidence) -> Verdict:
+    return found.with_(cause=cause, evidence=[*found.evidence, evidence])
+
+
+def _difference(code: str, difference: Difference) -> Evidence:
+    return Evidence.of(code, difference=str(difference), field=difference.field, values=list(difference.values))
 
 
 def _with_remedy(verdict: Verdict) -> Verdict:
+    """Add the cause to the summary, its explanation to the evidence, and its remedies where there are no others."""
     cause = CAUSES[verdict.cause]
+    explanation = Evidence.of("cause", explanation=cause.explanation, cause=cause.code)
     return verdict.with_(
         summary=f"{verdict.cause}: {verdict.summary}",
-        evidence=[cause.explanation, *verdict.evidence],
+        evidence=[explanation, *verdict.evidence],
         remedy=verdict.remedy or list(cause.remedy),
     )
 
 
-def _singled_out(classes: list[list[int]], overrides: Mapping[int, Any]) -> list[int]:
-    """Without a majority, the replicas that declare a difference, if they are exactly one of the two classes."""
+def _singled_out(groups: list[list[int]], overrides: Mapping[int, Any]) -> list[int]:
+    """Return the replicas that declare a difference, if they are exactly one of two groups without a majority."""
     declared = sorted(overrides)
-    return declared if len(classes) == 2 and declared in [sorted(ids) for ids in classes] else []
+    return declared if len(groups) == 2 and declared in [sorted(ids) for ids in groups] else []
 
 
 def _dotted(partial: Mapping[str, Any], prefix: str = "") -> str:

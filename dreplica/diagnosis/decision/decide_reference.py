@@ -1,18 +1,19 @@
-"""Why a run is not what a recorded one was, as far as one side allows: that other run cannot be replayed.
+"""The cause of a difference from a recorded run, as far as one side determines it: the other run cannot be replayed.
 
-What the two were given and ran on is compared. A setting counts as the cause only where it must show in the very stage
-in which the runs part first; or where this side reproduces itself, nothing else that differs can act on that stage, and
-the runs part as soon as it can: what has given the same for many steps does not change by itself. What can be put as it
-was in the reference, is, and the step taken once more: if it then comes to what the reference has, that was it.
+Configs and environments of the two runs are compared. A setting is the cause only in two situations. Either it must
+show in the very stage in which the runs first diverge. Or this run reproduces itself, nothing else that differs can act
+on that stage, and the runs diverge as soon as the setting can act: a setting that changed nothing for many steps does
+not suddenly change something. Settings that can be changed are set as in the reference, and the step is replayed once
+more: if it then reproduces the reference's result, they are the cause.
 """
 
-import json
-import shlex
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from dreplica.agreement.reference import ReferenceDifference
 from dreplica.agreement.trace.run_metadata import RunDifference, show
+from dreplica.agreement.verdict.evidence import Evidence
+from dreplica.agreement.verdict.remedy import Remedy
 from dreplica.diagnosis.decision.decide import decide_alone
 from dreplica.diagnosis.evidence.observation import Decision, Witness
 from dreplica.environment.determinism import CHANGEABLE, numerics_as
@@ -27,11 +28,11 @@ _SHOWS_IN: dict[str, tuple[str, ...]] = {
     "optim": ("optimizer",),
     "schedule": ("optimizer",),
 }
-"""Config sections and keys to the stage in which a difference must show, in the first step."""
+"""Config sections and keys to the stages in which a difference must show at the first step."""
 _SHOWS_IN_BUILD = {"seed.model", "model.name", "model.weights"}
-"""And those that must show in the build."""
+"""Config keys whose difference must show at the build."""
 _SHOWS_NOWHERE = {"optim.foreach", "optim.fused", "optim.capturable", "optim.differentiable"}
-"""They say how a step is computed, and no digest has them."""
+"""Config keys that determine how a step is computed and that no digest contains."""
 _ACTS_ON: dict[str, tuple[str, ...]] = {
     "seed": (),
     "data": ("indices", "batch"),
@@ -48,7 +49,7 @@ _ACTS_ON: dict[str, tuple[str, ...]] = {
     "seed.augment": ("batch",),
     "inject": STAGES,
 }
-"""Config sections and keys to the stages in which a difference may show first, all before being equal."""
+"""Config sections and keys to the stages in which a difference may show first."""
 _CHANGEABLE = {f"numerics.{name}" for name in CHANGEABLE}
 _ENVIRONMENT_ACTS_ON: dict[str, tuple[str, ...]] = {
     "indices": ("data", "code", "packages.torch"),
@@ -64,36 +65,57 @@ _ENVIRONMENT_ACTS = (
     "numerics.",
     "variables.",
 )
-"""Manifest fields, or how they begin, to what they may change: some stages, and all others."""
+"""Manifest fields, or their prefixes, that may change a stage that `_ENVIRONMENT_ACTS_ON` does not list."""
 
 
 @dataclass(frozen=True)
 class AgainstReference:
-    """A difference from a reference, and in what the two runs differ: in all of these, the reference is `one`."""
+    """A difference from a reference, with the differences between the two runs' configs and environments."""
 
     apart: ReferenceDifference
+    """Where the runs diverge, with what the reference recorded there."""
     config: Sequence[RunDifference]
+    """Config keys that differ; `one` is the reference's value."""
     manifest: Sequence[RunDifference]
+    """Manifest fields that differ; `one` is the reference's value."""
     unseeded: frozenset[str]
-    """Which of `seed.model` and `seed.data` are null here."""
+    """Those of `seed.model` and `seed.data` that are null in this run."""
 
-    def evidence(self) -> list[str]:
-        """Every difference that may matter, a line each."""
+    def evidence(self) -> list[Evidence]:
+        """Return one line for each difference between the runs that may matter."""
         named = (("config", self.config), ("manifest", self.manifest))
         return [
-            f"differs from the reference ({kind}): {item.field}: {show(item.one)} there, {show(item.other)} here"
+            Evidence.of(
+                "reference-field-differs",
+                kind=kind,
+                field=item.field,
+                there=show(item.one),
+                here=show(item.other),
+                values=[item.one, item.other],
+            )
             for kind, items in named
             for item in items
             if item.matters
         ]
 
     def judge(self, witnesses: Sequence[Witness], again: Callable[[], Mapping[str, bytes]]) -> Decision:
-        """Decides on what replays of the step have shown; `again` runs it once more. A collective."""
+        """Name the cause from the observations of replays.
+
+        Note:
+            Collective: call on every rank.
+
+        Args:
+            witnesses: The observations of each replica, by replica id.
+            again: Replays the step once more and returns its stages' digests.
+
+        Returns:
+            The cause with its evidence.
+        """
         recorded = {stage: bytes.fromhex(digest) for stage, digest in self.apart.recorded.items()}
         decision = decide_alone(witnesses, recorded)
         if decision is not None:
             return decision
-        lines = ["the replays come to what this run came to: this side reproduces itself"]
+        lines = [Evidence.of("reference-reproduces")]
         tried = [item for item in self.manifest if item.field in _CHANGEABLE and not isinstance(item.one, list)]
         if not tried:
             return _begin_with(lines, self.account())
@@ -101,57 +123,60 @@ class AgainstReference:
             stages = again()
         with_ = " and ".join(f"{item.field} {show(item.one)}" for item in tried)
         if all(stages[name] == recorded[name] for name in stages.keys() & recorded.keys()):
-            lines.append(f"with {with_}, as in the reference, the step comes to what the reference has")
+            lines.append(Evidence.of("reference-settings-explain", settings=with_))
             given = {_own_key(item.field) for item in self.config}
             is_set = all(given & set(follows_from(item.field)) for item in tried)
             return Decision("config-differs" if is_set else "environment-differs", [], lines)
-        lines.append(f"with {with_}, as in the reference, the step does not come to what the reference has, either")
+        lines.append(Evidence.of("reference-settings-do-not-explain", settings=with_))
         excluded = {item.field for item in tried} | {key for item in tried for key in follows_from(item.field)}
         return _begin_with(lines, self.account(excluded))
 
     def account(self, excluded: Collection[str] = ()) -> Decision:
-        """What accounts for the difference, if this side reproduces what it came to.
+        """Name the cause from configs and environments, for a run that reproduces itself.
 
-        `excluded`: fields of which it is known that they do not, by themselves.
+        Args:
+            excluded: Fields that are known not to be the cause alone.
+
+        Returns:
+            The cause with its evidence.
         """
         place = self.apart.place
         stage, is_build = place.stage, place.step == 0
         must = [item for item in self.config if self._must_show(item)]
         if must:
-            line = f"a difference in {_names(must)} must show in {stage} as soon as it can"
-            return Decision("config-differs", [], [line])
+            return _named(
+                "config-differs", Evidence.of("reference-setting-must-show", fields=_names(must), stage=stage)
+            )
         if stage == "indices" and "seed.data" in self.unseeded:
-            return Decision("indices-differ", [], ["seed.data is null: each run draws an order of samples of its own"])
+            return _named("indices-differ", Evidence.of("reference-data-unseeded"))
         if is_build and "seed.model" in self.unseeded:
-            return Decision("build-not-seeded", [], ["seed.model is null: each run draws a seed of its own"])
+            return _named("build-not-seeded", Evidence.of("reference-model-unseeded"))
         config, manifest = (
             [item for item in items if item.matters and item.field not in excluded]
             for items in (self.config, self.manifest)
         )
         settings = [item for item in config if self._reaches(_acts_on(_own_key(item.field)))]
         environment = [item for item in manifest if self._may_act(item.field)]
-        cause = {"indices": "indices-differ", "batch": "batch-differs", "predictions": "evaluation-differs"}
-        unexplained = cause.get(stage or "", "unexplained")
+        causes = {"indices": "indices-differ", "batch": "batch-differs", "predictions": "evaluation-differs"}
+        unexplained = causes.get(stage or "", "unexplained")
         if not settings and not environment:
-            line = f"nothing that is recorded of the two runs differs that could act on {stage}"
-            return Decision(unexplained, [], [line])
-        line = f"of what the two runs differ in, this can act on {stage}: {_names([*settings, *environment])}"
+            return _named(unexplained, Evidence.of("reference-nothing-acts", stage=stage))
+        line = Evidence.of("reference-may-act", stage=stage, fields=_names([*settings, *environment]))
         if not self.apart.is_first:
-            late = "but the steps compared before are the same, and it would have acted on them, too"
-            return Decision(unexplained, [], [line, late])
+            return _named(unexplained, line, Evidence.of("reference-acted-before"))
         if settings and environment:
-            return Decision(unexplained, [], [line, "which of it is the cause cannot be told from here"])
-        line += "; that the reference itself was sound is taken for granted"
-        return Decision("config-differs" if settings else "environment-differs", [], [line])
+            return _named(unexplained, line, Evidence.of("reference-ambiguous"))
+        cause = "config-differs" if settings else "environment-differs"
+        return _named(cause, line, Evidence.of("reference-assumed-sound"))
 
-    def remedy(self, cause: str) -> list[str]:
-        """Lines to paste, for differences in settings that can have been the cause."""
+    def remedy(self, cause: str) -> list[Remedy]:
+        """Return the settings that make this run like the reference, of those that may be the cause."""
         keys = {item.field: item for item in self.config if item.matters and not item.field.startswith("overrides.")}
         if cause != "config-differs":
             return []
         decisive = [item for item in keys.values() if self._must_show(item)]
         decisive = decisive or [item for key, item in keys.items() if self._reaches(_acts_on(key))]
-        return [f"--{item.field} {shlex.quote(json.dumps(item.one))}  # as in the reference" for item in decisive]
+        return [Remedy.of("set-as-in-reference", settings={item.field: item.one}) for item in decisive]
 
     def _must_show(self, item: RunDifference) -> bool:
         place, key = self.apart.place, _own_key(item.field)
@@ -165,17 +190,17 @@ class AgainstReference:
 
     @property
     def _came_from_before(self) -> bool:
-        """Whether the difference may have been made in an earlier step, none of which was compared, in any stage."""
+        """True if the difference may have been made in an earlier step, none of which was compared."""
         place = self.apart.place
         computed = place.stage not in ("indices", "batch")
         return self.apart.is_first and computed and (place.step > 1 or place.phase is not None)
 
     def _reaches(self, stages: Collection[str]) -> bool:
-        """Whether what acts on these stages may show in the one in which the runs part first."""
+        """Return True if a difference in these stages may show in the stage where the runs first diverge."""
         return self.apart.place.stage in stages or (self._came_from_before and bool(stages))
 
     def _may_act(self, field: str) -> bool:
-        """Whether a manifest field, unless it just follows from a setting, may change what the stage is."""
+        """Return True if a manifest field may change the stage and does not merely follow from a setting."""
         if {_own_key(item.field) for item in self.config} & set(follows_from(field)):
             return False
         names = _ENVIRONMENT_ACTS_ON.get(self.apart.place.stage or "", _ENVIRONMENT_ACTS)
@@ -184,12 +209,16 @@ class AgainstReference:
         return any(field == name or (name.endswith(".") and field.startswith(name)) for name in names)
 
 
-def _begin_with(lines: Sequence[str], decision: Decision) -> Decision:
+def _named(cause: str, *evidence: Evidence) -> Decision:
+    return Decision(cause, [], list(evidence))
+
+
+def _begin_with(lines: Sequence[Evidence], decision: Decision) -> Decision:
     return replace(decision, evidence=[*lines, *decision.evidence])
 
 
 def _own_key(key: str) -> str:
-    """The key that an override for replica 0 changes; replicas agree, so the other overrides change nothing."""
+    """Return the key that an override for replica 0 changes: replicas agree, so other overrides change nothing."""
     return key.removeprefix("overrides.0.")
 
 

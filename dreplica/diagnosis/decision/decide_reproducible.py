@@ -1,6 +1,6 @@
-"""A difference that every replay reproduces: declared, of the environment, of memory, or of the hardware.
+"""The decision on a divergence that every replay reproduces: override, environment, structure, memory or hardware.
 
-Pure, as `decide` is.
+All functions are pure, as in `decide`.
 """
 
 from collections.abc import Mapping, Sequence
@@ -8,9 +8,10 @@ from dataclasses import replace
 from itertools import combinations
 from typing import Any
 
+from dreplica.agreement.verdict.evidence import Evidence
 from dreplica.agreement.verdict.verdict import suspects_of
 from dreplica.diagnosis.decision.overrides import divides_as, overridden, settings_behind
-from dreplica.diagnosis.evidence.memory_corruption import struck_memory
+from dreplica.diagnosis.evidence.memory_corruption import find_corruption
 from dreplica.diagnosis.evidence.observation import (
     Decision,
     OpDifference,
@@ -25,138 +26,164 @@ from dreplica.environment.manifest import Difference
 
 def decide_deterministic(
     witnesses: Sequence[Witness],
-    classes: list[list[int]],
+    groups: list[list[int]],
     stage: str | None,
     overrides: Mapping[int, Mapping[str, Any]],
     differences: Sequence[Difference],
 ) -> Decision:
-    """Names the cause of a difference between `classes` of replicas, each of which comes to the same each time.
+    """Name the cause of a divergence between groups of replicas, each of which reproduces its own result.
 
-    `stage`: the first in which they part.
+    Args:
+        witnesses: The observations of each replica, by replica id.
+        groups: The replicas grouped by equal digests of `stage`.
+        stage: The first stage that differs.
+        overrides: The config's declared differences.
+        differences: Manifest fields in which the replicas differ.
+
+    Returns:
+        The cause with suspects, evidence and, where one is found, the operator. Hardware is named last, after each
+        look-alike is excluded.
     """
-    suspects = suspects_of(classes)
-    evidence = ["the replays reproduce the difference, on every replica: it is deterministic"]
+    suspects = suspects_of(groups)
+    evidence = [Evidence.of("replays-reproduce")]
     if stage == "batch":
-        decision = _different_batches(witnesses, evidence, suspects, classes)
+        decision = _different_batches(witnesses, evidence, suspects, groups)
         if decision is not None:
             return decision
-    found = with_operator(Decision("unexplained", suspects, evidence, classes=classes), witnesses, classes, stage)
-    struck = struck_memory(found, witnesses, stage)
-    if struck is not None:
-        return struck if _rest_agrees(struck.suspects, classes) else _several(struck)
+    found = with_operator(Decision("unexplained", suspects, evidence, groups=groups), witnesses, groups, stage)
+    corrupted = find_corruption(found, witnesses, stage)
+    if corrupted is not None:
+        return corrupted if _others_agree(corrupted.suspects, groups) else _several(corrupted)
     place = found.operator
     settings = settings_behind(overrides, witnesses, place, stage)
-    if divides_as([repr(settings.get(replica_id)) for replica_id in range(len(witnesses))], classes):
-        declared = overridden(settings, classes) if len(classes) == 2 else suspects
-        line = "replicas differ exactly as their declared settings do"
-        return replace(found, cause="declared-override", suspects=declared, evidence=[*found.evidence, line])
+    if divides_as([repr(settings.get(replica_id)) for replica_id in range(len(witnesses))], groups):
+        declared = overridden(settings, groups) if len(groups) == 2 else suspects
+        return _with(found, Evidence.of("settings-match-groups"), cause="declared-override", suspects=declared)
     if place is not None and not place.same_structure:
-        return replace(found, cause="structure-differs") if _all_part_so(witnesses, classes, stage) else _several(found)
-    if divides_as([repr(witness.layout) for witness in witnesses], classes):
-        line = "parameters, buffers or inputs lie in memory otherwise (strides, memory format), which rounds otherwise"
-        return replace(found, cause="structure-differs", evidence=[*found.evidence, line])
+        structural = _all_differ_in_structure(witnesses, groups, stage)
+        return replace(found, cause="structure-differs") if structural else _several(found)
+    if divides_as([repr(witness.layout) for witness in witnesses], groups):
+        return _with(found, Evidence.of("layout-differs"), cause="structure-differs")
     if place is None or not place.made_here or not place.record.name.startswith("aten."):
         return found
-    if not could_have_made(place.record, stage) and stage != "batch":  # of which a step may write in what it is given
-        line = f"but replicas parted in {stage}, which this operator has nothing to do with"
-        return replace(found, evidence=[*found.evidence, line], operator=None)
+    # A step may write to the batch that it is given, so an operator may affect that stage too.
+    if not could_have_made(place.record, stage) and stage != "batch":
+        return _with(found, Evidence.of("operator-cannot-explain-stage", stage=stage), operator=None)
     rounding = [d for d in differences if d.may_round or d.field.startswith("numerics.")]
-    environment = [d for d in rounding if divides_as([repr(value) for value in d.values], classes)]
+    environment = [d for d in rounding if divides_as([repr(value) for value in d.values], groups)]
     if environment:
-        lines = [f"replicas that differ in their result differ in {difference}" for difference in environment]
+        lines = [
+            Evidence.of("environment-matches-groups", difference=str(d), field=d.field, values=list(d.values))
+            for d in environment
+        ]
         return replace(found, cause="environment-differs", evidence=[*found.evidence, *lines])
-    if len(classes) > 2:
+    if len(groups) > 2:
         return _several(found)
-    line = "settings and environment are the same on all replicas"
-    if rounding or overrides:
-        line = (
-            "neither a declared setting that can change what this operator gives nor the environment divides replicas "
-            "as their results do"
-        )
-    return replace(found, cause="persistent-fault", evidence=[*found.evidence, line])
+    code = "settings-and-environment-do-not-match" if rounding or overrides else "settings-and-environment-equal"
+    return _with(found, Evidence.of(code), cause="persistent-fault")
 
 
 def with_operator(
-    decision: Decision, witnesses: Sequence[Witness], classes: list[list[int]], stage: str | None
+    decision: Decision, witnesses: Sequence[Witness], groups: list[list[int]], stage: str | None
 ) -> Decision:
-    """Adds the first operator that parts the first two classes and has to do with `stage`."""
-    one, other = sorted((classes[0][0], classes[1][0]))
+    """Add the first operator at which the first two groups diverge, among those that affect a stage.
+
+    Args:
+        decision: The decision so far.
+        witnesses: The observations of each replica, by replica id.
+        groups: At least two groups of replicas.
+        stage: The first stage that differs.
+
+    Returns:
+        The decision with one more line of evidence, and the operator if there is one.
+    """
+    one, other = sorted((groups[0][0], groups[1][0]))
     sides = witnesses[one].records, witnesses[other].records
+    where = f"on replica {one}", f"on replica {other}"
     place, anywhere = difference_behind(*sides, stage), first_difference(*sides)
     if place is None and anywhere is None:
-        line = "every operator gave the same on both sides: the difference was made outside of operators"
-        return _extend(decision, [line], None, None)
+        return _with(decision, Evidence.of("operators-agree"), operator=None, sides=None)
     if place is None:
         assert anywhere is not None
-        line = (
-            f"operator {anywhere.index}, {anywhere.record}, is the first that differs, but has nothing to do with "
-            f"{stage}, in which replicas parted: the difference was made outside of operators"
-        )
-        return _extend(decision, [line], None, None)
+        line = Evidence.of("operator-unrelated", index=anywhere.index, operator=anywhere.record, stage=stage)
+        return _with(decision, line, operator=None, sides=None)
     if not place.same_structure:
         blamed = [side for side in (one, other) if side in decision.suspects]
         if len(blamed) == 1:
             place = replace(place, suspect=place.one if blamed == [one] else place.other)
-        line = f"{_told(place.one)} on replica {one}, {_told(place.other)} on replica {other}"
-        return _extend(decision, [f"structure diverged at operator {place.index}: {line}"], place, (one, other))
+        return _with(decision, describe_structure(place, where), operator=place, sides=(one, other))
     if not place.same_call:
-        line = other_numbers(place, f"on replica {one}", f"on replica {other}")
-        return _extend(decision, [line], place, None)
+        return _with(decision, describe_scalars(place, where), operator=place, sides=None)
     if not place.inputs_agree:
-        what = (
-            "a generator in another state, or other inputs," if ".generator" in place.record.name else "other inputs,"
-        )
-        line = f"operator {place.index}, {place.record}, was given {what} made by no recorded operator"
-        return _extend(decision, [line], place, None)
-    line = f"operator {place.index}, {place.record}: inputs agree on replicas {one} and {other}, outputs do not"
-    return _extend(decision, [line], place, (one, other))
+        draws = ".generator" in place.record.name
+        inputs = "a generator in another state or other inputs" if draws else "other inputs"
+        line = Evidence.of("operator-inputs-differ", index=place.index, operator=place.record, inputs=inputs)
+        return _with(decision, line, operator=place, sides=None)
+    line = Evidence.of("operator-outputs-differ", index=place.index, operator=place.record, one=one, other=other)
+    return _with(decision, line, operator=place, sides=(one, other))
 
 
-def _told(record: OpRecord | None) -> str:
-    if record is None:
-        return "nothing more"
-    return f"{record} at {record.source}" if record.source else str(record)
+def describe_structure(place: OpDifference, where: tuple[str, str], with_source: bool = True) -> Evidence:
+    """Return the evidence on two runs that execute different operators at one position.
 
-
-def other_numbers(place: OpDifference, here: str, there: str) -> str:
-    """A line of evidence on an operator that was called with other numbers."""
-    assert place.one is not None
-    assert place.other is not None
-    return (
-        f"operator {place.index}, {place.record}, was called with other numbers, made by no operator: "
-        f"({place.one.scalars}) {here}, ({place.other.scalars}) {there}"
+    Args:
+        place: The first position at which the operators differ.
+        where: Where the two runs took place, in words.
+        with_source: True to name the line of code that called each operator.
+    """
+    one, other = (_spell(record, with_source) for record in (place.one, place.other))
+    return Evidence.of(
+        "structure-diverges", index=place.index, one=one, other=other, where_one=where[0], where_other=where[1]
     )
 
 
-def _all_part_so(witnesses: Sequence[Witness], classes: list[list[int]], stage: str | None) -> bool:
-    """Whether any two classes part in structure, and not some in that and others in something else."""
-    pairs = combinations([witnesses[ids[0]].records for ids in classes], 2)
+def describe_scalars(place: OpDifference, where: tuple[str, str]) -> Evidence:
+    """Return the evidence on an operator that was called with different Python numbers."""
+    assert place.one is not None
+    assert place.other is not None
+    return Evidence.of(
+        "operator-scalars-differ",
+        index=place.index,
+        operator=place.record,
+        one=place.one.scalars,
+        other=place.other.scalars,
+        where_one=where[0],
+        where_other=where[1],
+    )
+
+
+def _spell(record: OpRecord | None, with_source: bool) -> str:
+    if record is None:
+        return "no further operator"
+    return f"{record} at {record.source}" if with_source and record.source else str(record)
+
+
+def _all_differ_in_structure(witnesses: Sequence[Witness], groups: list[list[int]], stage: str | None) -> bool:
+    """Return True if any two groups differ in structure, rather than some of them in something else."""
+    pairs = combinations([witnesses[ids[0]].records for ids in groups], 2)
     places = [difference_behind(one, other, stage) for one, other in pairs]
     return all(place is not None and not place.same_structure for place in places)
 
 
 def _several(decision: Decision) -> Decision:
-    line = "replicas came to more than two results: no one cause accounts for all of them"
-    return replace(decision, cause="unexplained", struck=None, evidence=[*decision.evidence, line])
+    return _with(decision, Evidence.of("more-than-two-results"), cause="unexplained", corrupted=None)
 
 
-def _rest_agrees(suspects: Sequence[int], classes: list[list[int]]) -> bool:
-    return sum(any(r not in suspects for r in ids) for ids in classes) <= 1
+def _others_agree(suspects: Sequence[int], groups: list[list[int]]) -> bool:
+    return sum(any(r not in suspects for r in ids) for ids in groups) <= 1
 
 
 def _different_batches(
-    witnesses: Sequence[Witness], evidence: list[str], suspects: list[int], classes: list[list[int]]
+    witnesses: Sequence[Witness], evidence: list[Evidence], suspects: list[int], groups: list[list[int]]
 ) -> Decision | None:
-    """Samples that differ when loaded by themselves; None if they do not, so that the batch was changed afterwards."""
+    """Name samples that differ when loaded alone; None if there are none, so that the batch was changed afterwards."""
     rows = [witness.sample_digests for witness in witnesses]
     positions = [i for i, column in enumerate(zip(*rows, strict=False)) if len(set(column)) > 1]
     if not positions:
         return None
-    evidence = [*evidence, f"{len(positions)} samples of the batch are different data on different replicas"]
-    return Decision("batch-differs", suspects, evidence, classes=classes, positions=positions)
+    line = Evidence.of("samples-differ", count=len(positions), positions=positions)
+    return Decision("batch-differs", suspects, [*evidence, line], groups=groups, positions=positions)
 
 
-def _extend(
-    decision: Decision, lines: list[str], operator: OpDifference | None, sides: tuple[int, int] | None
-) -> Decision:
-    return replace(decision, evidence=[*decision.evidence, *lines], operator=operator, sides=sides)
+def _with(decision: Decision, line: Evidence, **changes: Any) -> Decision:
+    return replace(decision, evidence=[*decision.evidence, line], **changes)

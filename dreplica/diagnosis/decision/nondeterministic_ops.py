@@ -13,6 +13,8 @@ from typing import Any, Literal
 
 import torch
 
+from dreplica.agreement.verdict.remedy import Remedy
+
 Governs = Literal["switches", "switches-if-strict", "raises", "switches-or-raises", "cudnn", "cublas", "bmm", "rnn"]
 """What makes an operator deterministic: modes strict and warn choose another algorithm; only strict does; none does,
 and strict raises; that depends on the release or on the arguments; cuDNN's two flags; cuBLAS's workspace; that, or for
@@ -44,8 +46,8 @@ class Explanation:
     """Whether that is documented, for this device."""
     text: str
     """One or two sentences."""
-    remedy: list[str]
-    """Lines to paste or things to do."""
+    remedy: list[Remedy]
+    """Settings to change and other things to do."""
 
 
 def _table() -> dict[str, Documented]:
@@ -140,12 +142,15 @@ DOCUMENTED: Mapping[str, Documented] = _table()
 
 
 def explain_operator(operator: str, device_type: str, flags: Mapping[str, Any]) -> Explanation:
-    """Why `operator` may have given different results for the same inputs on one replica.
+    """Explain why an operator may give different results for the same inputs on one replica.
 
     Args:
-        operator: as in a trace: `aten.index_add_.default`.
-        device_type: where it ran: `cuda` or `cpu`.
-        flags: as they were on that replica, with the keys of `numerics_flags()`; a missing one counts as unknown.
+        operator: Its name in a trace, as in `aten.index_add_.default`.
+        device_type: The device that it ran on: `cuda` or `cpu`.
+        flags: The replica's settings, with the keys of `numerics_flags()`. A missing one counts as unknown.
+
+    Returns:
+        What is documented of the operator, which settings govern it, and what is left to change.
     """
     documented = DOCUMENTED.get(operator) or DOCUMENTED.get(operator.rpartition(".")[0])
     on = {"cuda": "CUDA", "cpu": "the CPU"}.get(device_type, device_type)
@@ -157,38 +162,43 @@ def explain_operator(operator: str, device_type: str, flags: Mapping[str, Any]) 
     if _draws(operator):
         text = (
             f"{operator} draws random numbers, the same ones from the same state of its generator, which a trace "
-            "counts among its inputs; PyTorch documents nothing else about it."
+            "counts among its inputs. PyTorch documents nothing else about it."
         )
-        remedy = ["draw from torch's global generator, not from a torch.Generator that the model keeps to itself"]
-        return Explanation(False, text, remedy + _suspect_device(device_type))
+        return Explanation(False, text, [Remedy.of("use-global-generator"), *_suspect_device(device_type)])
     elsewhere = ""
     if documented is not None:
         elsewhere = f" (it is on {' and '.join(name.upper() for name in documented.devices)})"
     text = f"{operator} is not among the operators that PyTorch documents as nondeterministic on {on}{elsewhere}"
-    remedy = [] if _is_strict(flags) else ["--determinism.mode strict"]
+    remedy = [] if _is_strict(flags) else [Remedy.of("strict-mode")]
     if device_type == "cpu" and operator.split(".")[1] in _ONEDNN and flags.get("onednn"):
-        text += "; oneDNN may have computed it, whose kernels are not PyTorch's own"
-        remedy.append("--determinism.onednn false  # if it repeats then, it is the kernel; if not, it is the device")
+        text += "; oneDNN may have computed it, with kernels that are not PyTorch's own"
+        remedy.append(Remedy.of("disable-onednn"))
     if device_type == "cpu" and flags.get("threads") != 1:
         text += f"; it ran on {flags.get('threads', 'an unknown number of')} threads"
-        remedy.append("--determinism.threads 1")
+        remedy.append(Remedy.of("one-thread"))
     return Explanation(False, f"{text}.", remedy + _suspect_device(device_type))
 
 
 def may_vary(operator: str, device_type: str, flags: Mapping[str, Any]) -> bool:
-    """Whether `operator` is documented to vary from run to run with these settings; arguments as `explain_operator`."""
+    """Return True if an operator is documented to vary from run to run with these settings.
+
+    Args:
+        operator: Its name in a trace, as in `aten.index_add_.default`.
+        device_type: The device that it ran on: `cuda` or `cpu`.
+        flags: The replica's settings, with the keys of `numerics_flags()`.
+    """
     explanation = explain_operator(operator, device_type, flags)
-    return explanation.known and any(line.startswith("--") for line in explanation.remedy)
+    return explanation.known and any(remedy.settings for remedy in explanation.remedy)
 
 
 def is_picked_by_timing(operator: str, flags: Mapping[str, Any]) -> bool:
-    """Whether each process keeps to the algorithm of cuDNN's that was the fastest when it first met such an input."""
+    """Return True if each process keeps the cuDNN algorithm that it measured as the fastest for an input's shape."""
     documented = DOCUMENTED.get(operator.rpartition(".")[0])
     return documented is not None and documented.governs == "cudnn" and bool(flags.get("cudnn_benchmark"))
 
 
-def _settings(documented: Documented, flags: Mapping[str, Any]) -> tuple[str, list[str]]:
-    """How the settings stood that govern it, and what is left to change."""
+def _settings(documented: Documented, flags: Mapping[str, Any]) -> tuple[str, list[Remedy]]:
+    """Describe the settings that govern an operator, and what is left to change."""
     if documented.governs == "cudnn":
         return _cudnn(flags)
     if documented.governs in {"cublas", "rnn"}:
@@ -198,97 +208,86 @@ def _settings(documented: Documented, flags: Mapping[str, Any]) -> tuple[str, li
         text, remedy = _cublas(_CUBLAS_WORKSPACES, flags)
         if flags.get("deterministic_algorithms"):
             return text, remedy
-        dense = [line for line in remedy if line.startswith(("--", "unset"))] or ["--determinism.mode strict"]
-        return (
-            f"{text} for dense matrices; {_stood(('deterministic_algorithms',), flags)}, which decides for sparse ones",
-            dense,
-        )
-    stood = _stood(("deterministic_algorithms", "deterministic_warn_only"), flags)
-    strict = ["--determinism.mode strict"]
-    instead = [f"instead of it, use {documented.instead}"] if documented.instead else []
+        dense = [item for item in remedy if item.code != "report-to-pytorch"] or [Remedy.of("strict-mode")]
+        values = _values(("deterministic_algorithms",), flags)
+        return f"{text} for dense matrices; {values}, which decides for sparse ones", dense
+    values = _values(("deterministic_algorithms", "deterministic_warn_only"), flags)
+    strict = [Remedy.of("strict-mode")]
+    instead = [Remedy.of("use-instead", instead=documented.instead)] if documented.instead else []
     enabled, warned = flags.get("deterministic_algorithms"), flags.get("deterministic_warn_only")
     if documented.governs in {"switches", "switches-if-strict"}:
         if not enabled or (documented.governs == "switches-if-strict" and warned):
-            return f"{stood}, so it was not told to be deterministic", strict
-        return f"{stood}, which should make it deterministic", _report_to_pytorch()
+            return f"{values}, so no deterministic algorithm was requested", strict
+        return f"{values}, which should make it deterministic", [Remedy.of("report-to-pytorch")]
     if documented.governs == "switches-or-raises":
         if not _is_strict(flags):
-            return stood, strict + instead
-        return f"{stood}, which should make it deterministic or stop the run", _report_to_pytorch() + instead
+            return values, strict + instead
+        text = f"{values}, which should make it deterministic or stop the run"
+        return text, [Remedy.of("report-to-pytorch"), *instead]
     if _is_strict(flags):
-        return f"no setting makes it deterministic, and with {stood} it should have raised", instead
-    line = "--determinism.mode strict  # stops the run at this operator, with a traceback"
-    return f"no setting makes it deterministic; {stood}", [*instead, line]
+        return f"no setting makes it deterministic, and with {values} it should have raised an error", instead
+    return f"no setting makes it deterministic; {values}", [*instead, Remedy.of("strict-mode-stops")]
 
 
-def _cudnn(flags: Mapping[str, Any]) -> tuple[str, list[str]]:
-    stood = _stood(("cudnn_deterministic", "deterministic_algorithms", "cudnn_benchmark"), flags)
+def _cudnn(flags: Mapping[str, Any]) -> tuple[str, list[Remedy]]:
+    values = _values(("cudnn_deterministic", "deterministic_algorithms", "cudnn_benchmark"), flags)
     remedy = []
     if not (flags.get("cudnn_deterministic") or flags.get("deterministic_algorithms")):
-        remedy.append("--determinism.cudnn_deterministic true")
+        remedy.append(Remedy.of("cudnn-deterministic"))
     if flags.get("cudnn_benchmark") is not False:
-        remedy.append("--determinism.cudnn_benchmark false")
+        remedy.append(Remedy.of("cudnn-benchmark"))
     if remedy:
-        return stood, remedy + _tf32(flags, "cudnn_tf32")
-    return f"{stood}, which should make it deterministic", _report_to_pytorch()
+        return values, remedy + _tf32(flags, "cudnn_tf32")
+    return f"{values}, which should make it deterministic", [Remedy.of("report-to-pytorch")]
 
 
-def _cublas(workspaces: tuple[str, ...], flags: Mapping[str, Any]) -> tuple[str, list[str]]:
+def _cublas(workspaces: tuple[str, ...], flags: Mapping[str, Any]) -> tuple[str, list[Remedy]]:
     present = flags.get("cublas_workspace_config")
-    stood = f"on this replica CUBLAS_WORKSPACE_CONFIG was {present or 'not set'}"
+    value = f"on this replica CUBLAS_WORKSPACE_CONFIG was {present or 'not set'}"
     if present in workspaces:
-        return f"{stood}, which should make it deterministic", _report_to_pytorch()
+        return f"{value}, which should make it deterministic", [Remedy.of("report-to-pytorch")]
     # Only :16:8 is in both lists, so it never undoes what the other operators need.
     wanted = ":16:8" if ":4096:8" not in workspaces else ":4096:8"
-    mode = "" if flags.get("deterministic_algorithms") else "--determinism.mode strict "
-    remedy = [f"{mode}--determinism.cublas_workspace_config {wanted}"]
+    settings = {} if flags.get("deterministic_algorithms") else {"determinism.mode": "strict"}
+    settings["determinism.cublas_workspace_config"] = wanted
+    remedy = [Remedy.of("cublas-workspace", settings=settings)]
     if present is not None:
-        remedy.insert(0, "unset CUBLAS_WORKSPACE_CONFIG  # in the environment: dreplica does not overwrite it")
-    return f"{stood}, not one of {', '.join(workspaces)}", remedy + _tf32(flags, "matmul_tf32")
+        remedy.insert(0, Remedy.of("unset-cublas-workspace"))
+    return f"{value}, not one of {', '.join(workspaces)}", remedy + _tf32(flags, "matmul_tf32")
 
 
-def _tf32(flags: Mapping[str, Any], flag: str) -> list[str]:
-    # It rounds alike each time on one model of GPU, so it is no nondeterminism by itself.
-    return ["--determinism.tf32 false  # if the replicas' GPUs are not of one model"] if flags.get(flag) else []
+def _tf32(flags: Mapping[str, Any], flag: str) -> list[Remedy]:
+    # TF32 rounds the same way each time on one model of GPU, so it is not nondeterministic in itself.
+    return [Remedy.of("disable-tf32")] if flags.get(flag) else []
 
 
-def _stood(names: Iterable[str], flags: Mapping[str, Any]) -> str:
-    stood = [f"{name} was {flags[name]}" for name in names if name in flags]
-    return f"on this replica {', '.join(stood)}" if stood else "how this replica's flags stood is not known"
+def _values(names: Iterable[str], flags: Mapping[str, Any]) -> str:
+    values = [f"{name} was {flags[name]}" for name in names if name in flags]
+    return f"on this replica {', '.join(values)}" if values else "this replica's settings are unknown"
 
 
 def _is_strict(flags: Mapping[str, Any]) -> bool:
     return bool(flags.get("deterministic_algorithms")) and flags.get("deterministic_warn_only") is False
 
 
-def _report_to_pytorch() -> list[str]:
-    return [
-        "run the replica on another device: if the operator behaves there, suspect this device; if not, report it to "
-        "https://github.com/pytorch/pytorch/issues",
-    ]
-
-
-def _suspect_device(device_type: str) -> list[str]:
-    test = "nvidia-smi -q -d ECC,ROW_REMAPPER" if device_type == "cuda" else "sudo memtester 1G 1"
-    return [f"suspect the device: run this replica on another one, and test this one's memory: {test}"]
+def _suspect_device(device_type: str) -> list[Remedy]:
+    return [Remedy.of("test-other-gpu" if device_type == "cuda" else "test-other-host")]
 
 
 def _custom(operator: str, device_type: str) -> Explanation:
     namespace = operator.partition(".")[0]
     text = (
-        f"{operator} is not one of PyTorch's operators: what it does is decided by the code that registers "
-        f"{namespace!r}, and torch's settings need not reach it."
+        f"{operator} is not one of PyTorch's operators: the code that registers {namespace!r} decides what it does, "
+        "and torch's settings may not affect it."
     )
-    remedy = ["in its code, look for atomic additions, for memory read before it is written, and for threads that race"]
+    remedy = [Remedy.of("inspect-custom-operator")]
     if device_type == "cuda":
-        remedy.append("compute-sanitizer --tool racecheck python train.py  # then --tool initcheck")
-    return Explanation(
-        False, text, [*remedy, f"replace it by PyTorch's own operators, to confirm that {namespace} is it"]
-    )
+        remedy.append(Remedy.of("sanitize-custom-operator"))
+    return Explanation(False, text, [*remedy, Remedy.of("replace-custom-operator", namespace=namespace)])
 
 
 def _draws(operator: str) -> bool:
-    """Whether torch itself says that the operator draws from a generator."""
+    """Return True if torch declares that the operator draws from a generator."""
     _, name, overload = operator.split(".")
     packet = getattr(torch.ops.aten, name, None)
     function = getattr(packet, overload, None)

@@ -44,18 +44,18 @@ def settings_behind(
     return found
 
 
-def divides_as(values: Sequence[str], classes: Sequence[Sequence[int]]) -> bool:
+def divides_as(values: Sequence[str], groups: Sequence[Sequence[int]]) -> bool:
     """Whether replicas with equal values are in one class, and not all replicas have the same value."""
-    class_of = {replica_id: number for number, ids in enumerate(classes) for replica_id in ids}
+    group_of = {replica_id: number for number, ids in enumerate(groups) for replica_id in ids}
     numbers: dict[str, set[int]] = {}
     for replica_id, value in enumerate(values):
-        numbers.setdefault(value, set()).add(class_of[replica_id])
+        numbers.setdefault(value, set()).add(group_of[replica_id])
     return all(len(found) == 1 for found in numbers.values())
 
 
-def overridden(settings: Mapping[int, Any], classes: Sequence[Sequence[int]]) -> list[int]:
-    """The classes of which every replica declares a difference: one that agrees with an unchanged one is no suspect."""
-    return sorted(r for ids in classes if all(r in settings for r in ids) for r in ids)
+def overridden(settings: Mapping[int, Any], groups: Sequence[Sequence[int]]) -> list[int]:
+    """The groups of which every replica declares a difference: one that agrees with an unchanged one is no suspect."""
+    return sorted(r for ids in groups if all(r in settings for r in ids) for r in ids)
 
 
 def _can_part(key: str, witnesses: Sequence[Witness], place: OpDifference | None, stage: str | None) -> bool:

@@ -1,8 +1,9 @@
-"""What replicas have to say about a step that was run again, and what is made of it."""
+"""The observations of each replica on a replayed step, and the decision that is made from them."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
+from dreplica.agreement.verdict.evidence import Evidence
 from dreplica.diagnosis.evidence.provenance import Contents
 from dreplica.diagnosis.tracing.op_tracer import OpRecord
 from dreplica.state.stages import STAGES
@@ -10,42 +11,44 @@ from dreplica.state.stages import STAGES
 
 @dataclass(frozen=True)
 class OpDifference:
-    """The first operator at which two records of a step part."""
+    """The first operator at which two records of a step differ."""
 
     index: int
+    """Position of the operator in the step."""
     one: OpRecord | None
+    """The operator of the first record; None where that record has ended."""
     other: OpRecord | None
-    """None where one of the two has ended."""
+    """The operator of the second record; None where that record has ended."""
     extra: OpRecord | None = None
-    """An operator that only one side has, where the other goes on as that side does after it."""
+    """An operator that only one side has, where the other side continues with the operator after it."""
     suspect: OpRecord | None = None
-    """Which of the two is the suspect's, if that is known."""
+    """The operator of the suspect's side, if a suspect is known."""
 
     @property
     def same_structure(self) -> bool:
-        """Whether it is the same operator on both sides."""
+        """True if both sides have the same operator."""
         return self.one is not None and self.other is not None and self.one.same_operator(self.other)
 
     @property
     def inputs_agree(self) -> bool:
-        """Whether the operator was given the same, so that it is itself what made the difference."""
+        """True if both sides have the same input tensors, so that the operator itself made the difference."""
         return self.one is not None and self.other is not None and self.one.inputs == self.other.inputs
 
     @property
     def same_call(self) -> bool:
-        """Whether it is the same operator on both sides, called with the same numbers and settings."""
+        """True if both sides called the same operator with the same numbers and settings."""
         if self.one is None or self.other is None:
             return False
         return self.same_structure and self.one.scalars == self.other.scalars
 
     @property
     def made_here(self) -> bool:
-        """Whether the operator itself made the difference: the same call on the same inputs gave other outputs."""
+        """True if the operator itself made the difference: the same call on the same inputs gave other outputs."""
         return self.same_call and self.inputs_agree
 
     @property
     def record(self) -> OpRecord:
-        """The operator, as one side has it."""
+        """The operator, as one side recorded it."""
         record = self.extra or self.suspect or self.one or self.other
         assert record is not None
         return record
@@ -53,72 +56,82 @@ class OpDifference:
 
 @dataclass(frozen=True)
 class Witness:
-    """What one replica has to say about the step in question."""
+    """The observations of one replica on a divergent step and on two replays of it."""
 
     original: Mapping[str, bytes]
-    """Digest of each stage as it was when replicas parted."""
+    """Digest of each stage of the original step."""
     first: Mapping[str, bytes]
-    """And in the first replay,"""
+    """Digest of each stage of the first replay."""
     second: Mapping[str, bytes]
-    """and the second."""
+    """Digest of each stage of the second replay."""
     records: Sequence[OpRecord]
-    """The first replay's operators."""
+    """The operators of the first replay."""
     against_itself: OpDifference | None
-    """Where its own two replays part."""
+    """The first operator at which the two replays differ; None if there is none."""
     contents: Contents
-    """Of the first replay."""
+    """Digests of the tensors that the first replay began and ended with."""
     indices_intact: bool
-    """Whether the first replay used the indices it was given."""
+    """True if the first replay used the sample indices that it was given."""
     generator: bytes
     """State of torch's CPU generator after the first replay."""
-    generator_struck: bool
-    """Whether something else than an operator that draws changed it in that replay."""
+    generator_changed: bool
+    """True if something other than an operator that draws changed the generator in the first replay."""
     sample_digests: Sequence[bytes]
-    """One for each sample of the batch, loaded by itself."""
+    """One digest per sample of the batch, each loaded alone."""
     samples_are_random: bool = False
-    """Whether a sample comes out otherwise when the global generators stand otherwise."""
+    """True if a sample depends on the state of the global generators."""
     loaded_by_workers: bool = False
+    """True if worker processes loaded the original batch."""
     layout: bytes = b""
-    """Digest of how parameters, buffers and inputs lie in memory, which their own digests leave out."""
+    """Digest of the memory layout of parameters, buffers and inputs, which their own digests leave out."""
     original_generator: bytes = b""
-    """State of torch's CPU generator after the step in question; empty if it was not kept."""
+    """State of torch's CPU generator after the original step; empty if it was not kept."""
     unreproduced: int | None = None
-    """A step before, at which it did not come out as it was compared."""
+    """An earlier step that the replay does not reproduce; None if there is none."""
 
 
 @dataclass(frozen=True)
-class Struck:
-    """Memory that seems to have changed by itself, to be looked at in full."""
+class Corruption:
+    """Memory that no operator changed, to be compared element by element."""
 
     replica_id: int
-    sound_id: int
-    """Another replica, on which it has not."""
+    """The replica whose memory changed."""
+    intact_id: int
+    """A replica whose memory did not change."""
     index: int | None
-    """The operator that read it; None if it was left so at the step's end."""
+    """The operator that read the memory; None if it was found at the step's end."""
     stage: str | None = None
+    """The stage of the tensor that was found at the step's end; None for an operator's input."""
     tensor: str | None = None
-    """Where it was left; None for what an operator read."""
+    """The name of the tensor that was found at the step's end; None for an operator's input."""
 
 
 @dataclass(frozen=True)
 class Decision:
-    """A cause, and what it rests on."""
+    """A cause with the evidence that it rests on."""
 
     cause: str
+    """The code of the cause."""
     suspects: list[int]
-    evidence: list[str]
+    """Ids of the replicas that are probably wrong."""
+    evidence: list[Evidence]
+    """The observations that the cause rests on."""
     operator: OpDifference | None = None
+    """The operator at which replicas diverge, if one is found."""
     sides: tuple[int, int] | None = None
-    """Two replicas whose operator outputs differ, to be compared in full."""
+    """Two replicas whose outputs of the operator differ, to be compared element by element."""
     replica_against_itself: int | None = None
-    classes: list[list[int]] | None = None
+    """A replica whose own two replays differ, to be compared with itself."""
+    groups: list[list[int]] | None = None
+    """Replica ids grouped by equal results; None leaves the comparison's groups."""
     positions: list[int] = field(default_factory=list)
     """Positions in the batch of the samples that differ."""
-    struck: Struck | None = None
+    corrupted: Corruption | None = None
+    """Memory that no operator changed, if there is any."""
     settled: bool = False
-    """Whether the operator, run in float64, has told which side is wrong,"""
+    """True if the operator, run in float64, has determined the side that is wrong."""
     both_possible: bool = False
-    """or that neither is."""
+    """True if the operator, run in float64, has shown both results to be valid roundings."""
 
 
 _STAGES_OF_PHASE = {
@@ -126,35 +139,43 @@ _STAGES_OF_PHASE = {
     "backward": {"buffers", "gradients"},
     "optimizer": {"gradients", "optimizer", "weights"},
 }
-"""The stages at which what an operator of a phase makes can come to light first."""
+"""Phase of an operator to the stages in which its result can show first."""
 
 
 def could_have_made(record: OpRecord, stage: str | None) -> bool:
-    """Whether replicas that part first in `stage` may have parted in what this operator gave."""
+    """Return True if a divergence that first shows in `stage` may be in this operator's result."""
     return record.earlier or stage in _STAGES_OF_PHASE.get(record.phase, ())
 
 
 def first_stage(rows: Sequence[Mapping[str, bytes]]) -> str | None:
-    """The first stage in causal order of which not all rows have the same digest; None if there is none."""
+    """Return the first stage in causal order whose digests differ between rows, or None."""
     return next((stage for stage in STAGES if len({row.get(stage) for row in rows}) > 1), None)
 
 
 def up_to(stages: Mapping[str, bytes], last: str | None) -> bytes:
-    """The digests of all stages up to and with `last`, in causal order; of all there are if it is None."""
+    """Join the digests of all stages up to and including `last`, or of all stages if it is None."""
     names = STAGES if last is None else STAGES[: STAGES.index(last) + 1]
     return b"".join(stages[name] for name in names if name in stages)
 
 
 def first_difference(one: Sequence[OpRecord], other: Sequence[OpRecord]) -> OpDifference | None:
-    """Where two records part: another operator, another call of it, other outputs, or inputs that no operator made."""
+    """Return the first operator at which two records differ in operator, call, inputs or outputs, or None."""
     return next(_differences(one, other), None)
 
 
 def difference_behind(one: Sequence[OpRecord], other: Sequence[OpRecord], stage: str | None) -> OpDifference | None:
-    """The first place where two records part that may have to do with what first shows in `stage`; None if none has.
+    """Return the first difference between two records that can explain a divergence in a stage.
 
-    Two replicas may part before, in what leads to no stage, and after it, in something else. What shows in the samples
-    or in a generator was made by no operator, but read or drawn by any.
+    Two replicas may differ earlier, in a result that reaches no stage, and later, in something else. A difference in
+    the samples or in a generator was made by no operator, but any operator may read or draw from it.
+
+    Args:
+        one: The operators of one run.
+        other: The operators of the other run.
+        stage: The first stage that differs.
+
+    Returns:
+        The difference, or None if no difference can explain it.
     """
     places = _differences(one, other)
     return next((place for place in places if not _is_made(stage) or could_have_made(place.record, stage)), None)
@@ -165,7 +186,7 @@ def _is_made(stage: str | None) -> bool:
 
 
 def _differences(one: Sequence[OpRecord], other: Sequence[OpRecord]) -> Iterator[OpDifference]:
-    """All places where two records part, up to the first where they have not the same operator."""
+    """Yield all differences between two records, up to the first where they have different operators."""
     for index, (a, b) in enumerate(zip(one, other, strict=False)):
         place = OpDifference(index, a, b)
         if not place.same_structure:

@@ -80,9 +80,9 @@ def _sides(decision: Decision) -> tuple[int, int] | None:
     """Two replicas on the two sides of the difference; twice the same one where it differs from itself."""
     if decision.replica_against_itself is not None:
         return decision.replica_against_itself, decision.replica_against_itself
-    if decision.sides is not None or decision.classes is None or len(decision.classes) < 2:
+    if decision.sides is not None or decision.groups is None or len(decision.groups) < 2:
         return decision.sides
-    one, other = sorted((decision.classes[0][0], decision.classes[1][0]))
+    one, other = sorted((decision.groups[0][0], decision.groups[1][0]))
     return one, other
 
 

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
+from dreplica.agreement.verdict.evidence import Evidence
 from dreplica.diagnosis.tracing.op_signature import tensors_in
 from dreplica.diagnosis.tracing.op_tracer import Captured
 from dreplica.environment.determinism import fp32_precision
@@ -70,7 +71,8 @@ class Arbitration:
 
     possible: list[bool]
     """Whether each side's result lies within rounding error."""
-    evidence: list[str]
+    evidence: list[Evidence]
+    """One line per side."""
     trusted: bool = True
     """Whether NumPy comes to the same in float64, as far as it has the operator: a processor that computes wrongly may
     do so in float64, too."""
@@ -96,16 +98,13 @@ def arbitrate(
     if captured.function in _CONVOLUTIONS:
         # Winograd and FFT mix neighbouring elements, so each element's error goes with the size of its neighbours.
         magnitude = [size.amax().expand_as(size) if size.numel() else size for size in magnitude]
-    possible, evidence = [], []
+    possible, evidence, exact_only = [], [], captured.function in _EXACT
     for replica_id, side in zip(replica_ids, outputs, strict=True):
         parts = zip(map(_dense, side), exact, magnitude, terms, strict=True)
         worst = max((_excess(*part, _roundoff(captured, part[0].dtype)) for part in parts), default=0.0)
         possible.append(worst <= 1.0)
-        judged = "within" if worst <= 1.0 else "outside"
-        line = f"is {judged} rounding error ({worst:.3g} of the bound)"
-        if captured.function in _EXACT:
-            line = f"{'is' if worst <= 1.0 else 'is not'} what the operator, which does not round, must give"
-        evidence.append(f"in float64 from the same inputs, replica {replica_id}'s result {line}")
+        codes = ("float64-unequal", "float64-equal") if exact_only else ("float64-outside", "float64-within")
+        evidence.append(Evidence.of(codes[worst <= 1.0], replica=replica_id, ratio=worst))
     return Arbitration(possible, evidence, _agrees_with_numpy(captured, exact[0], magnitude[0]))
 
 

@@ -6,8 +6,9 @@ from typing import Any
 
 from torch import Tensor
 
+from dreplica.agreement.verdict.evidence import Evidence
 from dreplica.agreement.verdict.verdict import Verdict
-from dreplica.diagnosis.evidence.memory_corruption import MOST_STRUCK_BITS
+from dreplica.diagnosis.evidence.memory_corruption import MOST_FLIPPED_BITS
 from dreplica.diagnosis.evidence.observation import Decision
 from dreplica.diagnosis.evidence.tensor_diff import Difference, compare_elements
 from dreplica.diagnosis.measurement.float64_arbitration import Arbitration, arbitrate
@@ -27,49 +28,53 @@ _REACHED_DIRECTLY = {"optimizer", "weights"}
 """Stages in which a fault first shows as itself; those before them show what a forward or backward pass made of it."""
 
 
-def add(decision: Decision, lines: Sequence[str], **changes: Any) -> Decision:
-    """With more evidence."""
+def add(decision: Decision, lines: Sequence[Evidence], **changes: Any) -> Decision:
+    """Return a decision with more evidence.
+
+    Args:
+        decision: The decision so far.
+        lines: The evidence to append.
+        **changes: Fields of the decision to change.
+    """
     return replace(decision, evidence=[*decision.evidence, *lines], **changes)
 
 
-def doubt_struck(decision: Decision, replayer: Repeats, indices: Tensor, channel: Channel) -> Decision:
+def doubt_corruption(decision: Decision, replayer: Repeats, indices: Tensor, channel: Channel) -> Decision:
     """Looks at memory that seems to have changed by itself: a fault flips few bits. A collective.
 
     Where many differ, something has written there that is no operator of torch's: NumPy, or a C extension. Where the
     sound side is one number throughout, that it seemed accounted for may be chance: zeros are alike everywhere.
     """
-    struck = decision.struck
-    if struck is None:
+    corrupted = decision.corrupted
+    if corrupted is None:
         return decision
 
     def look() -> list[Tensor]:
-        if channel.rank not in (struck.replica_id, struck.sound_id):
+        if channel.rank not in (corrupted.replica_id, corrupted.intact_id):
             return []
-        again = replayer.again(indices, struck.index)
-        if struck.index is not None:
+        again = replayer.again(indices, corrupted.index)
+        if corrupted.index is not None:
             return again.tracer.captured.inputs if again.tracer.captured else []
-        assert struck.stage is not None
-        assert struck.tensor is not None
-        tensor = replayer.replayed(struck.stage, struck.tensor)
+        assert corrupted.stage is not None
+        assert corrupted.tensor is not None
+        tensor = replayer.replayed(corrupted.stage, corrupted.tensor)
         return [] if tensor is None else [tensor]
 
     rows = channel.gather(attempt(channel, look))
-    pairs = list(zip(rows[struck.sound_id], rows[struck.replica_id], strict=False))
+    pairs = list(zip(rows[corrupted.intact_id], rows[corrupted.replica_id], strict=False))
     lines, doubts = [], []
     for sound, other in pairs:
         difference = compare(sound, other)
         if difference is None:
             continue
-        lines.append(str(difference))
+        lines.append(Evidence.of("elements-differ", difference=difference))
         if isinstance(difference, str):
-            doubts.append("that is another tensor, not one of which bits have flipped")
+            doubts.append(Evidence.of("other-tensor"))
         elif was_written(difference):
-            doubts.append(
-                f"{difference.differing_bits} bits of {difference.num_differing} elements differ: not as bits flip by "
-                "themselves, so something that is not an operator of torch's has written there"
-            )
-        elif struck.index is not None and bool((sound == sound.flatten()[0]).all()):
-            doubts.append("on the other side all elements are the same number, which may have come from anywhere")
+            bits, elements = difference.differing_bits, difference.num_differing
+            doubts.append(Evidence.of("memory-overwritten", bits=bits, elements=elements))
+        elif corrupted.index is not None and bool((sound == sound.flatten()[0]).all()):
+            doubts.append(Evidence.of("memory-constant"))
     decision = add(decision, [*lines, *doubts])
     # Who wrote there last is then not known: it was no operator.
     return replace(decision, cause="unexplained", operator=None) if doubts or not lines else decision
@@ -83,7 +88,7 @@ def was_written(difference: Difference) -> bool:
     """
     bits, elements = difference.differing_bits, difference.num_differing
     if bits > _FEW_BITS:
-        return bits > MOST_STRUCK_BITS or bits > 2 * elements or 2 * elements > difference.num_elements
+        return bits > MOST_FLIPPED_BITS or bits > 2 * elements or 2 * elements > difference.num_elements
     value = difference.first_values[0]
     has_fraction = isinstance(value, float) and not value.is_integer()
     return elements == 1 and has_fraction and bits > _FEW_BITS_OF_A_NUMBER
@@ -103,32 +108,32 @@ def doubt_moved(
     """
     if decision.cause != "transient-fault" or found.stage is None or found.tensor is None:
         return decision
-    parts = found.stage, found.tensor, original[found.stage], again[found.stage], replayer
+    parts = channel.rank, found.stage, found.tensor, original[found.stage], again[found.stage], replayer
     is_suspect = channel.rank in decision.suspects
     rows = channel.gather(attempt(channel, lambda: _look_at_moved(*parts) if is_suspect else ([], [])))
-    lines, doubts = ([f"replica {rank}: {line}" for rank, row in enumerate(rows) for line in row[i]] for i in (0, 1))
+    lines, doubts = ([line for row in rows for line in row[i]] for i in (0, 1))
     return add(decision, [*lines, *doubts], cause="unexplained" if doubts else decision.cause)
 
 
 def _look_at_moved(
-    stage: str, tensor: str, original: Stage, again: Stage, replayer: Replayer
-) -> tuple[list[str], list[str]]:
+    rank: int, stage: str, tensor: str, original: Stage, again: Stage, replayer: Replayer
+) -> tuple[list[Evidence], list[Evidence]]:
     """On a suspect: how its tensor differs from the replay's, and what of that is not as a fault of memory does it."""
     lines, doubts = [], []
     happened, replayed = original.entries(), again.entries()
     moved = [name for name in happened if happened[name] != replayed.get(name)]
     if stage in _REACHED_DIRECTLY and len(moved) > _MOST_STRUCK_TENSORS:
-        doubts.append(
-            f"{len(moved)} tensors of {stage} came out otherwise, though all before them agreed: not one fault"
-        )
+        doubts.append(Evidence.of("many-tensors-changed", replica=rank, count=len(moved), stage=stage))
     pair = replayer.present_and_replayed(stage, tensor)
     difference = compare(*pair) if pair else None
     if difference is not None:
-        lines.append(f"{tensor} of {stage}: {difference}")
+        lines.append(
+            Evidence.of("replica-elements-differ", replica=rank, tensor=tensor, stage=stage, difference=difference)
+        )
     if isinstance(difference, str):
-        doubts.append("that is another tensor, not one of which bits have flipped")
-    elif difference is not None and stage in _REACHED_DIRECTLY and difference.differing_bits > MOST_STRUCK_BITS:
-        doubts.append(f"{difference.differing_bits} bits differ: more than flip by themselves")
+        doubts.append(Evidence.of("replica-other-tensor", replica=rank))
+    elif difference is not None and stage in _REACHED_DIRECTLY and difference.differing_bits > MOST_FLIPPED_BITS:
+        doubts.append(Evidence.of("many-bits-changed", replica=rank, bits=difference.differing_bits))
     return lines, doubts
 
 
@@ -143,14 +148,13 @@ def compare_outputs(decision: Decision, replayer: Repeats, indices: Tensor, chan
     replica_id = decision.replica_against_itself
     if replica_id is not None:
 
-        def describe() -> str:
+        def describe() -> list[Evidence]:
             if channel.rank != replica_id:
-                return ""
+                return []
             one, other = (replayer.again(indices, place.index).tracer.captured for _ in range(2))
-            return _describe_outputs(one.outputs, other.outputs) if one and other else ""
+            return [_describe_outputs(one.outputs, other.outputs)] if one and other else []
 
-        text = channel.gather(attempt(channel, describe))[replica_id]
-        return add(decision, [text] if text else [])
+        return add(decision, channel.gather(attempt(channel, describe))[replica_id])
     if decision.sides is None:
         return decision
     takes_part = channel.rank in decision.sides
@@ -171,27 +175,22 @@ def _settle(decision: Decision, captured: Captured | None, outputs: Sequence[Any
     try:
         rows = channel.gather(attempt(channel, judge))
     except AttemptFailed as error:
-        return _unsettled(add(decision, [f"the operator could not be run in float64: {error}"]))
+        return _unsettled(add(decision, [Evidence.of("float64-failed", error=error)]))
     judges = {replica_id: row for replica_id, row in enumerate(rows) if row is not None}
     if not judges:
-        return _unsettled(add(decision, ["nothing bounds this operator's rounding error, to tell which side is wrong"]))
+        return _unsettled(add(decision, [Evidence.of("float64-no-bound")]))
     trusted = {replica_id: row for replica_id, row in judges.items() if row.trusted}
-    lines = [
-        f"replica {replica_id} is not heard: in float64, too, torch comes to something else there than NumPy"
-        for replica_id in judges.keys() - trusted.keys()
-    ]
+    lines = [Evidence.of("float64-not-trusted", replica=replica_id) for replica_id in judges.keys() - trusted.keys()]
     heard = next(iter(trusted.values()), None)
     if heard is None or any(row.possible != heard.possible for row in trusted.values()):
-        lines.append("the two sides' own runs of the operator in float64 do not agree on who is wrong")
+        lines.append(Evidence.of("float64-disagrees"))
         return _unsettled(add(decision, lines))
     decision = add(decision, [*lines, *heard.evidence])
     wrong = [side for side, possible in zip(sides, heard.possible, strict=True) if not possible]
     if len(wrong) == 1:
-        (whole_class,) = (ids for ids in decision.classes or [wrong] if wrong[0] in ids)
-        return replace(decision, suspects=whole_class, settled=True)
-    line = "both are legitimate ways of rounding, though settings and environment are the same"
-    if wrong:
-        line = "neither is what it should be, and no fault would strike both sides: what is expected here may be wrong"
+        (whole_group,) = (ids for ids in decision.groups or [wrong] if wrong[0] in ids)
+        return replace(decision, suspects=whole_group, settled=True)
+    line = Evidence.of("float64-neither-possible" if wrong else "float64-both-possible")
     return add(decision, [line], cause="unexplained", both_possible=not wrong)
 
 
@@ -207,9 +206,10 @@ def compare(one: Tensor, other: Tensor) -> Difference | str | None:
     return compare_elements(one, other)
 
 
-def _describe_outputs(one: Sequence[Tensor], other: Sequence[Tensor]) -> str:
+def _describe_outputs(one: Sequence[Tensor], other: Sequence[Tensor]) -> Evidence:
     for number, (a, b) in enumerate(zip(one, other, strict=False)):
         difference = compare(a, b)
         if difference is not None:
-            return f"output {number}: {difference}"
-    return "run once more, the operator gave the same on both sides"
+            ulp = None if isinstance(difference, str) else difference.max_ulp
+            return Evidence.of("output-differs", output=number, difference=difference, max_ulp=ulp)
+    return Evidence.of("outputs-equal-when-repeated")

@@ -3,6 +3,8 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from dreplica.agreement.verdict.evidence import Evidence
+from dreplica.agreement.verdict.remedy import Remedy
 from dreplica.agreement.verdict.verdict import Verdict
 from dreplica.diagnosis.evidence.observation import OpDifference, first_difference
 from dreplica.diagnosis.tracing.op_tracer import OpRecord, OpTracer
@@ -38,30 +40,26 @@ def explain_build(found: Verdict, rebuilt: Rebuilt, channel: Channel) -> Verdict
     rows: list[Rebuilt] = channel.gather(rebuilt)
     random_ones = [replica_id for replica_id, row in enumerate(rows) if not row.reproducible]
     if random_ones:
-        line = f"built again from the same seed, replicas {random_ones} do not reproduce themselves"
+        line = Evidence.of("rebuild-varies", replicas=random_ones)
         place = rows[random_ones[0]].against_itself
-        remedy = [
-            "draw from the global generators, which are seeded from seed.model before the build",
-            "numpy.random.default_rng(torch.initial_seed())  # or: seed a generator of your own from it",
-        ]
+        remedy = [Remedy.of("draw-from-global-generators"), Remedy.of("seed-own-generator")]
         reseeded = found.with_(cause="build-not-seeded", remedy=remedy)
         return _add(reseeded, line, place, ("in one build", "in the next"))
-    one, other = (ids[0] for ids in found.classes[:2])
+    one, other = (ids[0] for ids in found.groups[:2])
     place = first_difference(rows[one].records, rows[other].records)
     sides = (f"on replica {one}", f"on replica {other}")
-    return _add(found, "built again from the same seed, every replica reproduces itself", place, sides)
+    return _add(found, Evidence.of("rebuild-reproduces"), place, sides)
 
 
-def _add(found: Verdict, line: str, place: OpDifference | None, whose: tuple[str, str]) -> Verdict:
+def _add(found: Verdict, line: Evidence, place: OpDifference | None, whose: tuple[str, str]) -> Verdict:
     if place is None:
-        line += "; every operator of the build gave the same: what differs was made outside of torch's operators"
-        return found.with_(evidence=[*found.evidence, line])
+        return found.with_(evidence=[*found.evidence, line, Evidence.of("rebuild-operators-agree")])
     sides = [
-        f"{record.name} at {record.source or 'unknown'} {where}" if record else f"nothing more {where}"
+        f"{record.name} at {record.source or 'unknown'} {where}" if record else f"no further operator {where}"
         for record, where in zip((place.one, place.other), whose, strict=True)
     ]
-    line += f"; the builds part at operator {place.index}: {sides[0]}, {sides[1]}"
-    return found.with_(operator=place.record.name, phase="build", evidence=[*found.evidence, line])
+    diverges = Evidence.of("rebuild-diverges", index=place.index, one=sides[0], other=sides[1])
+    return found.with_(operator=place.record.name, phase="build", evidence=[*found.evidence, line, diverges])
 
 
 def _build_once(build: Callable[[], Replica], seed: int) -> tuple[list[OpRecord], tuple[bytes, ...]]:

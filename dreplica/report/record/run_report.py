@@ -12,7 +12,7 @@ from dreplica.state.progress import Position
 from dreplica.training.events import EpochDone
 from dreplica.training.seed_spread import Spread
 
-SCHEMA = 1
+SCHEMA = 2
 
 
 @dataclass
@@ -70,8 +70,8 @@ class RunReport:
             "steps_checked": self.steps_checked,
             "verdict": None if self.verdict is None else self.verdict.as_dict(),
             "divergence": None
-            if self.verdict is None or not self.verdict.stage_classes
-            else {"stage_classes": self.verdict.stage_classes, "path": self.verdict.path},
+            if self.verdict is None or not self.verdict.stage_groups
+            else {"stage_groups": self.verdict.stage_groups, "path": self.verdict.path},
             "epochs": [epoch.as_dict() for epoch in self.epochs],
             "fingerprints": [
                 {"replica": replica_id, **digests} for replica_id, digests in enumerate(self.fingerprints)

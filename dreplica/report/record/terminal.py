@@ -155,21 +155,8 @@ def _print_verdict(console: Console, report: RunReport) -> None:
         highlight=False,
         soft_wrap=True,
     )
-    if not good:
-        place = [
-            f"{key} {value}"
-            for key in ("step", "stage", "tensor", "module", "operator", "phase")
-            if (value := getattr(verdict, key)) not in (None, "")
-        ]
-        who = f"suspects {verdict.suspects or 'none singled out'}, classes {verdict.classes}"
-        for label, lines in (
-            ("where", [", ".join(place)] if place else []),
-            ("who", [who]),
-            ("evidence", verdict.evidence),
-            ("remedy", verdict.remedy),
-        ):
-            for line in lines:
-                console.print(f"  {label}: {escape(line)}", highlight=False, soft_wrap=True)
+    for label, text in verdict.details():
+        console.print(f"  {label}: {escape(text)}", highlight=False, soft_wrap=True)
     console.print(f"report: {escape(str(report.folder / 'report.html'))}", highlight=False, soft_wrap=True)
 
 

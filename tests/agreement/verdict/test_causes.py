@@ -1,4 +1,4 @@
-"""The table of causes: complete, in sentences, and its settings can be pasted."""
+"""The table of causes: complete, in sentences, with settings that can be pasted."""
 
 import shlex
 
@@ -12,25 +12,26 @@ LISTED = """none config-differs environment-differs optimizer-not-bound schedule
 storage-shared build-not-seeded build-rng-differs indices-differ batch-differs nondeterministic-operator transient-fault
 persistent-fault declared-override evaluation-differs not-learning structure-differs replica-lost unexplained"""
 
-SETTINGS = [(cause, line) for cause in CAUSES.values() for line in cause.remedy if line.startswith("--")]
+SETTINGS = [(cause, str(remedy)) for cause in CAUSES.values() for remedy in cause.remedy if remedy.settings]
 
 
-def test_every_cause_and_no_other() -> None:
+def test_causes_are_complete() -> None:
     assert sorted(CAUSES) == sorted(LISTED.split())
     assert all(code == cause.code for code, cause in CAUSES.items())
 
 
 @pytest.mark.parametrize("cause", CAUSES.values(), ids=CAUSES)
-def test_an_explanation_is_one_sentence(cause: Cause) -> None:
+def test_explanation_is_one_sentence(cause: Cause) -> None:
     assert cause.explanation.endswith(".")
     assert cause.explanation[0].isupper()
     assert ". " not in cause.explanation
 
 
 @pytest.mark.parametrize("cause", CAUSES.values(), ids=CAUSES)
-def test_every_cause_but_none_has_a_remedy(cause: Cause) -> None:
+def test_every_cause_except_none_has_a_remedy(cause: Cause) -> None:
     assert bool(cause.remedy) == (cause.code != "none")
-    assert all(line.strip() == line and not line.endswith(".") for line in cause.remedy)
+    lines = [str(remedy) for remedy in cause.remedy]
+    assert all(line.strip() == line and not line.endswith(".") for line in lines)
 
 
 @pytest.mark.parametrize(("cause", "line"), SETTINGS, ids=[f"{cause.code}-{line[2:20]}" for cause, line in SETTINGS])
@@ -39,11 +40,11 @@ def test_settings_can_be_pasted(cause: Cause, line: str) -> None:
     assert isinstance(config, RunConfig)
 
 
-def test_there_are_settings_to_paste() -> None:
+def test_some_causes_have_settings_to_paste() -> None:
     assert {cause.code for cause, _ in SETTINGS} >= {"build-not-seeded", "nondeterministic-operator", "unexplained"}
 
 
 @pytest.mark.parametrize("code", ["transient-fault", "persistent-fault"])
-def test_faults_say_how_to_test_the_memory(code: str) -> None:
-    text = "\n".join(CAUSES[code].remedy)
-    assert all(tool in text for tool in ("memtester", "edac-util", "nvidia-smi -q -d ECC"))
+def test_faults_name_memory_tests(code: str) -> None:
+    codes = {remedy.code for remedy in CAUSES[code].remedy}
+    assert codes >= {"check-host-memory", "check-gpu-memory", "test-host-memory"}

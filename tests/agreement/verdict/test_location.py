@@ -17,7 +17,7 @@ def place_of(*stages: dict[str, Stage]) -> Place:
     return first_difference([4] * len(stages), stages)
 
 
-def test_the_first_stage_in_causal_order_and_its_first_entry() -> None:
+def test_first_difference_takes_first_stage_and_entry() -> None:
     same = {"weights": stage(a="x", b="x", c="x"), "rng": stage(python="x"), "buffers": stage(mean="x")}
     other = {"weights": stage(a="x", b="y", c="z"), "rng": stage(python="y"), "buffers": stage(mean="x")}
     place = place_of(same, other, same)
@@ -25,18 +25,18 @@ def test_the_first_stage_in_causal_order_and_its_first_entry() -> None:
         step=4,
         stage="weights",
         tensor="b",
-        classes=[[0, 2], [1]],
+        groups=[[0, 2], [1]],
         num_differing=2,
         num_entries=3,
         differing_stages=["weights", "rng"],
         only_on={},
-        stage_classes={"buffers": [[0, 1, 2]], "weights": [[0, 2], [1]], "rng": [[0, 2], [1]]},
+        stage_groups={"buffers": [[0, 1, 2]], "weights": [[0, 2], [1]], "rng": [[0, 2], [1]]},
     )
     assert not place.is_structural
 
 
 @pytest.mark.parametrize("first", range(len(STAGES)))
-def test_causal_order_of_any_stage_before_all_later_ones(first: int) -> None:
+def test_first_difference_follows_causal_order(first: int) -> None:
     one = {name: stage(t="x") for name in STAGES}
     two = {name: stage(t="y" if STAGES.index(name) >= first else "x") for name in reversed(STAGES)}
     place = place_of(one, two)
@@ -45,36 +45,36 @@ def test_causal_order_of_any_stage_before_all_later_ones(first: int) -> None:
 
 
 @pytest.mark.parametrize("owners", [[0], [1], [0, 2], [1, 2]])
-def test_a_stage_that_only_some_replicas_have(owners: Sequence[int]) -> None:
+def test_first_difference_finds_stage_of_some_replicas(owners: Sequence[int]) -> None:
     rows = [{"weights": stage(w="x")} | ({"batch": stage(i="x", j="x")} if r in owners else {}) for r in range(3)]
     place = place_of(*rows)
     assert (place.stage, place.tensor) == ("batch", "i")
     assert place.only_on == {"i": list(owners), "j": list(owners)}
     others = [replica for replica in range(3) if replica not in owners]
-    assert sorted(place.classes) == sorted([list(owners), others])
+    assert sorted(place.groups) == sorted([list(owners), others])
     assert place.is_structural
 
 
-def test_entries_that_only_some_replicas_have() -> None:
+def test_first_difference_finds_entries_of_some_replicas() -> None:
     place = place_of({"weights": stage(a="x", b="x")}, {"weights": stage(a="x", c="x")})
     assert (place.tensor, place.num_differing, place.num_entries) == ("b", 2, 3)
     assert place.only_on == {"b": [0], "c": [1]}
 
 
-def test_the_same_entries_in_another_order() -> None:
+def test_first_difference_finds_order_of_entries() -> None:
     place = place_of({"batch": stage(a="x", b="y")}, {"batch": stage(b="y", a="x")})
     assert (place.stage, place.tensor, place.num_differing, place.only_on) == ("batch", None, 0, {})
     assert place.is_structural
 
 
-def test_an_empty_stage_against_none() -> None:
+def test_first_difference_finds_missing_empty_stage() -> None:
     place = place_of({"batch": stage()}, {})
-    assert (place.stage, place.tensor, place.classes) == ("batch", None, [[0], [1]])
+    assert (place.stage, place.tensor, place.groups) == ("batch", None, [[0], [1]])
 
 
-def test_different_steps() -> None:
+def test_first_difference_finds_different_steps() -> None:
     place = first_difference([6, 5, 6], [{"weights": stage(w="x")}] * 3)
-    assert (place.step, place.stage, place.tensor, place.classes) == (5, None, None, [[0, 2], [1]])
+    assert (place.step, place.stage, place.tensor, place.groups) == (5, None, None, [[0, 2], [1]])
     verdict = describe(place, None, 3)
     assert (verdict.cause, verdict.step, verdict.suspects) == ("structure-differs", 5, [1])
     assert "number of steps" in verdict.summary
@@ -95,29 +95,30 @@ def test_different_steps() -> None:
         ("rng", "torch.cpu", "unexplained", None),
     ],
 )
-def test_the_verdict_says_where_and_who_and_names_a_cause_only_where_the_stage_does(
-    name: str, tensor: str, cause: str, module: str | None
-) -> None:
+def test_describe_names_place_groups_and_cause(name: str, tensor: str, cause: str, module: str | None) -> None:
     good, bad = {name: stage(**{"0": "x", tensor: "x"})}, {name: stage(**{"0": "x", tensor: "y"})}
     verdict = describe(place_of(good, good, bad), 2, 3)
     assert (verdict.agreed, verdict.cause, verdict.step, verdict.epoch) == (False, cause, 4, 2)
     assert (verdict.stage, verdict.tensor, verdict.module) == (name, tensor, module)
-    assert (verdict.classes, verdict.suspects) == ([[0, 1], [2]], [2])
-    assert verdict.evidence == [f"1 of 2 entries of {name} differ, first {tensor}", f"differing stages: {name}"]
-    assert verdict.summary == f"replicas parted at step 4: {name}, {tensor}; classes [[0, 1], [2]]"
+    assert (verdict.groups, verdict.suspects) == ([[0, 1], [2]], [2])
+    lines = [f"1 of 2 entries of {name} differ, first {tensor}", f"differing stages: {name}"]
+    assert [item.text for item in verdict.evidence] == lines
+    assert verdict.summary == f"replicas diverged at step 4: {name}, {tensor}; groups [[0, 1], [2]]"
 
 
-def test_the_verdict_says_when_nobody_can_be_blamed_and_what_only_some_have() -> None:
+def test_describe_reports_missing_majority_and_entries() -> None:
     place = first_difference([0, 0], [{"weights": stage(a="x")}, {"weights": stage(a="x", b="x")}])
     verdict = describe(place, None, 2)
     assert verdict.cause == "structure-differs"
     assert "at the build (step 0)" in verdict.summary
     assert verdict.suspects == []
-    assert "1 entries exist on some replicas only: b only on replicas [1]" in verdict.evidence
-    assert any("without a majority" in line for line in verdict.evidence)
+    found = {item.code: item for item in verdict.evidence}
+    assert found["entries-missing"].data["entries"] == {"b": [1]}
+    assert found["entries-missing"].text == "1 entries exist on some replicas only: b only on replicas [1]"
+    assert found["no-majority"].data == {"num_replicas": 2}
 
 
-def test_the_verdict_never_speaks_of_none() -> None:
+def test_describe_omits_missing_names() -> None:
     for place in (
         place_of({"batch": stage(a="x", b="y")}, {"batch": stage(b="y", a="x")}),
         place_of({"batch": stage()}, {}),
@@ -125,13 +126,13 @@ def test_the_verdict_never_speaks_of_none() -> None:
     ):
         verdict = describe(place, None, 2)
         assert verdict.cause == "structure-differs"
-        assert "None" not in " ".join([verdict.summary, *verdict.evidence])
+        assert "None" not in " ".join([verdict.summary, *map(str, verdict.evidence)])
 
 
 @pytest.mark.parametrize(("step", "name", "seeds"), [(0, "weights", True), (0, "rng", True), (1, "weights", False)])
-def test_at_the_build_the_remedy_is_to_seed_it(step: int, name: str, seeds: bool) -> None:
+def test_describe_recommends_seeding_the_build(step: int, name: str, seeds: bool) -> None:
     rows = [{name: stage(a=letter)} for letter in "xy"]
     remedy = describe(first_difference([step, step], rows), None, 2).remedy
-    assert any("torch.manual_seed" in line for line in remedy) == seeds
+    assert ("seed-before-build" in [item.code for item in remedy]) == seeds
     other = [{name: stage(a="x")}, {name: stage(b="x")}]
     assert not describe(first_difference([step, step], other), None, 2).remedy, "no seed gives another tensor"

@@ -1,15 +1,17 @@
-"""Classes, suspects and the exception."""
+"""Groups, suspects, the report's fields and the exception."""
 
 import json
 import pickle
 
 import pytest
 
-from dreplica.agreement.verdict.verdict import Divergence, Verdict, split_into_classes, suspects_of
+from dreplica.agreement.verdict.evidence import Evidence
+from dreplica.agreement.verdict.remedy import Remedy
+from dreplica.agreement.verdict.verdict import Divergence, Verdict, split_into_groups, suspects_of
 
 
 @pytest.mark.parametrize(
-    ("digests", "classes", "suspects"),
+    ("digests", "groups", "suspects"),
     [
         ("a", [[0]], []),
         ("aa", [[0, 1]], []),
@@ -27,29 +29,65 @@ from dreplica.agreement.verdict.verdict import Divergence, Verdict, split_into_c
         ("abbaaab", [[0, 3, 4, 5], [1, 2, 6]], [1, 2, 6]),
     ],
 )
-def test_classes_and_suspects(digests: str, classes: list[list[int]], suspects: list[int]) -> None:
-    assert split_into_classes([letter.encode() for letter in digests]) == classes
-    assert suspects_of(classes) == suspects
+def test_groups_and_suspects(digests: str, groups: list[list[int]], suspects: list[int]) -> None:
+    assert split_into_groups([letter.encode() for letter in digests]) == groups
+    assert suspects_of(groups) == suspects
 
 
-def test_nobody_is_suspected_where_there_are_no_classes() -> None:
+def test_no_suspects_without_groups() -> None:
     assert suspects_of([]) == []
 
 
-VERDICT = Verdict(agreed=False, cause="unexplained", summary="parted", step=3, classes=[[0], [1]])
+VERDICT = Verdict(
+    agreed=False,
+    cause="unexplained",
+    summary="diverged",
+    step=3,
+    groups=[[0], [1]],
+    evidence=[Evidence.of("differing-stages", stages=["weights", "rng"])],
+    remedy=[Remedy.of("strict-mode")],
+)
+PRINTED = """diverged
+  where: step 3
+  who: suspects none, groups [[0], [1]]
+  evidence: differing stages: weights, rng
+  remedy: --determinism.mode strict  # choose deterministic algorithms
+  explain: dreplica explain unexplained"""
 
 
-def test_divergence_shows_its_summary_and_survives_the_way_between_processes() -> None:
+def test_divergence_survives_pickling() -> None:
     divergence = pickle.loads(pickle.dumps(Divergence(VERDICT)))
-    assert str(divergence) == "parted"
     assert divergence.verdict == VERDICT
+    assert (divergence.code, divergence.fields) == ("divergence", {"cause": "unexplained"})
 
 
-def test_verdict_has_the_fields_of_the_report() -> None:
-    fields = "agreed cause summary step epoch stage tensor module operator phase suspects classes evidence remedy"
+def test_divergence_prints_its_verdict() -> None:
+    assert str(Divergence(VERDICT)) == PRINTED
+
+
+def test_verdict_of_agreement_has_no_details() -> None:
+    assert list(Verdict(True, "none", "2 replicas, 3 steps: bit-identical", groups=[[0, 1]]).details()) == []
+
+
+def test_from_dict_restores_as_dict() -> None:
+    assert Verdict.from_dict(json.loads(json.dumps(VERDICT.as_dict()))) == VERDICT
+
+
+def test_from_dict_reads_schema_1() -> None:
+    old = {"agreed": False, "cause": "x", "summary": "y", "classes": [[0], [1]], "evidence": ["e"], "remedy": ["--r 1"]}
+    verdict = Verdict.from_dict(old)
+    assert verdict.groups == [[0], [1]]
+    assert [(item.code, item.text) for item in (*verdict.evidence, *verdict.remedy)] == [
+        ("text", "e"),
+        ("text", "--r 1"),
+    ]
+
+
+def test_verdict_has_the_report_fields() -> None:
+    fields = "agreed cause summary step epoch stage tensor module operator phase suspects groups evidence remedy"
     assert list(json.loads(json.dumps(VERDICT.as_dict()))) == fields.split()
 
 
-def test_with_changes_a_copy() -> None:
+def test_with_copies() -> None:
     assert VERDICT.with_(cause="none").cause == "none"
     assert VERDICT.cause == "unexplained"

@@ -31,7 +31,7 @@ def done(
     number: int, cause: str = "none", suspects: tuple[int, ...] = (), classes: tuple[tuple[int, ...], ...] = ()
 ) -> PassDone:
     verdict = Verdict(
-        cause == "none", cause, f"{cause}: parted", suspects=list(suspects), classes=[list(ids) for ids in classes]
+        cause == "none", cause, f"{cause}: parted", suspects=list(suspects), groups=[list(ids) for ids in classes]
     )
     return PassDone(number, {"model": number}, cause == "none", 10, 87, 5, 0.5, "ab" * 16, verdict)
 

@@ -69,7 +69,7 @@ def test_where_the_copy_of_two_that_share_differs_the_file_is_named(cache: str, 
     job = run(one, "--data.augment=flip", "--data.decode=node", f"--data.cache={cache}", *own, num_replicas=4)
     verdict = job.report["verdict"]
     assert (verdict["cause"], verdict["step"], verdict["stage"]) == ("batch-differs", step, "batch"), verdict
-    assert verdict["classes"] == [[0, 1], [2, 3]]
+    assert verdict["groups"] == [[0, 1], [2, 3]]
     assert f"first such sample: index {index} ({file})" in verdict["evidence"]
 
 

@@ -27,7 +27,7 @@ TWO = [[0], [1]]
 
 def finding(**fields: Any) -> Verdict:
     values = {"agreed": False, "cause": "unexplained", "summary": "parted", "step": 0, "stage": "weights"}
-    return Verdict(**{**values, "classes": TWO, "evidence": ["seen"], **fields})
+    return Verdict(**{**values, "groups": TWO, "evidence": ["seen"], **fields})
 
 
 def builds(*rows: tuple[int, int, bytes, bytes]) -> list[BuildFacts]:
@@ -104,8 +104,8 @@ def test_who_declares_a_difference_is_named_only_where_the_classes_are_divided_s
     overrides = {1: {"determinism": {"threads": 2}}}
     found = finding(cause="declared-override")
     assert conclude(found, RunFacts(2, overrides=overrides)).suspects == [1]
-    assert conclude(found.with_(classes=[[0, 1], [2, 3]]), RunFacts(4, overrides=overrides)).suspects == []
-    assert conclude(found.with_(classes=[[0], [1], [2]]), RunFacts(3, overrides=overrides)).suspects == []
+    assert conclude(found.with_(groups=[[0, 1], [2, 3]]), RunFacts(4, overrides=overrides)).suspects == []
+    assert conclude(found.with_(groups=[[0], [1], [2]]), RunFacts(3, overrides=overrides)).suspects == []
 
 
 @pytest.mark.parametrize("cause", ["build-not-seeded", "batch-differs"])
@@ -136,7 +136,7 @@ def test_what_is_documented_of_an_operator_is_told_by_its_own_replicas_settings(
 
 
 @pytest.mark.parametrize(
-    ("num_replicas", "every", "independent", "words", "classes"),
+    ("num_replicas", "every", "independent", "words", "groups"),
     [
         (2, 5, False, "2 replicas, 5 steps: bit-identical", [[0, 1]]),
         (3, 5, True, "states independent", [[0], [1], [2]]),
@@ -146,10 +146,10 @@ def test_what_is_documented_of_an_operator_is_told_by_its_own_replicas_settings(
     ],
 )
 def test_agreement_claims_no_more_than_was_compared(
-    num_replicas: int, every: int, independent: bool, words: str, classes: list[list[int]]
+    num_replicas: int, every: int, independent: bool, words: str, groups: list[list[int]]
 ) -> None:
     verdict = agreed(RunFacts(num_replicas), 5, independent, compared=every > 0)
-    assert (verdict.agreed, verdict.cause, verdict.classes) == (True, "none", classes)
+    assert (verdict.agreed, verdict.cause, verdict.groups) == (True, "none", groups)
     assert words in verdict.summary
     assert ("bit-identical" in verdict.summary) is (not independent and num_replicas > 1)
 
@@ -159,10 +159,10 @@ def test_wiring_is_faulty_where_it_was_found(cause: str, stage: str) -> None:
     error = WiringError("the parts do not fit", code=cause, tensor="0.weight", remedies=["fix it"])
     verdict = wiring_fault(error, [1], 3)
     assert (verdict.agreed, verdict.cause, verdict.step, verdict.stage) == (False, cause, 0, stage)
-    assert (verdict.suspects, verdict.classes) == ([1], [[0, 2], [1]])
+    assert (verdict.suspects, verdict.groups) == ([1], [[0, 2], [1]])
     assert verdict.tensor == "0.weight"
-    assert verdict.remedy == ["fix it"]
-    assert wiring_fault(error, [0, 1], 2).classes == [[0, 1]]
+    assert [item.command for item in verdict.remedy] == ["fix it"]
+    assert wiring_fault(error, [0, 1], 2).groups == [[0, 1]]
 
 
 @pytest.mark.parametrize(
@@ -218,7 +218,7 @@ def on_gpus(*cards: tuple[str, str]) -> list[dict[str, Any]]:
 
 def test_the_card_of_a_suspect_is_named_with_its_host() -> None:
     facts = RunFacts(3, manifests=on_gpus(("a", "11"), ("a", "22"), ("b", "33")))
-    verdict = conclude(finding(cause="transient-fault", suspects=[2], classes=[[0, 1], [2]]), facts)
+    verdict = conclude(finding(cause="transient-fault", suspects=[2], groups=[[0, 1], [2]]), facts)
     assert verdict.evidence[-1] == "replica 2 runs on NVIDIA H200, GPU-33, cuda:0 of host b"
     asked = [line for line in verdict.remedy if line.startswith("nvidia-smi")]
     assert asked == ["nvidia-smi -q -i GPU-33 -d ECC,ROW_REMAPPER  # on host b"]
@@ -235,7 +235,7 @@ def test_of_two_without_a_majority_both_cards_are_named() -> None:
 
 def test_a_card_that_sound_replicas_share_says_so() -> None:
     facts = RunFacts(3, manifests=on_gpus(("a", "11"), ("a", "11"), ("b", "11")))
-    verdict = conclude(finding(cause="transient-fault", suspects=[1], classes=[[0, 2], [1]]), facts)
+    verdict = conclude(finding(cause="transient-fault", suspects=[1], groups=[[0, 2], [1]]), facts)
     assert verdict.evidence[-1].endswith("GPU-11, cuda:0 of host a, shared with replicas [0]")
 
 

@@ -111,7 +111,7 @@ def test_a_declared_difference_on_another_replica_does_not() -> None:
     assert (decision.cause, decision.suspects) == ("persistent-fault", [1])
 
 
-def test_a_declared_difference_does_not_hide_struck_memory() -> None:
+def test_a_declared_difference_does_not_hide_find_corruption() -> None:
     """The operator read what nothing had written: no setting does that."""
     relu = replace(RELU, inputs=digest("flipped"), outputs=digest("relu'"))
     struck = always(bad("output"), records=[CONV, relu, replace(SGD, inputs=START + digest("relu'"))])
@@ -198,11 +198,11 @@ def test_other_data_on_one_replica_is_not_a_fault() -> None:
 
 def test_few_bits_of_a_generator_are_a_fault_many_are_not() -> None:
     flipped = bytes(30) + b"\x05" + bytes(5025)
-    struck = always(bad("rng"), generator=flipped, generator_struck=True)
+    struck = always(bad("rng"), generator=flipped, generator_changed=True)
     for witnesses in ([witness(), struck, witness()], [witness(), struck]):
         decision = decide(witnesses, {}, [])
         assert (decision.cause, decision.suspects) == ("persistent-fault", [1])
-    seeded_again = always(bad("rng"), generator=bytes([0b01010101]) * 5056, generator_struck=True)
+    seeded_again = always(bad("rng"), generator=bytes([0b01010101]) * 5056, generator_changed=True)
     assert decide([witness(), seeded_again, witness()], {}, []).cause == "unexplained"
 
 
@@ -212,8 +212,8 @@ def test_a_generator_that_operators_alone_have_changed_was_not_struck() -> None:
 
 
 def test_generators_changed_outside_of_operators_on_all_replicas_were_not_struck() -> None:
-    one = always(GOOD, generator_struck=True)
-    other = always(bad("rng"), generator=bytes(30) + b"\x05" + bytes(5025), generator_struck=True)
+    one = always(GOOD, generator_changed=True)
+    other = always(bad("rng"), generator=bytes(30) + b"\x05" + bytes(5025), generator_changed=True)
     assert decide([one, other], {}, []).cause == "unexplained"
 
 

@@ -33,14 +33,14 @@ def test_a_transient_fault_and_a_later_fault_that_comes_back_elsewhere() -> None
     struck = always(bad("weights"), contents=contents)
     decision = decide([witness(), witness(original=bad("batch", "output", "weights")), struck], {}, [])
     assert (decision.cause, decision.suspects) == ("transient-fault", [1])
-    assert decision.classes == [[0, 2], [1]]
+    assert decision.groups == [[0, 2], [1]]
     assert told(decision, "replays also differ between replicas, in weights first")
 
 
 def test_a_fault_that_comes_back_and_a_later_transient_one_elsewhere() -> None:
     decision = decide([witness(), witness(original=bad("weights")), rounding()], {}, [])
     assert (decision.cause, decision.suspects) == ("persistent-fault", [2])
-    assert decision.classes == [[0, 1], [2]]
+    assert decision.groups == [[0, 1], [2]]
     assert told(decision, "replica 1's replays also differ from what happened, in weights first")
 
 
@@ -64,7 +64,7 @@ def test_a_transient_fault_beside_an_override_that_shows_later(struck: int) -> N
 
 def test_an_override_beside_a_fault_of_another_replica_that_shows_later() -> None:
     rng = bytes(30) + b"\x05" + bytes(5025)
-    struck = always(bad("rng"), generator=rng, generator_struck=True)
+    struck = always(bad("rng"), generator=rng, generator_changed=True)
     decision = decide([witness(), slower(), struck], {1: LR}, [])
     assert (decision.cause, decision.suspects) == ("declared-override", [1])
     assert told(decision, "in rng, replicas fell further apart")

@@ -92,7 +92,7 @@ def test_all_settings_that_are_named_exist() -> None:
 def witness(original: bytes, first: bytes, second: bytes, **changes: Any) -> Witness:
     stages = ({"output": digest} for digest in (original, first, second))
     fields = {"records": [], "against_itself": None, "contents": None, "indices_intact": True, "generator": b""}
-    return Witness(*stages, **fields, generator_struck=False, sample_digests=[], **changes)  # type: ignore[arg-type]
+    return Witness(*stages, **fields, generator_changed=False, sample_digests=[], **changes)  # type: ignore[arg-type]
 
 
 def never() -> Any:

@@ -35,17 +35,17 @@ def test_weights_that_move_learn() -> None:
     replica = make_replica()
     watch = LearningWatch(replica)
     take_step(replica)
-    assert not watch.stands_still(replica)
+    assert not watch.is_unchanged(replica)
 
 
 def test_one_bit_of_one_weight_is_enough() -> None:
     replica = make_replica(lr=0.0)
     watch = LearningWatch(replica)
     take_step(replica)
-    assert watch.stands_still(replica)
+    assert watch.is_unchanged(replica)
     with torch.no_grad():
         replica.model[5].bias[0] = torch.nextafter(replica.model[5].bias[0], torch.tensor(9.0))
-    assert not watch.stands_still(replica)
+    assert not watch.is_unchanged(replica)
 
 
 def test_moving_buffers_are_not_learning_and_the_evidence_says_so() -> None:
@@ -53,7 +53,7 @@ def test_moving_buffers_are_not_learning_and_the_evidence_says_so() -> None:
     watch = LearningWatch(replica)
     assert "buffers did not" in watch.evidence(replica)[0]
     take_step(replica)
-    assert watch.stands_still(replica)
+    assert watch.is_unchanged(replica)
     trainable, gradients, rates = watch.evidence(replica)
     assert trainable == "0 of 6 trainable parameters changed; buffers changed"
     assert "0 are None, 0 are all zero, of 6" in gradients
@@ -68,15 +68,15 @@ def test_frozen_weights_do_not_count() -> None:
     watch = LearningWatch(replica)
     with torch.no_grad():
         replica.model[0].weight += 1.0  # changed by something else: no learning
-    assert watch.stands_still(replica)
+    assert watch.is_unchanged(replica)
     take_step(replica)
-    assert not watch.stands_still(replica)
+    assert not watch.is_unchanged(replica)
 
     replica = make_replica()
     replica.model.requires_grad_(False)
     watch = LearningWatch(replica)
     take_step(replica)
-    assert not watch.stands_still(replica), "there is nothing to learn, on purpose"
+    assert not watch.is_unchanged(replica), "there is nothing to learn, on purpose"
 
 
 def test_gradients_that_are_missing_or_zero_are_counted() -> None:

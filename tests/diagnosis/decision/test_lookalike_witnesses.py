@@ -111,7 +111,7 @@ def test_other_hardware_that_is_everywhere_or_divides_otherwise_explains_nothing
     assert decided(*pairs, differences=[cards("A", "B", "C", "D")]).cause == "environment-differs"
 
 
-def test_other_hardware_does_not_explain_struck_memory() -> None:
+def test_other_hardware_does_not_explain_find_corruption() -> None:
     contents = Contents(frozenset({START}), {"weights": {"weight": digest("flipped")}})
     struck = always(bad("weights"), contents=contents)
     decision = decided(witness(), struck, differences=[cards("A", "B")])
@@ -197,7 +197,7 @@ def test_two_of_five_moved_are_two_faults_and_three_are_too_many() -> None:
     moved = [witness(original=bad("weights")), witness(original=bad("rng"))]
     decision = decided(*moved, witness(), witness(), witness())
     assert (decision.cause, decision.suspects) == ("transient-fault", [0]), "the first in causal order"
-    assert decision.classes == [[1, 2, 3, 4], [0]]
+    assert decision.groups == [[1, 2, 3, 4], [0]]
     assert any("replica 1's replays also differ from what happened, in rng" in line for line in decision.evidence)
     decision = decided(*moved, witness(original=bad("gradients")), witness(), witness())
     assert (decision.cause, decision.suspects) == ("unexplained", [0, 1, 2])

@@ -82,22 +82,22 @@ def test_a_fault_that_no_replay_can_show_is_unexplained() -> None:
     """The data set's own generator has moved on: samples come out otherwise each time, on all replicas."""
     verdict = verdict_of(run("data.name", "noise_of_its_own", FLIPPED_WEIGHT))
     assert (verdict["cause"], verdict["step"], verdict["stage"]) == ("unexplained", 3, "weights")
-    assert verdict["classes"] == [[0, 2], [1]]
+    assert verdict["groups"] == [[0, 2], [1]]
 
 
 @pytest.mark.parametrize(
-    ("faults", "num_replicas", "suspects", "classes"),
+    ("faults", "num_replicas", "suspects", "groups"),
     [
         ("{replica: 1, step: 3, target: weights}, {replica: 2, step: 3, target: gradients}", 3, [1, 2], [[0, 1], [2]]),
         ("{replica: 2, step: 3, target: weights}, {replica: 3, step: 3, target: weights}", 4, [2, 3], None),
     ],
 )
 def test_faults_on_half_of_the_replicas_at_once_are_too_many_for_one(
-    faults: str, num_replicas: int, suspects: list[int], classes: list[list[int]] | None
+    faults: str, num_replicas: int, suspects: list[int], groups: list[list[int]] | None
 ) -> None:
     verdict = verdict_of(run_job(*SHORT, f"--inject=[{faults}]", num_replicas=num_replicas))
     assert (verdict["cause"], verdict["suspects"]) == ("unexplained", suspects)
-    assert classes is None or verdict["classes"] == classes
+    assert groups is None or verdict["groups"] == groups
 
 
 def test_a_number_drawn_once_is_no_fault_of_the_hardware() -> None:
@@ -260,7 +260,7 @@ def test_where_numpy_knows_better_a_processor_that_is_wrong_in_float64_is_not_he
 def test_two_of_three_that_compute_wrongly_in_the_same_way_are_the_suspects() -> None:
     verdict = verdict_of(run("model.factory", "wrong_addmm_on_replica_0_and_1"))
     assert (verdict["cause"], verdict["suspects"]) == ("persistent-fault", [0, 1])
-    assert verdict["classes"] == [[0, 1], [2]]
+    assert verdict["groups"] == [[0, 1], [2]]
 
 
 def test_an_override_that_changes_nothing_explains_nothing() -> None:

@@ -2,7 +2,7 @@
 
 from dataclasses import replace
 
-from dreplica.diagnosis.evidence.memory_corruption import struck_memory
+from dreplica.diagnosis.evidence.memory_corruption import find_corruption
 from dreplica.diagnosis.evidence.observation import Decision, Witness, first_difference
 from dreplica.diagnosis.evidence.provenance import Contents
 from dreplica.diagnosis.tracing.op_tracer import OpRecord
@@ -13,7 +13,7 @@ FLIPPED_WEIGHTS = Contents(frozenset({START}), {"weights": {"weight": digest("fl
 
 
 def found(one: Witness, other: Witness, suspects: list[int]) -> Decision:
-    return Decision("unexplained", suspects, ["before"], first_difference(one.records, other.records), classes=CLASSES)
+    return Decision("unexplained", suspects, ["before"], first_difference(one.records, other.records), groups=CLASSES)
 
 
 def reads(inputs: bytes) -> Witness:
@@ -24,12 +24,12 @@ def reads(inputs: bytes) -> Witness:
 def test_nothing_is_struck_where_everything_was_written() -> None:
     rounded = replace(CONV, outputs=digest("conv'"))
     other = always(bad("output"), records=[rounded, replace(RELU, inputs=digest("conv'"))])
-    assert struck_memory(found(witness(), other, [1]), [witness(), other, witness()], "output") is None
+    assert find_corruption(found(witness(), other, [1]), [witness(), other, witness()], "output") is None
 
 
 def test_reading_what_nobody_wrote_names_the_replica_and_the_writer() -> None:
     struck = reads(digest("flipped"))
-    decision = struck_memory(found(witness(), struck, [1]), [witness(), struck, witness()], "output")
+    decision = find_corruption(found(witness(), struck, [1]), [witness(), struck, witness()], "output")
     assert decision is not None
     assert (decision.cause, decision.suspects) == ("persistent-fault", [1])
     assert decision.operator is not None
@@ -42,8 +42,8 @@ def test_reading_what_nobody_wrote_names_the_replica_and_the_writer() -> None:
 def test_between_two_the_struck_one_is_the_suspect() -> None:
     struck = reads(digest("flipped"))
     for witnesses, suspect in (([witness(), struck], 1), ([struck, witness()], 0)):
-        one = replace(found(*witnesses, []), classes=[[0], [1]])
-        decision = struck_memory(one, witnesses, "output")
+        one = replace(found(*witnesses, []), groups=[[0], [1]])
+        decision = find_corruption(one, witnesses, "output")
         assert decision is not None
         assert decision.suspects == [suspect]
 
@@ -51,7 +51,7 @@ def test_between_two_the_struck_one_is_the_suspect() -> None:
 def test_struck_images_were_written_by_no_operator() -> None:
     conv = replace(CONV, inputs=digest("struck"), outputs=digest("conv'"))
     struck = always(bad("batch"), records=[conv])
-    decision = struck_memory(found(witness(), struck, [1]), [witness(), struck, witness()], "batch")
+    decision = find_corruption(found(witness(), struck, [1]), [witness(), struck, witness()], "batch")
     assert decision is not None
     assert decision.cause == "persistent-fault"
     assert decision.operator is None
@@ -64,36 +64,36 @@ def test_what_a_view_shows_of_known_contents_is_known() -> None:
         sound = witness(records=[CONV, view, replace(RELU, inputs=digest("turned, sound"))])
         other = always(bad("output"), records=[CONV, view, replace(RELU, inputs=digest("turned"))])
         sound = replace(sound, contents=Contents(frozenset({START, digest("turned, sound")}), {}))
-        decision = struck_memory(found(sound, other, [1]), [sound, other, sound], "output")
+        decision = find_corruption(found(sound, other, [1]), [sound, other, sound], "output")
         assert (decision and decision.cause) == cause
 
 
 def test_what_was_left_counts_by_stage() -> None:
     struck = always(bad("weights"), contents=FLIPPED_WEIGHTS)
     rows = [witness(), struck, witness()]
-    decision = struck_memory(found(witness(), struck, [1]), rows, "weights")
+    decision = find_corruption(found(witness(), struck, [1]), rows, "weights")
     assert decision is not None
     assert "weight of weights" in decision.evidence[-1]
-    assert struck_memory(found(witness(), struck, [1]), rows, "buffers") is None
-    assert struck_memory(found(witness(), struck, [1]), rows, None) is None
+    assert find_corruption(found(witness(), struck, [1]), rows, "buffers") is None
+    assert find_corruption(found(witness(), struck, [1]), rows, None) is None
 
 
 def test_what_all_have_in_common_is_no_fault() -> None:
     rows = [always(GOOD | {"weights": digest(str(i))}, contents=FLIPPED_WEIGHTS) for i in range(3)]
-    assert struck_memory(found(rows[0], rows[1], []), rows, "weights") is None
+    assert find_corruption(found(rows[0], rows[1], []), rows, "weights") is None
     rows = [replace(row, indices_intact=False) for row in rows]
-    assert struck_memory(found(rows[0], rows[1], []), rows, "weights") is None
+    assert find_corruption(found(rows[0], rows[1], []), rows, "weights") is None
 
 
 def test_two_of_four_may_be_struck_but_not_most_replicas() -> None:
     """What most replicas do is what the code does; it is the one without that is another."""
     struck = always(bad("weights"), contents=FLIPPED_WEIGHTS)
-    decision = struck_memory(found(witness(), struck, []), [struck, struck, witness(), witness()], "weights")
+    decision = find_corruption(found(witness(), struck, []), [struck, struck, witness(), witness()], "weights")
     assert decision is not None
     assert decision.suspects == [0, 1]
-    assert struck_memory(found(witness(), struck, []), [struck, struck, witness()], "weights") is None
+    assert find_corruption(found(witness(), struck, []), [struck, struck, witness()], "weights") is None
     read = reads(digest("flipped"))
-    assert struck_memory(found(witness(), read, []), [read, witness(), read], "output") is None
+    assert find_corruption(found(witness(), read, []), [read, witness(), read], "output") is None
 
 
 def test_what_no_operator_wrote_but_is_the_same_everywhere_was_not_struck() -> None:
@@ -101,9 +101,9 @@ def test_what_no_operator_wrote_but_is_the_same_everywhere_was_not_struck() -> N
     hooked = Contents(frozenset({START}), {"weights": {"bias": digest("hook"), "weight": digest("weight")}})
     flipped = Contents(frozenset({START}), {"weights": {"bias": digest("hook"), "weight": digest("flipped")}})
     rows = [witness(contents=hooked), always(bad("weights"), contents=flipped), witness(contents=hooked)]
-    decision = struck_memory(found(rows[0], rows[1], [1]), rows, "weights")
+    decision = find_corruption(found(rows[0], rows[1], [1]), rows, "weights")
     assert decision is not None
     assert (decision.cause, decision.suspects) == ("persistent-fault", [1])
-    assert decision.struck is not None
-    assert decision.struck.tensor == "weight"
+    assert decision.corrupted is not None
+    assert decision.corrupted.tensor == "weight"
     assert not any("bias" in line for line in decision.evidence)

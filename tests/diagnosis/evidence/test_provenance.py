@@ -100,7 +100,7 @@ def test_what_was_changed_behind_the_operators_backs_is_named(stage: str, name: 
         assert left_unaccounted(records, contents, other) == []
 
 
-def test_an_operator_that_reads_struck_memory_is_the_first_of_which_something_is_unaccounted() -> None:
+def test_an_operator_that_reads_find_corruption_is_the_first_of_which_something_is_unaccounted() -> None:
     replica = make_replica()
     replica.model[0].register_forward_hook(lambda _m, _a, output: flip_bits(output, 1, random.Random(0)))
     sound, _ = traced_step(make_replica(), 1)

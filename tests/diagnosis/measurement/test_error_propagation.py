@@ -98,9 +98,9 @@ def test_a_declared_difference_is_followed_from_its_operator_to_the_loss() -> No
     (line,) = [line for line in verdict["evidence"] if line.startswith("output 0: ")]
     told = f"{operators[0]['num_differing']} of {operators[0]['num_elements']} elements differ"
     assert f"{told}, at most {operators[0]['max_ulp']} ULP apart" in line
-    assert found["stage_classes"]["batch"] == [[0, 1]]
-    assert found["stage_classes"]["buffers"] == [[0], [1]]
+    assert found["stage_groups"]["batch"] == [[0, 1]]
+    assert found["stage_groups"]["buffers"] == [[0], [1]]
 
 
 def test_a_path_leaves_the_verdict_its_documented_fields() -> None:
-    assert not {"path", "stage_classes"} & set(Verdict(False, "none", "").as_dict())
+    assert not {"path", "stage_groups"} & set(Verdict(False, "none", "").as_dict())

@@ -118,7 +118,7 @@ def place() -> OpDifference:
 
 
 @pytest.mark.parametrize(
-    ("results", "classes", "cause", "suspects"),
+    ("results", "groups", "cause", "suspects"),
     [
         ([None, WRONG, None], [[0, 2], [1]], "persistent-fault", [1]),
         ([None, WRONG, WRONG], [[1, 2], [0]], "persistent-fault", [1, 2]),
@@ -130,11 +130,11 @@ def place() -> OpDifference:
     ],
 )
 def test_the_side_outside_of_rounding_is_wrong_be_it_the_majority(
-    results: list[Any], classes: list[list[int]], cause: str, suspects: list[int]
+    results: list[Any], groups: list[list[int]], cause: str, suspects: list[int]
 ) -> None:
-    outvoted = classes[1] if len(classes[0]) > len(classes[1]) else []
-    sides = (0, next(r for r in range(1, len(results)) if (0 in classes[0]) != (r in classes[0])))
-    found = Decision("persistent-fault", outvoted, [], place(), sides, classes=classes)
+    outvoted = groups[1] if len(groups[0]) > len(groups[1]) else []
+    sides = (0, next(r for r in range(1, len(results)) if (0 in groups[0]) != (r in groups[0])))
+    found = Decision("persistent-fault", outvoted, [], place(), sides, groups=groups)
     decisions = run_replicas(settled, len(results), "mm", (A, B), results, found)
     assert [(row.cause, row.suspects) for row in decisions] == [(cause, suspects)] * len(results), decisions
     assert {row.both_possible for row in decisions} == {any(result is ROUNDED for result in results)}
@@ -142,7 +142,7 @@ def test_the_side_outside_of_rounding_is_wrong_be_it_the_majority(
 
 @pytest.mark.parametrize(("outvoted", "cause"), [([], "unexplained"), ([1], "persistent-fault")])
 def test_without_a_bound_the_vote_decides_and_without_a_vote_nobody_is_blamed(outvoted: list[int], cause: str) -> None:
-    found = Decision("persistent-fault", outvoted, [], place(), (0, 1), classes=[[0], [1]])
+    found = Decision("persistent-fault", outvoted, [], place(), (0, 1), groups=[[0], [1]])
     decisions = run_replicas(settled, 2, "exp", (A,), [None, A], found)
     assert [(row.cause, row.suspects) for row in decisions] == [(cause, outvoted)] * 2, decisions
     assert any("nothing bounds" in line for line in decisions[0].evidence)
@@ -150,7 +150,7 @@ def test_without_a_bound_the_vote_decides_and_without_a_vote_nobody_is_blamed(ou
 
 def test_what_cannot_be_run_in_float64_settles_nothing_and_ends_nothing() -> None:
     """A kernel that takes no float64 at all, say: here, results of another shape."""
-    found = Decision("persistent-fault", [], [], place(), (0, 1), classes=[[0], [1]])
+    found = Decision("persistent-fault", [], [], place(), (0, 1), groups=[[0], [1]])
     decisions = run_replicas(settled, 2, "mm", (A, B), [None, SOUND[:5]], found)
     assert [row.cause for row in decisions] == ["unexplained"] * 2, decisions
     assert any("could not be run in float64" in line for line in decisions[0].evidence)

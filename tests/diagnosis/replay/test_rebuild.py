@@ -18,7 +18,7 @@ from dreplica.state.rng import get_rng_state, set_rng_state
 from dreplica.state.stages import rng_stage
 from tests.fixtures import tiny_model
 
-FOUND = Verdict(False, "unexplained", "parted", step=0, stage="weights", classes=[[0, 2], [1]], evidence=["before"])
+FOUND = Verdict(False, "unexplained", "parted", step=0, stage="weights", groups=[[0, 2], [1]], evidence=["before"])
 
 
 @pytest.fixture(autouse=True)

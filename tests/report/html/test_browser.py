@@ -179,8 +179,8 @@ def test_a_remedy_is_copied(browser: Any, folders: dict[str, Path]) -> None:
 def test_many_replicas_are_scrolled_within_their_figure(browser: Any, folders: dict[str, Path], tmp_path: Path) -> None:
     folder = Path(shutil.copytree(folders["diverged"], tmp_path / "run"))
     report = json.loads((folder / "report.json").read_text())
-    classes = report["divergence"]["stage_classes"]
-    report["divergence"]["stage_classes"] = {stage: [[replica] for replica in range(40)] for stage in classes}
+    classes = report["divergence"]["stage_groups"]
+    report["divergence"]["stage_groups"] = {stage: [[replica] for replica in range(40)] for stage in classes}
     (folder / "report.json").write_text(json.dumps(report))
     write_report(folder)
     with Opened(browser, folder, PHONE) as opened:

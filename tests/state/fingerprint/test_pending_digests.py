@@ -108,7 +108,7 @@ def test_digests_of_different_functions_are_not_compared() -> None:
         verdict = result.verdict
         assert verdict is not None
         assert (verdict.cause, verdict.step, verdict.stage) == ("environment-differs", 0, None)
-        assert (verdict.classes, verdict.suspects) == ([[0, 2], [1]], [1])
+        assert (verdict.groups, verdict.suspects) == ([[0, 2], [1]], [1])
         assert verdict.evidence == [f"replicas [0, 2]: {ALGORITHM}", f"replicas [1]: {LateHasher().algorithm}"]
         assert "hasher=dreplica.Hasher()" in verdict.remedy[0]
         assert result.steps_done == (-1 if job.on_divergence == "stop" else 4)

@@ -1,0 +1,251 @@
+"""The catalogue of evidence: every code with the template of its text.
+
+Producers name a code and pass data; `Evidence.of` renders the text last. To add evidence, add its code here.
+"""
+
+from collections.abc import Mapping
+
+EVIDENCE: Mapping[str, str] = {
+    # A line of a report of schema 1.
+    "text": "{text}",
+    # Every cause.
+    "cause": "{explanation}",
+    "declared-settings": "replica {replica} declares {settings}",
+    "allowed-difference": "differs, and may differ: {difference}",
+    "undeclared-difference": "differs: {difference}",
+    "later-difference": "differs since training began: {difference}",
+    "runs-on": "replica {replica} runs on {device}{shared}",
+    # The comparison of replicas.
+    "steps-differ": "replicas compare different steps: some took a step, or an evaluation, that others did not",
+    "entries-differ": "{num_differing} of {num_entries} entries of {stage} differ, first {tensor}",
+    "entry-order-differs": (
+        "{num_differing} of {num_entries} entries of {stage} differ: they are in different orders, or some replicas do "
+        "not have this stage"
+    ),
+    "differing-stages": "differing stages: {stages}",
+    "entries-missing": "{count} entries exist on some replicas only: {some}",
+    "no-majority": (
+        "no majority among {num_replicas} replicas: the comparison alone cannot identify the replica that is wrong"
+    ),
+    "fingerprint-algorithm": "replicas {replicas}: {algorithm}",
+    "reported-values-differ": (
+        "the reported values differ although all compared state agrees: compare every step to find where they diverge"
+    ),
+    # The comparison with a reference or with the run's own trace.
+    "entry-one-sided": "{entry} exists only {side}",
+    "tensor-not-recorded": (
+        "the reference has no digests per tensor: record it with --agreement.record tensors to name the tensor"
+    ),
+    "trace-differs": "the replicas agree with each other, but the trace has another digest of {stage} at step {step}",
+    "reference-field-differs": "differs from the reference ({kind}): {field}: {there} there, {here} here",
+    "reference-not-replayed": "this step was not replayed: it is unknown whether this run reproduces itself",
+    "reference-reproduces": "the replays reproduce this run's own result: this run reproduces itself",
+    "reference-settings-explain": "with {settings}, as in the reference, the step reproduces the reference's result",
+    "reference-settings-do-not-explain": (
+        "with {settings}, as in the reference, the step does not reproduce the reference's result either"
+    ),
+    "reference-setting-must-show": "a difference in {fields} must show in {stage} at the first step it acts on",
+    "reference-data-unseeded": "seed.data is null: each run draws its own sample order",
+    "reference-model-unseeded": "seed.model is null: each run draws its own seed",
+    "reference-nothing-acts": "no recorded difference between the two runs can act on {stage}",
+    "reference-may-act": "differences between the two runs that can act on {stage}: {fields}",
+    "reference-assumed-sound": "this assumes that the reference itself is sound",
+    "reference-acted-before": "but the earlier compared steps agree, and these differences act on them too",
+    "reference-ambiguous": "one side's replays cannot tell which of these is the cause",
+    "reference-neither": "the replays of replicas {replicas} match neither the original step nor the reference",
+    "reference-matches-replay": (
+        "the replays match the reference: the original result of replicas {replicas} is not reproduced"
+    ),
+    "reference-on-all-replicas": "the result was the same on all replicas, which a single fault cannot cause",
+    # Configs, environments and wiring, before the first step.
+    "field-differs": "{difference}",
+    "wiring-checked": "found by identity checks on replicas {replicas} before the first step",
+    # The build.
+    "build-matches-overrides": "replicas differ exactly as their declared settings of the build do",
+    "build-seeds-drawn": "seed.model is null: the seeds drawn are {seeds}",
+    "build-seeds-differ": "seed.model gives the replicas different seeds: {seeds}",
+    "build-seeded-again": (
+        "the build seeded torch again on replicas {replicas}: torch.initial_seed() was {before} before the build and "
+        "{after} after it"
+    ),
+    "generators-differ-before-build": "the generators already differed when the build began",
+    "generators-differ-after-build": (
+        "the generators were equal before the build and differ after it: the builds drew different random numbers, or "
+        "a different number of them"
+    ),
+    "generators-equal-around-build": (
+        "the generators were equal before and after the build on all replicas: the difference was not drawn from them"
+    ),
+    "rebuild-failed": "the replica could not be built again: {error}",
+    "rebuild-reproduces": "built again from the same seed, every replica reproduces itself",
+    "rebuild-varies": "built again from the same seed, replicas {replicas} do not reproduce themselves",
+    "rebuild-operators-agree": (
+        "every operator of the build gave the same result: the difference was made outside torch's operators"
+    ),
+    "rebuild-diverges": "the builds diverge at operator {index}: {one}, {other}",
+    # Lost replicas and replicas that do not learn.
+    "replica-lost": "replica {replica}: {reason}",
+    "loss-noticed": "observed by a surviving replica: {error}",
+    "parameters-unchanged": "0 of {num_trainable} trainable parameters changed; buffers {buffers}",
+    "gradients-missing": "gradients: {num_none} are None, {num_zero} are all zero, of {num_parameters}",
+    "learning-rates": "learning rates: {before} at first, {after} after the epoch",
+    # Replays of a step.
+    "replay-failed": "the step could not be replayed: {error}",
+    "restore-failed": "the replicas' state from before the diagnosis could not be restored: {error}",
+    "replays-agree": "all replays agree, with each other and across replicas: the divergence is not reproduced",
+    "replays-reproduce": "the replays reproduce the divergence on every replica: it is deterministic",
+    "replays-and-originals-differ": (
+        "replays differ between replicas, and those of replicas {replicas} also differ from the original step"
+    ),
+    "replays-vary": "two replays from the same state differ from each other on replicas {replicas}",
+    "replays-miss-agreed-step": (
+        "replicas {replicas} do not reproduce step {step}, at which all had agreed, although two replays agree: the "
+        "step depends on more than the replica's state"
+    ),
+    "earlier-step-not-reproducible": "step {step} is already not reproducible",
+    "original-differs": "the original step of replicas {replicas} differs from its replays; on the others it does not",
+    "originals-differ-widely": (
+        "the original steps of replicas {replicas} differ from the replays: too many for one fault"
+    ),
+    "more-than-two-results": "the replicas produced more than two results: no single cause accounts for all of them",
+    "later-replay-differs": (
+        "later in the step, replica {replica}'s replays also differ from the original, first in {stage}: this is a "
+        "separate difference"
+    ),
+    "later-replicas-differ": "later in the step, replays also differ between replicas, first in {stage}",
+    "later-groups-split": (
+        "later in the step, in {stage}, the replicas split into more groups, {groups}: this is a separate difference"
+    ),
+    # Batches and samples.
+    "batch-varies": "the batch differs between the two replays: loading the same samples is not reproducible",
+    "batch-never-reproduced": (
+        "on every replica, the replay loaded another batch than the original step: loading is not reproducible"
+    ),
+    "samples-random-in-workers": (
+        "the samples are drawn at random by the process that loads them, and worker processes loaded them"
+    ),
+    "samples-differ": "{count} samples of the batch are different data on different replicas",
+    "first-differing-sample": "first such sample: {sample}",
+    # Operators.
+    "operators-agree": "every operator gave the same result on both sides: the difference was made outside operators",
+    "operators-agree-twice": (
+        "every operator gave the same result both times: the difference was made outside operators"
+    ),
+    "operator-unrelated": (
+        "operator {index}, {operator}, is the first that differs, but does not affect {stage}, where the replicas "
+        "diverged: the difference was made outside operators"
+    ),
+    "operator-cannot-explain-stage": "but the replicas diverged in {stage}, which this operator does not affect",
+    "operator-stage-agreed-earlier": (
+        "but the replicas diverged in {stage} and agreed in every stage that this operator affects"
+    ),
+    "structure-diverges": "structure diverges at operator {index}: {one} {where_one}, {other} {where_other}",
+    "operator-scalars-differ": (
+        "operator {index}, {operator}, was called with different numbers, which no operator produced: ({one}) "
+        "{where_one}, ({other}) {where_other}"
+    ),
+    "operator-inputs-differ": ("operator {index}, {operator}, was given {inputs} that no recorded operator produced"),
+    "operator-outputs-differ": (
+        "operator {index}, {operator}: inputs agree on replicas {one} and {other}, outputs differ"
+    ),
+    "operator-varies": ("operator {index}, {operator}: same inputs, different outputs in two runs on the same replica"),
+    "operator-varies-on": (
+        "on replicas {replicas} that operator gave different outputs for the same inputs in two runs"
+    ),
+    "operator-documented": "{explanation}",
+    "operator-may-race": (
+        "{operators} ran in this step and is not deterministic with these settings: this may have been a race"
+    ),
+    "operator-may-vary": (
+        "{operator} is not deterministic with these settings: this may be the cause although no replica's replay varies"
+    ),
+    "operator-picked-by-timing": (
+        "each process keeps the cuDNN algorithm that it measured as the fastest, and the replicas chose different ones"
+    ),
+    "operator-foreign": (
+        "{operators} ran in this step and is not an operator of torch: it is unknown whether it is deterministic"
+    ),
+    "generator-drawn-differently": (
+        "replica {replica}'s generators were drawn from differently in the original step: the states of torch's "
+        "generator differ in more than single bits"
+    ),
+    "layout-differs": (
+        "parameters, buffers or inputs have different memory layouts (strides, memory format), which changes rounding"
+    ),
+    "settings-match-groups": "replicas differ exactly as their declared settings do",
+    "environment-matches-groups": "replicas whose results differ also differ in {difference}",
+    "settings-and-environment-equal": "settings and environment are the same on all replicas",
+    "settings-and-environment-do-not-match": (
+        "neither the environment nor a declared setting that can change this operator's result divides the replicas as "
+        "their results do"
+    ),
+    # Memory.
+    "indices-changed": (
+        "replica {replica}: used other indices than it was given; its memory was changed by no operator"
+    ),
+    "operator-read-changed-memory": (
+        "replica {replica}: operator {index} read contents that no operator had written; its memory was changed by no "
+        "operator"
+    ),
+    "memory-changed": (
+        "replica {replica}: {names} of {stage} hold contents that no operator wrote; its memory was changed by no "
+        "operator"
+    ),
+    "generator-changed": (
+        "replica {replica}: torch's generator was changed by no operator, and differs in {bits} bits"
+    ),
+    "memory-writer": "the original contents were written by operator {index}, {operator}",
+    "elements-differ": "{difference}",
+    "replica-elements-differ": "replica {replica}: {tensor} of {stage}: {difference}",
+    "other-tensor": "this is a different tensor, not one with flipped bits",
+    "replica-other-tensor": "replica {replica}: this is a different tensor, not one with flipped bits",
+    "memory-overwritten": (
+        "{bits} bits of {elements} elements differ, which is not a pattern of bit flips: code other than torch's "
+        "operators wrote there"
+    ),
+    "memory-constant": ("on the intact side all elements are the same number, which may have come from anywhere"),
+    "many-tensors-changed": (
+        "replica {replica}: {count} tensors of {stage} differ, although everything before them agreed: not a single "
+        "fault"
+    ),
+    "many-bits-changed": "replica {replica}: {bits} bits differ: more than a bit flip changes",
+    # The operator's two results, and the operator in float64.
+    "output-differs": "output {output}: {difference}",
+    "outputs-equal-when-repeated": "the operator was run once more and gave the same result on both sides",
+    "float64-failed": "the operator could not be run in float64: {error}",
+    "float64-no-bound": "no bound on this operator's rounding error is known: float64 cannot tell which side is wrong",
+    "float64-not-trusted": ("replica {replica} is not trusted: torch's float64 result there differs from NumPy's"),
+    "float64-disagrees": "the two sides' float64 runs of the operator do not agree on which side is wrong",
+    "float64-within": (
+        "in float64 from the same inputs, replica {replica}'s result is within rounding error ({ratio:.3g} of the "
+        "bound)"
+    ),
+    "float64-outside": (
+        "in float64 from the same inputs, replica {replica}'s result is outside rounding error ({ratio:.3g} of the "
+        "bound)"
+    ),
+    "float64-equal": (
+        "in float64 from the same inputs, replica {replica}'s result is exact, as this operator, which does not round, "
+        "requires"
+    ),
+    "float64-unequal": (
+        "in float64 from the same inputs, replica {replica}'s result is not exact, as this operator, which does not "
+        "round, requires"
+    ),
+    "float64-both-possible": "both results are valid roundings, although settings and environment are the same",
+    "float64-neither-possible": (
+        "neither result is valid, and one fault does not reach both sides: the expected result may be wrong"
+    ),
+    # `dreplica.diagnose`.
+    "state-shared": "replicas did not hold the same state ({place}): all began with replica {replica}'s",
+    "tensors-differ": "replicas do not have the same tensors with the same shapes: first {tensor}",
+    "step-communicates": ("the step communicates ({operators}): what one replica computes depends on the others"),
+    "step-agrees": (
+        "taken twice from one state, the step gives the same result on every replica: the divergence has another cause"
+    ),
+    "vote-only": (
+        "only the majority tells which side is wrong, and the tensors of some replicas may have another memory layout"
+    ),
+    "stage-not-explained": "but the replicas had diverged in {stage}, which this does not explain",
+}
+"""Code to template."""

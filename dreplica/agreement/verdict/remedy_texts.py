@@ -1,0 +1,220 @@
+"""The catalogue of remedies: every code with the templates of its text and command."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True)
+class RemedyTemplate:
+    """The templates of one remedy."""
+
+    text: str
+    """What to do, or what the command does."""
+    command: str | None = None
+    """A line to paste. None where there is none, and for settings."""
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    """Config keys to new values: the command is made from them."""
+
+
+_SEED_ALL = "random.seed(42); numpy.random.seed(42); torch.manual_seed(42)"
+_STRICT = {"determinism.mode": "strict"}
+_PYTORCH_ISSUES = "https://github.com/pytorch/pytorch/issues"
+
+REMEDIES: Mapping[str, RemedyTemplate] = {
+    # A line of a report of schema 1.
+    "text": RemedyTemplate("{text}"),
+    # Configs and environments.
+    "start-with-one-config": RemedyTemplate("start every replica with the same --config file and the same arguments"),
+    "declare-override": RemedyTemplate(
+        "declare what is meant to differ: replica id, section, key, value",
+        settings={"overrides": "{1: {optim: {lr: 0.01}}}"},
+    ),
+    "declare-numerics-override": RemedyTemplate(
+        "declare a numerics flag that is meant to differ", settings={"overrides": "{1: {determinism: {threads: 2}}}"}
+    ),
+    "remove-override": RemedyTemplate("remove the override, or set it for all replicas"),
+    "install-same-versions": RemedyTemplate(
+        "install the same versions on every node", "pip install -r requirements.txt"
+    ),
+    "use-same-hardware": RemedyTemplate("run all replicas on the same model of GPU or CPU"),
+    "set-fields-alike": RemedyTemplate(
+        "set the same {fields} on all replicas: the job's code, an imported library or an environment variable may set "
+        "it on some of them"
+    ),
+    "set-field-alike": RemedyTemplate("set the same {field} on all replicas"),
+    "hash-on-cpu": RemedyTemplate(
+        "compute the digests of every replica on the CPU", "dreplica.Agreement(..., hasher=dreplica.Hasher())"
+    ),
+    "compare-manifest": RemedyTemplate("compare manifest.json with the current environment"),
+    "start-anew": RemedyTemplate("start the run anew", settings={"run.resume": "never"}),
+    "set-as-in-reference": RemedyTemplate("as in the reference"),
+    # Optimizer, scheduler and parameters.
+    "bind-optimizer": RemedyTemplate(
+        "create the optimizer from model.parameters() of this model, after it is built and moved to its device"
+    ),
+    "bind-scheduler": RemedyTemplate("create the scheduler from the optimizer that steps"),
+    "optimize-parameters": RemedyTemplate(
+        "pass every parameter that requires a gradient to the optimizer, in exactly one parameter group"
+    ),
+    "unshare-storage": RemedyTemplate(
+        "clone() one of the two tensors; to tie weights, assign one nn.Parameter to both places"
+    ),
+    "wiring": RemedyTemplate("{text}"),
+    "give-optimizer-setting": RemedyTemplate(
+        "set the same {setting} in every replica's optimizer: look for code, a file or an environment variable that "
+        "sets it"
+    ),
+    "check-learning": RemedyTemplate(
+        "check that the learning rate is not 0, that loss.backward() is called, and that the optimizer was created "
+        "from model.parameters() of this model"
+    ),
+    # Seeds and builds.
+    "seed-build": RemedyTemplate("seed the build of every replica alike", settings={"seed.model": 42}),
+    "broadcast-build": RemedyTemplate(
+        "or keep unseeded builds and send rank 0's state to all replicas", settings={"model.init": "broadcast"}
+    ),
+    "broadcast-state": RemedyTemplate("or send rank 0's state to all replicas", settings={"model.init": "broadcast"}),
+    "expect-auto": RemedyTemplate("or expect the replicas to differ", settings={"agreement.expect": "auto"}),
+    "seed-before-build": RemedyTemplate("on every replica, just before the build", _SEED_ALL),
+    "build-without-rank": RemedyTemplate("build the model without draws that depend on the rank"),
+    "build-same-modules": RemedyTemplate(
+        "build the same modules in the same order on every replica, without draws that depend on the rank"
+    ),
+    "build-without-hidden-inputs": RemedyTemplate(
+        "make the build independent of the rank, the host, the time and unseeded generators"
+    ),
+    "do-not-seed-in-build": RemedyTemplate(
+        "remove the seeding from the build: every generator is seeded from seed.model before it"
+    ),
+    "draw-from-global-generators": RemedyTemplate(
+        "draw from the global generators, which are seeded from seed.model before the build"
+    ),
+    "seed-own-generator": RemedyTemplate(
+        "or seed a separate generator from torch's seed", "numpy.random.default_rng(torch.initial_seed())"
+    ),
+    # Data.
+    "broadcast-indices": RemedyTemplate(
+        "draw the sample order once, on rank 0, and broadcast it; or seed each sampler's generator alike on every "
+        "replica, anew for each epoch"
+    ),
+    "compare-data-files": RemedyTemplate(
+        "compare the data files of the replicas' nodes byte by byte", "sha256sum FILE"
+    ),
+    "sort-files": RemedyTemplate(
+        "files and classes numbered in the order of os.listdir, glob or a set get different numbers", "sorted(names)"
+    ),
+    "seed-augmentation": RemedyTemplate(
+        "draw augmentation from a generator seeded with (seed, epoch, sample index), not from a worker's or the "
+        "global one"
+    ),
+    "evaluate-alike": RemedyTemplate(
+        "call model.eval() on every replica before evaluating, and evaluate the same samples in the same batches"
+    ),
+    # Structure and inputs of a step.
+    "step-without-hidden-inputs": RemedyTemplate(
+        "make the model and the step independent of the rank, the host, the time and unseeded draws"
+    ),
+    "make-input-equal": RemedyTemplate(
+        "find out where {operator}{source} gets its inputs, and make them the same on all replicas, each time"
+    ),
+    # DistributedDataParallel.
+    "ddp-no-rank-dependence": RemedyTemplate(
+        "set requires_grad, write to parameters and step the optimizer in code that does not depend on the rank"
+    ),
+    "ddp-call-wrapped-model": RemedyTemplate(
+        "call the wrapped model, not model.module, and run the last backward pass outside of no_sync()"
+    ),
+    "ddp-broadcast-buffers": RemedyTemplate(
+        "by default, sends rank 0's buffers to all ranks before each forward pass", "DistributedDataParallel(model)"
+    ),
+    "ddp-sync-batch-norm": RemedyTemplate(
+        "before wrapping: statistics of the whole batch",
+        "model = torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)",
+    ),
+    "ddp-exclude-buffers": RemedyTemplate(
+        "if each rank is meant to have its own buffers",
+        'Agreement(model, optimizer, stages=("gradients", "optimizer", "weights"))',
+    ),
+    # Nondeterministic operators.
+    "strict-mode": RemedyTemplate("choose deterministic algorithms", settings=_STRICT),
+    "strict-mode-or-named": RemedyTemplate("or the setting named above, if there is one", settings=_STRICT),
+    "strict-mode-unless-set": RemedyTemplate(
+        "unless it is already set: it excludes one kind of cause", settings=_STRICT
+    ),
+    "strict-mode-stops": RemedyTemplate("stops the run at this operator, with a traceback", settings=_STRICT),
+    "replace-operator": RemedyTemplate(
+        "replace the operator with a deterministic one if strict mode raises an error for it"
+    ),
+    "use-instead": RemedyTemplate("instead of this operator, use {instead}"),
+    "cudnn-deterministic": RemedyTemplate(
+        "choose cuDNN's deterministic algorithms", settings={"determinism.cudnn_deterministic": True}
+    ),
+    "cudnn-benchmark": RemedyTemplate(
+        "choose cuDNN's algorithms without timing them", settings={"determinism.cudnn_benchmark": False}
+    ),
+    "cublas-workspace": RemedyTemplate("give cuBLAS a fixed workspace, set before anything uses CUDA"),
+    "unset-cublas-workspace": RemedyTemplate(
+        "in the environment: dreplica does not overwrite it", "unset CUBLAS_WORKSPACE_CONFIG"
+    ),
+    "disable-tf32": RemedyTemplate(
+        "if the replicas' GPUs are not of the same model", settings={"determinism.tf32": False}
+    ),
+    "disable-onednn": RemedyTemplate(
+        "if the difference remains, suspect the device; if not, oneDNN's kernel",
+        settings={"determinism.onednn": False},
+    ),
+    "one-thread": RemedyTemplate("compute on one thread", settings={"determinism.threads": 1}),
+    "report-to-pytorch": RemedyTemplate(
+        "run the replica on another device: if the operator is deterministic there, suspect this device; if not, "
+        f"report it to {_PYTORCH_ISSUES}"
+    ),
+    "use-global-generator": RemedyTemplate(
+        "draw from torch's global generator, not from a torch.Generator that the model keeps"
+    ),
+    "test-other-gpu": RemedyTemplate(
+        "suspect the device: run this replica on another one, and check this one's memory",
+        "nvidia-smi -q -d ECC,ROW_REMAPPER",
+    ),
+    "test-other-host": RemedyTemplate(
+        "suspect the device: run this replica on another one, and check this one's memory", "sudo memtester 1G 1"
+    ),
+    "inspect-custom-operator": RemedyTemplate(
+        "in its code, look for atomic additions, for memory that is read before it is written, and for data races"
+    ),
+    "sanitize-custom-operator": RemedyTemplate(
+        "then with --tool initcheck", "compute-sanitizer --tool racecheck python train.py"
+    ),
+    "replace-custom-operator": RemedyTemplate(
+        "replace it with PyTorch's own operators, to confirm that {namespace} is the cause"
+    ),
+    # Faults.
+    "rerun-from-agreement": RemedyTemplate(
+        "run again from the last agreed state: results after the fault cannot be trusted"
+    ),
+    "watch-hardware": RemedyTemplate(
+        "watch that replica's host and GPU: if either is named again, take it out of service"
+    ),
+    "retire-hardware": RemedyTemplate("take that replica's host or GPU out of service"),
+    "rerun-alone": RemedyTemplate(
+        "with the same arguments, on that host alone: it may even disagree with itself", "dreplica train --replicas 2"
+    ),
+    "check-host-memory": RemedyTemplate(
+        "shows that host's corrected and uncorrected memory errors; dmesg shows machine checks", "edac-util -v"
+    ),
+    "check-gpu-memory": RemedyTemplate("shows that GPU's memory errors", "nvidia-smi -q -d ECC,ROW_REMAPPER"),
+    "check-this-gpu-memory": RemedyTemplate("on host {host}", "nvidia-smi -q -i {card} -d ECC,ROW_REMAPPER"),
+    "test-host-memory": RemedyTemplate("tests that host's memory", "sudo memtester 4G 3"),
+    "read-log-of-lost": RemedyTemplate(
+        "read that replica's log above, and its host's (dmesg shows a process that was killed for lack of memory)"
+    ),
+    "fix-exception": RemedyTemplate(
+        "fix this error of replica {replica}, whose traceback is in the log above: {error}"
+    ),
+    # Unexplained.
+    "compare-every-step": RemedyTemplate(
+        "so that the step can be replayed from a recent snapshot",
+        settings={"agreement.every": 1, "agreement.snapshot_every": 10},
+    ),
+}
+"""Code to templates."""
