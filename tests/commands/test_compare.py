@@ -170,8 +170,8 @@ def test_files_that_are_not_as_they_were_written(
     spoiled = {
         b'{"algorithm": "xxh3-128/1", "torch": "2", "replicas": Infinity}\n': "does not begin with the header",
         header
-        + b'{"step": 0, "epoch": null, "agreed": true, "digests": {"rng": "\xff"}}\n': "of step 0 holds no digests",
-        header + lines[0].replace(b'"step": 0', b'"step": ' + b"1" * 5000): "line 2 is none of a trace",
+        + b'{"step": 0, "epoch": null, "agreed": true, "digests": {"rng": "\xff"}}\n': "no digests in the line of",
+        header + lines[0].replace(b'"step": 0', b'"step": ' + b"1" * 5000): "has an invalid line 2",
     }
     for content, words in spoiled.items():
         (folder / "trace.jsonl").write_bytes(content)
@@ -179,7 +179,7 @@ def test_files_that_are_not_as_they_were_written(
         assert words in capsys.readouterr().err
     os.mkfifo(tmp_path / "pipe")
     assert main(["compare", str(runs / "one"), str(tmp_path / "pipe")]) == ExitCode.UNUSABLE
-    assert "is no plain file" in capsys.readouterr().err
+    assert "is not a regular file" in capsys.readouterr().err
 
 
 def test_traces_alone(runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -195,7 +195,7 @@ def test_what_cannot_be_compared(runs: Path, tmp_path: Path, capsys: pytest.Capt
     shutil.copytree(runs / "again", tmp_path / "run")
     path = tmp_path / "run" / "trace.jsonl"
     path.write_text(path.read_text().replace("xxh3-128/1", "xxh3-128/0"))
-    for other, words in ((tmp_path / "nowhere", "is no folder"), (tmp_path / "run", "they would differ whatever")):
+    for other, words in ((tmp_path / "nowhere", "does not exist"), (tmp_path / "run", "cannot be compared")):
         assert main(["compare", str(runs / "one"), str(other)]) == ExitCode.UNUSABLE
         (line,) = capsys.readouterr().err.splitlines()
         assert line.startswith("error: ")

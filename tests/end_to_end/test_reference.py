@@ -185,7 +185,7 @@ def test_independent_replicas_are_compared_in_what_they_share(reference: Path) -
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (("--run.reference=nowhere",), "run.reference: 'nowhere' is no folder and no file"),
+        (("--run.reference=nowhere",), "run.reference: 'nowhere' does not exist"),
         (("--agreement.every=0",), "agreement.every 0 none is"),
         (("--run.reference={old}",), "has digests of algorithm 'xxh3-128/0', and this run's are of 'xxh3-128/1'"),
     ],

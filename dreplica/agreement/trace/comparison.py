@@ -1,4 +1,4 @@
-"""Two recorded traces, step by step: the first step, stage and tensor in which they differ, or that there is none."""
+"""Comparison of two recorded traces, step by step, for the first step, stage and tensor that differ."""
 
 import os
 import re
@@ -16,42 +16,42 @@ _HEX_DIGITS = b"0123456789abcdef"
 _NAMES = {stage: stage.encode().translate(None, _HEX_DIGITS) for stage in STAGES}
 _STEP = re.compile(rb'"step": (\d+)')
 _KIND = re.compile(rb'\{"stp": , "poh": (null)?, "gr": tru, "igsts": \{("\w+": ""(, )?)*\}\}')
-"""A line on which replicas agreed, without its hex digits."""
+"""A line on which replicas agreed, with all hex digits removed (the letters a to f of keys included)."""
 
 
 @dataclass
 class Comparison:
-    """What comparing two traces came to; of steps that only one of them has recorded, nothing can be said."""
+    """Result of the comparison of two traces. Only steps that both have recorded are compared."""
 
     place: Place | None = None
-    """Where they part first, the traces' groups being [[0], [1]]; None if they nowhere do."""
+    """The first difference, in which the traces are replicas 0 and 1; None if there is none."""
     epoch: int | None = None
-    """Of that step."""
+    """The epoch of the first difference, or None."""
     agreed: tuple[bool, bool] = (True, True)
-    """Whether each run's own replicas still agreed there."""
+    """For each run, True if its own replicas agreed at the first difference."""
     num_steps: int = 0
-    """How many steps that both have are the same; the build is none."""
+    """Number of equal steps that both traces have, without the build."""
     last_step: int = -1
-    """The newest of these, or the build; -1 if there is none."""
+    """The newest equal step, 0 for the build, or -1 if there is none."""
     num_same: dict[str, int] = field(default_factory=lambda: dict.fromkeys(STAGES, 0))
-    """Stage to the number of its digests that are the same."""
+    """Stage to its number of equal digests."""
     num_alone: list[int] = field(default_factory=lambda: [0, 0])
-    """Lines of steps that only the one trace has, and only the other: up to where both go."""
+    """Number of lines that only the first and only the second trace has, up to the end of the shorter one."""
     epochs_differ_at: int | None = None
-    """The first step that is the same and that the two count to different epochs."""
+    """The first equal step that the two runs assign to different epochs, or None."""
 
     @property
     def num_digests(self) -> int:
-        """How many digests are the same."""
+        """Number of equal digests."""
         return sum(self.num_same.values())
 
     @property
     def only_samples(self) -> bool:
-        """Whether nothing of any replica's state is among them."""
+        """True if the equal digests are of `indices` and `batch` only."""
         return all(stage in INDEPENDENT_STAGES for stage, count in self.num_same.items() if count)
 
     def count(self, step: int, stages: Iterable[str]) -> None:
-        """A step that is the same in these stages."""
+        """Count a step that is equal in these stages."""
         for stage in stages:
             self.num_same[stage] += 1
         self.num_steps += step > max(self.last_step, 0)
@@ -59,21 +59,28 @@ class Comparison:
 
 
 def compare_traces(one: Trace, other: Trace) -> Comparison:
-    """Reads both to the end, line by line. Raises UsageError where their digests are of different algorithms."""
+    """Compare two traces, reading both to the end line by line.
+
+    Raises:
+        UsageError: If their digests are of different algorithms, or a line is not one of a trace.
+    """
     if one.algorithm != other.algorithm:
         raise UsageError(
             f"{str(one.path)!r} has digests of algorithm {one.algorithm!r}, {str(other.path)!r} of "
-            f"{other.algorithm!r}: they would differ whatever the runs did. Record both with one release."
+            f"{other.algorithm!r}, so they cannot be compared. Record both runs with the same release, on the same "
+            "kind of device.",
+            code="algorithms-differ",
+            algorithms=[one.algorithm, other.algorithm],
         )
     found = Comparison()
     found = _compare(one, other, _same_beginning(one, other, found), found)
     if one.first_repeated is not None or other.first_repeated is not None:
-        found = _compare(one, other, Start(), Comparison())  # with what counts of the steps that were done again
+        found = _compare(one, other, Start(), Comparison())  # now only the newest line of repeated steps counts
     return found
 
 
 def find_differing_stages(line: Mapping[str, str], other: Mapping[str, str]) -> list[str]:
-    """The stages in which two lines differ, in causal order, of those that both have."""
+    """Return the stages that both lines have and that differ, in causal order."""
     return [stage for stage in STAGES if stage in line and stage in other and line[stage] != other[stage]]
 
 
@@ -83,7 +90,17 @@ def place_of(
     one: Mapping[str, Stage] | None,
     other: Mapping[str, Stage] | None,
 ) -> Place:
-    """The place of a difference, down to the tensor where both sides' single digests are known."""
+    """Return the place of a difference, with the tensor if both sides have recorded digests of tensors.
+
+    Args:
+        key: The step, and True for the evaluation that follows it.
+        differing_stages: The stages that differ, in causal order.
+        one: The tensors' digests of the first side, or None if they were not recorded.
+        other: The tensors' digests of the second side, or None.
+
+    Returns:
+        The place. The two sides are its replicas 0 and 1.
+    """
     (step, is_evaluation), stage = key, differing_stages[0]
     phase = "evaluation" if is_evaluation else None
     if one is None or other is None:
@@ -109,7 +126,7 @@ def _compare(one: Trace, other: Trace, start: Start, found: Comparison) -> Compa
                 found.epoch, found.agreed = here.epoch, (here.agreed, there.agreed)
                 break
             common = [stage for stage in STAGES if stage in row and stage in other_row]
-        if common:  # else they have recorded different things of this step
+        if common:  # otherwise they have recorded different stages of this step
             found.count(here.key[0], common)
         if here.epoch != there.epoch and found.epochs_differ_at is None:
             found.epochs_differ_at = here.key[0]
@@ -120,7 +137,10 @@ def _compare(one: Trace, other: Trace, start: Start, found: Comparison) -> Compa
 
 
 def _same_beginning(one: Trace, other: Trace, found: Comparison) -> Start:
-    """Up to where both have the same bytes, and nothing that needs a closer look: counts a block of lines at a time."""
+    """Count the lines at the beginning that are equal in all bytes, a block at a time, and return where they end.
+
+    Stops before lines that need a closer look: replicas that diverged, repeated steps, other formatting.
+    """
     start = Start()
     with one.path.open("rb") as file, other.path.open("rb") as other_file:
         for each in (file, other_file):
@@ -146,12 +166,12 @@ def _same_beginning(one: Trace, other: Trace, found: Comparison) -> Start:
 
 
 def _stages_of(kind: bytes) -> list[str]:
-    """The stages of a line without its hex digits: what is left of their names is distinct."""
+    """Return the stages of a line whose hex digits were removed; their names are still distinct."""
     return [stage for stage, name in _NAMES.items() if b'"%s": ""' % name in kind]
 
 
 def _in_step(ours: Iterator[Line], theirs: Iterator[Line], found: Comparison) -> Iterator[tuple[Line, Line]]:
-    """The lines of what both have recorded; counts in `found` what only one has."""
+    """Yield the lines of steps that both have recorded, and count in `found` those that only one has."""
     here, there = next(ours, None), next(theirs, None)
     while here is not None and there is not None:
         if here.key == there.key:

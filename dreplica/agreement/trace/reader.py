@@ -1,4 +1,7 @@
-"""A recorded trace, read line by line: it may have a million, and its run may have ended in the middle of one."""
+"""Reading of a recorded trace, line by line.
+
+A trace may have a million lines, and its run may have been killed in the middle of one.
+"""
 
 import json
 import os
@@ -13,84 +16,102 @@ from dreplica.state.fingerprint.stage import Stage
 
 TRACE_NAME, TENSORS_NAME = "trace.jsonl", "tensors.bin"
 
+_PASS_RUN = "Pass the folder of a run, or its trace."
+
 _AS_WRITTEN = re.compile(
     rb'\{"step": (\d{1,18}), "epoch": (\d{1,18}|null), "agreed": (true|false), "digests": (\{[^{}]*\})\}\n'
 )
 
 _LONGEST_HEADER = 100_000
-"""Bytes: some other file may well be a single line."""
+"""Bytes read at most for the header. A file that is not a trace may be one long line."""
 
 Key = tuple[int, bool]
-"""A step, and whether it is the evaluation that follows it."""
+"""A training step, and True for the evaluation that follows it."""
 
 
 class Line(NamedTuple):
-    """A checked step."""
+    """A checked step or evaluation."""
 
     key: Key
+    """The training step, and True for the evaluation that follows it."""
     epoch: int | None
+    """The epoch, from 1, or None if the run did not pass it."""
     agreed: bool
+    """True if the run's replicas agreed."""
     digests: bytes
-    """JSON: stage to 32 hex digits. Equal bytes mean equal digests."""
+    """Stage to 32 hex digits, as JSON. Equal bytes mean equal digests. `Trace.digests` decodes it."""
 
 
 class Start(NamedTuple):
-    """A place between two lines behind the header."""
+    """A position between two lines after the header."""
 
     num_bytes: int = 0
+    """Bytes between the header and this position."""
     num_lines: int = 0
+    """Lines between the header and this position."""
     step: int = -1
-    """Of the line before."""
+    """The step of the line before this position."""
 
 
 class Trace:
-    """The trace of a run, in a file.
+    """The recorded digests of a run, read from its run folder.
 
-    Raises UsageError, naming the file, if there is none or it is no trace.
+    ::
+
+        trace = dreplica.Trace("runs/a")
+        for line in trace.lines():
+            print(line.key, line.agreed, trace.digests(line)["weights"])
 
     Args:
-        path: of the file, or of its run folder.
+        path: Path of the run folder, or of its `trace.jsonl`.
+
+    Raises:
+        UsageError: If the file does not exist, cannot be read or is not a trace. The message names it.
 
     Attributes:
-        path: of the file.
-        algorithm, torch_version, num_replicas: as its header has them.
-
-    What is known once all lines have been read:
-
-    Attributes:
-        last_key: of the newest step in it; (-1, False) if there is none.
-        is_cut_off: whether its last line is not whole, and therefore not read.
-        diverged_at: the first step at which its own replicas had parted; None if they agreed all along.
+        path: Path of the trace file.
+        algorithm: Name of the hash functions of its digests. Only digests of the same algorithm can be compared.
+        torch_version: The version of torch that the run used.
+        num_replicas: Number of replicas of the run.
+        last_key: The newest step or evaluation, or (-1, False). Known after all lines were read.
+        is_cut_off: True if the last line is incomplete and therefore skipped. Known after all lines were read.
+        diverged_at: The first step at which the run's replicas had diverged, or None. Known after all lines were read.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: str | Path) -> None:
+        path = Path(path)
         self.path = path / TRACE_NAME if path.is_dir() else path
         self.last_key: Key = (-1, False)
         self.is_cut_off = False
         self.diverged_at: int | None = None
         self._again: list[tuple[int, Key]] = []
         if self.path.exists() and not self.path.is_file():
-            raise UsageError(f"{str(self.path)!r} is no plain file, and a trace is read twice. Write it to one first.")
+            raise _unreadable(self.path, "is not a regular file", "Copy it to one first, because it is read twice.")
         try:
             with self.path.open("rb") as file:
                 header = json.loads(file.readline(_LONGEST_HEADER))
             self.algorithm, self.torch_version = str(header["algorithm"]), str(header["torch"])
             self.num_replicas = int(header["replicas"])
         except FileNotFoundError:
-            what = f"has no {TRACE_NAME}" if path.is_dir() else "is no folder and no file"
-            raise UsageError(f"{str(path)!r} {what}. Name the folder of a run, or its trace.") from None
+            what = f"contains no {TRACE_NAME}" if path.is_dir() else "does not exist"
+            raise _unreadable(path, what, _PASS_RUN, code="trace-missing") from None
         except OSError as error:
-            raise UsageError(f"{str(self.path)!r} cannot be read ({error.strerror}). Name another.") from None
+            raise _unreadable(self.path, f"cannot be read ({error.strerror})", "Pass a readable file.") from None
         except (ValueError, LookupError, TypeError, OverflowError):
-            raise UsageError(
-                f"{str(self.path)!r} does not begin with the header of a trace. Name the folder of a run, or its trace."
-            ) from None
+            raise _unreadable(self.path, "does not begin with the header of a trace", _PASS_RUN) from None
 
     def lines(self, start: Start | None = None) -> Iterator[Line]:
-        """The lines in order, from `start` on or from the first. Raises UsageError at one that is none.
+        """Yield the recorded steps and evaluations in order.
 
-        A run that was interrupted after its replicas had parted, or that did not come to what it had recorded, went on
-        from an earlier step: once all lines have been read, only the last ones of such steps are given.
+        A run may have resumed from before its newest recorded step, if its replicas had diverged or a repeated step
+        differed from the record. Such steps have several lines. The first pass over all lines yields each of them.
+        Later passes yield only the newest line of each step.
+
+        Args:
+            start: Where to begin, by default at the first line.
+
+        Raises:
+            UsageError: If a line is not one of a trace.
         """
         start = start or Start()
         last = newest = (start.step, False)
@@ -112,7 +133,7 @@ class Trace:
         self.last_key, self.diverged_at, self._again = newest, diverged_at, again
 
     def read_through(self) -> None:
-        """Reads all lines, for what can only be known then."""
+        """Read all lines, to set the attributes that are known only then."""
         for _ in self.lines():
             pass
         if self._again:
@@ -121,25 +142,35 @@ class Trace:
 
     @property
     def first_repeated(self) -> int | None:
-        """The first step of which there are several lines; None if there is none."""
+        """The first step with several lines, or None. Known after all lines were read."""
         return min((key[0] for _, key in self._again), default=None)
 
     def digests(self, line: Line) -> dict[str, str]:
-        """The line's stages, each with its 32 hex digits. Raises UsageError if that is not what it holds."""
+        """Return the digests of a line.
+
+        Returns:
+            Stage name to 32 hex digits.
+
+        Raises:
+            UsageError: If the line holds no digests.
+        """
         try:
             return {str(stage): str(digest) for stage, digest in json.loads(line.digests).items()}
         except ValueError:
-            raise UsageError(
-                f"{str(self.path)!r}: the line of step {line.key[0]} holds no digests: {line.digests[:60]!r}. Take it "
-                "out, or record again."
-            ) from None
+            what = f"has no digests in the line of step {line.key[0]}: {line.digests[:60]!r}"
+            raise _unreadable(self.path, what, "Remove the line, or record the run again.") from None
 
     def tensors(self, line: Line) -> dict[str, Stage] | None:
-        """The digests of the line's single tensors, stage by stage; None where they have not been recorded."""
+        """Return the digests of the individual tensors of a line.
+
+        Returns:
+            Stage name to its entries' digests, or None if the run did not record them
+            (`--agreement.record tensors`).
+        """
         return find_stages(self.path.with_name(TENSORS_NAME), line.key[0], self.digests(line))
 
     def _parsed(self, raw_lines: Iterable[bytes], start: Start) -> Iterator[Line]:
-        """The whole lines."""
+        """Yield the complete lines."""
         before = start.step
         for number, raw in enumerate(raw_lines, start=start.num_lines + 2):
             if not raw.endswith(b"\n"):
@@ -157,17 +188,20 @@ class Trace:
             yield Line((step, is_evaluation), epoch, agreed, digests)
 
     def _parse(self, raw: bytes, number: int) -> tuple[int, int | None, bool, bytes]:
-        """A line that another program has written, in its own spacing or order."""
+        """Parse a line that another program wrote, with other spacing or order."""
         try:
             row: dict[str, Any] = json.loads(raw)
             digests = {str(stage): str(digest) for stage, digest in row["digests"].items()}
             return int(row["step"]), row["epoch"], bool(row["agreed"]), json.dumps(digests).encode()
         except (ValueError, LookupError, TypeError, AttributeError):
-            raise UsageError(
-                f"{str(self.path)!r}: line {number} is none of a trace: {raw[:60]!r}. Take it out, or record again."
-            ) from None
+            what = f"has an invalid line {number}: {raw[:60]!r}"
+            raise _unreadable(self.path, what, "Remove the line, or record the run again.") from None
+
+
+def _unreadable(path: Path, what: str, fix: str, code: str = "trace-invalid") -> UsageError:
+    return UsageError(f"{str(path)!r} {what}. {fix}", code=code, path=str(path))
 
 
 def _is_only_a_batch(digests: bytes) -> bool:
-    """What is recorded of an evaluation of independent replicas, whose predictions need not agree."""
+    """Return True for an evaluation of independent replicas, whose predictions need not agree."""
     return digests.startswith(b'{"batch"') and digests.count(b":") == 1

@@ -1,4 +1,4 @@
-"""In what two runs differ that were made at different times or places: what they were given, and what they ran on."""
+"""Differences between the configs and the environments of two recorded runs."""
 
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -9,21 +9,23 @@ from typing import Any
 import yaml
 
 _CHANGES_NOTHING = {"run", "checkpoint", "agreement", "world.timeout", "train.epochs", "train.max_steps"}
-"""Config sections and keys that no digest depends on: names, what is compared and kept, and how far a run goes."""
+"""Config sections and keys that no digest depends on: names, what is compared and saved, and the length of the run."""
 _NAMES_A_MACHINE = {"host", "device.index", "device.uuid", "device.shared"}
-"""Manifest fields that say which of several machines or devices alike it was."""
+"""Manifest fields that identify one of several equal machines or devices."""
 
 
 @dataclass(frozen=True)
 class RunDifference:
-    """A config key or manifest field that two runs do not have alike."""
+    """A config key or manifest field in which two runs differ."""
 
     field: str
-    """Dotted."""
+    """The dotted name of the key or field."""
     one: Any
+    """The value in the first run, or None."""
     other: Any
+    """The value in the second run, or None."""
     matters: bool
-    """Whether a digest can depend on it."""
+    """True if a digest can depend on it."""
 
     def __str__(self) -> str:
         return f"{self.field}: {show(self.one)} and {show(self.other)}"
@@ -31,24 +33,24 @@ class RunDifference:
 
 @dataclass(frozen=True)
 class RecordedRun:
-    """What a run folder holds besides the trace."""
+    """Contents of a run folder other than the trace."""
 
     config: Mapping[str, Any] | None
-    """The resolved config; None if it is not there or cannot be read."""
+    """The resolved config, or None if it is missing or cannot be read."""
     manifests: Sequence[Mapping[str, Any]] | None
-    """One per replica; None likewise."""
+    """The manifest of each replica, or None if they are missing or cannot be read."""
     verdict: Mapping[str, Any] | None
-    """The report's; None likewise, or if the run has not ended."""
+    """The verdict in the report, or None if there is no report or the run has not ended."""
     final: Mapping[tuple[Any, str], str]
-    """Of each replica's weights, buffers and optimizer at the end, 32 hex digits; empty likewise."""
+    """Replica and stage (weights, buffers, optimizer) to its digest at the end of the run, 32 hex digits."""
     last_step: int | None
-    """The step after which `final` is; the run may have gone on since. None if the report does not say."""
+    """The step after which `final` was taken, or None if the report does not contain it. The run may have resumed."""
     missing: tuple[str, ...] = ()
-    """The files that could not be read, and why."""
+    """The files that could not be read, each with the reason."""
 
 
 def read_run(folder: Path) -> RecordedRun:
-    """What is there; a trace by itself, or a run that was killed, may lack any of it."""
+    """Read a run folder, any file of which may be missing."""
     missing: list[str] = []
 
     def read(name: str, parse: Any, is_one: Callable[[Any], bool]) -> Any:
@@ -92,7 +94,7 @@ def _is_report(content: Any) -> bool:
 
 
 def config_differences(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[RunDifference]:
-    """The keys on which two resolved configs differ, in their own order."""
+    """Return the keys in which two resolved configs differ, in the order of the first config."""
     here, there = dict(_leaves(one)), dict(_leaves(other))
     return [
         RunDifference(key, here.get(key), there.get(key), matters=not _is_one_of(key, _CHANGES_NOTHING))
@@ -102,10 +104,14 @@ def config_differences(one: Mapping[str, Any], other: Mapping[str, Any]) -> list
 
 
 def manifest_differences(one: Sequence[Mapping[str, Any]], other: Sequence[Mapping[str, Any]]) -> list[RunDifference]:
-    """The fields on which two runs' manifests differ.
+    """Return the fields in which the manifests of two runs differ.
 
-    The value that all replicas of a run have, or a list where they do not have the same. How many replicas there are
-    makes no difference.
+    A field's value is the one that all replicas of a run have, or a list if they have different ones. The number of
+    replicas makes no difference.
+
+    Args:
+        one: The manifests of the first run's replicas.
+        other: The manifests of the second run's replicas.
     """
     here, there = _values(one), _values(other)
     return [
@@ -116,7 +122,7 @@ def manifest_differences(one: Sequence[Mapping[str, Any]], other: Sequence[Mappi
 
 
 def show(value: Any) -> str:
-    """As the user would write it, cut where it is long."""
+    """Return a value as the user would write it, shortened to 60 characters."""
     text = json.dumps(value, ensure_ascii=False, default=str)
     return text if len(text) <= 60 else f"{text[:57]}..."
 
@@ -139,5 +145,5 @@ def _leaves(value: Mapping[Any, Any], prefix: str = "") -> Iterator[tuple[str, A
 
 
 def _is_one_of(key: str, names: set[str]) -> bool:
-    """Whether the dotted key, or its section as a whole, is among `names`."""
+    """Return True if the dotted key, or its section, is among `names`."""
     return key in names or key.partition(".")[0] in names

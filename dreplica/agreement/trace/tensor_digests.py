@@ -1,19 +1,19 @@
-"""tensors.bin: the digest of every single tensor, of every step in trace.jsonl; only where it is asked for.
+"""`tensors.bin`: the digest of every tensor for every step in `trace.jsonl`, written only if configured.
 
-A stage's digest in the trace says that something in the stage differs; with the digests of its tensors, two runs that
-were made at different times can be told which tensor it was.
+The digest of a stage in the trace shows only that the stage differs. The digests of its tensors show which tensor, also
+between runs made at different times.
 
-The file begins with a line of JSON, `{"format": "dreplica-tensors/1"}`. Frames follow, each of them a head of 16 bytes
-(little-endian: uint32 layout, uint32 size, int64 step) and `size` bytes:
+The file begins with a line of JSON, `{"format": "dreplica-tensors/1"}`. Frames follow. Each has a head of 16 bytes
+(little-endian: uint32 layout, uint32 size, int64 step) and `size` bytes of content:
 
-- layout 0 announces names: JSON `{"weights": ["conv1.weight", ...], ...}`, stages in causal order. The first that is
-  announced is layout 1, the next layout 2; step is -1.
-- layout n is a step: 16 bytes for each name of layout n, in order. So names stand there once, and a step of 62 tensors
-  takes 1008 bytes.
+- Layout 0 announces names, as JSON: `{"weights": ["conv1.weight", ...], ...}`, stages in causal order. The first names
+  announced are layout 1, the next ones layout 2, and so on. The step is -1.
+- Layout n > 0 is a step: 16 bytes for each name of layout n, in order. Names are thus stored once, and a step of 62
+  tensors takes 1008 bytes.
 
-A step in the trace and its frame are found by the step's number and by the digest of each stage, which follows from the
-names and digests in the frame: a frame that is not what the trace speaks of is never taken for it. A frame that was cut
-off ends what can be read.
+The frame of a step in the trace is found by the step's number and by the digest of each stage, which is computed from
+the names and digests in the frame. A frame that does not match the trace is therefore never used. A truncated frame
+ends what can be read.
 """
 
 import json
@@ -29,16 +29,19 @@ _HEAD = struct.Struct("<IIq")
 _FIRST_LINE = b'{"format": "dreplica-tensors/1"}\n'
 
 Layout = tuple[tuple[str, tuple[str, ...]], ...]
-"""Stages with their names."""
+"""Each stage with the names of its entries."""
 _Frame = tuple[int, int, int, int]
-"""Layout, size, step, and where its content begins."""
+"""Layout, size, step, and the file offset of the content."""
 
 
 class TensorRecord:
-    """Writes tensors.bin, each step flushed as it comes; goes on with a file that is there.
+    """Writer of `tensors.bin`, which flushes each step and appends to an existing file.
+
+    Args:
+        path: Path of the file. A truncated frame at its end is removed.
 
     Attributes:
-        last_step: the newest step that was in it already; -1 if none was.
+        last_step: The newest step that the file had when it was opened; -1 if it had none.
     """
 
     def __init__(self, path: Path) -> None:
@@ -59,7 +62,7 @@ class TensorRecord:
             self._file.write(_FIRST_LINE)
 
     def step(self, step: int, stages: Mapping[str, Stage]) -> None:
-        """The digests of a step's tensors."""
+        """Append the digests of a step's tensors."""
         layout = tuple((name, stage.names) for name, stage in stages.items())
         number = self._layouts.get(layout)
         if number is None:
@@ -69,7 +72,7 @@ class TensorRecord:
         self._file.flush()
 
     def close(self) -> None:
-        """Closes the file."""
+        """Close the file."""
         self._file.close()
 
     def _write(self, layout: int, step: int, content: bytes) -> None:
@@ -77,9 +80,15 @@ class TensorRecord:
 
 
 def find_stages(path: Path, step: int, digests: Mapping[str, str]) -> dict[str, Stage] | None:
-    """The stages of the step of which the trace has `digests` (stage to 32 hex digits), each with its tensors' digests.
+    """Find the digests of the tensors of a step.
 
-    None where the file does not have it.
+    Args:
+        path: Path of `tensors.bin`.
+        step: The training step.
+        digests: What the trace has recorded of it: stage to 32 hex digits.
+
+    Returns:
+        Stage to its tensors' digests, or None if the file does not have the step.
     """
     if not path.exists():
         return None
@@ -99,7 +108,7 @@ def find_stages(path: Path, step: int, digests: Mapping[str, str]) -> dict[str, 
 
 
 def _frames(file: BinaryIO) -> Iterator[_Frame]:
-    """The whole frames of a file; none of one in another format."""
+    """Yield the complete frames of a file, or none if it has another format."""
     descriptor, length = file.fileno(), os.fstat(file.fileno()).st_size
     if not _is_ours(file):
         return
@@ -108,14 +117,14 @@ def _frames(file: BinaryIO) -> Iterator[_Frame]:
         layout, size, step = _HEAD.unpack(os.pread(descriptor, _HEAD.size, place))
         start = place + _HEAD.size
         if layout > num_layouts or start + size > length or (not layout and not size):
-            return  # cut off, or never written: some file systems leave zeros behind when the power fails
+            return  # truncated, or never written: some file systems leave zeros after a power failure
         num_layouts += not layout
         yield layout, size, step, start
         place = start + size
 
 
 def _is_ours(file: BinaryIO) -> bool:
-    """Whether it is of this format."""
+    """Return True if the file has this format."""
     return os.pread(file.fileno(), len(_FIRST_LINE), 0) == _FIRST_LINE
 
 

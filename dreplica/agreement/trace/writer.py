@@ -1,4 +1,4 @@
-"""trace.jsonl: the recorded digests of a run, one line per checked step, behind a header line.
+"""`trace.jsonl`: the recorded digests of a run, a header line and one line per checked step.
 
 Nothing in it depends on time or place, so two runs that computed the same have the same trace, line for line.
 """
@@ -19,26 +19,26 @@ from dreplica.state.stages import STAGES, Stage
 
 
 class TraceWriter:
-    """Writes a trace, each line flushed as it comes; with no path, writes nothing.
+    """Writer of a trace, which flushes each line.
 
-    An interrupted run that goes on has recorded more than it goes on from. What it comes to again is compared with
-    what was recorded, and not written twice.
+    An interrupted run resumes from a checkpoint, before its newest recorded step. Repeated steps are compared with the
+    recorded lines and are not written again if they are equal.
 
     Args:
-        path: of the file; appended to.
-        num_replicas: for the header.
-        num_lines: of the lines that are there already, those of what is not done again.
-        tensors: where the digests of single tensors are recorded beside it; None: nowhere.
-        algorithm: of the digests, for the header.
+        path: Path of the file to append to, or None to write nothing.
+        num_replicas: Number of replicas, for the header.
+        num_lines: Number of existing lines to keep as they are. The steps of later lines are repeated.
+        tensors: Where the digests of individual tensors are recorded, or None.
+        algorithm: Name of the hash functions of the digests, for the header.
 
-    Raises UsageError if the digests that are there already are of another algorithm.
+    Raises:
+        UsageError: If the existing digests are of another algorithm.
 
     Attributes:
-        algorithm: as given.
-        num_lines: lines of what has been done so far.
-        num_missing: of those that should be there already, how many are not.
-        not_reproduced: the first step, with its stage, that came out otherwise than it had been recorded; None if none
-            has.
+        algorithm: Name of the hash functions of the digests.
+        num_lines: Number of lines of the steps done so far.
+        num_missing: Number of lines among the first `num_lines` that the file lacks.
+        not_reproduced: The first repeated step that differs from its record, with the stage, or None.
     """
 
     def __init__(
@@ -61,20 +61,27 @@ class TraceWriter:
             self.num_missing = num_lines - self.num_lines
             self._file = path.open("a", encoding="utf-8")
         if self.num_lines == 0 and self._recorded:
-            self._recorded.popleft()  # its header
+            self._recorded.popleft()  # the header
             self.num_lines = 1
         elif self.num_lines == 0:
             self._write({"algorithm": algorithm, "torch": str(torch.__version__), "replicas": num_replicas})
 
     def step(self, step: int, epoch: int | None, agreed: bool, stages: Mapping[str, Stage]) -> None:
-        """A checked step: whether all replicas agreed, and this replica's digest of every stage."""
+        """Record a checked step.
+
+        Args:
+            step: The training step.
+            epoch: The epoch, from 1, or None.
+            agreed: True if all replicas agreed.
+            stages: This replica's digests.
+        """
         digests = {name: stage.digest.hex() for name, stage in stages.items()}
         is_new = self._write({"step": step, "epoch": epoch, "agreed": agreed, "digests": digests})
         if self._tensors is not None and (is_new or step >= self._tensors.last_step):
             self._tensors.step(step, stages)
 
     def close(self) -> None:
-        """Closes the file, and that of the tensors."""
+        """Close the file and that of the tensors."""
         if self._file is not None:
             self._file.close()
         if self._tensors is not None:
@@ -87,7 +94,7 @@ class TraceWriter:
         self.close()
 
     def _write(self, line: dict[str, Any]) -> bool:
-        """Whether the line was not there yet."""
+        """Write a line, and return False if it was recorded before."""
         if self._file is None:
             return False
         self.num_lines += 1
@@ -107,23 +114,26 @@ def _check_algorithm(path: Path, algorithm: str) -> None:
         with path.open("rb") as file:
             recorded = json.loads(file.readline())["algorithm"]
     except (FileNotFoundError, ValueError, LookupError, TypeError):
-        return  # no header, or none that is whole: nothing to go on from
+        return  # no complete header: nothing to resume from
     if recorded != algorithm:
         raise UsageError(
-            f"{str(path)!r} has digests of algorithm {recorded!r}, and this run's are of {algorithm!r}: they would "
-            "differ whatever the run did. Go on where it began, on the same kind of device, or begin anew with "
-            "--run.resume never."
+            f"{str(path)!r} has digests of algorithm {recorded!r}, but this run computes {algorithm!r}, so they cannot "
+            "be compared. Resume on the same kind of device, or start a new run with --run.resume never.",
+            code="algorithms-differ",
+            path=str(path),
+            recorded=recorded,
+            computed=algorithm,
         )
 
 
 def _recorded_after(path: Path, num_lines: int) -> tuple[deque[str], int]:
-    """The lines after the first `num_lines`, and how many of these there are.
+    """Return the lines after the first `num_lines`, and how many of those first lines exist.
 
-    From the first one on that was cut off in mid-line, or is none of a trace's (a host that went down may leave zeros),
-    they are taken out of the file.
+    The file is truncated at the first line that is incomplete or not one of a trace (after a power failure, the file
+    may end in zeros).
     """
     recorded: deque[str] = deque()
-    whole, found, parted = 0, 0, False
+    whole, found, diverged = 0, 0, False
     if not path.exists():
         return recorded, 0
     with path.open("rb+") as file:
@@ -132,8 +142,8 @@ def _recorded_after(path: Path, num_lines: int) -> tuple[deque[str], int]:
                 break
             whole += len(line)
             found += number < num_lines
-            parted = parted or b'"agreed": false' in line  # what came of a fault is not to come again
-            if number >= num_lines and not parted:
+            diverged = diverged or b'"agreed": false' in line  # a fault need not occur again, so stop comparing there
+            if number >= num_lines and not diverged:
                 recorded.append(line.decode().rstrip("\n"))
         file.truncate(whole)
     return recorded, found

@@ -113,7 +113,7 @@ def test_digests_of_another_algorithm_are_not_compared_with(tmp_path: Path) -> N
     path = tmp_path / "trace.jsonl"
     record(path, range(1, 4))
     whole = path.read_bytes()
-    with pytest.raises(UsageError, match=r"algorithm 'xxh3-128/1', and this run's are of 'other/1'.*--run.resume"):
+    with pytest.raises(UsageError, match=r"algorithm 'xxh3-128/1', but this run computes 'other/1'.*--run\.resume"):
         TraceWriter(path, 1, 2, algorithm="other/1")
     assert path.read_bytes() == whole
     TraceWriter(tmp_path / "other.jsonl", 1, algorithm="other/1").close()
