@@ -15,7 +15,6 @@ from dreplica.commands.doctor.machine import (
     check_shared_memory,
     check_threads,
 )
-from dreplica.environment.hardware import cpu_limit
 
 _GIB = 2**30
 
@@ -33,7 +32,7 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 8)
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)))
-    monkeypatch.setattr("dreplica.environment.hardware.cpu_limit", lambda: None)
+    monkeypatch.setattr("dreplica.commands.doctor.machine.cpu_limit", lambda: None)
     return monkeypatch
 
 
@@ -57,7 +56,7 @@ def test_one_thread_is_one_everywhere(machine: pytest.MonkeyPatch) -> None:
 
 def test_more_threads_than_a_cgroup_grants(machine: pytest.MonkeyPatch) -> None:
     machine.setenv("OMP_NUM_THREADS", "8")
-    machine.setattr("dreplica.environment.hardware.cpu_limit", lambda: 2.5)
+    machine.setattr("dreplica.commands.doctor.machine.cpu_limit", lambda: 2.5)
     check = check_threads()
     assert check.status == "warn"
     assert "of which a cgroup grants 2.5" in check.seen
@@ -71,28 +70,6 @@ def test_threads_that_follow_the_load(machine: pytest.MonkeyPatch) -> None:
     assert check.status == "warn"
     assert "can hang" in check.why
     assert "unset OMP_DYNAMIC" in check.remedy
-
-
-@pytest.mark.parametrize(
-    ("files", "own", "limit"),
-    [
-        ({"cpu.max": "150000 100000\n"}, "0::/\n", 1.5),
-        ({"cpu.max": "max 100000\n"}, "0::/\n", None),
-        ({"a/cpu.max": "200000 100000\n", "a/b/cpu.max": "max 100000\n"}, "0::/a/b\n", 2.0),
-        ({"cpu,cpuacct/x/cpu.cfs_quota_us": "50000\n", "cpu,cpuacct/x/cpu.cfs_period_us": "100000\n"}, "", 0.5),
-        ({"cpu,cpuacct/x/cpu.cfs_quota_us": "-1\n", "cpu,cpuacct/x/cpu.cfs_period_us": "100000\n"}, "", None),
-        ({}, "8:pids:/\n", None),
-    ],
-)
-def test_a_cgroups_limit(files: dict[str, str], own: str, limit: float | None, tmp_path: Path) -> None:
-    root = tmp_path / "cgroup"
-    root.mkdir()
-    for name, text in files.items():
-        (root / name).parent.mkdir(parents=True, exist_ok=True)
-        (root / name).write_text(text)
-    listed = tmp_path / "self"
-    listed.write_text(own or "4:cpu,cpuacct:/x\n3:pids:/\n")
-    assert cpu_limit(root, listed) == limit
 
 
 def _with_free(monkeypatch: pytest.MonkeyPatch, num_bytes: int) -> None:

@@ -20,7 +20,6 @@ from dreplica.data.loading.loader import load_again, load_batches
 from dreplica.data.samples import DataSets, at_epoch
 from dreplica.distributed.channel import Channel
 from dreplica.distributed.process_group import World
-from dreplica.environment import hardware as memory
 from dreplica.errors import SharedUsageError
 from tests.data.loading.test_loader import bytes_of, let_workers_start
 from tests.data.pictures import make_folder
@@ -294,23 +293,6 @@ def test_a_cache_of_whole_images_is_reckoned_from_some(tmp_path: Path) -> None:
     assert fitted.bytes_kept() == 3 * 32 * 32  # type: ignore[attr-defined]
     sizes = [whole._make_to_keep(index)[0].nbytes for index in range(len(whole))]  # type: ignore[attr-defined, arg-type]
     assert min(sizes) < whole.bytes_kept() < max(sizes)  # type: ignore[attr-defined]
-
-
-def test_memory_that_files_take_is_free_within_a_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    contents = {
-        "meminfo": "MemTotal: 100 kB\nMemAvailable: 50 kB\n",
-        "memory.max": "40000\n",
-        "memory.current": "30000\n",
-        "memory.stat": "anon 5000\nactive_file 10000\ninactive_file 2000\n",
-    }
-    monkeypatch.setattr(memory, "Path", lambda path: tmp_path / ("meminfo" if "meminfo" in path else ""))
-    for name, text in contents.items():
-        (tmp_path / name).write_text(text)
-    assert memory.available_memory() == 40000 - 30000 + 12000
-    (tmp_path / "memory.max").write_text("max\n")
-    assert memory.available_memory() == 50 * 1024
-    (tmp_path / "memory.max").unlink()
-    assert memory.available_memory() == 50 * 1024
 
 
 def test_what_is_kept_on_a_device_is_not_what_the_batch_is_made_into(tmp_path: Path) -> None:
