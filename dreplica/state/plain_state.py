@@ -1,7 +1,7 @@
-"""State in plain Python: what objects hold beside what a state_dict knows, kept and put back exactly as it was.
+"""Copies of Python attributes, which no `state_dict` contains, and their exact restoration.
 
-A counter that each forward pass raises, a generator of a module's own, a tensor that was never registered: the next
-step may depend on any of them.
+The next training step may depend on any of them: a counter that each forward pass increments, a module's private random
+generator, a tensor that was never registered as a buffer.
 """
 
 import logging
@@ -21,14 +21,15 @@ from dreplica.state.tensors import overwrite
 
 log = logging.getLogger(__name__)
 
-_DICTS = frozenset({dict, OrderedDict, defaultdict, Counter})
+DICT_TYPES = frozenset({dict, OrderedDict, defaultdict, Counter})
+"""Mappings whose contents are copied and restored."""
 _SEQUENCES = frozenset({list, deque})
 _LAYOUTS = frozenset({torch.strided, torch.sparse_coo})
-_LEFT_ALONE = frozenset(
+SKIPPED_TYPES = frozenset(
     {type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.device, torch.Size}
     | {nn.Parameter, type, FunctionType, BuiltinFunctionType, MethodType}
 )
-"""Of the common types those that hold nothing that changes, or nothing that is kept here."""
+"""Common types whose values never change, or are not copied here."""
 
 GENERATORS: dict[type, tuple[Callable[[Any], Any], Callable[[Any, Any], Any]]] = {
     random.Random: (random.Random.getstate, random.Random.setstate),
@@ -39,29 +40,35 @@ GENERATORS: dict[type, tuple[Callable[[Any], Any], Callable[[Any, Any], Any]]] =
         lambda generator, state: setattr(generator.bit_generator, "state", state),
     ),
 }
-"""Type to how its state is read and set."""
+"""Functions that get and set the state of each generator type."""
 
 
 @dataclass(frozen=True)
 class KeptTensor:
-    """A tensor, and what was in it."""
+    """A tensor with a copy of its values."""
 
     tensor: Tensor
+    """The tensor itself."""
     memory: Tensor | None
-    """The same memory, shape and strides under another Python object, which stays as it is when `tensor` is resized or
-    pointed elsewhere (`tensor.data = ...`); None of what is no plain stretch of memory (sparse, subclasses)."""
+    """A second tensor object with the same memory, shape and strides.
+
+    It is unaffected when `tensor` is resized or given other memory (`tensor.data = ...`). None for sparse tensors,
+    tensor subclasses and tensors on the meta device.
+    """
     values: Tensor
+    """The copied values, on the tensor's device."""
     requires_grad: bool
+    """The tensor's `requires_grad` when it was copied."""
 
     @classmethod
     def of(cls, tensor: Tensor) -> "KeptTensor":
-        """A copy of the tensor as it is."""
+        """Copy the values of a tensor."""
         plain = type(tensor) in (Tensor, nn.Parameter) and tensor.layout is torch.strided
         memory = tensor.data if plain and not tensor.is_meta else None
         return cls(tensor, memory, tensor.detach().clone(), tensor.requires_grad)
 
-    def put_back(self) -> None:
-        """Writes the values into the tensor, where it was; the tensor object stays the same."""
+    def restore(self) -> None:
+        """Write the values back into the same tensor object and the same memory."""
         if self.tensor.is_leaf and self.tensor.requires_grad != self.requires_grad:
             self.tensor.requires_grad_(self.requires_grad)
         if self.memory is None:
@@ -69,7 +76,7 @@ class KeptTensor:
             return
         try:
             overwrite(self.memory, self.values)
-        except RuntimeError:  # the memory was given up: `storage.resize_(0)`
+        except RuntimeError:  # the memory was freed: `storage.resize_(0)`
             self.tensor.data = self.values.clone()
             return
         if not self.tensor.is_set_to(self.memory):
@@ -77,19 +84,20 @@ class KeptTensor:
 
 
 class PlainState:
-    """What the attributes of some objects are bound to, and what these hold; `restore` puts it back, as often as asked.
+    """A copy of the attributes of some objects, which `restore` writes back any number of times.
 
-    Kept are numbers, strings, bytes; lists, tuples, dicts, sets and deques; tensors, NumPy arrays, and generators of
-    random numbers, Python's, NumPy's and torch's. All else (locks, files, functions, other objects) is left alone, as
-    are parameters. Attributes are bound again to the very objects that they were bound to, whose contents are put back
-    in place, so that other references to them stay good; attributes added since are removed. Only a tensor that
-    autograd has made comes back as a copy without its graph, since to keep it would keep all that the graph holds.
+    Copied are numbers, strings and bytes; lists, tuples, dicts, sets and deques; tensors and NumPy arrays; the random
+    generators of Python, NumPy and torch. Parameters and objects of other types (locks, files, functions) are not.
+
+    An attribute is bound again to the object that it was bound to, and that object's contents are restored in place, so
+    that other references to it remain valid. Attributes added since the copy are removed. There is one exception: a
+    tensor made by autograd is restored as a copy without its graph, because the graph would keep activations alive.
 
     Args:
-        owners: objects whose attributes are state.
-        known: tensors that are kept elsewhere.
-        enter: which of the objects found on the way are owners, too.
-        max_bytes: larger tensors and arrays are left alone; None: however large.
+        owners: Objects whose attributes are copied.
+        known: Tensors that are copied elsewhere and are left out here.
+        enter: Returns True for objects among the attribute values whose own attributes are copied, too.
+        max_bytes: Size limit: larger tensors and arrays are left out. None for no limit.
     """
 
     def __init__(
@@ -116,7 +124,7 @@ class PlainState:
         del self._seen, self._copies
 
     def restore(self) -> None:
-        """Puts everything back."""
+        """Restore all attributes and their contents."""
         for owner, contents in self._dicts:
             _refill(owner, contents)
         for sequence, items in self._sequences:
@@ -128,7 +136,7 @@ class PlainState:
                 held.clear()
                 held.update(members)
         for tensor in self._tensors:
-            tensor.put_back()
+            tensor.restore()
         for array, values in self._arrays:
             if array.flags.writeable and (array.shape, array.dtype) == (values.shape, values.dtype):
                 array[...] = values
@@ -143,10 +151,10 @@ class PlainState:
 
     def _keep(self, value: Any) -> None:
         kind = type(value)
-        if kind in _DICTS:
+        if kind in DICT_TYPES:
             contents = dict(value)
             for key, item in contents.items():
-                if type(item) not in _LEFT_ALONE:
+                if type(item) not in SKIPPED_TYPES:
                     contents[key] = self._note(item)
             self._dicts.append((value, contents))
         elif kind in _SEQUENCES:
@@ -168,15 +176,15 @@ class PlainState:
 
     def _keep_tensor(self, tensor: Tensor) -> None:
         try:
-            # One made in inference mode cannot be written to outside of it.
+            # A tensor made in inference mode cannot be written to outside of it.
             if tensor.layout in _LAYOUTS and not tensor.is_inference() and self._is_small(num_bytes(tensor)):
                 self._tensors.append(KeptTensor.of(tensor))
-        except RuntimeError as error:  # its bytes are not its own: a wrapper that torch.func has left behind
-            log.debug("a tensor is not kept: %s", error)
+        except RuntimeError as error:  # it has no memory: a wrapper that a torch.func transform has left behind
+            log.debug("tensor not copied: %s", error)
 
     def _note(self, item: Any) -> Any:
-        """Has `item` kept. Returns what to put back in its place: itself, or a copy where autograd has made it."""
-        if type(item) in _LEFT_ALONE:
+        """Schedule an item to be copied, and return the object to restore: the item, or a copy without its graph."""
+        if type(item) in SKIPPED_TYPES:
             return item
         if type(item) is Tensor and item.grad_fn is not None:
             item = self._without_graph(item)
@@ -188,7 +196,7 @@ class PlainState:
         return item
 
     def _without_graph(self, tensor: Tensor) -> Tensor:
-        if id(tensor) in self._seen:  # kept elsewhere
+        if id(tensor) in self._seen:  # copied elsewhere
             return tensor
         if id(tensor) not in self._copies:
             self._copies[id(tensor)] = tensor.detach().clone()
@@ -199,7 +207,7 @@ class PlainState:
 
 
 def _refill(held: Any, contents: dict[Any, Any]) -> None:
-    # By identity: two tensors, the keys of an optimizer's state, cannot be compared to one bool.
+    # By identity: the keys of an optimizer's state are tensors, whose comparison is not a bool.
     if len(held) != len(contents) or any(one is not other for one, other in zip(held, contents, strict=True)):
         held.clear()
     for key, value in contents.items():

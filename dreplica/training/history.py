@@ -9,7 +9,7 @@ from dreplica.agreement.protocol import CombinedDigest
 from dreplica.state.plain_state import PlainState
 from dreplica.state.replica import Replica
 from dreplica.state.rng import get_rng_state
-from dreplica.state.snapshot import Snapshot, state_beside_weights, take_snapshot
+from dreplica.state.snapshot import Snapshot, copy_evaluated_state, take_snapshot
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,7 @@ class History:
     def evaluated(self) -> None:
         """Records that the replica has been evaluated."""
         if self._every:
-            self.entries.append(EvaluationEntry(get_rng_state(), state_beside_weights(self._replica)))
+            self.entries.append(EvaluationEntry(get_rng_state(), copy_evaluated_state(self._replica)))
 
     def _promote(self, agreed_until: int) -> None:
         """A snapshot counts once its step is known to have agreed; what came before it is forgotten."""

@@ -1,4 +1,4 @@
-"""One replica's state given to all: what a step makes of it can then be compared, wherever they were before."""
+"""Broadcast of one replica's state to all, so that a step can be compared even where states differed before it."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -9,37 +9,52 @@ from dreplica.distributed.attempt import attempt
 from dreplica.distributed.channel import Channel
 from dreplica.state.replica import Parts
 from dreplica.state.rng import get_rng_state, set_rng_state
-from dreplica.state.snapshot import state_tensors
 from dreplica.state.tensors import overwrite
+from dreplica.state.walk import StateWalk
 
 Shape = tuple[str, tuple[int, ...], str]
-"""Of a tensor: its name, shape and dtype."""
+"""Name, shape and dtype of a tensor."""
 
 
 def shapes(parts: Parts) -> list[Shape]:
-    """All tensors of the state; replicas on which these differ cannot be given one state."""
-    return [(name, tuple(tensor.shape), str(tensor.dtype)) for name, tensor in state_tensors(parts).items()]
+    """Return the shape of every state tensor; `share_state` requires them to be equal on all replicas."""
+    return [(name, tuple(tensor.shape), str(tensor.dtype)) for name, tensor in StateWalk(parts).tensors().items()]
 
 
 def differing_shapes(rows: Sequence[Sequence[Shape]]) -> list[str]:
-    """The names of the tensors that not all replicas have, or not in one shape and dtype."""
+    """Return the names of tensors that some replica lacks, or has with another shape or dtype.
+
+    Args:
+        rows: What `shapes` returned on each replica.
+    """
     everything = dict.fromkeys(shape for row in rows for shape in row)
     return list(dict.fromkeys(shape[0] for shape in everything if not all(shape in row for row in rows)))
 
 
 @torch.no_grad()
 def share_state(parts: Parts, rank: int, channel: Channel) -> None:
-    """Gives every replica that rank's state: tensors, the optimizers' settings, generators. A collective.
+    """Copy one rank's tensors, optimizer settings and random generators to every replica.
 
-    `shapes` must be the same on all. Gradients, what modules hold in plain Python, and whether parameters require a
-    gradient stay each replica's own. Raises AttemptFailed on all replicas where one cannot take the state over.
+    Gradients, plain attributes of modules, and `requires_grad` remain each replica's own.
+
+    Args:
+        parts: This replica, whose `shapes` must be those of all others.
+        rank: The rank whose state all replicas get.
+        channel: The control channel between all replicas.
+
+    Raises:
+        AttemptFailed: Some replica cannot load the state. It is raised on all replicas.
+
+    Note:
+        Collective: call on every rank.
     """
-    for tensor in state_tensors(parts).values():
+    walk = StateWalk(parts)
+    for tensor in walk.tensors().values():
         overwrite(tensor, channel.broadcast(tensor.detach().to("cpu", copy=True).contiguous(), rank))
-    own = _settings(parts), [other.state_dict() for other in parts.others], get_rng_state()
+    own = _settings(parts), [other.state_dict() for other in walk.others], get_rng_state()
     shared = channel.gather(own if channel.rank == rank else None)[rank]
     if channel.size > 1:
-        attempt(channel, lambda: _take_over(parts, *shared))
+        attempt(channel, lambda: _load(parts, *shared))
 
 
 def _settings(parts: Parts) -> list[list[dict[str, Any]]]:
@@ -49,7 +64,7 @@ def _settings(parts: Parts) -> list[list[dict[str, Any]]]:
     ]
 
 
-def _take_over(parts: Parts, settings: list[list[dict[str, Any]]], others: list[Any], rng: dict[str, Any]) -> None:
+def _load(parts: Parts, settings: list[list[dict[str, Any]]], others: list[Any], rng: dict[str, Any]) -> None:
     for optimizer, groups in zip(parts.optimizers.values(), settings, strict=True):
         for group, values in zip(optimizer.param_groups, groups, strict=True):
             group.update(values)

@@ -13,7 +13,7 @@ from dreplica.training.checkpoint.file_format import (
     read_files,
     write_checkpoint,
 )
-from dreplica.training.checkpoint.replica_state import Copied
+from dreplica.training.checkpoint.replica_state import StateCopy
 
 log = logging.getLogger(__name__)
 
@@ -45,7 +45,7 @@ class Saver:
         self._thread: threading.Thread | None = None
         self._proved = False
 
-    def save(self, copied: Copied) -> None:
+    def save(self, copied: StateCopy) -> None:
         """Begins to write. All replicas have waited for the checkpoint before, which is why older ones may go now."""
         self.wait()
         self.prune()
@@ -65,7 +65,7 @@ class Saver:
         except OSError as error:
             log.warning("older checkpoints could not be removed: %s", error)
 
-    def _write(self, copied: Copied) -> None:
+    def _write(self, copied: StateCopy) -> None:
         step = copied.state["step"]
         self.newest_failed = True
         place = self._folder / checkpoint_name(step)

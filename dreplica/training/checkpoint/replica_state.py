@@ -1,12 +1,12 @@
-"""A replica's state as a checkpoint holds it: what is saved, and how it is put back and proved to be the same.
+"""The state of a replica in a checkpoint: copied, restored, and proved identical by its digests.
 
-Unlike a snapshot, which is restored into the very objects it was taken of, it is restored into a replica that another
-process has built.
+The pieces of the state come from `StateWalk`, as those of a snapshot do. A snapshot is restored into the very objects
+that it was taken from, a checkpoint into a replica that another process has built.
 """
 
 import copy
 import pickle
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,32 +28,35 @@ from dreplica.state.stages import (
     optimizer_entries,
     rng_entries,
 )
+from dreplica.state.walk import CRITERION, MODEL, StateWalk, generators_of
 from dreplica.training.checkpoint.file_format import CheckpointError, Contents, rng_from_json, rng_to_json
 from dreplica.training.checkpoint.portable import Originals, Portable, holds_arrays, is_portable, put_into
 
-_MODEL, _CRITERION, _OPTIMIZER = "model", "criterion", "optimizer"
 _PARAMETER, _OTHER = "parameter", "other"
 _KINDS = {f"{kind.__module__}.{kind.__qualname__}": kind for kind in GENERATORS}
-"""Of an object's own generators: a checkpoint's word for each type."""
+"""Generator types that an object may hold, by the name that a checkpoint gives them."""
 _KEPT_ELSEWHERE = vars(nn.Module()).keys() - {"training"} | {"state", "param_groups", "defaults"}
-"""Attributes of modules and optimizers that are not plain state of theirs."""
+"""Attributes of modules and optimizers that a checkpoint saves separately or not at all."""
 
 AsBuilt = Mapping[str, Mapping[str, Any]]
-"""Plain attributes without tensors or arrays as they were when the replica had been built, by owner and name."""
+"""Plain attributes, without tensors and arrays, of a newly built replica, by path of the owner and name."""
 
 
 @dataclass(frozen=True)
-class Copied:
-    """A copy of everything that the rest of a run depends on; tensors are on their device still."""
+class StateCopy:
+    """A copy of everything that the rest of a run depends on. Tensors are still on their device."""
 
     tensors: dict[str, Tensor]
+    """Parameters and buffers of the model, by name."""
     optimizer: dict[str, Any]
+    """All other state, in the form of `optimizer.pt`."""
     state: dict[str, Any]
+    """JSON values for `state.json`, without digests."""
     entries: dict[str, list[Entry]]
-    """What each stage's digests are taken of."""
+    """The entries to hash, by stage."""
 
     def contents(self) -> Contents:
-        """What a checkpoint holds, with digests: the part of saving that training need not wait for."""
+        """Move the copy to the CPU and compute its digests, which training need not wait for."""
         on_cpu = Portable(lambda tensor: tensor.cpu()).tensor
         tensors, optimizer, entries = tree_map_only(Tensor, on_cpu, (self.tensors, self.optimizer, self.entries))
         digests = {stage: _hex(make_stage(of_stage)) for stage, of_stage in entries.items()}
@@ -61,20 +64,28 @@ class Copied:
 
 
 def attributes_as_built(replica: Replica) -> AsBuilt:
-    """Taken of a replica that has been built and has done nothing yet, for `copy_state`."""
+    """Copy the plain attributes of a replica that has just been built, for `copy_state` and `restore_state`."""
     return {
         path: {name: copy.deepcopy(value) for name, value in _attributes(owner).items() if not holds_arrays(value)}
-        for path, owner in _owners(replica)
+        for path, owner in StateWalk(replica).owners.items()
     }
 
 
-def copy_state(replica: Replica, position: Position, run: Mapping[str, Any], as_built: AsBuilt) -> Copied:
-    """Copies the state out of training's way.
+def copy_state(replica: Replica, position: Position, run: Mapping[str, Any], as_built: AsBuilt) -> StateCopy:
+    """Copy the state of a replica so that training can continue while it is written.
 
-    `run`: what else belongs into `state.json`, as JSON values. `as_built`: attributes that are still so are left out:
-    one that says where a replica runs, say, is not that of the replica that restores the copy.
+    Args:
+        replica: The replica, which is not changed.
+        position: Position in the data to resume from.
+        run: Further JSON values for `state.json`.
+        as_built: What `attributes_as_built` returned. Attributes that still have these values are left out: one that
+            says where the replica runs, for instance, differs in the replica that restores the copy.
+
+    Returns:
+        The copy, on the replica's device.
     """
-    numbers = _numbers(replica)
+    walk = StateWalk(replica)
+    numbers = _numbers(walk.optimizers)
     copies = Portable(lambda tensor: tensor.detach().clone())
     optimizer = {
         "optimizers": [
@@ -82,18 +93,18 @@ def copy_state(replica: Replica, position: Position, run: Mapping[str, Any], as_
                 "state": [(_key(key, numbers), copies.of(state)) for key, state in optimizer.state.items()],
                 "groups": [copies.of(_settings(group)) for group in optimizer.param_groups],
             }
-            for _, optimizer in _optimizers(replica)
+            for optimizer in walk.optimizers.values()
         ],
-        "others": [copies.of(other.state_dict()) for other in _others(replica)],
+        "others": [copies.of(other.state_dict()) for other in walk.others],
         "criterion": {name: copies.tensor(tensor) for name, tensor in _tensors(replica.criterion).items()},
         "buffers": {
             path: {name: buffer is not None for name, buffer in module._buffers.items()}
-            for path, module in _modules(replica)
+            for path, module in walk.modules.items()
         },
         "attributes": {
-            path: copies.of(_changed(_attributes(owner), as_built.get(path, {}))) for path, owner in _owners(replica)
+            path: copies.of(_changed(_attributes(owner), as_built.get(path, {}))) for path, owner in walk.owners.items()
         },
-        "generators": {path: copies.of(_own_generators(owner)) for path, owner in _owners(replica)},
+        "generators": {path: copies.of(_generator_states(owner)) for path, owner in walk.owners.items()},
     }
     state = {
         "step": replica.steps_done,
@@ -107,16 +118,22 @@ def copy_state(replica: Replica, position: Position, run: Mapping[str, Any], as_
         stage: [(name, copies.tensor(value) if isinstance(value, Tensor) else value) for name, value in of_stage]
         for stage, of_stage in _state_entries(replica).items()
     }
-    return Copied(tensors, optimizer, state, entries)
+    return StateCopy(tensors, optimizer, state, entries)
 
 
 def restore_state(replica: Replica, contents: Contents, as_built: AsBuilt) -> None:
-    """Puts a saved state into a replica that was built as the saved one was; tensors of `contents` become part of it.
+    """Restore a saved state into a replica that was built like the saved one.
 
-    `as_built`: attributes that are not in `contents` were so; they may have changed with a state that did not fit.
+    Args:
+        replica: The replica. If restoring fails, it is left partly restored.
+        contents: The checkpoint. Its tensors become part of the replica.
+        as_built: What `attributes_as_built` returned for this replica: values of attributes that are not in
+            `contents`, which an earlier, failed restore may have changed.
 
-    Raises CheckpointError if it is another model's or optimizer's, or if anything does not come out with the digest it
-    was saved with, naming the first such tensor; what is restored by then is not undone.
+    Raises:
+        CheckpointError: The checkpoint is of another model or optimizer (`model-differs`, `state-does-not-fit`), has
+            digests of another algorithm (`algorithm-differs`), or a restored tensor differs from its saved digest
+            (`digest-differs`, which names the first such tensor).
     """
     state = contents.state
     if state["algorithm"] != ALGORITHM:
@@ -128,7 +145,7 @@ def restore_state(replica: Replica, contents: Contents, as_built: AsBuilt) -> No
         )
     _check_same_model(replica.model, contents.tensors)
     try:
-        _put_back(replica, contents, as_built)
+        _restore(replica, contents, as_built)
     except (KeyError, ValueError, TypeError, RuntimeError, AttributeError, IndexError) as error:
         text = f"the saved state does not fit this replica: {type(error).__name__}: {error}"
         raise CheckpointError(text, code="state-does-not-fit") from error
@@ -141,44 +158,50 @@ def restore_state(replica: Replica, contents: Contents, as_built: AsBuilt) -> No
 
 
 def _state_entries(replica: Replica) -> dict[str, list[Entry]]:
-    """All that lasts from step to step, stage by stage."""
+    """Return the entries of the stages that persist from step to step."""
     named = named_weights(replica.model)
     return {
         "buffers": list(named_buffers(replica.model).items()),
-        "optimizer": list(optimizer_entries(named, replica.optimizer, *_others(replica))),
+        "optimizer": list(optimizer_entries(named, replica.optimizer, *replica.others)),
         "weights": list(named.items()),
         "rng": rng_entries(),
     }
 
 
 @torch.no_grad()
-def _put_back(replica: Replica, contents: Contents, as_built: AsBuilt) -> None:
+def _restore(replica: Replica, contents: Contents, as_built: AsBuilt) -> None:
     saved = contents.optimizer
+    walk = StateWalk(replica)
     originals = Originals(next((parameter.device for parameter in replica.model.parameters()), torch.device("cpu")))
-    for path, module in _modules(replica):
-        prefix, tensors = (_MODEL, contents.tensors) if path.startswith(_MODEL) else (_CRITERION, saved["criterion"])
-        _restore_buffers(module, saved["buffers"][path], path.removeprefix(prefix).removeprefix("."), tensors)
-    for module, tensors in ((replica.model, contents.tensors), (replica.criterion, saved["criterion"])):
-        for name, tensor in _tensors(module).items():
-            tensor.copy_(tensors[name])
-    for other, state in zip(_others(replica), saved["others"], strict=True):
+    tensors_of = {MODEL: contents.tensors, CRITERION: saved["criterion"]}
+    for path, module in walk.modules.items():
+        root, _, within = path.partition(".")
+        _restore_buffers(module, saved["buffers"][path], within, tensors_of[root])
+    for root, top in walk.roots.items():
+        for name, tensor in _tensors(top).items():
+            tensor.copy_(tensors_of[root][name])
+    for other, state in zip(walk.others, saved["others"], strict=True):
         other.load_state_dict(originals.of(state))
-    parameters = list(_numbers(replica))
-    for (_, optimizer), kept in zip(_optimizers(replica), saved["optimizers"], strict=True):
+    # Earlier versions saved no optimizers but those that are attributes of the replica's optimizer.
+    saved_paths = [path for path in saved["attributes"] if path not in saved["buffers"]]
+    optimizers = {path: walk.optimizers[path] for path in saved_paths}
+    parameters = list(_numbers(optimizers))
+    for optimizer, kept in zip(optimizers.values(), saved["optimizers"], strict=True):
         for group, settings in zip(optimizer.param_groups, kept["groups"], strict=True):
             group.update(originals.of(settings))
-        # In place, for one optimizer may wrap another and share it; not by load_state_dict, which casts the state to
-        # its parameter's dtype.
+        # In place, because an optimizer that wraps this one may share its state. Not by load_state_dict, which casts
+        # the state to its parameter's dtype.
         groups = {parameter: group for group in optimizer.param_groups for parameter in group["params"]}
         state = [_state_of(key, originals.of(values), parameters, groups) for key, values in kept["state"]]
         optimizer.state.clear()
         optimizer.state.update(state)
-    for path, owner in _owners(replica):
+    for path, owner in (walk.modules | optimizers).items():
         unchanged = copy.deepcopy(_changed(as_built.get(path, {}), _attributes(owner)))
         for name, value in (unchanged | originals.of(saved["attributes"][path])).items():
             vars(owner)[name] = put_into(vars(owner).get(name), value)
+        generators = generators_of(owner)
         for name, (kind, state) in saved["generators"][path].items():
-            GENERATORS[_KINDS[kind]][1](vars(owner)[name], originals.of(state))
+            GENERATORS[_KINDS[kind]][1](generators[name], originals.of(state))
     replica.steps_done = contents.state["step"]
     set_rng_state(rng_from_json(contents.state["rng"]))
 
@@ -193,7 +216,7 @@ def _check_same_model(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
 
 
 def _restore_buffers(module: nn.Module, before: Mapping[str, bool], path: str, tensors: Mapping[str, Tensor]) -> None:
-    """Has the module the buffers that the saved one had; a forward pass may have added, replaced or dropped some."""
+    """Give the module the buffers that the saved one had. A forward pass may add, replace or drop buffers."""
     for name in [name for name in module._buffers if name not in before]:
         delattr(module, name)
     for name, was_tensor in before.items():
@@ -207,7 +230,7 @@ def _restore_buffers(module: nn.Module, before: Mapping[str, bool], path: str, t
 
 
 def _can_hold(buffer: Tensor, kept: Tensor) -> bool:
-    """Whether it can be written to, element by element: not where several are one in memory (`expand`)."""
+    """Return True if the buffer can be overwritten in place, which an expanded one with shared elements cannot."""
     if (buffer.shape, buffer.dtype, buffer.layout) != (kept.shape, kept.dtype, kept.layout):
         return False
     if buffer.layout is not torch.strided:
@@ -216,20 +239,20 @@ def _can_hold(buffer: Tensor, kept: Tensor) -> bool:
 
 
 def _key(key: Any, numbers: Mapping[Tensor, int]) -> tuple[str, Any]:
-    """Of an entry of an optimizer's state: which parameter it is of, or what else it is kept under."""
+    """Encode a key of an optimizer's state: the number of a parameter, or any other key unchanged."""
     return (_PARAMETER, numbers[key]) if isinstance(key, Tensor) and key in numbers else (_OTHER, key)
 
 
 def _state_of(
     key: tuple[str, Any], values: Any, parameters: Sequence[Tensor], groups: Mapping[Tensor, Mapping[str, Any]]
 ) -> tuple[Any, Any]:
-    """What `_key` was given, and its values: with their parameter, should it be on a device and was on the CPU."""
+    """Decode a key of an optimizer's state, and move its values to the parameter's device."""
     kind, of = key
     if kind == _OTHER:
         return of, values
     parameter = parameters[of]
     group = groups.get(parameter, {})
-    # As Optimizer.load_state_dict has it: else 0-dim counts of steps are kept on the CPU.
+    # As Optimizer.load_state_dict does: 0-dim step counts stay on the CPU unless the optimizer needs them elsewhere.
     counts_too = group.get("fused") or group.get("capturable")
 
     def place(tensor: Tensor) -> Tensor:
@@ -239,44 +262,25 @@ def _state_of(
 
 
 def _settings(group: Mapping[str, Any]) -> dict[str, Any]:
-    """Of a parameter group; functions and the like are as the config has them."""
+    """Return the settings of a parameter group that can be saved. Functions come from the config again."""
     return {key: value for key, value in group.items() if key != "params" and is_portable(value)}
 
 
 def _tensors(module: nn.Module) -> dict[str, Tensor]:
-    """Parameters and buffers, those that a state_dict leaves out included."""
+    """Return parameters and buffers by name, non-persistent buffers included."""
     return dict(module.named_parameters()) | dict(module.named_buffers())
 
 
-def _modules(replica: Replica) -> Iterator[tuple[str, nn.Module]]:
-    for prefix, root in ((_MODEL, replica.model), (_CRITERION, replica.criterion)):
-        for path, module in root.named_modules():
-            yield f"{prefix}.{path}" if path else prefix, module
-
-
-def _optimizers(replica: Replica) -> list[tuple[str, torch.optim.Optimizer]]:
-    """The replica's, and those that it wraps."""
-    found = [(_OPTIMIZER, replica.optimizer)]
-    for path, optimizer in found:
-        for name, value in vars(optimizer).items():
-            if isinstance(value, torch.optim.Optimizer) and all(value is not one for _, one in found):
-                found.append((f"{path}.{name}", value))
-    return found
-
-
-def _owners(replica: Replica) -> Iterator[tuple[str, object]]:
-    """What has plain state in its attributes."""
-    yield from _modules(replica)
-    yield from _optimizers(replica)
-
-
 def _attributes(owner: object) -> dict[str, Any]:
-    """What it keeps beside its tensors: its mode, a counter, a rate that a schedule changes."""
+    """Return an owner's plain attributes, such as its mode, a counter, or a rate that a schedule changes."""
     return {name: value for name, value in vars(owner).items() if name not in _KEPT_ELSEWHERE and is_portable(value)}
 
 
 def _changed(attributes: Mapping[str, Any], before: Mapping[str, Any]) -> dict[str, Any]:
-    """Those that are not as they were; tensors and arrays always. As bytes: 0 is neither 0.0 nor -0.0."""
+    """Return the attributes that differ from before, and all with tensors or arrays.
+
+    Values are compared as bytes: 0 differs from 0.0 and 0.0 from -0.0.
+    """
     return {
         name: value
         for name, value in attributes.items()
@@ -286,24 +290,20 @@ def _changed(attributes: Mapping[str, Any], before: Mapping[str, Any]) -> dict[s
     }
 
 
-def _own_generators(owner: object) -> dict[str, tuple[str, Any]]:
+def _generator_states(owner: object) -> dict[str, tuple[str, Any]]:
     return {
-        name: (kind, GENERATORS[cls][0](value))
-        for name, value in vars(owner).items()
+        name: (kind, GENERATORS[cls][0](generator))
+        for name, generator in generators_of(owner).items()
         for kind, cls in _KINDS.items()
-        if type(value) is cls
+        if type(generator) is cls
     }
 
 
-def _numbers(replica: Replica) -> dict[Tensor, int]:
-    """Each parameter that an optimizer may have state of, and which one it is."""
-    groups = [group for _, optimizer in _optimizers(replica) for group in optimizer.param_groups]
+def _numbers(optimizers: Mapping[str, torch.optim.Optimizer]) -> dict[Tensor, int]:
+    """Number the parameters in all parameter groups, each parameter once."""
+    groups = [group for optimizer in optimizers.values() for group in optimizer.param_groups]
     parameters = dict.fromkeys(parameter for group in groups for parameter in group["params"])
     return {parameter: number for number, parameter in enumerate(parameters)}
-
-
-def _others(replica: Replica) -> list[Any]:
-    return [other for other in (replica.scheduler, replica.scaler) if other is not None]
 
 
 def _hex(stage: Stage) -> dict[str, str]:

@@ -23,7 +23,7 @@ from dreplica.training.checkpoint.file_format import (
     read_files,
     remove_leftovers,
 )
-from dreplica.training.checkpoint.replica_state import Copied, copy_state
+from dreplica.training.checkpoint.replica_state import StateCopy, copy_state
 
 OPERATIONS = ("fsync", "rename", "mkdir", "rmdir", "unlink")
 
@@ -32,7 +32,7 @@ class Crashed(BaseException):
     """Caught by nobody, as SIGKILL is not."""
 
 
-def copied(step: int) -> Copied:
+def copied(step: int) -> StateCopy:
     model = nn.Linear(2, 2)
     replica = Replica(model, nn.CrossEntropyLoss(), torch.optim.SGD(model.parameters(), lr=0.1))
     replica.steps_done = step

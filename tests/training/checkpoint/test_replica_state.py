@@ -119,6 +119,33 @@ class Wrapping(torch.optim.Optimizer):
         self.base.step()
 
 
+class Halves(torch.optim.Optimizer):
+    """Keeps an optimizer for each half of the parameters in a list."""
+
+    def __init__(self, parameters: Any) -> None:
+        super().__init__(parameters, {})
+        given = self.param_groups[0]["params"]
+        halves = given[: len(given) // 2], given[len(given) // 2 :]
+        self.halves = [torch.optim.Adam(half, lr=0.01) for half in halves]
+
+    def step(self, closure: Any = None) -> None:
+        for half in self.halves:
+            half.step()
+
+
+class Noisy(nn.Module):
+    """Draws from generators that it keeps in a dict and a list."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = net()
+        self.generators = {"python": [random.Random(5)], "torch": torch.Generator().manual_seed(6)}
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        noise = torch.rand((), generator=self.generators["torch"]) + self.generators["python"][0].random()
+        return self.body(inputs) * noise
+
+
 class Color(Enum):
     RED = 1
 
@@ -165,6 +192,8 @@ REPLICAS = {
     "loss with state": make(criterion=Loss),
     "wrapped optimizer, shared state": make(optimizer=lambda given: Lookahead(torch.optim.Adam(given, lr=0.01))),
     "wrapped optimizer": make(optimizer=Wrapping),
+    "optimizers in a list": make(optimizer=Halves),
+    "generators in containers": make(Noisy),
     "odd optimizer": make(optimizer=Odd),
     "fused": make(optimizer=lambda given: torch.optim.AdamW(given, lr=torch.tensor(0.01), fused=True)),
     "Adafactor": make(optimizer=torch.optim.Adafactor),
@@ -215,6 +244,22 @@ def test_what_goes_on_is_what_was_never_interrupted(build: Callable[[], Replica]
     restore_state(other, through_disk(contents, tmp_path), attributes_as_built(other))
     take_steps(other, 3, 4)
     assert weights(other) == weights(replica)
+
+
+def test_restore_reads_checkpoints_without_nested_state(tmp_path: Path) -> None:
+    """Earlier versions did not save optimizers and generators within containers."""
+    replica = make(Noisy, Halves)()
+    as_built = attributes_as_built(replica)
+    take_steps(replica, 0, 2)
+    contents = copy_state(replica, Position(), {}, as_built).contents()
+    saved = contents.optimizer
+    for path in ("optimizer.halves.0", "optimizer.halves.1"):
+        del saved["attributes"][path], saved["generators"][path], saved["optimizers"][1]
+    saved["generators"]["model"].clear()
+    other = make(Noisy, Halves)()
+    restore_state(other, through_disk(contents, tmp_path), attributes_as_built(other))
+    assert weights(other) == weights(replica)
+    assert not other.optimizer.halves[0].state
 
 
 def test_attributes_that_have_not_changed_are_the_restoring_replicas_own(tmp_path: Path) -> None:

@@ -38,7 +38,7 @@ for (const button of document.querySelectorAll("button.copy")) {
       if (!document.execCommand("copy")) return;
     }
     button.classList.add("done");
-    said.textContent = "Copied";
+    said.textContent = "StateCopy";
     setTimeout(() => {
       button.classList.remove("done");
       said.textContent = "";
