@@ -200,7 +200,7 @@ def test_own_steps() -> None:
     assert found == EXPECTED
     assert (one["parted, and asked why"][0].step, one["parted, and asked why"][0].epoch) == (7, 2)
     lines = one["if"][0].evidence
-    assert any("aten.mul.Tensor (forward) at " in line and "test_own_step.py" in line for line in lines), lines
+    assert any("aten.mul.Tensor (forward) at " in line and "test_diagnose_step.py" in line for line in lines), lines
     lines = one["threads"][0].evidence
     assert "replicas that differ in their result differ in numerics.threads: 1 on replica 0; 2 on replica 1" in lines
     assert one["threads"][0].remedy == ["let all replicas have the same numerics.threads"]
