@@ -1,6 +1,5 @@
 """`dreplica certify-resume`: does an interrupted run come to what an uninterrupted one comes to, bit for bit?"""
 
-import json
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -9,6 +8,7 @@ from pathlib import Path
 from rich.console import Console
 
 from dreplica.agreement.trace.reader import Key, Trace
+from dreplica.agreement.trace.run_report import RunReport
 from dreplica.commands.scratch_folder import fresh_folder
 from dreplica.distributed.launch.background import run_in_background
 from dreplica.distributed.signals import signals_as_interrupts
@@ -84,15 +84,12 @@ def judge(straight: Path, interrupted: Path, at_step: int, code: int, output: st
     """
     if code == ExitCode.UNUSABLE:
         return Certificate(False, _last_error(output))
-    one, other = (
-        json.loads((folder / "report.json").read_text(encoding="utf-8")) for folder in (straight, interrupted)
-    )
-    run = other["run"]
-    for skipped in run.get("skipped_checkpoints", []):
-        text = f"skipped checkpoint {skipped['name']}: {skipped['reason']} (replica {skipped['replica']})"
+    one, other = RunReport.read(straight), RunReport.read(interrupted)
+    for skipped in other.run.skipped_checkpoints:
+        text = f"skipped checkpoint {skipped.name}: {skipped.reason} (replica {skipped.replica})"
         return Certificate(False, text)
-    if run["resumed_from"] != at_step:
-        return Certificate(False, f"it resumed from step {run['resumed_from']}, expected step {at_step}")
+    if other.run.resumed_from != at_step:
+        return Certificate(False, f"it resumed from step {other.run.resumed_from}, expected step {at_step}")
     one_algorithm, other_algorithm = _algorithm(straight), _algorithm(interrupted)
     if one_algorithm != other_algorithm:
         return Certificate(False, f"digests of {one_algorithm} cannot be compared with those of {other_algorithm}")
@@ -103,7 +100,7 @@ def judge(straight: Path, interrupted: Path, at_step: int, code: int, output: st
             return _does_not_reproduce(step, stage)  # it had not been interrupted by then
         return Certificate(False, f"not restored: {_COMPONENTS.get(stage, stage)} (step {step}, {stage})")
     for field in ("fingerprints", "epochs"):
-        if one[field] != other[field]:
+        if getattr(one, field) != getattr(other, field):
             return Certificate(False, f"not restored: something that {field} in report.json depend on")
     trace = _read_trace(interrupted)
     after = [digests for (step, _), digests in trace.items() if step > at_step]
@@ -112,7 +109,7 @@ def judge(straight: Path, interrupted: Path, at_step: int, code: int, output: st
     return Certificate(
         True,
         f"interrupted after step {at_step} of {last}: {last - at_step} steps gone on with, {num_digests} digests of "
-        f"their stages, {len(one['epochs'])} epochs' results and the final state are those of the uninterrupted run",
+        f"their stages, {len(one.epochs)} epochs' results and the final state are those of the uninterrupted run",
     )
 
 

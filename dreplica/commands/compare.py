@@ -244,13 +244,14 @@ def _notes(
 ) -> list[str]:
     notes = []
     for name, trace, run, alone in zip(names, traces, runs, found.num_alone, strict=True):
-        notes += [f"{name}: {line}" for line in run.missing if not line.endswith("no report.json")]
+        notes += [f"{name}: {line}" for line in run.problems]
         if trace.is_cut_off:
             notes.append(f"{name}: the last line was cut off, and is left out; step {trace.last_key[0]} is the last")
         if trace.first_repeated is not None:
             notes.append(f"{name}: gone on with from before step {trace.first_repeated}; what came of it later counts")
         if trace.diverged_at is not None:
-            cause = f" ({run.verdict['cause']})" if run.verdict else ""
+            verdict = None if run.report is None else run.report.verdict
+            cause = "" if verdict is None else f" ({verdict.cause})"
             notes.append(
                 f"{name}: its own {trace.num_replicas} replicas had parted at step {trace.diverged_at}{cause}; "
                 "the trace has replica 0's digests"

@@ -117,7 +117,7 @@ class Referring:
         own, own_rows = yaml.safe_load(self._config.to_yaml()), json.loads(json.dumps(manifests))
         config = config_differences(recorded.config, own) if recorded.config is not None else []
         manifest = manifest_differences(recorded.manifests, own_rows) if recorded.manifests is not None else []
-        lines = [f"reference: {line}" for line in recorded.missing if not line.endswith("no report.json")]
+        lines = [f"reference: {line}" for line in recorded.problems]
         if trace.is_cut_off:
             lines.append(f"reference: its last line was cut off; step {trace.last_key[0]} is the last")
         if trace.diverged_at is not None:

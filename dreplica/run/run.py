@@ -14,6 +14,13 @@ from dreplica.agreement.agreement import Agreement
 from dreplica.agreement.hasher import Hasher, common_hasher, describe_fallback
 from dreplica.agreement.reference import ReferenceDifference, ReferenceDiffers
 from dreplica.agreement.trace.reader import TENSORS_NAME, TRACE_NAME
+from dreplica.agreement.trace.run_report import (
+    DistanceRecord,
+    RunReport,
+    SkippedCheckpoint,
+    SkippedSamples,
+    SpreadRecord,
+)
 from dreplica.agreement.trace.tensor_digests import TensorRecord
 from dreplica.agreement.trace.writer import TraceWriter
 from dreplica.agreement.verdict.verdict import Divergence, Verdict
@@ -25,7 +32,6 @@ from dreplica.distributed.process_group import World
 from dreplica.distributed.signals import StopRequest
 from dreplica.errors import ExitCode, UsageError
 from dreplica.report.record.recorder import Recorder
-from dreplica.report.record.run_report import RunReport
 from dreplica.report.record.terminal import ProgressDisplay, Screen
 from dreplica.report.record.trackers import check_sinks
 from dreplica.run.bootstrap import Prepared, end_at_once, meet
@@ -69,7 +75,8 @@ class Run:
         self.console = Screen()
         run = self.config.run
         name, report = str(run.name), self.config.report
-        self.recorder = Recorder(world, self.console, run, name, self.expect, self.config.to_yaml(), report)
+        every = self.config.agreement.every
+        self.recorder = Recorder(world, self.console, run, name, self.expect, self.config.to_yaml(), report, every)
 
     @property
     def report(self) -> RunReport:
@@ -179,8 +186,8 @@ class Run:
             return Start()
         start = self.checkpoints.restore()
         self.recorder.go_on(start.position.epoch)
-        self.report.resumed_from = start.step
-        self.report.skipped_checkpoints = [asdict(each) for each in start.skipped]
+        self.report.run.resumed_from = start.step
+        self.report.run.skipped_checkpoints = [SkippedCheckpoint(**asdict(each)) for each in start.skipped]
         self.report.warnings += [f"skipped checkpoint {each}" for each in start.skipped]
         return start
 
@@ -194,7 +201,7 @@ class Run:
     def stop(self, event: Stopped, trace: TraceWriter) -> None:
         """Saves the state of a run that was told to stop: it can go on if that has worked."""
         self.save(event.position, trace)
-        self.report.stopped_after = event.step
+        self.report.run.stopped_after = event.step
         self.stopped_with = ExitCode.STOPPED if self.checkpoints.newest_is_there() else ExitCode.FAILED
 
     def check_reproduces(self, trace: TraceWriter) -> None:
@@ -247,19 +254,21 @@ class Run:
     def measure_distance(self, done: EpochDone) -> None:
         """Once replicas have parted and go on, records how far they are from each other."""
         if self.agreement is not None and self.agreement.divergence is not None and self.recorder.report is not None:
-            self.recorder.report.distance.append({"epoch": done.epoch, **measure_distance(self.replica, self.channel)})
+            distance = measure_distance(self.replica, self.channel)
+            self.recorder.report.distance.append(DistanceRecord.of(done.epoch, distance))
 
     def finish(self, agreement: Agreement) -> Verdict:
         """The end of training: final fingerprints, and the spread if replicas are independent."""
         report = self.report
-        report.fingerprints, report.last_step = agreement.fingerprints(), agreement.steps_done
+        report.set_fingerprints(agreement.fingerprints())
+        report.run.last_step = agreement.steps_done
         for faults in self.channel.gather(self.injector.never_struck):
             due = [fault for fault in faults if fault.repeat or fault.step > self.start.step]
             report.warnings += [f"fault injection: never struck: {fault}" for fault in due]
         if self.expect == "independent" and report.epochs:
-            evaluation = report.epochs[-1].evaluation
-            if evaluation is not None:  # a run that had nothing left to do has made none
-                report.spread = measure_spread(evaluation, self.channel)
+            evaluation = self.recorder.last_evaluation
+            if evaluation is not None:  # a resumed run with no steps left has none
+                report.spread = SpreadRecord(**measure_spread(evaluation, self.channel).as_dict())
         if agreement.divergence is not None:
             return self.explained or self.explain(agreement.divergence, agreement.reference_difference)
         differing = None if self.expect == "independent" else report.first_differing_result()
@@ -270,15 +279,16 @@ class Run:
         verdict = diagnosis.agreed(self.facts, steps, self.expect == "independent", compared=every > 0)
         verdict, warnings = self.referring.conclude(verdict, agreement.steps_done)
         report.warnings += warnings
-        if report.stopped_after is not None:
-            verdict = verdict.with_(summary=f"{verdict.summary}; stopped on request after step {report.stopped_after}")
+        if report.run.stopped_after is not None:
+            stopped = f"stopped on request after step {report.run.stopped_after}"
+            verdict = verdict.with_(summary=f"{verdict.summary}; {stopped}")
         return verdict
 
     def open_record(self, anew: bool = False) -> None:
         """Opens the run folder: once there is something to keep, so that an unusable run leaves nothing behind."""
         self.recorder.open(self.facts.manifests, anew)
         self.report.warnings += [*self.warnings, *(f"fault injection: {fault}" for fault in self.config.inject)]
-        self.report.skipped = self.parts.skipped
+        self.report.skipped = SkippedSamples(count=len(self.parts.skipped), samples=self.parts.skipped)
 
     def conclude(self, verdict: Verdict) -> ExitCode:
         """Names the cause, writes the report, and says with what code to exit."""

@@ -1,4 +1,4 @@
-"""Differences between the configs and the environments of two recorded runs."""
+"""Read what a run folder holds in addition to the trace, and compare config and manifest of two runs."""
 
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+
+from dreplica.agreement.trace.run_report import ReportError, RunReport
 
 _CHANGES_NOTHING = {"run", "checkpoint", "agreement", "world.timeout", "train.epochs", "train.max_steps"}
 """Config sections and keys that no digest depends on: names, what is compared and saved, and the length of the run."""
@@ -33,64 +35,59 @@ class RunDifference:
 
 @dataclass(frozen=True)
 class RecordedRun:
-    """Contents of a run folder other than the trace."""
+    """The content of a run folder in addition to the trace."""
 
     config: Mapping[str, Any] | None
-    """The resolved config, or None if it is missing or cannot be read."""
+    """Resolved config, or None if it is missing or not valid."""
     manifests: Sequence[Mapping[str, Any]] | None
-    """The manifest of each replica, or None if they are missing or cannot be read."""
-    verdict: Mapping[str, Any] | None
-    """The verdict in the report, or None if there is no report or the run has not ended."""
-    final: Mapping[tuple[Any, str], str]
-    """Replica and stage (weights, buffers, optimizer) to its digest at the end of the run, 32 hex digits."""
-    last_step: int | None
-    """The step after which `final` was taken, or None if the report does not contain it. The run may have resumed."""
-    missing: tuple[str, ...] = ()
-    """The files that could not be read, each with the reason."""
+    """Manifest of each replica, or None if it is missing or not valid."""
+    report: RunReport | None
+    """Report of the run, or None if it is missing or not valid. A run that was killed has none."""
+    problems: tuple[str, ...] = ()
+    """Descriptions of the files that are missing or not valid. A missing report is not a problem."""
+
+    @property
+    def final(self) -> Mapping[tuple[int, str], str]:
+        """Digests of each replica's final state by replica and stage, 32 hexadecimal digits each."""
+        rows = [] if self.report is None else self.report.fingerprints
+        return {(row.replica, stage): digest for row in rows for stage, digest in row.digests.items()}
+
+    @property
+    def last_step(self) -> int | None:
+        """Step to which `final` belongs. The run may have resumed since."""
+        return None if self.report is None else self.report.run.last_step
 
 
 def read_run(folder: Path) -> RecordedRun:
-    """Read a run folder, any file of which may be missing."""
-    missing: list[str] = []
+    """Read the files of a run folder, of which any may be missing or not valid."""
+    problems: list[str] = []
 
-    def read(name: str, parse: Any, is_one: Callable[[Any], bool]) -> Any:
+    def read(name: str, parse: Any, is_valid: Callable[[Any], bool]) -> Any:
         try:
             content = parse((folder / name).read_text(encoding="utf-8"))
         except FileNotFoundError:
-            missing.append(f"there is no {name}")
+            problems.append(f"there is no {name}")
         except (OSError, ValueError, yaml.YAMLError) as error:
-            missing.append(f"{name} cannot be read ({error})")
+            problems.append(f"{name} cannot be read: {error}")
         else:
-            if is_one(content):
+            if is_valid(content):
                 return content
-            missing.append(f"{name} is not what a run leaves")
+            problems.append(f"{name} is not the file of a run")
         return None
 
     config = read("config.yaml", yaml.safe_load, lambda content: isinstance(content, dict))
     manifests = read("manifest.json", json.loads, _is_rows)
-    report = read("report.json", json.loads, _is_report) or {}
-    final = {
-        (row.get("replica"), stage): digest
-        for row in report.get("fingerprints") or []
-        for stage, digest in row.items()
-        if stage != "replica"
-    }
-    run = report.get("run") or {}
-    last_step = run.get("last_step", run.get("stopped_after"))
-    return RecordedRun(config, manifests, report.get("verdict"), final, last_step, tuple(missing))
+    report: RunReport | None = None
+    try:
+        report = RunReport.read(folder)
+    except ReportError as error:
+        if error.code != "no-report":
+            problems.append(str(error))
+    return RecordedRun(config, manifests, report, tuple(problems))
 
 
 def _is_rows(content: Any) -> bool:
     return isinstance(content, list) and all(isinstance(row, dict) for row in content)
-
-
-def _is_report(content: Any) -> bool:
-    if not isinstance(content, dict) or not _is_rows(content.get("fingerprints") or []):
-        return False
-    verdict, run = content.get("verdict"), content.get("run") or {}
-    if not isinstance(run, dict) or not isinstance(run.get("last_step"), int | None):
-        return False
-    return verdict is None or (isinstance(verdict, dict) and "cause" in verdict)
 
 
 def config_differences(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[RunDifference]:

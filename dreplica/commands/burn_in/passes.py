@@ -29,7 +29,7 @@ class Pass(Run):
 
     def stop(self, event: Stopped, trace: TraceWriter) -> None:
         """Remembers that the pass was cut short."""
-        self.report.stopped_after = event.step
+        self.report.run.stopped_after = event.step
 
     def done(self, verdict: Verdict, keep: bool) -> PassDone:
         """What came of it. Its folder stays if `keep`, with its report, and is removed otherwise. A collective."""
@@ -52,12 +52,12 @@ class Pass(Run):
         return PassDone(
             number=self.number,
             seed=self.config.seed.model_dump(),
-            complete=agreed and report is not None and report.stopped_after is None,
+            complete=agreed and report is not None and report.run.stopped_after is None,
             steps=self.steps_checked,
             comparisons=0 if agreement is None else agreement.stages_compared,
             bytes_hashed=0 if agreement is None else agreement.bytes_hashed,
             seconds=time.monotonic() - self._started,
-            weights=report.fingerprints[0]["weights"] if agreed and report is not None else None,
+            weights=report.fingerprints[0].digests["weights"] if agreed and report is not None else None,
             verdict=verdict,
             warnings=[] if report is None else report.warnings,
             folder=str(self.recorder.folder) if kept else None,

@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from dreplica.agreement.trace.run_report import ReportError, RunReport
 from dreplica.commands.cases.case import Case, find_cases
 from dreplica.commands.scratch_folder import fresh_folder
 from dreplica.distributed.launch.background import run_in_background
@@ -86,14 +87,17 @@ def run_case(case: Case, root: Path, timeout: float = 120.0) -> Result:
     seconds = time.monotonic() - started
     folder = root / case.name
     try:
-        report = json.loads((folder / "report.json").read_text(encoding="utf-8"))
-    except FileNotFoundError:
+        report = RunReport.read(folder)
+    except ReportError as error:
+        if error.code != "no-report":
+            raise
         tail = "\n".join(output.splitlines()[-_TAIL_LINES:])
         reason = "it ended without a report" if ended else f"it did not end within {timeout:.0f} seconds"
         return Result(case, {}, seconds, f"{reason}:\n{tail}")
     if not ended:
         return Result(case, {}, seconds, f"it wrote a report but did not end within {timeout:.0f} seconds")
-    found = dict(report["verdict"])
+    assert report.verdict is not None, "a run that ended has a verdict"
+    found = report.verdict.as_dict()
     found |= {name: _OBSERVE[name](report, folder) for name in case.expected if name in _OBSERVE}
     return Result(case, found, seconds, "")
 
@@ -110,27 +114,27 @@ def _equal(values: Sequence[Any]) -> bool:
     return all(value == values[0] for value in values)
 
 
-def _val_accuracy(report: Mapping[str, Any], _folder: Path) -> str | None:
-    epochs = [_equal(epoch["val"]["accuracy"]) for epoch in report["epochs"]]
+def _val_accuracy(report: RunReport, _folder: Path) -> str | None:
+    epochs = [len(record.val["accuracy"]) == 1 for record in report.epochs]
     if not epochs:
         return None
     return "equal" if all(epochs) else "unequal"
 
 
-def _weights(report: Mapping[str, Any], _folder: Path) -> str | None:
-    digests = [row["weights"] for row in report["fingerprints"]]
+def _weights(report: RunReport, _folder: Path) -> str | None:
+    digests = [row.digests["weights"] for row in report.fingerprints]
     if not digests:
         return None
     return "equal" if _equal(digests) else "unequal"
 
 
-def _orders(_report: Mapping[str, Any], folder: Path) -> str:
+def _orders(_report: RunReport, folder: Path) -> str:
     lines = [json.loads(line) for line in (folder / "trace.jsonl").read_text(encoding="utf-8").splitlines()[1:]]
     digests = [line["digests"]["indices"] for line in lines if "indices" in line["digests"]]
     return "distinct" if len(set(digests)) == len(digests) else "repeated"
 
 
-_OBSERVE: Mapping[str, Callable[[Mapping[str, Any], Path], str | None]] = {
+_OBSERVE: Mapping[str, Callable[[RunReport, Path], str | None]] = {
     "val_accuracy": _val_accuracy,
     "weights": _weights,
     "orders": _orders,

@@ -12,6 +12,8 @@ from typing import Any
 import yaml
 from rich.console import Console
 
+from dreplica.agreement.trace.json_file import write_json
+from dreplica.agreement.trace.run_report import REPORT_NAME, EpochRecord, ReferenceCoverage, ReplicaInfo, RunInfo, RunReport
 from dreplica.agreement.verdict.verdict import Verdict
 from dreplica.config.schema import ReportConfig, RunFolderConfig
 from dreplica.diagnosis.decision.conclude import replica_lost
@@ -21,11 +23,13 @@ from dreplica.distributed.process_group import World
 from dreplica.environment.manifest import card_of, compare_values
 from dreplica.errors import UsageError
 from dreplica.report.html.render import FILE_NAME, write_report
+from dreplica.report.record.coverage import describe_coverage
+from dreplica.report.record.metrics import METRICS_NAME, append_metrics, read_metrics
 from dreplica.report.record.resumable import Completed, NotResumable, check_resumable
 from dreplica.report.record.run_folder import FolderLock, create_run_folder, newest_run_folder
-from dreplica.report.record.run_report import RunReport, append_metrics, read_metrics, write_json
 from dreplica.report.record.terminal import print_report
 from dreplica.report.record.trackers import Sinks
+from dreplica.training.evaluate import Evaluation
 from dreplica.training.events import EpochDone
 
 log = logging.getLogger(__name__)
@@ -45,10 +49,16 @@ class Recorder:
         expect: str,
         config_yaml: str,
         sinks: ReportConfig,
+        every: int = 1,
     ) -> None:
         self.report: RunReport | None = None
         self.goes_on = False
         """Whether this run goes on with an interrupted one, in its folder."""
+        self.reference: ReferenceCoverage | None = None
+        """Comparison with a recorded run, if there was one."""
+        self.last_evaluation: Evaluation | None = None
+        """This replica's predictions of the last epoch."""
+        self._every = every
         self._lock: FolderLock | None = None
         self._sinks_config = sinks
         self._sinks: Sinks | None = None
@@ -62,7 +72,7 @@ class Recorder:
     def folder(self) -> Path:
         """The run folder, once it is open."""
         assert self.report is not None, "open() comes first"
-        return self.report.folder
+        return Path(self.report.run.folder)
 
     def open(self, manifests: Sequence[Mapping[str, Any]], anew: bool = False) -> None:
         """Rank 0 makes the run folder and puts config and manifests in, or finds that of an interrupted run. A
@@ -85,10 +95,10 @@ class Recorder:
     def go_on(self, epoch: int) -> None:
         """Takes over what an interrupted run recorded of the epochs before `epoch`."""
         assert self.report is not None
-        done = read_metrics(self.folder / "metrics.jsonl") if self._world.is_coordinator else None
+        done = read_metrics(self.folder / METRICS_NAME) if self._world.is_coordinator else None
         done = self._world.channel.gather(done)[0]
         self._recorded_epochs = max((item.epoch for item in done), default=0)
-        self.report.epochs = [item for item in done if item.epoch < epoch]
+        self.report.epochs = [_record(item) for item in done if item.epoch < epoch]
         missing = sorted(set(range(1, epoch)) - {item.epoch for item in done})
         if missing:
             self.report.warnings.append(f"metrics.jsonl has lost epochs {missing}, which this report lacks, too")
@@ -132,13 +142,11 @@ class Recorder:
             log.warning(self.report.warnings[-1])
 
     def _begin(self, folder: Path, manifests: Sequence[Mapping[str, Any]]) -> None:
-        replicas: list[dict[str, Any]] = [
-            {"replica": replica_id, "host": None, "device": None, "seed": None}
-            for replica_id in range(self._world.num_replicas)
-        ]
+        replicas = [ReplicaInfo(replica=replica_id) for replica_id in range(self._world.num_replicas)]
         for row, manifest in zip(replicas, manifests, strict=False):
-            row |= {"host": manifest["host"], "device": manifest["device"]["name"], "seed": manifest["seed"]}
-        self.report = RunReport(self._name, folder, self._expect, replicas)
+            row.host, row.device, row.seed = manifest["host"], manifest["device"]["name"], manifest["seed"]
+        run = RunInfo(name=self._name, folder=str(folder))
+        self.report = RunReport(run=run, expect=self._expect, replicas=replicas)
         cards = [(manifest["host"], card) for manifest in manifests if (card := card_of(manifest)) is not None]
         if len(set(cards)) < len(cards):
             self.report.warnings.append("replicas share a GPU: a fault of that GPU can reach all of them alike")
@@ -155,13 +163,11 @@ class Recorder:
     def epoch(self, done: EpochDone) -> None:
         """Keeps an epoch's results."""
         assert self.report is not None
-        if self.report.epochs:
-            # Only the last evaluation is needed whole, for the spread.
-            self.report.epochs[-1] = self.report.epochs[-1].without_predictions()
-        self.report.epochs.append(done)
+        self.last_evaluation = done.evaluation  # only the last one is needed, for the spread
+        self.report.epochs.append(_record(done))
         self._warn_of_losses(done)
         if self._world.is_coordinator and done.epoch > self._recorded_epochs:
-            append_metrics(self.folder / "metrics.jsonl", done)
+            append_metrics(self.folder / METRICS_NAME, done)
             if self._sinks is not None:
                 self._sinks.epoch(done)
 
@@ -198,7 +204,7 @@ class Recorder:
         if not is_reporter(lost, self._world.replica_id, self._world.num_replicas):
             return
         if self.report is not None and self.report.verdict is not None:
-            if not (self.folder / "report.json").exists():
+            if not (self.folder / REPORT_NAME).exists():
                 self._write()
             return
         known = [item.step for item in lost if item.step is not None]
@@ -223,9 +229,12 @@ class Recorder:
 
     def _complete(self, verdict: Verdict, steps_checked: int) -> None:
         assert self.report is not None
-        self.report.verdict = verdict
-        self.report.seconds = time.monotonic() - self._started
+        self.report.conclude(verdict)
+        self.report.run.seconds = round(time.monotonic() - self._started, 1)
         self.report.steps_checked = steps_checked
+        self.report.coverage = describe_coverage(
+            self._world.num_replicas, self._expect, self._every, steps_checked, self.reference
+        )
 
     def _write(self) -> None:
         """To the terminal and to the run folder; that one of them fails, or never answers (a file system whose server
@@ -236,12 +245,16 @@ class Recorder:
         except OSError as error:
             log.error("the report could not be printed: %s", error)
         try:
-            write_json(self.folder / "report.json", self.report.as_dict())
+            self.report.write(self.folder)
         except OSError as error:
-            log.error("%s could not be written: %s", self.folder / "report.json", error)
+            log.error("%s could not be written: %s", self.folder / REPORT_NAME, error)
         try:
             write_report(self.folder)
         except Exception as error:  # whatever it is, the run ends as it would have
             log.warning("%s could not be made: %s", self.folder / FILE_NAME, describe_exception(error))
         if self._sinks is not None:
             self._sinks.close(self.report)
+
+
+def _record(done: EpochDone) -> EpochRecord:
+    return EpochRecord.of(done.epoch, done.train, done.val, done.seconds)

@@ -7,6 +7,7 @@ from typing import Any
 
 import yaml
 
+from dreplica.agreement.trace.run_report import ReportError, RunReport
 from dreplica.environment.manifest import compare_values
 from dreplica.training.checkpoint.file_format import list_checkpoints
 
@@ -39,16 +40,10 @@ def check_resumable(folder: Path, config_yaml: str, data_digest: str | None) -> 
     `data_digest`: of the data sets, as manifests have it.
     """
     try:
-        report = json.loads((folder / "report.json").read_text(encoding="utf-8"))
-        stopped, verdict = report["run"]["stopped_after"] is not None, report["verdict"]
-        if not stopped and verdict["agreed"]:
-            raise Completed("it came to its end")
-        if not stopped and verdict["cause"] not in _OF_THE_MACHINES:
-            raise NotResumable(f"it ended in {verdict['cause']}")
-    except FileNotFoundError:
-        pass  # killed before it could write one
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise NotResumable(f"its report.json cannot be read: {error}") from None
+        _check_end(RunReport.read(folder))
+    except ReportError as error:
+        if error.code != "no-report":  # a run that was killed has none
+            raise NotResumable(f"its {error}") from None
     try:
         before = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
     except (OSError, ValueError, yaml.YAMLError) as error:
@@ -66,6 +61,18 @@ def check_resumable(folder: Path, config_yaml: str, data_digest: str | None) -> 
         raise NotResumable(f"its manifest.json cannot be read: {error}") from None
     if data_before != data_digest:
         raise NotResumable(f"it had other data: their digest was {data_before}, and is {data_digest} now")
+
+
+def _check_end(report: RunReport) -> None:
+    """Raise NotResumable if a run ended for a reason that a resumed run would meet again."""
+    if report.run.stopped_after is not None:
+        return
+    if report.verdict is None:
+        raise NotResumable("its report.json has no verdict")
+    if report.verdict.agreed:
+        raise Completed("it completed")
+    if report.verdict.cause not in _OF_THE_MACHINES:
+        raise NotResumable(f"it ended with the cause {report.verdict.cause}")
 
 
 def _decisive(config: Any) -> dict[str, Any]:

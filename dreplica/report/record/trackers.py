@@ -11,7 +11,7 @@ from typing import Any, Protocol
 from dreplica.config.schema import ReportConfig
 from dreplica.distributed.failure import describe_exception
 from dreplica.errors import UsageError
-from dreplica.report.record.run_report import RunReport
+from dreplica.agreement.trace.run_report import RunReport
 from dreplica.state.rng import get_rng_state, set_rng_state
 from dreplica.training.events import EpochDone
 
