@@ -12,7 +12,7 @@ from typing import Any, Literal
 from dreplica.commands.burn_in.cards import Account, Card, PassDone
 from dreplica.config.schema import RunConfig
 from dreplica.errors import ExitCode, UsageError
-from dreplica.report.record.run_report import write_json
+from dreplica.agreement.trace.json_file import write_json
 
 SCHEMA = 1
 CONFIG_NAME = "config.yaml"

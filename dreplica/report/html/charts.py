@@ -1,4 +1,4 @@
-"""The figures of the report as numbers: lines and ticks in percent of the plot, which the page draws at any width."""
+"""Compute the figures of the page. Lines and ticks are in percent of the plot, so that it can have any width."""
 
 import math
 import sys
@@ -7,15 +7,15 @@ from dataclasses import dataclass, field
 from typing import Any
 
 _NUM_COLORS = 8
-"""Of the page's palette."""
+"""Number of colors in the palette of the page."""
 _LARGEST = 1e300
-"""That is drawn: of larger numbers a difference may be infinite."""
+"""Largest number that is drawn. The difference of larger ones may be infinite."""
 _SMALLEST = 1e-290
-"""Range of an axis: a smaller one is none."""
+"""Smallest range of an axis. A smaller one counts as empty."""
 _MOST_DOTS = 60
-"""Points of a line that are marked one by one."""
+"""Limit of points of a line that are marked with dots."""
 LAST = -sys.float_info.max
-"""What to sort by where there is no number; infinity is none that the page's script reads."""
+"""Sort key of cells without a number. The script of the page cannot read infinity."""
 
 
 @dataclass
@@ -23,26 +23,26 @@ class Tick:
     """A mark on an axis."""
 
     at: float
-    """Percent of the plot, from the left or from the bottom."""
+    """Position in percent of the plot, from the left or from the bottom."""
     label: str
 
 
 @dataclass
 class Line:
-    """One line of a chart: that of one replica, or of several that have the very same values."""
+    """One line of a chart, for one replica or several with identical values."""
 
     label: str
     color: int
     dashed: bool
     path: str
-    """SVG path in a plot of 100 by 100, y downwards."""
+    """SVG path of the line in a plot of 100 by 100, y downwards."""
     dots: str
-    """The same for its points, drawn as round dots by a line of no length; empty where there are many."""
+    """SVG path of the dots, as segments of zero length. Empty if there are many points."""
 
 
 @dataclass
 class Table:
-    """A figure's data, or facts. A cell is what is shown, or (what is shown, the number to sort by)."""
+    """Data of a figure or facts. A cell is a text, or a text and the number to sort by."""
 
     columns: list[str]
     rows: list[list[Any]]
@@ -51,7 +51,7 @@ class Table:
 
 @dataclass
 class LineChart:
-    """Lines over epochs."""
+    """A chart of lines over epochs."""
 
     title: str
     lines: list[Line]
@@ -68,22 +68,22 @@ def line_chart(
     in_percent: bool = False,
     logarithmic: bool = False,
 ) -> LineChart | None:
-    """Curves of every replica; None if there is nothing to draw.
+    """Return a chart with a curve for every replica, or None if there is nothing to draw.
 
     Args:
-        title: of the chart.
-        epochs: along the x axis.
-        parts: name (`training`, `validation`) to a row for each epoch: one value per replica, None where it is no
-            number. The first of several is dashed.
-        in_percent: whether values are parts of one.
-        logarithmic: whether the y axis is; values of 0 are not drawn then.
+        title: Title of the chart.
+        epochs: Epochs along the x axis.
+        parts: Name (`training`, `validation`) to one row per epoch, with one value per replica. None stands for a
+            number that is infinite or NaN. With several parts, the first is dashed.
+        in_percent: True if values are fractions, which are shown in percent.
+        logarithmic: True for a logarithmic y axis. Values of 0 are then not drawn.
     """
     drawn = {part: [[_height(value, logarithmic) for value in row] for row in rows] for part, rows in parts.items()}
     heights = [value for rows in drawn.values() for row in rows for value in row if value is not None]
     num_missing = sum(not _is_drawn(value) for rows in parts.values() for row in rows for value in row)
     if not epochs or not (heights or num_missing):
         return None
-    heights = heights or [0.0, 1.0]  # that there is nothing to draw is what there is to say
+    heights = heights or [0.0, 1.0]  # the empty plot shows that there are only missing values
     ticks = nice_ticks(min(heights), max(heights), whole=logarithmic)
     if in_percent and max(heights) <= 1:
         ticks = [tick for tick in ticks if -1e-9 <= tick <= 1 + 1e-9]
@@ -95,7 +95,7 @@ def line_chart(
     lines = []
     replicas = max(len(row) for rows in parts.values() for row in rows)
     for number, (part, rows) in enumerate(drawn.items()):
-        for ids in _alike(rows, replicas):
+        for ids in _equal_curves(rows, replicas):
             column = [row[ids[0]] if ids[0] < len(row) else None for row in rows]
             points = [
                 None if value is None else (x(epoch), 100 * (high - value) / (high - low))
@@ -129,8 +129,8 @@ def _tick_text(tick: float, in_percent: bool, logarithmic: bool) -> str:
     return f"1e{tick:.0f}" if logarithmic else number_text(tick, in_percent)
 
 
-def _alike(rows: Sequence[Sequence[float | None]], replicas: int) -> list[list[int]]:
-    """Replicas grouped by equal curves."""
+def _equal_curves(rows: Sequence[Sequence[float | None]], replicas: int) -> list[list[int]]:
+    """Group replicas by equal curves."""
     groups: dict[str, list[int]] = {}
     for replica_id in range(replicas):
         curve = [row[replica_id] if replica_id < len(row) else None for row in rows]
@@ -157,7 +157,7 @@ def _table_of(epochs: Sequence[int], parts: Mapping[str, Sequence[Sequence[float
     columns = ["epoch"]
     cells: list[list[Any]] = [[(str(epoch), epoch)] for epoch in epochs]
     for part, rows in parts.items():
-        groups = _alike(rows, replicas)
+        groups = _equal_curves(rows, replicas)
         columns += [f"{part}, {name_replicas(ids, replicas)}" for ids in groups]
         for line, row in zip(cells, rows, strict=True):
             line += [exact(row[ids[0]] if ids[0] < len(row) else None) for ids in groups]
@@ -165,28 +165,32 @@ def _table_of(epochs: Sequence[int], parts: Mapping[str, Sequence[Sequence[float
 
 
 def name_replicas(ids: Sequence[int], replicas: int) -> str:
-    """`all replicas`, `replica 1`, `replicas 0, 2`."""
+    """Return the name of a set of replicas: `all replicas`, `replica 1` or `replicas 0, 2`."""
     if len(ids) == replicas > 1:
         return "all replicas"
     return f"replica{'s' * (len(ids) > 1)} {', '.join(map(str, ids))}"
 
 
 def exact(value: Any) -> tuple[str, float]:
-    """A cell with a number, and what to sort by; what is no number comes first."""
+    """Return a cell with a number. A value that is infinite, NaN or missing sorts first."""
     if not _is_finite(value):
         return "not finite", LAST
     return f"{value:.6g}", value
 
 
 def percent(value: float) -> tuple[str, float]:
-    """A cell with a part of one, in percent."""
+    """Return a cell with a fraction in percent."""
     return f"{100 * value:.6g}%", value
 
 
 def nice_ticks(low: float, high: float, about: int = 4, whole: bool = False) -> list[float]:
-    """About so many round numbers, in steps of 1, 2, 2.5 or 5 times a power of ten, that enclose low to high.
+    """Return round numbers that enclose a range, in steps of 1, 2, 2.5 or 5 times a power of ten.
 
-    Neither is beyond 1e300. `whole`: only whole ones.
+    Args:
+        low: Lower end of the range, at least -1e300.
+        high: Upper end of the range, at most 1e300.
+        about: Approximate number of intervals.
+        whole: True for integers only.
     """
     if not high - low > _SMALLEST:
         margin = (abs(low) if abs(low) > _SMALLEST else 1.0) / 10
@@ -201,12 +205,12 @@ def nice_ticks(low: float, high: float, about: int = 4, whole: bool = False) -> 
 
 
 def number_text(value: float, in_percent: bool = False) -> str:
-    """As on an axis."""
+    """Return a number as text for an axis."""
     return f"{100 * value:.4g}%" if in_percent else f"{value:.4g}"
 
 
 def _whole_ticks(first: int, last: int) -> list[int]:
-    """A few round numbers from `first` to `last`."""
+    """Return a few round numbers from `first` to `last`."""
     if first == last:
         return [first]
     return [int(tick) for tick in nice_ticks(first, last, about=6, whole=True) if first <= tick <= last]

@@ -1,35 +1,42 @@
-"""What the report says of the replicas and of what they ran on."""
+"""Tables of the replicas and of their environment."""
 
 from collections.abc import Mapping
 from typing import Any
 
+from dreplica.agreement.trace.run_report import ReplicaInfo
 from dreplica.environment.manifest import compare_manifests
 from dreplica.report.html.charts import LAST, Table, name_replicas, percent
 from dreplica.report.html.run_files import RunFiles
 
 
 def replicas_table(run: RunFiles) -> Table:
-    """Each replica: where, on what, from which seed, to which accuracy and weights."""
-    report = run.report or {}
-    replicas = report.get("replicas") or [
-        {**manifest, "device": (manifest.get("device") or {}).get("name")} for manifest in run.manifests
-    ]
-    fingerprints = {row["replica"]: row for row in report.get("fingerprints") or []}
+    """Return one row per replica: host, device, seed, final accuracy and digests. Empty columns are left out."""
+    report = run.report
+    fingerprints = {row.replica: row.digests for row in report.fingerprints} if report else {}
     last = run.epochs[-1]["val"].get("accuracy", []) if run.epochs else []
     rows = []
-    for r, row in enumerate(replicas):
+    for r, row in enumerate((report.replicas if report else []) or _replicas_of(run.manifests)):
         digests = fingerprints.get(r, {})
-        facts = [row.get("host"), row.get("device"), row.get("seed")]
-        shown = ["" if fact is None else str(fact) for fact in facts]
+        shown = ["" if fact is None else str(fact) for fact in (row.host, row.device, row.seed)]
         accuracy = percent(last[r]) if r < len(last) else ("", LAST)
         rows.append([(str(r), r), *shown, accuracy, *(digests.get(k, "")[:12] for k in ("weights", "buffers"))])
     columns = ["replica", "host", "device", "seed", "validation accuracy", "weights", "buffers"]
-    told = [i for i in range(len(columns)) if any(row[i] not in ("", ("", LAST)) for row in rows)]
-    return Table([columns[i] for i in told], [[row[i] for i in told] for row in rows])
+    kept = [i for i in range(len(columns)) if any(row[i] not in ("", ("", LAST)) for row in rows)]
+    return Table([columns[i] for i in kept], [[row[i] for i in kept] for row in rows])
+
+
+def _replicas_of(manifests: list[dict[str, Any]]) -> list[ReplicaInfo]:
+    """Return what manifests say about the replicas. Their values may have any type."""
+    return [
+        ReplicaInfo.model_construct(
+            replica=r, host=row.get("host"), device=(row.get("device") or {}).get("name"), seed=row.get("seed")
+        )
+        for r, row in enumerate(manifests)
+    ]
 
 
 def environment_table(run: RunFiles) -> Table | None:
-    """The manifest's fields on which replicas differ; None if there is none."""
+    """Return the manifest fields that differ between replicas, or None if there are none."""
     overrides = run.config.get("overrides") or {}
     rows = [{key: value for key, value in row.items() if key != "replica"} for row in run.manifests]
     cells = []
@@ -43,7 +50,7 @@ def environment_table(run: RunFiles) -> Table | None:
 
 
 def manifest_table(run: RunFiles) -> Table | None:
-    """All of the manifest, as replica 0 has it."""
+    """Return all manifest fields of replica 0."""
     if not run.manifests:
         return None
     return Table(["field", "replica 0"], [[name, str(value)] for name, value in _flat(run.manifests[0])])

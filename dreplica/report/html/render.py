@@ -1,7 +1,7 @@
-"""report.html: one file that needs no network, made of what is in the run folder alone.
+"""Render `report.html` from a run folder: one file that needs no network.
 
-Jinja2 escapes everything that is put into the page. Should something slip through all the same, the page's own policy
-lets no script run but the one that is its own, by its digest, and nothing be fetched from anywhere.
+Jinja2 escapes every value. As a second barrier, the page's content security policy allows only its own script, by
+digest, and no requests.
 """
 
 import base64
@@ -16,7 +16,8 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
 from markupsafe import Markup
 
 from dreplica import __version__
-from dreplica.report.html import environment_tables as environment
+from dreplica.agreement.trace.run_report import SkippedSamples
+from dreplica.report.html import environment_tables as tables
 from dreplica.report.html import sections
 from dreplica.report.html.charts import Tick
 from dreplica.report.html.headline import duration, headline
@@ -31,9 +32,14 @@ _TEMPLATES = Path(__file__).parent / "template"
 
 
 def write_report(folder: Path) -> Path:
-    """Makes report.html of what is in a run folder, whole or not at all, and returns its path.
+    """Write `report.html` into a run folder, completely or not at all.
 
-    Raises UsageError if `folder` is no run folder, OSError if the file cannot be written.
+    Returns:
+        The path of the file.
+
+    Raises:
+        UsageError: The folder is not a run folder.
+        OSError: The file cannot be written.
     """
     path = folder / FILE_NAME
     temporary = folder / f"{FILE_NAME}.{os.getpid()}.tmp"
@@ -48,12 +54,11 @@ def write_report(folder: Path) -> Path:
 
 
 def render(run: RunFiles) -> str:
-    """The page."""
+    """Return the page of a run."""
     script = (_TEMPLATES / "report.js").read_text(encoding="utf-8")
-    report = run.report or {}
-    seconds = (report.get("run") or {}).get("seconds")
-    steps = report.get("steps_checked")
-    devices = sorted({str(row.get("device")) for row in report.get("replicas") or [] if row.get("device")})
+    report = run.report
+    seconds, steps = (report.run.seconds, report.steps_checked) if report else (None, None)
+    devices = sorted({row.device for row in (report.replicas if report else []) if row.device})
     facts = [
         f"{run.num_replicas} replica{'s' * (run.num_replicas != 1)}",
         *devices,
@@ -65,12 +70,13 @@ def render(run: RunFiles) -> str:
         run=run,
         facts=[fact for fact in facts if fact],
         top=headline(run),
-        warnings=[*run.problems, *(report.get("warnings") or [])],
-        skipped=report.get("skipped") or {},
+        warnings=[*run.problems, *(report.warnings if report else [])],
+        skipped=report.skipped if report else SkippedSamples(),
+        coverage=report.coverage if report else None,
         trace=run.trace,
         strip_ticks=_strip_ticks(run.trace.cells),
-        verdict_at=_place_of(run.trace.cells, ((report.get("verdict") or {}).get("step"))),
-        expect=report.get("expect"),
+        verdict_at=_place_of(run.trace.cells, report.verdict.step if report and report.verdict else None),
+        expect=report.expect if report else None,
         grid=grid,
         grid_table=sections.grid_table(grid) if grid else None,
         path=sections.operator_path(run),
@@ -78,29 +84,31 @@ def render(run: RunFiles) -> str:
         charts=sections.training_charts(run),
         distances=sections.distance_charts(run),
         time=sections.time_bars(run),
-        replicas=environment.replicas_table(run),
-        environment=environment.environment_table(run),
-        manifest=environment.manifest_table(run),
+        replicas=tables.replicas_table(run),
+        environment=tables.environment_table(run),
+        manifest=tables.manifest_table(run),
         on_gpu=any((row.get("device") or {}).get("type") == "cuda" for row in run.manifests),
-        class_name=sections.class_name,
+        group_name=sections.group_name,
         style=Markup((_TEMPLATES / "report.css").read_text(encoding="utf-8")),
         script=Markup(script),
         script_digest=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
         version=__version__,
-        made=f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC",
+        time_made=f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC",
     )
 
 
 @cache
 def template() -> Template:
-    """The page's, compiled once in a process."""
+    """Return the template of the page, compiled once per process."""
     loader = FileSystemLoader(_TEMPLATES)
-    made = Environment(loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    return made.get_template("report.html.j2")
+    environment = Environment(
+        loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    return environment.get_template("report.html.j2")
 
 
 def _strip_ticks(cells: list[Cell]) -> list[Tick]:
-    """Steps along the strip: the first, the last, and some between."""
+    """Return ticks for the first step, the last step and some between."""
     if not cells:
         return []
     count = min(4, len(cells))
@@ -110,7 +118,7 @@ def _strip_ticks(cells: list[Cell]) -> list[Tick]:
 
 
 def _place_of(cells: list[Cell], step: int | None) -> float | None:
-    """Percent from the left, of the cell that holds a step."""
+    """Return the position of a step's cell in percent from the left, or None if no cell has it."""
     for number, cell in enumerate(cells):
         if step is not None and cell.first <= step <= cell.last:
             return 100 * (number + 0.5) / len(cells)

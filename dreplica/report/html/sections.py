@@ -1,10 +1,10 @@
-"""What stands beneath the verdict: where replicas parted, how training went, where the time went, what it ran on."""
+"""Figures and tables below the verdict: divergence, training, time and spread."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
+from dreplica.agreement.trace.run_report import OperatorRecord, PathRecord
 from dreplica.diagnosis.measurement.error_propagation import evenly
 from dreplica.report.html.charts import (
     LineChart,
@@ -16,32 +16,32 @@ from dreplica.report.html.charts import (
     number_text,
     percent,
 )
-from dreplica.report.html.run_files import RunFiles, by_epoch
+from dreplica.report.html.run_files import RunFiles
 from dreplica.state.stages import STAGES
 from dreplica.training.events import PHASES
 
 _MOST_VALUES = 4000
-"""In a chart's table, by part of the data; a tenth as many rows in that of seconds. A page is to be mailed."""
+"""Limit of values per part in a chart's table, so that the page stays small enough to mail."""
 _MOST_IN_PAIRS = 40
-"""Replicas, in a table of every one against every other."""
+"""Limit of replicas in a table of all pairs."""
 _PHASE_ENDS_IN = {"forward": "the loss", "backward": "the gradients", "optimizer": "the updated weights"}
 
 
 @dataclass
 class PathRow:
-    """An operator on the way from the first difference to the outputs."""
+    """An operator between the first difference and the outputs."""
 
     operator: str
     place: str
     ulp: str
     relative: str
     width: float
-    """Percent: the logarithm of the distance."""
+    """Length of the bar in percent, on a logarithmic scale of the distance."""
 
 
 @dataclass
 class OperatorPath:
-    """How far results are apart, operator by operator."""
+    """Differences of results, operator by operator."""
 
     compared: str
     ends_in: str
@@ -52,122 +52,122 @@ class OperatorPath:
 
 @dataclass
 class StageRow:
-    """One stage of the step at which replicas parted: a class number for each replica."""
+    """One stage of the divergent step, with a group number for each replica."""
 
     name: str
-    classes: list[int]
+    groups: list[int]
     differs: bool
 
 
 @dataclass
 class Bar:
-    """Where one replica's time went."""
+    """Time of one replica by phase."""
 
     replica: str
     parts: list[tuple[str, float]]
-    """Phase and percent."""
+    """Name and percent of each phase."""
 
 
 @dataclass
 class SpreadFigure:
-    """Accuracies of independent replicas on one axis; places in percent from the left."""
+    """Accuracies of independent replicas on one axis, in percent of its width."""
 
     summary: str
     ticks: list[Tick]
     dots: list[tuple[float, float, str]]
-    """From the left, from the top (so that none hides another), and what it is."""
+    """Percent from the left, percent from the top and title of each dot. Dots have different heights to stay visible."""
     mean: float
     deviation: tuple[float, float] | None
-    """Where mean - sd and mean + sd are."""
+    """Positions of mean - sd and mean + sd."""
     ensemble: float
     table: Table
     disagreement: Table | None
 
 
 def operator_path(run: RunFiles) -> OperatorPath | None:
-    """The path that the diagnosis measured; None if there is none."""
-    path = ((run.report or {}).get("divergence") or {}).get("path") or {}
-    operators = path.get("operators") or []
-    if not operators:
+    """Return the differences that the diagnosis measured, or None if there are none."""
+    path = run.report.divergence.path if run.report and run.report.divergence else None
+    if not isinstance(path, PathRecord) or not path.operators:
         return None
-    one, other = path["replicas"]
-    most = max(math.log2(1 + (row["max_ulp"] or 0)) for row in operators) or 1.0
+    operators = path.operators
+    one, other = path.replicas
+    most = max(math.log2(1 + (row.max_ulp or 0)) for row in operators) or 1.0
     rows = [
         PathRow(
-            short_name(row["operator"]),
-            row["module"] or "outside of modules",
+            short_name(row.operator),
+            row.module or "outside of modules",
             _ulps(row),
-            "" if row["relative"] is None else f"{row['relative']:.1e}",
-            100.0 if row["max_ulp"] is None else 100 * math.log2(1 + row["max_ulp"]) / most,
+            "" if row.relative is None else f"{row.relative:.1e}",
+            100.0 if row.max_ulp is None else 100 * math.log2(1 + row.max_ulp) / most,
         )
         for row in operators
     ]
     columns = ["#", "operator", "module", "phase", "ULP", "absolute", "relative", "elements that differ", "of"]
     cells = [
         [
-            (str(row["index"]), row["index"]),
-            row["operator"],
-            row["module"] or "",
-            row["phase"],
-            *(exact(row[key]) for key in ("max_ulp", "max_absolute", "relative")),
-            (f"{row['num_differing']:,}", row["num_differing"]),
-            (_compared(row), row["num_elements"]),
+            (str(row.index), row.index),
+            row.operator,
+            row.module or "",
+            row.phase,
+            *(exact(value) for value in (row.max_ulp, row.max_absolute, row.relative)),
+            (f"{row.num_differing:,}", row.num_differing),
+            (_compared(row), row.num_elements),
         ]
         for row in operators
     ]
     return OperatorPath(
         f"two replays on replica {one}" if one == other else f"replica {one} against replica {other}",
-        _PHASE_ENDS_IN.get(operators[0]["phase"], "the end of its phase"),
-        path["num_operators"],
+        _PHASE_ENDS_IN.get(operators[0].phase, "the end of its phase"),
+        path.num_operators,
         rows,
         Table(columns, cells),
     )
 
 
 def short_name(operator: str) -> str:
-    """`convolution` for `aten.convolution.default`."""
+    """Return the short name of an operator: `convolution` for `aten.convolution.default`."""
     name = operator.removeprefix("aten.")
     return name.removesuffix(".default")
 
 
-def _ulps(row: Mapping[str, Any]) -> str:
-    if row["max_ulp"] is None:
+def _ulps(row: OperatorRecord) -> str:
+    if row.max_ulp is None:
         return "not a number"
-    if not row["num_differing"]:
-        return "none in those compared" if row["num_elements"] else "no floating-point result"
-    return f"{row['max_ulp']:,} ULP" if row["max_ulp"] < 10**8 else f"{row['max_ulp']:.1e} ULP"
+    if not row.num_differing:
+        return "none in those compared" if row.num_elements else "no floating-point result"
+    return f"{row.max_ulp:,} ULP" if row.max_ulp < 10**8 else f"{row.max_ulp:.1e} ULP"
 
 
-def _compared(row: Mapping[str, Any]) -> str:
-    if row["num_compared"] == row["num_elements"]:
-        return f"{row['num_elements']:,}"
-    return f"{row['num_compared']:,} compared of {row['num_elements']:,}"
+def _compared(row: OperatorRecord) -> str:
+    if row.num_compared == row.num_elements:
+        return f"{row.num_elements:,}"
+    return f"{row.num_compared:,} compared of {row.num_elements:,}"
 
 
 def stage_grid(run: RunFiles) -> list[StageRow]:
-    """Stages against replicas, at the step where they parted; empty if they did not."""
-    classes = ((run.report or {}).get("divergence") or {}).get("stage_classes") or {}
+    """Return one row per stage compared at the divergent step, or an empty list if there is none."""
+    groups = (run.report.divergence.stage_groups if run.report and run.report.divergence else None) or {}
     rows = []
-    for stage in (name for name in STAGES if name in classes):
-        numbers = {replica_id: number for number, ids in enumerate(classes[stage]) for replica_id in ids}
-        rows.append(StageRow(stage, [numbers[r] for r in sorted(numbers)], len(classes[stage]) > 1))
+    for stage in (name for name in STAGES if name in groups):
+        numbers = {replica_id: number for number, ids in enumerate(groups[stage]) for replica_id in ids}
+        rows.append(StageRow(stage, [numbers[r] for r in sorted(numbers)], len(groups[stage]) > 1))
     return rows
 
 
 def grid_table(rows: Sequence[StageRow]) -> Table:
-    """The grid's data."""
-    replicas = len(rows[0].classes)
+    """Return the data of the grid as a table."""
+    replicas = len(rows[0].groups)
     columns = ["stage", *(f"replica {r}" for r in range(replicas))]
-    return Table(columns, [[row.name, *(class_name(number) for number in row.classes)] for row in rows])
+    return Table(columns, [[row.name, *(group_name(number) for number in row.groups)] for row in rows])
 
 
-def class_name(number: int) -> str:
-    """A, B, C, …; the largest class of a stage is A."""
+def group_name(number: int) -> str:
+    """Return the letter of a group: A for the largest group of a stage, then B, C, …"""
     return chr(ord("A") + number) if number < 26 else str(number + 1)
 
 
 def training_charts(run: RunFiles) -> list[LineChart]:
-    """Loss and accuracy of every replica, epoch by epoch; of very many epochs, evenly spaced ones."""
+    """Return charts of loss and accuracy by epoch. Of many epochs, evenly spaced ones are shown."""
     shown = evenly(run.epochs, max(20, _MOST_VALUES // run.num_replicas))
     epochs = [row["epoch"] for row in shown]
     charts = []
@@ -182,20 +182,24 @@ def training_charts(run: RunFiles) -> list[LineChart]:
 
 
 def distance_charts(run: RunFiles) -> list[LineChart]:
-    """How far replicas that have parted and gone on are from replica 0: Euclidean, stage by stage, epoch by epoch."""
-    rows = by_epoch((run.report or {}).get("distance") or [])
-    epochs = [row["epoch"] for row in rows]
+    """Return one chart per stage of the Euclidean distance from replica 0 by epoch, after a divergence."""
+    by_epoch = {record.epoch: record.l2 for record in (run.report.distance if run.report else [])}
+    epochs = sorted(by_epoch)
     charts = []
     for stage in STAGES:
-        if rows and all(stage in row for row in rows):
-            values = {"distance": [row[stage]["l2"] for row in rows]}
+        if epochs and all(stage in by_epoch[epoch] for epoch in epochs):
+            values = {"distance": [by_epoch[epoch][stage] for epoch in epochs]}
             charts.append(line_chart(stage.capitalize(), epochs, values, logarithmic=True))
     return [chart for chart in charts if chart is not None]
 
 
 def time_bars(run: RunFiles) -> tuple[list[Bar], Table] | None:
-    """Where each replica's time went over all epochs that were measured, and the seconds of these, or of evenly spaced
-    ones where there are many; None if none were."""
+    """Return the time of each replica by phase, or None if no epoch was timed.
+
+    Returns:
+        One bar per replica over all timed epochs, and a table of seconds per epoch. Of many epochs, the table has
+        evenly spaced ones.
+    """
     measured = [row for row in run.epochs if any(row.get("timing", {}).values())]
     if not measured:
         return None
@@ -221,12 +225,12 @@ def _at(values: Sequence[float], replica_id: int) -> float:
 
 
 def spread_figure(run: RunFiles) -> SpreadFigure | None:
-    """The spread of independent replicas; None where they were to be identical."""
-    spread = (run.report or {}).get("spread")
-    if not spread or not run.epochs:
+    """Return the spread of independent replicas, or None if the report has none."""
+    spread = run.report.spread if run.report else None
+    if spread is None or not run.epochs:
         return None
     values = run.epochs[-1]["val"].get("accuracy") or []
-    mean, deviation, ensemble = spread["accuracy_mean"], spread["accuracy_std"], spread["ensemble_accuracy"]
+    mean, deviation, ensemble = spread.accuracy_mean, spread.accuracy_std, spread.ensemble_accuracy
     ends = [] if deviation is None else [mean - deviation, mean + deviation]
     shown = [*values, mean, ensemble, *ends]
     ticks = [tick for tick in nice_ticks(min(shown), max(shown)) if tick <= max(1, *shown) + 1e-9]
@@ -237,8 +241,8 @@ def spread_figure(run: RunFiles) -> SpreadFigure | None:
         return 100 * (value - low) / width
 
     around = "" if deviation is None else f" ± {100 * deviation:.3g} (standard deviation)"
-    pairs = [value for i, row in enumerate(spread["disagreement"]) for value in row[:i]]
-    summary = f"Validation accuracy {100 * mean:.4g}%{around}, n = {spread['n']}; ensemble {100 * ensemble:.4g}%."
+    pairs = [value for i, row in enumerate(spread.disagreement) for value in row[:i]]
+    summary = f"Validation accuracy {100 * mean:.4g}%{around}, n = {spread.n}; ensemble {100 * ensemble:.4g}%."
     if pairs:
         least = "" if min(pairs) == max(pairs) else f"{min(pairs):.2%} to "
         summary += f" Two replicas predict different classes for {least}{max(pairs):.2%} of the samples."
@@ -254,13 +258,13 @@ def spread_figure(run: RunFiles) -> SpreadFigure | None:
         at(ensemble),
         Table(["replica", "validation accuracy"], [[(str(r), r), percent(value)] for r, value in enumerate(values)]),
         Table(
-            ["replica", *(str(r) for r in range(spread["n"]))],
+            ["replica", *(str(r) for r in range(spread.n))],
             [
                 [(str(r), r), *((f"{value:.2%}", value) for value in row)]
-                for r, row in enumerate(spread["disagreement"])
+                for r, row in enumerate(spread.disagreement)
             ],
-            "Part of the validation samples on which two replicas predict different classes",
+            "Fraction of the validation samples for which two replicas predict different classes",
         )
-        if pairs and spread["n"] <= _MOST_IN_PAIRS
+        if pairs and spread.n <= _MOST_IN_PAIRS
         else None,
     )

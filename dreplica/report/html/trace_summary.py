@@ -1,6 +1,7 @@
-"""trace.jsonl in so many cells, however long it is: how many steps were compared in each, and how many differ.
+"""Summarize `trace.jsonl` in a fixed number of cells: steps compared and steps that differ.
 
-Read as a stream, in constant memory, to the last whole line: a run in progress writes on, and a crash cuts a line off.
+The file is read as a stream, in constant memory, up to the last complete line. A run in progress still appends to it,
+and a crash leaves a partial line.
 """
 
 import json
@@ -14,40 +15,45 @@ from dreplica.report.html import file_schemas as shapes
 MOST_CELLS = 160
 
 _LINE = re.compile(rb'\{"step": (\d{1,18}), "epoch": (\d{1,18}|null), "agreed": (true|false), .*\}\n')
-"""As the trace writes it; taken apart without reading the digests, which are most of it."""
+"""A line as the trace writes it. The digests, most of the line, are not parsed."""
 
 
 @dataclass
 class Cell:
-    """Some steps in a row."""
+    """A range of consecutive steps."""
 
     first: int
     last: int
     compared: int = 0
-    """How many of these steps were compared,"""
+    """Number of these steps that were compared."""
     differing: int = 0
-    """and in how many of them replicas differ, evaluations included."""
+    """Number of these steps at which replicas differ, evaluations included."""
 
 
 @dataclass
 class TraceSummary:
-    """What the report says of a trace."""
+    """The summary of a trace for the page."""
 
     header: dict[str, Any] = field(default_factory=dict)
     cells: list[Cell] = field(default_factory=list)
     build_agreed: bool | None = None
-    """Whether replicas agreed at step 0; None where it is not recorded."""
+    """True if replicas agreed at step 0. None if step 0 is not recorded."""
     last_step: int | None = None
     last_epoch: int | None = None
     first_differing: int | None = None
     num_compared: int = 0
     num_differing: int = 0
     cut: bool = False
-    """Whether what comes after some line cannot be read: the last one was cut off, say."""
+    """True if the lines after some line cannot be read, for example after a partial line."""
 
 
 def read_trace(path: Path, most_cells: int = MOST_CELLS) -> TraceSummary:
-    """The summary of a trace, in at most `most_cells` cells of equally many steps; empty if there is no such file."""
+    """Read the summary of a trace.
+
+    Args:
+        path: The trace file. A missing file gives an empty summary.
+        most_cells: Limit of cells. All cells have the same number of steps.
+    """
     summary = TraceSummary()
     if not path.exists():
         return summary
@@ -68,8 +74,8 @@ def read_trace(path: Path, most_cells: int = MOST_CELLS) -> TraceSummary:
             if step == 0:
                 summary.build_agreed = agreed and summary.build_agreed is not False
                 continue
-            # An evaluation has a line of its own, with the number of the step that it follows; and a run that was
-            # interrupted after its replicas had parted has gone on from an earlier step.
+            # An evaluation has a separate line with the number of the step before it. A run that was interrupted after
+            # a divergence resumes from an earlier step, so steps can repeat.
             counted = previous is not None and previous[0] == step and not previous[1]
             strip.add(step, compared=int(step > strip.last), differing=int(not agreed and not counted))
             previous = step, agreed and not counted
@@ -88,7 +94,7 @@ def _header(line: bytes, summary: TraceSummary) -> tuple[int, None, bool] | None
 
 
 def _parse(line: bytes) -> tuple[int, int | None, bool] | None:
-    """Step, epoch and whether replicas agreed; None for what is no whole line."""
+    """Return step, epoch and agreement of a line, or None if it is not a complete line."""
     found = _LINE.fullmatch(line)
     if found is not None:
         step, epoch, agreed = found.groups()
@@ -101,7 +107,7 @@ def _parse(line: bytes) -> tuple[int, int | None, bool] | None:
 
 
 class _Strip:
-    """Cells that grow twice as wide each time that there would be more than `most` of them."""
+    """Cells that double in width when there would be more than `most` of them."""
 
     def __init__(self, most: int) -> None:
         self._most = most

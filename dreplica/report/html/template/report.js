@@ -1,6 +1,6 @@
 "use strict";
 
-// Sorting: a click on a column's name sorts by it, another one the other way round.
+// Sorting: a click on a column's name sorts by it, a second click reverses the order.
 for (const table of document.querySelectorAll("table.sortable")) {
   const heads = [...table.tHead.rows[0].cells];
   const body = table.tBodies[0];
@@ -25,7 +25,7 @@ for (const table of document.querySelectorAll("table.sortable")) {
   });
 }
 
-// Copying: what stands in the same line, without the remark behind it.
+// Copying: the command or text of the line, without its remark.
 const said = document.getElementById("said");
 for (const button of document.querySelectorAll("button.copy")) {
   button.addEventListener("click", async () => {
@@ -33,7 +33,7 @@ for (const button of document.querySelectorAll("button.copy")) {
     try {
       await navigator.clipboard.writeText(source.textContent);
     } catch {
-      // Without the right to write to the clipboard: selected, it is one keystroke away.
+      // Without permission to write to the clipboard: select the text for the user to copy.
       getSelection().selectAllChildren(source);
       if (!document.execCommand("copy")) return;
     }
