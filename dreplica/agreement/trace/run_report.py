@@ -4,6 +4,7 @@ The file has schema 2. Files of schema 1, as written before version 0.2, are con
 """
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Self
@@ -267,13 +268,14 @@ class RunReport(_Record):
                 {"stage_groups": verdict.stage_groups, "path": verdict.path}
             )
 
-    def first_differing_result(self) -> tuple[int, str, list[float | None]] | None:
+    def first_differing_result(self) -> tuple[int, str, list[float]] | None:
         """Return epoch, metric and values of the first epoch whose results differ between replicas."""
         for record in self.epochs:
             for part, name in (("train", "training"), ("val", "validation")):
                 for metric, groups in getattr(record, part).items():
                     if len(groups) > 1:
-                        return record.epoch, f"{name} {metric}", record.values(part, metric)
+                        values = [math.nan if value is None else value for value in record.values(part, metric)]
+                        return record.epoch, f"{name} {metric}", values
         return None
 
     def as_dict(self) -> dict[str, Any]:

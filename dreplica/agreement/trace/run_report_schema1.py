@@ -1,6 +1,5 @@
 """Conversion of `report.json` from schema 1, which versions before 0.2 wrote."""
 
-from collections.abc import Callable
 from typing import Any
 
 _COMMAND_STARTS = ("--", "dreplica ", "torchrun ", "pip ", "sudo ")
@@ -44,22 +43,24 @@ def _evidence(line: str) -> dict[str, Any]:
 
 
 def _remedy(line: str) -> dict[str, Any]:
-    command = line.partition("  #")[0]
-    is_command = command != line or line.startswith(_COMMAND_STARTS)
-    return {"code": "text", "text": line, "command": command if is_command else None}
+    command, _, remark = line.partition("  #")
+    if remark or line.startswith(_COMMAND_STARTS):
+        return {"code": "text", "text": remark.strip(), "command": command}
+    return {"code": "text", "text": line}
 
 
 def _convert_metrics(row: Any) -> None:
     """Group the values of an epoch's metrics: schema 1 holds one value per replica."""
     for part in ("train", "val"):
         metrics = row.get(part) if isinstance(row, dict) else None
-        for name, values in metrics.items() if isinstance(metrics, dict) else ():
-            if isinstance(values, list):
-                metrics[name] = _groups(values, repr)
+        if isinstance(metrics, dict):
+            row[part] = {name: _groups(values) for name, values in metrics.items()}
 
 
-def _groups(values: list[Any], key: Callable[[Any], str]) -> list[dict[str, Any]]:
+def _groups(values: Any) -> Any:
+    if not isinstance(values, list):
+        return values
     groups: dict[str, dict[str, Any]] = {}
     for replica_id, value in enumerate(values):
-        groups.setdefault(key(value), {"replicas": [], "value": value})["replicas"].append(replica_id)
+        groups.setdefault(repr(value), {"replicas": [], "value": value})["replicas"].append(replica_id)
     return list(groups.values())

@@ -9,10 +9,10 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal
 
+from dreplica.agreement.trace.json_file import write_json
 from dreplica.commands.burn_in.cards import Account, Card, PassDone
 from dreplica.config.schema import RunConfig
 from dreplica.errors import ExitCode, UsageError
-from dreplica.agreement.trace.json_file import write_json
 
 SCHEMA = 1
 CONFIG_NAME = "config.yaml"

@@ -68,7 +68,8 @@ def read_run(folder: Path) -> RunFiles:
     problems: list[str] = []
     report = _read_report(folder, problems)
     config_text = _read(folder / "config.yaml", str, problems) or ""
-    config = _valid_entries(_read(folder / "config.yaml", _parse_yaml, problems), shapes.CONFIG, "config.yaml", problems)
+    config = _read(folder / "config.yaml", _parse_yaml, problems)
+    config = _valid_entries(config, shapes.CONFIG, "config.yaml", problems)
     manifests = _read(folder / "manifest.json", _parse_rows, problems)
     epochs = _read(folder / "metrics.jsonl", _parse_lines, problems)
     if not epochs and report is not None:

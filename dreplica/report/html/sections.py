@@ -75,7 +75,7 @@ class SpreadFigure:
     summary: str
     ticks: list[Tick]
     dots: list[tuple[float, float, str]]
-    """Percent from the left, percent from the top and title of each dot. Dots have different heights to stay visible."""
+    """Percent from the left, percent from the top and title of each dot. Dots do not hide each other."""
     mean: float
     deviation: tuple[float, float] | None
     """Positions of mean - sd and mean + sd."""
@@ -259,10 +259,7 @@ def spread_figure(run: RunFiles) -> SpreadFigure | None:
         Table(["replica", "validation accuracy"], [[(str(r), r), percent(value)] for r, value in enumerate(values)]),
         Table(
             ["replica", *(str(r) for r in range(spread.n))],
-            [
-                [(str(r), r), *((f"{value:.2%}", value) for value in row)]
-                for r, row in enumerate(spread.disagreement)
-            ],
+            [[(str(r), r), *((f"{value:.2%}", value) for value in row)] for r, row in enumerate(spread.disagreement)],
             "Fraction of the validation samples for which two replicas predict different classes",
         )
         if pairs and spread.n <= _MOST_IN_PAIRS

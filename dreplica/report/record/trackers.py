@@ -8,10 +8,10 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Protocol
 
+from dreplica.agreement.trace.run_report import RunReport
 from dreplica.config.schema import ReportConfig
 from dreplica.distributed.failure import describe_exception
 from dreplica.errors import UsageError
-from dreplica.agreement.trace.run_report import RunReport
 from dreplica.state.rng import get_rng_state, set_rng_state
 from dreplica.training.events import EpochDone
 

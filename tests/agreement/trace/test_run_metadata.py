@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from dreplica.agreement.trace.run_metadata import RunDifference, config_differences, manifest_differences, read_run
+from dreplica.agreement.verdict.verdict import Verdict
 from dreplica.config.schema import RunConfig
 
 CONFIG: dict[str, Any] = {
@@ -64,9 +65,12 @@ def test_the_number_of_replicas_is_no_difference_of_the_environment() -> None:
 @pytest.mark.parametrize("content", ["{", "[]", "7"])
 def test_what_cannot_be_read_is_said(content: str, tmp_path: Path) -> None:
     (tmp_path / "config.yaml").write_text(content)
-    (tmp_path / "report.json").write_text(json.dumps({"verdict": {"cause": "none"}}))
+    verdict = {"agreed": True, "cause": "none", "summary": "2 replicas"}
+    (tmp_path / "report.json").write_text(json.dumps({"schema": 1, "verdict": verdict}))
     run = read_run(tmp_path)
-    assert (run.config, run.manifests, run.verdict) == (None, None, {"cause": "none"})
-    first, second = run.missing
+    assert run.config is run.manifests is None
+    assert run.report is not None
+    assert run.report.verdict == Verdict(True, "none", "2 replicas")
+    first, second = run.problems
     assert first.startswith("config.yaml ")
     assert second == "there is no manifest.json"

@@ -4,7 +4,6 @@ import json
 import os
 import re
 import shutil
-from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
@@ -19,38 +18,11 @@ from dreplica.report.html.render import render
 from dreplica.report.html.run_files import read_run
 from tests.fixtures import SMALL, tiny_model
 from tests.harness import run_job
+from tests.report.page import Text
 
 pytestmark = pytest.mark.xdist_group("report")  # one worker makes the runs
 
 EVIL = "\"'><script>alert(1)</script><img src=x onerror=alert(1)>"
-
-
-class Text(HTMLParser):
-    """The text of a page, without its script and style, and the names of its elements."""
-
-    def __init__(self, page: str) -> None:
-        super().__init__()
-        self.parts: list[str] = []
-        self.elements: list[str] = []
-        self.attributes: set[str] = set()
-        self._within = ""
-        self.feed(page)
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self._within = tag
-        self.elements.append(tag)
-        self.attributes |= {name for name, _ in attrs}
-
-    def handle_endtag(self, tag: str) -> None:
-        self._within = ""
-
-    def handle_data(self, data: str) -> None:
-        if self._within not in {"script", "style"}:
-            self.parts.append(data)
-
-    @property
-    def text(self) -> str:
-        return re.sub(r"\s+", " ", "".join(self.parts))
 
 
 def text_of(folder: Path) -> str:

@@ -1,24 +1,25 @@
-"""What is printed at the end of a run."""
+"""The closing report on the terminal."""
 
 import io
-from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
+from dreplica.agreement.trace.run_report import ReplicaInfo, RunInfo, RunReport
 from dreplica.agreement.verdict.verdict import Verdict
-from dreplica.report.record.run_report import RunReport
 from dreplica.report.record.terminal import print_report
 
 
 def printed(verdict: Verdict, **replica: Any) -> str:
     console = Console(file=io.StringIO(), width=200)
-    row = {"host": "a", "device": "cpu", "seed": 1} | replica
-    print_report(console, RunReport("run", Path("run"), "identical", [row], verdict=verdict))
+    row = ReplicaInfo(**{"replica": 0, "host": "a", "device": "cpu", "seed": 1} | replica)
+    report = RunReport(run=RunInfo(name="run", folder="run"), replicas=[row])
+    report.conclude(verdict)
+    print_report(console, report)
     return console.file.getvalue()  # type: ignore[attr-defined]
 
 
-def test_what_is_not_known_is_not_printed() -> None:
+def test_unknown_facts_are_not_printed() -> None:
     text = printed(Verdict(False, "config-differs", "another lr"), host=None, device=None, seed=None)
     assert "where:" not in text
     assert "None" not in text

@@ -9,11 +9,11 @@ from typing import Any
 import numpy
 import pytest
 import torch
+from dreplica.report.record.run_report import RunReport
 
 from dreplica.config.schema import ReportConfig
 from dreplica.errors import UsageError
 from dreplica.report.record import trackers as sinks
-from dreplica.report.record.run_report import RunReport
 from dreplica.report.record.trackers import Sinks, check_sinks
 from dreplica.state.rng import get_rng_state
 from tests.fixtures import SMALL
