@@ -258,7 +258,7 @@ class Recorder:
         try:
             write_report(self.folder)
         except Exception as error:  # whatever it is, the run ends as it would have
-            log.warning("%s could not be made: %s", self.folder / FILE_NAME, describe_exception(error))
+            log.warning("%s could not be written: %s", self.folder / FILE_NAME, describe_exception(error))
         if self._sinks is not None:
             self._sinks.close(self.report)
 

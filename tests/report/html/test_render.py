@@ -1,4 +1,4 @@
-"""report.html of runs in every state, without a browser; what a browser makes of it is in test_browser."""
+"""report.html of runs in every state, without a browser. Tests in a browser are in test_browser."""
 
 import json
 import os
@@ -31,25 +31,25 @@ def text_of(folder: Path) -> str:
 
 @pytest.fixture(scope="module")
 def diverged(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a run that parted at its first step and went on."""
+    """The folder of a run that diverged at its first step and continued."""
     root = tmp_path_factory.mktemp("runs")
-    arguments = ("--overrides.1.determinism.onednn=false", "--agreement.on_divergence=continue", "--run.name=parted")
+    arguments = ("--overrides.1.determinism.onednn=false", "--agreement.on_divergence=continue", "--run.name=diverged")
     job = run_job(*SMALL, *arguments, root=root)
     assert job.exitcodes == {0: 3, 1: 3}, job.output
-    return root / "parted"
+    return root / "diverged"
 
 
 @pytest.fixture
 def folder(diverged: Path, tmp_path: Path) -> Path:
-    """A copy of it to change."""
+    """A copy of the diverged run's folder to change."""
     return Path(shutil.copytree(diverged, tmp_path / "run"))
 
 
-def test_a_run_leaves_its_report(diverged: Path) -> None:
+def test_run_writes_report_html(diverged: Path) -> None:
     page = (diverged / "report.html").read_text()
     text = Text(page).text
     assert "Replicas differ in what the config declares to differ." in text
-    assert "They parted at step 1 of epoch 1, in the buffers, first in 1.running_mean." in text
+    assert "Replicas diverged at step 1 of epoch 1, in the buffers, first in 1.running_mean." in text
     assert "remove the override, or set it for all replicas" in text
     assert "10 steps compared, replicas differ in 10." in text
     assert "numerics.onednn" in text
@@ -61,7 +61,7 @@ def test_a_run_leaves_its_report(diverged: Path) -> None:
         assert re.search(rf"{phase} \d+\.\d%", text), phase
 
 
-def test_it_is_made_again_from_the_folder_alone(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_report_command_renders_same_page_again(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     before = Text((folder / "report.html").read_text()).text
     (folder / "report.html").unlink()
     assert cli.main(["report", str(folder)]) == 0
@@ -70,14 +70,14 @@ def test_it_is_made_again_from_the_folder_alone(folder: Path, capsys: pytest.Cap
     assert after.partition("Made by")[0] == before.partition("Made by")[0]
 
 
-def test_what_is_no_run_folder_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_report_command_refuses_other_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for path in (tmp_path, tmp_path / "nowhere"):
         assert cli.main(["report", str(path)]) == 2
         assert "is not a run folder" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
 
 
-def test_a_run_in_progress_says_so_and_how_far_it_is(folder: Path) -> None:
+def test_page_of_run_in_progress_shows_last_step(folder: Path) -> None:
     (folder / "report.json").unlink()
     lines = (folder / "trace.jsonl").read_text().replace('"agreed": false', '"agreed": true').splitlines(keepends=True)
     (folder / "trace.jsonl").write_text("".join(lines[:9]) + lines[9][:50])
@@ -88,20 +88,20 @@ def test_a_run_in_progress_says_so_and_how_far_it_is(folder: Path) -> None:
     last = json.loads(lines[8])
     assert f"Last step recorded: {last['step']} of epoch {last['epoch']}." in text
     assert "replicas agree in all of them" in text
-    assert len(read_run(folder).epochs) == 1, "the second is not written to its end yet"
+    assert len(read_run(folder).epochs) == 1, "the second line is incomplete"
 
 
-def test_a_fault_found_on_a_replica_by_itself_is_not_told_as_a_parting(folder: Path) -> None:
+def test_wiring_fault_is_not_shown_as_divergence(folder: Path) -> None:
     report = json.loads((folder / "report.json").read_text())
     verdict = wiring_fault(WiringError("it holds none of them", code="optimizer-not-bound", tensor="0.weight"), [1], 2)
     (folder / "report.json").write_text(json.dumps(report | {"verdict": verdict.as_dict(), "divergence": None}))
     text = text_of(folder)
     assert "Fault found optimizer-not-bound" in text
     assert "It holds none of them. Suspected: replica 1." in text
-    assert "They parted" not in text
+    assert "diverged" not in text.lower()
 
 
-def test_a_long_run_of_many_replicas_is_no_large_file(folder: Path) -> None:
+def test_page_of_long_run_with_many_replicas_is_small(folder: Path) -> None:
     (row, *_) = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
     with (folder / "metrics.jsonl").open("w") as file:
         for epoch in range(1, 301):
@@ -116,7 +116,7 @@ def test_a_long_run_of_many_replicas_is_no_large_file(folder: Path) -> None:
     assert len(page) < 3_000_000
 
 
-def test_a_crash_before_the_first_step(folder: Path) -> None:
+def test_page_of_crash_before_first_step(folder: Path) -> None:
     for name in ("report.json", "trace.jsonl", "metrics.jsonl", "manifest.json"):
         (folder / name).unlink()
     text = text_of(folder)
@@ -124,29 +124,29 @@ def test_a_crash_before_the_first_step(folder: Path) -> None:
     assert "No step is recorded yet." in text
 
 
-def test_replicas_that_differ_in_a_run_in_progress_are_not_hidden(folder: Path) -> None:
+def test_page_of_run_in_progress_shows_divergence(folder: Path) -> None:
     (folder / "report.json").unlink()
-    assert "Replicas differ at step 1; the cause has not been written down." in text_of(folder)
+    assert "Replicas differ at step 1; no cause is recorded." in text_of(folder)
 
 
 @pytest.mark.parametrize("name", ["report.json", "manifest.json", "metrics.jsonl", "config.yaml"])
-def test_a_file_that_cannot_be_read_is_said_and_the_rest_is_shown(folder: Path, name: str) -> None:
+def test_damaged_file_is_named_and_rest_is_shown(folder: Path, name: str) -> None:
     (folder / name).write_text('{"cut": off\n')
     text = text_of(folder)
     assert f"{name} cannot be read" in text
     assert "10 steps compared" in text
 
 
-MISSHAPEN = [
+INVALID = [
     ("report.json", ["verdict"], 3, "verdict: Input should be"),
-    ("report.json", ["verdict", "classes"], [[0], 1], "verdict.classes.1: Input should be"),
+    ("report.json", ["verdict", "groups"], [[0], 1], "verdict.groups.1: Input should be"),
     ("report.json", ["run"], [], "run: Input should be"),
     ("report.json", ["run", "seconds"], 10**400, "run.seconds: Input should be"),
     ("report.json", ["spread"], {"n": 2, "accuracy_mean": None}, "spread.accuracy_mean: Input should be"),
     ("report.json", ["divergence", "path", "operators", 0, "max_ulp"], "x", "divergence.path"),
     ("report.json", ["distance", 0, "epoch"], [], "distance.0.epoch: Input should be"),
     ("report.json", ["fingerprints", 0, "weights"], 3, "fingerprints.0.weights: Input should be"),
-    ("report.json", [], [], "report.json cannot be read: it holds no object"),
+    ("report.json", [], [], "report.json is not a run report: expected an object, got list"),
     ("manifest.json", [0, "device"], "cpu", "manifest.json cannot be read: 0.device: Input should be"),
     ("config.yaml", ["run"], "x", "run: Input should be"),
     ("config.yaml", ["overrides"], {1: {"determinism": 3}}, "overrides.1.determinism: Input should be"),
@@ -155,8 +155,8 @@ MISSHAPEN = [
 ]
 
 
-@pytest.mark.parametrize(("name", "place", "value", "note"), MISSHAPEN)
-def test_what_has_another_shape_is_left_out_and_said(
+@pytest.mark.parametrize(("name", "place", "value", "note"), INVALID)
+def test_invalid_entry_is_named_and_rest_is_shown(
     folder: Path, name: str, place: list[Any], value: Any, note: str | None
 ) -> None:
     first, end, rest = (folder / name).read_text().partition("\n" if name.endswith("l") and "json" in name else "\0")
@@ -171,14 +171,14 @@ def test_what_has_another_shape_is_left_out_and_said(
     assert "onednn" in text, "the rest is shown"
 
 
-def test_a_distance_across_all_of_float64_is_shown(folder: Path) -> None:
+def test_largest_float64_distance_is_shown(folder: Path) -> None:
     report = json.loads((folder / "report.json").read_text())
     report["divergence"]["path"]["operators"][0]["max_ulp"] = 2**64 - 2**53
     (folder / "report.json").write_text(json.dumps(report))
     assert "1.8e+19 ULP" in text_of(folder)
 
 
-def test_numbers_of_steps_that_are_none_end_the_trace(folder: Path) -> None:
+def test_trace_ends_at_invalid_step_number(folder: Path) -> None:
     header, *lines = (folder / "trace.jsonl").read_text().splitlines(keepends=True)
     for step in ("-5", "1" * 5000, "1e400", "null"):
         (folder / "trace.jsonl").write_text(header + lines[0] + lines[1].replace('"step": 1', f'"step": {step}'))
@@ -186,7 +186,7 @@ def test_numbers_of_steps_that_are_none_end_the_trace(folder: Path) -> None:
         assert (summary.last_step, summary.cut) == (0, True)
 
 
-def test_a_run_that_went_on_does_not_show_the_report_of_its_first_attempt(folder: Path) -> None:
+def test_resumed_run_does_not_show_earlier_report(folder: Path) -> None:
     report = json.loads((folder / "report.json").read_text())
     assert report["run"]["last_step"] == 10
     report["run"]["stopped_after"] = 10
@@ -197,11 +197,11 @@ def test_a_run_that_went_on_does_not_show_the_report_of_its_first_attempt(folder
     (folder / "report.json").write_text(json.dumps(report))
     text = text_of(folder)
     assert "Still running, or ended without a report." in text
-    assert "report.json is that of an earlier attempt" in text
+    assert "report.json is of an earlier attempt" in text
 
 
 def poisoned(value: Any) -> Any:
-    """With markup behind every text in it."""
+    """Append markup to every text."""
     if isinstance(value, dict):
         return {key: poisoned(item) for key, item in value.items()}
     if isinstance(value, list):
@@ -210,7 +210,7 @@ def poisoned(value: Any) -> Any:
 
 
 def poison(folder: Path) -> None:
-    """Puts markup into every text of a run's report, manifests and config."""
+    """Add markup to every text of a run's report, manifests and config."""
     for name in ("report.json", "manifest.json"):
         content = poisoned(json.loads((folder / name).read_text()))
         if name == "report.json":
@@ -220,7 +220,7 @@ def poison(folder: Path) -> None:
     (folder / "config.yaml").write_text((folder / "config.yaml").read_text() + f"\n# {EVIL}\n")
 
 
-def test_markup_in_any_text_is_shown_as_text(folder: Path) -> None:
+def test_markup_in_values_is_escaped(folder: Path) -> None:
     page = render(read_run(folder))
     before = Text(page)
     poison(folder)
@@ -231,23 +231,23 @@ def test_markup_in_any_text_is_shown_as_text(folder: Path) -> None:
     assert after.attributes == before.attributes
 
 
-class InTheWay(nn.Module):
-    """Puts a folder where the report is to be written, as soon as there is a run folder."""
+class PageBlocker(nn.Module):
+    """A model that creates a folder at the path of the page, once the run folder exists."""
 
     def __init__(self, num_classes: int) -> None:
         super().__init__()
         self.body = tiny_model(num_classes)
 
     def forward(self, inputs: Tensor) -> Tensor:
-        (Path(os.environ["IN_THE_WAY"]) / "full").mkdir(parents=True, exist_ok=True)
+        (Path(os.environ["BLOCKED_FOLDER"]) / "full").mkdir(parents=True, exist_ok=True)
         return self.body(inputs)
 
 
-def test_a_report_that_cannot_be_made_changes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("IN_THE_WAY", str(tmp_path / "job" / "report.html"))
-    arguments = (*SMALL, "--train.max_steps=2", "--model.factory=tests.report.html.test_render:InTheWay")
+def test_unwritable_page_does_not_change_exit_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("BLOCKED_FOLDER", str(tmp_path / "job" / "report.html"))
+    arguments = (*SMALL, "--train.max_steps=2", "--model.factory=tests.report.html.test_render:PageBlocker")
     job = run_job(*arguments, root=tmp_path)
     assert job.exitcodes == {}, job.output
     assert job.report["verdict"]["cause"] == "none"
-    assert "report.html could not be made" in job.stderr
+    assert "report.html could not be written" in job.stderr
     assert not [path for path in job.folder.iterdir() if path.suffix == ".tmp"]
