@@ -33,7 +33,7 @@ from dreplica.distributed.signals import StopRequest
 from dreplica.errors import ExitCode, UsageError
 from dreplica.report.record.recorder import Recorder
 from dreplica.report.record.terminal import ProgressDisplay, Screen
-from dreplica.report.record.trackers import check_sinks
+from dreplica.report.record.trackers import check_trackers
 from dreplica.run.bootstrap import Prepared, end_at_once, meet
 from dreplica.run.explain import Explainer
 from dreplica.run.reference_run import Referring
@@ -100,7 +100,7 @@ class Run:
         """Prepares, builds, trains and, where replicas part, explains. A collective."""
         try:
             # Another replica's input may be unusable, too.
-            check = partial(check_sinks, self.config.report)
+            check = partial(check_trackers, self.config.report)
             self.world.together(check if self.world.is_coordinator else lambda: None)
             self.hasher = self.choose_hasher()
             self.referring = Referring(self.config, self.world, self.hasher.algorithm)

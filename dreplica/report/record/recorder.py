@@ -35,7 +35,7 @@ from dreplica.report.record.metrics import METRICS_NAME, append_metrics, read_me
 from dreplica.report.record.resumable import Completed, NotResumable, check_resumable
 from dreplica.report.record.run_folder import FolderLock, create_run_folder, newest_run_folder
 from dreplica.report.record.terminal import print_report
-from dreplica.report.record.trackers import Sinks
+from dreplica.report.record.trackers import Trackers
 from dreplica.training.evaluate import Evaluation
 from dreplica.training.events import EpochDone
 
@@ -55,7 +55,7 @@ class Recorder:
         name: str,
         expect: str,
         config_yaml: str,
-        sinks: ReportConfig,
+        trackers: ReportConfig,
         every: int = 1,
     ) -> None:
         self.report: RunReport | None = None
@@ -67,8 +67,8 @@ class Recorder:
         """This replica's predictions of the last epoch."""
         self._every = every
         self._lock: FolderLock | None = None
-        self._sinks_config = sinks
-        self._sinks: Sinks | None = None
+        self._trackers_config = trackers
+        self._trackers: Trackers | None = None
         self._recorded_epochs = 0
         self._world = world
         self._console = console
@@ -97,7 +97,7 @@ class Recorder:
                 self._compare_manifests(manifests)
             else:
                 self._write_inputs(manifests)
-            self._sinks = Sinks(self._sinks_config, folder, self._name, yaml.safe_load(self._config_yaml))
+            self._trackers = Trackers(self._trackers_config, folder, self._name, yaml.safe_load(self._config_yaml))
 
     def go_on(self, epoch: int) -> None:
         """Takes over what an interrupted run recorded of the epochs before `epoch`."""
@@ -175,8 +175,8 @@ class Recorder:
         self._warn_of_losses(done)
         if self._world.is_coordinator and done.epoch > self._recorded_epochs:
             append_metrics(self.folder / METRICS_NAME, done)
-            if self._sinks is not None:
-                self._sinks.epoch(done)
+            if self._trackers is not None:
+                self._trackers.epoch(done)
 
     def _warn_of_losses(self, done: EpochDone) -> None:
         """Once, of losses that are infinite or not a number: replicas may well agree on them."""
@@ -259,8 +259,8 @@ class Recorder:
             write_report(self.folder)
         except Exception as error:  # whatever it is, the run ends as it would have
             log.warning("%s could not be written: %s", self.folder / FILE_NAME, describe_exception(error))
-        if self._sinks is not None:
-            self._sinks.close(self.report)
+        if self._trackers is not None:
+            self._trackers.close(self.report.verdict)
 
 
 def _record(done: EpochDone) -> EpochRecord:

@@ -1,4 +1,4 @@
-"""Where else results may go, epoch by epoch: TensorBoard, Weights & Biases. From rank 0 alone."""
+"""Write results to experiment trackers, TensorBoard and Weights & Biases, on rank 0."""
 
 import logging
 import os
@@ -8,7 +8,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Protocol
 
-from dreplica.agreement.trace.run_report import RunReport
+from dreplica.agreement.verdict.verdict import Verdict
 from dreplica.config.schema import ReportConfig
 from dreplica.distributed.failure import describe_exception
 from dreplica.errors import UsageError
@@ -18,65 +18,81 @@ from dreplica.training.events import EpochDone
 log = logging.getLogger(__name__)
 
 
-class _Sink(Protocol):
+class _Tracker(Protocol):
     def scalars(self, values: Mapping[str, float], step: int) -> None: ...
 
-    def close(self, verdict: Mapping[str, Any]) -> None: ...
+    def close(self, verdict: Verdict | None) -> None: ...
 
 
-class Sinks:
-    """Those that the config asks for. One that fails is warned of and left; no random number generator is moved."""
+class Trackers:
+    """The experiment trackers enabled in the config.
+
+    A tracker that raises is disabled with a warning. The state of all random number generators is preserved.
+
+    Args:
+        config: The section `report` of the config.
+        folder: The run folder.
+        name: Name of the run.
+        run_config: The whole config, which trackers record.
+    """
 
     def __init__(self, config: ReportConfig, folder: Path, name: str, run_config: Mapping[str, Any]) -> None:
-        openers: dict[str, Callable[[], _Sink]] = {}
+        openers: dict[str, Callable[[], _Tracker]] = {}
         if config.tensorboard:
             openers["tensorboard"] = lambda: _TensorBoard(folder)
         if config.wandb:
             openers["wandb"] = lambda: _WeightsAndBiases(folder, name, run_config)
-        self._open: dict[str, _Sink] = {}
+        self._open: dict[str, _Tracker] = {}
         for key, opener in openers.items():
             with self._guarded(key):
                 self._open[key] = opener()
 
     def epoch(self, done: EpochDone) -> None:
-        """An epoch's results."""
+        """Write the results of an epoch."""
         values = _scalars(done)
-        for key, sink in list(self._open.items()):
+        for key, tracker in list(self._open.items()):
             with self._guarded(key):
-                sink.scalars(values, done.step)
+                tracker.scalars(values, done.step)
 
-    def close(self, report: RunReport) -> None:
-        """The verdict, and the end."""
-        for key, sink in list(self._open.items()):
+    def close(self, verdict: Verdict | None) -> None:
+        """Write the verdict and close the trackers."""
+        for key, tracker in list(self._open.items()):
             with self._guarded(key):
-                sink.close({} if report.verdict is None else report.verdict.as_dict())
+                tracker.close(verdict)
         self._open = {}
 
     @contextmanager
     def _guarded(self, key: str) -> Iterator[None]:
-        # A draw from a global generator, on rank 0 alone, would be a divergence of this very run.
+        # A tracker that draws from a global generator, on rank 0 only, would make this run diverge.
         state = get_rng_state()
         try:
             yield
-        except Exception as error:  # a server that does not answer, say: the run is not to end for that
+        except Exception as error:  # for example a server that does not respond, which must not end the run
             self._open.pop(key, None)
-            log.warning("report.%s: not written to any more: %s", key, describe_exception(error))
+            log.warning("report.%s: disabled after an error: %s", key, describe_exception(error))
         finally:
             set_rng_state(state)
 
 
-def check_sinks(config: ReportConfig) -> None:
-    """Raises UsageError if a package that the config asks for is not installed."""
+def check_trackers(config: ReportConfig) -> None:
+    """Check that the packages of the enabled trackers are installed.
+
+    Raises:
+        UsageError: A package is missing.
+    """
     for key in ("tensorboard", "wandb"):
         if getattr(config, key) and find_spec(key) is None:
             raise UsageError(
-                f"report.{key}: true will not do: the package {key} is not installed. Install it with "
-                f"pip install {key}, or set report.{key} to false."
+                f"report.{key}: the package {key} is not installed. "
+                f"Install it with pip install {key}, or set --report.{key} false.",
+                code="package-missing",
+                key=f"report.{key}",
+                package=key,
             )
 
 
 def _scalars(done: EpochDone) -> dict[str, float]:
-    """One value per replica, as `train/loss/replica_0`."""
+    """Return one value per metric and replica, named like `train/loss/replica_0`."""
     columns = {f"train/{key}": values for key, values in done.train.items()}
     columns |= {f"val/{key}": values for key, values in done.val.items()}
     columns["images_per_second"] = done.throughput
@@ -96,9 +112,9 @@ class _TensorBoard:
             self._writer.add_scalar(name, value, step)
         self._writer.flush()
 
-    def close(self, verdict: Mapping[str, Any]) -> None:
-        lines = [str(verdict.get("summary")), *verdict.get("evidence", []), *verdict.get("remedy", [])]
-        # As code, lest anything in it is taken for markup.
+    def close(self, verdict: Verdict | None) -> None:
+        lines = [] if verdict is None else [verdict.summary, *map(str, verdict.evidence), *map(str, verdict.remedy)]
+        # Indented as code, so that nothing in it is rendered as markup.
         self._writer.add_text("verdict", "\n".join(f"    {line}" for line in lines))
         self._writer.close()
 
@@ -119,7 +135,7 @@ class _WeightsAndBiases:
     def scalars(self, values: Mapping[str, float], step: int) -> None:
         self._run.log(dict(values), step=step)
 
-    def close(self, verdict: Mapping[str, Any]) -> None:
+    def close(self, verdict: Verdict | None) -> None:
         for key in ("cause", "summary", "step", "stage", "tensor", "operator", "suspects"):
-            self._run.summary[f"verdict/{key}"] = verdict.get(key)
-        self._run.finish(exit_code=0 if verdict.get("cause") == "none" else 1)
+            self._run.summary[f"verdict/{key}"] = getattr(verdict, key, None)
+        self._run.finish(exit_code=0 if verdict is not None and verdict.cause == "none" else 1)

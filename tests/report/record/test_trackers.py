@@ -4,28 +4,25 @@ import json
 import random
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import numpy
 import pytest
 import torch
-from dreplica.report.record.run_report import RunReport
 
+from dreplica.agreement.verdict.verdict import Verdict
 from dreplica.config.schema import ReportConfig
 from dreplica.errors import UsageError
-from dreplica.report.record import trackers as sinks
-from dreplica.report.record.trackers import Sinks, check_sinks
+from dreplica.report.record import trackers
+from dreplica.report.record.trackers import Trackers, check_trackers
 from dreplica.state.rng import get_rng_state
 from tests.fixtures import SMALL
 from tests.harness import run_job
-from tests.report.record.test_run_report import done
+from tests.report.record.test_metrics import done
 
 pytestmark = pytest.mark.xdist_group("report")
 
 
-def test_results_of_every_replica_reach_both_and_nothing_is_disturbed(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_trackers_get_all_results_and_keep_trace_identical(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("wandb", reason="wandb is not installed")
     accumulators = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     monkeypatch.setenv("WANDB_MODE", "offline")
@@ -49,7 +46,7 @@ def test_results_of_every_replica_reach_both_and_nothing_is_disturbed(
         assert name in content
 
 
-def test_a_run_that_goes_on_and_then_parts_writes_each_epoch_once_and_both_verdicts(tmp_path: Path) -> None:
+def test_resumed_run_writes_each_epoch_once_and_both_verdicts(tmp_path: Path) -> None:
     accumulators = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     arguments = (*SMALL, "--report={tensorboard: true}", "--inject=[{replica: 1, step: 11, target: weights}]")
     run_job(*arguments, "--run.stop_after=7", root=tmp_path)
@@ -57,21 +54,21 @@ def test_a_run_that_goes_on_and_then_parts_writes_each_epoch_once_and_both_verdi
     assert job.exitcodes == {0: 3, 1: 3}, job.output
     events = accumulators.EventAccumulator(str(job.folder / "tensorboard")).Reload()
     assert [event.step for event in events.Scalars("val/loss/replica_1")] == [5, 10]
-    stopped, parted = (event.tensor_proto.string_val[0] for event in events.Tensors("verdict/text_summary"))
+    stopped, diverged = (event.tensor_proto.string_val[0] for event in events.Tensors("verdict/text_summary"))
     assert b"stopped on request after step 7" in stopped
-    assert b"transient-fault: replicas parted at step 11" in parted
+    assert b"transient-fault: replicas parted at step 11" in diverged
 
 
 @pytest.mark.parametrize("key", ["tensorboard", "wandb"])
-def test_a_package_that_is_not_installed_is_named(key: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sinks, "find_spec", lambda name: None)
+def test_missing_package_is_named(key: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(trackers, "find_spec", lambda name: None)
     with pytest.raises(UsageError, match=f"report.{key}: .* pip install {key}"):
-        check_sinks(ReportConfig(**{key: True}))
-    check_sinks(ReportConfig())
+        check_trackers(ReportConfig(**{key: True}))
+    check_trackers(ReportConfig())
 
 
-class Restless:
-    """A sink that draws from every generator; `fails`: and then raises."""
+class RandomTracker:
+    """A tracker that draws from every generator, and raises if `fails`."""
 
     def __init__(self, fails: bool) -> None:
         self.fails = fails
@@ -80,14 +77,14 @@ class Restless:
     def scalars(self, values: Mapping[str, float], step: int) -> None:
         self._called("scalars")
 
-    def close(self, verdict: Mapping[str, Any]) -> None:
+    def close(self, verdict: Verdict | None) -> None:
         self._called("close")
 
     def _called(self, name: str) -> None:
         self.calls.append(name)
         random.random(), numpy.random.rand(), torch.rand(1)
         if self.fails:
-            raise ConnectionError("nobody answers")
+            raise ConnectionError("no response")
 
 
 def generators() -> tuple[str, str, bytes]:
@@ -96,15 +93,15 @@ def generators() -> tuple[str, str, bytes]:
 
 
 @pytest.mark.parametrize("fails", [False, True])
-def test_a_sink_moves_no_generator_and_ends_no_run(
+def test_tracker_keeps_generators_and_run_if_it_fails(
     fails: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    sink = Restless(fails)
-    monkeypatch.setattr(sinks, "_TensorBoard", lambda folder: sink)
-    opened = Sinks(ReportConfig(tensorboard=True), tmp_path, "run", {})
+    tracker = RandomTracker(fails)
+    monkeypatch.setattr(trackers, "_TensorBoard", lambda folder: tracker)
+    opened = Trackers(ReportConfig(tensorboard=True), tmp_path, "run", {})
     before = generators()
     opened.epoch(done(1))
-    opened.close(RunReport("run", tmp_path, "identical", []))
+    opened.close(Verdict(True, "none", "agreed"))
     assert generators() == before
-    assert sink.calls == (["scalars"] if fails else ["scalars", "close"])
-    assert ("nobody answers" in caplog.text) == fails
+    assert tracker.calls == (["scalars"] if fails else ["scalars", "close"])
+    assert ("no response" in caplog.text) == fails
