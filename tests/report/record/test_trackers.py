@@ -56,7 +56,7 @@ def test_resumed_run_writes_each_epoch_once_and_both_verdicts(tmp_path: Path) ->
     assert [event.step for event in events.Scalars("val/loss/replica_1")] == [5, 10]
     stopped, diverged = (event.tensor_proto.string_val[0] for event in events.Tensors("verdict/text_summary"))
     assert b"stopped on request after step 7" in stopped
-    assert b"transient-fault: replicas parted at step 11" in diverged
+    assert b"transient-fault: replicas diverged at step 11" in diverged
 
 
 @pytest.mark.parametrize("key", ["tensorboard", "wandb"])
