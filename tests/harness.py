@@ -143,6 +143,12 @@ class Job:
         """report.json."""
         return json.loads((self.folder / "report.json").read_text())
 
+    def values(self, part: str, metric: str, epoch: int = -1) -> list[float | None]:
+        """Return one value per replica of a metric of `train` or `val`, of the last epoch by default."""
+        from dreplica.agreement.trace.run_report import RunReport
+
+        return RunReport.read(self.folder).epochs[epoch].values(part, metric)
+
     @property
     def trace(self) -> list[str]:
         """The lines of trace.jsonl."""

@@ -165,7 +165,7 @@ def test_files_that_are_not_as_they_were_written(
     capsys.readouterr()
     code, found = compare_json(capsys, runs / "one", folder)
     assert (code, found["manifest"]) == (ExitCode.AGREED, None)
-    assert f"{folder}: manifest.json is not what a run leaves" in found["notes"]
+    assert f"{folder}: manifest.json is not the file of a run" in found["notes"]
     header, *lines = (folder / "trace.jsonl").read_bytes().splitlines(keepends=True)
     spoiled = {
         b'{"algorithm": "xxh3-128/1", "torch": "2", "replicas": Infinity}\n': "does not begin with the header",

@@ -182,6 +182,6 @@ def test_replicas_with_other_numbers_of_outputs_are_independent_all_the_same() -
     job = run_job(*SMALL, "--seed.model=distinct", "--overrides.1.model.num_classes=7")
     assert job.returncode == 0, job.output
     spread = job.report["spread"]
-    accuracies = job.report["epochs"][-1]["val"]["accuracy"]
+    accuracies = job.values("val", "accuracy")
     assert spread["accuracy_mean"] == pytest.approx(sum(accuracies) / 2)
     assert (spread["n"], len(spread["disagreement"])) == (2, 2)

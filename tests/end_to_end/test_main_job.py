@@ -13,10 +13,14 @@ def test_two_replicas_agree_and_leave_the_run_folder() -> None:
     assert report["verdict"]["agreed"] is True
     assert report["verdict"]["cause"] == "none"
     assert report["steps_checked"] == 10
+    assert report["schema"] == 2
     for epoch in report["epochs"]:
         for part in (epoch["train"], epoch["val"]):
-            assert part["accuracy"][0] == part["accuracy"][1]
-            assert part["loss"][0] == part["loss"][1]
+            for metric in ("accuracy", "loss"):
+                (group,) = part[metric]
+                assert group["replicas"] == [0, 1]
+    coverage = report["coverage"]
+    assert (coverage["steps_compared"], coverage["ranks"], coverage["not_compared"]) == (10, 2, [])
     one, two = report["fingerprints"]
     assert one["weights"] == two["weights"]
     names = {path.name for path in job.folder.iterdir()}

@@ -149,10 +149,11 @@ def test_other_bytes_for_the_same_samples() -> None:
 
 
 def test_independent_replicas_report_their_spread() -> None:
-    report = agreed(run_job(*SHORT, "--seed.model=[1, 2]"))
+    job = run_job(*SHORT, "--seed.model=[1, 2]")
+    report = agreed(job)
     assert report["expect"] == "independent"
     assert report["verdict"]["groups"] == [[0], [1]]
-    accuracies = report["epochs"][-1]["val"]["accuracy"]
+    accuracies = job.values("val", "accuracy")
     spread = report["spread"]
     assert spread["n"] == 2
     assert spread["accuracy_mean"] == pytest.approx(sum(accuracies) / 2)
@@ -205,7 +206,8 @@ def test_losses_that_are_no_number_are_agreed_on_and_warned_of() -> None:
     report = agreed(run_job(*SHORT, "--optim.lr=1e38", "--optim.momentum=0.9"))
     (warning,) = report["warnings"]
     assert "is not finite; agreement says nothing of learning" in warning
-    assert None in (report["epochs"][0]["train"]["loss"][0], report["epochs"][0]["val"]["loss"][0])
+    (epoch,) = report["epochs"]
+    assert None in (epoch["train"]["loss"][0]["value"], epoch["val"]["loss"][0]["value"])
 
 
 def test_without_comparisons_no_more_is_said_than_that_the_final_state_agrees() -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from dreplica.agreement.trace.run_report import EpochRecord, RunReport
 from dreplica.commands import main as cli
 from dreplica.commands.cases import runner
 from dreplica.commands.cases.case import Case, read_case
@@ -86,10 +87,9 @@ def test_unknown_names_and_options(capsys: pytest.CaptureFixture[str]) -> None:
     ],
 )
 def test_observations(accuracies: list, weights: list, expected: tuple) -> None:
-    report = {
-        "epochs": [{"val": {"accuracy": row}} for row in accuracies],
-        "fingerprints": [{"weights": digest} for digest in weights],
-    }
+    report = RunReport()
+    report.epochs = [EpochRecord.of(1, {}, {"accuracy": row}, seconds=1.0) for row in accuracies]
+    report.set_fingerprints([{"weights": digest} for digest in weights])
     observed = tuple(runner._OBSERVE[name](report, Path()) for name in ("val_accuracy", "weights"))
     assert observed == expected
 
