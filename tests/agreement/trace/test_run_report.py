@@ -5,8 +5,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from dreplica.agreement.verdict.evidence import Evidence
-from dreplica.agreement.verdict.remedy import Remedy
 
 from dreplica.agreement.trace.run_report import (
     EpochRecord,
@@ -16,6 +14,8 @@ from dreplica.agreement.trace.run_report import (
     RunReport,
     SkippedCheckpoint,
 )
+from dreplica.agreement.verdict.evidence import Evidence
+from dreplica.agreement.verdict.remedy import Remedy
 from dreplica.agreement.verdict.verdict import Verdict
 
 SCHEMA_1 = Path(__file__).parents[2] / "report" / "schema1"
