@@ -4,7 +4,7 @@ import os
 import sys
 from typing import NoReturn
 
-from dreplica.errors import ExitCode
+from dreplica.errors import ExitCode, UsageError
 from dreplica.run.process import run_process
 
 
@@ -15,16 +15,28 @@ def main() -> NoReturn:
 
 def _train() -> ExitCode:
     argv = sys.argv[1:]
-    if "--help" in argv or "-h" in argv:
-        from dreplica.config.help import format_help
-
-        if os.environ.get("RANK", "0") == "0":
-            print(format_help("train.py"))
-        return ExitCode.AGREED
+    if "--help" in argv or "-h" in argv or any(token.startswith("--help=") for token in argv):
+        return _print_help(argv)
 
     from dreplica.run.run import run_worker
 
     return run_worker(argv)
+
+
+def _print_help(argv: list[str]) -> ExitCode:
+    """Print the help text, on rank 0 only."""
+    from dreplica.config.help import format_help, help_topic
+
+    is_first = os.environ.get("RANK", "0") == "0"
+    try:
+        text = format_help("train.py", help_topic(argv) or "")
+    except UsageError as error:
+        if is_first:
+            print(f"error: {error}", file=sys.stderr)
+        return ExitCode.UNUSABLE
+    if is_first:
+        print(text)
+    return ExitCode.AGREED
 
 
 if __name__ == "__main__":

@@ -1,1 +1,1 @@
-"""The `dreplica` command and its subcommands, the topmost package."""
+"""The `dreplica` command and its subcommands. No other package imports this one."""

@@ -1,98 +1,138 @@
-"""The `dreplica` command."""
+"""The `dreplica` command.
+
+Handlers import what they run, so that `--help`, `--version` and `compare` need neither torch nor seconds.
+"""
 
 import argparse
 import os
 import signal
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, NoReturn, TypeAlias
+from typing import NoReturn
 
+from dreplica import __version__
+from dreplica.commands.options import (
+    Commands,
+    add_command,
+    add_node_options,
+    add_training_command,
+    check_settings,
+    positive_int,
+    read_nodes,
+    suggest_option,
+)
+from dreplica.config.messages import config_error, nearest
 from dreplica.errors import ExitCode, UsageError
-
-if TYPE_CHECKING:
-    from dreplica.distributed.launch.launcher import Nodes
 
 _INTERRUPTED = "error: interrupted"
 _SETTINGS = "[--config FILE] [--section.key VALUE ...]"
-
-Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
-Function = Callable[[argparse.Namespace, Sequence[str]], int]
-"""Of what was parsed and the settings that were left; returns the exit code."""
+_DESCRIPTION = "Prove that training reproduces bit for bit, and name the cause when it does not."
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs a `dreplica` command and returns its exit code."""
+    """Run a `dreplica` command and return its exit code."""
     try:
-        return _run(argv)
+        return _run(list(sys.argv[1:] if argv is None else argv))
     except KeyboardInterrupt:
-        signal.signal(signal.SIGINT, signal.SIG_IGN)  # one Ctrl-C often follows another, and nothing is left to stop
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second Ctrl-C often follows, and nothing is left to stop
         print(_INTERRUPTED, file=sys.stderr)
         return ExitCode.FAILED
 
 
-def _run(argv: Sequence[str] | None) -> int:
-    parser = argparse.ArgumentParser("dreplica", description="Train replicas in lock-step and compare every bit.")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+def _run(argv: list[str]) -> int:
+    parser = argparse.ArgumentParser("dreplica", description=_DESCRIPTION)
+    parser.add_argument("--version", action="version", version=f"dreplica {__version__}")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", title="commands")
     _add_training_commands(commands)
     _add_plain_commands(commands)
-    known, settings = parser.parse_known_args(argv)
-    command = commands.choices[known.command]
+    if not argv:
+        parser.print_help(sys.stderr)
+        return ExitCode.UNUSABLE
     try:
-        if not known.takes_settings and settings:
-            command.error(f"unrecognized arguments: {' '.join(settings)}")
-        code = _print_help(command) if known.takes_settings and known.help else known.function(known, settings)
+        if not argv[0].startswith("-") and argv[0] not in commands.choices:
+            hint = nearest(argv[0], commands.choices)
+            raise UsageError(f"unknown command {argv[0]!r}. {hint}", code="unknown-command", value=argv[0])
+        known, settings = parser.parse_known_args(argv)
+        if known.command is None:
+            parser.error(f"unrecognized arguments: {' '.join(settings)}")
+        code = _run_command(commands.choices[known.command], known, settings)
         sys.stdout.flush()
         return code
     except UsageError as error:
         print(f"error: {error}", file=sys.stderr)
         return ExitCode.UNUSABLE
-    except BrokenPipeError:  # whoever reads has enough, as `head` has
+    except BrokenPipeError:  # the reader has closed the pipe, as `head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return ExitCode.FAILED
 
 
-# ---- Commands that train, and take the settings of a run
+def _run_command(command: argparse.ArgumentParser, known: argparse.Namespace, settings: Sequence[str]) -> int:
+    if not known.takes_settings:
+        if settings:
+            hints = [hint for token in settings if (hint := suggest_option(token, command))]
+            command.error(". ".join([f"unrecognized arguments: {' '.join(settings)}", *hints]))
+    elif known.help is not None:
+        return _print_help(command, known.help)
+    else:
+        check_settings(settings, command)
+    return known.handler(known, settings)
+
+
+def _print_help(command: argparse.ArgumentParser, section: str) -> ExitCode:
+    with _importing():
+        from dreplica.config.help import format_help
+
+    if section:
+        print(format_help(command.prog, section))
+        return ExitCode.AGREED
+    print(f"usage: {command.prog} [--replicas N] {_SETTINGS}\n")
+    print(command.format_help().split("\n\n", 1)[1])
+    print(format_help("dreplica"))
+    return ExitCode.AGREED
+
+
+# ---- Commands that train replicas and take the settings of a run
 
 
 def _add_training_commands(commands: Commands) -> None:
-    train = _add_training(commands, "train", "train replicas: torchrun without typing it", _train)
-    _add_nodes(train)
+    train = add_training_command(commands, "train", "train replicas and compare them at every step", _train)
+    add_node_options(train)
 
-    text = "train a job again and again for a chosen time, and name the cards that compute wrongly"
-    burn_in = _add_training(commands, "burn-in", text, _burn_in, "all GPUs of the machine, but at least 2")
-    burn_in.add_argument("--for", dest="duration", metavar="TIME", help="how long: 90s, 30m, 8h")
-    burn_in.add_argument("--json", action="store_true", help="print what was found as JSON instead of tables")
+    text = "train the same job repeatedly for a given time, and name the GPUs that compute wrong results"
+    burn_in = add_training_command(commands, "burn-in", text, _burn_in, "all GPUs of the node, at least 2")
+    burn_in.add_argument("--for", dest="duration", metavar="TIME", help="duration, such as 90s, 30m or 8h (required)")
+    burn_in.add_argument("--json", action="store_true", help="print the results as JSON")
     burn_in.set_defaults(replicas=None)
-    _add_nodes(burn_in)
+    add_node_options(burn_in)
 
-    bench = _add_training(commands, "bench", "measure what the trainer and its checks cost on a config", _bench)
-    bench.add_argument("--rounds", type=_positive, default=12, help="alternating rounds (default: 12)")
-    text = "timed steps of each loop in a round (default: 4, or as many as fit into an epoch)"
-    bench.add_argument("--steps", type=_positive, default=None, help=text)
+    bench = add_training_command(commands, "bench", "measure the overhead of the trainer and its checks", _bench)
+    bench.add_argument("--rounds", type=positive_int, default=12, help="number of alternating rounds (default: 12)")
+    text = "timed steps of each loop per round (default: 4, or as many as an epoch has)"
+    bench.add_argument("--steps", type=positive_int, default=None, help=text)
 
-    text = "which determinism flags a job needs, and what each costs: the smallest set with which it agrees"
-    flags = _add_training(commands, "flags", text, _flags)
-    flags.add_argument("--steps", type=_positive, default=20, help="steps that each start trains (default: 20)")
-    flags.add_argument("--rounds", type=_positive, default=2, help="starts in each setting (default: 2)")
-    flags.add_argument("--json", action="store_true", help="print what is found as JSON")
-    flags.add_argument("--keep", type=Path, metavar="FOLDER", help="keep the traces and the output of all starts there")
-    text = "seconds until a start that does not end is ended (default: 1800)"
-    flags.add_argument("--timeout", type=_positive, default=1800, help=text)
+    text = "find the smallest set of determinism flags with which a job reproduces, and the cost of each flag"
+    flags = add_training_command(commands, "flags", text, _flags)
+    flags.add_argument("--steps", type=positive_int, default=20, help="training steps per start (default: 20)")
+    flags.add_argument("--rounds", type=positive_int, default=2, help="starts per setting (default: 2)")
+    flags.add_argument("--json", action="store_true", help="print the results as JSON")
+    flags.add_argument("--keep", type=Path, metavar="FOLDER", help="keep the traces and output of all starts here")
+    text = "seconds after which a start is killed (default: 1800)"
+    flags.add_argument("--timeout", type=positive_int, default=1800, help=text)
 
-    text = "prove that an interrupted run comes to what an uninterrupted one does, or name what was not restored"
-    certify = _add_training(commands, "certify-resume", text, _certify)
-    certify.add_argument("--at-step", type=_positive, metavar="K", help="interrupt after this step")
-    certify.add_argument("--keep", type=Path, metavar="FOLDER", help="keep the run folders there")
+    text = "prove that an interrupted and resumed run equals an uninterrupted one, or name what was not restored"
+    certify = add_training_command(commands, "certify-resume", text, _certify)
+    certify.add_argument("--at-step", type=positive_int, metavar="K", help="interrupt after this step (required)")
+    certify.add_argument("--keep", type=Path, metavar="FOLDER", help="keep the run folders here")
 
 
 def _train(known: argparse.Namespace, settings: Sequence[str]) -> int:
     with _importing():
-        from dreplica.distributed.launch.launcher import launch  # it configures torchrun's logging when imported
+        from dreplica.distributed.launch.launcher import launch  # configures torchrun's logging when imported
 
-    return launch("dreplica.worker", settings, known.replicas, _nodes(known))
+    return launch("dreplica.worker", settings, known.replicas, read_nodes(known))
 
 
 def _burn_in(known: argparse.Namespace, settings: Sequence[str]) -> int:
@@ -100,9 +140,9 @@ def _burn_in(known: argparse.Namespace, settings: Sequence[str]) -> int:
         from dreplica.commands.burn_in.job_config import parse_duration
 
     if known.duration is None:
-        raise UsageError("--for: it is needed: how long to go on. For instance --for 30m.")
+        raise config_error("missing-value", "--for", "a duration is required", "For example: --for 30m.")
     parse_duration(known.duration)
-    nodes = _nodes(known)
+    nodes = read_nodes(known)
 
     with _importing():
         import torch
@@ -132,38 +172,40 @@ def _flags(known: argparse.Namespace, settings: Sequence[str]) -> int:
 
 def _certify(known: argparse.Namespace, settings: Sequence[str]) -> int:
     if known.at_step is None:
-        raise UsageError("--at-step: it is needed: the step after which to interrupt, best in mid-epoch.")
+        fix = "Pass the step after which to interrupt, best one within an epoch."
+        raise config_error("missing-value", "--at-step", "a step is required", fix)
     with _importing():
         from dreplica.commands.certify_resume import certify_resume
 
     return certify_resume(settings, known.replicas, known.at_step, known.keep)
 
 
-# ---- Commands that do not
+# ---- Commands without settings
 
 
 def _add_plain_commands(commands: Commands) -> None:
-    text = "run the known causes of disagreement and check what is found"
-    cases = _add_command(commands, "cases", text, _cases)
-    cases.add_argument("names", nargs="*", metavar="NAME", help="files in configs/cases, without .yaml (default: all)")
-    cases.add_argument("--json", action="store_true", help="print results as JSON instead of a table")
-    cases.add_argument("--keep", type=Path, metavar="FOLDER", help="keep the run folders there")
-    cases.add_argument("--timeout", type=_positive, default=120, help="seconds until a case is ended (default: 120)")
+    cases = add_command(commands, "cases", "run configs with known causes, and check that each is named", _cases)
+    text = "cases to run, such as clean or flipped_weight (default: all)"
+    cases.add_argument("names", nargs="*", metavar="NAME", help=text)
+    cases.add_argument("--json", action="store_true", help="print the results as JSON")
+    cases.add_argument("--keep", type=Path, metavar="FOLDER", help="keep the run folders here")
+    text = "seconds after which a case is killed (default: 120)"
+    cases.add_argument("--timeout", type=positive_int, default=120, help=text)
 
-    text = "make report.html of what a run has recorded, also while it runs, or after it has crashed"
-    report = _add_command(commands, "report", text, _report)
-    report.add_argument("run", type=Path, metavar="RUN", help="the run's folder")
-
-    text = "compare two recorded runs: the first step, stage and tensor that differ, or the proof that none does"
-    compare = _add_command(commands, "compare", text, _compare)
-    compare.add_argument("runs", nargs=2, type=Path, metavar="RUN", help="a run folder, or a trace.jsonl")
-    compare.add_argument("--json", action="store_true", help="print what is found as JSON")
-    text = "exit with 0, too, if one run ends sooner and is the same up to there"
+    text = "compare two recorded runs, and name the first step, stage and tensor that differ"
+    compare = add_command(commands, "compare", text, _compare)
+    compare.add_argument("runs", nargs=2, type=Path, metavar="RUN", help="run folder, or trace.jsonl")
+    compare.add_argument("--json", action="store_true", help="print the results as JSON")
+    text = "exit with 0 if one run is shorter and equal to the beginning of the other"
     compare.add_argument("--prefix", action="store_true", help=text)
 
-    text = "look for what on this machine would break determinism; exit code 0 if strict mode would hold, 1 if not"
-    doctor = _add_command(commands, "doctor", text, _doctor)
-    doctor.add_argument("--json", action="store_true", help="print what was found as JSON")
+    text = "write report.html from what a run has recorded, also while it runs or after it crashed"
+    report = add_command(commands, "report", text, _report)
+    report.add_argument("run", type=Path, metavar="RUN", help="run folder")
+
+    text = "look for settings of this machine that break determinism (exit code 1 if there is one)"
+    doctor = add_command(commands, "doctor", text, _doctor)
+    doctor.add_argument("--json", action="store_true", help="print the results as JSON")
 
 
 def _cases(known: argparse.Namespace, _settings: Sequence[str]) -> int:
@@ -180,13 +222,6 @@ def _compare(known: argparse.Namespace, _settings: Sequence[str]) -> int:
     return compare_runs(known.runs[0], known.runs[1], known.json, known.prefix)
 
 
-def _doctor(known: argparse.Namespace, _settings: Sequence[str]) -> int:
-    with _importing():
-        from dreplica.commands.doctor.examine import run_doctor
-
-    return run_doctor(known.json)
-
-
 def _report(known: argparse.Namespace, _settings: Sequence[str]) -> int:
     with _importing():
         from dreplica.report.html.render import write_report
@@ -194,17 +229,21 @@ def _report(known: argparse.Namespace, _settings: Sequence[str]) -> int:
     try:
         print(write_report(known.run))
     except OSError as error:
-        print(f"error: the report cannot be written: {error}", file=sys.stderr)
+        print(f"error: cannot write the report: {error}", file=sys.stderr)
         return ExitCode.FAILED
     return ExitCode.AGREED
 
 
-# ---- What they have in common
+def _doctor(known: argparse.Namespace, _settings: Sequence[str]) -> int:
+    with _importing():
+        from dreplica.commands.doctor.examine import run_doctor
+
+    return run_doctor(known.json)
 
 
 @contextmanager
 def _importing() -> Iterator[None]:
-    """Inside, Ctrl-C ends the process at once: half-way in an import, an exception may turn into any other, or none."""
+    """End the process at once on Ctrl-C inside the block: within an import, KeyboardInterrupt may be swallowed."""
 
     def leave(_number: int, _frame: FrameType | None) -> NoReturn:
         os.write(sys.stderr.fileno(), f"{_INTERRUPTED}\n".encode())
@@ -215,69 +254,6 @@ def _importing() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGINT, before)
-
-
-def _add_command(
-    commands: Commands, name: str, text: str, function: Function, takes_settings: bool = False
-) -> argparse.ArgumentParser:
-    command = commands.add_parser(name, help=text, description=text, add_help=not takes_settings, allow_abbrev=False)
-    command.set_defaults(function=function, takes_settings=takes_settings)
-    return command
-
-
-def _add_training(
-    commands: Commands, name: str, text: str, function: Function, replicas: str = "2"
-) -> argparse.ArgumentParser:
-    """`replicas`: in words, how many there are by default."""
-    command = _add_command(commands, name, text, function, takes_settings=True)
-    command.add_argument("-h", "--help", action="store_true", help="show this help, and every config field")
-    text = f"how many replicas (default: {replicas})"
-    command.add_argument("--replicas", type=_positive, default=2, metavar="N", help=text)
-    return command
-
-
-def _print_help(command: argparse.ArgumentParser) -> ExitCode:
-    with _importing():
-        from dreplica.config.help import format_help
-
-    print(f"usage: {command.prog} [--replicas N] {_SETTINGS}\n")
-    print(command.format_help().split("\n\n", 1)[1])
-    print(format_help("dreplica"))
-    return ExitCode.AGREED
-
-
-def _add_nodes(command: argparse.ArgumentParser) -> None:
-    """Options of one that may be spread over machines."""
-    command.add_argument("--nodes", type=_positive, default=1, metavar="N", help="how many machines (default: 1)")
-    command.add_argument("--node-rank", type=int, default=None, metavar="K", help="which of them this is, from 0")
-    command.add_argument("--head", default=None, metavar="HOST:PORT", help="where they meet: an address of machine 0")
-
-
-def _nodes(known: argparse.Namespace) -> "Nodes | None":
-    """Raises UsageError."""
-    from dreplica.distributed.launch.launcher import Nodes
-
-    if known.nodes == 1:
-        return None
-    example = f"--nodes {known.nodes} --node-rank 0 --head node0:29500"
-    if known.node_rank is None or not 0 <= known.node_rank < known.nodes:
-        raise UsageError(
-            f"--node-rank: {known.node_rank} will not do: expected 0 to {known.nodes - 1}, another on each of "
-            f"the {known.nodes} machines. For instance {example}."
-        )
-    host, _, port = (known.head or "").rpartition(":")
-    if not host or not port.isdigit():
-        raise UsageError(
-            f"--head: {known.head} will not do: expected HOST:PORT, an address of machine 0 that all machines reach. "
-            f"For instance {example}."
-        )
-    return Nodes(known.nodes, known.node_rank, known.head)
-
-
-def _positive(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text} will not do: expected a positive whole number")
-    return int(text)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The base of every config section, and the messages a user sees when a value does not fit."""
+"""The base class of config sections."""
 
 from dataclasses import dataclass
 
@@ -6,7 +6,10 @@ from pydantic import BaseModel, ConfigDict
 
 
 class Section(BaseModel):
-    """A config section: strict keys, strict types, immutable; the docstring beneath a field is its help."""
+    """A config section with strict keys, strict types and immutable values.
+
+    The docstring below a field is its help text.
+    """
 
     model_config = ConfigDict(
         extra="forbid",
@@ -19,4 +22,4 @@ class Section(BaseModel):
 
 @dataclass(frozen=True)
 class Lockstep:
-    """Marks a field that replicas must share (`Annotated[int, Lockstep()]`): `overrides` cannot change it."""
+    """A mark for a field that replicas must share and `overrides` cannot change: `Annotated[int, Lockstep()]`."""

@@ -1,196 +1,256 @@
-"""torch's own classes by name, their keyword arguments checked against their signatures."""
+"""Build criterion, optimizer and schedule from torch classes by name, with arguments checked against signatures."""
 
 import inspect
 import warnings
 from collections.abc import Callable, Mapping
 from types import ModuleType
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import torch
-from pydantic import ConfigDict, Field, model_validator
 from torch import nn
 
-from dreplica.config.base import Section
+from dreplica.config.messages import config_error, invalid_value
 from dreplica.config.torch_class import construct
 from dreplica.errors import UsageError
 
 
-class _Component(Section):
-    """A class of torch's by `name`; every further key is a keyword argument of that class."""
-
-    model_config = ConfigDict(extra="allow")
+class Component(Protocol):
+    """A config section that names a torch class and its keyword arguments."""
 
     @property
     def arguments(self) -> dict[str, Any]:
-        """The keyword arguments: the section's other keys, without those at null that the class should default."""
-        declared = {name: getattr(self, name) for name in type(self).model_fields if name not in ("name", "per")}
-        return {key: value for key, value in declared.items() if value is not None} | (self.model_extra or {})
+        """Keyword arguments for the class."""
 
 
-class CriterionConfig(_Component):
-    """The loss: any of `torch.nn`'s by name; further keys are its keyword arguments."""
+class NamedComponent(Component, Protocol):
+    """The sections `criterion` and `optim`."""
 
-    name: str = "CrossEntropyLoss"
-    """Class in `torch.nn`, called with (outputs, labels)."""
-
-    @model_validator(mode="after")
-    def _check(self) -> "CriterionConfig":
-        _try("criterion", self.name, self.arguments, lambda: build_criterion(self))
-        return self
+    @property
+    def name(self) -> str:
+        """Class name."""
 
 
-class OptimConfig(_Component):
-    """The optimizer: any of `torch.optim`'s by name; further keys are its keyword arguments."""
+class ScheduleComponent(Component, Protocol):
+    """The section `schedule`."""
 
-    name: str = "SGD"
-    """Class in `torch.optim`."""
-    lr: float = Field(0.01, ge=0)
-    """Learning rate."""
+    @property
+    def name(self) -> str | None:
+        """Class name, or None for a constant learning rate."""
 
-    @model_validator(mode="after")
-    def _check(self) -> "OptimConfig":
-        _try("optim", self.name, self.arguments, lambda: _step_once(build_optimizer(self, _any_model())))
-        return self
+    @property
+    def per(self) -> Literal["epoch", "step"]:
+        """Event after which the schedule is stepped."""
 
 
-class ScheduleConfig(_Component):
-    """The learning-rate schedule: any of `torch.optim.lr_scheduler`'s by name; further keys are its keyword
-    arguments."""
-
-    name: str | None = None
-    """Class in `torch.optim.lr_scheduler`; null: a constant learning rate."""
-    per: Literal["epoch", "step"] = "epoch"
-    """Stepped once an `epoch`, or after each `step` of the optimizer, as a warm-up or OneCycleLR wants it."""
-
-    @model_validator(mode="after")
-    def _check(self) -> "ScheduleConfig":
-        if self.name is not None or self.arguments:
-            _try("schedule", str(self.name), self.arguments, lambda: _run_schedule(self, 1))
-        return self
+# ---- Build
 
 
-def build_criterion(config: CriterionConfig) -> nn.Module:
-    """The loss; a list of numbers given for an argument that is a tensor (`weight`) becomes float32.
+def build_criterion(config: NamedComponent) -> nn.Module:
+    """Build the loss.
 
-    Raises UsageError if there is no such class or it has no such argument.
+    A list of numbers for an argument that is a tensor (`weight`) becomes float32.
+
+    Raises:
+        UsageError: There is no such class, or it has no such argument.
     """
     names = [name for name in dir(nn) if name.endswith("Loss")]
-    return construct("criterion", nn, config.name, names, _NOT_LOSSES_OF_LOGITS, config.arguments)
+    return construct("criterion", nn, config.name, names, _EXCLUDED_LOSSES, config.arguments)
+
+
+def build_optimizer(config: NamedComponent, model: nn.Module) -> torch.optim.Optimizer:
+    """Build an optimizer over all parameters that require a gradient.
+
+    Raises:
+        UsageError: There is no such class, or it has no such argument.
+    """
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    names = _classes(torch.optim, torch.optim.Optimizer)
+    return construct("optim", torch.optim, config.name, names, _EXCLUDED_OPTIMIZERS, config.arguments, parameters)
+
+
+def build_scheduler(config: ScheduleComponent, optimizer: torch.optim.Optimizer) -> Any:
+    """Build a scheduler that drives `optimizer`.
+
+    Returns:
+        The scheduler, or None for a constant learning rate.
+
+    Raises:
+        UsageError: There is no such class, or it has no such argument.
+    """
+    if config.name is None:
+        if config.arguments:
+            raise config_error(
+                "ignored-key",
+                f"schedule.{next(iter(config.arguments))}",
+                "this argument has no effect because schedule.name is null",
+                "Set schedule.name, such as StepLR.",
+            )
+        return None
+    schedulers = torch.optim.lr_scheduler
+    names = _classes(schedulers, schedulers.LRScheduler)
+    return construct("schedule", schedulers, config.name, names, _EXCLUDED_SCHEDULERS, config.arguments, optimizer)
+
+
+# ---- Try while validating the config: the class itself judges its arguments
+
+
+def try_criterion(config: NamedComponent) -> None:
+    """Build the loss once.
+
+    Raises:
+        UsageError: The class rejects an argument.
+    """
+    _try("criterion", config.name, config.arguments, lambda: build_criterion(config))
+
+
+def try_optimizer(config: NamedComponent) -> None:
+    """Build the optimizer once over a small model and step it.
+
+    Raises:
+        UsageError: The class rejects an argument.
+    """
+    _try("optim", config.name, config.arguments, lambda: _step_once(build_optimizer(config, _small_model())))
+
+
+def try_schedule(config: ScheduleComponent) -> None:
+    """Build the schedule once and step it.
+
+    Raises:
+        UsageError: The class rejects an argument.
+    """
+    _try("schedule", str(config.name), config.arguments, lambda: _run_schedule(config, 1))
+
+
+# ---- Check once the data set, the device and the length of the run are known
 
 
 def check_criterion(criterion: nn.Module, num_classes: int) -> None:
-    """Raises UsageError unless it takes logits (batch, num_classes) and labels (batch,) and returns one number."""
+    """Check that the loss maps logits (batch, num_classes) and labels (batch,) to one number.
+
+    Raises:
+        UsageError: It does not.
+    """
     name = type(criterion).__name__
     if getattr(criterion, "reduction", "mean") == "none":
-        raise UsageError(
-            "criterion.reduction: 'none' leaves a loss for each sample, and a step needs one. Use 'mean' or 'sum'."
-        )
+        fix = "A training step needs one loss, not one for each sample."
+        raise invalid_value("criterion.reduction", "none", "'mean' or 'sum'", fix)
     smoothing = getattr(criterion, "label_smoothing", 0.0)
     if not 0 <= smoothing <= 1:  # torch ignores a negative one
-        raise UsageError(f"criterion.label_smoothing: {smoothing} will not do: it should lie between 0 and 1.")
+        raise invalid_value("criterion.label_smoothing", smoothing, "a value from 0 to 1")
     num_samples = num_classes + 1  # not num_classes, at which MSELoss would broadcast one against the other
     try:
         with warnings.catch_warnings(action="ignore"):
             criterion(torch.zeros(num_samples, num_classes), torch.zeros(num_samples, dtype=torch.int64))
     except (TypeError, ValueError, RuntimeError, IndexError) as error:
-        raise UsageError(
-            f"criterion: {name} does not take logits (batch, {num_classes}) with class labels (batch,): "
-            f"{_first_line(error)}. CrossEntropyLoss does, with one weight per class if any; for another pairing, "
-            "return a criterion of yours from replica.factory."
+        raise config_error(
+            "unusable-class",
+            "criterion",
+            f"{name} does not accept logits (batch, {num_classes}) with class labels (batch,): {_first_line(error)}",
+            "Use CrossEntropyLoss, with one weight per class if any, or return another criterion from replica.factory.",
+            value=name,
         ) from None
 
 
-def build_optimizer(config: OptimConfig, model: nn.Module) -> torch.optim.Optimizer:
-    """An optimizer over all parameters that require a gradient. Raises UsageError as `build_criterion`."""
-    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    names = _classes(torch.optim, torch.optim.Optimizer)
-    return construct("optim", torch.optim, config.name, names, _NOT_OPTIMIZERS_OF_A_STEP, config.arguments, parameters)
-
-
-def build_scheduler(config: ScheduleConfig, optimizer: torch.optim.Optimizer) -> Any:
-    """A scheduler that drives `optimizer`, or None. Raises UsageError as `build_criterion`."""
-    if config.name is None:
-        if config.arguments:
-            raise UsageError(
-                f"schedule.{next(iter(config.arguments))}: there is no schedule that takes it. "
-                "Set schedule.name, to StepLR for instance."
-            )
-        return None
-    schedulers = torch.optim.lr_scheduler
-    names = _classes(schedulers, schedulers.LRScheduler)
-    return construct("schedule", schedulers, config.name, names, _NOT_SCHEDULERS_OF_VALUES, config.arguments, optimizer)
-
-
 def check_optimizer(section: str, optimizer: torch.optim.Optimizer, device: torch.device) -> None:
-    """Raises UsageError if it cannot be stepped as a training step does, on `device`."""
+    """Check that a training step can step the optimizer.
+
+    Args:
+        section: Config section to name in the error.
+        optimizer: The optimizer to check.
+        device: Device of its parameters.
+
+    Raises:
+        UsageError: It needs a closure, or a GPU.
+    """
     name = type(optimizer).__name__
     if inspect.signature(optimizer.step).parameters["closure"].default is inspect.Parameter.empty:
-        raise UsageError(f"{section}: {name} wants a closure at each step, and a training step has none. Use another.")
+        problem = f"{name} needs a closure at each step, which a training step does not have"
+        raise config_error("unusable-class", section, problem, "Use another optimizer.", value=name)
     if device.type == "cpu" and any(group.get("capturable") for group in optimizer.param_groups):
-        raise UsageError(
-            f"{section}.capturable: True will not do: {name} is capturable on a GPU alone, and this replica is on the "
-            "CPU. Leave it out."
-        )
+        fix = f"{name} is capturable only on a GPU, and this replica is on the CPU."
+        raise invalid_value(f"{section}.capturable", True, "false", fix)
 
 
-def check_schedule(config: ScheduleConfig, epochs: int, steps: int) -> None:
-    """Raises UsageError if the schedule cannot be stepped so often: OneCycleLR ends after `total_steps`.
+def check_schedule(config: ScheduleComponent, epochs: int, steps: int) -> None:
+    """Check that the schedule can be stepped through the whole run.
 
-    `epochs`, `steps`: how many there are in the whole run; which of them count is `per`'s to say.
+    OneCycleLR, for instance, ends after `total_steps`.
+
+    Args:
+        config: The section `schedule`. Its `per` decides whether epochs or steps count.
+        epochs: Number of epochs of the run.
+        steps: Number of steps of the run, over all epochs.
+
+    Raises:
+        UsageError: It cannot.
     """
     try:
         _run_schedule(config, epochs if config.per == "epoch" else steps)
     except (ValueError, ArithmeticError) as error:
-        raise UsageError(
-            f"schedule: {config.name} cannot be stepped for train.epochs = {epochs} epochs of {steps} steps in all: "
-            f"{_first_line(error)}. It is stepped once each {config.per} (schedule.per)."
+        raise config_error(
+            "schedule-too-short",
+            "schedule",
+            f"{config.name} cannot be stepped for train.epochs = {epochs} epochs of {steps} steps in all: "
+            f"{_first_line(error)}",
+            f"It is stepped once each {config.per} (schedule.per).",
+            value=config.name,
         ) from None
 
 
-_THREE = (
-    "compares more than two tensors, and the trainer gives it (outputs, labels). Use CrossEntropyLoss, or return a "
-    "criterion of two arguments from replica.factory."
+# ---- Classes that a config cannot build: why, and what to do instead
+
+_THREE_TENSORS = (
+    "compares more than two tensors, but the trainer passes (outputs, labels)",
+    "Use CrossEntropyLoss, or return a criterion of two arguments from replica.factory.",
 )
-_OWN_WEIGHTS = (
-    "has trainable weights of its own, which the optimizer would not hold. Put them into the model, and return "
-    "both from replica.factory."
+_TRAINABLE = (
+    "has trainable weights, which the optimizer would not contain",
+    "Put them into the model, and return both from replica.factory.",
 )
-_NOT_LOSSES_OF_LOGITS = {
-    "AdaptiveLogSoftmaxWithLoss": _OWN_WEIGHTS,
-    "LinearCrossEntropyLoss": _OWN_WEIGHTS,
-    "CTCLoss": _THREE,
-    "CosineEmbeddingLoss": _THREE,
-    "GaussianNLLLoss": _THREE,
-    "MarginRankingLoss": _THREE,
-    "TripletMarginLoss": _THREE,
-    "TripletMarginWithDistanceLoss": _THREE,
+_EXCLUDED_LOSSES = {
+    "AdaptiveLogSoftmaxWithLoss": _TRAINABLE,
+    "LinearCrossEntropyLoss": _TRAINABLE,
+    "CTCLoss": _THREE_TENSORS,
+    "CosineEmbeddingLoss": _THREE_TENSORS,
+    "GaussianNLLLoss": _THREE_TENSORS,
+    "MarginRankingLoss": _THREE_TENSORS,
+    "TripletMarginLoss": _THREE_TENSORS,
+    "TripletMarginWithDistanceLoss": _THREE_TENSORS,
 }
-_NOT_OPTIMIZERS_OF_A_STEP = {
-    "LBFGS": "wants a closure that evaluates the loss several times in a step, which this trainer does not give it. "
-    "Use another optimizer, SGD for instance.",
-    "SparseAdam": "takes only the sparse gradients of embedding layers. Use Adam, or build it in a replica.factory.",
+_EXCLUDED_OPTIMIZERS = {
+    "LBFGS": (
+        "needs a closure that evaluates the loss several times in a step, which this trainer does not have",
+        "Use another optimizer, such as SGD.",
+    ),
+    "SparseAdam": (
+        "accepts only the sparse gradients of embedding layers",
+        "Use Adam, or build it in a replica.factory.",
+    ),
 }
-_FUNCTION = "takes a function, which a config cannot hold. Build it in a replica.factory."
-_NOT_SCHEDULERS_OF_VALUES = {
+_FUNCTION = ("needs a function, which a config cannot contain", "Build it in a replica.factory.")
+_SCHEDULERS = ("needs other schedulers, which a config cannot contain", "Build it in a replica.factory.")
+_EXCLUDED_SCHEDULERS = {
     "LambdaLR": _FUNCTION,
     "MultiplicativeLR": _FUNCTION,
-    "ChainedScheduler": "takes other schedulers, which a config cannot hold. Build it in a replica.factory.",
-    "SequentialLR": "takes other schedulers, which a config cannot hold. Build it in a replica.factory.",
-    "ReduceLROnPlateau": "waits for a metric, and schedules are stepped without one. Use another, "
-    "CosineAnnealingLR for instance.",
+    "ChainedScheduler": _SCHEDULERS,
+    "SequentialLR": _SCHEDULERS,
+    "ReduceLROnPlateau": (
+        "needs a metric, but schedules are stepped without one",
+        "Use another schedule, such as CosineAnnealingLR.",
+    ),
 }
-"""Classes of torch's that a config cannot build, why, and what to do instead."""
 
 
 def _try(section: str, name: str, arguments: Mapping[str, Any], build: Callable[[], Any]) -> None:
-    """Builds and steps once to have the class itself judge its arguments; the global generators are not touched."""
+    """Call `build` and turn what torch raises into a UsageError. The global generators are not touched."""
     try:
         build()
     except UsageError:
         raise
     except (TypeError, ValueError, RuntimeError, AssertionError, ArithmeticError, LookupError) as error:
         given = ", ".join(f"{section}.{key} = {value!r}" for key, value in arguments.items())
-        raise UsageError(f"{section}: {name} does not take {given}: {_first_line(error)}") from None
+        problem = f"{name} rejects {given}: {_first_line(error)}"
+        raise config_error("rejected-value", section, problem, value=dict(arguments)) from None
 
 
 def _first_line(error: Exception) -> str:
@@ -203,16 +263,16 @@ def _classes(module: ModuleType, base: type) -> list[str]:
     return [name for name in found if name != base.__name__ and not name.startswith("_")]
 
 
-def _any_model() -> nn.Module:
+def _small_model() -> nn.Module:
     return nn.ParameterList([torch.zeros(2, 2)])
 
 
-def _any_optimizer() -> torch.optim.Optimizer:
-    return torch.optim.SGD(_any_model().parameters(), lr=0.1, momentum=0.9)
+def _small_optimizer() -> torch.optim.Optimizer:
+    return torch.optim.SGD(_small_model().parameters(), lr=0.1, momentum=0.9)
 
 
 def _step_once(optimizer: torch.optim.Optimizer) -> None:
-    """Some arguments are first looked at in a step."""
+    """Step the optimizer once: torch checks some arguments only then."""
     (group,) = optimizer.param_groups
     if group.get("capturable"):  # only on a GPU, which is not known yet
         return
@@ -221,9 +281,12 @@ def _step_once(optimizer: torch.optim.Optimizer) -> None:
     optimizer.step()
 
 
-def _run_schedule(config: ScheduleConfig, epochs: int) -> None:
-    """The first and the last of `epochs` steps: one that has an end, or a power that overflows, fails from there on."""
-    optimizer = _any_optimizer()
+def _run_schedule(config: ScheduleComponent, epochs: int) -> None:
+    """Take the first and the last of `epochs` steps.
+
+    A schedule that ends, or a power that overflows, fails at the last step if it fails at any.
+    """
+    optimizer = _small_optimizer()
     scheduler = build_scheduler(config, optimizer)
     if scheduler is None:
         return

@@ -1,4 +1,4 @@
-"""imports"""
+"""Import and call functions that the config names as `package.module:function`."""
 
 import importlib
 import inspect
@@ -6,46 +6,66 @@ import re
 from collections.abc import Callable
 from typing import Any
 
-from dreplica.config.messages import nearest
-from dreplica.errors import UsageError
+from dreplica.config.messages import config_error, invalid_value, nearest
 
 
 def import_function(key: str, path: str) -> Callable[..., Any]:
-    """The function that `path`, as `package.module:function`, names. Raises UsageError naming `key`."""
+    """Import a function.
+
+    Args:
+        key: Config key to name in errors.
+        path: The function as `package.module:function`.
+
+    Raises:
+        UsageError: The path is malformed, or the module or the function does not exist.
+    """
     if not _FUNCTION.fullmatch(path):
-        raise UsageError(f"{key}: {path!r} is not of the form package.module:function. Write it so.")
+        raise invalid_value(key, path, "package.module:function")
     module_name, _, function_name = path.partition(":")
     try:
         module = importlib.import_module(module_name)
     except ModuleNotFoundError as error:
         if not f"{module_name}.".startswith(f"{error.name}."):
             raise  # the module is there; one that it imports is not
-        raise UsageError(
-            f"{key}: {path!r}: there is no module {error.name!r}. Put the folder that holds it on PYTHONPATH, "
-            "or correct the name."
+        raise config_error(
+            "unknown-module",
+            key,
+            f"no module named {error.name!r} for {path!r}",
+            "Correct the name, or put the folder that contains the module on PYTHONPATH.",
+            value=path,
         ) from None
     function = getattr(module, function_name, None)
     if not callable(function):
         callables = [name for name, value in vars(module).items() if callable(value)]
-        raise UsageError(
-            f"{key}: {path!r}: {module_name} has no function {function_name!r}. {nearest(function_name, callables)}"
-        )
+        problem = f"module {module_name} has no function {function_name!r}"
+        raise config_error("unknown-name", key, problem, nearest(function_name, callables), value=path)
     return function
 
 
 def call_function(key: str, path: str, *arguments: Any, **keywords: Any) -> Any:
-    """What the function that `path` names returns. Raises UsageError naming `key` if it is none or takes otherwise."""
+    """Import a function, call it and return its result.
+
+    Args:
+        key: Config key to name in errors.
+        path: The function as `package.module:function`.
+        *arguments: Positional arguments of the call.
+        **keywords: Keyword arguments of the call.
+
+    Raises:
+        UsageError: The function does not exist or does not accept the arguments.
+    """
     function = import_function(key, path)
     try:
         signature = inspect.signature(function)
     except ValueError:
-        signature = None  # some written in C do not tell theirs
+        signature = None  # some functions written in C have none
     if signature is not None:
         try:
             signature.bind(*arguments, **keywords)
         except TypeError as error:
-            given = [*("a value" for _ in arguments), *(f"{name}=" for name in keywords)]
-            raise UsageError(f"{key}: {path!r} cannot be called with ({', '.join(given)}): {error}.") from None
+            given = ", ".join([*("a value" for _ in arguments), *(f"{name}=" for name in keywords)])
+            problem = f"{path!r} cannot be called with ({given}): {error}"
+            raise config_error("wrong-signature", key, problem, value=path) from None
     return function(*arguments, **keywords)
 
 

@@ -1,4 +1,4 @@
-"""`RunConfig`: every room's section, from a YAML file, then the command line, then `overrides` for single replicas."""
+"""Load a `RunConfig`: from a YAML file, then the command line, then `overrides` for single replicas."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -7,9 +7,11 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from dreplica.config.messages import describe_errors
-from dreplica.config.paths import CONFIGS_FOLDER
-from dreplica.config.schema import RunConfig, merge
+from dreplica.config.messages import COMMAND_LINE, closest, config_error, invalid_value, locate
+from dreplica.config.overrides import merge
+from dreplica.config.paths import CONFIGS_FOLDER, find_config, packaged_configs, packaged_name
+from dreplica.config.schema import RunConfig
+from dreplica.config.validation import describe_errors
 from dreplica.config.yaml import load_yaml, read_yaml
 from dreplica.errors import UsageError
 
@@ -17,13 +19,21 @@ DEFAULT_CONFIG = CONFIGS_FOLDER / "digits.yaml"
 
 
 def load_config(argv: Sequence[str], num_replicas: int) -> RunConfig:
-    """The config that command-line arguments ask for. Raises UsageError, naming key, value and remedy."""
+    """Load the config from command-line arguments.
+
+    Args:
+        argv: `--config FILE` and `--section.key VALUE`, each also with `=`.
+        num_replicas: Number of replicas, which seeds, overrides and faults must fit.
+
+    Raises:
+        UsageError: An argument, the file or a value is invalid. The message has a line for each key.
+    """
     given = _split_arguments(argv)
-    path = Path(given.pop("config", str(DEFAULT_CONFIG)))
+    path = _config_path(given.pop("config", None))
     values = read_yaml(path)
     partial: dict[Any, Any] = {}
-    for dotted in sorted(given, key=lambda name: name.count(".")):  # single keys are laid over whole sections
-        _set(partial, dotted, load_yaml(given[dotted], f"--{dotted}"))
+    for dotted in sorted(given, key=lambda name: name.count(".")):  # whole sections first, then their keys
+        _set(partial, dotted, load_yaml(given[dotted], f"{COMMAND_LINE}: --{dotted}"))
     values = merge({key: value for key, value in values.items() if key not in given}, partial)
     try:
         config = RunConfig.model_validate(_without_empty_sections(values))
@@ -31,54 +41,77 @@ def load_config(argv: Sequence[str], num_replicas: int) -> RunConfig:
         raise describe_errors(error.errors(), RunConfig, lambda key: _source(key, given, path)) from None
     if config.run.name is None:
         config = config.model_copy(update={"run": config.run.model_copy(update={"name": path.stem})})
-    config.check_replicas(num_replicas)
+    try:
+        config.check_replicas(num_replicas)
+    except UsageError as error:
+        raise locate(error, _source(error.fields["key"], given, path)) from None
     return config
 
 
+def _config_path(name: str | None) -> Path:
+    if name is None:
+        return DEFAULT_CONFIG
+    path = find_config(name)
+    if path is None:
+        packaged = packaged_configs()
+        match = closest(packaged_name(name), packaged)
+        shown = [other for other in packaged if "/" not in other]
+        hint = f"Correct the path, or use one of: {', '.join(shown)}." if match is None else f"Did you mean {match!r}?"
+        problem = f"no file {name!r} in {str(Path.cwd())!r}, and no config of this name ships with dreplica"
+        raise config_error("unknown-config", "--config", problem, hint, value=name, expected=list(packaged))
+    return path
+
+
 def _split_arguments(argv: Sequence[str]) -> dict[str, str]:
-    """`--section.key VALUE` and `--section.key=VALUE` by name. Raises UsageError for anything else."""
+    """Return the values of `--section.key VALUE` and `--section.key=VALUE` by name."""
     given: dict[str, str] = {}
     rest = iter(argv)
     for token in rest:
         name, equals, value = token.removeprefix("--").partition("=")
+        option = f"--{name}"
         if not token.startswith("--") or "" in name.split("."):
-            raise UsageError(f"command line: {token!r} belongs to no option. Write --section.key VALUE. See --help.")
+            raise invalid_value(COMMAND_LINE, token, "--section.key VALUE", "See --help.")
         if not equals:
             following = next(rest, None)
             if following is None or following.startswith("--"):
-                raise UsageError(f"command line: --{name} has no value. Write --{name} VALUE. See --help.")
+                fix = f"Write {option} VALUE."
+                raise config_error("missing-value", option, "a value is required", fix, source=COMMAND_LINE)
             value = following
         if name in given:
-            raise UsageError(f"command line: --{name} stands twice, with {given[name]!r} and {value!r}. Keep one.")
+            raise _given_twice(option, given[name], value)
         given[name] = value
     return given
 
 
 def _set(mapping: dict[Any, Any], dotted: str, value: Any) -> None:
-    """Sets `a.b` in nested mappings, made as needed. Raises UsageError where there is a value already."""
+    """Set `a.b` in nested mappings, which are made as needed."""
     *sections, last = (int(key) if _REPLICA_ID.fullmatch(key) else key for key in dotted.split("."))
     for key in sections:
         if mapping.get(key) is None:
             mapping[key] = {}
         if not isinstance(mapping[key], dict):
-            raise UsageError(
-                f"command line: --{dotted} does not go with {mapping[key]!r}, given for all of {key}. Keep one."
-            )
+            problem = f"conflicts with {mapping[key]!r}, given for all of {key}"
+            raise config_error("repeated-option", f"--{dotted}", problem, "Keep one.", source=COMMAND_LINE)
         mapping = mapping[key]
     if last in mapping:
-        raise UsageError(f"command line: {dotted} stands twice, with {mapping[last]!r} and {value!r}. Keep one.")
+        raise _given_twice(dotted, mapping[last], value)
     mapping[last] = value
+
+
+def _given_twice(option: str, first: Any, second: Any) -> UsageError:
+    problem = f"given twice, as {first!r} and {second!r}"
+    return config_error("repeated-option", option, problem, "Keep one.", source=COMMAND_LINE)
 
 
 _REPLICA_ID = re.compile("-?[0-9]{1,9}")
 
 
 def _without_empty_sections(values: Mapping[str, Any]) -> dict[str, Any]:
-    """A section of which the file only has the name keeps its defaults."""
+    """Drop sections without keys, which keep their defaults."""
     return {key: value for key, value in values.items() if value is not None or key not in RunConfig.model_fields}
 
 
 def _source(key: str, given: Mapping[str, str], path: Path) -> str:
-    """How a message about `key` begins, so that the user knows where to mend it."""
+    """Return where the value of a key was given: on the command line or in the file."""
     on_command_line = any(f"{key}.".startswith(f"{name}.") or name.startswith(f"{key}.") for name in given)
-    return "command line: " if on_command_line else f"{path}: "
+    return COMMAND_LINE if on_command_line else str(path)

@@ -25,3 +25,27 @@ CONFIGS_FOLDER = shipped_folder("configs", "configs")
 
 CAUSES_FOLDER = shipped_folder("causes", "docs/causes")
 """Folder with a page for each cause, `<cause>.md`."""
+
+
+def packaged_configs() -> dict[str, Path]:
+    """Return the configs that ship with dreplica by name: `digits`, `cases/clean`."""
+    paths = sorted([*CONFIGS_FOLDER.glob("*.yaml"), *CONFIGS_FOLDER.glob("cases/*.yaml")])
+    return {path.relative_to(CONFIGS_FOLDER).with_suffix("").as_posix(): path for path in paths}
+
+
+def find_config(name: str) -> Path | None:
+    """Return the config file that `--config` names, or None if there is none.
+
+    A path in the current folder comes first, then a config that ships with dreplica: `configs/digits.yaml`,
+    `digits.yaml` and `digits` all find the same one.
+    """
+    path = Path(name)
+    if path.exists() and not path.is_dir():
+        return path
+    packaged = packaged_configs().get(packaged_name(name))
+    return packaged or (path if path.exists() else None)
+
+
+def packaged_name(name: str) -> str:
+    """Return the name that a packaged config would have: `digits` for `configs/digits.yaml`."""
+    return name.removeprefix("./").removeprefix("configs/").removesuffix(".yaml")

@@ -1,107 +1,63 @@
-"""schema"""
+"""The schema of the config: every section, its fields, their defaults and what they accept.
+
+The sections follow in the order in which `RunConfig` lists them. The docstring below a field is its help text in
+`--help` and in docs/configuration.md. Keys marked `Lockstep` must be the same on all replicas.
+
+To add a key, add a field with a docstring to its section and run `python docs/update.py`. Importing this module does
+not import torch: checks that need it import it when they run.
+"""
 
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import Field, ValidationError, field_validator, model_validator
+from pydantic import ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from dreplica.config.base import Lockstep, Section
-from dreplica.config.components import CriterionConfig, OptimConfig, ScheduleConfig
-from dreplica.config.messages import describe_errors, nearest
-from dreplica.errors import UsageError
-
-
-class AgreementConfig(Section):
-    """What is compared, how often, and what happens when it differs."""
-
-    every: Annotated[int, Lockstep()] = Field(1, ge=0)
-    """Compare every so many steps; 0: never."""
-    expect: Annotated[Literal["auto", "identical", "independent"], Lockstep()] = "auto"
-    """`identical`: all state must be equal; `independent`: indices and batches must be, states need not; `auto`:
-    identical unless `seed.model` gives replicas distinct seeds."""
-    snapshot_every: Annotated[int, Lockstep()] = Field(50, ge=0)
-    """Steps between snapshots kept in memory, from which a divergence is replayed; 0: no snapshots, no replay."""
-    on_divergence: Annotated[Literal["stop", "continue"], Lockstep()] = "stop"
-    """`stop` at the first difference, or `continue` and only record it."""
-    record: Annotated[Literal["stages", "tensors"], Lockstep()] = "stages"
-    """What the run folder keeps of every checked step: the digest of each stage (trace.jsonl) or, beside it, of each
-    single tensor, too (tensors.bin: 16 bytes for each), so that `dreplica compare` can name the tensor."""
-
-
-class DataConfig(Section):
-    """What is trained on."""
-
-    name: Annotated[str, Lockstep()] = "digits"
-    """`digits` (scikit-learn's bundled 1,797 images, no download), `imagefolder`, a torchvision data set (`CIFAR10`),
-    or `package.module:function`, called with this section, which returns (training set, validation set, number of
-    classes)."""
-    root: str | None = None
-    """Folder that holds the data. For `imagefolder`: `train/` and `val/` with a folder per class in each, or a folder
-    per class. For torchvision's sets: where they are, or are downloaded to; null: `data`."""
-    batch_size: Annotated[int, Lockstep()] = Field(64, ge=1)
-    """Samples per step, on each replica, no more than there are; the last batch of an epoch may be smaller."""
-    num_workers: int = Field(0, ge=0, le=100)
-    """Loader processes per replica; 0: load in the training process. With `decode: node` those of a node work together,
-    so that each replica needs only its share of them."""
-    val_fraction: Annotated[float, Lockstep()] = Field(0.2, gt=0, lt=1)
-    """Part of the samples held out for validation, where the data have no validation set of their own."""
-    split_seed: Annotated[int, Lockstep()] = Field(0, ge=0, le=2**32 - 1)
-    """Seed of the split into training and validation samples."""
-    sample_weights: Annotated[str | None, Lockstep()] = None
-    """What each training sample counts in the loss: `balanced` (the same for every class, whatever its size) or a CSV
-    file with the columns file, weight (paths relative to `root`); null: all the same."""
-    augment: Annotated[str | None, Lockstep()] = None
-    """Of the training images: `flip`, `crop_flip` (pad by 4, crop at random, flip: CIFAR), `resized_crop` (a crop of
-    random size and shape, flip: ImageNet), `trivial` (TrivialAugmentWide), or `package.module:function`, called with an
-    image (uint8, 3 x H x W), which returns one; null: none. Drawn from (seed.augment, epoch, sample) alone."""
-    image_size: Annotated[int | None, Lockstep()] = Field(None, ge=1, le=8192)
-    """Height and width of the images that reach the model; null: what is usual for the data (224 for photographs)."""
-    decode: Literal["replica", "node"] = "replica"
-    """Who decodes an image: each `replica` for itself; or `node`: once for all replicas of a node, which share it as
-    bytes, and so would share a mistake that one of them makes in decoding."""
-    cache: Literal["none", "memory", "device"] = "none"
-    """Where decoded images are kept after the first epoch, 3 bytes per pixel: `memory` of the node, once for each
-    replica or, with `decode: node`, once; or the replica's own `device`, where batches are also put together and
-    augmented: with `augment` null, `flip` or `crop_flip`. Whatever this is, the pixels are the same."""
-    on_error: Annotated[Literal["stop", "skip"], Lockstep()] = "stop"
-    """A sample that cannot be loaded: `stop` the run when it is met, or `skip`: load every sample once before the first
-    step, and leave out, on all replicas, those that any node cannot load."""
+from dreplica.config.messages import config_error, nearest
+from dreplica.config.overrides import check_override, merge
+from dreplica.config.validation import describe_errors
 
 
 class WorldConfig(Section):
-    """Where replicas run, and how long a silent one is waited for."""
+    """Devices of the replicas, and the timeout after which a replica counts as lost."""
 
     device: Literal["auto", "cuda", "cpu"] = "auto"
-    """`auto`: a GPU of its own for each replica where there are enough, otherwise GPUs shared (with a warning),
-    otherwise CPU; `cuda`: a GPU of its own or an error; `cpu`."""
+    """`auto`: one GPU per replica if there are enough, else shared GPUs (with a warning), else the CPU. `cuda`: one GPU
+    per replica, or an error. `cpu`: the CPU."""
     timeout: Annotated[float, Lockstep()] = Field(300.0, gt=0, le=86400)
-    """Seconds until a silent replica counts as lost; a day at most."""
+    """Seconds without a response after which a replica counts as lost. At most one day."""
 
 
 class RunFolderConfig(Section):
-    """Where a run leaves its files."""
+    """The run folder, resuming, and the run to compare with."""
 
     name: Annotated[str | None, Lockstep()] = None
-    """The run's name; null: the config file's. A second run of the same name gets a suffix, unless it resumes."""
+    """Name of the run. null: the config file's name. A suffix is added if the name is taken and the run does not
+    resume."""
     root: Annotated[str, Lockstep()] = "runs"
-    """The folder that holds the run folders."""
+    """Folder in which run folders are created."""
     resume: Annotated[Literal["auto", "never"], Lockstep()] = "auto"
-    """`auto`: go on with the newest run of this name where it was interrupted, if it had the same config; `never`:
-    begin a new one."""
-
+    """`auto`: resume the newest run of this name if it was interrupted and had the same config. `never`: start a new
+    run."""
     stop_after: Annotated[int | None, Lockstep()] = Field(None, ge=1)
-    """Stop after this step with a checkpoint and exit code 4, as a signal to stop would; null: go on to the end."""
-
+    """Step after which to stop with a checkpoint and exit code 4, as after a stop signal. null: run to the end."""
     reference: Annotated[str | None, Lockstep()] = None
-    """A recorded run's folder, or its trace, to compare every checked step with while training; stops at the first
-    difference. Where there are several machines, the first of them needs to have it."""
+    """Folder or trace of a recorded run. Each compared step is also compared with it, and training stops at the first
+    difference. With several nodes, only the first needs the folder."""
 
     @field_validator("root")
     @classmethod
     def _check_root(cls, root: str) -> str:
         if not root.strip():
-            raise UsageError(f"run.root: {root!r} names no folder. Name one, or '.' for the current folder.")
+            raise config_error(
+                "invalid-value",
+                "run.root",
+                f"expected a folder, got {root!r}",
+                "Use '.' for the current folder.",
+                value=root,
+                expected="a folder",
+            )
         return root
 
 
@@ -112,115 +68,214 @@ Seed = Annotated[int, Field(ge=0, le=_MAX_SEED)]
 
 
 class SeedConfig(Section):
-    """Where randomness comes from."""
+    """Seeds of everything that is drawn at random."""
 
     model: Annotated[Seed | list[Seed] | Literal["distinct"] | None, Lockstep()] = 42
-    """An int: shared by all replicas; a list: one per replica; `distinct`: 42 plus the replica id; null: unseeded, each
-    replica draws a fresh one."""
+    """Seed of the model's weights and of dropout. An int: the same for all replicas. A list: one seed per replica.
+    `distinct`: 42 plus the replica id. null: each replica draws a seed."""
     data: Annotated[Seed | None, Lockstep()] = 0
-    """Seed of the order of samples, drawn by rank 0 for all; null: a fresh one each run, recorded."""
+    """Seed of the order of the samples, which rank 0 draws for all replicas. null: drawn in each run, and recorded."""
     augment: Annotated[Seed, Lockstep()] = 0
-    """Seed of `data.augment`: what becomes of a sample depends on it, the epoch and the sample's index alone."""
+    """Seed of `data.augment`. The augmentation of a sample depends only on this seed, the epoch and the sample's
+    index."""
 
 
 def check_model_seeds(config: SeedConfig, num_replicas: int) -> None:
-    """Raises UsageError if `seed.model` is a list that does not have one seed per replica."""
+    """Check that a list of model seeds has one for each replica.
+
+    Raises:
+        UsageError: The list has another length.
+    """
     if isinstance(config.model, list) and len(config.model) != num_replicas:
-        raise UsageError(
-            f"seed.model: {config.model} has {len(config.model)} seeds for {num_replicas} replicas. "
-            "Give one seed per replica, one int for all, or 'distinct'."
+        raise config_error(
+            "invalid-value",
+            "seed.model",
+            f"expected {num_replicas} seeds for {num_replicas} replicas, got {len(config.model)}: {config.model}",
+            "Use one seed per replica, one int for all, or 'distinct'.",
+            value=config.model,
+            expected=f"{num_replicas} seeds",
         )
 
 
 class ModelConfig(Section):
-    """The model."""
+    """The model, its initial weights and its memory format."""
 
     name: str = "resnet18"
-    """Any torchvision classification model."""
+    """Name of a torchvision classification model."""
     factory: str | None = None
-    """`package.module:function` to use instead of `name`: called with `num_classes=`, returns an nn.Module."""
+    """Function that builds the model instead of `name`, as `package.module:function`. It is called with `num_classes=`
+    and returns an nn.Module."""
     weights: str | None = None
-    """Where everything but the head comes from: a name of torchvision's (`DEFAULT`, `IMAGENET1K_V1`), fetched once per
-    node, or a `.pth`, `.pt` or `.safetensors` file. The head is always drawn from the replica's seed. null: all is."""
+    """Pretrained weights for all layers except the head: the name of torchvision weights (`DEFAULT`, `IMAGENET1K_V1`),
+    downloaded once per node, or a `.pth`, `.pt` or `.safetensors` file. The head is always drawn from the replica's
+    seed. null: all layers are."""
     num_classes: int | None = Field(None, ge=2)
-    """Outputs of the model; null: the data set's number of classes."""
+    """Number of outputs of the model. null: the data set's number of classes."""
     init: Annotated[Literal["scratch", "broadcast"], Lockstep()] = "scratch"
-    """`scratch`: every replica's own build; `broadcast`: rank 0's state is sent to all after the build."""
+    """`scratch`: each replica builds its own model. `broadcast`: rank 0 sends its state to all replicas after the
+    build."""
     channels_last: bool = False
-    """Keep weights and inputs in channels_last memory format."""
+    """Use the channels_last memory format for weights and inputs."""
     compile: bool | str = False
-    """Compile the model with torch.compile, in place: true, or a backend's name (`eager`, `aot_eager`, `inductor`)."""
+    """Compile the model with torch.compile: true, or the name of a backend (`eager`, `aot_eager`, `inductor`)."""
 
     @field_validator("compile")
     @classmethod
     def _check_backend(cls, value: bool | str) -> bool | str:
         if isinstance(value, str):
-            from torch._dynamo import list_backends  # takes a second to import, so only where it is asked for
+            from torch._dynamo import list_backends  # importing it takes a second
 
             backends = list_backends(None)
             if value not in backends:
-                raise UsageError(f"model.compile: torch has no backend {value!r}. {nearest(value, backends)}")
+                raise config_error(
+                    "unknown-name",
+                    "model.compile",
+                    f"torch has no backend {value!r}",
+                    nearest(value, backends),
+                    value=value,
+                )
         return value
 
 
 class ReplicaConfig(Section):
-    """The whole replica from one function of yours."""
+    """A function of yours that builds the whole replica."""
 
     factory: str | None = None
-    """`package.module:function`, called as `function(config, num_classes, device)` under the replica's seed, returns
-    `dreplica.Replica(model=, criterion=, optimizer=, scheduler=)`; null: built from the sections."""
+    """Function that builds the replica, as `package.module:function`. It is called as `function(config, num_classes,
+    device)` after seeding and returns `dreplica.Replica(model=, criterion=, optimizer=, scheduler=)`. null: build the
+    replica from the sections `model`, `criterion`, `optim` and `schedule`."""
 
 
-class ReportConfig(Section):
-    """Where else results go, beside the run folder."""
+class _Component(Section):
+    """A torch class by `name`. Each further key is a keyword argument of the class."""
 
-    tensorboard: Annotated[bool, Lockstep()] = False
-    """Also write accuracy, loss and images per second of every replica to the run folder's `tensorboard/`; needs the
-    package tensorboard."""
-    wandb: Annotated[bool, Lockstep()] = False
-    """Also log them to Weights & Biases, in the project WANDB_PROJECT (by default dreplica); needs the package
-    wandb."""
+    model_config = ConfigDict(extra="allow")
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """Keyword arguments for the class, without declared ones that are null."""
+        declared = {name: getattr(self, name) for name in type(self).model_fields if name not in ("name", "per")}
+        return {key: value for key, value in declared.items() if value is not None} | (self.model_extra or {})
+
+
+class CriterionConfig(_Component):
+    """The loss, a class in `torch.nn`. Further keys are its keyword arguments."""
+
+    name: str = "CrossEntropyLoss"
+    """Class in `torch.nn`, called with (outputs, labels)."""
+
+    @model_validator(mode="after")
+    def _check(self) -> "CriterionConfig":
+        from dreplica.config.components import try_criterion
+
+        try_criterion(self)
+        return self
+
+
+class OptimConfig(_Component):
+    """The optimizer, a class in `torch.optim`. Further keys are its keyword arguments."""
+
+    name: str = "SGD"
+    """Class in `torch.optim`."""
+    lr: float = Field(0.01, ge=0)
+    """Learning rate."""
+
+    @model_validator(mode="after")
+    def _check(self) -> "OptimConfig":
+        from dreplica.config.components import try_optimizer
+
+        try_optimizer(self)
+        return self
+
+
+class ScheduleConfig(_Component):
+    """The learning-rate schedule, a class in `torch.optim.lr_scheduler`. Further keys are its keyword arguments."""
+
+    name: str | None = None
+    """Class in `torch.optim.lr_scheduler`. null: a constant learning rate."""
+    per: Literal["epoch", "step"] = "epoch"
+    """`epoch`: step the schedule after each epoch. `step`: step it after each optimizer step, as warm-up and OneCycleLR
+    need."""
+
+    @model_validator(mode="after")
+    def _check(self) -> "ScheduleConfig":
+        if self.name is not None or self.arguments:
+            from dreplica.config.components import try_schedule
+
+            try_schedule(self)
+        return self
+
+
+class DataConfig(Section):
+    """The data set, its split, and how images are loaded and augmented."""
+
+    name: Annotated[str, Lockstep()] = "digits"
+    """`digits` (1,797 images that scikit-learn ships, no download), `imagefolder`, the name of a torchvision data set
+    (`CIFAR10`), or a function `package.module:function`, which is called with this section and returns (training set,
+    validation set, number of classes)."""
+    root: str | None = None
+    """Folder with the data. For `imagefolder`: `train/` and `val/` with one folder per class in each, or one folder per
+    class. For torchvision data sets: where they are, or where to download them to. null: `data`."""
+    batch_size: Annotated[int, Lockstep()] = Field(64, ge=1)
+    """Samples per step on each replica. The last batch of an epoch may be smaller."""
+    num_workers: int = Field(0, ge=0, le=100)
+    """Loader processes per replica. 0: load in the training process. With `decode: node` the workers of a node share
+    the work, so each replica needs fewer."""
+    val_fraction: Annotated[float, Lockstep()] = Field(0.2, gt=0, lt=1)
+    """Fraction of the samples to hold out for validation if the data set has no validation set."""
+    split_seed: Annotated[int, Lockstep()] = Field(0, ge=0, le=2**32 - 1)
+    """Seed of the split into training and validation samples."""
+    sample_weights: Annotated[str | None, Lockstep()] = None
+    """Weight of each training sample in the loss. `balanced`: every class has the same total weight. Or a CSV file with
+    the columns file and weight (paths relative to `root`). null: equal weights."""
+    augment: Annotated[str | None, Lockstep()] = None
+    """Augmentation of the training images: `flip`, `crop_flip` (pad by 4, random crop, flip, as for CIFAR),
+    `resized_crop` (crop of random size and shape, flip, as for ImageNet), `trivial` (TrivialAugmentWide), or a function
+    `package.module:function` from image to image (uint8, 3 x H x W). Its random numbers depend only on (seed.augment,
+    epoch, sample). null: none."""
+    image_size: Annotated[int | None, Lockstep()] = Field(None, ge=1, le=8192)
+    """Height and width of the images that the model gets. null: the usual size for the data (224 for photographs)."""
+    decode: Literal["replica", "node"] = "replica"
+    """`replica`: each replica decodes its own images. `node`: the replicas of a node share each decoded image, and
+    therefore also a decoding error."""
+    cache: Literal["none", "memory", "device"] = "none"
+    """Where to keep decoded images after the first epoch, at 3 bytes per pixel. `memory`: host memory, once per
+    replica, or once per node with `decode: node`. `device`: the replica's device, which then also augments and
+    assembles batches (`augment` must be null, `flip` or `crop_flip`). The pixels are the same in all modes."""
+    on_error: Annotated[Literal["stop", "skip"], Lockstep()] = "stop"
+    """What to do about a sample that cannot be loaded. `stop`: stop the run when it is reached. `skip`: load every
+    sample once before the first step, and leave out on all replicas the samples that any node cannot load."""
 
 
 class TrainConfig(Section):
-    """How long, and how a step is taken."""
+    """The length of training, and how a step is computed."""
 
     epochs: Annotated[int, Lockstep()] = Field(1, ge=1)
     """Passes over the training set."""
     max_steps: Annotated[int | None, Lockstep()] = Field(None, ge=1)
-    """Stop after so many steps, even in mid-epoch; null: all of them."""
+    """Stop after this many steps, also within an epoch. null: no limit."""
     amp: Literal["bf16", "fp16"] | None = None
-    """Automatic mixed precision in the forward pass; fp16 scales the loss."""
+    """Data type of automatic mixed precision in the forward pass. fp16 also scales the loss. null: none."""
     grad_clip: float | None = Field(None, gt=0)
-    """Largest norm of all gradients together; null: not clipped."""
+    """Maximum norm of all gradients together. null: no clipping."""
     accumulate: int = Field(1, ge=1)
-    """Split each batch into so many parts and accumulate their gradients: the same step with less memory, up to
-    rounding; only BatchNorm sees each part by itself."""
-
-
-class CheckpointConfig(Section):
-    """When a run's state is saved, so that it can go on after an interruption."""
-
-    every_steps: Annotated[int | None, Lockstep()] = Field(None, ge=1)
-    """Save every so many steps; null: not by steps."""
-    every_epochs: Annotated[int | None, Lockstep()] = Field(1, ge=1)
-    """Save at the end of every so many epochs; null: not by epochs. A run that is told to stop saves in any case."""
-    keep: Annotated[int, Lockstep()] = Field(2, ge=1)
-    """How many checkpoints to keep, the newest."""
+    """Number of micro-batches that each batch is split into, whose gradients are accumulated. The step is the same up
+    to rounding and needs less memory. BatchNorm sees each micro-batch separately."""
 
 
 class DeterminismConfig(Section):
-    """How numbers are rounded: every flag on its own."""
+    """Flags that decide how numbers are rounded."""
 
     mode: Literal["strict", "warn", "off"] = "strict"
-    """`strict`: an operator without a deterministic implementation raises; `warn`: it warns; `off`: anything goes."""
+    """What happens at an operator without a deterministic implementation. `strict`: an error. `warn`: a warning. `off`:
+    nothing."""
     threads: int = Field(1, ge=1, le=1024)
-    """Threads of one CPU operator; another number rounds differently, so it is fixed here and not left to the
+    """Threads per CPU operator. Results can differ in rounding with the number of threads, so it does not depend on the
     machine."""
     cudnn_benchmark: bool = False
-    """Let cuDNN time its algorithms and pick one; two replicas may pick differently."""
+    """Let cuDNN time its algorithms and choose the fastest. Two replicas may choose differently."""
     cudnn_deterministic: bool | None = None
-    """Restrict cuDNN to deterministic algorithms; null: unless mode is `off`."""
+    """Use only deterministic cuDNN algorithms. null: true unless `mode` is `off`."""
     tf32: bool = False
     """Allow TensorFloat-32 in matrix products and convolutions on the GPU."""
     reduced_precision_reduction: bool = False
@@ -228,29 +283,71 @@ class DeterminismConfig(Section):
     onednn: bool = True
     """Use oneDNN kernels on the CPU."""
     fill_uninitialized_memory: bool = True
-    """In strict and warn mode, fill `torch.empty` and its kind with NaN so that reading it is reproducible."""
+    """Fill uninitialized memory (`torch.empty`) with NaN, so that reading it is reproducible. Has no effect with `mode:
+    off`."""
     cublas_workspace_config: str | None = ":4096:8"
-    """CUBLAS_WORKSPACE_CONFIG, set before CUDA starts unless the environment already has it; null: not set."""
+    """Value for the environment variable CUBLAS_WORKSPACE_CONFIG, which is set before CUDA starts unless the
+    environment has one. null: do not set it."""
+
+
+class CheckpointConfig(Section):
+    """When to save the state of a run, so that it can resume after an interruption."""
+
+    every_steps: Annotated[int | None, Lockstep()] = Field(None, ge=1)
+    """Number of steps between checkpoints. null: none by steps."""
+    every_epochs: Annotated[int | None, Lockstep()] = Field(1, ge=1)
+    """Number of epochs between checkpoints. null: none by epochs. A run that is asked to stop always saves one."""
+    keep: Annotated[int, Lockstep()] = Field(2, ge=1)
+    """Number of checkpoints to keep. Older ones are deleted."""
+
+
+class AgreementConfig(Section):
+    """What is compared, how often, and what happens on a divergence."""
+
+    every: Annotated[int, Lockstep()] = Field(1, ge=0)
+    """Number of steps between comparisons. 0: no comparisons."""
+    expect: Annotated[Literal["auto", "identical", "independent"], Lockstep()] = "auto"
+    """`identical`: all training state must be equal. `independent`: only sample indices and batches must be equal.
+    `auto`: `identical` unless `seed.model` gives replicas distinct seeds."""
+    snapshot_every: Annotated[int, Lockstep()] = Field(50, ge=0)
+    """Number of steps between snapshots in memory, from which a divergence is replayed. 0: no snapshots and no
+    replay."""
+    on_divergence: Annotated[Literal["stop", "continue"], Lockstep()] = "stop"
+    """`stop`: stop at the first divergence. `continue`: record it and continue training."""
+    record: Annotated[Literal["stages", "tensors"], Lockstep()] = "stages"
+    """What the run folder records for each compared step. `stages`: the digest of each stage (trace.jsonl). `tensors`:
+    also the digest of each tensor (tensors.bin, 16 bytes each), so that `dreplica compare` can name the tensor."""
+
+
+class ReportConfig(Section):
+    """Trackers that get the metrics in addition to the run folder."""
+
+    tensorboard: Annotated[bool, Lockstep()] = False
+    """Write accuracy, loss and images per second of each replica to `tensorboard/` in the run folder. Needs the package
+    tensorboard."""
+    wandb: Annotated[bool, Lockstep()] = False
+    """Log accuracy, loss and images per second of each replica to Weights & Biases, in the project WANDB_PROJECT
+    (default: dreplica). Needs the package wandb."""
 
 
 class FaultConfig(Section):
-    """One fault."""
+    """A fault to inject: bits to flip in one tensor of one replica."""
 
     replica: int = Field(ge=0)
     """Replica id."""
     step: int = Field(ge=1)
-    """The step at which it strikes."""
+    """Step at which the fault is injected."""
     target: Literal["weights", "gradients", "buffers", "optimizer", "batch", "indices", "activation", "rng"]
-    """What is struck: `gradients` before the optimizer's step, `batch` before the forward pass, `activation` the output
-    of a module, the others at the end of the step."""
+    """What is corrupted: `gradients` before the optimizer step, `batch` before the forward pass, `activation` the
+    output of a module, and all others at the end of the step."""
     tensor: str | None = None
-    """Name of a parameter, buffer or (for `activation`) module; null: drawn."""
+    """Name of the parameter or buffer to corrupt, or with `activation` of the module. null: drawn at random."""
     bits: int = Field(1, ge=1, le=4096)
-    """How many bits flip, in one tensor."""
+    """Number of bits to flip in the tensor."""
     repeat: bool = False
-    """Strike at every step from this one on, and in replays."""
+    """Inject the fault at every step from `step` on, and in replays."""
     seed: Annotated[int, Field(ge=0)] = 0
-    """What is not chosen (the tensor, the bits) is drawn from it."""
+    """Seed of the choice of tensor and bits."""
 
     def __str__(self) -> str:
         bits = f"{self.bits} bit{'s' * (self.bits > 1)} of {self.tensor or 'a tensor'}"
@@ -259,15 +356,16 @@ class FaultConfig(Section):
 
 
 class RunConfig(Section):
-    """Everything that decides a run."""
+    """The config of a run."""
 
     world: WorldConfig = WorldConfig()
     run: RunFolderConfig = RunFolderConfig()
     seed: SeedConfig = SeedConfig()
     model: ModelConfig = ModelConfig()
     replica: ReplicaConfig = ReplicaConfig()
-    criterion: CriterionConfig = CriterionConfig()
-    optim: OptimConfig = OptimConfig()
+    # Factories: validating these defaults imports torch.
+    criterion: CriterionConfig = Field(default_factory=CriterionConfig)
+    optim: OptimConfig = Field(default_factory=OptimConfig)
     schedule: ScheduleConfig = ScheduleConfig()
     data: DataConfig = DataConfig()
     train: TrainConfig = TrainConfig()
@@ -276,14 +374,15 @@ class RunConfig(Section):
     agreement: AgreementConfig = AgreementConfig()
     report: ReportConfig = ReportConfig()
     inject: list[FaultConfig] = Field(default_factory=list)
-    """Faults to inject: a list of {replica, step, target, tensor, bits, repeat, seed}."""
+    """Faults to inject, a list of {replica, step, target, tensor, bits, repeat, seed}."""
     overrides: dict[int, dict[str, Any]] = Field(default_factory=dict)
-    """Replica id to a partial config: a declared difference between replicas, to compare two settings in lock-step."""
+    """Partial config for single replicas, by replica id: {1: {optim: {lr: 0.1}}}. It declares a difference, to compare
+    two settings step by step."""
 
     @field_validator("overrides", mode="before")
     @classmethod
     def _drop_empty(cls, overrides: Any) -> Any:
-        """A replica or section of which there is only the name overrides nothing, and declares no difference."""
+        """Drop replicas and sections without keys: they override nothing and declare no difference."""
         if not isinstance(overrides, Mapping):
             return overrides
         sections = RunConfig.model_fields.keys() - {"overrides"}
@@ -298,28 +397,38 @@ class RunConfig(Section):
     @model_validator(mode="after")
     def _check_overrides(self) -> "RunConfig":
         for replica_id, partial in self.overrides.items():
+            prefix = f"overrides.{replica_id}"
             if "overrides" in partial:
-                raise UsageError(f"overrides.{replica_id}.overrides: overrides do not nest.")
+                fix = f"Move its keys to {prefix}."
+                raise config_error("nested-overrides", f"{prefix}.overrides", "overrides cannot be nested", fix)
             if "inject" in partial:
-                raise UsageError(
-                    f"overrides.{replica_id}.inject: a fault says by itself which replica it strikes. Give it under "
-                    f"inject, with replica: {replica_id}."
-                )
-            _check_difference(f"overrides.{replica_id}", self, self.for_replica(replica_id))
+                fix = f"Move them to the section inject, with replica: {replica_id}."
+                raise config_error("faults-in-override", f"{prefix}.inject", "faults cannot be overridden", fix)
+            check_override(prefix, self, self.for_replica(replica_id))
         return self
 
     def for_replica(self, replica_id: int) -> "RunConfig":
-        """The config as replica `replica_id` runs it: its overrides merged in. Raises UsageError if they do not fit."""
+        """Return the config with the overrides of one replica merged in.
+
+        Raises:
+            UsageError: An override is invalid.
+        """
         partial = self.overrides.get(replica_id)
         if not partial:
             return self
         try:
             return RunConfig.model_validate(merge(self.model_dump(exclude={"overrides"}), partial))
         except ValidationError as error:
-            raise describe_errors(error.errors(), RunConfig, lambda _: f"overrides.{replica_id}.") from None
+            prefix = f"overrides.{replica_id}."
+            raise describe_errors(error.errors(), RunConfig, lambda _: "", prefix) from None
 
     def declared_differences(self) -> dict[int, dict[str, Any]]:
-        """Replica id, section and key of what an override changes: one that says what all do declares no difference."""
+        """Return what the overrides change.
+
+        Returns:
+            For each replica id, the changed values by section and key. A replica whose overrides change nothing is left
+            out.
+        """
         base = self.model_dump(exclude={"overrides"})
         changes = {}
         for replica_id in self.overrides:
@@ -332,55 +441,29 @@ class RunConfig(Section):
         return {replica_id: partial for replica_id, partial in changes.items() if partial}
 
     def check_replicas(self, num_replicas: int) -> None:
-        """Raises UsageError if an override or a seed names a replica that does not exist, or one lacks a seed."""
+        """Check what depends on the number of replicas: overrides, faults and model seeds.
+
+        Raises:
+            UsageError: An override or a fault names a replica that does not exist, or a replica has no seed.
+        """
+        valid = f"expected a replica from 0 to {num_replicas - 1}"
         for replica_id in self.overrides:
             if not 0 <= replica_id < num_replicas:
-                remedy = "Override another."
-                if replica_id > 0:
-                    remedy = f"Start more with --nproc_per_node={replica_id + 1}, or override another."
-                raise UsageError(
-                    f"overrides.{replica_id}: there is no such replica; the {num_replicas} count from 0. {remedy}"
+                fix = f"Start {replica_id + 1} replicas, or override another one." if replica_id > 0 else ""
+                raise config_error(
+                    "unknown-replica", f"overrides.{replica_id}", f"{valid}, got {replica_id}", fix, value=replica_id
                 )
-        for fault in self.inject:
+        for index, fault in enumerate(self.inject):
             if fault.replica >= num_replicas:
-                raise UsageError(
-                    f"inject: there is no replica {fault.replica}; the {num_replicas} count from 0. Choose another."
+                raise config_error(
+                    "unknown-replica",
+                    f"inject.{index}.replica",
+                    f"{valid}, got {fault.replica}",
+                    f"Start {fault.replica + 1} replicas, or choose another one.",
+                    value=fault.replica,
                 )
         check_model_seeds(self.seed, num_replicas)
 
     def to_yaml(self) -> str:
-        """The resolved config, every key written out: what the run folder keeps."""
+        """Return the whole config as YAML, defaults included, as the run folder keeps it."""
         return yaml.safe_dump(self.model_dump(), sort_keys=False)
-
-
-def merge(base: Mapping[str, Any], partial: Mapping[str, Any]) -> dict[str, Any]:
-    """`base` with `partial` laid over it, mapping by mapping. A component given another name keeps no old arguments."""
-    merged = dict(base)
-    for key, value in partial.items():
-        old = merged.get(key)
-        if not (isinstance(old, Mapping) and isinstance(value, Mapping)):
-            merged[key] = value
-        elif key in {"criterion", "optim", "schedule"} and value.get("name", old.get("name")) != old.get("name"):
-            merged[key] = {**({"lr": old["lr"]} if "lr" in old else {}), **value}
-        else:
-            merged[key] = merge(old, value)
-    return merged
-
-
-def _check_difference(key: str, base: RunConfig, own: RunConfig) -> None:
-    """Raises UsageError for a difference that replicas in lock-step cannot have, or that changes nothing."""
-    for section, field in RunConfig.model_fields.items():
-        for name, item in getattr(field.annotation, "model_fields", {}).items():
-            value = getattr(getattr(own, section), name)
-            if any(isinstance(mark, Lockstep) for mark in item.metadata) and value != getattr(
-                getattr(base, section), name
-            ):
-                raise UsageError(
-                    f"{key}.{section}.{name}: {value!r} will not do: replicas in lock-step must share this value. "
-                    f"Set {section}.{name} for all of them."
-                )
-    if own.model.name != base.model.name and own.model.factory is not None:
-        raise UsageError(
-            f"{key}.model.name: {own.model.name!r} changes nothing, since model.factory ({own.model.factory!r}) comes "
-            f"before it. Set {key}.model.factory to null, too, or to another."
-        )

@@ -1,4 +1,4 @@
-"""A class of torch's, called with a config's keys: each checked against its signature."""
+"""Construct a torch class from config keys, each checked against the class's signature."""
 
 import inspect
 import math
@@ -9,8 +9,7 @@ from typing import Any, Optional
 import torch
 from torch import Tensor
 
-from dreplica.config.messages import nearest, show
-from dreplica.errors import UsageError
+from dreplica.config.messages import config_error, invalid_value, nearest
 
 
 def construct(
@@ -18,36 +17,47 @@ def construct(
     module: ModuleType,
     name: str,
     names: list[str],
-    excluded: Mapping[str, str],
+    excluded: Mapping[str, tuple[str, str]],
     arguments: Mapping[str, Any],
     *first: Any,
 ) -> Any:
-    """An instance of the class `name` of `module`, with `first` and then `arguments` by keyword.
+    """Construct a class of a torch module.
 
-    `names`: the classes there are; `excluded`: those of them that are not built, with the reason. An argument that is
-    a tensor takes a list of numbers. Raises UsageError naming `section` and key.
+    Args:
+        section: Config section to name in errors.
+        module: Module with the class, such as `torch.optim`.
+        name: Name of the class.
+        names: Names of the classes that exist.
+        excluded: Problem and fix for each existing class that a config cannot build.
+        arguments: Keyword arguments. A list of numbers becomes a tensor where the signature says so.
+        *first: Positional arguments that come first.
+
+    Raises:
+        UsageError: The class or an argument does not exist, one is missing, or one has the wrong type.
     """
     if name in excluded and name in names:
-        raise UsageError(f"{section}.name: {name} {excluded[name]}")
+        problem, fix = excluded[name]
+        raise config_error("unusable-class", f"{section}.name", f"{name} {problem}", fix, value=name)
     if name not in names:
-        valid = [other for other in names if other not in excluded]
-        raise UsageError(f"{section}.name: {module.__name__} has no {name!r}. {nearest(name, valid)}")
+        hint = nearest(name, [other for other in names if other not in excluded])
+        problem = f"{module.__name__} has no {name!r}"
+        raise config_error("unknown-name", f"{section}.name", problem, hint, value=name)
     cls = getattr(module, name)
     parameters = inspect.signature(cls.__init__).parameters
-    takes = [
+    accepted = [
         key
         for key in list(parameters)[1 + len(first) :]
         if parameters[key].kind not in {inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL}
     ]
     for key in arguments:
-        if key not in takes:
-            raise UsageError(f"{section}.{key}: {name} has no argument {key!r}. {nearest(key, takes)}")
-    missing = [key for key in takes if key not in arguments and parameters[key].default is inspect.Parameter.empty]
+        if key not in accepted:
+            problem = f"{name} has no argument {key!r}"
+            raise config_error("unknown-key", f"{section}.{key}", problem, nearest(key, accepted))
+    missing = [key for key in accepted if key not in arguments and parameters[key].default is inspect.Parameter.empty]
     if missing:
-        raise UsageError(
-            f"{section}.{missing[0]}: {name} needs a value for it. Set it in the config or with "
-            f"--{section}.{missing[0]} VALUE."
-        )
+        key = f"{section}.{missing[0]}"
+        fix = f"Set it in the config or with --{key} VALUE."
+        raise config_error("missing-value", key, f"{name} requires a value", fix)
     for key, value in arguments.items():
         _check_kind(f"{section}.{key}", value, parameters[key])
     values = {
@@ -58,31 +68,30 @@ def construct(
 
 
 def _check_kind(key: str, value: Any, parameter: inspect.Parameter) -> None:
-    """Raises UsageError for a value of another kind than `parameter`'s: torch looks at some first in mid-run, and takes
-    `foreach: "no"` for true."""
+    """Check the type of a value: torch looks at some only during training, and takes `foreach: "no"` for true."""
     default, declared = parameter.default, inspect.formatannotation(parameter.annotation).strip("'")
     optional = default is None or "None" in declared
     if isinstance(value, float) and not math.isfinite(value):
-        fits, wanted = False, "a finite number"
+        fits, expected = False, "a finite number"
     elif isinstance(default, bool) or declared in {"bool | None", "Optional[bool]"}:
-        fits, wanted = isinstance(value, bool), "true or false"
+        fits, expected = isinstance(value, bool), "true or false"
     elif declared in {"int", "int | None", "Optional[int]"}:
-        fits, wanted = _is_number(value, int), "a whole number"
+        fits, expected = _is_number(value, int), "an integer"
     elif declared == "Iterable[int]":
         fits = isinstance(value, list) and all(_is_number(item, int) for item in value)
-        wanted = "a list of whole numbers, such as [1, 2]"
+        expected = "a list of integers, such as [1, 2]"
     elif isinstance(default, int | float) or declared == "float":
-        fits, wanted = _is_number(value, int | float) or isinstance(value, list), "a number"
+        fits, expected = _is_number(value, int | float) or isinstance(value, list), "a number"
     elif isinstance(default, str):
-        fits, wanted = isinstance(value, str), f"a word, such as {default!r}"
+        fits, expected = isinstance(value, str), f"text, such as {default!r}"
     elif isinstance(default, tuple):
         example = ", ".join("null" if item is None else str(item) for item in default)
         fits = isinstance(value, list | tuple) and len(value) == len(default)
-        wanted = f"a list of {len(default)}, such as [{example}]"
+        expected = f"a list of {len(default)} values, such as [{example}]"
     else:
         return
     if not fits and not (value is None and optional):
-        raise UsageError(f"{key}: {show(value)} will not do: it should be {wanted}.")
+        raise invalid_value(key, value, expected)
 
 
 def _is_number(value: Any, kind: Any) -> bool:
@@ -93,12 +102,12 @@ _TENSOR = (Tensor, Tensor | None, Optional[Tensor])  # noqa: UP045 (as an older 
 
 
 def _as_tensor(key: str, value: Any) -> Any:
-    """A list of numbers as float32 (YAML has no tensors); null as it is. Raises UsageError for anything else."""
+    """Convert a list of numbers to float32, since YAML has no tensors. Keep null."""
     if value is None:
         return None
     numbers = isinstance(value, list) and all(
         _is_number(number, int | float) and math.isfinite(number) for number in value
     )
     if not numbers:
-        raise UsageError(f"{key}: {show(value)} will not do: give a list of numbers, one per class: [1.0, 0.5, 2.0].")
+        raise invalid_value(key, value, "a list of finite numbers, one per class, such as [1.0, 0.5, 2.0]")
     return torch.tensor(value, dtype=torch.float32)

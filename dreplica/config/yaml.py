@@ -1,4 +1,4 @@
-"""Values as YAML 1.2 writes them, of a file or of one argument."""
+"""Reading YAML 1.2, from a file or from one command-line argument."""
 
 import re
 from pathlib import Path
@@ -6,30 +6,35 @@ from typing import Any
 
 import yaml
 
+from dreplica.config.messages import config_error, invalid_value
 from dreplica.errors import UsageError
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
-    """The mapping in a YAML file. Raises UsageError if there is none."""
+    """Return the mapping in a YAML file.
+
+    Raises:
+        UsageError: The file cannot be read, or contains something other than a mapping.
+    """
     try:
         text = path.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        raise UsageError(f"--config: there is no file {str(path)!r} (from {Path.cwd()}). Correct the path.") from None
     except OSError as error:
-        raise UsageError(f"--config: {str(path)!r} cannot be read ({error.strerror}). Name a YAML file.") from None
+        problem = f"{str(path)!r} cannot be read ({error.strerror})"
+        raise config_error("unreadable-file", "--config", problem, "Name a YAML file.", value=str(path)) from None
     except UnicodeDecodeError:
-        raise UsageError(f"--config: {str(path)!r} is not text. Name a YAML file.") from None
+        raise config_error(
+            "unreadable-file", "--config", f"{str(path)!r} is not text", "Name a YAML file.", value=str(path)
+        ) from None
     values = load_yaml(text, str(path))
     if values is None:
         return {}
     if not isinstance(values, dict):
-        found = "a list" if isinstance(values, list) else repr(values)
-        raise UsageError(f"{path}: expected sections such as `train:`, found {found}.")
+        raise invalid_value(str(path), values, "sections such as `train:`")
     return values
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML 1.2's core schema: `1e-3` is a number, `off` and `no` are words; a key given twice is an error."""
+    """The core schema of YAML 1.2: `1e-3` is a number, `off` and `no` are text. Duplicate keys are errors."""
 
     yaml_implicit_resolvers: dict[str, list[tuple[str, re.Pattern[str]]]] = {}  # noqa: RUF012 (PyYAML's own attribute)
 
@@ -38,21 +43,21 @@ class _Loader(yaml.SafeLoader):
         for key_node, _ in node.value:
             key = (key_node.tag, str(key_node.value))
             if key in seen:
-                problem = f"the key {key_node.value!r} stands twice; keep one"
+                problem = f"duplicate key {key_node.value!r}"
                 raise yaml.constructor.ConstructorError(None, None, problem, key_node.start_mark)
             seen.add(key)
         return super().construct_mapping(node, deep)
 
     def construct_scalar(self, node: yaml.ScalarNode | yaml.MappingNode) -> Any:
-        """Escapes can write what no path and no file can hold."""
+        """Reject escaped characters that no path and no file can contain."""
         text = super().construct_scalar(node)
         if found := re.search("[\0\ud800-\udfff]", text):
-            problem = f"there is a character that no text has, {found.group()!r}"
+            problem = f"invalid character {found.group()!r}"
             raise yaml.constructor.ConstructorError(None, None, problem, node.start_mark)
         return text
 
     def construct_int(self, node: yaml.ScalarNode) -> int:
-        """PyYAML's own reads 010 as 8 and fails on 08; in YAML 1.2 both are decimal."""
+        """Return an integer: PyYAML reads 010 as 8 and fails on 08, but YAML 1.2 reads both as decimal."""
         text = self.construct_scalar(node)
         return int(text, 0) if text[:2] in {"0o", "0x"} else int(text)
 
@@ -72,17 +77,25 @@ for _tag, _pattern, _first in (
 
 
 def load_yaml(text: str, source: str) -> Any:
-    """The value that `text` writes. Raises UsageError naming `source` and the place in it."""
+    """Return the value of a YAML text.
+
+    Raises:
+        UsageError: The text is not valid YAML. The message begins with `source` and the position.
+    """
+    line = column = None
     try:
         return yaml.load(text, _Loader)
     except yaml.reader.ReaderError as error:
-        line, column = text.count("\n", 0, error.position), error.position - text.rfind("\n", 0, error.position)
-        problem = f"there is a character that no text has, {chr(error.character)!r}"
-        where = f" line {line + 1}, column {column}"
+        line, column = text.count("\n", 0, error.position), error.position - text.rfind("\n", 0, error.position) - 1
+        problem = f"invalid character {chr(error.character)!r}"
     except RecursionError:
-        problem, where = "it is nested too deeply", ""
+        problem = "nested too deeply"
     except (yaml.YAMLError, ValueError) as error:
         problem = getattr(error, "problem", None) or str(error)
         mark = getattr(error, "problem_mark", None)
-        where = f" line {mark.line + 1}, column {mark.column + 1}" if mark is not None else ""
-    raise UsageError(f"{source}:{where and where + ':'} this cannot be read as YAML: {problem}.")
+        if mark is not None:
+            line, column = mark.line, mark.column
+    position = "" if line is None or column is None else f" line {line + 1}, column {column + 1}:"
+    raise UsageError(
+        f"{source}:{position} invalid YAML: {problem}.", code="invalid-yaml", source=source, problem=problem
+    )

@@ -119,7 +119,7 @@ def test_a_step_that_the_run_does_not_reach(capsys: pytest.CaptureFixture[str]) 
 
 def test_without_a_step_to_interrupt_at(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["certify-resume", *SMALL]) == ExitCode.UNUSABLE
-    assert "--at-step: it is needed" in capsys.readouterr().err
+    assert "--at-step: a step is required" in capsys.readouterr().err
 
 
 def test_what_lies_in_a_folder_is_left_there(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,4 +1,4 @@
-"""The command itself."""
+"""The `dreplica` command: help, version, hints for mistyped input, and interrupts."""
 
 import os
 import signal
@@ -9,14 +9,13 @@ from pathlib import Path
 
 import pytest
 
+import dreplica
 from dreplica.commands.main import main
 from tests.harness import REPOSITORY, environment
 
 
 @pytest.mark.parametrize("name", ["train", "burn-in", "bench", "flags", "certify-resume"])
-def test_help_of_a_command_that_trains_has_its_options_and_every_setting(
-    name: str, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_training_command_help_lists_options_and_settings(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([name, "--help"]) == 0
     printed = capsys.readouterr().out
     assert printed.startswith(f"usage: dreplica {name} [--replicas N] [--config FILE]")
@@ -24,14 +23,86 @@ def test_help_of_a_command_that_trains_has_its_options_and_every_setting(
     assert "--data.batch_size" in printed
 
 
-def test_a_setting_given_to_a_command_that_takes_none(capsys: pytest.CaptureFixture[str]) -> None:
+def test_plain_command_refuses_setting(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as ended:
         main(["doctor", "--train.epochs=2"])
     assert ended.value.code == 2
     assert "unrecognized arguments: --train.epochs=2" in capsys.readouterr().err
 
 
-def test_whoever_has_read_enough_of_it_may_leave() -> None:
+def test_version_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["--version"])
+    assert ended.value.code == 0
+    assert capsys.readouterr().out == f"dreplica {dreplica.__version__}\n"
+
+
+def test_no_command_prints_short_help(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([]) == 2
+    printed = capsys.readouterr().err
+    assert printed.startswith("usage: dreplica [-h] [--version] COMMAND")
+    for name in ("train", "burn-in", "cases", "compare"):
+        assert f"\n    {name} " in printed
+
+
+@pytest.mark.parametrize(
+    ("arguments", "hint"),
+    [
+        (["tarin"], "unknown command 'tarin'. Did you mean 'train'?"),
+        (["burnin", "--for", "1m"], "unknown command 'burnin'. Did you mean 'burn-in'?"),
+        (["xyz"], "unknown command 'xyz'. Choose one of: bench, burn-in, cases, "),
+    ],
+)
+def test_unknown_command_error_suggests_nearest(
+    arguments: list[str], hint: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(arguments) == 2
+    assert capsys.readouterr().err.startswith(f"error: {hint}")
+
+
+def test_unknown_option_error_suggests_nearest(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["doctor", "--jsn"])
+    assert ended.value.code == 2
+    assert "error: unrecognized arguments: --jsn. Did you mean --json?" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "arguments", [["train", "--help", "optim"], ["bench", "-h", "optim.lr"], ["train", "--help=optim"]]
+)
+def test_help_of_section_lists_only_its_fields(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(arguments) == 0
+    printed = capsys.readouterr().out
+    assert "--optim.lr VALUE" in printed
+    assert "--train.epochs" not in printed
+    assert "--replicas" not in printed
+
+
+@pytest.mark.parametrize(
+    ("section", "hint"), [("optm", "'optm'. Did you mean 'optim'?"), ("epochs", "'epochs'. Did you mean 'train'?")]
+)
+def test_help_of_unknown_section_suggests_nearest(section: str, hint: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["train", "--help", section]) == 2
+    assert capsys.readouterr().err == f"error: --help: no section {hint}\n"
+
+
+@pytest.mark.parametrize(
+    "arguments", [["--version"], ["--help"], ["train", "--help"], ["train", "--help", "optim"], ["compare", "--help"]]
+)
+def test_help_and_version_do_not_import_torch(arguments: list[str]) -> None:
+    code = (
+        "import sys\n"
+        "from dreplica.commands.main import main\n"
+        "try:\n    main(sys.argv[1:])\n"
+        "except SystemExit:\n    pass\n"
+        "assert 'torch' not in sys.modules"
+    )
+    subprocess.run(
+        [sys.executable, "-c", code, *arguments], cwd=REPOSITORY, env=environment(), check=True, capture_output=True
+    )
+
+
+def test_closed_pipe_ends_quietly() -> None:
     command = [sys.executable, "-m", "dreplica.commands.main", "train", "--help"]
     process = subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=REPOSITORY, env=environment()
@@ -46,7 +117,7 @@ def test_whoever_has_read_enough_of_it_may_leave() -> None:
 @pytest.mark.parametrize(
     "command", [["train"], ["cases", "racy_sum"], ["compare", "a", "b"]], ids=lambda command: command[0]
 )
-def test_interrupted_while_it_imports_it_says_so_in_one_line(command: list[str]) -> None:
+def test_interrupt_while_importing_prints_one_line(command: list[str]) -> None:
     code = "import dreplica.commands.main, sys; print(flush=True); sys.exit(dreplica.commands.main.main(sys.argv[1:]))"
     process = subprocess.Popen(
         [sys.executable, "-c", code, *command],
@@ -58,14 +129,14 @@ def test_interrupted_while_it_imports_it_says_so_in_one_line(command: list[str])
     )
     assert process.stdout is not None
     process.stdout.readline()
-    time.sleep(0.02)  # argparse is done with, and torch, NumPy or rich are not
+    time.sleep(0.02)  # after argparse, while torch, NumPy or rich are imported
     process.send_signal(signal.SIGINT)
     assert process.communicate(timeout=30)[1] == "error: interrupted\n"
     assert process.returncode == 1
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_certificate_that_is_interrupted_leaves_nothing_running(number: signal.Signals, tmp_path: Path) -> None:
+def test_interrupted_certificate_leaves_no_process(number: signal.Signals, tmp_path: Path) -> None:
     command = [sys.executable, "-m", "dreplica.commands.main", "certify-resume", "--at-step=7", "--replicas=1"]
     job = [f"--keep={tmp_path / 'kept'}", "--data.num_workers=0", "--train.epochs=1000", "--data.batch_size=8"]
     process = subprocess.Popen(

@@ -124,7 +124,7 @@ dicts, texts, threes, objects, bare = map(
         (f"{__name__}:returns_nothing", "returned NoneType. Return (training set, validation set, number of classes)"),
         (f"{__name__}:empty_validation", "the validation set of"),
         (f"{__name__}:no_such", "has no function 'no_such'"),
-        ("no_such_module:f", "there is no module 'no_such_module'"),
+        ("no_such_module:f", "no module named 'no_such_module'"),
     ],
 )
 def test_what_is_no_data_set(name: str, words: str) -> None:

@@ -80,7 +80,7 @@ def test_one_replica_has_nobody_to_differ_from() -> None:
 
 @pytest.mark.parametrize("seeds", [[], [1], [1, 2, 3]])
 def test_a_list_must_have_a_seed_for_each_replica(seeds: list[int]) -> None:
-    with pytest.raises(UsageError, match=rf"^seed\.model: .* {len(seeds)} seeds for 2 replicas"):
+    with pytest.raises(UsageError, match=rf"^seed\.model: expected 2 seeds for 2 replicas, got {len(seeds)}: "):
         check_model_seeds(config(seeds), 2)
 
 

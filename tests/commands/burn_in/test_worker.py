@@ -316,6 +316,6 @@ def test_the_time_is_up_on_one_replica_and_a_request_counts_anywhere() -> None:
 
 def test_how_long_has_to_be_said(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["burn-in", "--replicas=2"]) == ExitCode.UNUSABLE
-    assert "error: --for: it is needed" in capsys.readouterr().err
+    assert "error: --for: a duration is required" in capsys.readouterr().err
     assert main(["burn-in", "--for=soon"]) == ExitCode.UNUSABLE
     assert "error: --for: 'soon' will not do" in capsys.readouterr().err

@@ -1,0 +1,129 @@
+"""Parsers and options that several commands share."""
+
+import argparse
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, TypeAlias
+
+from dreplica.config.messages import COMMAND_LINE, closest, config_error, invalid_value
+
+if TYPE_CHECKING:
+    from dreplica.distributed.launch.launcher import Nodes
+
+Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
+Handler = Callable[[argparse.Namespace, Sequence[str]], int]
+"""Function that runs a command: takes the parsed options and the remaining settings, returns the exit code."""
+
+_NODE_OPTIONS = ("--nodes", "--node-rank", "--head")
+
+
+def add_command(commands: Commands, name: str, text: str, handler: Handler) -> argparse.ArgumentParser:
+    """Add a command that takes no settings of a run.
+
+    Args:
+        commands: The parsers to add it to.
+        name: Name of the command.
+        text: Help text.
+        handler: Function that runs it.
+    """
+    return _add(commands, name, text, handler, takes_settings=False)
+
+
+def add_training_command(
+    commands: Commands, name: str, text: str, handler: Handler, replicas: str = "2"
+) -> argparse.ArgumentParser:
+    """Add a command that trains replicas and takes `--config FILE` and `--section.key VALUE`.
+
+    Args:
+        commands: The parsers to add it to.
+        name: Name of the command.
+        text: Help text.
+        handler: Function that runs it.
+        replicas: Default number of replicas, as text.
+    """
+    command = _add(commands, name, text, handler, takes_settings=True)
+    text = "show this help and every config field, or only those of one section, such as optim"
+    command.add_argument("-h", "--help", nargs="?", const="", metavar="SECTION", help=text)
+    text = f"number of replicas (default: {replicas})"
+    command.add_argument("--replicas", type=positive_int, default=2, metavar="N", help=text)
+    return command
+
+
+def _add(commands: Commands, name: str, text: str, handler: Handler, takes_settings: bool) -> argparse.ArgumentParser:
+    command = commands.add_parser(name, help=text, description=text, add_help=not takes_settings, allow_abbrev=False)
+    command.set_defaults(handler=handler, takes_settings=takes_settings)
+    return command
+
+
+def add_node_options(command: argparse.ArgumentParser) -> None:
+    """Add the options of a command that can run on several nodes."""
+    command.add_argument("--nodes", type=positive_int, default=1, metavar="N", help="number of nodes (default: 1)")
+    command.add_argument("--node-rank", type=int, default=None, metavar="K", help="rank of this node, from 0")
+    text = "address of node 0 at which the nodes rendezvous"
+    command.add_argument("--head", default=None, metavar="HOST:PORT", help=text)
+
+
+def read_nodes(known: argparse.Namespace) -> "Nodes | None":
+    """Return the nodes that the options of `add_node_options` ask for, or None for one node.
+
+    Raises:
+        UsageError: An option is missing or invalid.
+    """
+    from dreplica.distributed.launch.launcher import Nodes
+
+    if known.nodes == 1:
+        return None
+    last = known.nodes - 1
+    example = f"For example: --nodes {known.nodes} --node-rank 0 --head node0:29500."
+    if known.node_rank is None:
+        fix = f"Pass a different value from 0 to {last} on each node. {example}"
+        raise config_error("missing-value", "--node-rank", f"required with --nodes {known.nodes}", fix)
+    if not 0 <= known.node_rank <= last:
+        fix = f"Pass a different value on each node. {example}"
+        raise invalid_value("--node-rank", known.node_rank, f"a value from 0 to {last}", fix)
+    host, _, port = (known.head or "").rpartition(":")
+    if known.head is None:
+        fix = f"Pass an address of node 0 that all nodes reach. {example}"
+        raise config_error("missing-value", "--head", f"required with --nodes {known.nodes}", fix)
+    if not host or not port.isdigit():
+        raise invalid_value("--head", known.head, "HOST:PORT, an address of node 0 that all nodes reach", example)
+    return Nodes(known.nodes, known.node_rank, known.head)
+
+
+def positive_int(text: str) -> int:
+    """Convert the value of an option to a positive integer."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"expected a positive integer, got {text!r}")
+    return int(text)
+
+
+def option_names(command: argparse.ArgumentParser) -> list[str]:
+    """Return the long options of a command."""
+    return [option for action in command._actions for option in action.option_strings if option.startswith("--")]
+
+
+def suggest_option(token: str, command: argparse.ArgumentParser) -> str:
+    """Return a hint for a mistyped option, or an empty string."""
+    match = closest(token.partition("=")[0], option_names(command)) if token.startswith("--") else None
+    return "" if match is None else f"Did you mean {match}?"
+
+
+def check_settings(settings: Sequence[str], command: argparse.ArgumentParser) -> None:
+    """Check that no setting is a mistyped option of the command, as in `--replica 3`.
+
+    All other settings are checked by the processes that load the config.
+
+    Raises:
+        UsageError: One is.
+    """
+    for index, token in enumerate(settings):
+        option, equals, value = token.partition("=")
+        if not option.startswith("--") or "." in option:
+            continue
+        if not equals:
+            value = settings[index + 1] if index + 1 < len(settings) else ""
+        if value.startswith(("{", "[")) or value in {"null", "~"}:
+            continue  # a whole section as YAML
+        match = closest(option, option_names(command), cutoff=0.85)
+        if match is not None:
+            hint = f"Did you mean {match}?"
+            raise config_error("unknown-option", option, "unknown option", hint, source=COMMAND_LINE)

@@ -1,0 +1,61 @@
+"""Options that several commands share: nodes, and hints for mistyped options."""
+
+import pytest
+
+from dreplica.commands.main import main
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        (["--nodes=2"], "--node-rank: required with --nodes 2. Pass a different value from 0 to 1 on each node."),
+        (["--nodes=2", "--node-rank=2", "--head=a:1"], "--node-rank: expected a value from 0 to 1, got 2."),
+        (["--nodes=2", "--node-rank=1"], "--head: required with --nodes 2."),
+        (["--nodes=2", "--node-rank=1", "--head=a"], "--head: expected HOST:PORT, an address of node 0"),
+    ],
+)
+def test_read_nodes_refuses_incomplete_options(
+    arguments: list[str], text: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["train", *arguments]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"error: {text}")
+    assert "For example: --nodes 2 --node-rank 0 --head node0:29500." in line
+
+
+@pytest.mark.parametrize(
+    ("arguments", "mistyped", "meant"),
+    [
+        (["train", "--replica", "3"], "--replica", "--replicas"),
+        (["train", "--repicas=3"], "--repicas", "--replicas"),
+        (["train", "--noderank", "1"], "--noderank", "--node-rank"),
+        (["bench", "--round", "3", "--train.epochs=1"], "--round", "--rounds"),
+        (["certify-resume", "--at_step=3"], "--at_step", "--at-step"),
+    ],
+)
+def test_check_settings_suggests_option(
+    arguments: list[str], mistyped: str, meant: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(arguments) == 2
+    assert capsys.readouterr().err == f"error: command line: {mistyped}: unknown option. Did you mean {meant}?\n"
+
+
+def test_check_settings_accepts_whole_sections(monkeypatch: pytest.MonkeyPatch) -> None:
+    given: list[str] = []
+
+    def launch(_module: str, settings: list[str], _num_replicas: int, _nodes: None) -> int:
+        given.extend(settings)
+        return 0
+
+    monkeypatch.setattr("dreplica.distributed.launch.launcher.launch", launch)
+    settings = ["--replica={factory: null}", "--replica", "null", "--model", "{name: resnet18}", "--optim.lr", "1"]
+    assert main(["train", *settings]) == 0
+    assert given == settings
+
+
+@pytest.mark.parametrize("value", ["0", "-1", "two", "1.5", "²"])
+def test_positive_int_refuses_other_values(value: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["train", f"--replicas={value}"])
+    assert ended.value.code == 2
+    assert f"argument --replicas: expected a positive integer, got {value!r}" in capsys.readouterr().err
