@@ -25,6 +25,7 @@ from dreplica.commands.options import (
     suggest_option,
 )
 from dreplica.config.messages import config_error, nearest
+from dreplica.config.paths import CAUSES_FOLDER
 from dreplica.errors import ExitCode, UsageError
 
 _INTERRUPTED = "error: interrupted"
@@ -203,6 +204,10 @@ def _add_plain_commands(commands: Commands) -> None:
     report = add_command(commands, "report", text, _report)
     report.add_argument("run", type=Path, metavar="RUN", help="run folder")
 
+    explain = add_command(commands, "explain", "explain a cause that a verdict names, and how to fix it", _explain)
+    explain.add_argument("cause", metavar="CAUSE", help="name of the cause, such as batch-differs")
+    explain.epilog = f"Causes: {', '.join(sorted(path.stem for path in CAUSES_FOLDER.glob('*.md')))}."
+
     text = "look for settings of this machine that break determinism (exit code 1 if there is one)"
     doctor = add_command(commands, "doctor", text, _doctor)
     doctor.add_argument("--json", action="store_true", help="print the results as JSON")
@@ -232,6 +237,13 @@ def _report(known: argparse.Namespace, _settings: Sequence[str]) -> int:
         print(f"error: cannot write the report: {error}", file=sys.stderr)
         return ExitCode.FAILED
     return ExitCode.AGREED
+
+
+def _explain(known: argparse.Namespace, _settings: Sequence[str]) -> int:
+    with _importing():
+        from dreplica.commands.explain import explain_cause
+
+    return explain_cause(known.cause)
 
 
 def _doctor(known: argparse.Namespace, _settings: Sequence[str]) -> int:

@@ -86,6 +86,16 @@ def test_help_of_unknown_section_suggests_nearest(section: str, hint: str, capsy
     assert capsys.readouterr().err == f"error: --help: no section {hint}\n"
 
 
+def test_explain_is_registered(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["explain", "batch-differs"]) == 0
+    assert "# batch-differs" in capsys.readouterr().out
+    assert main(["explain", "batch-difers"]) == 2
+    assert "unknown cause 'batch-difers'. Did you mean 'batch-differs'?" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main(["explain", "--help"])
+    assert "storage-shared, structure-differs" in " ".join(capsys.readouterr().out.split())
+
+
 @pytest.mark.parametrize(
     "arguments", [["--version"], ["--help"], ["train", "--help"], ["train", "--help", "optim"], ["compare", "--help"]]
 )

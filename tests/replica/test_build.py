@@ -305,7 +305,10 @@ def test_replica_factory_is_called_with_the_config() -> None:
     [
         ({"criterion": {"name": "MSELoss"}}, "criterion: MSELoss does not accept"),
         ({"criterion": {"weight": [1, 2]}}, "criterion: CrossEntropyLoss does not accept"),
-        ({"optim": {"name": "Adam", "capturable": True}}, r"optim\.capturable: expected false, got true\. Adam .* only on a GPU"),
+        (
+            {"optim": {"name": "Adam", "capturable": True}},
+            r"optim\.capturable: expected false, got true\. Adam .* only on a GPU",
+        ),
         ({"optim": {"name": "Muon"}}, "optim: Muon cannot train this model: Muon only supports 2D"),
         (
             {"optim": {"name": "SGD"}, "schedule": {"name": "CyclicLR", "base_lr": 0.1, "max_lr": 1.0}},
