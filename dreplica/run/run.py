@@ -182,10 +182,10 @@ class Run:
         shared = self.expect == "identical"
         section, folder = self.config.checkpoint, self.recorder.folder
         self.checkpoints = Checkpoints(section, self.world, self.replica, folder, shared)
-        if not self.recorder.goes_on:
+        if not self.recorder.resumes:
             return Start()
         start = self.checkpoints.restore()
-        self.recorder.go_on(start.position.epoch)
+        self.recorder.resume(start.position.epoch)
         self.report.run.resumed_from = start.step
         self.report.run.skipped_checkpoints = [SkippedCheckpoint(**asdict(each)) for each in start.skipped]
         self.report.warnings += [f"skipped checkpoint {each}" for each in start.skipped]

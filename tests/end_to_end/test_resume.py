@@ -183,8 +183,8 @@ def test_without_a_whole_checkpoint_there_is_an_error_and_nothing_is_lost(tmp_pa
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (("--optim.lr=0.2",), "it had another config: optim.lr was "),
-        (("--inject=[{replica: 0, step: 9, target: weights}]",), "it had another config: inject"),
+        (("--optim.lr=0.2",), "its config differs: optim.lr was "),
+        (("--inject=[{replica: 0, step: 9, target: weights}]",), "its config differs: inject"),
     ],
 )
 def test_another_config_is_another_run(arguments: tuple[str, ...], words: str, tmp_path: Path) -> None:
@@ -212,7 +212,7 @@ def test_a_folder_that_another_run_writes_to_is_left_alone(tmp_path: Path) -> No
     assert not lock.taken
     job = run_job(*SMALL, root=tmp_path)
     lock.release()
-    assert "another run is writing to it" in job.output
+    assert "another run writes to it" in job.output
     assert stopped.trace == before
     assert (tmp_path / "job-2" / "report.json").exists()
 
@@ -279,7 +279,7 @@ def test_a_divergence_that_comes_back_is_not_gone_on_with(tmp_path: Path) -> Non
     job = (*SMALL, "--overrides={1: {optim: {lr: 0.02}}}", "--checkpoint.every_steps=1")
     assert run_job(*job, root=tmp_path).exitcodes == {0: 3, 1: 3}
     again = run_job(*job, root=tmp_path)
-    assert "it ended in declared-override" in again.output
+    assert "it ended with the cause declared-override" in again.output
     assert (tmp_path / "job-2" / "report.json").exists()
 
 
@@ -325,7 +325,7 @@ def test_a_record_that_has_lost_lines_is_told(tmp_path: Path) -> None:
     resumed = run_job(*SMALL, root=tmp_path)
     assert resumed.returncode == 0, resumed.output
     warnings = "\n".join(resumed.report["warnings"])
-    assert "metrics.jsonl has lost epochs [1], which this report lacks, too" in warnings
+    assert "epochs [1] are missing in metrics.jsonl and in this report" in warnings
     assert f"trace.jsonl has lost its last {len(before) - 5} lines: it has a gap" in warnings
     assert resumed.trace == [*before[:5], *run_job(*SMALL).trace[len(before) :]]
 
@@ -338,6 +338,6 @@ def test_other_data_are_another_run(tmp_path: Path) -> None:
     image = next(path for path in sorted(root.rglob("*")) if path.is_file())
     shutil.copyfile(image, image.with_stem("another"))
     job_2 = run_job(*job, root=tmp_path / "runs")
-    assert "it had other data: their digest was " in job_2.output
+    assert "its data differ: their digest was " in job_2.output
     assert (tmp_path / "runs" / "job-2" / "report.json").exists()
     assert stopped.report["run"]["stopped_after"] == 2

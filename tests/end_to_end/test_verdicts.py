@@ -205,7 +205,7 @@ def test_seeds_that_differ_on_purpose_are_not_called_an_override_to_remove() -> 
 def test_losses_that_are_no_number_are_agreed_on_and_warned_of() -> None:
     report = agreed(run_job(*SHORT, "--optim.lr=1e38", "--optim.momentum=0.9"))
     (warning,) = report["warnings"]
-    assert "is not finite; agreement says nothing of learning" in warning
+    assert "is not finite. Replicas agree, but do not learn." in warning
     (epoch,) = report["epochs"]
     assert None in (epoch["train"]["loss"][0]["value"], epoch["val"]["loss"][0]["value"])
 

@@ -1,4 +1,4 @@
-"""Keeps the record of a run: the run folder while it goes, the report at every end it can have."""
+"""Record a run: its folder during the run, its report however it ends."""
 
 import json
 import logging
@@ -41,11 +41,22 @@ from dreplica.training.events import EpochDone
 
 log = logging.getLogger(__name__)
 
-_NOT_FINITE = "is not finite"
-
 
 class Recorder:
-    """The record of one run. Every replica keeps the report, since any may have to write it."""
+    """The record of one run.
+
+    Every replica keeps the report, since any of them may have to write it.
+
+    Args:
+        world: All replicas.
+        console: The console that the closing report is printed to.
+        config: The section `run` of the config.
+        name: Name of the run.
+        expect: `identical` or `independent`, as in `agreement.expect`.
+        config_yaml: The resolved config, written to `config.yaml`.
+        trackers: The section `report` of the config.
+        every: Interval of comparisons in steps, as in `agreement.every`.
+    """
 
     def __init__(
         self,
@@ -59,8 +70,8 @@ class Recorder:
         every: int = 1,
     ) -> None:
         self.report: RunReport | None = None
-        self.goes_on = False
-        """Whether this run goes on with an interrupted one, in its folder."""
+        self.resumes = False
+        """True if this run resumes an interrupted one in its folder."""
         self.reference: ReferenceCoverage | None = None
         """Comparison with a recorded run, if there was one."""
         self.last_evaluation: Evaluation | None = None
@@ -70,6 +81,7 @@ class Recorder:
         self._trackers_config = trackers
         self._trackers: Trackers | None = None
         self._recorded_epochs = 0
+        self._warned_of_losses = False
         self._world = world
         self._console = console
         self._config, self._name, self._expect, self._config_yaml = config, name, expect, config_yaml
@@ -77,30 +89,41 @@ class Recorder:
 
     @property
     def folder(self) -> Path:
-        """The run folder, once it is open."""
-        assert self.report is not None, "open() comes first"
+        """Path of the run folder, once it is open."""
+        assert self.report is not None, "call open() first"
         return Path(self.report.run.folder)
 
     def open(self, manifests: Sequence[Mapping[str, Any]], anew: bool = False) -> None:
-        """Rank 0 makes the run folder and puts config and manifests in, or finds that of an interrupted run. A
-        collective.
+        """Create the run folder with config and manifests, or open that of an interrupted run.
 
-        `manifests`: one per replica; none if the run ends before they are known. `anew`: make one in any case: a run
-        that ends before its first step has nothing to say in the folder of another. Raises SharedUsageError.
+        Args:
+            manifests: Manifest of each replica. Empty if the run ends before they are known.
+            anew: True to create a new folder in any case. A run that ends before its first step must not write into
+                the folder of another run.
+
+        Raises:
+            SharedUsageError: The folder cannot be created.
+
+        Note:
+            Collective: call on every rank.
         """
         find = partial(self._find_or_make_folder, anew, manifests[0]["data"] if manifests else None)
         own = self._world.together(find if self._world.is_coordinator else lambda: None)
-        folder, self.goes_on = self._world.channel.gather(own)[0]
+        folder, self.resumes = self._world.channel.gather(own)[0]
         self._begin(folder, manifests)
         if self._world.is_coordinator:
-            if self.goes_on:
+            if self.resumes:
                 self._compare_manifests(manifests)
             else:
                 self._write_inputs(manifests)
             self._trackers = Trackers(self._trackers_config, folder, self._name, yaml.safe_load(self._config_yaml))
 
-    def go_on(self, epoch: int) -> None:
-        """Takes over what an interrupted run recorded of the epochs before `epoch`."""
+    def resume(self, epoch: int) -> None:
+        """Restore the results of the epochs before `epoch` from the interrupted run.
+
+        Note:
+            Collective: call on every rank.
+        """
         assert self.report is not None
         done = read_metrics(self.folder / METRICS_NAME) if self._world.is_coordinator else None
         done = self._world.channel.gather(done)[0]
@@ -108,22 +131,22 @@ class Recorder:
         self.report.epochs = [_record(item) for item in done if item.epoch < epoch]
         missing = sorted(set(range(1, epoch)) - {item.epoch for item in done})
         if missing:
-            self.report.warnings.append(f"metrics.jsonl has lost epochs {missing}, which this report lacks, too")
+            self.report.warnings.append(f"epochs {missing} are missing in metrics.jsonl and in this report")
 
     def _find_or_make_folder(self, anew: bool, data_digest: str | None) -> tuple[Path, bool]:
-        may_go_on = self._config.resume == "auto" and not anew
-        newest = newest_run_folder(self._config.root, self._name) if may_go_on else None
+        may_resume = self._config.resume == "auto" and not anew
+        newest = newest_run_folder(self._config.root, self._name) if may_resume else None
         if newest is not None:
             try:
                 self._lock = FolderLock(newest)
                 if self._lock.taken:
-                    raise NotResumable("another run is writing to it")
+                    raise NotResumable("another run writes to it")
                 check_resumable(newest, self._config_yaml, data_digest)
                 return newest, True
             except Completed:
                 pass
             except (NotResumable, OSError) as reason:
-                log.warning("run.resume: a new run, rather than going on with %s: %s", newest, reason)
+                log.warning("run.resume: starting a new run instead of resuming %s: %s", newest, reason)
             if self._lock is not None and not self._lock.taken:
                 self._lock.release()
         folder = self._make_folder()
@@ -134,7 +157,7 @@ class Recorder:
         return create_run_folder(self._config.root, self._name)
 
     def _compare_manifests(self, manifests: Sequence[Mapping[str, Any]]) -> None:
-        """Warns where the interrupted run had another environment: what it comes to may then be another."""
+        """Warn if the interrupted run had another environment, which can change results."""
         assert self.report is not None
         log.info("run folder: %s", self.folder)
         try:
@@ -145,7 +168,7 @@ class Recorder:
         now = json.loads(json.dumps({"replica": 0, **manifests[0]}))
         for difference in compare_values([before, now]):
             one, other = difference.values
-            self.report.warnings.append(f"before the interruption {difference.field} was {one!r}, and is {other!r} now")
+            self.report.warnings.append(f"{difference.field} was {one!r} before the interruption, and is {other!r} now")
             log.warning(self.report.warnings[-1])
 
     def _begin(self, folder: Path, manifests: Sequence[Mapping[str, Any]]) -> None:
@@ -156,7 +179,7 @@ class Recorder:
         self.report = RunReport(run=run, expect=self._expect, replicas=replicas)
         cards = [(manifest["host"], card) for manifest in manifests if (card := card_of(manifest)) is not None]
         if len(set(cards)) < len(cards):
-            self.report.warnings.append("replicas share a GPU: a fault of that GPU can reach all of them alike")
+            self.report.warnings.append("replicas share a GPU: a fault of that GPU can affect all of them equally")
             if self._world.is_coordinator:
                 log.warning(self.report.warnings[-1])
 
@@ -168,7 +191,7 @@ class Recorder:
         log.info("run folder: %s", self.folder)
 
     def epoch(self, done: EpochDone) -> None:
-        """Keeps an epoch's results."""
+        """Record the results of an epoch."""
         assert self.report is not None
         self.last_evaluation = done.evaluation  # only the last one is needed, for the spread
         self.report.epochs.append(_record(done))
@@ -179,18 +202,28 @@ class Recorder:
                 self._trackers.epoch(done)
 
     def _warn_of_losses(self, done: EpochDone) -> None:
-        """Once, of losses that are infinite or not a number: replicas may well agree on them."""
+        """Warn once of losses that are infinite or NaN, on which replicas may agree."""
         assert self.report is not None
         losses = {"training": done.train["loss"], "validation": done.val["loss"]}
         wrong = [f"{part} loss {values}" for part, values in losses.items() if not all(map(math.isfinite, values))]
-        if not wrong or any(_NOT_FINITE in warning for warning in self.report.warnings):
+        if not wrong or self._warned_of_losses:
             return
-        self.report.warnings.append(f"epoch {done.epoch}: {wrong[0]} {_NOT_FINITE}; agreement says nothing of learning")
+        self._warned_of_losses = True
+        self.report.warnings.append(f"epoch {done.epoch}: {wrong[0]} is not finite. Replicas agree, but do not learn.")
         if self._world.is_coordinator:
             log.warning(self.report.warnings[-1])
 
     def conclude(self, verdict: Verdict, steps_checked: int) -> None:
-        """Rank 0 writes the report; all wait until it has, since the launcher ends the rest when the first ends."""
+        """Write the report on rank 0.
+
+        Args:
+            verdict: The verdict on the run.
+            steps_checked: Number of steps compared between replicas.
+
+        Note:
+            Collective: call on every rank. All ranks wait for rank 0, since the launcher ends the other processes when
+            the first one ends.
+        """
         self._complete(verdict, steps_checked)
         if self._world.is_coordinator:
             self._write()
@@ -204,9 +237,16 @@ class Recorder:
         steps_done: int | None,
         steps_checked: int,
     ) -> None:
-        """Ends the record when this replica fails with `error` or (`ReplicaLost`) another is gone; `lost`: who is.
+        """Write the report after a failure, on one surviving replica and without communication.
 
-        One survivor writes the report, naming who was lost. A verdict that was reached before stands. No collective.
+        A verdict that was reached before is kept.
+
+        Args:
+            lost: The replicas that were lost.
+            error: The exception of this replica, or `ReplicaLost` if another one failed.
+            manifests: Manifest of each replica. Empty if they are not known yet.
+            steps_done: Number of steps that this replica has taken, or None before training.
+            steps_checked: Number of steps compared between replicas.
         """
         if not is_reporter(lost, self._world.replica_id, self._world.num_replicas):
             return
@@ -216,21 +256,21 @@ class Recorder:
             return
         known = [item.step for item in lost if item.step is not None]
         if steps_done is not None:
-            # What this replica noticed in its newest step is that a comparison of the one before was never completed.
+            # This replica noticed the loss in its newest step: the comparison of the step before never completed.
             steps_done = min(known, default=max(steps_done - 1, 0))
         verdict = replica_lost(lost, steps_done, str(error))
         if self.report is None:
             try:
                 self._begin(self._make_folder(), manifests)
             except UsageError as problem:
-                log.error("%s; not reported, because of %s", verdict.summary, problem)
+                log.error("%s; the report cannot be written: %s", verdict.summary, problem)
                 return
             self._write_inputs(manifests)
         self._complete(verdict, steps_checked)
         self._write()
 
     def close(self) -> None:
-        """Gives up the folder, where the process goes on to another run."""
+        """Release the run folder, for a process that continues with another run."""
         if self._lock is not None and not self._lock.taken:
             self._lock.release()
 
@@ -244,8 +284,10 @@ class Recorder:
         )
 
     def _write(self) -> None:
-        """To the terminal and to the run folder; that one of them fails, or never answers (a file system whose server
-        is gone), takes nothing from the other."""
+        """Write the report to the terminal, then to the run folder, and continue if one of them fails.
+
+        The terminal is first: a file system whose server does not respond can block forever.
+        """
         assert self.report is not None
         try:
             print_report(self._console, self.report)
@@ -257,7 +299,7 @@ class Recorder:
             log.error("%s could not be written: %s", self.folder / REPORT_NAME, error)
         try:
             write_report(self.folder)
-        except Exception as error:  # whatever it is, the run ends as it would have
+        except Exception as error:  # no failure to write the page changes the end of the run
             log.warning("%s could not be written: %s", self.folder / FILE_NAME, describe_exception(error))
         if self._trackers is not None:
             self._trackers.close(self.report.verdict)

@@ -1,4 +1,4 @@
-"""Whether an earlier run of the same name is one to go on with."""
+"""Decide whether an earlier run of the same name can be resumed."""
 
 import json
 from collections.abc import Mapping
@@ -20,24 +20,31 @@ _MAY_DIFFER: dict[str, set[str] | None] = {
     "data": {"num_workers", "cache", "decode", "root"},
     "train": {"epochs", "max_steps"},
 }
-"""Sections, or keys of a section, that do not change what a run comes to, only how far or how fast."""
+"""Config sections, or keys of a section, that change how far or how fast a run goes, but not its results."""
 
-_OF_THE_MACHINES = {"replica-lost", "transient-fault", "persistent-fault"}
-"""Causes that do not lie in the run itself."""
+_MACHINE_FAULTS = {"replica-lost", "transient-fault", "persistent-fault"}
+"""Causes outside of the run itself, after which resuming makes sense."""
 
 
 class NotResumable(Exception):
-    """Why a run is not one to go on with."""
+    """The reason why a run cannot be resumed."""
 
 
 class Completed(NotResumable):
-    """It came to its end."""
+    """The run has completed."""
 
 
 def check_resumable(folder: Path, config_yaml: str, data_digest: str | None) -> None:
-    """Raises NotResumable unless the run in `folder` was interrupted, and was given what this one is given.
+    """Check that a run was interrupted, with the same config and data as this run.
 
-    `data_digest`: of the data sets, as manifests have it.
+    Args:
+        folder: The run folder.
+        config_yaml: The resolved config of this run.
+        data_digest: Digest of this run's data, as in manifests.
+
+    Raises:
+        NotResumable: The run cannot be resumed. The text says why.
+        Completed: The run has completed.
     """
     try:
         _check_end(RunReport.read(folder))
@@ -50,17 +57,17 @@ def check_resumable(folder: Path, config_yaml: str, data_digest: str | None) -> 
         raise NotResumable(f"its config.yaml cannot be read: {error}") from None
     seeds = (before or {}).get("seed", {})
     if None in (seeds.get("model"), seeds.get("data")) and not list_checkpoints(folder / "checkpoints"):
-        raise NotResumable("it drew seeds of its own, and left no checkpoint")
+        raise NotResumable("it drew random seeds and has no checkpoint")
     differences = compare_values([_decisive(before), _decisive(yaml.safe_load(config_yaml))])
     if differences:
         one, other = differences[0].values
-        raise NotResumable(f"it had another config: {differences[0].field} was {one!r}, and is {other!r} now")
+        raise NotResumable(f"its config differs: {differences[0].field} was {one!r}, and is {other!r} now")
     try:
         data_before = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))[0]["data"]
     except (OSError, ValueError, LookupError, TypeError) as error:
         raise NotResumable(f"its manifest.json cannot be read: {error}") from None
     if data_before != data_digest:
-        raise NotResumable(f"it had other data: their digest was {data_before}, and is {data_digest} now")
+        raise NotResumable(f"its data differ: their digest was {data_before}, and is {data_digest} now")
 
 
 def _check_end(report: RunReport) -> None:
@@ -71,12 +78,12 @@ def _check_end(report: RunReport) -> None:
         raise NotResumable("its report.json has no verdict")
     if report.verdict.agreed:
         raise Completed("it completed")
-    if report.verdict.cause not in _OF_THE_MACHINES:
+    if report.verdict.cause not in _MACHINE_FAULTS:
         raise NotResumable(f"it ended with the cause {report.verdict.cause}")
 
 
 def _decisive(config: Any) -> dict[str, Any]:
-    """What a run's results depend on."""
+    """Return the config entries that results depend on."""
     kept = {}
     for section, values in (config or {}).items():
         dropped = _MAY_DIFFER.get(section, set())

@@ -1,4 +1,4 @@
-"""The folder of one run: picked once, by rank 0."""
+"""Create, find and lock run folders, on rank 0."""
 
 import fcntl
 import itertools
@@ -14,16 +14,22 @@ log = logging.getLogger(__name__)
 
 
 def newest_run_folder(root: str, name: str) -> Path | None:
-    """The folder of the newest run of this name; None if there is none."""
+    """Return the folder of the newest run with this name, or None if there is none."""
     folders = [*itertools.takewhile(Path.is_dir, _folders(root, name))]
     return folders[-1] if folders else None
 
 
 class FolderLock:
-    """Held by the run that writes to a folder, for as long as its process lives; `taken` if another run has it.
+    """A lock on a run folder, held as long as the process lives.
 
-    A lock on a file (`fcntl.lockf`), which the operating system releases however the process ends, and which processes
-    that are forked from it do not inherit.
+    It is a lock on a file (`fcntl.lockf`). The operating system releases it however the process ends, and forked
+    processes do not inherit it.
+
+    Args:
+        folder: The run folder.
+
+    Attributes:
+        taken: True if another run has the lock.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -35,17 +41,20 @@ class FolderLock:
             self.taken = True
             self.release()
         except OSError as error:
-            log.debug("locks do not work in %s: %s", folder, error)
+            log.debug("file locks are not supported in %s: %s", folder, error)
 
     def release(self) -> None:
-        """Gives it up."""
+        """Release the lock."""
         os.close(self._descriptor)
 
 
 def create_run_folder(root: str, name: str) -> Path:
-    """Makes `root`/`name`, or with a suffix (-2, -3, …) where that is taken; atomic, so two runs never share one.
+    """Create the folder `root`/`name`, with a suffix (-2, -3, …) if it exists.
 
-    Raises UsageError where it cannot be made.
+    Creation is atomic: two runs never share a folder.
+
+    Raises:
+        UsageError: The folder cannot be created.
     """
     for folder in _folders(root, name):
         try:
@@ -53,15 +62,23 @@ def create_run_folder(root: str, name: str) -> Path:
             folder.mkdir()
         except FileExistsError:
             if not folder.parent.is_dir():
-                raise UsageError(f"run.root: {root!r} is a file. Name a folder with --run.root.") from None
+                raise UsageError(
+                    f"run.root: expected a folder, got the file {root!r}. Pass a folder with --run.root.",
+                    code="not-a-folder",
+                    key="run.root",
+                    value=root,
+                ) from None
         except OSError as error:
             raise UsageError(
-                f"run.root: the run folder {str(folder)!r} cannot be made ({error.strerror}). "
-                "Name a folder that you can write to with --run.root, or another run with --run.name."
+                f"run.root: the run folder {str(folder)!r} cannot be created: {error.strerror}. "
+                "Pass a writable folder with --run.root, or another name with --run.name.",
+                code="cannot-create",
+                key="run.root",
+                value=root,
             ) from None
         else:
             return folder
-    raise AssertionError("there is always another suffix")
+    raise AssertionError("unreachable: suffixes never end")
 
 
 def _folders(root: str, name: str) -> Iterator[Path]:
