@@ -14,13 +14,8 @@ from dreplica.agreement.agreement import Agreement
 from dreplica.agreement.hasher import Hasher, common_hasher, describe_fallback
 from dreplica.agreement.reference import ReferenceDifference, ReferenceDiffers
 from dreplica.agreement.trace.reader import TENSORS_NAME, TRACE_NAME
-from dreplica.agreement.trace.run_report import (
-    DistanceRecord,
-    RunReport,
-    SkippedCheckpoint,
-    SkippedSamples,
-    SpreadRecord,
-)
+from dreplica.agreement.trace.report_records import DistanceRecord, SkippedCheckpoint, SkippedSamples, SpreadRecord
+from dreplica.agreement.trace.run_report import RunReport
 from dreplica.agreement.trace.tensor_digests import TensorRecord
 from dreplica.agreement.trace.writer import TraceWriter
 from dreplica.agreement.verdict.verdict import Divergence, Verdict

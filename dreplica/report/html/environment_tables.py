@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from dreplica.agreement.trace.run_report import ReplicaInfo
+from dreplica.agreement.trace.report_records import ReplicaInfo
 from dreplica.environment.manifest import compare_manifests
 from dreplica.report.html.charts import LAST, Table, name_replicas, percent
 from dreplica.report.html.run_files import RunFiles

@@ -7,7 +7,8 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
-from dreplica.agreement.trace.run_report import Amount, Count, describe
+from dreplica.agreement.trace.report_records import Amount, Count
+from dreplica.agreement.trace.run_report import describe
 
 
 class _Shape(BaseModel):

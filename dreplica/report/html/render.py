@@ -16,7 +16,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
 from markupsafe import Markup
 
 from dreplica import __version__
-from dreplica.agreement.trace.run_report import SkippedSamples
+from dreplica.agreement.trace.report_records import SkippedSamples
 from dreplica.report.html import environment_tables as tables
 from dreplica.report.html import sections
 from dreplica.report.html.charts import Tick

@@ -10,7 +10,8 @@ from typing import Any
 import yaml
 from pydantic import TypeAdapter
 
-from dreplica.agreement.trace.run_report import REPORT_NAME, EpochRecord, ReportError, RunReport
+from dreplica.agreement.trace.report_records import EpochRecord
+from dreplica.agreement.trace.run_report import REPORT_NAME, ReportError, RunReport
 from dreplica.errors import UsageError
 from dreplica.report.html import file_schemas as shapes
 from dreplica.report.html.trace_summary import TraceSummary, read_trace

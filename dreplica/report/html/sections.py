@@ -4,7 +4,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from dreplica.agreement.trace.run_report import OperatorRecord, PathRecord
+from dreplica.agreement.trace.report_records import OperatorRecord, PathRecord
 from dreplica.diagnosis.measurement.error_propagation import evenly
 from dreplica.report.html.charts import (
     LineChart,

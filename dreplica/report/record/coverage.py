@@ -1,6 +1,6 @@
 """Describe what a run compared, and what it did not."""
 
-from dreplica.agreement.trace.run_report import Coverage, NotCompared, ReferenceCoverage
+from dreplica.agreement.trace.report_records import Coverage, NotCompared, ReferenceCoverage
 from dreplica.state.fingerprint.stage import INDEPENDENT_STAGES, STAGES
 
 

@@ -13,14 +13,8 @@ import yaml
 from rich.console import Console
 
 from dreplica.agreement.trace.json_file import write_json
-from dreplica.agreement.trace.run_report import (
-    REPORT_NAME,
-    EpochRecord,
-    ReferenceCoverage,
-    ReplicaInfo,
-    RunInfo,
-    RunReport,
-)
+from dreplica.agreement.trace.report_records import EpochRecord, ReferenceCoverage, ReplicaInfo, RunInfo
+from dreplica.agreement.trace.run_report import REPORT_NAME, RunReport
 from dreplica.agreement.verdict.verdict import Verdict
 from dreplica.config.schema import ReportConfig, RunFolderConfig
 from dreplica.diagnosis.decision.conclude import replica_lost

@@ -1,4 +1,4 @@
-"""report.json: writing and reading it, schema 1 included."""
+"""report.json: writing and reading it. Schema 1 is in test_run_report_schema1."""
 
 import json
 from pathlib import Path
@@ -6,19 +6,12 @@ from typing import Any
 
 import pytest
 
-from dreplica.agreement.trace.run_report import (
-    EpochRecord,
-    ReplicaInfo,
-    ReportError,
-    RunInfo,
-    RunReport,
-    SkippedCheckpoint,
-)
+from dreplica.agreement.trace.report_records import EpochRecord, ReplicaInfo, RunInfo, SkippedCheckpoint
+from dreplica.agreement.trace.run_report import ReportError, RunReport
 from dreplica.agreement.verdict.evidence import Evidence
 from dreplica.agreement.verdict.remedy import Remedy
 from dreplica.agreement.verdict.verdict import Verdict
 
-SCHEMA_1 = Path(__file__).parents[2] / "report" / "schema1"
 OPERATOR = {
     "index": 3,
     "operator": "aten.mm.default",
@@ -111,38 +104,6 @@ def test_read_valid_parts_leaves_out_invalid_fields(tmp_path: Path) -> None:
     assert (report.warnings, report.run.name) == ([], "")
     assert report.verdict is not None
     assert report.verdict.groups == [[0], [1]]
-
-
-def test_schema_1_is_converted_when_read() -> None:
-    old = json.loads((SCHEMA_1 / "diverged" / "report.json").read_text())
-    report = RunReport.read(SCHEMA_1 / "diverged")
-    verdict = report.verdict
-    assert verdict is not None
-    assert (verdict.cause, verdict.step, verdict.groups) == ("declared-override", 1, [[0], [1]])
-    assert [item.text for item in verdict.evidence] == old["verdict"]["evidence"]
-    assert [(item.text, item.command) for item in verdict.remedy] == [
-        ("remove the override, or set it for all replicas", None)
-    ]
-    assert report.divergence is not None
-    assert report.divergence.stage_groups == old["divergence"]["stage_classes"]
-    for row, record in zip(old["epochs"], report.epochs, strict=True):
-        assert {name: record.values("val", name) for name in record.val} == row["val"]
-    assert report.run.last_step == old["run"]["last_step"] == 10
-    assert report.coverage is None
-
-
-def test_schema_1_remedy_becomes_command_and_text(tmp_path: Path) -> None:
-    lines = ["sudo memtester 4G 3  # tests the host's memory", "--agreement.every 1", "replace the card"]
-    verdict = {"agreed": False, "cause": "transient-fault", "summary": "", "remedy": lines}
-    (tmp_path / "report.json").write_text(json.dumps({"schema": 1, "run": {"stopped_after": 7}, "verdict": verdict}))
-    report = RunReport.read(tmp_path)
-    assert report.verdict is not None
-    assert [(item.command, item.text) for item in report.verdict.remedy] == [
-        ("sudo memtester 4G 3", "tests the host's memory"),
-        ("--agreement.every 1", ""),
-        (None, "replace the card"),
-    ]
-    assert report.run.last_step == 7, "the first reports had no last_step"
 
 
 def test_first_differing_result_ignores_equal_nan() -> None:

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from dreplica.agreement.trace.run_report import EpochRecord, RunReport
+from dreplica.agreement.trace.report_records import EpochRecord
+from dreplica.agreement.trace.run_report import RunReport
 from dreplica.commands import main as cli
 from dreplica.commands.cases import runner
 from dreplica.commands.cases.case import Case, read_case

@@ -2,7 +2,7 @@
 
 import pytest
 
-from dreplica.agreement.trace.run_report import ReferenceCoverage
+from dreplica.agreement.trace.report_records import ReferenceCoverage
 from dreplica.report.record.coverage import describe_coverage
 from dreplica.state.fingerprint.stage import STAGES
 

@@ -5,7 +5,8 @@ from typing import Any
 
 from rich.console import Console
 
-from dreplica.agreement.trace.run_report import ReplicaInfo, RunInfo, RunReport
+from dreplica.agreement.trace.report_records import ReplicaInfo, RunInfo
+from dreplica.agreement.trace.run_report import RunReport
 from dreplica.agreement.verdict.verdict import Verdict
 from dreplica.report.record.terminal import print_report
 
