@@ -257,9 +257,9 @@ class Run:
         report = self.report
         report.set_fingerprints(agreement.fingerprints())
         report.run.last_step = agreement.steps_done
-        for faults in self.channel.gather(self.injector.never_struck):
+        for faults in self.channel.gather(self.injector.not_injected):
             due = [fault for fault in faults if fault.repeat or fault.step > self.start.step]
-            report.warnings += [f"fault injection: never struck: {fault}" for fault in due]
+            report.warnings += [f"fault injection: not injected: {fault}" for fault in due]
         if self.expect == "independent" and report.epochs:
             evaluation = self.recorder.last_evaluation
             if evaluation is not None:  # a resumed run with no steps left has none

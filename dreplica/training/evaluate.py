@@ -1,4 +1,4 @@
-"""Evaluation: the whole validation set, in eval mode, on every replica."""
+"""Evaluation of every replica on the whole validation set."""
 
 from dataclasses import dataclass
 
@@ -18,23 +18,24 @@ from dreplica.training.step import forward, reduction_of
 
 @dataclass
 class Tally:
-    """Counts over the samples seen so far, kept on the replica's device: reading them waits for it."""
+    """Correct predictions and loss summed over samples. Tensors are on the device: reading them synchronizes."""
 
     correct: Tensor
-    """0-dim int64: an integer, so that it does not depend on the order of summation."""
+    """Number of correct predictions, 0-dim int64. An integer does not depend on the order of summation."""
     loss_sum: Tensor
-    """0-dim float64."""
+    """Sum of the samples' losses, 0-dim float64 (float32 on MPS)."""
     count: int = 0
+    """Number of samples."""
 
     @classmethod
     def zero(cls, device: torch.device) -> "Tally":
-        """An empty tally."""
+        """Return an empty tally."""
         dtype = torch.float32 if device.type == "mps" else torch.float64
         return cls(torch.zeros((), dtype=torch.int64, device=device), torch.zeros((), dtype=dtype, device=device))
 
     @classmethod
     def of(cls, position: Position, device: torch.device) -> "Tally":
-        """The tally of the batches of its epoch that were done at `position`."""
+        """Return the tally of the batches already trained on in the epoch of `position`."""
         tally = cls.zero(device)
         tally.correct += position.correct
         tally.loss_sum += position.loss_sum
@@ -42,33 +43,41 @@ class Tally:
         return tally
 
     def add(self, loss: Tensor, logits: Tensor, labels: Tensor, reduction: str = "mean") -> None:
-        """Adds a batch: its loss (0-dim; `reduction`: mean or sum), logits (batch, num_classes), labels (batch,)."""
+        """Add a batch.
+
+        Args:
+            loss: Loss of the batch, 0-dim.
+            logits: Shape (batch, num_classes).
+            labels: Shape (batch,).
+            reduction: How the criterion reduces: `mean` or `sum`.
+        """
         self.correct += (logits.argmax(dim=1) == labels).sum()
         self.loss_sum += loss.detach().double() * (1 if reduction == "sum" else len(labels))
         self.count += len(labels)
 
     @property
     def accuracy(self) -> float:
-        """Correct predictions over samples."""
+        """Fraction of correct predictions."""
         return self.correct.item() / self.count
 
     @property
     def loss(self) -> float:
-        """Mean over samples."""
+        """Mean loss over samples."""
         return self.loss_sum.item() / self.count
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What one replica predicts for the validation set."""
+    """One replica's predictions for the validation set."""
 
     tally: Tally
+    """Correct predictions and loss."""
     logits: Tensor
-    """(samples, num_classes), on the CPU, in the data set's order."""
+    """Predictions on the CPU, shape (samples, num_classes), in the data set's order."""
     labels: Tensor
-    """(samples,) int64."""
+    """Labels, shape (samples,), int64."""
     batches: dict[str, bytes]
-    """What the predictions were made from: a digest of 16 bytes for each batch, inputs and labels."""
+    """A digest of 16 bytes over inputs and labels of each batch, by name."""
 
 
 @torch.no_grad()
@@ -83,10 +92,26 @@ def evaluate(
     rule: Labels | None = None,
     hasher: Hasher | None = None,
 ) -> Evaluation:
-    """Evaluates in eval mode and puts every module back into the mode it was in. A collective.
+    """Evaluate a replica in eval mode, and restore the mode of every module.
 
-    `rule`: what labels may be; None: not checked. `hasher`: takes the batches' digests; by default on the CPU. A GPU is
-    waited for at the end only.
+    A GPU is synchronized once, at the end.
+
+    Args:
+        replica: The replica.
+        dataset: The validation set.
+        coordinator: Distributes the batch indices.
+        device: Device of the replica.
+        batch_size: Samples per batch.
+        num_workers: Processes that load data; 0 to load in this one.
+        config: Training settings, of which `amp` applies.
+        rule: Valid labels. None to skip the check.
+        hasher: Computes the batches' digests. None to compute them on the CPU.
+
+    Returns:
+        Predictions, counts and digests.
+
+    Note:
+        Collective: call on every rank.
     """
     modes = {module: module.training for module in replica.model.modules()}
     replica.model.eval()

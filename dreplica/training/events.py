@@ -1,4 +1,4 @@
-"""events"""
+"""Events that the training loop yields, and the timing of its phases."""
 
 import time
 from collections.abc import Mapping
@@ -9,15 +9,21 @@ from dreplica.state.progress import Position
 from dreplica.training.evaluate import Evaluation, Tally
 
 PHASES = ("loading", "forward", "backward", "optimizer", "checks", "saving", "evaluation")
-"""`loading`: waiting for batches, moved to the device. `checks`: fingerprints, waiting for the other replicas' and
-snapshots. `saving`: checkpoints and progress."""
+"""Phases of an epoch whose time is measured.
+
+`loading` is waiting for batches and moving them to the device. `checks` are fingerprints, waiting for the other
+replicas, and snapshots. `saving` is checkpoints and progress output.
+"""
 
 
 class PhaseTimer:
-    """Adds up the seconds that this replica's process spends in each phase.
+    """Wall-clock time that this process spends in each phase.
 
-    A GPU works on while the process goes on: what it takes shows in the phase in which the process waits for it, which
-    is that of the checks where every step is compared.
+    A GPU runs asynchronously, so its time counts in the phase in which the process waits for it. Where every step is
+    compared, that is `checks`.
+
+    Attributes:
+        seconds: Seconds in each phase so far.
     """
 
     def __init__(self) -> None:
@@ -25,7 +31,7 @@ class PhaseTimer:
         self._last = time.perf_counter()
 
     def lap(self, phase: str) -> None:
-        """What has gone by since the last call belongs to `phase`, one of `PHASES`."""
+        """Add the time since the last call to `phase`, one of `PHASES`."""
         now = time.perf_counter()
         self.seconds[phase] += now - self._last
         self._last = now
@@ -33,64 +39,81 @@ class PhaseTimer:
 
 @dataclass(frozen=True)
 class StepDone:
-    """A step was taken."""
+    """Event: a training step was taken."""
 
     step: int
+    """Number of the step in the run, from 1."""
     epoch: int
+    """Number of the epoch, from 1."""
     step_in_epoch: int
+    """Number of the step in the epoch, from 1."""
     steps_in_epoch: int
+    """Number of steps in a whole epoch."""
     tally: Tally
-    """Of this epoch's steps so far, on this replica."""
-
+    """This replica's counts over the epoch so far."""
     saves: bool
-    """Whether `checkpoint.every_steps` wants a checkpoint now; all replicas are known to agree then."""
+    """True if `checkpoint.every_steps` asks for a checkpoint now. All replicas have then been compared."""
     seconds: Mapping[str, float] = field(default_factory=dict)
-    """This replica's in each phase of the epoch so far, as `PhaseTimer` tells them."""
+    """Seconds that this replica has spent in each phase of the epoch so far."""
 
     @property
     def position(self) -> Position:
-        """Where training goes on."""
-        return _position(self.epoch, self.step_in_epoch, self.tally)
+        """Position in the data to resume from."""
+        return position_after(self.epoch, self.step_in_epoch, self.tally)
 
 
 @dataclass(frozen=True)
 class EpochDone:
-    """An epoch was trained and evaluated; one value per replica in each list."""
+    """Event: an epoch was trained and evaluated. Lists have one value per replica."""
 
     epoch: int
+    """Number of the epoch, from 1."""
     step: int
+    """Number of steps taken in the run."""
     train: dict[str, list[float]]
+    """Training accuracy and loss."""
     val: dict[str, list[float]]
+    """Validation accuracy and loss."""
     seconds: float
+    """Duration of training and evaluation on this replica."""
     images_per_second: float
-    """Training samples of one replica per second of training."""
+    """Training samples per second on this replica."""
     evaluation: Evaluation | None
     """This replica's predictions."""
     position: Position
-    """Where training goes on."""
+    """Position in the data to resume from."""
     throughput: list[float] = field(default_factory=list)
-    """`images_per_second` of every replica."""
+    """Training samples per second on each replica."""
     timing: dict[str, list[float]] = field(default_factory=dict)
-    """Seconds of every replica in each phase, as `PhaseTimer` tells them."""
+    """Seconds that each replica spent in each phase."""
 
     def without_predictions(self) -> "EpochDone":
-        """A copy that does not keep them in memory."""
+        """Return a copy that does not keep the predictions in memory."""
         return replace(self, evaluation=None)
 
     def as_dict(self) -> dict[str, Any]:
-        """What report.json says of it."""
+        """Return the epoch's entry in `report.json`."""
         return {"epoch": self.epoch, "train": self.train, "val": self.val}
 
 
 @dataclass(frozen=True)
 class Stopped:
-    """A replica wanted to stop, and all have, after the same step."""
+    """Event: all replicas have stopped after the same step, because one was asked to."""
 
     step: int
+    """Number of steps taken in the run."""
     epoch: int
+    """Number of the epoch, from 1."""
     position: Position
-    """Where training goes on."""
+    """Position in the data to resume from."""
 
 
-def _position(epoch: int, num_batches: int, tally: Tally) -> Position:
+def position_after(epoch: int, num_batches: int, tally: Tally) -> Position:
+    """Return the position after some batches of an epoch.
+
+    Args:
+        epoch: Number of the epoch, from 1.
+        num_batches: Batches of the epoch that have been trained on.
+        tally: Counts over these batches.
+    """
     return Position(epoch, num_batches, int(tally.correct), float(tally.loss_sum), tally.count)

@@ -1,7 +1,7 @@
-"""Fault injection: flips bits of a replica's state at a chosen step, as a faulty memory cell or processor would.
+"""Fault injection: flip bits of a replica's state at a chosen step, as a faulty memory cell or processor would.
 
-The flips are invisible to autograd and to operator tracing. A fault with `repeat` strikes at every step from its own
-on, replays included; without, it strikes once.
+Flips are invisible to autograd and to operator tracing. A fault with `repeat` is injected at every step from its own
+step on, replays included. Otherwise it is injected once.
 """
 
 import random
@@ -23,67 +23,84 @@ from dreplica.state.stages import named_buffers, named_weights, plain_name
 
 _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 _MT19937_STATE = slice(24, 24 + 624 * 8)
-"""Bytes of torch's CPU generator state that hold its 624 words, each in 8 bytes of which the low 4 count."""
+"""Bytes of torch's CPU generator state with its 624 words: 8 bytes each, of which the low 4 are used."""
 
 
 class Injector:
-    """The faults of one replica, waiting for their steps. `close` takes its hooks away."""
+    """The faults to inject into one replica, each at its step. `close` removes its hooks.
+
+    Args:
+        faults: The faults of all replicas.
+        replica_id: This replica.
+        replica: The replica to inject into.
+
+    Attributes:
+        not_injected: This replica's faults that have not been injected yet.
+
+    Raises:
+        UsageError: A fault names a tensor that does not exist, or its target has none.
+    """
 
     def __init__(self, faults: Sequence[FaultConfig], replica_id: int, replica: Replica) -> None:
         self._replica = replica
-        self.never_struck = [fault for fault in faults if fault.replica == replica_id]
-        """This replica's faults of which nothing has come yet."""
+        self.not_injected = [fault for fault in faults if fault.replica == replica_id]
         self._waiting = [fault for fault in faults if fault.replica == replica_id]
         self._handles: list[Any] = []
         for fault in faults:
-            # A hook changes the code that a model is compiled to, so all replicas have it, struck or not.
+            # A hook changes the compiled code of a model, so all replicas get the hook, with a fault or without.
             if fault.replica == replica_id or fault.target in {"activation", "batch"}:
                 self._attach(fault)
 
     def indices(self, step: int, indices: Tensor, num_samples: int) -> None:
-        """Strikes the index batch of `step` (int64, in place): another index, which is still within the data set."""
+        """Inject the faults of a step into its batch indices, in place.
+
+        Args:
+            step: Number of the step, from 1.
+            indices: Sample indices, shape (batch,), int64. A changed index remains within the data set.
+            num_samples: Samples in the data set.
+        """
         for fault in self._due("indices", step):
             draw = _draw(fault, step)
             position, width = draw.randrange(len(indices)), max(1, (num_samples - 1).bit_length())
             mask = sum(1 << bit for bit in draw.sample(range(width), min(fault.bits, width)))
             index = int(indices[position])
-            struck = (index ^ mask) % num_samples
-            indices[position] = struck if struck != index else (index + 1) % num_samples
+            changed = (index ^ mask) % num_samples
+            indices[position] = changed if changed != index else (index + 1) % num_samples
 
     def close(self) -> None:
-        """Removes all hooks."""
+        """Remove all hooks."""
         for handle in self._handles:
             handle.remove()
 
     def _attach(self, fault: FaultConfig) -> None:
         model, optimizer = self._replica.model, self._replica.optimizer
-        strike = torch.compiler.disable(self._strike) if _is_compiled(model) else self._strike
+        inject = torch.compiler.disable(self._inject) if _is_compiled(model) else self._inject
         if fault.target == "batch":
-            self._handles.append(model.register_forward_pre_hook(lambda _, args: strike(fault, _tensors_in(args))))
+            self._handles.append(model.register_forward_pre_hook(lambda _, args: inject(fault, _tensors_in(args))))
         elif fault.target == "activation":
             module = _choose(fault, dict(_leaf_modules(model)), "module")
             self._handles.append(
-                module.register_forward_hook(lambda _m, _a, output: strike(fault, _tensors_in(output)))
+                module.register_forward_hook(lambda _m, _a, output: inject(fault, _tensors_in(output)))
             )
         elif fault.target == "gradients":
             _choose(fault, _weights(self._replica), "tensor")
-            self._handles.append(optimizer.register_step_pre_hook(lambda *_: self._strike_named(fault, _gradients)))
+            self._handles.append(optimizer.register_step_pre_hook(lambda *_: self._inject_named(fault, _gradients)))
         elif fault.target == "rng":
-            self._handles.append(optimizer.register_step_post_hook(lambda *_: self._strike_rng(fault)))
+            self._handles.append(optimizer.register_step_post_hook(lambda *_: self._inject_rng(fault)))
         elif fault.target != "indices":
             tensors = _NAMED[fault.target]
-            if fault.target != "optimizer":  # whose state there is only after a step
+            if fault.target != "optimizer":  # its state exists only after a step
                 _choose(fault, tensors(self._replica), "tensor")
-            self._handles.append(optimizer.register_step_post_hook(lambda *_: self._strike_named(fault, tensors)))
+            self._handles.append(optimizer.register_step_post_hook(lambda *_: self._inject_named(fault, tensors)))
 
     def _is_due(self, fault: FaultConfig, step: int) -> bool:
-        """Whether it strikes now; a fault that strikes once is then spent."""
+        """Return True if a fault is to be injected now, and remove it if it is injected once."""
         if fault not in self._waiting or not (step == fault.step or (fault.repeat and step > fault.step)):
             return False
         if not fault.repeat:
             self._waiting.remove(fault)
-        if fault in self.never_struck:
-            self.never_struck.remove(fault)
+        if fault in self.not_injected:
+            self.not_injected.remove(fault)
         return True
 
     def _due(self, target: str, step: int) -> list[FaultConfig]:
@@ -93,15 +110,15 @@ class Injector:
     def _step(self) -> int:
         return self._replica.steps_done + 1
 
-    def _strike(self, fault: FaultConfig, tensors: list[Tensor]) -> None:
+    def _inject(self, fault: FaultConfig, tensors: list[Tensor]) -> None:
         if self._replica.model.training and torch.is_grad_enabled() and self._is_due(fault, self._step):
             flip_bits(tensors[0], fault.bits, _draw(fault, self._step))
 
-    def _strike_named(self, fault: FaultConfig, tensors: Callable[[Replica], dict[str, Tensor]]) -> None:
+    def _inject_named(self, fault: FaultConfig, tensors: Callable[[Replica], dict[str, Tensor]]) -> None:
         if self._is_due(fault, self._step):
             flip_bits(_choose(fault, tensors(self._replica), "tensor"), fault.bits, _draw(fault, self._step))
 
-    def _strike_rng(self, fault: FaultConfig) -> None:
+    def _inject_rng(self, fault: FaultConfig) -> None:
         if self._is_due(fault, self._step):
             with _disable_current_modes():
                 state = torch.get_rng_state()
@@ -113,14 +130,21 @@ class Injector:
 
 
 class FaultyCoordinator(Coordinator):
-    """A coordinator on whose replica the received indices are struck."""
+    """A coordinator that injects faults into the indices that its replica has received."""
 
     def __init__(self, channel: Channel, seed: int, injector: Injector) -> None:
         super().__init__(channel, seed)
         self._injector = injector
 
     def training_batches(self, num_samples: int, batch_size: int, epoch: int, first: int = 0) -> IndexStream:
-        """As the coordinator's, then struck. Only batches of the first two windows can be."""
+        """Return the coordinator's stream with faults injected into batches of the first two windows.
+
+        Args:
+            num_samples: Samples in the training set.
+            batch_size: Samples per batch.
+            epoch: Number of the epoch, from 1.
+            first: Position of the first batch to yield.
+        """
         stream = super().training_batches(num_samples, batch_size, epoch, first)
         steps_before = (epoch - 1) * len(stream)
         for number in range(first, min(len(stream), stream.num_received)):
@@ -129,7 +153,13 @@ class FaultyCoordinator(Coordinator):
 
 
 def flip_bits(tensor: Tensor, bits: int, draw: random.Random) -> None:
-    """Flips `bits` different bits of `tensor` in place, unseen by autograd, version counters and dispatch modes."""
+    """Flip bits of a tensor in place, without autograd, version counters or dispatch modes noticing.
+
+    Args:
+        tensor: The tensor.
+        bits: Number of different bits to flip; all if the tensor has fewer.
+        draw: Chooses the bits.
+    """
     with _disable_current_modes(), torch.no_grad():
         data = tensor.data
         if data.is_complex():
@@ -139,7 +169,7 @@ def flip_bits(tensor: Tensor, bits: int, draw: random.Random) -> None:
         for place in draw.sample(range(flat.numel() * width), min(bits, flat.numel() * width)):
             index = torch.unravel_index(torch.tensor(place // width), flat.shape) if flat.dim() else ()
             bit = place % width
-            # The highest bit of a signed integer cannot be written as a positive number of its dtype.
+            # The sign bit cannot be written as a positive number of a signed dtype.
             mask = -(1 << bit) if bit == 8 * flat.element_size() - 1 and flat.dtype is not torch.uint8 else 1 << bit
             flat[index] = flat[index] ^ mask
 
@@ -156,10 +186,10 @@ def _draw(fault: FaultConfig, step: int) -> random.Random:
     return random.Random(f"{fault.seed} {fault.replica} {fault.target} {step}")
 
 
-def struck_tensor(fault: FaultConfig, replica: Replica) -> str:
-    """The name of the tensor (for `activation`, the module) that the fault strikes, chosen or drawn.
+def target_name(fault: FaultConfig, replica: Replica) -> str:
+    """Return the name of the tensor, for `activation` of the module, into which a fault is injected.
 
-    Only for targets whose tensors have names; the optimizer's have theirs once it has taken a step.
+    Only for targets whose tensors have names. Those of the optimizer exist once it has taken a step.
     """
     named = {"activation": lambda replica: dict(_leaf_modules(replica.model)), **_NAMED}[fault.target]
     return _choose_name(fault, named(replica), "tensor")
@@ -173,10 +203,19 @@ def _choose_name(fault: FaultConfig, named: dict[str, Any], what: str) -> str:
     if fault.tensor is None:
         candidates = [name for name, value in named.items() if not isinstance(value, Tensor) or value.numel()]
         if not candidates:
-            raise UsageError(f"inject: there is no {what} in {fault.target} to strike. Choose another target.")
+            raise UsageError(
+                f"inject: no {what} in target {fault.target!r}. Choose another target.",
+                code="empty-target",
+                target=fault.target,
+            )
         return random.Random(f"{fault.seed} {fault.replica} {fault.target}").choice(candidates)
     if fault.tensor not in named:
-        raise UsageError(f"inject: {fault.target} has no {what} {fault.tensor!r}. {nearest(fault.tensor, named)}")
+        raise UsageError(
+            f"inject: no {what} {fault.tensor!r} in target {fault.target!r}. {nearest(fault.tensor, named)}",
+            code="unknown-tensor",
+            target=fault.target,
+            tensor=fault.tensor,
+        )
     return fault.tensor
 
 

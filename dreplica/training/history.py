@@ -1,4 +1,4 @@
-"""What is needed to run recent steps again: the last agreed snapshot and what has been done since."""
+"""History of the training loop since the last agreed snapshot, from which recent steps are replayed."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -14,39 +14,51 @@ from dreplica.state.snapshot import Snapshot, copy_evaluated_state, take_snapsho
 
 @dataclass(frozen=True)
 class StepEntry:
-    """A step that was taken."""
+    """History entry: a training step."""
 
     step: int
+    """Number of the step in the run, from 1."""
     epoch: int
+    """Number of the epoch, from 1."""
     number: int
-    """Of the batch in its epoch, from 0."""
+    """Position of the batch in its epoch, from 0."""
     indices: Tensor
-    """(batch,) int64: the samples, as this replica received them."""
+    """Sample indices that this replica received, shape (batch,), int64."""
     word: CombinedDigest | None
-    """Over this replica's state after the step, as compared; None if the step was not compared."""
+    """Combined digest of this replica's state after the step. None if the step was not compared."""
     generator: bytes = b""
     """State of torch's CPU generator after the step."""
 
 
 @dataclass(frozen=True)
 class EpochEntry:
-    """An epoch's training was over, and the scheduler stepped."""
+    """History entry: the end of an epoch's training, after which the scheduler stepped."""
 
     epoch: int
+    """Number of the epoch, from 1."""
 
 
 @dataclass(frozen=True)
 class EvaluationEntry:
-    """The replica was evaluated: in eval mode, too, a forward pass may draw numbers or count."""
+    """History entry: an evaluation, whose forward passes may have drawn random numbers or changed attributes."""
 
     rng: dict[str, Any]
-    """The generators afterwards,"""
+    """State of the global generators after the evaluation."""
     plain: PlainState
-    """and what else it may have changed."""
+    """Module attributes and small buffers after the evaluation."""
 
 
 class History:
-    """Kept by the training loop; `every`: steps between snapshots, 0 for no history."""
+    """The last agreed snapshot and everything that the training loop has done since.
+
+    Args:
+        replica: The replica that is trained.
+        every: Steps between snapshots. 0 to keep no history.
+
+    Attributes:
+        snapshot: The last snapshot whose step is known to agree. None without a history.
+        entries: Steps, ends of epochs and evaluations since the snapshot, in order.
+    """
 
     def __init__(self, replica: Replica, every: int) -> None:
         self.snapshot: Snapshot | None = None
@@ -58,7 +70,7 @@ class History:
             self.snapshot = take_snapshot(replica)
 
     def step(self, entry: StepEntry, agreed_until: int) -> None:
-        """Records a step. `agreed_until`: the last step that all replicas are known to have agreed on."""
+        """Record a step. `agreed_until` is the last step on which replicas are known to agree."""
         if not self._every:
             return
         self.entries.append(entry)
@@ -72,17 +84,17 @@ class History:
             self._promote(agreed_until)
 
     def epoch_end(self, epoch: int) -> None:
-        """Records the end of an epoch's training."""
+        """Record the end of an epoch's training."""
         if self._every:
             self.entries.append(EpochEntry(epoch))
 
     def evaluated(self) -> None:
-        """Records that the replica has been evaluated."""
+        """Record an evaluation of the replica."""
         if self._every:
             self.entries.append(EvaluationEntry(get_rng_state(), copy_evaluated_state(self._replica)))
 
     def _promote(self, agreed_until: int) -> None:
-        """A snapshot counts once its step is known to have agreed; what came before it is forgotten."""
+        """Make the candidate the snapshot once its step is known to agree, and drop the entries before it."""
         candidate = self._candidate
         if candidate is None or candidate.steps_done > agreed_until:
             return

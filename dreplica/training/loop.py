@@ -4,11 +4,11 @@ import math
 import time
 from collections.abc import Generator
 from contextlib import closing
-from typing import TYPE_CHECKING
 
 import torch
 
 from dreplica.agreement.agreement import Agreement
+from dreplica.config.schema import RunConfig
 from dreplica.data.loading.index_stream import Coordinator
 from dreplica.data.loading.loader import Labels, load_batches
 from dreplica.data.samples import DataSets, at_epoch
@@ -17,13 +17,9 @@ from dreplica.distributed.signals import StopRequest
 from dreplica.state.progress import Position
 from dreplica.state.replica import Replica
 from dreplica.training.evaluate import Evaluation, Tally, evaluate
-from dreplica.training.events import PhaseTimer
+from dreplica.training.events import EpochDone, PhaseTimer, StepDone, Stopped, position_after
 from dreplica.training.history import History, StepEntry
 from dreplica.training.step import reduction_of, training_step
-
-if TYPE_CHECKING:
-    from dreplica.config.schema import RunConfig
-from dreplica.training.events import EpochDone, StepDone, Stopped, _position
 
 
 def train(
@@ -31,25 +27,43 @@ def train(
     data: DataSets,
     coordinator: Coordinator,
     agreement: Agreement,
-    config: "RunConfig",
+    config: RunConfig,
     world: World,
     device: torch.device,
     stop_request: StopRequest,
     history: History,
     start: Position = Position(),  # noqa: B008  # immutable
 ) -> Generator[StepDone | EpochDone | Stopped, None, None]:
-    """Trains, step by step, and yields what has been done. A collective: replicas advance it in lock-step.
+    """Train a replica, compare every step, and yield an event after each step and epoch.
 
-    `start`: where to begin, and the replica's state is that of this place.
+    Args:
+        replica: The replica.
+        data: Training and validation set.
+        coordinator: Distributes the batch indices.
+        agreement: Compares the replicas' states.
+        config: The run's config.
+        world: The replicas of the run.
+        device: Device of the replica.
+        stop_request: True once this replica has been asked to stop.
+        history: Records what a replay needs.
+        start: Position in the data to begin at. The replica's state is the state at this position.
 
-    Raises `Divergence` when replicas part and `ReplicaLost` when one is gone.
+    Yields:
+        `StepDone` after each step, `EpochDone` after each epoch, and `Stopped` last if the run was asked to stop.
+
+    Raises:
+        Divergence: Replicas have diverged.
+        ReplicaLost: A replica has failed or does not respond.
+
+    Note:
+        Collective: every rank must advance the generator at the same time.
     """
     batch_size, num_workers = config.data.batch_size, config.data.num_workers
     memory_format = torch.channels_last if config.model.channels_last else torch.preserve_format
     labels = Labels(data.num_classes, getattr(replica.criterion, "ignore_index", None))
     for epoch in range(start.epoch, config.train.epochs + 1):
         if agreement.steps_done >= (config.train.max_steps or math.inf):
-            break  # a run that goes on may have nothing left to do
+            break  # a resumed run may have nothing left to do
         started = time.perf_counter()
         timer = PhaseTimer()
         number = start.num_batches if epoch == start.epoch else 0
@@ -69,7 +83,7 @@ def train(
             labels=labels,
             weights=data.weights,
         )
-        with closing(batches):  # ends the loader's workers at once, also in mid-epoch
+        with closing(batches):  # ends the loader's workers at once, in the middle of an epoch too
             for number, batch in enumerate(batches, start=number + 1):  # noqa: B020
                 timer.lap("loading")
                 output = training_step(replica, batch, config.train, timer.lap)
@@ -101,13 +115,13 @@ def train(
                 timer.lap("saving")
                 if (stop or halts) and not last:
                     agreement.finish()
-                    yield Stopped(agreement.steps_done, epoch, _position(epoch, number, tally))
+                    yield Stopped(agreement.steps_done, epoch, position_after(epoch, number, tally))
                     return
                 if last:
                     break
         trained = time.perf_counter()
         timer.lap("loading")
-        position = _position(epoch, number, tally)
+        position = position_after(epoch, number, tally)
         if number == len(stream):  # not if max_steps cut the epoch short
             replica.advance_scheduler("epoch")
             history.epoch_end(epoch)
@@ -122,7 +136,7 @@ def train(
         images_per_second = (tally.count - count_before) / (trained - started)
         step = agreement.steps_done
         yield _gather_epoch(step, epoch, tally, evaluation, started, images_per_second, position, world, timer)
-        if any(world.channel.gather(bool(stop_request))):  # it came during the evaluation
+        if any(world.channel.gather(bool(stop_request))):  # requested during the evaluation
             yield Stopped(agreement.steps_done, epoch, position)
             break
         if agreement.steps_done == config.train.max_steps:

@@ -1,4 +1,4 @@
-"""How far independent replicas differ: how much of a result is seed noise."""
+"""Spread of the results of independent replicas, which is the seed noise of a result."""
 
 import statistics
 from dataclasses import dataclass
@@ -16,26 +16,35 @@ class Spread:
     """Validation results of independent replicas."""
 
     n: int
+    """Number of replicas."""
     accuracy_mean: float
+    """Mean of the replicas' accuracies."""
     accuracy_std: float | None
-    """Sample standard deviation (n - 1); None for one replica."""
+    """Sample standard deviation (n - 1) of the accuracies. None for one replica."""
     disagreement: list[list[float]]
-    """Replica by replica: the part of the validation samples on which the two predict different classes."""
+    """Matrix of replica pairs: fraction of validation samples for which the two predict different classes."""
     ensemble_accuracy: float
-    """Of the mean of all replicas' softmax probabilities; 0 for a class that a replica's outputs do not have."""
+    """Accuracy of the mean of all replicas' softmax probabilities.
+
+    A class that a replica's outputs do not have counts with probability 0.
+    """
 
     def as_dict(self) -> dict[str, Any]:
-        """JSON values."""
+        """Return the fields as JSON values."""
         return vars(self).copy()
 
 
 def measure_spread(evaluation: Evaluation, channel: Channel) -> Spread:
-    """Compares the last evaluations of all replicas. A collective."""
+    """Compare the last evaluations of all replicas.
+
+    Note:
+        Collective: call on every rank.
+    """
     predicted = evaluation.logits.argmax(dim=1)
     rows = torch.zeros(channel.size, len(predicted), dtype=torch.int64)
     rows[channel.rank] = predicted
     rows = channel.sum(rows)
-    num_classes = max(channel.gather(evaluation.logits.shape[1]))  # overrides and factories can give each its own
+    num_classes = max(channel.gather(evaluation.logits.shape[1]))  # overrides may give replicas different ones
     probabilities = torch.zeros(len(predicted), num_classes, dtype=torch.float64)
     probabilities[:, : evaluation.logits.shape[1]] = evaluation.logits.double().softmax(dim=1)
     probabilities = channel.sum(probabilities)

@@ -1,4 +1,4 @@
-"""One training step: the same function for the loop and for the replay, so that what is replayed is what was run."""
+"""The training step. The loop and replays call the same function, so that a replay repeats what was run."""
 
 import copy
 from collections.abc import Callable
@@ -15,25 +15,31 @@ from dreplica.state.replica import Replica
 
 _AMP_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 _TINY = torch.finfo(torch.float32).tiny
-"""For a divisor that would be 0: the weights of a whole batch can be."""
+"""Smallest divisor: all sample weights of a batch may be 0."""
 
 
 @dataclass(frozen=True)
 class StepOutput:
-    """What a step leaves besides the replica's own state; detached, on the replica's device."""
+    """Loss and logits of a step, detached, on the replica's device."""
 
     loss: Tensor
-    """0-dim: the batch's, as the criterion reduces it (mean or sum), weighted where the batch has weights."""
+    """Loss of the batch, 0-dim, reduced by the criterion (mean or sum) and weighted if the batch has weights."""
     logits: Tensor
-    """(batch, num_classes)."""
+    """Outputs of the model, shape (batch, num_classes)."""
 
 
 def training_step(
     replica: Replica, batch: Batch, config: TrainConfig, lap: Callable[[str], None] = lambda _phase: None
 ) -> StepOutput:
-    """Forward, backward and optimizer step on `batch`. The gradients stay in place until the next step.
+    """Run forward pass, backward pass and optimizer step on a batch.
 
-    `lap` is called at the end of each phase, with its name: `PhaseTimer.lap`.
+    Gradients are kept until the next step.
+
+    Args:
+        replica: The replica.
+        batch: The batch, on the replica's device.
+        config: Training settings: accumulation, clipping and precision.
+        lap: Called with the name of each phase when it ends, as `PhaseTimer.lap` is.
     """
     replica.optimizer.zero_grad()
     losses, logits = [], []
@@ -61,9 +67,20 @@ def training_step(
 def forward(
     replica: Replica, inputs: Tensor, labels: Tensor, config: TrainConfig, weights: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Loss (0-dim) and logits (batch, num_classes), under autocast if `train.amp` asks for it.
+    """Compute loss and logits, under autocast if `train.amp` is set.
 
-    With `weights` (batch,) the loss is `weighted_loss`. Raises UsageError if the model gives anything else.
+    Args:
+        replica: The replica.
+        inputs: Shape (batch, ...).
+        labels: Shape (batch,).
+        config: Training settings.
+        weights: Weight of each sample, shape (batch,). None for the criterion's own reduction.
+
+    Returns:
+        Loss, 0-dim, and logits, shape (batch, num_classes).
+
+    Raises:
+        UsageError: The model does not return a tensor with one row per sample.
     """
     dtype = _AMP_DTYPES.get(config.amp or "")
     with torch.autocast(inputs.device.type, dtype=dtype, enabled=dtype is not None):
@@ -78,25 +95,34 @@ def forward(
 
 
 def make_scaler(config: TrainConfig, device: torch.device) -> torch.amp.GradScaler | None:
-    """The loss scaler that fp16 needs; None otherwise."""
+    """Return the gradient scaler that fp16 needs, or None."""
     return torch.amp.GradScaler(device.type) if config.amp == "fp16" else None
 
 
 def reduction_of(criterion: nn.Module) -> str:
-    """How the criterion makes one loss of a batch: `mean`, unless it says otherwise."""
+    """Return the criterion's reduction, `mean` if it has none."""
     return getattr(criterion, "reduction", "mean")
 
 
 def weighted_loss(criterion: nn.Module, logits: Tensor, labels: Tensor, weights: Tensor) -> Tensor:
-    """sum(w_i l_i) / sum(w_i) over the batch, 0-dim, where l_i is what the criterion gives for sample i by itself.
+    """Compute sum(w_i l_i) / sum(w_i) over a batch, where l_i is the criterion's loss for sample i alone.
 
-    As `CrossEntropyLoss` does with the weights of its classes
-    (https://docs.pytorch.org/docs/stable/generated/torch.nn.CrossEntropyLoss.html), and together with them: where it
-    has some, or labels that it ignores, the divisor is the sum of both weights' products, so that equal `weights`
-    change nothing. Not divided where the criterion's reduction is `sum`; 0 where all weights are.
+    This is what `CrossEntropyLoss` does with class weights
+    (https://docs.pytorch.org/docs/stable/generated/torch.nn.CrossEntropyLoss.html), and it combines with them: with
+    class weights or ignored labels, the divisor is the sum of the products of both weights, so that equal `weights`
+    change nothing. With reduction `sum` there is no divisor. If all weights are 0, the loss is 0.
+
+    Args:
+        criterion: The loss function, with a `reduction` of mean or sum.
+        logits: Shape (batch, num_classes).
+        labels: Shape (batch,).
+        weights: Shape (batch,).
+
+    Returns:
+        The loss, 0-dim.
     """
     per_sample = copy.copy(criterion)  # shares its tensors
-    per_sample.reduction = "none"  # type: ignore[assignment]  # nn.Module's attributes are tensors and modules to mypy
+    per_sample.reduction = "none"  # type: ignore[assignment]  # to mypy, nn.Module's attributes are tensors and modules
     losses = per_sample(logits, labels)
     total = (weights * losses.flatten(1).mean(1) if losses.dim() > 1 else weights * losses).sum()
     if reduction_of(criterion) == "sum":
@@ -105,32 +131,42 @@ def weighted_loss(criterion: nn.Module, logits: Tensor, labels: Tensor, weights:
 
 
 def check_criterion_weighs(criterion: nn.Module, weights: Tensor | None) -> None:
-    """Raises UsageError if there are sample weights, and a criterion that cannot give a loss for each sample."""
+    """Check that the criterion can compute a loss per sample if there are sample weights.
+
+    Raises:
+        UsageError: The criterion's reduction is neither mean nor sum.
+    """
     if weights is not None and getattr(criterion, "reduction", None) not in {"mean", "sum"}:
         raise UsageError(
-            f"data.sample_weights: a criterion of type {type(criterion).__name__} has no `reduction` of mean or sum to "
-            "set to none, which gives a loss for each sample. Use one of torch's own, or set sample_weights to null."
+            f"data.sample_weights: expected a criterion with `reduction` mean or sum, got a {type(criterion).__name__} "
+            "without. A loss per sample is computed with `reduction` none. Use a criterion of torch.nn, or set "
+            "data.sample_weights to null.",
+            code="criterion-without-reduction",
+            criterion=type(criterion).__name__,
         )
 
 
 def _no_logits(given: Any, num_samples: int) -> UsageError:
-    what = f"a tensor of shape {tuple(given.shape)}" if isinstance(given, Tensor) else type(given).__name__
+    got = f"a tensor of shape {tuple(given.shape)}" if isinstance(given, Tensor) else type(given).__name__
     return UsageError(
-        f"model.factory: the model gives {what} for a batch of {num_samples}. Let its forward pass return logits "
-        "alone, a tensor (batch, num_classes); wrap a model that returns more."
+        f"model.factory: expected a model that returns logits, a tensor of shape ({num_samples}, num_classes) for a "
+        f"batch of {num_samples}, got {got}. Wrap the model so that its forward pass returns only logits.",
+        code="model-without-logits",
+        got=got,
+        num_samples=num_samples,
     )
 
 
 def _split(batch: Batch, parts: int) -> list[Batch]:
     if parts == 1:
-        return [batch]  # not a view of it, which in-place operators refuse
+        return [batch]  # not a view, on which in-place operators raise
     indices, inputs, labels = (tensor.chunk(parts) for tensor in (batch.indices, batch.inputs, batch.labels))
     weights = [None] * len(labels) if batch.weights is None else batch.weights.chunk(parts)
     return [Batch(*row) for row in zip(indices, inputs, labels, weights, strict=True)]
 
 
 def _share(criterion: nn.Module, part: Batch, whole: Batch) -> float | Tensor:
-    """What a part's mean loss counts in the batch's, from their labels and weights; a sum counts whole."""
+    """Return the factor of a part's loss in the batch's loss: 1 for a sum, else its fraction of the weights."""
     if reduction_of(criterion) == "sum" or len(part.labels) == len(whole.labels):
         return 1.0
     if whole.weights is None:
@@ -138,13 +174,13 @@ def _share(criterion: nn.Module, part: Batch, whole: Batch) -> float | Tensor:
             return len(part.labels) / len(whole.labels)
         if criterion.weight is None and criterion.ignore_index < 0:
             return len(part.labels) / len(whole.labels)
-    # These two divide by the weights of the labels that they do not ignore.
+    # These two criteria divide by the weights of the labels that they do not ignore.
     part_weight, weight = (_weight_of(criterion, batch.labels, batch.weights) for batch in (part, whole))
     return part_weight / weight if whole.weights is None else part_weight / weight.clamp(min=_TINY)
 
 
 def _weight_of(criterion: nn.Module, labels: Tensor, weights: Tensor | None) -> Tensor:
-    """What the losses of these samples are divided by, for their mean; 0-dim."""
+    """Return the divisor of the samples' mean loss, 0-dim."""
     weight = torch.ones((), device=labels.device) if weights is None else weights
     if not isinstance(criterion, nn.CrossEntropyLoss | nn.NLLLoss) or labels.is_floating_point():
         return weight.sum()

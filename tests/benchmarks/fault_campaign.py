@@ -31,7 +31,7 @@ from dreplica.run.explain import Explainer
 from dreplica.run.run import AGREEMENT_LAG
 from dreplica.state.replica import Replica
 from dreplica.state.rng import seed_generators
-from dreplica.training.fault_injection import FaultyCoordinator, Injector, struck_tensor
+from dreplica.training.fault_injection import FaultyCoordinator, Injector, target_name
 from dreplica.training.history import History
 from dreplica.training.loop import train
 
@@ -126,7 +126,7 @@ def campaign(world: World, num_faults: int, clean_steps: int, seed: int, device:
     for number in range(num_faults):
         fault = draw_fault(draw, world.num_replicas, number)
         trial = run_once(world, config, data, [fault], device)
-        tensor = None if fault.target in UNNAMED else struck_tensor(fault, clean.replica)
+        tensor = None if fault.target in UNNAMED else target_name(fault, clean.replica)
         found = judge(fault, tensor, trial, clean)
         kind = "repeated" if fault.repeat else "one-time"
         table.setdefault((fault.target, kind), Counter())[found] += 1

@@ -157,7 +157,7 @@ def test_a_model_that_gives_more_than_logits(tmp_path: Path) -> None:
     job = run_job(*SMALL, "--model.factory=tests.end_to_end.bad_input:Pair", root=tmp_path, num_replicas=2)
     assert job.exitcodes == {0: 2, 1: 2}
     (message,) = messages(job.output)
-    assert message.startswith("error: model.factory: the model gives tuple for a batch of ")
+    assert message.startswith("error: model.factory: expected a model that returns logits")
 
 
 def test_a_last_batch_that_batch_norm_refuses_is_told_before_the_first_step(tmp_path: Path) -> None:

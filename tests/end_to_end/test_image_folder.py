@@ -278,7 +278,9 @@ def test_a_criterion_that_cannot_be_weighted_is_told_before_the_first_step(tmp_p
     job = run(make_folder(tmp_path / "images"), *arguments, root=tmp_path / "runs")
     assert job.exitcodes == {0: 2, 1: 2}, job.output
     (message,) = messages(job.output)
-    assert message.startswith("error: data.sample_weights: a criterion of type OwnLoss has no `reduction`")
+    assert message.startswith(
+        "error: data.sample_weights: expected a criterion with `reduction` mean or sum, got a OwnLoss"
+    )
     assert not (tmp_path / "runs").exists()
 
 

@@ -289,12 +289,12 @@ def test_there_may_be_nothing_to_strike() -> None:
     seed_generators(0)
     model = nn.Sequential(nn.Flatten(), nn.Linear(192, 5))
     replica = Replica(model, nn.CrossEntropyLoss(), torch.optim.SGD(model.parameters(), lr=0.1))
-    with pytest.raises(UsageError, match="no tensor in buffers to strike"):
+    with pytest.raises(UsageError, match="no tensor in target 'buffers'"):
         Injector([FaultConfig(replica=0, step=9, target="buffers")], 0, replica)
-    with pytest.raises(UsageError, match=r"weights has no tensor '1\.wight'\. Did you mean '1\.weight'"):
+    with pytest.raises(UsageError, match=r"no tensor '1\.wight' in target 'weights'\. Did you mean '1\.weight'"):
         Injector([FaultConfig(replica=0, step=9, target="weights", tensor="1.wight")], 0, replica)
     injector = Injector([FaultConfig(replica=0, step=1, target="optimizer")], 0, replica)
-    with pytest.raises(UsageError, match="no tensor in optimizer to strike"):
+    with pytest.raises(UsageError, match="no tensor in target 'optimizer'"):
         training_step(replica, batch_of(1), TrainConfig())
     injector.close()
 
@@ -303,10 +303,10 @@ def test_a_fault_that_never_strikes_is_known() -> None:
     replica = make_replica()
     struck, late = (FaultConfig(replica=1, step=step, target="weights", repeat=True) for step in (2, 99))
     injector = Injector([struck, late], 1, replica)
-    assert injector.never_struck == [struck, late]
+    assert injector.not_injected == [struck, late]
     for step in (1, 2, 3):
         step_and_look(replica, step)
-    assert injector.never_struck == [late]
+    assert injector.not_injected == [late]
     injector.close()
 
 

@@ -65,7 +65,9 @@ def test_a_pass_of_one_sample_that_would_fail_is_refused(
     seed_generators(1)
     model = make().train()
     before = [buffer.numpy().tobytes() for buffer in model.buffers()]
-    with pytest.raises(UsageError, match=rf"^data\.batch_size: .*{num_samples} samples.*BatchNorm.*at least two"):
+    with pytest.raises(
+        UsageError, match=rf"^data\.batch_size: .*{num_samples} samples.*BatchNorm.*more than one value"
+    ):
         check(model, num_samples, **sections)
     assert [buffer.numpy().tobytes() for buffer in model.buffers()] == before
     with pytest.raises(ValueError, match="more than 1 value per channel"):

@@ -37,7 +37,9 @@ def test_the_size_that_a_model_takes(name: str, takes: int, refuses: int) -> Non
     for dataset in images(takes):
         check_image_size(model, dataset, config)
     for dataset in images(refuses):
-        with pytest.raises(UsageError, match=rf"^model.name: {name} does not take images of {refuses} x {refuses} \("):
+        with pytest.raises(
+            UsageError, match=rf"^model.name: {name} does not accept images of {refuses} x {refuses} \("
+        ):
             check_image_size(model, dataset, config)
 
 
@@ -60,6 +62,8 @@ def test_a_run_ends_with_one_message() -> None:
     job = run_job(*SMALL, "--model.factory=null", "--model.name=squeezenet1_1")
     assert job.exitcodes == {0: 2, 1: 2}, job.output
     (message,) = messages(job.output)
-    assert message.startswith("error: model.name: squeezenet1_1 does not take images of 8 x 8 (")
-    assert message.endswith("Set data.image_size to what it takes, 224 in most cases, or name another model.")
+    assert message.startswith("error: model.name: squeezenet1_1 does not accept images of 8 x 8 (")
+    assert message.endswith(
+        "Set data.image_size to the size that it accepts, 224 in most cases, or choose another model."
+    )
     assert "Traceback" not in job.output

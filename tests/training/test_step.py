@@ -212,5 +212,7 @@ def test_what_are_no_logits(logits: Any) -> None:
         def forward(self, _inputs: Tensor) -> Any:
             return logits
 
-    with pytest.raises(UsageError, match=r"^model\.factory: the model gives .* for a batch of 4\. "):
+    with pytest.raises(
+        UsageError, match=r"^model\.factory: expected a model that returns logits, .* for a batch of 4, got "
+    ):
         training_step(make_replica(Gives(2, 2)), batches([4])[0], config())

@@ -97,5 +97,5 @@ def test_which_criteria_can_be_weighted() -> None:
         check_criterion_weighs(criterion, weights)
     check_criterion_weighs(Own(), None)
     for criterion in (Own(), nn.CrossEntropyLoss(reduction="none")):
-        with pytest.raises(UsageError, match=r"^data.sample_weights: a criterion of type"):
+        with pytest.raises(UsageError, match=r"^data.sample_weights: expected a criterion with `reduction`"):
             check_criterion_weighs(criterion, weights)
