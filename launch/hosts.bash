@@ -1,12 +1,12 @@
-# Sourced by ssh.sh and pbs.sh: starts launch/node.sh on each of the machines `hosts`, passes signals on, and waits.
-# `on_node RANK COMMAND` runs a shell command on machine RANK and ends with its exit code.
+# Sourced by ssh.sh and pbs.sh: starts launch/node.sh on each node in `hosts`, forwards signals and waits.
+# The sourcing script defines `on_node RANK COMMAND`, which runs a shell command on node RANK and returns its exit code.
 # shellcheck shell=bash
 
 # shellcheck disable=SC2154
 num_hosts=${#hosts[@]}
-pid_file="/tmp/dreplica-${RUN_NAME//\//_}-$$" # of the launcher, on each machine
+pid_file="/tmp/dreplica-${RUN_NAME//\//_}-$$" # process id of the launcher, on each node
 # shellcheck disable=SC2034
-told= # the signal that asked to stop
+stop_signal= # the signal received, if any
 
 node_command() {
     local name
@@ -21,20 +21,20 @@ node_command() {
 stop_all() {
     local rank
     # shellcheck disable=SC2034
-    told=$1
+    stop_signal=$1
     for ((rank = 0; rank < num_hosts; rank++)); do
-        # In the background: a machine that does not answer keeps the others from nothing. One that hears is enough.
+        # In the background, so that a node that does not respond delays no other. One node that receives it is enough.
         on_node "$rank" "kill -TERM \$(cat $(printf %q "$pid_file-$rank"))" </dev/null &
     done
 }
 
-# Ends with the highest exit code of all machines, as Slurm's srun does.
+# Returns the highest exit code of all nodes, as Slurm's srun does.
 run_everywhere() {
     local rank code highest=0
     local -a runs=()
     export NODES=$num_hosts
     for ((rank = 0; rank < num_hosts; rank++)); do
-        # Ctrl-C does not reach what runs in the background of a script: each machine is asked to stop, and tells how.
+        # Ctrl-C does not reach background processes of a script, so stop_all signals each node.
         on_node "$rank" "$(node_command "$rank")" </dev/null &
         runs+=("$!")
     done
@@ -44,7 +44,7 @@ run_everywhere() {
     done
     for rank in "${!runs[@]}"; do
         while kill -0 "${runs[rank]}" 2>/dev/null; do
-            wait "${runs[rank]}" || true # a signal that is trapped cuts it short
+            wait "${runs[rank]}" || true # a trapped signal interrupts `wait`
         done
         code=0
         wait "${runs[rank]}" || code=$?

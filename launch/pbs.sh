@@ -1,9 +1,11 @@
 #!/usr/bin/env bash
-# PBS, from the repository's folder: CONFIG=my.yaml qsub -V -l select=4:ncpus=32:ngpus=8:mpiprocs=1 launch/pbs.sh
+# PBS job. Submit it from the repository's folder:
+#   CONFIG=my.yaml qsub -V -l select=4:ncpus=32:ngpus=8:mpiprocs=1 launch/pbs.sh
 #
-# PBS gives no signal ahead of the time limit, so this script keeps the time itself: WALLTIME_SECONDS is what `-l
-# walltime` says. STOP_SECONDS and a minute before it, the replicas stop at the same step and write a checkpoint (exit
-# code 4), and the job is submitted again under the same run name, with the same resources, to go on from there.
+# PBS sends no signal before the time limit, so this script has a timer. Set WALLTIME_SECONDS to the value of `-l
+# walltime`. STOP_SECONDS plus one minute before the limit, all replicas stop at the same step and write a checkpoint
+# (exit code 4). The script then submits the job again under the same run name with the same resources, and the run
+# resumes from the checkpoint.
 #PBS -N dreplica
 #PBS -l select=2:ncpus=8:mpiprocs=1
 #PBS -l place=scatter
@@ -16,7 +18,7 @@ cd "$PBS_O_WORKDIR"
 mapfile -t hosts < <(awk '!seen[$0]++' "$PBS_NODEFILE")
 export REPLICAS_PER_NODE="${REPLICAS_PER_NODE:-1}"
 export CONFIG="${CONFIG:-configs/digits.yaml}"
-export RUN_NAME="${RUN_NAME:-$PBS_JOBNAME-${PBS_JOBID%%.*}}" # the same after PBS has run the job again
+export RUN_NAME="${RUN_NAME:-$PBS_JOBNAME-${PBS_JOBID%%.*}}" # unchanged when PBS reruns the job
 export RUN_ROOT="${RUN_ROOT:-runs}"
 export SETTINGS="${SETTINGS:-}"
 export STOP_SECONDS="${STOP_SECONDS:-120}"
@@ -29,23 +31,23 @@ on_node() {
 }
 
 . launch/hosts.bash
-clock() {
-    local nap
+timer() {
+    local sleeper
     sleep "$1" &
-    nap=$!
-    trap 'kill "$nap"; exit' TERM
-    wait "$nap"
+    sleeper=$!
+    trap 'kill "$sleeper"; exit' TERM
+    wait "$sleeper"
     kill -USR2 $$
 }
 time_left=$((WALLTIME_SECONDS - STOP_SECONDS - 60))
-clock "$((time_left > 0 ? time_left : 0))" &
-clock=$!
-trap 'kill "$clock" 2>/dev/null || true' EXIT
+timer "$((time_left > 0 ? time_left : 0))" &
+timer=$!
+trap 'kill "$timer" 2>/dev/null || true' EXIT
 code=0
 run_everywhere || code=$?
-# Not where qdel sent SIGTERM: that job is not wanted any more. A burn-in has nothing to go on with.
-if [[ "$code" == 4 && "$told" == USR2 && -z "${BURN_IN:-}" ]]; then
-    # What this job was asked for on qsub's command line does not stand in this script. qstat folds long lines.
+# Not after SIGTERM from qdel, since the user has cancelled that job. A burn-in cannot be resumed.
+if [[ "$code" == 4 && "$stop_signal" == USR2 && -z "${BURN_IN:-}" ]]; then
+    # Options from qsub's command line are not in this script, so they are read from qstat, which folds long lines.
     attributes=$(qstat -f "$PBS_JOBID" | sed -e ':a' -e 'N' -e '$!ba' -e 's/\n\t//g' || true)
     options=()
     while read -r name value; do
@@ -58,6 +60,6 @@ if [[ "$code" == 4 && "$told" == USR2 && -z "${BURN_IN:-}" ]]; then
             ;;
         esac
     done < <(sed -n 's/^ *\([A-Za-z_.]*\) = /\1 /p' <<<"$attributes")
-    env -u HEAD qsub -V "${options[@]}" launch/pbs.sh # it will run on other machines
+    env -u HEAD qsub -V "${options[@]}" launch/pbs.sh # the next job may run on other nodes
 fi
 exit "$code"

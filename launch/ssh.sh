@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
-# Machines that you reach with ssh, without a batch system: HOSTS="node0 node1" CONFIG=my.yaml launch/ssh.sh
+# Nodes reachable with ssh, without a batch system: HOSTS="node0 node1" CONFIG=my.yaml launch/ssh.sh
 #
-# The repository stands in the same folder on each machine, installed. Ctrl-C or SIGTERM stops all replicas at the same
-# step, with a checkpoint (exit code 4); the same command goes on from there.
+# The repository is installed in the same folder on each node. Ctrl-C or SIGTERM stops all replicas at the same step with
+# a checkpoint (exit code 4). The same command resumes from the checkpoint.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
-read -ra hosts <<<"${HOSTS:?the machines, the head first: HOSTS='node0 node1'}"
+read -ra hosts <<<"${HOSTS:?list the nodes, node 0 first: HOSTS='node0 node1'}"
 export REPLICAS_PER_NODE="${REPLICAS_PER_NODE:-1}"
 export CONFIG="${CONFIG:-configs/digits.yaml}"
 export RUN_NAME="${RUN_NAME:-cluster}"

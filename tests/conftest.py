@@ -1,4 +1,4 @@
-"""What one test sets for the whole process is put back for the next."""
+"""Process-wide settings, restored after each test."""
 
 import logging
 import os
@@ -8,12 +8,12 @@ import pytest
 import torch
 
 if not torch.cuda.is_available():
-    os.environ.setdefault("TRITON_INTERPRET", "1")  # Triton reads it when imported, for its own functions
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # read when Triton is imported
 
 
 @pytest.fixture(autouse=True)
-def logger_as_it_was() -> Iterator[None]:
-    """A run configures the `dreplica` logger of its process."""
+def restore_logger() -> Iterator[None]:
+    """Restore the `dreplica` logger, which a run configures."""
     logger = logging.getLogger("dreplica")
     before = logger.handlers[:], logger.level, logger.propagate
     yield

@@ -1,4 +1,4 @@
-"""Small models and data that jobs under test name in their configs."""
+"""Small models and data for the configs of jobs under test."""
 
 import torch
 from torch import nn
@@ -12,11 +12,11 @@ SMALL = (
     "--train.epochs=2",
     "--schedule={}",
 )
-"""Arguments of a job that trains in a second."""
+"""Arguments of a job that trains in about a second."""
 
 
 def tiny_images(config: DataConfig) -> tuple[TensorImages, TensorImages, int]:
-    """Five classes of noisy 8x8 images: 80 to train on, 40 to validate on."""
+    """Return 80 training and 40 validation images of five classes, with noise, 8x8 pixels each."""
     generator = torch.Generator().manual_seed(0)
     centers = torch.randn(5, 3, 8, 8, generator=generator)
     labels = torch.arange(120) % 5
@@ -25,7 +25,7 @@ def tiny_images(config: DataConfig) -> tuple[TensorImages, TensorImages, int]:
 
 
 def tiny_model(num_classes: int) -> nn.Module:
-    """A convolution, batch norm, dropout and a head."""
+    """Return a model with a convolution, batch norm, dropout and a head."""
     return nn.Sequential(
         nn.Conv2d(3, 8, 3, padding=1),
         nn.BatchNorm2d(8),

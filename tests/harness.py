@@ -1,4 +1,4 @@
-"""Bodies run on N gloo processes, and whole jobs, with torchrun and without."""
+"""Test harness: functions on several gloo processes, and whole jobs with and without torchrun."""
 
 import importlib
 import json
@@ -24,10 +24,10 @@ REPOSITORY = Path(__file__).parents[1]
 
 
 def preloaded(on_gpu: bool) -> list[str]:
-    """Modules that the process which all others are forked from imports, once for all of them.
+    """Return the modules to import in the process that all test processes are forked from.
 
-    Where there is a GPU it must not so much as ask for one: CUDA does not work in a fork of a process that has. Some
-    releases of torch do so when they import Inductor.
+    With a GPU, that process must not even query it: CUDA does not work in a fork of a process that has. Some releases
+    of torch query it when they import Inductor.
     """
     compiling = ["torch._dynamo"] if on_gpu else ["torch._dynamo", "torch._inductor.compile_fx"]
     tests_import = ["pytest", "hypothesis"]
@@ -41,11 +41,18 @@ _CONTEXT.set_forkserver_preload(preloaded(on_gpu=Path("/dev/nvidiactl").exists()
 def run_replicas(
     body: Callable[..., Any], num_replicas: int, *args: Any, timeout: float = 60.0, imports: Sequence[str] = ()
 ) -> list[Any]:
-    """What `body(world, *args)` returns on each of `num_replicas` gloo processes, by replica id.
+    """Run `body(world, *args)` on several gloo processes.
 
-    `body` is a module-level function. An exception is returned in place of a result; None for a process that was killed
-    or did not end within `timeout` seconds (it is killed then). `imports`: modules that take seconds to import, which
-    are imported once for all of the processes.
+    Args:
+        body: A module-level function.
+        num_replicas: Number of processes.
+        *args: Arguments of `body`, in addition to the world.
+        timeout: Seconds until a process is killed.
+        imports: Modules that take seconds to import, which are imported once for all processes.
+
+    Returns:
+        The result of each process by replica id: what `body` returned, the exception that it raised, or None for a
+        process that was killed.
     """
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     pipes, ends = zip(*(_CONTEXT.Pipe(duplex=False) for _ in range(num_replicas)), strict=True)
@@ -74,7 +81,7 @@ def _import_and_fork(imports: Sequence[str], rows: Sequence[Sequence[Any]]) -> N
     children = [fork.Process(target=_enter, args=row, daemon=True) for row in rows]
     for child in children:
         child.start()
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # which ends the children, too
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # which also terminates the children
     for row in rows:
         row[0].close()
     for child in children:
@@ -102,7 +109,7 @@ def _enter(
 
 
 def _rank_environment(replica_id: int, num_replicas: int, port: int) -> dict[str, str]:
-    """What torchrun sets for a worker."""
+    """Return the environment variables that torchrun sets for a worker."""
     return {
         "RANK": str(replica_id),
         "WORLD_SIZE": str(num_replicas),
@@ -110,7 +117,7 @@ def _rank_environment(replica_id: int, num_replicas: int, port: int) -> dict[str
         "LOCAL_WORLD_SIZE": str(num_replicas),
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port),
-        "TORCHELASTIC_USE_AGENT_STORE": "True",  # the store is the parent's and outlives rank 0, as under torchrun
+        "TORCHELASTIC_USE_AGENT_STORE": "True",  # the parent serves the store, which outlives rank 0, as under torchrun
     }
 
 
@@ -123,24 +130,27 @@ def _receive(pipe: Connection, timeout: float) -> Any:
 
 @dataclass(frozen=True)
 class Job:
-    """A job that has ended."""
+    """A finished job."""
 
     returncode: int
-    """torchrun's own: it collapses every failure to 1."""
+    """Exit code of torchrun, which is 1 for every failure."""
     exitcodes: dict[int, int]
-    """Each worker's own exit code by rank, negative for a signal; only of those that failed."""
+    """Exit codes of the workers that failed, by rank, negative for a signal."""
     stdout: str
+    """Standard output of all workers."""
     stderr: str
+    """Standard error of all workers."""
     folder: Path
+    """Run folder."""
 
     @property
     def output(self) -> str:
-        """All that was printed."""
+        """Standard output and standard error."""
         return self.stdout + self.stderr
 
     @property
     def report(self) -> dict[str, Any]:
-        """report.json."""
+        """Content of report.json."""
         return json.loads((self.folder / "report.json").read_text())
 
     def values(self, part: str, metric: str, epoch: int = -1) -> list[float | None]:
@@ -151,14 +161,18 @@ class Job:
 
     @property
     def trace(self) -> list[str]:
-        """The lines of trace.jsonl."""
+        """Lines of trace.jsonl."""
         return (self.folder / "trace.jsonl").read_text().splitlines()
 
 
 def torchrun(*arguments: str, num_replicas: int = 2, root: Path | None = None, timeout: float = 120.0) -> Job:
-    """Runs train.py under torchrun; the run is named `job`. Of `--key=value` given twice, the later one counts.
+    """Run train.py under torchrun, as the run `job`.
 
-    `root`: where the run folder goes; a fresh temporary folder by default.
+    Args:
+        *arguments: `--key=value`, of which a later one replaces an earlier one with the same key.
+        num_replicas: Number of workers.
+        root: Folder for the run folder, by default a new temporary folder.
+        timeout: Seconds until the job is killed and the test fails.
     """
     root = root or Path(tempfile.mkdtemp(prefix="dreplica-"))
     command = torchrun_command(*arguments, num_replicas=num_replicas, root=root)
@@ -169,10 +183,16 @@ def torchrun(*arguments: str, num_replicas: int = 2, root: Path | None = None, t
 
 
 def run_job(*arguments: str, num_replicas: int = 2, root: Path | None = None, timeout: float = 120.0) -> Job:
-    """As `torchrun`, but its workers start in a fraction of a second, from a process that has torch imported.
+    """Run a job as `torchrun` does, with workers that are forked from a process that has imported torch.
 
-    Each worker does what it does under torchrun, from its command line to its exit code. What torchrun itself does is
-    not there: it does not end the other workers when one has failed.
+    The workers start in a fraction of a second and do the same as under torchrun, from their command line to their exit
+    code. In contrast to torchrun, nothing ends the other workers when one fails.
+
+    Args:
+        *arguments: As for `torchrun`.
+        num_replicas: Number of workers.
+        root: Folder for the run folder, by default a new temporary folder.
+        timeout: Seconds until the workers are killed and the test fails.
     """
     root = root or Path(tempfile.mkdtemp(prefix="dreplica-"))
     return run_workers([arguments] * num_replicas, root, timeout=timeout)
@@ -181,9 +201,14 @@ def run_job(*arguments: str, num_replicas: int = 2, root: Path | None = None, ti
 def run_workers(
     arguments: Sequence[Sequence[str]], root: Path, rank_0_holds_store: bool = False, timeout: float = 120.0
 ) -> Job:
-    """As `run_job`, for workers that have each its own arguments.
+    """Run a job as `run_job` does, with separate arguments for each worker.
 
-    `rank_0_holds_store`: as where a scheduler starts the workers; otherwise one holds it who outlives them.
+    Args:
+        arguments: Arguments of each worker, by rank.
+        root: Folder for the run folder.
+        rank_0_holds_store: True to let rank 0 serve the rendezvous store, as without torchrun. Otherwise this process
+            serves it, which outlives the workers.
+        timeout: Seconds until the workers are killed and the test fails.
     """
     processes, _store, outputs = start_workers([_arguments(root, own) for own in arguments], rank_0_holds_store)
     end = time.monotonic() + timeout
@@ -204,7 +229,11 @@ def run_workers(
 def start_workers(
     argvs: Sequence[Sequence[str]], rank_0_holds_store: bool = False
 ) -> tuple[list[Any], dist.Store | None, Path]:
-    """Workers, the store they meet at, which must live as long as they, and the folder of what they print."""
+    """Start workers without waiting for their end.
+
+    Returns:
+        The processes, the rendezvous store, which must live as long as they do, and the folder of their output.
+    """
     store = None if rank_0_holds_store else dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     port = _free_port() if store is None else store.port
     outputs = Path(tempfile.mkdtemp(prefix="dreplica-output-"))
@@ -229,7 +258,7 @@ def _work(argv: Sequence[str], rank: int, outputs: Path, variables: Mapping[str,
         os.dup2(os.open(outputs / f"{rank}.{name}", os.O_WRONLY | os.O_CREAT), stream.fileno())
     os.environ |= variables
     sys.argv = ["train.py", *argv]
-    multiprocessing.set_start_method(None, force=True)  # of the loader's workers: Python's default, as under torchrun
+    multiprocessing.set_start_method(None, force=True)  # for data loader workers: Python's default, as under torchrun
     os.chdir(REPOSITORY)
 
     from dreplica.worker import main
@@ -238,12 +267,12 @@ def _work(argv: Sequence[str], rank: int, outputs: Path, variables: Mapping[str,
 
 
 def environment() -> dict[str, str]:
-    """That of the processes of a job."""
+    """Return the environment of the processes of a job."""
     return os.environ | {"PYTHONPATH": str(REPOSITORY), "PYTHONUNBUFFERED": "1"}
 
 
 def torchrun_command(*arguments: str, root: Path, num_replicas: int = 2) -> list[str]:
-    """The command of `torchrun`."""
+    """Return the command line that `torchrun` runs."""
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={num_replicas}"]
     return [*launcher, str(REPOSITORY / "train.py"), *_arguments(root, arguments)]
 
@@ -254,7 +283,7 @@ def _arguments(root: Path, arguments: Sequence[str]) -> list[str]:
 
 
 def _exitcodes(stderr: str) -> dict[int, int]:
-    """Read off torchrun's closing summary: `rank : 1 (local_rank: 1)` and `exitcode : 3 (pid: 77)`."""
+    """Return the exit codes in torchrun's summary: `rank : 1 (local_rank: 1)`, `exitcode : 3 (pid: 77)`."""
     codes: dict[int, int] = {}
     rank = None
     for line in stderr.splitlines():

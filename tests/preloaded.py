@@ -1,8 +1,8 @@
-"""What a job or a body does once, and the process that all of them are forked from has done for them."""
+"""One-time work of test processes, done once in the process that they are forked from."""
 
 import torch
 
 from dreplica.report.html.render import template
 
-torch.compiler.list_backends()  # imports them
+torch.compiler.list_backends()  # imports the backends
 template()

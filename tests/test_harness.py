@@ -1,4 +1,4 @@
-"""What processes are forked from."""
+"""The process that test processes are forked from."""
 
 import subprocess
 import sys
@@ -10,16 +10,16 @@ import importlib
 import torch
 from tests.harness import preloaded
 
-def ask(*_):
-    raise AssertionError("CUDA does not work in a fork of a process that has asked for it")
+def fail(*_):
+    raise AssertionError("CUDA does not work in a fork of a process that has queried it")
 
-torch.cuda.is_available = torch.cuda.device_count = torch.cuda._lazy_init = torch._C._cuda_getDeviceCount = ask
+torch.cuda.is_available = torch.cuda.device_count = torch.cuda._lazy_init = torch._C._cuda_getDeviceCount = fail
 for name in preloaded(on_gpu=True):
     importlib.import_module(name)
 """
 
 
-def test_where_there_is_a_gpu_nobody_asks_for_it_before_processes_are_forked() -> None:
+def test_preloading_does_not_query_the_gpu() -> None:
     command = [sys.executable, "-c", _IMPORT]
     done = subprocess.run(
         command, capture_output=True, text=True, timeout=100, cwd=REPOSITORY, env=environment(), check=False

@@ -1,4 +1,4 @@
-"""A Slurm cluster of two nodes on this machine, with a munge of its own, in a folder and on ports of its own."""
+"""A Slurm cluster of two nodes on this machine, with its own munge, folder and ports."""
 
 import getpass
 import os
@@ -45,13 +45,13 @@ _BAD = ("FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL")
 
 
 def missing() -> str | None:
-    """Why there can be no cluster here; None if there can."""
+    """Return why Slurm cannot run here, or None if it can."""
     absent = [program for program in NEEDED if shutil.which(program, path=_path()) is None]
     return f"Slurm is not installed (no {', '.join(absent)}): apt-get install slurm-wlm munge" if absent else None
 
 
 def free_ports(number: int) -> list[int]:
-    """Ports that nobody listens to."""
+    """Return ports that are not in use."""
     sockets = [socket.socket() for _ in range(number)]
     for item in sockets:
         item.bind(("127.0.0.1", 0))
@@ -62,7 +62,14 @@ def free_ports(number: int) -> list[int]:
 
 
 def wait_for(what: str, reached: Callable[[], bool], timeout: float, evidence: Callable[[], str] = str) -> None:
-    """Waits until `reached()`."""
+    """Wait until `reached()` is true.
+
+    Args:
+        what: Name of the awaited state, for the message.
+        reached: The condition.
+        timeout: Longest wait in seconds.
+        evidence: Returns further text for the message.
+    """
     end = time.monotonic() + timeout
     while not reached():
         assert time.monotonic() < end, f"{what}: not within {timeout} s\n{evidence()}"
@@ -71,20 +78,27 @@ def wait_for(what: str, reached: Callable[[], bool], timeout: float, evidence: C
 
 @dataclass(frozen=True)
 class Cluster:
-    """A cluster that runs."""
+    """A running cluster."""
 
     folder: Path
     environment: dict[str, str]
 
     def submit(self, name: str, *options: str, settings: str, **more: str) -> "SlurmJob":
-        """`sbatch launch/slurm.sbatch` of two nodes with a replica each; the run is named `job`."""
+        """Submit launch/slurm.sbatch for two nodes with one replica each, as the run `job`.
+
+        Args:
+            name: Name of the folder for the run.
+            *options: Options of sbatch.
+            settings: Further command-line arguments of the run.
+            **more: Environment variables.
+        """
         folder = self.folder / name
         folder.mkdir()
         own = {
             "RUN_ROOT": str(folder),
             "RUN_NAME": "job",
             "SETTINGS": settings,
-            "HEAD": f"127.0.0.1:{free_ports(1)[0]}",  # the nodes' own names lead nowhere
+            "HEAD": f"127.0.0.1:{free_ports(1)[0]}",  # the nodes' names do not resolve
             "STOP_SECONDS": "15",
         }
         log = f"--output={folder}/log"
@@ -92,7 +106,7 @@ class Cluster:
         return SlurmJob(self, int(output), folder)
 
     def call(self, *command: str, **more: str) -> str:
-        """Runs one of Slurm's commands."""
+        """Run one of Slurm's commands and return its output."""
         process = subprocess.run(
             command,
             env=self.environment | more,
@@ -108,7 +122,7 @@ class Cluster:
 
 @dataclass(frozen=True)
 class SlurmJob:
-    """A job that was submitted."""
+    """A submitted job."""
 
     cluster: Cluster
     number: int
@@ -116,31 +130,31 @@ class SlurmJob:
 
     @property
     def folder(self) -> Path:
-        """The run's."""
+        """Run folder."""
         return self.root / "job"
 
     @property
     def log(self) -> str:
-        """What it has printed."""
+        """Output of the job so far."""
         path = self.root / "log"
         return path.read_text() if path.exists() else ""
 
     @property
     def state(self) -> dict[str, str]:
-        """What Slurm says of it."""
+        """State of the job, as `scontrol show job` prints it."""
         return dict(re.findall(r"(\w+)=(\S*)", self.cluster.call("scontrol", "show", "job", str(self.number))))
 
     @property
     def num_lines(self) -> int:
-        """Of the trace."""
+        """Number of lines in the trace."""
         path = self.folder / "trace.jsonl"
         return len(path.read_text().splitlines()) if path.exists() else 0
 
     def wait_until(self, what: str, reached: Callable[["SlurmJob"], bool], timeout: float = 100.0) -> None:
-        """Waits until `reached(self)`, which a job that has failed is not any more."""
+        """Wait until `reached(self)` is true, and fail if the job fails before."""
 
         def reached_or_failed() -> bool:
-            failed = self.state["JobState"] in _BAD  # first: it may change in between
+            failed = self.state["JobState"] in _BAD  # read first, since the state may change in between
             done = reached(self)
             assert done or not failed, f"{what}: {self.state}\n{self.log}"
             return done
@@ -148,19 +162,19 @@ class SlurmJob:
         wait_for(what, reached_or_failed, timeout, lambda: f"{self.state}\n{self.log}")
 
     def start_now(self) -> None:
-        """Waits until it is requeued, and spares it the minutes that Slurm lets pass before it starts a job again."""
+        """Wait until the job is requeued, and start it without the minutes that Slurm waits."""
         self.wait_until("requeued", lambda job: job.state["Restarts"] == "1" and job.state["JobState"] == "PENDING")
         self.cluster.call("scontrol", "update", f"JobId={self.number}", "StartTime=now")
 
     def wait(self) -> dict[str, str]:
-        """Waits until it has ended; returns what Slurm says of it then."""
+        """Wait until the job has ended and return its state."""
         self.wait_until("ended", lambda job: job.state["JobState"] in ("COMPLETED", *_BAD))
         return self.state
 
 
 @contextmanager
 def cluster(folder: Path) -> Iterator[Cluster]:
-    """Starts it, and leaves nothing of it behind."""
+    """Start a cluster, and stop all its processes at the end."""
     for name in ("munge", "state", "one", "two"):
         (folder / name).mkdir(mode=0o700)
     controller, one, two = free_ports(3)
@@ -187,7 +201,7 @@ def cluster(folder: Path) -> Iterator[Cluster]:
         wait_for("two idle nodes", idle, 30, lambda: "".join(path.read_text() for path in folder.glob("*.log")))
         yield result
         result.call("scancel", "--user", getpass.getuser())
-        # The processes of a job are its own daemon's, which outlives slurmd.
+        # slurmstepd, which outlives slurmd, ends the processes of a job.
         wait_for("no job", lambda: result.call("squeue", "-h") == "", 40)
     finally:
         for daemon in reversed(daemons):
@@ -201,5 +215,5 @@ def _start(folder: Path, own: dict[str, str], *command: str) -> "subprocess.Pope
 
 
 def _path() -> str:
-    """That of commands: this Python's first, and the administrator's, which not every user has."""
+    """Return a PATH with this Python first, and with the folders of administrators."""
     return f"{Path(sys.executable).parent}:{os.environ['PATH']}:/usr/sbin:/sbin"

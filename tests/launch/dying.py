@@ -1,4 +1,4 @@
-"""A worker that is killed before it has said anything."""
+"""A worker that is killed before it prints anything."""
 
 import os
 import signal

@@ -1,4 +1,4 @@
-"""A `dreplica` command that trains nothing, and records how it was called."""
+"""A fake `dreplica` command that records how it was called."""
 
 import json
 import sys
@@ -9,8 +9,8 @@ _PROGRAM = """#!{python}
 import json, os, sys
 from pathlib import Path
 path = Path({folder!r}) / f"call-{{os.getpid()}}.json"
-told = {{"grace": os.environ.get("TORCH_ELASTIC_SHUTDOWN_TIMEOUT"), "cwd": os.getcwd()}}
-path.with_suffix(".part").write_text(json.dumps([sys.argv[1:], told]))
+seen = {{"grace": os.environ.get("TORCH_ELASTIC_SHUTDOWN_TIMEOUT"), "cwd": os.getcwd()}}
+path.with_suffix(".part").write_text(json.dumps([sys.argv[1:], seen]))
 path.with_suffix(".part").rename(path)
 sys.exit({code})
 """
@@ -18,13 +18,13 @@ sys.exit({code})
 
 @dataclass(frozen=True)
 class Calls:
-    """Calls of a `dreplica` that ends with `code`."""
+    """Calls of a `dreplica` command that exits with `code`."""
 
     folder: Path
     code: int = 0
 
     def environment(self, path: str) -> dict[str, str]:
-        """What puts it first on `path`."""
+        """Return the variables that put the command first on `path`."""
         self.folder.mkdir()
         program = self.folder / "dreplica"
         program.write_text(_PROGRAM.format(python=sys.executable, folder=str(self.folder), code=self.code))
@@ -32,9 +32,9 @@ class Calls:
         return {"PATH": f"{self.folder}:{path}", "VIRTUAL_ENV": sys.prefix}
 
     def read(self) -> list[dict[str, str]]:
-        """The arguments of each call by name, and what its environment told it; in the order of node ranks."""
+        """Return the arguments and environment of each call, in the order of node ranks."""
         calls = []
         for path in self.folder.glob("call-*.json"):
-            (command, *arguments), told = json.loads(path.read_text())
-            calls.append({"command": command, **dict(zip(arguments[::2], arguments[1::2], strict=True)), **told})
+            (command, *arguments), seen = json.loads(path.read_text())
+            calls.append({"command": command, **dict(zip(arguments[::2], arguments[1::2], strict=True)), **seen})
         return sorted(calls, key=lambda call: int(call["--node-rank"]))

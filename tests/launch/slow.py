@@ -1,4 +1,4 @@
-"""Models that jobs under test name in their configs, slow enough to be interrupted."""
+"""Models for jobs under test, slow enough to be interrupted."""
 
 import os
 import time
@@ -8,12 +8,12 @@ from torch import nn
 from tests.fixtures import tiny_model
 
 NUM_EPOCHS = 40
-"""Of 5 steps: a minute and more until the job has been requeued, a second or two from then on."""
+"""Epochs of 5 steps each: over a minute until the job is requeued, then one or two seconds."""
 _STEP_SECONDS = 0.3
 
 
 def until_requeued(num_classes: int) -> nn.Module:
-    """`tiny_model`, slowed down until Slurm has requeued the job; what it computes is the same."""
+    """Return `tiny_model`, slowed down without a change of results until Slurm has requeued the job."""
     model = tiny_model(num_classes)
     if "SLURM_RESTART_COUNT" not in os.environ:
         model.register_forward_pre_hook(lambda module, _: time.sleep(_STEP_SECONDS * module.training))

@@ -1,4 +1,4 @@
-"""Every job script comes to the same command on every machine, with its scheduler's own words for where it is."""
+"""Job scripts: each runs the same command on each node, with its scheduler's variables for the node's place."""
 
 import json
 import os
@@ -21,7 +21,7 @@ from tests.launch.recorded import Calls
 
 LAUNCH = REPOSITORY / "launch"
 NAMES = {"REPLICAS_PER_NODE", "CONFIG", "RUN_NAME", "RUN_ROOT", "SETTINGS", "STOP_SECONDS"}
-"""That say what is run, in every script."""
+"""Variables that configure the run in every script."""
 GIVEN = {
     "REPLICAS_PER_NODE": "3",
     "CONFIG": "my configs/a.yaml",
@@ -31,7 +31,7 @@ GIVEN = {
     "STOP_SECONDS": "77",
 }
 _SSH = """#!/usr/bin/env bash
-# What a remote shell does with its arguments; the machine is this one.
+# A fake ssh that runs the command on this host, as a remote shell does.
 while [[ "$1" == -* ]]; do shift 2; done
 echo "$1" >>{hosts}
 shift
@@ -54,7 +54,7 @@ _QSTAT = """Job Id: 7.server
 \tPBS_O_WORKDIR=/home/me/dreplica
 
 """
-"""As OpenPBS prints it."""
+"""Output of OpenPBS."""
 
 
 def program(path: Path, text: str) -> None:
@@ -63,7 +63,7 @@ def program(path: Path, text: str) -> None:
 
 
 def bare_environment(**more: str) -> dict[str, str]:
-    """This one without what a script reads."""
+    """Return this process's environment without the variables that a script reads."""
     return {key: value for key, value in environment().items() if key not in NAMES | {"HEAD", "NODES"}} | more
 
 
@@ -99,7 +99,7 @@ def calls(tmp_path: Path) -> Calls:
     return Calls(tmp_path / "calls")
 
 
-def test_ssh(calls: Calls, tmp_path: Path) -> None:
+def test_ssh_starts_each_host(calls: Calls, tmp_path: Path) -> None:
     own = bare_environment(**calls.environment(os.environ["PATH"]), **GIVEN, HOSTS="me@first second third")
     program(calls.folder / "ssh", _SSH.format(hosts=tmp_path / "hosts"))
     run("launch/ssh.sh", own=own)
@@ -107,7 +107,7 @@ def test_ssh(calls: Calls, tmp_path: Path) -> None:
     assert set((tmp_path / "hosts").read_text().split()) == {"me@first", "second", "third"}
 
 
-def test_a_burn_in_in_place_of_a_run(calls: Calls, tmp_path: Path) -> None:
+def test_burn_in_replaces_the_run(calls: Calls, tmp_path: Path) -> None:
     own = bare_environment(**calls.environment(os.environ["PATH"]), **GIVEN, HOSTS="first second", BURN_IN="8h")
     program(calls.folder / "ssh", _SSH.format(hosts=tmp_path / "hosts"))
     run("launch/ssh.sh", own=own)
@@ -116,7 +116,7 @@ def test_a_burn_in_in_place_of_a_run(calls: Calls, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("code", [0, 3, 4])
-def test_pbs(tmp_path: Path, code: int) -> None:
+def test_pbs_starts_each_node_and_returns_the_code(tmp_path: Path, code: int) -> None:
     calls = Calls(tmp_path / "calls", code)
     (tmp_path / "nodes").write_text("first\nfirst\nsecond\n")
     pbs = {"PBS_O_WORKDIR": str(REPOSITORY), "PBS_NODEFILE": str(tmp_path / "nodes"), "PBS_JOBID": "1234.server"}
@@ -125,10 +125,10 @@ def test_pbs(tmp_path: Path, code: int) -> None:
     program(calls.folder / "qsub", f"#!/bin/sh\ntouch {tmp_path}/again\n")
     run("bash", "launch/pbs.sh", own=own, code=code)
     assert calls.read() == [expected(rank, 2, "first:21234") for rank in range(2)]
-    assert not (tmp_path / "again").exists()  # whatever has stopped it, it was not the script's own clock
+    assert not (tmp_path / "again").exists()  # since the script's timer did not stop it
 
 
-def test_pbs_submits_a_job_again_that_its_own_clock_has_stopped(tmp_path: Path) -> None:
+def test_pbs_resubmits_a_job_that_its_timer_stopped(tmp_path: Path) -> None:
     (tmp_path / "nodes").write_text("first\n")
     pbs = {"PBS_O_WORKDIR": str(REPOSITORY), "PBS_NODEFILE": str(tmp_path / "nodes"), "PBS_JOBID": "7.server"}
     stoppable = "#!/usr/bin/env bash\ntrap 'exit 4' TERM\nwhile :; do sleep 0.1; done\n"
@@ -143,7 +143,7 @@ def test_pbs_submits_a_job_again_that_its_own_clock_has_stopped(tmp_path: Path) 
     assert (tmp_path / "again").read_text() == f"-V -N job -q big {asked} launch/pbs.sh job-7 \n"  # HEAD is not the old
 
 
-def test_skypilot(calls: Calls) -> None:
+def test_skypilot_task_starts_each_node(calls: Calls) -> None:
     task = load("skypilot.yaml")
     assert set(task) == {"name", "resources", "num_nodes", "envs", "workdir", "file_mounts", "setup", "run"}
     assert set(task["envs"]) == NAMES
@@ -168,7 +168,7 @@ def test_skypilot(calls: Calls) -> None:
     assert calls.read()[2]["--checkpoint.every_steps"] == "100"
 
 
-def test_jobset(calls: Calls) -> None:
+def test_jobset_starts_each_pod(calls: Calls) -> None:
     jobset = load("jobset.yaml")
     assert (jobset["apiVersion"], jobset["kind"]) == ("jobset.x-k8s.io/v1alpha2", "JobSet")
     (replicated,) = jobset["spec"]["replicatedJobs"]
@@ -187,7 +187,7 @@ def test_jobset(calls: Calls) -> None:
     first = f"{jobset['metadata']['name']}-{replicated['name']}-0-0.{jobset['spec']['network']['subdomain']}"
     (port,) = container["ports"]
     assert environ["HEAD"]["value"] == f"{first}:{port['containerPort']}"
-    # A pod policy wants pods that are never restarted; with a limit of 0 any other end is JobSet's to restart.
+    # A pod failure policy requires pods that are never restarted. With a limit of 0, JobSet handles any other failure.
     assert (pod["restartPolicy"], job["backoffLimit"]) == ("Never", 0)
     (pod_rule,) = job["podFailurePolicy"]["rules"]
     assert pod_rule["action"] == "FailJob"
@@ -206,28 +206,37 @@ def test_jobset(calls: Calls) -> None:
     mounts = {mount["name"]: mount["mountPath"] for mount in container["volumeMounts"]}
     assert set(mounts) == {volume["name"] for volume in pod["volumes"]}
     assert mounts["runs"] == environ["RUN_ROOT"]["value"]
-    assert all(isinstance(item.get("value", ""), str) for item in environ.values())  # Kubernetes takes nothing else
+    assert all(isinstance(item.get("value", ""), str) for item in environ.values())  # Kubernetes accepts only strings
     own = bare_environment(**calls.environment(os.environ["PATH"])) | GIVEN
     for index in range(job["completions"]):
         run(*container["command"], own=own | {"NODES": "2", "HEAD": environ["HEAD"]["value"], "NODE_RANK": str(index)})
     assert calls.read() == [expected(index, 2, environ["HEAD"]["value"]) for index in range(2)]
 
 
+def test_jobset_matches_the_dockerfile() -> None:
+    lines = (REPOSITORY / "Dockerfile").read_text().splitlines()
+    instructions = dict(line.split(maxsplit=1) for line in lines if line[:1].isupper())
+    pod = load("jobset.yaml")["spec"]["replicatedJobs"][0]["template"]["spec"]["template"]["spec"]
+    (container,) = pod["containers"]
+    assert container["workingDir"] == instructions["WORKDIR"]
+    assert f"{pod['securityContext']['fsGroup']}" == instructions["USER"].partition(":")[2]
+
+
 @pytest.mark.parametrize("name", ["slurm.sbatch", "pbs.sh", "ssh.sh", "node.sh"])
-def test_all_scripts_take_the_same_names(name: str) -> None:
+def test_script_reads_all_variables(name: str) -> None:
     text = (LAUNCH / name).read_text()
     assert [word for word in sorted(NAMES) if f"{word}:-" not in text and f"{word}:=" not in text] == []
 
 
 @pytest.mark.skipif(shutil.which("shellcheck") is None, reason="shellcheck is not installed")
-def test_shellcheck() -> None:
+def test_scripts_pass_shellcheck() -> None:
     scripts = [path for path in LAUNCH.iterdir() if path.suffix != ".yaml"]
     assert len(scripts) == 5
     run("shellcheck", *map(str, scripts), own=bare_environment())
 
 
 @pytest.mark.cluster
-def test_a_signal_to_ssh_stops_all_machines_at_the_same_step_and_the_same_command_goes_on(tmp_path: Path) -> None:
+def test_ssh_stops_on_a_signal_and_resumes(tmp_path: Path) -> None:
     program(tmp_path / "ssh", _SSH.format(hosts=tmp_path / "hosts"))
     endless = " ".join(f"'{setting}'" for setting in SMALL if not setting.startswith("--train.epochs"))
     own = bare_environment(
@@ -243,7 +252,7 @@ def test_a_signal_to_ssh_stops_all_machines_at_the_same_step_and_the_same_comman
     with (tmp_path / "log").open("w") as log:
         script = subprocess.Popen(["launch/ssh.sh"], cwd=REPOSITORY, env=own, stdout=log, stderr=log)
     try:
-        wait_for("under way", lambda: trace.exists() and len(trace.read_text().splitlines()) > 8, 60)
+        wait_for("running", lambda: trace.exists() and len(trace.read_text().splitlines()) > 8, 60)
         script.send_signal(signal.SIGTERM)
         assert script.wait(30) == 4, (tmp_path / "log").read_text()
     finally:

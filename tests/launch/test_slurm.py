@@ -1,4 +1,4 @@
-"""launch/slurm.sbatch on a real Slurm: it runs, and whatever way it is requeued, ends as if it had not been."""
+"""launch/slurm.sbatch on a real Slurm: a requeued run ends like an uninterrupted one."""
 
 import json
 import re
@@ -33,7 +33,7 @@ def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
 
 @pytest.fixture(scope="module")
 def limited(slurm: Cluster) -> SlurmJob:
-    """A job that will reach its time limit while the other tests run: Slurm looks twice a minute."""
+    """A job that reaches its time limit while the other tests run, since Slurm checks only twice a minute."""
     return slurm.submit("limited", "--time=1", "--signal=B:USR2@5", settings=shlex.join(SLOW))
 
 
@@ -46,8 +46,8 @@ def report_of(folder: Path) -> dict:
     return json.loads((folder / "report.json").read_text())
 
 
-def assert_went_on(job: SlurmJob, expected: Job) -> None:
-    """It ended well, was interrupted, and came to what a run comes to that was not."""
+def assert_resumed(job: SlurmJob, expected: Job) -> None:
+    """Assert that the job was interrupted once and has the results of an uninterrupted run."""
     state, report = job.wait(), report_of(job.folder)
     assert (state["JobState"], state["ExitCode"], state["Restarts"]) == ("COMPLETED", "0:0", "1"), job.log
     assert [path.name for path in job.root.iterdir() if path.is_dir()] == ["job"]
@@ -67,27 +67,27 @@ def test_two_nodes_agree(slurm: Cluster, limited: SlurmJob) -> None:
 
 
 @pytest.mark.parametrize("code", [2, 3, 4])
-def test_what_the_replicas_end_with_is_the_exit_code_of_the_job(slurm: Cluster, limited: SlurmJob, code: int) -> None:
+def test_job_returns_the_exit_code_of_the_replicas(slurm: Cluster, limited: SlurmJob, code: int) -> None:
     calls = Calls(slurm.folder / f"calls-{code}", code)
     job = slurm.submit(f"code-{code}", settings="", **calls.environment(slurm.environment["PATH"]))
     state = job.wait()
-    # 4 without a time limit ahead: somebody asked it to stop, and it is not started again.
+    # With 4 and no signal before the time limit, the user stopped the job, so it is not requeued.
     assert (state["JobState"], state["ExitCode"], state["Restarts"]) == ("FAILED", f"{code}:0", "0"), job.log
     assert sorted(call["--node-rank"] for call in calls.read()) == ["0", "1"]
 
 
-def test_requeued_in_mid_run(slurm: Cluster, limited: SlurmJob, uninterrupted: Job) -> None:
+def test_requeued_job_resumes(slurm: Cluster, limited: SlurmJob, uninterrupted: Job) -> None:
     job = slurm.submit("requeued", settings=shlex.join(SLOW))
-    job.wait_until("under way", lambda job: job.num_lines > 8)
+    job.wait_until("running", lambda job: job.num_lines > 8)
     slurm.call("scontrol", "requeue", str(job.number))
     job.start_now()
-    assert_went_on(job, uninterrupted)
+    assert_resumed(job, uninterrupted)
 
 
-def test_the_time_limit_leads_to_a_checkpoint_and_a_requeue(limited: SlurmJob, uninterrupted: Job) -> None:
+def test_time_limit_saves_a_checkpoint_and_requeues(limited: SlurmJob, uninterrupted: Job) -> None:
     limited.start_now()
     report = report_of(limited.folder)
     assert "stopped with a checkpoint: requeued" in limited.log
     assert re.search(r"stopped on request after step (\d+)", limited.log)
     assert report["run"]["stopped_after"] is not None
-    assert_went_on(limited, uninterrupted)
+    assert_resumed(limited, uninterrupted)

@@ -1,4 +1,4 @@
-"""Two hosts: two network namespaces, joined by a cable that can be cut."""
+"""Two hosts: two network namespaces with a link between them that can be taken down."""
 
 import json
 import os
@@ -27,7 +27,7 @@ def ip(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 def missing() -> str | None:
-    """Why there can be no network namespaces here; None if there can."""
+    """Return why network namespaces are not available, or None if they are."""
     if shutil.which("ip") is None:
         return "no `ip`: apt-get install iproute2"
     if os.geteuid() != 0:
@@ -47,7 +47,7 @@ pytestmark = [
 
 @dataclass(frozen=True)
 class Host:
-    """One end of the cable. Each host has a disk of its own: the folder that its processes run in."""
+    """One end of the link, with its own disk: the folder that its processes run in."""
 
     rank: int
     namespace: str
@@ -59,14 +59,14 @@ class Host:
         return f"10.213.77.{self.rank + 1}"
 
     def unplug(self) -> None:
-        """Cuts the cable."""
+        """Take the link down."""
         assert ip("-n", self.namespace, "link", "set", self.device, "down").returncode == 0
 
     @contextmanager
     def torchrun(
         self, head: "Host", *arguments: str, program: Sequence[str] = (str(REPOSITORY / "train.py"),)
     ) -> "Iterator[subprocess.Popen[str]]":
-        """This host's half of a run."""
+        """Start the replica of this host."""
         launcher = [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc-per-node=1"]
         place = [f"--node-rank={self.rank}", f"--master-addr={head.address}", "--master-port=29500"]
         command = ["ip", "netns", "exec", self.namespace, *launcher, *place, *program, *arguments]
@@ -76,7 +76,7 @@ class Host:
         try:
             yield process
         finally:
-            # Workers are ended by their launcher, which SIGKILL would not let do so.
+            # The launcher terminates its workers, which it could not do after SIGKILL.
             process.terminate()
             process.wait(40)
 
@@ -119,17 +119,17 @@ def test_two_hosts_agree(hosts: tuple[Host, Host]) -> None:
     assert not (other.folder / "runs").exists()
 
 
-def test_a_cable_that_is_cut_ends_both_hosts_and_each_names_the_other(hosts: tuple[Host, Host]) -> None:
+def test_lost_link_ends_the_run_on_both_hosts(hosts: tuple[Host, Host]) -> None:
     one, other = hosts
     endless = [setting for setting in SMALL if not setting.startswith("--train.epochs")]
     run = [*endless, "--train.epochs=100000", f"--world.timeout={TIMEOUT}", "--run.name=job"]
     trace = one.folder / "runs/job/trace.jsonl"
 
-    def under_way() -> bool:
+    def running() -> bool:
         return trace.exists() and len(trace.read_text().splitlines()) > 8
 
     with one.torchrun(one, *run) as first, other.torchrun(one, *run) as second:
-        wait_for("under way", under_way, 60, lambda: one.log + other.log)
+        wait_for("running", running, 60, lambda: one.log + other.log)
         other.unplug()
         cut = time.monotonic()
         assert first.wait(TIMEOUT + _MARGIN) != 0
@@ -138,20 +138,20 @@ def test_a_cable_that_is_cut_ends_both_hosts_and_each_names_the_other(hosts: tup
     assert (verdict["cause"], verdict["suspects"]) == ("replica-lost", [1])
     assert "VERDICT replica-lost: replica 1 was lost in step" in one.log
     assert "VERDICT replica-lost: replica 0 was lost in step" in other.log
-    assert "report.json could not be written" in other.log  # it has no run folder: that is on rank 0's disk
+    assert "report.json could not be written" in other.log  # the run folder is on rank 0's disk
 
 
-def test_a_burn_in_ends_on_both_hosts_and_each_tells_what_was_checked(hosts: tuple[Host, Host]) -> None:
+def test_lost_link_ends_the_burn_in_on_both_hosts(hosts: tuple[Host, Host]) -> None:
     one, other = hosts
     program = ("-m", "dreplica.commands.burn_in", "--for=8h")
     run = [*SMALL, f"--world.timeout={TIMEOUT}", "--run.name=job"]
     passes = one.folder / "runs/burn-in-job/burn_in.jsonl"
 
-    def under_way() -> bool:
+    def running() -> bool:
         return passes.exists() and len(passes.read_text().splitlines()) > 3
 
     with one.torchrun(one, *run, program=program) as first, other.torchrun(one, *run, program=program) as second:
-        wait_for("under way", under_way, 60, lambda: one.log + other.log)
+        wait_for("running", running, 60, lambda: one.log + other.log)
         other.unplug()
         cut = time.monotonic()
         assert first.wait(TIMEOUT + _MARGIN) != 0
