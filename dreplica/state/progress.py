@@ -1,4 +1,4 @@
-"""Where a run stands."""
+"""The position of a run in its training data."""
 
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -6,19 +6,19 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Position:
-    """What a training loop needs to know to go on, besides the replica's state. The default is the beginning."""
+    """The position from which a training loop resumes, by default the beginning of the run."""
 
     epoch: int = 1
-    """The epoch to go on in, from 1."""
+    """The current epoch, from 1."""
     num_batches: int = 0
-    """Its batches that have been trained on."""
+    """Number of batches of the epoch that were trained on."""
     correct: int = 0
-    """Of the samples in them, those predicted right,"""
+    """Number of correctly predicted samples in these batches."""
     loss_sum: float = 0.0
-    """the sum of their losses,"""
+    """Sum of the losses of the samples in these batches."""
     count: int = 0
-    """and how many there were."""
+    """Number of samples in these batches."""
 
     def as_dict(self) -> dict[str, Any]:
-        """JSON values; `Position(**...)` makes it again."""
+        """Return the fields as JSON values, the arguments of `Position`."""
         return asdict(self)

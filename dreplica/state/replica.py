@@ -1,4 +1,4 @@
-"""The parts of one replica."""
+"""A model with everything that trains it."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -9,7 +9,7 @@ from torch import nn
 
 
 class Parts(Protocol):
-    """All that a training step reads and writes, whoever takes it: the trainer's replica, or a loop of one's own."""
+    """Everything that a training step reads and writes, in the trainer and in a custom training loop."""
 
     model: nn.Module
     criterion: nn.Module
@@ -17,21 +17,28 @@ class Parts(Protocol):
 
     @property
     def optimizers(self) -> Mapping[str, torch.optim.Optimizer]:
-        """By name; the only one under ""."""
+        """Name to optimizer; a single optimizer has the name ""."""
 
     @property
     def others(self) -> Sequence[Any]:
-        """Further objects with a `state_dict`."""
+        """Further objects with a `state_dict`: schedulers, gradient scalers."""
 
 
 @dataclass
 class Replica:
-    """One model with what trains it: what a `replica.factory` returns.
+    """One model with everything that trains it, as a `replica.factory` of the trainer returns it.
 
-    `criterion` is called as `criterion(outputs, labels)`; `scheduler`, if any, steps once an epoch, or after each
-    step of the optimizer where `scheduler_per` is "step": a warm-up, say. Step it in no other way: what is not here is
-    not saved, compared or replayed. `scaler` is the fp16 GradScaler, which the trainer adds. `steps_done` counts
-    training steps.
+    The trainer saves, compares and replays only what is in here, so do not step the scheduler anywhere else.
+
+    Args:
+        model: The model.
+        criterion: The loss, called as `criterion(outputs, labels)`.
+        optimizer: The optimizer of the model's parameters.
+        scheduler: The learning rate scheduler, or None.
+        scaler: The GradScaler for float16. The trainer sets it.
+        steps_done: Number of training steps taken.
+        scheduler_per: "epoch" steps the scheduler once per epoch, "step" after each step of the optimizer (for a
+            warm-up, for instance).
     """
 
     model: nn.Module
@@ -43,16 +50,16 @@ class Replica:
     scheduler_per: Literal["epoch", "step"] = "epoch"
 
     def advance_scheduler(self, per: Literal["epoch", "step"]) -> None:
-        """Steps the scheduler, if there is one, and it is stepped once per that."""
+        """Step the scheduler if there is one and `per` is its `scheduler_per`."""
         if self.scheduler is not None and self.scheduler_per == per:
             self.scheduler.step()
 
     @property
     def optimizers(self) -> dict[str, torch.optim.Optimizer]:
-        """The optimizer, as `Parts` has it."""
+        """The optimizer under the name "", as in `Parts`."""
         return {"": self.optimizer}
 
     @property
     def others(self) -> list[Any]:
-        """Scheduler and scaler, where there are any."""
+        """The scheduler and the scaler that exist, as in `Parts`."""
         return [other for other in (self.scheduler, self.scaler) if other is not None]

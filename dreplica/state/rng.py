@@ -1,4 +1,7 @@
-"""Seeds and the global generators. Model, data order and augmentation draw from streams of their own."""
+"""Seeds and the global random number generators.
+
+The model, the order of the data and augmentation draw from separate streams.
+"""
 
 import random
 from typing import Any
@@ -12,25 +15,31 @@ DISTINCT_BASE = 42
 
 
 def shares_model_seed(config: SeedConfig, num_replicas: int) -> bool:
-    """Whether all replicas are meant to be built alike. Unseeded ones are: that they differ is then the finding."""
+    """Return True if all replicas should be built with the same seed.
+
+    True for unseeded replicas, too: their difference is then reported.
+    """
     if isinstance(config.model, list):
         return len(set(config.model)) == 1
     return config.model != "distinct" or num_replicas == 1
 
 
 def model_seed(config: SeedConfig, replica_id: int) -> int | None:
-    """The seed of one replica's build; None if unseeded."""
+    """Return the seed of a replica's build, or None if it is unseeded."""
     if config.model == "distinct":
         return DISTINCT_BASE + replica_id
     return config.model[replica_id] if isinstance(config.model, list) else config.model
 
 
 def seed_generators(seed: int | None) -> int:
-    """Seeds Python, NumPy, torch on the CPU and on every GPU; returns the seed used.
+    """Seed the generators of Python, NumPy and torch, on the CPU and on every GPU.
 
-    With None, a fresh seed comes from the operating system, so that it is on record and differs between replicas even
-    where their processes are forks of one. (A torch.Generator() of one's own that is never seeded does not draw at
-    random: it starts from a constant, so replicas agree by accident.)
+    A seed of None is replaced by one from the operating system. It is thereby recorded, and it differs between
+    replicas even if their processes were forked from one. (A new torch.Generator() that is never seeded is not random:
+    it starts from a constant, so replicas agree by accident.)
+
+    Returns:
+        The seed used.
     """
     if seed is None:
         seed = fresh_seed()
@@ -41,7 +50,7 @@ def seed_generators(seed: int | None) -> int:
 
 
 def get_rng_state() -> dict[str, Any]:
-    """The state of all global generators of this process; `set_rng_state` restores it."""
+    """Return the state of all global generators of this process, for `set_rng_state`."""
     state = {"python": random.getstate(), "numpy": numpy.random.get_state(), "torch": torch.get_rng_state()}
     if torch.cuda.is_initialized():
         state["cuda"] = torch.cuda.get_rng_state()
@@ -49,7 +58,7 @@ def get_rng_state() -> dict[str, Any]:
 
 
 def set_rng_state(state: dict[str, Any]) -> None:
-    """Restores what `get_rng_state` returned."""
+    """Restore the state that `get_rng_state` returned."""
     random.setstate(state["python"])
     numpy.random.set_state(state["numpy"])
     torch.set_rng_state(state["torch"])
@@ -58,5 +67,5 @@ def set_rng_state(state: dict[str, Any]) -> None:
 
 
 def fresh_seed() -> int:
-    """A seed from the operating system's entropy; no generator is touched."""
+    """Return a seed from the operating system's entropy, without drawing from a generator."""
     return random.SystemRandom().randrange(_MAX_SEED + 1)

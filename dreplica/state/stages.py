@@ -1,4 +1,7 @@
-"""How the stages of training state are taken from a model, an optimizer, a batch and the generators."""
+"""Construction of the stages of training state from a model, an optimizer, a batch and the generators.
+
+The names of entries and their order are hashed, so changing either changes every digest and every recorded trace.
+"""
 
 import random
 import struct
@@ -10,7 +13,7 @@ import numpy
 import torch
 from torch import Tensor, nn
 
-from dreplica.state.fingerprint.fingerprint import ABSENT, digest_bytes, digest_tensor, num_bytes
+from dreplica.state.fingerprint.fingerprint import ABSENT, UnhashableError, digest_bytes, digest_tensor, num_bytes
 from dreplica.state.fingerprint.stage import STAGES, Stage
 
 __all__ = [
@@ -29,77 +32,91 @@ __all__ = [
 _WRAPPED = "_orig_mod"
 
 _FROZEN = " (requires_grad=False)"
-"""Follows a parameter's name in the stage `gradients`: frozen on one replica only, it may show in nothing else."""
+"""Suffix of a frozen parameter's name in the stage `gradients`. Freezing it on one replica may change nothing else."""
 
 _NOT_STATE = {"params", "foreach", "fused", "capturable", "differentiable"}
-"""Of a parameter group: all but the first say how a step is computed, not what it depends on."""
+"""Keys of a parameter group that are not compared: the parameters, and how (not from what) a step is computed."""
 
 Optimizers = torch.optim.Optimizer | Mapping[str, torch.optim.Optimizer] | None
-"""One, several by name, or none."""
+"""One optimizer, several by name, or None."""
 
 Entry = tuple[str, Tensor | bytes | None]
-"""A name, and what is hashed under it; None: something that could be there and is not."""
+"""A name and the value hashed under it. None is a value that could exist but does not, such as a missing gradient."""
 
 
 def tensors_stage(tensors: Mapping[str, Tensor]) -> Stage:
-    """Named tensors, in their order."""
+    """Hash named tensors, in their order."""
     return make_stage(tensors.items())
 
 
 def batch_stage(batch: Tensor | Mapping[str, Any] | Sequence[Any]) -> Stage:
-    """A batch as it reaches the model: a tensor, or tensors in dicts, lists, tuples and dataclasses.
+    """Hash a batch: a tensor, or tensors in dicts, lists, tuples and dataclasses.
 
-    NumPy arrays, numbers and strings count too. Raises TypeError for anything else, naming its place.
+    NumPy arrays, numbers and strings are hashed, too.
+
+    Raises:
+        UnhashableError: If the batch contains anything else. The message names the place.
     """
     return make_stage(batch_entries(batch))
 
 
 def weights_stage(model: nn.Module) -> Stage:
-    """All parameters, in the order of their registration (tied ones once)."""
+    """Hash all parameters in the order of their registration (tied ones once)."""
     return make_stage(named_weights(model).items())
 
 
 def buffers_stage(model: nn.Module) -> Stage:
-    """All buffers, those that are not saved included."""
+    """Hash all buffers, including those that are not in the `state_dict`."""
     return make_stage(named_buffers(model).items())
 
 
 def gradients_stage(model: nn.Module) -> Stage:
-    """The gradients of all parameters, last layer first: the order in which the backward pass makes them.
+    """Hash the gradients of all parameters, last layer first, in the order of the backward pass.
 
-    The name of one that requires none ends in ` (requires_grad=False)`.
+    The name of a frozen parameter ends in ` (requires_grad=False)`.
     """
     return make_stage(gradient_entries(named_weights(model)))
 
 
 def gradient_entries(named: dict[str, nn.Parameter]) -> Iterable[Entry]:
-    """What `gradients_stage` hashes, of all parameters as `named_weights` names them."""
+    """Return the entries of `gradients_stage` for the parameters that `named_weights` returns."""
     return ((name + _FROZEN * (not each.requires_grad), each.grad) for name, each in reversed(named.items()))
 
 
 def optimizer_stage(model: nn.Module, optimizer: Optimizers, *others: Any) -> Stage:
-    """The optimizer's settings (lr, momentum, …) and its state per parameter; `others`: a scheduler, a GradScaler.
+    """Hash the optimizer's settings (lr, momentum, …) and its state of each parameter.
 
-    Of several optimizers, names begin with the optimizer's own, unless the parameter's does: `head.group0.lr`.
-    Parameters that are not the model's (`group0.params.3`: a loss's own, say) are compared here with their values,
-    since no other stage holds them. Functions count by name and other objects by type, because their `repr` may hold
-    an address. Which parameters a group holds is not hashed by itself: one that is missing on a replica shows in the
-    state kept for it, or, of an optimizer that keeps none, in the weights after the step; `check_wiring` names it.
+    With several optimizers, names begin with the optimizer's name, unless the parameter's name does: `head.group0.lr`.
+    Parameters outside the model (`group0.params.3`, those of a loss) are compared here with their values, since no
+    other stage contains them. Functions are hashed by name and other objects by type, because their `repr` may contain
+    an address. The list of a group's parameters is not hashed. A parameter missing on one replica shows in the state
+    kept for it or, if the optimizer keeps none, in the weights after the step; `check_wiring` names it.
+
+    Args:
+        model: The model.
+        optimizer: One optimizer, several by name, or None.
+        *others: Further objects with a `state_dict`: a scheduler, a GradScaler.
     """
     return make_stage(optimizer_entries(named_weights(model), optimizer, *others))
 
 
 def by_name(optimizer: Optimizers) -> dict[str, torch.optim.Optimizer]:
-    """Several optimizers, or the only one under the name "" (none: an empty dict)."""
+    """Return optimizers by name, a single one under the name ""."""
     if optimizer is None:
         return {}
     return dict(optimizer) if isinstance(optimizer, Mapping) else {"": optimizer}
 
 
 def parameter_names(model: nn.Module, optimizer: torch.optim.Optimizer, own_name: str = "") -> dict[Tensor, str]:
-    """Every parameter of either, and the name under which `optimizer_stage` has its state.
+    """Return the parameters of the model and the optimizer with their names in `optimizer_stage`.
 
-    `own_name`: the optimizer's among several.
+    Args:
+        model: The model.
+        optimizer: One optimizer.
+        own_name: The optimizer's name, if there are several.
+
+    Returns:
+        Parameter to name.
     """
     return _names(named_weights(model), optimizer, own_name)
 
@@ -113,27 +130,27 @@ def _names(named: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer, 
 
 
 def named_weights(model: nn.Module) -> dict[str, nn.Parameter]:
-    """All parameters under the names that stages and verdicts give them."""
+    """Return all parameters under the names that stages and verdicts use."""
     return {plain_name(name): parameter for name, parameter in model.named_parameters()}
 
 
 def named_buffers(model: nn.Module) -> dict[str, Tensor]:
-    """All buffers, likewise."""
+    """Return all buffers under the names that stages and verdicts use."""
     return {plain_name(name): buffer for name, buffer in model.named_buffers()}
 
 
 def plain_name(path: str) -> str:
-    """The name of a module, parameter or buffer where no module is wrapped by `torch.compile`."""
+    """Return a dotted name without the parts that `torch.compile` adds."""
     return ".".join(part for part in path.split(".") if part != _WRAPPED) if _WRAPPED in path else path
 
 
 def rng_stage() -> Stage:
-    """The global generators of Python, NumPy, torch on the CPU and, once CUDA is in use, torch on this GPU."""
+    """Hash the global generators of Python, NumPy, torch on the CPU and, once CUDA is in use, on this GPU."""
     return make_stage(rng_entries())
 
 
 def rng_entries() -> list[Entry]:
-    """What `rng_stage` hashes."""
+    """Return the entries of `rng_stage`."""
     entries: list[Entry] = [
         ("python", _python_state()),
         ("numpy", _numpy_state()),
@@ -145,7 +162,7 @@ def rng_entries() -> list[Entry]:
 
 
 def make_stage(entries: Iterable[Entry]) -> Stage:
-    """Hashes the entries, on the CPU."""
+    """Hash the entries on the CPU."""
     digests: dict[str, bytes] = {}
     total = 0
     for name, value in with_distinct_names(entries):
@@ -155,14 +172,14 @@ def make_stage(entries: Iterable[Entry]) -> Stage:
 
 
 def digest_entry(name: str, value: Tensor | bytes | None) -> bytes:
-    """16 bytes over one entry, computed on the CPU."""
+    """Return the digest of one entry (16 bytes), computed on the CPU."""
     if isinstance(value, Tensor):
         return digest_tensor(name, value)
     return ABSENT if value is None else digest_bytes(name, value)
 
 
 def with_distinct_names(entries: Iterable[Entry]) -> Iterator[Entry]:
-    """The entries; two schedulers of one class, say, do not hide each other: `StepLR.last_epoch#2`."""
+    """Yield the entries with numbered names where they repeat: `StepLR.last_epoch#2`."""
     taken: set[str] = set()
     for given, value in entries:
         name = given if given not in taken else _unused(given, taken)
@@ -178,7 +195,13 @@ def _unused(name: str, taken: Container[str]) -> str:
 
 
 def optimizer_entries(named: Mapping[str, nn.Parameter], optimizers: Optimizers, *others: Any) -> Iterable[Entry]:
-    """What `optimizer_stage` hashes, with all parameters as `named_weights` names them."""
+    """Return the entries of `optimizer_stage`.
+
+    Args:
+        named: The model's parameters, as `named_weights` returns them.
+        optimizers: One optimizer, several by name, or None.
+        *others: Further objects with a `state_dict`.
+    """
     own = set(map(id, named.values()))
     for own_name, optimizer in by_name(optimizers).items():
         names = _names(named, optimizer, own_name)
@@ -200,11 +223,14 @@ def optimizer_entries(named: Mapping[str, nn.Parameter], optimizers: Optimizers,
 
 
 def _state_of(other: Any) -> Mapping[str, Any]:
-    """Its `state_dict`; of a GradScaler the tensors in it, since to read those off a GPU is to wait for it."""
+    """Return the object's `state_dict`.
+
+    For a GradScaler, return its tensors instead: its `state_dict` reads them from the GPU, which waits for the GPU.
+    """
     if not isinstance(other, torch.amp.GradScaler) or not other.is_enabled():
         return other.state_dict()
     scale, tracker = other._scale, other._growth_tracker
-    if scale is None or tracker is None:  # until it is first used, or after a resume: the same in numbers
+    if scale is None or tracker is None:  # before its first use or after a resume: the same values
         state = other.state_dict()
         scale = torch.tensor(state["scale"], dtype=torch.float32, device="cpu")
         tracker = torch.tensor(state["_growth_tracker"], dtype=torch.int32, device="cpu")
@@ -237,7 +263,7 @@ def _leaves(name: str, value: Any) -> Iterable[tuple[str, Tensor | bytes]]:
 
 
 def batch_entries(batch: Tensor | Mapping[str, Any] | Sequence[Any]) -> Iterable[Entry]:
-    """What `batch_stage` hashes."""
+    """Return the entries of `batch_stage`."""
     return _batch_entries("", batch)
 
 
@@ -255,14 +281,15 @@ def _batch_entries(name: str, value: Any) -> Iterable[tuple[str, Tensor | bytes]
     elif _is_plain(value):
         yield name or "inputs", _plain_bytes(value)
     else:
-        raise TypeError(
-            f"cannot compare the {type(value).__name__} at {name or 'the top'!r}; pass tensors in dicts, lists, tuples "
-            "or dataclasses, or leave its stage out: stages=(...)"
+        raise UnhashableError(
+            f"cannot compare the {type(value).__name__} at {name or 'the top'!r}: expected tensors in dicts, lists, "
+            "tuples or dataclasses. Convert it, or exclude its stage with stages=(...).",
+            name=name,
         )
 
 
 def _is_pair(value: Sequence[Any]) -> bool:
-    """Of inputs and labels, rather than of two micro-batches, each of which is such a pair."""
+    """Return True for a pair of inputs and labels, False for two micro-batches, which are pairs themselves."""
     return len(value) == 2 and not all(isinstance(item, list | tuple) for item in value)
 
 

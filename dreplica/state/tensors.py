@@ -1,4 +1,4 @@
-"""Tensors are written to in place, so that whoever holds them sees it."""
+"""In-place writes to tensors, which every holder of the tensor sees, and copies to a device."""
 
 import torch
 from torch import Tensor
@@ -6,7 +6,7 @@ from torch import Tensor
 
 @torch.no_grad()
 def overwrite(tensor: Tensor, values: Tensor) -> None:
-    """Copies `values` (same shape) into `tensor`, which may be an expanded one, whose elements share memory."""
+    """Copy `values` (same shape) into `tensor`, whose elements may share memory (`expand`)."""
     if tensor.layout is torch.strided:
         for dim, (size, stride) in enumerate(zip(tensor.shape, tensor.stride(), strict=True)):
             if stride == 0 and size > 1:
@@ -17,10 +17,18 @@ def overwrite(tensor: Tensor, values: Tensor) -> None:
 def to_device(
     tensor: Tensor, device: torch.device, memory_format: torch.memory_format = torch.preserve_format
 ) -> Tensor:
-    """`tensor` (CPU) on `device`; it may be given up, but not written to, before the copy is done.
+    """Copy a CPU tensor to a device without waiting for the copy.
 
-    A copy out of ordinary memory waits for the device's stream, or for its own end; one out of pinned memory does not
-    (https://docs.nvidia.com/cuda/cuda-runtime-api/api-sync-behavior.html).
+    A copy from pageable memory waits for the device's stream or for its own end; one from pinned memory does not
+    (https://docs.nvidia.com/cuda/cuda-runtime-api/api-sync-behavior.html). So the tensor is pinned first.
+
+    Args:
+        tensor: The tensor, on the CPU. It may be released, but not written to, before the copy is complete.
+        device: The target device.
+        memory_format: The memory format of the copy.
+
+    Returns:
+        The tensor on `device`.
     """
     if device.type == "cuda" and not tensor.is_cuda and not tensor.is_pinned():
         tensor = tensor.pin_memory()

@@ -200,7 +200,7 @@ def test_outputs_may_be_nested_and_what_cannot_be_compared_is_named() -> None:
     names = agreement.observe(outputs={"hidden": torch.ones(2), "parts": [torch.ones(1)]})["output"].names
     assert names == ("logits.hidden", "logits.parts.0")
     assert agreement.observe(outputs=Sample(torch.ones(2), "a.png"))["output"].names == ("logits.image", "logits.path")
-    with pytest.raises(TypeError, match=r"cannot compare the Linear at 'logits\.model'.*leave its stage out"):
+    with pytest.raises(TypeError, match=r"cannot compare the Linear at 'logits\.model'.*exclude its stage"):
         agreement.step(outputs={"model": nn.Linear(1, 1)})
 
 

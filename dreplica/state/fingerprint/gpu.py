@@ -1,4 +1,10 @@
-"""Fingerprints of tensors where they are, on a GPU: one launch for any number of them, and nobody waits for it."""
+"""Fingerprints of tensors on their GPU: one asynchronous launch for any number of tensors.
+
+The kernel reads tables that describe the tensors: addresses, sizes, strides, and which block of which tensor each
+program hashes. Building and uploading these tables takes longer than the launch, so they are kept in plans. A plan is
+reused as long as names, dtypes, shapes, strides and the alignment of the addresses stay the same, as they do from step
+to step; only changed addresses are uploaded again.
+"""
 
 import struct
 from collections.abc import Callable, Sequence
@@ -14,31 +20,37 @@ from dreplica.state.fingerprint.pending_digests import Digests
 from dreplica.state.fingerprint.tensor_layout import BLOCK_BYTES, describe, programs
 
 _MOST_PLANS = 8
-"""Of a step, an evaluation and the final state, with room for batches of another size."""
+"""Plans to keep: for a step, an evaluation and the final state, with a few more for batches of other sizes."""
 
 Named = Sequence[tuple[str, Tensor]]
 
 
 @dataclass
 class _Plan:
-    """What does not change from step to step."""
+    """Tables of the kernel that stay the same from step to step."""
 
     headers: Tensor
-    """(num_tensors, 2) int64: what the contents are added to."""
+    """(num_tensors, 2) int64: the hashes of the headers, to which the kernel adds the contents."""
     table: Tensor
+    """(num_tensors, FIELDS) int64: memory layout, see `tensor_layout`."""
     programs: Tensor
+    """(num_programs, 2) int32: the tensor and the block of it that each program hashes."""
     copied: list[int]
-    """Numbers of tensors that the kernel cannot read as they lie in memory."""
+    """Indices of tensors whose layout the kernel cannot read, which are copied at every step."""
     addresses: Tensor
+    """(num_tensors,) int64: the start of each tensor."""
     on_host: list[int]
-    """The same; uploaded when they change."""
+    """The addresses that were uploaded last."""
 
 
 class DeviceHash:
-    """Computes `multilinear.digest` of tensors on one device, in its current stream.
+    """Computation of `multilinear.digest` for tensors on one device, in its current stream.
 
-    So it comes after what was launched before, and what is launched later may overwrite the tensors. Between steps it
-    keeps tables of a few hundred bytes for each tensor and 8 for each 64 KiB of them.
+    It runs after earlier work in that stream, and later work in it may overwrite the tensors. Between steps it keeps
+    tables of a few hundred bytes for each tensor and 8 bytes for each 64 KiB of tensors.
+
+    Args:
+        device: The device of the tensors.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -47,7 +59,14 @@ class DeviceHash:
 
     @torch.no_grad()
     def start(self, named: Named) -> Digests:
-        """Launches the computation. Tensors are strided, with memory on this device; names may repeat."""
+        """Launch the computation.
+
+        Args:
+            named: Names and strided tensors with memory on this device. Names may repeat.
+
+        Returns:
+            The digests, in the order of the tensors.
+        """
         on_gpu = self.device.type == "cuda"
         named = [(name, _resolved(tensor)) for name, tensor in named]
         addresses = [tensor.data_ptr() for _, tensor in named]
@@ -59,7 +78,7 @@ class DeviceHash:
             ),
         )
         plan = self._plans.pop(signature, None) or self._plan(named)
-        self._plans[signature] = plan  # the newest last
+        self._plans[signature] = plan  # most recently used last
         if len(self._plans) > _MOST_PLANS:
             del self._plans[next(iter(self._plans))]
         copies = [named[number][1].contiguous() for number in plan.copied]
@@ -84,7 +103,7 @@ class DeviceHash:
             if row is None:
                 row = describe(tensor.contiguous())
                 copied.append(number)
-            assert row is not None, "a contiguous tensor is read as it is"
+            assert row is not None, "a contiguous tensor needs no copy"
             rows.append(row)
         headers = [struct.pack("<QQ", *_header_lanes(name, tensor)) for name, tensor in named]
         return _Plan(
@@ -98,14 +117,18 @@ class DeviceHash:
 
 
 def computes_as_defined(device: torch.device) -> bool:
-    """Whether the kernel comes to what `multilinear` defines, in each of the ways in which it reads memory."""
+    """Return True if the kernel's digests equal those of `multilinear`.
+
+    Covers each way in which the kernel reads memory: aligned blocks, aligned rows, single bytes, and strided elements
+    of 1, 2 and 4 bytes.
+    """
     generator = torch.Generator("cpu").manual_seed(0)
     data = torch.randint(0, 256, (BLOCK_BYTES + 4104,), dtype=torch.uint8, device="cpu", generator=generator)
-    there = data.to(device)
+    on_device = data.to(device)
     named: list[tuple[str, Tensor]] = []
     expected = []
     for cut in (lambda row: row[:-8], lambda row: row[4:999], lambda row: row[1:], *map(_transposed, (1, 2, 4))):
-        name, tensor, content = f"test{len(named)}", cut(there), cut(data).contiguous().view(-1).view(torch.uint8)
+        name, tensor, content = f"test{len(named)}", cut(on_device), cut(data).contiguous().view(-1).view(torch.uint8)
         named.append((name, tensor))
         expected.append(multilinear.digest(header(name, tensor.dtype, tensor.shape), content.numpy()))
     return DeviceHash(device).start(named).all == b"".join(expected)
@@ -121,10 +144,13 @@ def _header_lanes(name: str, tensor: Tensor) -> tuple[int, int]:
 
 
 def _resolved(tensor: Tensor) -> Tensor:
-    """With conjugation and negation carried out, where they are still to come."""
+    """Return the tensor with pending conjugation and negation (lazy views) carried out."""
     return tensor.resolve_conj().resolve_neg() if tensor.is_conj() or tensor.is_neg() else tensor
 
 
 def _on_host(addresses: list[int], pinned: bool) -> Tensor:
-    """Pinned memory is not given to anyone else before the copy out of it is done."""
+    """Return addresses as a tensor to upload from.
+
+    PyTorch's allocator does not reuse pinned memory before the copy from it is complete.
+    """
     return torch.tensor(addresses, dtype=torch.int64, device="cpu", pin_memory=pinned)

@@ -1,7 +1,20 @@
-"""The kernel that computes `multilinear.content` of any number of tensors in one launch; written in Triton."""
+"""Triton kernel that computes `multilinear.content` of any number of tensors in one launch.
+
+Each program hashes one block (64 KiB) of one tensor and adds its two lanes to the tensor's row of the output.
+Addition modulo 2^64 is commutative, so integer atomics give the same result in any order of programs.
+
+The words of a block are loaded in one of four ways, the first that the memory layout allows:
+
+- `unit` 4: strided elements of whole 32-bit words (`_strided`).
+- `unit` 2 or 1: strided elements, assembled from units of 2 bytes or 1 byte (`_gather`).
+- Contiguous, 16-byte aligned, a whole block: vectorized loads without a mask.
+- Contiguous, 4-byte aligned: masked loads of words. Otherwise words are assembled from bytes (`_gather`).
+
+All ways compute the same digest, that of the bytes in row-major order.
+"""
 
 # mypy: disallow-untyped-defs=False
-# Triton's functions take tensors of its own, and numbers that it makes constants of.
+# Triton functions take Triton tensors and compile-time constants, for which there are no useful annotations.
 
 from contextlib import nullcontext
 
@@ -19,13 +32,13 @@ _MIX_1, _MIX_2 = tl.constexpr(multilinear.MIX_1), tl.constexpr(multilinear.MIX_2
 
 
 def launch(addresses: Tensor, table: Tensor, programs: Tensor, out: Tensor) -> None:
-    """Adds each tensor's content to its row of `out`, on the current stream of their device.
+    """Add each tensor's content to its row of `out`, in the current stream of the device.
 
     Args:
-        addresses: (num_tensors,) int64, where each tensor begins.
-        table: (num_tensors, FIELDS) int64.
-        programs: (num_programs, 2) int32: a tensor, and which of its blocks; each block of each tensor once.
-        out: (num_tensors, 2) int64, two lanes; bit for bit what `multilinear` calls uint64.
+        addresses: The start of each tensor, (num_tensors,) int64.
+        table: The memory layout of each tensor, (num_tensors, FIELDS) int64.
+        programs: Tensor and block of each program, (num_programs, 2) int32, with each block of each tensor once.
+        out: Two lanes of each tensor, (num_tensors, 2) int64, with the bits of the uint64 values of `multilinear`.
     """
     if not len(programs):
         return
@@ -44,7 +57,7 @@ def _content(
     COLUMNS: tl.constexpr,
     FIELDS: tl.constexpr,
 ):
-    """One block of one tensor. Adding up with integer atomics, the order in which programs end does not matter."""
+    """Hash one block of one tensor and add it to the tensor's row with integer atomics."""
     program = tl.program_id(0).to(tl.int64)
     tensor = tl.load(programs + 2 * program).to(tl.int64)
     block = tl.load(programs + 2 * program + 1).to(tl.int64)
@@ -53,7 +66,7 @@ def _content(
     left = tl.load(fields) - start
     num_rows = tl.minimum((left + (4 * COLUMNS - 1)) // (4 * COLUMNS), ROWS).to(tl.int32)
     address = tl.load(addresses + tensor)
-    here = address + start
+    here = address + start  # where the block begins, if the tensor is contiguous
     columns = tl.arange(0, COLUMNS)
     sum_0 = tl.full((COLUMNS,), 0, tl.uint64)
     sum_1 = tl.full((COLUMNS,), 0, tl.uint64)
@@ -92,7 +105,10 @@ def _content(
 
 @triton.jit
 def _total(sum_0, sum_1, columns):
-    """What columns' sums add to both lanes, as int64. `columns`: their numbers, counted through all blocks."""
+    """Return what the column sums add to both lanes, as int64.
+
+    `columns` are the columns' indices, counted through all blocks of the tensor.
+    """
     columns = columns.to(tl.uint64)
     mixed_0 = _mix64(sum_0 + _mix64((columns * 2 + 1) * _GOLDEN + _COLUMN_SEED))
     mixed_1 = _mix64(sum_1 + _mix64((columns * 2 + 2) * _GOLDEN + _COLUMN_SEED))
@@ -101,7 +117,7 @@ def _total(sum_0, sum_1, columns):
 
 @triton.jit
 def _add(sum_0, sum_1, word, row):
-    """Both lanes' sums, with a row of words added."""
+    """Add a row of words to the column sums of both lanes."""
     number = tl.full((), 0, tl.uint64) + row
     turned = (word << 16) | (word >> 16)
     sum_0 += word.to(tl.uint64) * (_mix64((number * 2 + 1) * _GOLDEN) | 1)
@@ -111,18 +127,20 @@ def _add(sum_0, sum_1, word, row):
 
 @triton.jit
 def _layout(fields):
-    """The base-2 logarithm of an element's bytes, the sizes of the inner two dimensions, and all three strides."""
+    """Load log2 of an element's bytes, the sizes of the inner two dimensions and all three strides."""
     shift, size_1, size_2 = tl.load(fields + 2), tl.load(fields + 3), tl.load(fields + 4)
     return shift, size_1, size_2, tl.load(fields + 5), tl.load(fields + 6), tl.load(fields + 7)
 
 
 @triton.jit
 def _strided(address, fields, start, left, block, num_rows, COLUMNS: tl.constexpr):
-    """What a block adds to both lanes whose words can be loaded whole, wherever they lie.
+    """Return what a block of strided, word-aligned elements adds to both lanes.
 
-    From row to row it is always as many elements further, so after the first row a carry takes the place of a division:
-    what is in channels_last, all weights of a convolutional network, comes this way. Half a row at a time: of the shape
-    of the other paths' rows, Triton would give each thread four words side by side here, too, which lie far apart.
+    All weights of a convolutional network in channels_last are hashed this way. Each row is the same number of elements
+    after the one before, so only the first row's indices need divisions; later rows add the step and carry.
+
+    A row is processed in two halves. With the row shape of the other paths, Triton would assign four neighboring words
+    to each thread, which is right for contiguous memory; here these words are far apart in memory.
     """
     HALF: tl.constexpr = COLUMNS // 2
     shift, size_1, size_2, stride_0, stride_1, stride_2 = _layout(fields)
@@ -167,9 +185,9 @@ def _strided(address, fields, start, left, block, num_rows, COLUMNS: tl.constexp
 
 @triton.jit
 def _gather(address, fields, start, left, at, UNIT: tl.constexpr, UNIT_DTYPE: tl.constexpr, STRIDED: tl.constexpr):
-    """Words `at` of a block, put together from units of memory; beyond the tensor's end, zero.
+    """Return the words `at` of a block, assembled from units of memory, and zero past the tensor's end.
 
-    Only the place where the block begins takes 64 bits to divide: from there on an element's index is small.
+    Only the start of the block needs 64-bit divisions. Indices relative to it fit in 32 bits.
     """
     shift, size_1, size_2, stride_0, stride_1, stride_2 = _layout(fields)
     first = start >> shift
@@ -195,6 +213,7 @@ def _gather(address, fields, start, left, at, UNIT: tl.constexpr, UNIT_DTYPE: tl
 
 @triton.jit
 def _mix64(value):
+    """Return splitmix64's finalizer of `value`, as `multilinear.mix64` defines it."""
     value = (value ^ (value >> 30)) * _MIX_1
     value = (value ^ (value >> 27)) * _MIX_2
     return value ^ (value >> 31)

@@ -1,33 +1,34 @@
-"""The fingerprint that a GPU can compute at the speed of its memory: its definition, in NumPy.
+"""Definition, in NumPy, of the fingerprint that a GPU computes at the speed of its memory.
 
-Carter and Wegman's multilinear hashing ("Universal classes of hash functions", 1979), in the form of Lemire and Kaser
-("Strongly universal string hashing is fast", 2014): 32-bit words times 64-bit keys, added up modulo 2^64. Keys and
-finalizer are splitmix64's (Steele, Lea and Flood, "Fast splittable pseudorandom number generators", 2014).
+It is Carter and Wegman's multilinear hashing ("Universal classes of hash functions", 1979), in the form of Lemire and
+Kaser ("Strongly universal string hashing is fast", 2014): products of 32-bit words and 64-bit keys, added modulo 2^64.
+The keys and the finalizer are those of splitmix64 (Steele, Lea and Flood, "Fast splittable pseudorandom number
+generators", 2014). The Triton kernel in `gpu_kernel` must compute exactly this, and is tested against it before use.
 
-The bytes are read as little-endian words of 32 bits, the last one filled up with zero bytes, and the words laid out row
-by row in blocks of `ROWS` x `COLUMNS`, the last one filled up with zero words. For each of two lanes, modulo 2^64:
+The bytes are read as little-endian 32-bit words; the last word is padded with zero bytes. The words are laid out row by
+row in blocks of `ROWS` x `COLUMNS`; the last block is padded with zero words. For each of two lanes, modulo 2^64:
 
     sum[b, c] = sum over the rows r of  row_key[lane, r] * turn(word[b, r, c], lane)
     content[lane] = sum over blocks b and columns c of  mix64(sum[b, c] + column_key[lane, b * COLUMNS + c])
 
-`turn` leaves the words of lane 0 as they are and swaps the 16-bit halves of those of lane 1. Row keys are odd. Adding
-is the same in any order, so any number of threads can share the work and the result stays the same. A digest is the
-content of a tensor's bytes in row-major order plus the XXH3 of its name, dtype and shape, lane by lane.
+`turn` is the identity in lane 0 and swaps the 16-bit halves of each word in lane 1. Row keys are odd. Addition gives
+the same result in any order, so any number of threads can share the work. A digest is the content of a tensor's bytes
+in row-major order plus the XXH3 of its name, dtype and shape, lane by lane.
 
-How likely it is that two tensors with the same name, dtype and shape have the same digest:
+The probability that two different tensors with equal name, dtype and shape have equal digests:
 
-- Bytes that differ in a single 32-bit word never collide, whichever bits it is: an odd number times a difference that
-  is not 0 modulo 2^64 is not 0, and mix64 is a bijection. So a flipped bit, the highest and the lowest included, is
-  always seen, in both lanes.
-- Bytes that differ within one column of one block (words `COLUMNS` apart) are the weakest spot of multilinear hashing:
-  a difference whose lowest bit is bit v of a word uses 64 - v bits of its key. Over random odd row keys it goes unseen
-  by a lane with a probability of at most 2^-(63 - v). Because the halves are swapped in lane 1, v is 31 in one lane and
-  15 in the other at worst (signs of float32 flipped in an even number of words): 2^-80 for both lanes together.
-- Bytes that differ in several columns collide if all their sums do, or if the mixed sums cancel; with mix64 taken
-  for a random function, the latter has a probability of 2^-64 for each lane, 2^-128 together.
+- Tensors that differ in a single 32-bit word never collide, whichever bits differ: an odd number times a difference
+  that is not 0 modulo 2^64 is not 0, and mix64 is a bijection. A flipped bit, the highest and the lowest included, is
+  therefore always detected, in both lanes.
+- Tensors that differ within one column of one block (in words at a distance of `COLUMNS`) are the weakest case of
+  multilinear hashing. A difference whose lowest bit is bit v of a word uses 64 - v bits of its key. Over random odd
+  row keys, a lane misses it with a probability of at most 2^-(63 - v). Because lane 1 swaps the halves, v is at worst
+  31 in one lane and 15 in the other (signs of float32 flipped in an even number of words): 2^-80 for both lanes.
+- Tensors that differ in several columns collide if all column sums do, or if the mixed sums cancel. If mix64 is taken
+  as a random function, the latter has a probability of 2^-64 for each lane and 2^-128 for both.
 
-The keys are fixed and public, so these probabilities are over keys that might have been chosen, and no promise against
-someone who searches for collisions on purpose. Faults and wrong arithmetic do not know the keys.
+The keys are fixed and public, so these are probabilities over the choice of keys. They do not hold against an adversary
+who searches for collisions. Faults and wrong arithmetic do not know the keys.
 """
 
 import struct
@@ -37,10 +38,10 @@ import xxhash
 from numpy.typing import NDArray
 
 ALGORITHM = "multilinear-128/1"
-"""Names the function: digests of different algorithms are never compared."""
+"""Name of the hash function. Digests of different algorithms are never compared."""
 
 ROWS, COLUMNS = 16, 1024
-"""Of a block of words: 64 KiB."""
+"""The shape of a block of words: 64 KiB."""
 
 GOLDEN = 0x9E3779B97F4A7C15
 COLUMN_SEED = 0xD1B54A32D192ED03
@@ -50,19 +51,19 @@ _Words = NDArray[numpy.uint64]
 
 
 def digest(header: bytes, data: bytes | NDArray[numpy.uint8]) -> bytes:
-    """16 bytes over a tensor's `header` (`fingerprint.header`) and its bytes in row-major order."""
+    """Return 16 bytes over a tensor's `header` (`fingerprint.header`) and its bytes in row-major order."""
     lanes = zip(header_lanes(header), content(data), strict=True)
     return struct.pack("<QQ", *(sum(pair) % 2**64 for pair in lanes))
 
 
 def header_lanes(header: bytes) -> tuple[int, int]:
-    """What is added to the content: two lanes of 64 bits."""
+    """Return the two lanes of 64 bits that are added to the content."""
     low, high = struct.unpack("<QQ", xxhash.xxh3_128_digest(header))
     return low, high
 
 
 def content(data: bytes | NDArray[numpy.uint8]) -> tuple[int, int]:
-    """Two lanes of 64 bits over `data` alone; 0 where there are no bytes."""
+    """Return two lanes of 64 bits over `data` alone, 0 if it is empty."""
     raw = numpy.frombuffer(data, numpy.uint8)
     num_blocks = -(-raw.size // (4 * ROWS * COLUMNS))
     padded = numpy.zeros(num_blocks * 4 * ROWS * COLUMNS, numpy.uint8)
@@ -80,17 +81,17 @@ def content(data: bytes | NDArray[numpy.uint8]) -> tuple[int, int]:
 
 
 def row_keys(lane: int) -> _Words:
-    """(ROWS,) uint64, odd."""
+    """Return the odd row keys of a lane, (ROWS,) uint64."""
     return mix64((numpy.arange(ROWS, dtype=numpy.uint64) * 2 + (lane + 1)) * GOLDEN) | numpy.uint64(1)
 
 
 def column_keys(lane: int, positions: _Words) -> _Words:
-    """A uint64 for each of `positions`, the number of a column counted through all blocks."""
+    """Return the uint64 key of each column, given the columns' indices counted through all blocks."""
     return mix64((positions * 2 + (lane + 1)) * GOLDEN + COLUMN_SEED)
 
 
 def mix64(values: _Words) -> _Words:
-    """splitmix64's finalizer, a bijection of 64 bits, element by element."""
+    """Apply the finalizer of splitmix64, a bijection of 64 bits, to each element."""
     values = (values ^ (values >> numpy.uint64(30))) * MIX_1
     values = (values ^ (values >> numpy.uint64(27))) * MIX_2
     return values ^ (values >> numpy.uint64(31))

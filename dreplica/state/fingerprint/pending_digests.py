@@ -1,4 +1,4 @@
-"""Digests that come when they come."""
+"""Digests being computed asynchronously on a device."""
 
 from functools import cached_property
 
@@ -7,11 +7,11 @@ from torch import Tensor
 
 
 class Digests:
-    """Digests that a device is computing, 16 bytes each, on their way into memory of the host.
+    """Digests that a device is computing and copying to host memory, 16 bytes each.
 
     Args:
-        rows: (num_tensors, 2) int64, on the CPU: what is being written to.
-        written: recorded behind the copy; None if there is nothing to wait for.
+        rows: The host buffer that is written to, (num_tensors, 2) int64 on the CPU.
+        written: The event recorded after the copy, or None if there is nothing to wait for.
     """
 
     def __init__(self, rows: Tensor, written: torch.cuda.Event | None) -> None:
@@ -19,12 +19,12 @@ class Digests:
 
     @property
     def ready(self) -> bool:
-        """Whether reading them would not wait."""
+        """True if reading the digests would not wait."""
         return self._written is None or self._written.query()
 
     @cached_property
     def all(self) -> bytes:
-        """The digests one after another. Waits for this computation, and not for what the device was given since."""
+        """All digests concatenated. Waits for this computation, but not for work that the device was given later."""
         if self._written is not None:
             self._written.synchronize()
         return self._rows.numpy().tobytes()

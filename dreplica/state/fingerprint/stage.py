@@ -1,7 +1,7 @@
-"""What makes up training state, stage by stage, and each part's digest; nothing here needs torch.
+"""The stages of training state and their digests.
 
-A stage is a list of entries (name, 16-byte digest) in causal order: the first entry that differs between replicas is
-the one to report.
+A stage is a list of entries (name and 16-byte digest) in causal order: the first entry that differs between replicas is
+the one to report. This module does not import torch.
 """
 
 from dataclasses import dataclass, field
@@ -10,10 +10,10 @@ from functools import cached_property
 import xxhash
 
 STAGES = ("indices", "batch", "buffers", "output", "gradients", "optimizer", "weights", "rng", "predictions")
-"""In the causal order within a step: of several that differ, the first is the one to report."""
+"""All stages, in causal order within a step. When several differ, the first is reported."""
 
 INDEPENDENT_STAGES = ("indices", "batch")
-"""What replicas from distinct seeds still share."""
+"""Stages that replicas with different seeds still share."""
 
 
 @dataclass(frozen=True)
@@ -21,17 +21,17 @@ class Stage:
     """The digests of one stage on one replica."""
 
     names: tuple[str, ...]
-    """Distinct."""
+    """The distinct names of the entries, in causal order."""
     digests: bytes
-    """16 bytes for each name, in order."""
+    """The digests of the entries, 16 bytes for each name, in the same order."""
     num_bytes: int = field(default=0, compare=False)
-    """How many bytes of tensors were hashed."""
+    """Number of bytes of tensors that were hashed."""
 
     @cached_property
     def digest(self) -> bytes:
-        """16 bytes over all names and digests."""
+        """The stage's digest: 16 bytes over all names and digests."""
         return xxhash.xxh3_128_digest(b"\0".join(name.encode() for name in self.names) + b"\1" + self.digests)
 
     def entries(self) -> dict[str, bytes]:
-        """Name to digest, in causal order."""
+        """Return entry name to digest, in causal order."""
         return {name: self.digests[16 * i : 16 * i + 16] for i, name in enumerate(self.names)}

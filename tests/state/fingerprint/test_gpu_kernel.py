@@ -17,9 +17,7 @@ from dreplica.state.fingerprint import multilinear
 from dreplica.state.fingerprint.tensor_layout import BLOCK_BYTES, describe, programs
 from tests.harness import REPOSITORY
 
-device_kernel = pytest.importorskip(
-    "dreplica.state.fingerprint.gpu_kernel", reason="needs Triton", exc_type=ImportError
-)
+gpu_kernel = pytest.importorskip("dreplica.state.fingerprint.gpu_kernel", reason="needs Triton", exc_type=ImportError)
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 DTYPES = (
@@ -51,7 +49,7 @@ def contents(tensors: Sequence[Tensor]) -> list[tuple[int, int]]:
     rows = [describe(tensor) for tensor in tensors]
     assert all(rows)
     out = torch.zeros(len(tensors), 2, dtype=torch.int64, device=DEVICE)
-    device_kernel.launch(
+    gpu_kernel.launch(
         torch.tensor([tensor.data_ptr() for tensor in tensors], device=DEVICE),
         torch.tensor(rows, device=DEVICE),
         programs(row[0] for row in rows).to(DEVICE),
@@ -133,7 +131,7 @@ def test_beyond_two_to_the_31_elements(strided: bool) -> None:
     tail = end.reshape(-1)[last * BLOCK_BYTES - tensor.numel() :]
     assert 0 < tail.numel() < BLOCK_BYTES
     out = torch.zeros(1, 2, dtype=torch.int64, device=DEVICE)
-    device_kernel.launch(
+    gpu_kernel.launch(
         torch.tensor([tensor.data_ptr()], device=DEVICE),
         torch.tensor([describe(tensor)], device=DEVICE),
         torch.tensor([[0, last]], dtype=torch.int32, device=DEVICE),
@@ -182,11 +180,11 @@ _COMPILE = """
 import re, triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from dreplica.agreement import device_kernel, multilinear
+from dreplica.state.fingerprint import gpu_kernel, multilinear
 
-constants = {"ROWS": multilinear.ROWS, "COLUMNS": multilinear.COLUMNS, "FIELDS": device_kernel.FIELDS}
+constants = {"ROWS": multilinear.ROWS, "COLUMNS": multilinear.COLUMNS, "FIELDS": gpu_kernel.FIELDS}
 types = {"addresses": "*i64", "table": "*i64", "programs": "*i32", "out": "*i64"}
-source = ASTSource(device_kernel._content, types | dict.fromkeys(constants, "constexpr"), constants)
+source = ASTSource(gpu_kernel._content, types | dict.fromkeys(constants, "constexpr"), constants)
 compiled = triton.compile(source, target=GPUTarget("cuda", 80, 32), options={"num_warps": 4})
 ptx = compiled.asm["ptx"]
 blocks = re.split(r"^(?=\\$L__BB)", ptx, flags=re.MULTILINE)
