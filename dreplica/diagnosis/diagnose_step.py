@@ -70,7 +70,7 @@ def diagnose(
         optimizer: The optimizer of the model, or several optimizers by name.
         others: Further objects with a `state_dict` that the step changes, such as a scheduler or a GradScaler.
         found: The verdict of the `Divergence` to explain.
-        channel: The control process group. By default, a new gloo group of all ranks.
+        channel: Internal, may change without notice: the control channel. By default, a new gloo group of all ranks.
 
     Returns:
         The verdict. Its cause is `none` if every replica gets the same result both times and there is no `found`, and

@@ -153,7 +153,7 @@ def describe_algorithms(step: int, algorithms: Sequence[str]) -> Verdict:
         suspects=suspects_of(groups),
         groups=groups,
         evidence=[Evidence.of("fingerprint-algorithm", replicas=ids, algorithm=algorithms[ids[0]]) for ids in groups],
-        remedy=[Remedy.of("hash-on-cpu")],
+        remedy=[Remedy.of("install-same-versions")],
     )
 
 

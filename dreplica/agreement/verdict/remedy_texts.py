@@ -43,9 +43,6 @@ REMEDIES: Mapping[str, RemedyTemplate] = {
         "it on some of them"
     ),
     "set-field-alike": RemedyTemplate("set the same {field} on all replicas"),
-    "hash-on-cpu": RemedyTemplate(
-        "compute the digests of every replica on the CPU", "dreplica.Agreement(..., hasher=dreplica.Hasher())"
-    ),
     "compare-manifest": RemedyTemplate("compare manifest.json with the current environment"),
     "start-anew": RemedyTemplate("start the run anew", settings={"run.resume": "never"}),
     "set-as-in-reference": RemedyTemplate("as in the reference"),

@@ -281,7 +281,9 @@ def test_tensors_without_plain_memory_are_refused_by_name(kind: str) -> None:
         "fake": lambda: FakeTensorMode().from_tensor(torch.ones(2)),
         "float": lambda: 1.5,
     }[kind]()
-    with pytest.raises(TypeError, match=r"'head\.weight': (a fingerprint|the bytes of this FakeTensor)|must be a tensor"):
+    with pytest.raises(
+        TypeError, match=r"'head\.weight': (a fingerprint|the bytes of this FakeTensor)|must be a tensor"
+    ):
         fingerprint({"head.weight": tensor})
 
 

@@ -109,8 +109,11 @@ def test_digests_of_different_functions_are_not_compared() -> None:
         assert verdict is not None
         assert (verdict.cause, verdict.step, verdict.stage) == ("environment-differs", 0, None)
         assert (verdict.groups, verdict.suspects) == ([[0, 2], [1]], [1])
-        assert verdict.evidence == [f"replicas [0, 2]: {ALGORITHM}", f"replicas [1]: {LateHasher().algorithm}"]
-        assert "hasher=dreplica.Hasher()" in verdict.remedy[0]
+        assert [(row.code, row.data["replicas"], row.data["algorithm"]) for row in verdict.evidence] == [
+            ("fingerprint-algorithm", [0, 2], ALGORITHM),
+            ("fingerprint-algorithm", [1], LateHasher().algorithm),
+        ]
+        assert [remedy.code for remedy in verdict.remedy] == ["install-same-versions"]
         assert result.steps_done == (-1 if job.on_divergence == "stop" else 4)
 
 
