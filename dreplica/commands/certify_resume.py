@@ -10,7 +10,7 @@ from rich.console import Console
 from dreplica.agreement.trace.reader import Key, Trace
 from dreplica.agreement.trace.run_report import RunReport
 from dreplica.commands.scratch_folder import fresh_folder
-from dreplica.distributed.launch.background import run_in_background
+from dreplica.distributed.launch.background import Finished, run_in_background
 from dreplica.distributed.signals import signals_as_interrupts
 from dreplica.errors import ExitCode, UsageError
 from dreplica.state.fingerprint.stage import STAGES
@@ -49,23 +49,23 @@ def certify_resume(settings: Sequence[str], num_replicas: int, at_step: int, kee
     console = Console(highlight=False)
     with signals_as_interrupts(), fresh_folder(keep, "certify") as root:
         common = [*settings, f"--run.root={root}", "--run.resume=auto"]
-        console.print(f"1 of 3: the run, straight through (output in {root})")
-        code, output = _run(root, "straight", common, num_replicas)
-        if code != ExitCode.AGREED:
-            return _failed("the run itself did not end well", code, output)
+        console.print(f"1 of 3: the uninterrupted run (output in {root})")
+        ended = _run(root, "straight", common, num_replicas)
+        if ended.code != ExitCode.AGREED:
+            return _failed("the uninterrupted run failed", ended)
         num_steps = max((step for step, _ in _read_trace(root / "straight")), default=0)
         if at_step >= num_steps:
             print(f"error: --at-step: {at_step}: the run has {num_steps} steps. Give less.", file=sys.stderr)
             return ExitCode.UNUSABLE
-        console.print(f"2 of 3: the same, stopped after step {at_step}")
-        code, output = _run(root, "interrupted", [*common, f"--run.stop_after={at_step}"], num_replicas)
-        if code != ExitCode.STOPPED:
-            return _failed("the run could not be stopped", code, output)
-        console.print("3 of 3: the rest, in fresh processes")
-        code, output = _run(root, "interrupted", common, num_replicas)
-        if code not in (ExitCode.AGREED, ExitCode.DIVERGED, ExitCode.UNUSABLE):
-            return _failed("the rest of the run did not end well", code, output)
-        certificate = judge(root / "straight", root / "interrupted", at_step, code, output)
+        console.print(f"2 of 3: the same run, stopped after step {at_step}")
+        ended = _run(root, "interrupted", [*common, f"--run.stop_after={at_step}"], num_replicas)
+        if ended.code != ExitCode.STOPPED:
+            return _failed("the run could not be stopped", ended)
+        console.print("3 of 3: the run resumed, in new processes")
+        ended = _run(root, "interrupted", common, num_replicas)
+        if ended.code not in (ExitCode.AGREED, ExitCode.DIVERGED) and ended.error is None:
+            return _failed("the resumed run failed", ended)
+        certificate = judge(root / "straight", root / "interrupted", at_step, ended.error)
         if not certificate.passed:
             _run(root, "straight-again", common, num_replicas)
             again = _first_difference(root / "straight", root / "straight-again")
@@ -77,13 +77,20 @@ def certify_resume(settings: Sequence[str], num_replicas: int, at_step: int, kee
     return ExitCode.AGREED if certificate.passed else ExitCode.DIVERGED
 
 
-def judge(straight: Path, interrupted: Path, at_step: int, code: int, output: str) -> Certificate:
-    """Compares every digest of two run folders, and their reports' results.
+def judge(straight: Path, interrupted: Path, at_step: int, error: UsageError | None = None) -> Certificate:
+    """Compare all digests and results of an uninterrupted and of a resumed run.
 
-    `code`, `output`: the exit code of the run that went on, and what it printed.
+    Args:
+        straight: The run folder of the uninterrupted run.
+        interrupted: The run folder of the interrupted and resumed run.
+        at_step: The step after which it was interrupted.
+        error: The error for which the run could not be resumed, None if it was.
+
+    Returns:
+        The certificate.
     """
-    if code == ExitCode.UNUSABLE:
-        return Certificate(False, _last_error(output))
+    if error is not None:
+        return Certificate(False, str(error))
     one, other = RunReport.read(straight), RunReport.read(interrupted)
     for skipped in other.run.skipped_checkpoints:
         text = f"skipped checkpoint {skipped.name}: {skipped.reason} (replica {skipped.replica})"
@@ -145,24 +152,18 @@ def _read_trace(folder: Path) -> dict[Key, Mapping[str, str]]:
         return {}
 
 
-def _run(root: Path, name: str, arguments: Sequence[str], num_replicas: int) -> tuple[int, str]:
-    """Exit code and output of one run."""
+def _run(root: Path, name: str, arguments: Sequence[str], num_replicas: int) -> Finished:
+    """Run the job once, with its output in `root`."""
     root.mkdir(parents=True, exist_ok=True)
     settings = [*arguments, f"--run.name={name}"]
-    code, output = run_in_background("dreplica.worker", settings, num_replicas, root / f"{name}.log")
-    assert code is not None, "there is no timeout"
-    return code, output
+    return run_in_background("dreplica.worker", settings, num_replicas, root / f"{name}.log")
 
 
-def _failed(what: str, code: int, output: str) -> ExitCode:
-    if code == ExitCode.UNUSABLE:
-        print(f"error: {_last_error(output)}", file=sys.stderr)
+def _failed(what: str, ended: Finished) -> ExitCode:
+    """Print why a run failed, and return the exit code of this command."""
+    if ended.error is not None:
+        print(f"error: {ended.error}", file=sys.stderr)
         return ExitCode.UNUSABLE
-    tail = "\n".join(output.splitlines()[-_TAIL_LINES:])
-    print(f"error: {what} (exit code {code}):\n{tail}", file=sys.stderr)
+    tail = "\n".join(ended.output.splitlines()[-_TAIL_LINES:])
+    print(f"error: {what} (exit code {ended.code}):\n{tail}", file=sys.stderr)
     return ExitCode.FAILED
-
-
-def _last_error(output: str) -> str:
-    errors = [line.removeprefix("error: ") for line in output.splitlines() if line.startswith("error: ")]
-    return errors[-1] if errors else output[-500:]

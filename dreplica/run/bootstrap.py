@@ -1,4 +1,4 @@
-"""How replicas meet, and how they part when a run cannot go on."""
+"""Start of a replica: read the config, bind the device, join the process group, and exit when a run cannot start."""
 
 import logging
 import os
@@ -10,6 +10,7 @@ from typing import NoReturn
 
 from dreplica.config.load import load_config
 from dreplica.config.schema import RunConfig
+from dreplica.distributed.launch.error_record import write_error
 from dreplica.distributed.log_setup import set_up_logging
 from dreplica.distributed.process_group import World, env_num_replicas, env_rank, open_world
 from dreplica.distributed.signals import StopRequest, stop_signals
@@ -24,61 +25,80 @@ _DEFAULT_TIMEOUT = 300.0
 
 @dataclass(frozen=True)
 class Prepared:
-    """What is decided before replicas meet."""
+    """The config and the device of one replica, known before the process group is initialized."""
 
     config: RunConfig
-    """As given: the same on all replicas."""
+    """The config as given, the same on all replicas."""
     own: RunConfig
-    """With this replica's overrides."""
+    """The config with this replica's overrides."""
     device: Device
+    """The device that this process is bound to."""
     warnings: list[str] = field(default_factory=list)
-    """For the report."""
+    """Warnings for the report."""
 
 
-def meet(argv: Sequence[str], conduct: Callable[[Prepared, World, StopRequest], ExitCode]) -> ExitCode:
-    """Prepares this replica, joins the others and conducts what they are there for; unusable input ends all of them.
+def start_replica(argv: Sequence[str], conduct: Callable[[Prepared, World, StopRequest], ExitCode]) -> ExitCode:
+    """Prepare this replica, initialize the process group and run `conduct`.
 
-    `conduct` begins with `World.together`, at which it learns whether another replica's input is unusable. Raises what
-    `conduct` raises; then end the process as `worker.run_process` does.
+    Unusable input on any replica ends all of them before `conduct` is called. After an exception, end the process as
+    `run_process` does.
+
+    Args:
+        argv: The config settings from the command line.
+        conduct: The work of this replica. Its exceptions are raised here, except `UsageError`.
+
+    Returns:
+        The exit code of this process.
     """
     set_up_logging(env_rank())
     prepared: Prepared | UsageError
     try:
         prepared = prepare(argv)
     except UsageError as error:
-        prepared = error  # raised once the replicas have met, so that all of them end
+        prepared = error  # raised after the rendezvous, so that all replicas end
     timeout = _DEFAULT_TIMEOUT if isinstance(prepared, UsageError) else prepared.config.world.timeout
     with open_world(timeout) as world, stop_signals() as stop_request:
         try:
-            if isinstance(prepared, UsageError):
-                world.together(partial(_refuse, prepared))
-            assert isinstance(prepared, Prepared)
-            return conduct(prepared, world, stop_request)
+            return conduct(world.together(partial(_unless_unusable, prepared)), world, stop_request)
         except UsageError as error:
-            return end_unusable(error, world)
+            return exit_unusable(error, world)
 
 
-def end_unusable(error: UsageError, world: World) -> ExitCode:
-    """Prints the message once, however many replicas raise it. Does not return where others may be left behind."""
+def exit_unusable(error: UsageError, world: World) -> ExitCode:
+    """Print the error once for all replicas and end this one.
+
+    Args:
+        error: The error, which one replica or (`SharedUsageError`) all replicas raised.
+        world: All replicas.
+
+    Returns:
+        The exit code. Does not return if other replicas may still be waiting: the process exits instead.
+    """
     shared = isinstance(error, SharedUsageError)
     if world.is_coordinator if shared or world.monitor is None else world.monitor.report_failure(error, unusable=True):
         print(f"error: {error}", file=sys.stderr, flush=True)
+        write_error(error)
     if shared:
-        world.channel.gather(None)  # nobody leaves before it is printed: the launcher ends the rest with the first
+        # Wait until it is printed: the launcher terminates the other replicas when the first one exits.
+        world.channel.gather(None)
     elif world.monitor is not None:
-        end_at_once(ExitCode.UNUSABLE)
+        exit_now(ExitCode.UNUSABLE)
     return ExitCode.UNUSABLE
 
 
-def end_at_once(code: ExitCode) -> NoReturn:
-    """Ends the process. gloo's threads may still wait for a lost replica, and a normal exit would wait for them."""
+def exit_now(code: ExitCode) -> NoReturn:
+    """Exit without cleanup: gloo's threads may still wait for a lost replica, and a normal exit waits for them."""
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
 
 
 def prepare(argv: Sequence[str]) -> Prepared:
-    """Reads the config, and puts determinism settings and device into effect. Raises UsageError."""
+    """Load the config, bind the device and apply the determinism settings.
+
+    Raises:
+        UsageError: The config is invalid, or this environment cannot run it.
+    """
     config = load_config(argv, env_num_replicas())
     own = config.for_replica(env_rank())
     problem = set_environment(own.determinism)
@@ -92,5 +112,7 @@ def prepare(argv: Sequence[str]) -> Prepared:
     return Prepared(config, own, device, [problem])
 
 
-def _refuse(error: UsageError) -> None:
-    raise error
+def _unless_unusable(prepared: Prepared | UsageError) -> Prepared:
+    if isinstance(prepared, UsageError):
+        raise prepared
+    return prepared

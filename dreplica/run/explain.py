@@ -61,7 +61,7 @@ class Explainer:
         verdict = self.explain_build(found) if found.step == 0 else self.replay(found, agreement, history)
         return conclude(verdict, self.facts)
 
-    def explain_apart(
+    def explain_reference(
         self, found: Verdict, against: AgainstReference, agreement: Agreement | None, history: History | None
     ) -> Verdict:
         """The verdict on a difference from a reference. A collective, as `explain`."""

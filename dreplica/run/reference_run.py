@@ -25,7 +25,7 @@ from dreplica.errors import UsageError
 log = logging.getLogger(__name__)
 
 
-class Referring:
+class ReferenceRun:
     """What the replicas of a run know of its reference. Rank 0 reads it, and tells the others.
 
     Creating it and its methods are collectives. Raises SharedUsageError where the reference cannot be used; its digests
@@ -51,7 +51,7 @@ class Referring:
         """Whether this run has a reference."""
         return self._config.run.reference is not None
 
-    def look_into(self, folder: Path, manifests: Sequence[Mapping[str, Any]]) -> None:
+    def compare_settings(self, folder: Path, manifests: Sequence[Mapping[str, Any]]) -> None:
         """In what this run, recorded in `folder`, differs from the reference: told, and kept as evidence."""
         if not self.is_there:
             return
@@ -61,11 +61,11 @@ class Referring:
             for line in self.differences:
                 log.warning(line)
 
-    def against(self, apart: ReferenceDifference) -> AgainstReference:
+    def known(self, difference: ReferenceDifference) -> AgainstReference:
         """What a difference from the reference is to be explained with."""
         seeds = {"seed.model": self._config.seed.model, "seed.data": self._config.seed.data}
         unseeded = frozenset(key for key, seed in seeds.items() if seed is None)
-        return AgainstReference(apart, self._config_rows, self._manifest_rows, unseeded)
+        return AgainstReference(difference, self._config_rows, self._manifest_rows, unseeded)
 
     def conclude(self, verdict: Verdict, steps_done: int) -> tuple[Verdict, list[str]]:
         """The verdict on a run in which nothing was found, and what the report should warn of."""
@@ -121,7 +121,7 @@ class Referring:
         if trace.is_cut_off:
             lines.append(f"reference: its last line was cut off; step {trace.last_key[0]} is the last")
         if trace.diverged_at is not None:
-            lines.append(f"reference: its own replicas had parted at step {trace.diverged_at}; it is its replica 0's")
+            lines.append(f"reference: its own replicas had diverged at step {trace.diverged_at}; it is its replica 0's")
         lines += [
             f"reference: {item.field} was {show(item.one)}, and is {show(item.other)} here"
             for item in (*config, *manifest)

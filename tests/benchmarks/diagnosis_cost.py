@@ -30,7 +30,7 @@ from dreplica.distributed.signals import StopRequest
 from dreplica.environment.determinism import apply_determinism
 from dreplica.replica.build import build_replica
 from dreplica.run.explain import Explainer
-from dreplica.run.run import AGREEMENT_LAG
+from dreplica.run.session import AGREEMENT_LAG
 from dreplica.state.replica import Replica
 from dreplica.state.rng import seed_generators
 from dreplica.training.fault_injection import FaultyCoordinator, Injector

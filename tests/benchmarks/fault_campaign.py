@@ -28,7 +28,7 @@ from dreplica.environment.determinism import apply_determinism, set_environment
 from dreplica.environment.device import bind_device
 from dreplica.replica.build import build_replica
 from dreplica.run.explain import Explainer
-from dreplica.run.run import AGREEMENT_LAG
+from dreplica.run.session import AGREEMENT_LAG
 from dreplica.state.replica import Replica
 from dreplica.state.rng import seed_generators
 from dreplica.training.fault_injection import FaultyCoordinator, Injector, target_name

@@ -44,7 +44,7 @@ from dreplica.distributed.process_group import World
 from dreplica.distributed.signals import StopRequest
 from dreplica.environment.determinism import apply_determinism
 from dreplica.replica.build import build_replica
-from dreplica.run.run import AGREEMENT_LAG
+from dreplica.run.session import AGREEMENT_LAG
 from dreplica.state.rng import seed_generators
 from dreplica.training.history import History
 from dreplica.training.loop import train

@@ -7,6 +7,7 @@ import pytest
 
 from dreplica.commands.certify_resume import Certificate, judge
 from dreplica.commands.main import main
+from dreplica.distributed.launch.error_record import ERROR_FILE, read_error
 from dreplica.errors import ExitCode
 from tests.data.pictures import make_folder
 from tests.end_to_end.test_image_folder import AUGMENTED
@@ -28,8 +29,11 @@ def certify(*job: str, at_step: int, root: Path) -> Certificate:
     assert straight.returncode == 0, straight.output
     stopped = run_job(*job, f"--run.stop_after={at_step}", root=root)
     assert stopped.exitcodes == {0: 4, 1: 4}, stopped.output
-    resumed = run_job(*job, root=root)
-    return judge(straight.folder, resumed.folder, at_step, resumed.exitcodes.get(0, 0), resumed.output)
+    record = root / "error.json"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(ERROR_FILE, str(record))
+        resumed = run_job(*job, root=root)
+    return judge(straight.folder, resumed.folder, at_step, read_error(record))
 
 
 def test_all_is_restored(tmp_path: Path) -> None:
@@ -93,7 +97,7 @@ def test_what_differs_before_the_interruption_was_not_lost_in_it(
         for row in rows:
             row["digests"] |= {key: "b" for key in row["digests"] if (row["step"], key) == (step, stage) and other}
         (tmp_path / name / "trace.jsonl").write_text("\n".join(map(json.dumps, [header, *rows])) + "\n")
-    found = judge(tmp_path / "straight", tmp_path / "interrupted", 7, ExitCode.AGREED, "")
+    found = judge(tmp_path / "straight", tmp_path / "interrupted", 7)
     assert not found.passed
     assert found.text.startswith(words)
 
@@ -105,7 +109,7 @@ def test_digests_of_different_functions_are_not_compared(tmp_path: Path) -> None
         (tmp_path / name / "report.json").write_text(json.dumps(report))
         header = {"algorithm": algorithm, "torch": "2", "replicas": 1}
         (tmp_path / name / "trace.jsonl").write_text(json.dumps(header) + "\n")
-    found = judge(tmp_path / "straight", tmp_path / "interrupted", 1, ExitCode.AGREED, "")
+    found = judge(tmp_path / "straight", tmp_path / "interrupted", 1)
     assert (found.passed, found.text) == (False, "digests of one/1 cannot be compared with those of two/1")
 
 

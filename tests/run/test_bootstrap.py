@@ -7,8 +7,8 @@ import torch
 
 from dreplica.environment.device import Device
 from dreplica.errors import ExitCode
-from dreplica.run import bootstrap as meet_module
-from dreplica.run.bootstrap import Prepared, meet
+from dreplica.run import bootstrap
+from dreplica.run.bootstrap import Prepared, start_replica
 
 WORKSPACE = "CUBLAS_WORKSPACE_CONFIG"
 
@@ -21,8 +21,8 @@ def on_a(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
         for name in ("RANK", WORKSPACE):
             monkeypatch.delenv(name, raising=False)
         monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
-        monkeypatch.setattr(meet_module, "bind_device", lambda _: Device(torch.device(device)))
-        monkeypatch.setattr(meet_module, "apply_determinism", lambda _: None)
+        monkeypatch.setattr(bootstrap, "bind_device", lambda _: Device(torch.device(device)))
+        monkeypatch.setattr(bootstrap, "apply_determinism", lambda _: None)
 
     return place
 
@@ -34,7 +34,7 @@ def run(*argv: str) -> tuple[ExitCode, list[Prepared]]:
         seen.append(prepared)
         return ExitCode.AGREED
 
-    return meet(argv, conduct), seen
+    return start_replica(argv, conduct), seen
 
 
 def test_strict_mode_does_not_begin_on_a_gpu_that_may_not_be_deterministic(

@@ -19,50 +19,50 @@ from collections.abc import Iterator
 import torch
 from torch.utils.data import DataLoader
 
-from dreplica.agreement.agreement import Agreement
 from dreplica.commands.bench.results import LOOPS, Measured, Memory
-from dreplica.config.schema import RunConfig
-from dreplica.data.datasets import prepare_data
-from dreplica.data.loading.index_stream import Coordinator
 from dreplica.data.loading.loader import normalize
-from dreplica.data.samples import DataSets, at_epoch, by_itself, normalization
-from dreplica.distributed.process_group import World
-from dreplica.distributed.signals import StoppedOnRequest, StopRequest
+from dreplica.data.samples import at_epoch, by_itself, normalization
+from dreplica.distributed.signals import StoppedOnRequest
 from dreplica.errors import UsageError
-from dreplica.replica.build import build_replica
-from dreplica.run.run import AGREEMENT_LAG
-from dreplica.state.replica import Replica
-from dreplica.state.rng import model_seed, seed_generators
+from dreplica.run.session import Session
 from dreplica.state.snapshot import take_snapshot
 from dreplica.training.evaluate import Tally
 from dreplica.training.events import StepDone
 from dreplica.training.history import History
-from dreplica.training.loop import train
-from dreplica.training.step import forward, make_scaler
+from dreplica.training.step import forward
 
 
 class Bench:
-    """The three loops on one replica of one process; all replicas go through them together."""
+    """The three loops, on one replica. All replicas run them together.
 
-    def __init__(self, config: RunConfig, world: World, device: torch.device, steps: int | None) -> None:
-        train = config.train.model_copy(update={"max_steps": None})
-        self.config, self.world, self.device = config.model_copy(update={"train": train}), world, device
-        self.data: DataSets = prepare_data(config.data, config.seed.augment, world, device)
-        self.coordinator = Coordinator(world.channel, seed=0)
-        seed_generators(model_seed(config.seed, world.replica_id))
-        self.replica: Replica = world.together(lambda: build_replica(config, self.data.num_classes, device))
-        self.replica.scaler = make_scaler(config.train, device)
-        self.replica.scheduler_per = "epoch"  # none is gone through: a schedule may be over before the rounds are
-        self.history = History(self.replica, config.agreement.snapshot_every)
+    Args:
+        session: The session of this replica. Bench loads its data and builds its model.
+        steps: Number of timed steps of each loop in a round, or None for 4, or as many as fit into an epoch.
+
+    Attributes:
+        steps: Number of timed steps of each loop in a round.
+        bytes_per_step: Bytes of tensors that this replica hashes for each step.
+    """
+
+    def __init__(self, session: Session, steps: int | None) -> None:
+        self.session, self.config, self.world, self.device = session, session.own, session.world, session.device
+        session.choose_hasher()
+        session.load()
+        session.build()
+        session.open_index_stream(seed=0)
+        self.history = History(session.replica, self.config.agreement.snapshot_every)
         self.bytes_per_step = 0
-        num_batches = -(-len(self.data.train) // config.data.batch_size)  # type: ignore[arg-type]
-        self.steps = min(4, max(1, num_batches - 1)) if steps is None else steps
-        world.together(lambda: _check_steps(self.steps, num_batches))
+        self.steps = min(4, max(1, session.num_batches - 1)) if steps is None else steps
+        self.world.together(lambda: _check_steps(self.steps, session.num_batches))
 
-    def measure(self, rounds: int, told: StopRequest | None = None) -> Measured:
-        """Times every loop in every round, after one round that does not count. A collective.
+    def measure(self, rounds: int) -> Measured:
+        """Time every loop in every round, after a warm-up round.
 
-        Raises StoppedOnRequest once `told` is set on any replica.
+        Raises:
+            StoppedOnRequest: Some replica was asked to stop.
+
+        Note:
+            Collective: call on every rank.
         """
         seconds: dict[str, list[float]] = {name: [] for name in LOOPS}
         shares = []
@@ -70,7 +70,8 @@ class Bench:
         orders = itertools.cycle(itertools.permutations(LOOPS))
         for number, order in zip(range(rounds + 1), orders, strict=False):
             for name in order:
-                if any(self.world.channel.gather(bool(told))):  # and all begin together
+                # The gather also makes all replicas begin together.
+                if any(self.world.channel.gather(bool(self.session.stop_request))):
                     raise StoppedOnRequest
                 if self.on_gpu:
                     torch.cuda.reset_peak_memory_stats(self.device)
@@ -93,7 +94,7 @@ class Bench:
         if not self.on_gpu:
             return 0
         before = torch.cuda.memory_allocated(self.device)
-        kept = take_snapshot(self.replica)
+        kept = take_snapshot(self.session.replica)
         taken = torch.cuda.memory_allocated(self.device) - before
         del kept
         return taken
@@ -102,20 +103,20 @@ class Bench:
         """Seconds for one snapshot, as every `agreement.snapshot_every` steps; median of five."""
         seconds = []
         for _ in range(5):
-            self.synchronize()
+            self.session.synchronize()
             started = time.perf_counter()
-            take_snapshot(self.replica)
-            self.synchronize()
+            take_snapshot(self.session.replica)
+            self.session.synchronize()
             seconds.append(time.perf_counter() - started)
         return statistics.median(seconds)
 
     def time_steps(self, loop: Iterator[float], steps: int) -> tuple[float, float]:
         """Seconds per step over `steps` steps, after a first one that starts the loader; and those in checks."""
         checks_before = next(loop)
-        self.synchronize()
+        self.session.synchronize()
         started = time.perf_counter()
         checks = max(itertools.islice(loop, steps))
-        self.synchronize()
+        self.session.synchronize()
         seconds = (time.perf_counter() - started) / steps
         for _ in loop:
             pass
@@ -127,9 +128,9 @@ class Bench:
 
     def bare(self, steps: int) -> Iterator[float]:
         """What one would write by hand."""
-        replica, data = self.replica, self.config.data
+        replica, dataset, data = self.session.replica, self.session.data.train, self.config.data
         loader = DataLoader(
-            at_epoch(by_itself(self.data.train), 1),
+            at_epoch(by_itself(dataset), 1),
             data.batch_size,
             shuffle=True,
             num_workers=data.num_workers,
@@ -143,7 +144,7 @@ class Bench:
             inputs = inputs.to(self.device, non_blocking=True, memory_format=memory_format)
             labels = labels.to(self.device, non_blocking=True)
             if inputs.dtype is torch.uint8:
-                inputs = normalize(inputs, *normalization(self.data.train))
+                inputs = normalize(inputs, *normalization(dataset))
             replica.optimizer.zero_grad()
             loss, logits = forward(replica, inputs, labels, self.config.train)
             if replica.scaler is None:
@@ -157,32 +158,14 @@ class Bench:
             yield 0.0
 
     def trainer(self, steps: int, every: int) -> Iterator[float]:
-        """The training loop itself."""
-        agreement = Agreement(
-            self.replica.model,
-            self.replica.optimizer,
-            others=[self.replica.scheduler, self.replica.scaler],
-            every=every,
-            on_divergence="continue",  # replicas from distinct seeds are compared in full here, too
-            lag=AGREEMENT_LAG,
-            channel=self.world.channel,
-        )
-        history = self.history if every else History(self.replica, every=0)
-        epochs = train(
-            self.replica,
-            self.data,
-            self.coordinator,
-            agreement,
-            self.config,
-            self.world,
-            self.device,
-            StopRequest(),  # a round is taken to its end
-            history,
-        )
-        done = (event for event in epochs if isinstance(event, StepDone))
+        """Run the training loop, compared every `every` steps."""
+        agreement = self.session.compare_for_timing(every)
+        history = self.history if every else History(self.session.replica, every=0)
+        events = self.session.steps_to_time(agreement, history)
+        done = (event for event in events if isinstance(event, StepDone))
         for event in itertools.islice(done, steps):
             yield event.seconds["checks"]
-        epochs.close()
+        events.close()
         agreement.finish()
         self.bytes_per_step = max(self.bytes_per_step, agreement.bytes_per_step)
 
@@ -190,11 +173,6 @@ class Bench:
     def on_gpu(self) -> bool:
         """Whether kernels run behind the program's back."""
         return self.device.type == "cuda"
-
-    def synchronize(self) -> None:
-        """Waits for the device."""
-        if self.on_gpu:
-            torch.cuda.synchronize()
 
 
 def _check_steps(steps: int, num_batches: int) -> None:

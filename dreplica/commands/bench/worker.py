@@ -1,4 +1,4 @@
-"""`dreplica bench`, on one replica."""
+"""One replica of `dreplica bench`."""
 
 import argparse
 from collections.abc import Sequence
@@ -10,21 +10,21 @@ from dreplica.commands.bench.results import print_measured
 from dreplica.distributed.process_group import World
 from dreplica.distributed.signals import StoppedOnRequest, StopRequest
 from dreplica.errors import ExitCode
-from dreplica.run.bootstrap import Prepared, meet
+from dreplica.run.bootstrap import Prepared, start_replica
+from dreplica.run.session import Session
 
 
 def work(argv: Sequence[str]) -> ExitCode:
-    """One worker of the benchmark."""
+    """Run one replica of `dreplica bench`."""
     parser = argparse.ArgumentParser(allow_abbrev=False, add_help=False)
     parser.add_argument("--rounds", type=int, default=12)
     parser.add_argument("--steps", type=int)
     known, settings = parser.parse_known_args(argv)
 
     def conduct(prepared: Prepared, world: World, stop_request: StopRequest) -> ExitCode:
-        world.together(lambda: None)  # another replica's input may be unusable
-        bench = Bench(prepared.own, world, prepared.device.device, known.steps)
+        bench = Bench(Session(prepared, world, stop_request), known.steps)
         try:
-            measured = bench.measure(known.rounds, stop_request)
+            measured = bench.measure(known.rounds)
         except StoppedOnRequest:
             return ExitCode.STOPPED
         if world.is_coordinator:
@@ -32,4 +32,4 @@ def work(argv: Sequence[str]) -> ExitCode:
             print_measured(Console(), measured, world.num_replicas, bench.steps, snapshot_every)
         return ExitCode.AGREED
 
-    return meet(settings, conduct)
+    return start_replica(settings, conduct)

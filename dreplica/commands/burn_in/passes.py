@@ -1,10 +1,9 @@
-"""One pass: a run like any other, of which nothing is kept unless something is found."""
+"""One pass of a burn-in: a training run whose record is removed unless something was found."""
 
 import shutil
 import time
 from collections.abc import Sequence
 
-from dreplica.agreement.trace.writer import TraceWriter
 from dreplica.agreement.verdict.verdict import Verdict
 from dreplica.commands.burn_in.cards import PassDone
 from dreplica.diagnosis.decision.conclude import replica_lost
@@ -14,51 +13,73 @@ from dreplica.distributed.signals import StopRequest
 from dreplica.environment.determinism import apply_determinism
 from dreplica.run.bootstrap import Prepared
 from dreplica.run.run import Run
-from dreplica.training.events import Stopped
 
 
-class Pass(Run):
-    """A run that says nothing, and is not saved when it is told to stop: it is not to go on later."""
+class Pass:
+    """One pass of a burn-in, on one replica.
+
+    The run prints nothing, and saves no checkpoint when it is stopped, since no later pass resumes it.
+
+    Args:
+        number: The number of the pass, from 1.
+        prepared: The config of this pass, and the device of this replica.
+        world: All replicas.
+        stop_request: Set when the pass has to stop.
+
+    Attributes:
+        run: The training run.
+    """
 
     def __init__(self, number: int, prepared: Prepared, world: World, stop_request: StopRequest) -> None:
         apply_determinism(prepared.own.determinism)  # the pass before may have changed flags
-        super().__init__(prepared, world, stop_request)
-        self.console.quiet = True
-        self.number = number
+        self.run = Run(prepared, world, stop_request, resumable=False)
+        self.run.console.quiet = True
+        self._number = number
         self._started = time.monotonic()
 
-    def stop(self, event: Stopped, trace: TraceWriter) -> None:
-        """Remembers that the pass was cut short."""
-        self.report.run.stopped_after = event.step
-
     def done(self, verdict: Verdict, keep: bool) -> PassDone:
-        """What came of it. Its folder stays if `keep`, with its report, and is removed otherwise. A collective."""
+        """End the pass and return its result.
+
+        Args:
+            verdict: The verdict that the run reached.
+            keep: Keep the run folder, with its report. It is removed otherwise.
+
+        Note:
+            Collective: call on every rank.
+        """
+        recorder = self.run.recorder
         if keep:
-            self.conclude(verdict)
-        elif self.recorder.report is not None and self.world.is_coordinator:
-            shutil.rmtree(self.recorder.folder)
-        self.recorder.close()
+            self.run.conclude(verdict)
+        elif recorder.report is not None and self.run.world.is_coordinator:
+            shutil.rmtree(recorder.folder)
+        recorder.close()
         return self._done(verdict, keep)
 
     def cut_off(self, lost: Sequence[Lost], noticed: BaseException) -> PassDone:
-        """What came of it where replicas are gone, as far as this one knows. No collective."""
-        report = self.recorder.report
-        verdict = None if report is None else report.verdict  # one that was reached before stands
-        kept = report is not None and self.recorder.folder.exists()
+        """Return the result of a pass in which replicas were lost, as far as this replica knows it.
+
+        Args:
+            lost: The replicas that were lost.
+            noticed: The exception that ended the pass on this replica.
+        """
+        report = self.run.recorder.report
+        verdict = None if report is None else report.verdict  # a verdict reached before the loss is kept
+        kept = report is not None and self.run.recorder.folder.exists()
         return self._done(verdict or replica_lost(lost, None, str(noticed)), kept)
 
     def _done(self, verdict: Verdict, kept: bool) -> PassDone:
-        report, agreement, agreed = self.recorder.report, self.agreement, verdict.cause == "none"
+        run = self.run
+        report, agreement, agreed = run.recorder.report, run.agreement, verdict.cause == "none"
         return PassDone(
-            number=self.number,
-            seed=self.config.seed.model_dump(),
+            number=self._number,
+            seed=run.config.seed.model_dump(),
             complete=agreed and report is not None and report.run.stopped_after is None,
-            steps=self.steps_checked,
+            steps=run.steps_checked,
             comparisons=0 if agreement is None else agreement.stages_compared,
             bytes_hashed=0 if agreement is None else agreement.bytes_hashed,
             seconds=time.monotonic() - self._started,
             weights=report.fingerprints[0].digests["weights"] if agreed and report is not None else None,
             verdict=verdict,
             warnings=[] if report is None else report.warnings,
-            folder=str(self.recorder.folder) if kept else None,
+            folder=str(run.recorder.folder) if kept else None,
         )

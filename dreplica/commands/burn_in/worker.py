@@ -26,7 +26,7 @@ from dreplica.environment.manifest import collect_manifest
 from dreplica.errors import ExitCode, UsageError
 from dreplica.report.record.run_folder import create_run_folder
 from dreplica.report.record.terminal import Screen
-from dreplica.run.bootstrap import Prepared, end_at_once, meet
+from dreplica.run.bootstrap import Prepared, exit_now, start_replica
 
 log = logging.getLogger(__name__)
 
@@ -96,7 +96,7 @@ class BurnIn:
         except (Exception, SystemExit, KeyboardInterrupt) as error:
             code = self.end_without(error)
             if world.monitor is not None:
-                end_at_once(code)
+                exit_now(code)
             raise
 
     def look_at_health(self) -> None:
@@ -138,7 +138,7 @@ class BurnIn:
         own = config.for_replica(self.world.replica_id)
         self.current = Pass(number, Prepared(config, own, self.prepared.device), self.world, self.until)
         try:
-            verdict = self.current.reach_verdict()
+            verdict = self.current.run.reach_verdict()
             keep = verdict.cause != "none" and self.account.num_found < MOST_KEPT
             done = self.current.done(verdict, keep)
         except OSError as error:
@@ -182,14 +182,13 @@ class BurnIn:
 
     def end_without(self, error: BaseException) -> ExitCode:
         """Ends this replica when it fails or (`ReplicaLost`) another is gone. No collective."""
-        run, monitor = self.current, self.world.monitor
-        done = None
-        if run is None:
+        current, done = self.current, None
+        if current is None:
             traceback.print_exception(error)
-            lost = find_lost_replicas(monitor, error)
+            lost = find_lost_replicas(self.world.monitor, error)
         else:
-            lost = run.conclude_without(error)
-            done = run.cut_off(lost, error)
+            lost = current.run.conclude_failed(error)
+            done = current.cut_off(lost, error)
             self.account.add(done)
         ended: Ended = "unusable" if exit_code_of(lost) is ExitCode.UNUSABLE else "lost"
         if ended == "lost":
@@ -218,4 +217,4 @@ def work(argv: Sequence[str]) -> ExitCode:
     def conduct(prepared: Prepared, world: World, told: StopRequest) -> ExitCode:
         return BurnIn(prepared, world, told, parse_duration(known.duration), known.json).conduct()
 
-    return meet(settings, conduct)
+    return start_replica(settings, conduct)

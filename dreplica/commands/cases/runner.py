@@ -106,8 +106,8 @@ def _launch(case: Case, root: Path, timeout: float) -> tuple[str, bool]:
     """What the run printed, and whether it ended by itself in time."""
     arguments = [f"--config={case.path}", f"--run.root={root}", f"--run.name={case.name}", "--run.resume=never"]
     root.mkdir(parents=True, exist_ok=True)
-    code, printed = run_in_background(case.module, arguments, case.num_replicas, root / f"{case.name}.log", timeout)
-    return printed, code is not None
+    ended = run_in_background(case.module, arguments, case.num_replicas, root / f"{case.name}.log", timeout)
+    return ended.output, ended.code is not None
 
 
 def _equal(values: Sequence[Any]) -> bool:

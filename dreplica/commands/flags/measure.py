@@ -12,8 +12,8 @@ from dreplica.agreement.trace.reader import Trace
 from dreplica.commands.flags.flags import STRICT, Variant
 from dreplica.commands.flags.trial import FOUND_NAME, LOST_NAME, REFUSED_NAME
 from dreplica.config.schema import RunConfig
-from dreplica.distributed.launch.background import run_in_background
-from dreplica.errors import ExitCode, UsageError
+from dreplica.distributed.launch.background import Finished, run_in_background
+from dreplica.errors import ExitCode
 
 _TAIL_LINES = 15
 
@@ -149,10 +149,10 @@ class Measurements:
         arguments = [f"--config={folder / 'config.yaml'}", f"--folder={folder}", f"--steps={self._steps}"]
         arguments.append(f"--others={json.dumps(sections)}")
         log, variables = folder / "output.log", variant.variables
-        code, output = run_in_background(
+        ended = run_in_background(
             "dreplica.commands.flags", arguments, self._num_replicas, log, self._timeout, variables
         )
-        outcome = self._read([variant, *others], folder, code, output)
+        outcome = self._read([variant, *others], folder, ended)
         self._outcomes.setdefault(variant, []).append(outcome)
         words = "agrees" if outcome.agrees else describe(outcome)
         seconds = outcome.seconds_per_step
@@ -160,26 +160,26 @@ class Measurements:
         self._tell(f"start {self._num_starts}, {variant.name}: {words}")
         return outcome
 
-    def _read(self, timed: Sequence[Variant], folder: Path, code: int | None, output: str) -> Outcome:
-        variant = timed[0]
-        tail = "\n".join(output.splitlines()[-_TAIL_LINES:])
+    def _read(self, timed: Sequence[Variant], folder: Path, ended: Finished) -> Outcome:
+        """Return the outcome of a start from the files that it left in `folder`."""
+        variant, code = timed[0], ended.code
+        tail = "\n".join(ended.output.splitlines()[-_TAIL_LINES:])
         if code is None:
-            raise TrialFailed(f"{variant.name}: it did not end within {self._timeout:g} seconds (--timeout):\n{tail}")
-        if code == ExitCode.UNUSABLE:
-            errors = [line.removeprefix("error: ") for line in output.splitlines() if line.startswith("error: ")]
-            raise UsageError(errors[-1] if errors else tail)
+            raise TrialFailed(f"{variant.name}: no end within {self._timeout:g} seconds (--timeout):\n{tail}")
+        if ended.error is not None:
+            raise ended.error
         if (folder / REFUSED_NAME).exists():
-            refused = json.loads((folder / REFUSED_NAME).read_text(encoding="utf-8"))
+            refused = _read_json(folder / REFUSED_NAME)
             if refused.get("phase") == "memory" and variant == STRICT:
                 raise TrialFailed(
-                    f"{variant.name}: {refused['message']}. Use a smaller data.batch_size, or fewer replicas on a GPU"
+                    f"{variant.name}: {refused['message']}. Use a smaller data.batch_size, or fewer replicas per GPU."
                 )
             return Outcome(variant, "", 0, {}, folder, refused=refused)
         if code == ExitCode.STOPPED:
-            raise TrialFailed(f"{variant.name}: a replica was told to stop")
+            raise TrialFailed(f"{variant.name}: a replica was asked to stop")
         if code != ExitCode.AGREED:
             raise TrialFailed(f"{variant.name}: exit code {code}:\n{_describe_lost(folder) or tail}")
-        found = json.loads((folder / FOUND_NAME).read_text(encoding="utf-8"))
+        found = _read_json(folder / FOUND_NAME)
         verdict, between = found["verdict"], found["between"] or ""
         seconds = dict(zip(timed, found["seconds_per_step"], strict=False))  # none, if it ended before
         earlier = next((other for other in self.of(variant) if other.agrees), None)
@@ -192,8 +192,12 @@ class Measurements:
 
 def _describe_lost(folder: Path) -> str:
     path = folder / LOST_NAME
-    rows = json.loads(path.read_text(encoding="utf-8"))["lost"] if path.exists() else []
+    rows = _read_json(path)["lost"] if path.exists() else []
     return "\n".join(f"replica {row['replica_id']} was lost: {row['reason']}" for row in rows)
+
+
+def _read_json(path: Path) -> Any:
+    return json.loads(path.read_text(encoding="utf-8"))
 
 
 def spread(ratios: Sequence[float]) -> dict[str, float] | None:

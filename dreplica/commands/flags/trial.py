@@ -1,10 +1,10 @@
-"""One start of the job in one setting of its flags: trained twice from its seed, compared at every step, then timed.
+"""One start of the job with one setting of its flags: train twice from the seed, compare every step, then time steps.
 
-Replicas are compared with each other at every step, and the second training with the first: in one process, whose
-memory is by then in another state, so that what happens to be equal on all replicas is found out, too, and one replica
-is enough. Every setting has processes of its own, since cuBLAS reads its variable once, and cuDNN goes on with what it
-has once picked. Only what a step takes is measured in one process, strict mode's beside it, where no such thing is in
-the way: two processes that do the same differ by more than most flags cost.
+Replicas are compared with each other at every step, and the second training with the first one. Both trainings run in
+one process, whose memory has other contents the second time. This detects values that happen to be equal on all
+replicas, and one replica is enough. Each setting gets its own processes, because cuBLAS reads its environment variable
+once and cuDNN keeps the algorithms that it has picked. Only step times are measured in one process together with strict
+mode, where these two do not matter: two processes that do the same work differ by more than most flags cost.
 """
 
 import argparse
@@ -13,16 +13,12 @@ import itertools
 import json
 import sys
 import time
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
-
-from dreplica.agreement.agreement import Agreement
-from dreplica.agreement.hasher import common_hasher
 from dreplica.agreement.reference import Reference, ReferenceDiffers
 from dreplica.agreement.trace.reader import TENSORS_NAME, TRACE_NAME
 from dreplica.agreement.trace.tensor_digests import TensorRecord
@@ -30,146 +26,148 @@ from dreplica.agreement.trace.writer import TraceWriter
 from dreplica.agreement.verdict.verdict import Divergence, Verdict
 from dreplica.commands.flags.refusal import describe_refusal, describe_unrun
 from dreplica.config.schema import DeterminismConfig
-from dreplica.data.loading.index_stream import Coordinator
 from dreplica.diagnosis.decision.decide_reference import AgainstReference
 from dreplica.diagnosis.tracing.refused_op import is_refusal
 from dreplica.distributed.liveness import ReplicaLost
-from dreplica.distributed.process_group import World
-from dreplica.distributed.signals import StoppedOnRequest, StopRequest
+from dreplica.distributed.signals import StoppedOnRequest
 from dreplica.environment.determinism import apply_determinism
 from dreplica.errors import ExitCode, UsageError
-from dreplica.run.bootstrap import Prepared, end_at_once, meet
-from dreplica.run.explain import Explainer
-from dreplica.run.run import AGREEMENT_LAG
-from dreplica.run.setup import Concluded, Preparation
-from dreplica.training.events import EpochDone, StepDone, Stopped
+from dreplica.run.bootstrap import exit_now, start_replica
+from dreplica.run.session import Concluded, Session
+from dreplica.training.events import StepDone, Stopped
 from dreplica.training.history import History
-from dreplica.training.loop import train
 
-Events = Generator[StepDone | EpochDone | Stopped, None, None]
-
-FOUND_NAME, REFUSED_NAME, LOST_NAME = "found.json", "refused.json", "lost.json"
-"""Files of a trial: what was found, what raised, and which replicas were lost."""
+FOUND_NAME = "found.json"
+"""The result of a start that ran to its end."""
+REFUSED_NAME = "refused.json"
+"""What strict mode, or memory, did not let run."""
+LOST_NAME = "lost.json"
+"""The replicas that were lost."""
 
 _TIMED_STEPS = 4
 _LEAST_ROUNDS = 3
 
 
 @dataclass(frozen=True)
-class Parted:
-    """A difference."""
+class Difference:
+    """A difference between two trainings, or a run that ended before its first step."""
 
     verdict: Verdict
+    """The verdict with the cause."""
     between: Literal["replicas", "repetitions", "preparation"]
-    """Of what; `preparation`: it ended before the first step, since replicas were not given the same, or not sound."""
+    """What differs. `preparation`: replicas got different inputs, or one is not wired correctly."""
 
 
 class Trial:
-    """One replica's part in it. The methods stand in the order in which they are called.
+    """One start of the job, on one replica.
+
+    The methods are defined in the order in which they are called.
 
     Args:
-        steps: how many to train each time, or fewer where the job itself ends before.
-        others: sections `determinism` that are timed beside the job's own, and may follow it in one process.
-        folder: where rank 0 leaves what was found, and the trace of the first training.
+        session: The session of this replica.
+        steps: Number of steps of each training. The job itself may end earlier.
+        others: Further `determinism` sections to time. They must be able to follow the job's own in one process.
+        folder: Where rank 0 writes the result and the trace of the first training.
     """
 
-    def __init__(
-        self,
-        prepared: Prepared,
-        world: World,
-        stop_request: StopRequest,
-        steps: int,
-        others: Sequence[DeterminismConfig],
-        folder: Path,
-    ) -> None:
-        self.own, self.device = prepared.own, prepared.device.device
-        self.world, self.channel, self.stop_request = world, world.channel, stop_request
-        self.steps, self.folder = steps, folder
+    def __init__(self, session: Session, steps: int, others: Sequence[DeterminismConfig], folder: Path) -> None:
+        self.session, self.steps, self.folder = session, steps, folder
+        self.world, self.channel, self.own = session.world, session.channel, session.own
         self.timed = [self.own.determinism, *others]
-        self.parts = Preparation(prepared, world)
         self.steps_done = 0
 
     def conduct(self) -> ExitCode:
-        """The whole of it; found.json is there if and only if it got to its end."""
+        """Run the trial. found.json is written if and only if it runs to its end."""
         try:
             return self.measure()
         except ReplicaLost:
             if self.world.monitor is not None:
                 rows = [lost.as_dict() for lost in self.world.monitor.find_lost()]
-                self.write_once(LOST_NAME, {"lost": rows})
+                self.write_first(LOST_NAME, {"lost": rows})
                 for row in rows:
                     print(f"replica {row['replica_id']} was lost: {row['reason']}", file=sys.stderr)
-                end_at_once(ExitCode.FAILED)
+                exit_now(ExitCode.FAILED)
             raise
         except RuntimeError as error:
             found = describe_unrun(error, self.world.replica_id)
             if found is not None:
-                self.leave_word(found)
+                self.write_first(REFUSED_NAME, found)
             raise
 
     def measure(self) -> ExitCode:
-        """What is looked for, and how long a step takes."""
-        self.world.together(lambda: None)  # another replica's input may be unusable
+        """Look for a difference, time the steps and write the result."""
         seconds: list[list[float]] = []
+        session = self.session
         try:
-            self.hasher, _ = common_hasher([self.device], self.channel)
-            self.parts.prepare()
+            session.choose_hasher()
+            session.prepare()
             self.world.together(self.check_epoch)
-            self.coordinator = Coordinator(self.channel, self.parts.data_seed)
-            parted = self.train_twice()
+            session.open_index_stream(session.data_seed)
+            difference = self.train_twice()
             seconds = self.time()
         except Concluded as end:
-            parted = Parted(end.verdict, "preparation")
+            difference = Difference(end.verdict, "preparation")
         except StoppedOnRequest:
             return ExitCode.STOPPED
         if self.world.is_coordinator:
             found = {
-                "device": self.device.type,
+                "device": session.device.type,
                 "steps": self.steps_done,
-                "verdict": None if parted is None else parted.verdict.as_dict(),
-                "between": None if parted is None else parted.between,
+                "verdict": None if difference is None else difference.verdict.as_dict(),
+                "between": None if difference is None else difference.between,
                 "seconds_per_step": seconds,
             }
             (self.folder / FOUND_NAME).write_text(json.dumps(found), encoding="utf-8")
         return ExitCode.AGREED
 
     def check_epoch(self) -> None:
-        """Raises UsageError if there is no step to time that an evaluation does not follow."""
-        if self.num_batches < 2:
+        """Raise UsageError if an evaluation follows each step, and would be timed with it."""
+        if self.session.num_batches < 2:
+            size = self.own.data.batch_size
             raise UsageError(
-                f"data.batch_size: {self.own.data.batch_size} makes an epoch of one batch, and an evaluation behind "
-                "each step would be timed, too. Use a smaller one."
+                f"data.batch_size: expected at least two batches per epoch, got one with batch_size {size}. "
+                "Use a smaller batch_size, so that steps can be timed without an evaluation.",
+                code="one-batch",
+                batch_size=size,
             )
 
-    def train_twice(self) -> Parted | None:
-        """What parted first; None if nothing did."""
+    def train_twice(self) -> Difference | None:
+        """Train, build again and train again. Return the first difference, or None."""
         path, tensors = None, None
         if self.world.is_coordinator:
             path, tensors = self.folder / TRACE_NAME, TensorRecord(self.folder / TENSORS_NAME)
         with self.trace(path, tensors) as trace:
-            parted = self.train_once(trace, None)
-        if parted is not None:
-            return parted
-        del self.parts.replica, self.parts.injector  # their memory is for the next
+            difference = self.train_once(trace, None)
+        if difference is not None:
+            return difference
+        del self.session.replica  # free its memory for the next build
+        self.session.injector = None
         gc.collect()
-        self.parts.replica = self.parts.build(self.parts.data.num_classes)
-        self.parts.check_build(self.parts.replica)
-        self.parts.injector = self.parts.arm()
-        reference = None if path is None else Reference(path, self.hasher.algorithm)
+        self.session.rebuild()
+        reference = None if path is None else Reference(path, self.session.hasher.algorithm)
         with self.trace(None) as trace:
             return self.train_once(trace, reference)
 
     def trace(self, path: Path | None, tensors: TensorRecord | None = None) -> TraceWriter:
-        """A fresh one."""
-        return TraceWriter(path, self.world.num_replicas, 0, tensors, self.hasher.algorithm)
+        """Open a new trace."""
+        return TraceWriter(path, self.world.num_replicas, 0, tensors, self.session.hasher.algorithm)
 
-    def train_once(self, trace: TraceWriter, reference: Reference | None) -> Parted | None:
-        """Trains the replica as it was built, to the first difference, of which it finds out the cause."""
+    def train_once(self, trace: TraceWriter, reference: Reference | None) -> Difference | None:
+        """Train the built replica up to the first difference, and diagnose it.
+
+        Args:
+            trace: The trace to record.
+            reference: The trace of the first training to compare with, on rank 0.
+
+        Returns:
+            The difference, or None if there is none.
+        """
+        session = self.session
         agreement = history = None
         try:
-            agreement = self.agreement(trace, reference)
-            history = History(self.parts.replica, self.own.agreement.snapshot_every)
-            with closing(self.training(agreement, history)) as events:
+            agreement = session.compare(trace, reference)
+            history = session.keep_history()
+            with closing(session.steps(agreement, history)) as events:
                 for event in events:
                     if isinstance(event, Stopped):
                         raise StoppedOnRequest
@@ -177,78 +175,47 @@ class Trial:
                         break
             agreement.finish()
         except ReferenceDiffers as difference:
+            place = difference.difference.place
+            found = difference.verdict.with_(summary=f"diverged from the first training {place.when}: {place.where}")
             unseeded = frozenset({"seed.model"} if self.own.seed.model is None else ())
             against = AgainstReference(difference.difference, [], [], unseeded)
-            verdict = self.explainer().explain_apart(difference.verdict, against, agreement, history)
-            summary = verdict.summary.replace(f"the reference {difference.difference.reference}", "the first training")
-            return Parted(verdict.with_(summary=summary), "repetitions")
+            verdict = session.explainer().explain_reference(found, against, agreement, history)
+            return Difference(verdict, "repetitions")
         except Divergence as divergence:
-            return Parted(self.explainer().explain(divergence.verdict, agreement, history), "replicas")
+            return Difference(session.explainer().explain(divergence.verdict, agreement, history), "replicas")
         except RuntimeError as error:
             if agreement is not None and is_refusal(error):
-                self.leave_word(describe_refusal(error, agreement.steps_done, self.num_batches, self.explainer()))
+                explainer = session.explainer()
+                refusal = describe_refusal(error, agreement.steps_done, session.num_batches, explainer)
+                self.write_first(REFUSED_NAME, refusal)
             raise
         self.steps_done = agreement.steps_done
         return None
 
-    def agreement(self, trace: TraceWriter, reference: Reference | None) -> Agreement:
-        """Compares the build, too. Raises Divergence."""
-        return Agreement(
-            self.parts.replica.model,
-            self.parts.replica.optimizer,
-            others=[self.parts.replica.scheduler, self.parts.replica.scaler],
-            lag=AGREEMENT_LAG,
-            trace=trace,
-            reference=reference,
-            channel=self.channel,
-            stoppable=True,
-            hasher=self.hasher,
-        )
+    def write_first(self, name: str, found: Any) -> None:
+        """Write a JSON file from this replica alone, unless another one has.
 
-    def training(self, agreement: Agreement, history: History, whole_epochs: bool = False) -> Events:
-        """The training loop, on the replica as it is."""
-        own = self.own
-        if whole_epochs:
-            own = own.model_copy(update={"train": own.train.model_copy(update={"max_steps": None})})
-        parts, stop = self.parts, self.stop_request
-        return train(
-            parts.replica, parts.data, self.coordinator, agreement, own, self.world, self.device, stop, history
-        )
-
-    def explainer(self) -> Explainer:
-        """What it takes to run the replica's steps again."""
-        parts = self.parts
-        assert parts.seed is not None
-        replica, data, injector = parts.replica, parts.data, parts.injector
-        return Explainer(
-            self.own, parts.seed, self.device, replica, data, self.coordinator, injector, self.channel, parts.facts
-        )
-
-    def leave_word(self, found: Mapping[str, Any]) -> None:
-        """Of what did not run, on this replica alone: the others, rank 0 included, need not have come to it."""
-        self.write_once(REFUSED_NAME, found)
-
-    def write_once(self, name: str, data: Mapping[str, Any]) -> None:
-        """Write a JSON file into the folder, unless another replica has written it."""
+        The other replicas, rank 0 included, need not run into the same error.
+        """
         path = self.folder / name
-        if not path.exists():  # the first failure is the most informative
-            partial = path.with_name(f".{name}.{self.world.replica_id}")
-            partial.write_text(json.dumps(data), encoding="utf-8")
-            partial.replace(path)  # atomic, since this process may be ended as soon as another has failed
+        if not path.exists():  # the first record says most
+            written = path.with_name(f".{name}.{self.world.replica_id}")
+            written.write_text(json.dumps(found), encoding="utf-8")
+            written.replace(path)  # atomic: this process may be terminated as soon as another one has failed
 
     def time(self) -> list[list[float]]:
-        """Seconds per step without checks, the slowest replica's: of each section in `timed`, one for each round.
+        """Return seconds per step without checks, of the slowest replica: per section in `timed`, one per round.
 
-        In alternating rounds, so that a machine whose speed drifts is as slow for all; one more does not count.
+        Rounds alternate between the sections, so that drift in the machine's speed affects all of them alike. The first
+        round is a warm-up.
         """
-        self.parts.replica.scheduler_per = "epoch"  # none is gone through: a schedule may be over by now
-        steps = min(_TIMED_STEPS, self.num_batches - 1)
+        steps = min(_TIMED_STEPS, self.session.num_batches - 1)
         rounds = max(_LEAST_ROUNDS, -(-self.steps // steps))
         seconds: list[list[float]] = [[] for _ in self.timed]
         for number in range(rounds + 1):
             order = range(len(self.timed))
             for index in order if number % 2 else reversed(order):
-                if any(self.channel.gather(bool(self.stop_request))):
+                if any(self.channel.gather(bool(self.session.stop_request))):
                     raise StoppedOnRequest
                 apply_determinism(self.timed[index])
                 slowest = max(self.channel.gather(self.time_steps(steps)))
@@ -257,38 +224,30 @@ class Trial:
         return seconds
 
     def time_steps(self, steps: int) -> float:
-        """Seconds per step over `steps` steps of an epoch, after a first one, which starts the loader."""
-        replica = self.parts.replica
-        agreement = Agreement(replica.model, replica.optimizer, every=0, channel=self.channel, hasher=self.hasher)
-        with closing(self.training(agreement, History(replica, 0), whole_epochs=True)) as events:
+        """Return seconds per step over `steps` steps of an epoch, after a first one, which starts the loader."""
+        session = self.session
+        agreement, history = session.compare_for_timing(every=0), History(session.replica, 0)
+        with closing(session.steps_to_time(agreement, history)) as events:
             next(events)
-            self.synchronize()
+            session.synchronize()
             started = time.perf_counter()
             for _ in itertools.islice(events, steps):
                 pass
-            self.synchronize()
+            session.synchronize()
             return (time.perf_counter() - started) / steps
-
-    def synchronize(self) -> None:
-        """Waits for the device."""
-        if self.device.type == "cuda":
-            torch.cuda.synchronize()
-
-    @property
-    def num_batches(self) -> int:
-        """In an epoch."""
-        return -(-len(self.parts.data.train) // self.own.data.batch_size)  # type: ignore[arg-type]
 
 
 def work(argv: Sequence[str]) -> ExitCode:
-    """One worker."""
+    """Run one replica of a start of `dreplica flags`."""
     parser = argparse.ArgumentParser(allow_abbrev=False, add_help=False)
     parser.add_argument("--steps", type=int, required=True)
     parser.add_argument("--others", type=json.loads, required=True)
     parser.add_argument("--folder", type=Path, required=True)
     known, settings = parser.parse_known_args(argv)
     others = [DeterminismConfig.model_validate(section) for section in known.others]
-    return meet(
+    return start_replica(
         settings,
-        lambda prepared, world, stop: Trial(prepared, world, stop, known.steps, others, known.folder).conduct(),
+        lambda prepared, world, stop: Trial(
+            Session(prepared, world, stop), known.steps, others, known.folder
+        ).conduct(),
     )

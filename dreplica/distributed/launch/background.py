@@ -4,9 +4,12 @@ import os
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from dreplica.config.paths import IMPORT_ROOT
+from dreplica.distributed.launch.error_record import ERROR_FILE, read_error
+from dreplica.errors import UsageError
 
 _LAUNCH = """
 import sys
@@ -16,6 +19,18 @@ sys.exit(launch(sys.argv[1], sys.argv[3:], int(sys.argv[2])))
 _SHUTDOWN_SECONDS = 5
 
 
+@dataclass(frozen=True)
+class Finished:
+    """The end of worker processes that ran in the background."""
+
+    code: int | None
+    """Exit code, or None if the workers were terminated at the timeout."""
+    output: str
+    """Everything that the workers and the launcher printed."""
+    error: UsageError | None = None
+    """The error for which the workers exited with `ExitCode.UNUSABLE`."""
+
+
 def run_in_background(
     module: str,
     arguments: Sequence[str],
@@ -23,7 +38,7 @@ def run_in_background(
     log: Path,
     timeout: float | None = None,
     variables: Mapping[str, str | None] | None = None,
-) -> tuple[int | None, str]:
+) -> Finished:
     """Run `python -m module arguments...` once per replica, and wait for the end.
 
     No process is left running, whatever ends the wait.
@@ -32,14 +47,17 @@ def run_in_background(
         module: The entry point of the workers.
         arguments: Command-line arguments of each worker.
         num_replicas: Number of workers.
-        log: File that the output is appended to.
+        log: File that the output is appended to. An error is recorded next to it.
         timeout: Seconds until the workers are terminated, or None to wait without a limit.
         variables: Environment variables to set in the workers, or to remove where the value is None.
 
     Returns:
-        The exit code, or None if the workers were terminated at the timeout, and the output.
+        The exit code, the output and, if the workers could not use their input, the error.
     """
+    record = log.with_suffix(".error.json").absolute()
+    record.unlink(missing_ok=True)
     environment = os.environ | {
+        ERROR_FILE: str(record),
         "PYTHONPATH": os.pathsep.join(filter(None, [str(IMPORT_ROOT), os.environ.get("PYTHONPATH")])),
         "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": str(_SHUTDOWN_SECONDS),
     }
@@ -66,7 +84,7 @@ def run_in_background(
             # Read before terminating: the launcher would add how it was terminated.
             printed = log.read_bytes()[start:].decode(errors="replace")
             _end(process)
-    return code, printed
+    return Finished(code, printed, read_error(record))
 
 
 def _end(process: "subprocess.Popen[bytes]") -> None:

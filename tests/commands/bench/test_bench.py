@@ -12,7 +12,10 @@ from dreplica.commands.bench.results import Measured, Memory, median_interval, p
 from dreplica.config.load import load_config
 from dreplica.distributed.process_group import World
 from dreplica.distributed.signals import StoppedOnRequest, StopRequest
+from dreplica.environment.device import Device
 from dreplica.errors import UsageError
+from dreplica.run.bootstrap import Prepared
+from dreplica.run.session import Session
 from tests.fixtures import SMALL
 from tests.harness import run_replicas
 
@@ -24,13 +27,18 @@ OVER_AFTER_AN_EPOCH = (
 )
 
 
+def session(world: World, *settings: str) -> Session:
+    config = load_config([*SMALL, *settings], world.num_replicas)
+    return Session(Prepared(config, config, Device(torch.device("cpu"))), world, StopRequest())
+
+
 def measure(world: World, steps: int | None) -> Any:
-    config = load_config([*SMALL, *OVER_AFTER_AN_EPOCH], world.num_replicas)
-    bench = Bench(config, world, torch.device("cpu"), steps)
-    before = bench.replica.steps_done
+    bench = Bench(session(world, *OVER_AFTER_AN_EPOCH), steps)
+    replica = bench.session.replica
+    before = replica.steps_done
     measured = bench.measure(rounds=2)
-    state = 2 * sum(tensor.nbytes for tensor in bench.replica.model.state_dict().values())
-    return measured, bench.steps, bench.replica.steps_done - before, state
+    state = 2 * sum(tensor.nbytes for tensor in replica.model.state_dict().values())
+    return measured, bench.steps, replica.steps_done - before, state
 
 
 def test_every_loop_is_timed_in_every_round_and_all_state_is_hashed() -> None:
@@ -53,14 +61,14 @@ def test_steps_that_do_not_fit_into_an_epoch_are_refused() -> None:
         assert "--steps 4" in str(result)
 
 
-def told_on_one(world: World) -> None:
-    told = StopRequest()
-    told.signal_name = "SIGINT" if world.replica_id == 1 else None
-    Bench(load_config(list(SMALL), world.num_replicas), world, torch.device("cpu"), None).measure(10**6, told)
+def stop_on_one(world: World) -> None:
+    bench = Bench(session(world), None)
+    bench.session.stop_request.signal_name = "SIGINT" if world.replica_id == 1 else None
+    bench.measure(10**6)
 
 
-def test_told_to_stop_all_replicas_do() -> None:
-    assert [type(result) for result in run_replicas(told_on_one, 2)] == [StoppedOnRequest] * 2
+def test_bench_stops_on_all_replicas() -> None:
+    assert [type(result) for result in run_replicas(stop_on_one, 2)] == [StoppedOnRequest] * 2
 
 
 def test_ratios_are_taken_round_by_round() -> None:

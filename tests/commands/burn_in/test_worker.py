@@ -24,7 +24,7 @@ from dreplica.commands.main import main
 from dreplica.distributed.process_group import World
 from dreplica.distributed.signals import StopRequest, stop_signals
 from dreplica.errors import ExitCode, UsageError
-from dreplica.run.bootstrap import end_unusable, prepare
+from dreplica.run.bootstrap import exit_unusable, prepare
 from dreplica.state.replica import Replica
 from dreplica.training.checkpoint.manager import Checkpoints
 from tests.fixtures import SMALL
@@ -191,7 +191,7 @@ def test_one_that_fails_between_passes_is_named_by_another(tmp_path: Path) -> No
 
 def tell_one_in_the_next(burn_in: BurnIn, done: PassDone) -> None:
     def tell() -> None:
-        while burn_in.current is None or burn_in.current.agreement is None or burn_in.current.agreement.steps_done < 3:
+        while (agreement := burn_in.current and burn_in.current.run.agreement) is None or agreement.steps_done < 3:
             time.sleep(0.001)
         os.kill(os.getpid(), signal.SIGINT)
 
@@ -226,7 +226,7 @@ def burn_in_as_met(world: World, *arguments: Any) -> Any:
     try:
         return burn_in(world, *arguments)
     except UsageError as error:
-        return end_unusable(error, world)
+        return exit_unusable(error, world)
 
 
 def fill_the_disk_in_mid_pass(burn_in: BurnIn, _done: PassDone) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 
 import yaml
 
+from dreplica.distributed.launch.background import Finished
 from dreplica.errors import ExitCode
 
 Section = Mapping[str, Any]
@@ -47,7 +48,7 @@ class MadeUp:
         log: Path,
         timeout: float,
         variables: Mapping[str, str | None],
-    ) -> tuple[int | None, str]:
+    ) -> Finished:
         assert module == "dreplica.commands.flags"
         given = options_in(arguments)
         section = yaml.safe_load(Path(given["config"]).read_text())["determinism"]
@@ -59,7 +60,7 @@ class MadeUp:
         if operator is not None and operator.startswith("raises "):
             row = {"step": 1, "operator": operator.split()[1], "module": "head", "phase": "forward"}
             (folder / "refused.json").write_text(json.dumps(row | {"message": "not deterministic", "remedy": []}))
-            return ExitCode.FAILED, "Traceback ..."
+            return Finished(ExitCode.FAILED, "Traceback ...")
         timed = [section, *json.loads(given["others"])]
         found = {
             "device": self.device,
@@ -70,7 +71,7 @@ class MadeUp:
         }
         (folder / "found.json").write_text(json.dumps(found))
         write_trace(folder, "a", steps)
-        return ExitCode.AGREED, ""
+        return Finished(ExitCode.AGREED, "")
 
     def verdict(self, operator: str) -> dict[str, Any]:
         place = {"step": 2, "stage": "output", "tensor": "logits", "module": "body", "phase": "forward"}

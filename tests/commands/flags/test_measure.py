@@ -12,6 +12,7 @@ from dreplica.commands.flags import measure
 from dreplica.commands.flags.flags import STRICT, Variant, closed
 from dreplica.commands.flags.measure import Measurements, Outcome, TrialFailed, describe
 from dreplica.config.load import load_config
+from dreplica.distributed.launch.background import Finished
 from dreplica.errors import ExitCode, UsageError
 from tests.commands.flags.jobs import MadeUp, options_in, write_trace
 
@@ -52,7 +53,7 @@ def test_what_a_library_keeps_is_timed_in_processes_of_its_own(
 
 def test_starts_that_agree_in_themselves_may_part_from_each_other(make: Callable[..., Measurements]) -> None:
     class Parting(MadeUp):
-        def __call__(self, *arguments: object, **more: object) -> tuple[int | None, str]:
+        def __call__(self, *arguments: object, **more: object) -> Finished:
             came_of_it = super().__call__(*arguments, **more)
             folder = Path(options_in(arguments[1])["folder"])  # type: ignore[arg-type]
             write_trace(folder, "ab"[len(self.sections) > 2], steps=4)
@@ -84,10 +85,10 @@ def test_an_operator_that_raises_is_an_outcome(make: Callable[..., Measurements]
     assert measurements.ratios(CHOOSING, STRICT) == []
 
 
-def out_of_memory(_module: str, arguments: Sequence[str], *_: Any) -> tuple[int, str]:
+def out_of_memory(_module: str, arguments: Sequence[str], *_: Any) -> Finished:
     told = {"phase": "memory", "message": "replica 1: CUDA out of memory. Tried to allocate 2.00 GiB"}
     (Path(options_in(arguments)["folder"]) / "refused.json").write_text(json.dumps(told))
-    return ExitCode.FAILED, "replica 1 was lost: raised OutOfMemoryError"
+    return Finished(ExitCode.FAILED, "a traceback")
 
 
 def test_a_setting_for_which_memory_does_not_suffice_is_one_that_does_not_run(
@@ -115,31 +116,36 @@ def test_strict_mode_without_the_workspace_is_not_tried(make: Callable[..., Meas
     assert describe(measurements.of(refused)[0]).startswith("strict mode does not start without CUBLAS_WORKSPACE_CON")
 
 
-def test_start_names_lost_replicas(make: Callable[..., Measurements]) -> None:
-    def lose(_module: str, arguments: Sequence[str], *_: Any) -> tuple[int, str]:
-        row = {"replica_id": 1, "reason": "raised OSError"}
-        (Path(options_in(arguments)["folder"]) / "lost.json").write_text(json.dumps({"lost": [row]}))
-        return ExitCode.FAILED, "and more"
-
-    with pytest.raises(TrialFailed, match=r"code 1:\nreplica 1 was lost: raised OSError$"):
-        make(lose).start(STRICT)
+UNUSABLE = UsageError("data.root: the folder is missing")
 
 
 @pytest.mark.parametrize(
-    ("code", "printed", "error", "message"),
+    ("ended", "error", "message"),
     [
-        (ExitCode.UNUSABLE, "hm\nerror: data.root: there is none\n", UsageError, r"^data\.root: there is none$"),
-        (ExitCode.FAILED, "out of memory, say", TrialFailed, "(?s)strict: exit code 1:.*out of memory, say"),
-        (ExitCode.STOPPED, "", TrialFailed, "^strict: a replica was told to stop$"),
-        (None, "still at it", TrialFailed, r"(?s)did not end within 60 seconds \(--timeout\):.*still at it"),
+        (Finished(ExitCode.UNUSABLE, "hm", UNUSABLE), UsageError, r"^data\.root: the folder is missing$"),
+        (Finished(ExitCode.UNUSABLE, "no record"), TrialFailed, "(?s)strict: exit code 2:.*no record"),
+        (Finished(ExitCode.FAILED, "out of memory, say"), TrialFailed, "(?s)strict: exit code 1:.*out of memory, say"),
+        (Finished(ExitCode.STOPPED, ""), TrialFailed, "^strict: a replica was asked to stop$"),
+        (Finished(None, "still at it"), TrialFailed, r"(?s)no end within 60 seconds \(--timeout\):.*still at it"),
     ],
 )
-def test_a_start_that_fails_ends_it_with_its_last_words(
-    make: Callable[..., Measurements], code: int | None, printed: str, error: type[Exception], message: str
+def test_start_that_fails_raises_its_reason(
+    make: Callable[..., Measurements], ended: Finished, error: type[Exception], message: str
 ) -> None:
-    measurements = make(lambda *_: (code, printed))
+    measurements = make(lambda *_: ended)
     with pytest.raises(error, match=message):
         measurements.start(STRICT)
+
+
+def lose_replica_1(_module: str, arguments: Sequence[str], *_: Any) -> Finished:
+    lost = {"lost": [{"replica_id": 1, "reason": "raised OSError"}]}
+    (Path(options_in(arguments)["folder"]) / "lost.json").write_text(json.dumps(lost))
+    return Finished(ExitCode.FAILED, "a survivor's traceback")
+
+
+def test_start_that_loses_a_replica_names_it(make: Callable[..., Measurements]) -> None:
+    with pytest.raises(TrialFailed, match=r"^strict: exit code 1:\nreplica 1 was lost: raised OSError$"):
+        make(lose_replica_1).start(STRICT)
 
 
 def test_what_ended_before_the_first_step_is_said_to_have(tmp_path: Path) -> None:

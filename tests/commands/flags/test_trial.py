@@ -15,6 +15,7 @@ from dreplica.distributed.process_group import World
 from dreplica.distributed.signals import StopRequest
 from dreplica.errors import ExitCode, UsageError
 from dreplica.run.bootstrap import prepare
+from dreplica.run.session import Session
 from tests.fixtures import SMALL
 from tests.harness import run_replicas
 
@@ -32,7 +33,8 @@ def start(world: World, folder: Path, model: str, variant: Variant, stopped: boo
     stop = StopRequest()
     stop.signal_name = "SIGTERM" if stopped else None
     others = [STRICT.section(DeterminismConfig())]
-    return Trial(prepare(list(arguments.values())), world, stop, 6, others, folder).conduct()
+    session = Session(prepare(list(arguments.values())), world, stop)
+    return Trial(session, 6, others, folder).conduct()
 
 
 def conduct(folder: Path, model: str, variant: Variant, num_replicas: int, *settings: str) -> dict[str, Any]:
@@ -144,4 +146,4 @@ def test_told_to_stop_it_stops_on_all_replicas(tmp_path: Path) -> None:
 def test_an_epoch_of_one_batch_leaves_no_step_to_time(tmp_path: Path) -> None:
     for result in run_replicas(start, 2, tmp_path, "", STRICT, False, "--data.batch_size=80"):
         assert isinstance(result, UsageError)
-        assert "data.batch_size: 80" in str(result)
+        assert "got one with batch_size 80" in str(result)

@@ -13,7 +13,7 @@ from dreplica.agreement import hasher as hashing
 from dreplica.agreement.agreement import Agreement
 from dreplica.agreement.hasher import Hasher
 from dreplica.distributed.process_group import World
-from dreplica.run.run import Run
+from dreplica.run.session import Session
 from dreplica.state.fingerprint.fingerprint import ALGORITHM
 from tests.agreement.bodies import Fault, Job, Result, train_all
 from tests.harness import run_replicas
@@ -122,8 +122,9 @@ def _choose(world: World, able: Sequence[int]) -> tuple[bool, list[str]]:
         return LateHasher() if world.replica_id in able else Hasher()
 
     hashing.hasher_for = hasher_for  # type: ignore[assignment]
-    run: Any = SimpleNamespace(channel=world.channel, device=SimpleNamespace(device=None), warnings=[])
-    return Run.choose_hasher(run).is_asynchronous, run.warnings
+    session: Any = SimpleNamespace(channel=world.channel, device=None, warnings=[])
+    Session.choose_hasher(session)
+    return session.hasher.is_asynchronous, session.warnings
 
 
 @pytest.mark.parametrize(("able", "chosen"), [((), False), ((0, 1), True), ((1,), False)])
