@@ -44,7 +44,7 @@ def test_strict_mode_does_not_begin_on_a_gpu_that_may_not_be_deterministic(
     assert run() == (ExitCode.UNUSABLE, [])
     error = capsys.readouterr().err
     assert error.startswith("error: CUBLAS_WORKSPACE_CONFIG is not set, and an imported module has started")
-    assert "export CUBLAS_WORKSPACE_CONFIG=:4096:8" in error
+    assert "Export CUBLAS_WORKSPACE_CONFIG=:4096:8" in error
 
 
 def test_warn_mode_warns_and_puts_it_into_the_report(
