@@ -3,7 +3,8 @@
 import torch
 from torch import nn
 
-from dreplica.data.datasets import DataConfig, TensorImages
+from dreplica.config.schema import DataConfig
+from dreplica.data.samples import TensorImages
 
 SMALL = (
     "--data.name=tests.fixtures:tiny_images",

@@ -1,1 +1,1 @@
-"""Data sets, the index stream of the coordinator, and the loader."""
+"""Data sets, the index stream of the coordinator, the loader and caches of decoded images."""

@@ -1,4 +1,18 @@
-"""Samples, and what is asked of a data set beyond `len` and `[]`: its view of an epoch, the name of a sample."""
+"""Samples, and the optional methods and attributes by which a data set says more about them.
+
+A data set needs `len(dataset)` and `dataset[index]`, which returns (input, label). It may also have:
+
+- `at_epoch(epoch)`: the data set as seen in that epoch (from 1), if its augmentation depends on the epoch.
+- `describe(index)`: a name for the sample in messages, such as its file.
+- `load_batch(indices, batch_id)`: collated inputs and labels of several samples.
+- `uncached()`: the data set without caches, for replays.
+- `labels` or `targets`: the labels of all samples, for `data.sample_weights: balanced`.
+- `image_shape`: (channels, height, width) of all inputs.
+- `normalization`: mean and standard deviation per channel, by which uint8 inputs are normalized.
+- `signature(index)`: a line that identifies the sample's data without loading it, for the digest.
+
+The functions here call these where a data set has them, with a default where it does not.
+"""
 
 import traceback
 from collections.abc import Callable, Sequence
@@ -14,45 +28,61 @@ from torch.utils.data import Dataset, default_collate
 from dreplica.errors import UsageError
 
 Sample = tuple[Tensor, int]
-"""An image, uint8 (3, H, W), or an input of any other dtype and shape; a label, from 0."""
+"""An input and a label from 0. An image is uint8 (3, H, W); other inputs have any dtype and shape."""
 
-Place = tuple[int, int]
-"""Which batch of a run: the number of the pass over a data set (counted by the coordinator), and the batch's in it."""
+BatchId = tuple[int, int]
+"""Identifies a batch of a run: the number of the pass over a data set (from 1), and the batch's index in that pass."""
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-"""Per channel, of pixels scaled to 0…1: what torchvision's pretrained weights were trained with."""
+"""Mean and standard deviation per channel of pixels scaled to 0…1, as used for torchvision's pretrained weights."""
 
 
 class SampleError(UsageError):
-    """A sample that cannot be loaded; the message names it."""
+    """A sample that cannot be loaded or trained on. The message names the sample."""
+
+    default_code = "bad-sample"
 
 
 @dataclass(frozen=True)
 class DataSets:
-    """What there is to train and validate on."""
+    """The training and validation sets of a run."""
 
     train: Dataset[Sample]
+    """The training set."""
     val: Dataset[Sample]
+    """The validation set."""
     num_classes: int
+    """Number of classes. Labels are 0 to num_classes - 1."""
     digest: str
-    """32 hex digits over the data, or what stands for them: replicas must have loaded the same."""
+    """32 hex digits over the data, or over what identifies them. All replicas must have the same."""
     weights: Tensor | None = None
-    """(training samples,) float32: what each counts in the loss; None: all the same."""
+    """Weight of each training sample in the loss: float32 (training samples,). None weighs all samples equally."""
     skipped: tuple[str, ...] = ()
-    """What was left out because it cannot be loaded: a line each."""
+    """One line for each sample that was skipped because it cannot be loaded."""
 
     def without(self, train: Sequence[int], val: Sequence[int], skipped: Sequence[str]) -> "DataSets":
-        """The data without the samples of these indices, which no longer count in the digest of files either."""
-        kept = _others(train, len(self.train))  # type: ignore[arg-type]
-        kept_train = Kept(self.train, kept)
-        kept_val = Kept(self.val, _others(val, len(self.val)))  # type: ignore[arg-type]
+        """Return the data without some samples, which no longer count in a digest over files either.
+
+        Args:
+            train: Indices of the training samples to leave out.
+            val: Indices of the validation samples to leave out.
+            skipped: One line for each sample left out.
+        """
+        kept = _complement(train, len(self.train))  # type: ignore[arg-type]
+        kept_train = SampleSubset(self.train, kept)
+        kept_val = SampleSubset(self.val, _complement(val, len(self.val)))  # type: ignore[arg-type]
         digest = digest_files(kept_train, kept_val) if hasattr(self.train, "signature") else self.digest
         weights = None if self.weights is None else self.weights[kept]
         return replace(self, train=kept_train, val=kept_val, digest=digest, weights=weights, skipped=tuple(skipped))
 
 
 class TensorImages(Dataset[Sample]):
-    """Images in memory: `images` float32 (N, C, H, W), `labels` int64 (N,)."""
+    """A data set of images in memory.
+
+    Args:
+        images: float32 or uint8 (N, C, H, W).
+        labels: int64 (N,).
+    """
 
     def __init__(self, images: Tensor, labels: Tensor) -> None:
         self.images, self.labels = images, labels
@@ -65,8 +95,13 @@ class TensorImages(Dataset[Sample]):
         return self.images[index], int(self.labels[index])
 
 
-class Kept(Dataset[Sample]):
-    """Those samples of a data set whose indices are `kept`; their augmentation is what it is in the whole set."""
+class SampleSubset(Dataset[Sample]):
+    """Some samples of a data set, augmented as they are in the whole set.
+
+    Args:
+        dataset: The whole set.
+        kept: Indices into the whole set, one for each sample of this one.
+    """
 
     def __init__(self, dataset: Dataset[Sample], kept: Sequence[int]) -> None:
         self.dataset, self.kept = dataset, kept
@@ -78,52 +113,52 @@ class Kept(Dataset[Sample]):
     def __getitem__(self, index: int) -> Sample:
         return self.dataset[self.kept[index]]
 
-    def at_epoch(self, epoch: int) -> "Kept":
-        """The view of an epoch."""
-        return Kept(at_epoch(self.dataset, epoch), self.kept)
+    def at_epoch(self, epoch: int) -> "SampleSubset":
+        """Return the subset as seen in an epoch (from 1)."""
+        return SampleSubset(at_epoch(self.dataset, epoch), self.kept)
 
-    def by_itself(self) -> "Kept":
-        """The same samples, decoded anew each time."""
-        return Kept(by_itself(self.dataset), self.kept)
+    def uncached(self) -> "SampleSubset":
+        """Return the same samples without caches, decoded each time they are read."""
+        return SampleSubset(uncached(self.dataset), self.kept)
 
-    def without_batched(self) -> "Kept":
-        """The same samples without what is done with a whole batch; only of images."""
-        return Kept(self.dataset.without_batched(), self.kept)  # type: ignore[attr-defined]
+    def without_batch_augmentation(self) -> "SampleSubset":
+        """Return the same images without the augmentation of whole batches. Only for sets of images."""
+        return SampleSubset(self.dataset.without_batch_augmentation(), self.kept)  # type: ignore[attr-defined]
 
-    def load_batch(self, indices: Sequence[int], place: Place | None = None) -> Any:
-        """As the whole set would."""
-        return load_batch(self.dataset, [self.kept[index] for index in indices], place)
+    def load_batch(self, indices: Sequence[int], batch_id: BatchId | None = None) -> Any:
+        """Return collated inputs and labels, loaded as the whole set loads them."""
+        return load_batch(self.dataset, [self.kept[index] for index in indices], batch_id)
 
     def augment_batch(self, images: Tensor, indices: Sequence[int]) -> Tensor:
-        """As the whole set would; only of images."""
+        """Augment a whole batch as the whole set does. Only for sets of images."""
         return self.dataset.augment_batch(images, [self.kept[index] for index in indices])  # type: ignore[attr-defined]
 
     def describe(self, index: int) -> str:
-        """Which sample it is."""
+        """Return a name for the sample: its index in the whole set and its file, if known."""
         return describe(self.dataset, self.kept[index])
 
     def signature(self, index: int) -> str:
-        """That of the sample in the whole set."""
+        """Return the sample's signature in the whole set."""
         return self.dataset.signature(self.kept[index])  # type: ignore[attr-defined]
 
 
 def at_epoch(dataset: Dataset[Any], epoch: int) -> Dataset[Any]:
-    """`dataset` as it is in an epoch (from 1): its `at_epoch(epoch)`, where it has one; otherwise itself."""
+    """Return `dataset` as seen in an epoch (from 1), or itself if it does not depend on the epoch."""
     return dataset.at_epoch(epoch) if hasattr(dataset, "at_epoch") else dataset
 
 
-def by_itself(dataset: Dataset[Any]) -> Dataset[Any]:
-    """`dataset` without what is kept or shared of it: its `by_itself()`, where it has one; otherwise itself."""
-    return dataset.by_itself() if hasattr(dataset, "by_itself") else dataset
+def uncached(dataset: Dataset[Any]) -> Dataset[Any]:
+    """Return `dataset` without caches, or itself if it has none."""
+    return dataset.uncached() if hasattr(dataset, "uncached") else dataset
 
 
 def describe(dataset: Dataset[Any], index: int) -> str:
-    """Which sample it is, in words: its index and, where the data set can tell (`describe(index)`), its file."""
+    """Return a name for the sample in messages: its index, and its file if the data set knows it."""
     return f"index {index}" + (f" ({dataset.describe(index)})" if hasattr(dataset, "describe") else "")
 
 
 def digest_files(*datasets: Any) -> str:
-    """32 hex digits over the samples of sets that tell each sample's `signature(index)`, in their order."""
+    """Return 32 hex digits over the signatures of all samples, in order."""
     hashed = xxhash.xxh3_128()
     for dataset in datasets:
         hashed.update(f"{len(dataset)} samples\n".encode())
@@ -133,17 +168,29 @@ def digest_files(*datasets: Any) -> str:
 
 
 def normalization(dataset: Dataset[Any]) -> tuple[Sequence[float], Sequence[float]]:
-    """Mean and standard deviation per channel, of pixels scaled to 0…1, that uint8 images are normalised by."""
+    """Return mean and standard deviation per channel, of pixels scaled to 0…1, for uint8 images."""
     return getattr(dataset, "normalization", (IMAGENET_MEAN, IMAGENET_STD))
 
 
 def image_shape(dataset: Dataset[Any]) -> tuple[int, ...] | None:
-    """(channels, height, width) of all samples, where the data set can tell without loading one; otherwise None."""
+    """Return (channels, height, width) of all inputs, None if the data set does not know it without loading one."""
     return getattr(dataset, "image_shape", None)
 
 
 def load_sample(dataset: Dataset[Any], index: int, load: Callable[[int], Any] | None = None) -> Any:
-    """`dataset[index]`, or `load(index)`. Raises UsageError, naming the sample, whatever the data set itself raises."""
+    """Return `dataset[index]`, with any exception turned into a `UsageError` that names the sample.
+
+    Args:
+        dataset: The data set, for the sample's name.
+        index: Index of the sample.
+        load: Called with the index instead of `dataset[index]`.
+
+    Returns:
+        What the data set returned, unchecked.
+
+    Raises:
+        SampleError: If the data set raises anything other than a `UsageError`, which passes.
+    """
     try:
         return dataset[index] if load is None else load(index)
     except UsageError:
@@ -153,36 +200,33 @@ def load_sample(dataset: Dataset[Any], index: int, load: Callable[[int], Any] | 
         raise SampleError(
             f"data.name: the sample at {describe(dataset, index)} cannot be loaded: "
             f"{type(error).__name__}: {error} ({Path(frame.filename).name}, line {frame.lineno}). "
-            "Mend it or the data set, or leave such samples out: --data.on_error skip."
+            "Fix the sample or the data set, or skip such samples: --data.on_error skip.",
+            code="sample-not-loaded",
+            key="data.name",
+            index=index,
         ) from error
 
 
-def load_batch(dataset: Dataset[Any], indices: Sequence[int], place: Place | None = None) -> Any:
-    """Inputs and labels, collated: by `dataset.load_batch`, where it has one; otherwise sample by sample.
+def load_batch(dataset: Dataset[Any], indices: Sequence[int], batch_id: BatchId | None = None) -> Any:
+    """Return collated inputs and labels, by the data set's `load_batch` or sample by sample.
 
-    Raises UsageError, naming the sample, for one that cannot be loaded, and what `default_collate` raises.
+    Args:
+        dataset: The data set.
+        indices: Indices of the samples.
+        batch_id: Identifies the batch for replicas that share decoded images. None loads it in this process alone.
+
+    Returns:
+        What `default_collate` makes of the samples: usually inputs (batch, ...) and labels int64 (batch,).
+
+    Raises:
+        UsageError: If a sample cannot be loaded. `default_collate` raises its own errors.
     """
     if hasattr(dataset, "load_batch"):
-        return dataset.load_batch(indices, place)
+        return dataset.load_batch(indices, batch_id)
     return default_collate([load_sample(dataset, index) for index in indices])
 
 
-def _others(indices: Sequence[int], num_samples: int) -> list[int]:
+def _complement(indices: Sequence[int], num_samples: int) -> list[int]:
     kept = torch.ones(num_samples, dtype=torch.bool)
     kept[list(indices)] = False
     return kept.nonzero().flatten().tolist()
-
-
-def split_indices(num_samples: int, val_fraction: float, seed: int) -> tuple[Tensor, Tensor]:
-    """Training and validation indices, int64, drawn from a generator of their own.
-
-    Raises UsageError if either comes out empty.
-    """
-    num_val = round(num_samples * val_fraction)
-    if not 0 < num_val < num_samples:
-        raise UsageError(
-            f"data.val_fraction: {val_fraction} of {num_samples} samples leaves {num_val} for validation "
-            f"and {num_samples - num_val} for training. Choose a fraction that leaves some for both."
-        )
-    order = torch.randperm(num_samples, generator=torch.Generator().manual_seed(seed))
-    return order[num_val:], order[:num_val]

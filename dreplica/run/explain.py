@@ -11,9 +11,9 @@ from dreplica.agreement.agreement import Agreement
 from dreplica.agreement.verdict.evidence import Evidence
 from dreplica.agreement.verdict.verdict import Verdict
 from dreplica.config.schema import RunConfig
-from dreplica.data.loading.index_stream import Coordinator
-from dreplica.data.loading.loader import Batch, load_again
-from dreplica.data.samples import DataSets, at_epoch, by_itself
+from dreplica.data.loading.index_stream import IndexSampler
+from dreplica.data.loading.loader import Batch, reload_batch
+from dreplica.data.samples import DataSets, at_epoch, uncached
 from dreplica.diagnosis.decision.conclude import RunFacts, conclude, conclude_build
 from dreplica.diagnosis.decision.decide_reference import AgainstReference
 from dreplica.diagnosis.diagnose_run import Judge, can_replay, diagnose
@@ -45,7 +45,7 @@ class Explainer:
     device: torch.device
     replica: Replica
     data: DataSets
-    coordinator: Coordinator
+    coordinator: IndexSampler
     injector: Injector
     channel: Channel
     facts: RunFacts
@@ -103,7 +103,7 @@ class Explainer:
             return found.with_(cause="unexplained", evidence=[*found.evidence, line])
         original = agreement.diverged_stages
         num_workers = self.config.data.num_workers
-        dataset = by_itself(at_epoch(self.data.train, found.epoch or 1))
+        dataset = uncached(at_epoch(self.data.train, found.epoch or 1))
         data = PlainState([self.data.train], enter=_is_of_the_data, max_bytes=_MOST_BYTES)
         try:
             return diagnose(found, original, replayer, dataset, num_workers, self.channel, self.facts, judge)
@@ -132,7 +132,7 @@ class Explainer:
         self.injector.indices(entry.step, received, self.num_samples)
         memory_format = torch.channels_last if self.config.model.channels_last else torch.preserve_format
         dataset = at_epoch(self.data.train, entry.epoch)
-        return load_again(dataset, received, self.device, memory_format, weights=self.data.weights)
+        return reload_batch(dataset, received, self.device, memory_format, weights=self.data.weights)
 
     @property
     def num_samples(self) -> int:

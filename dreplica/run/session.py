@@ -14,7 +14,7 @@ from dreplica.agreement.trace.writer import TraceWriter
 from dreplica.agreement.verdict.verdict import Verdict, split_into_groups, suspects_of
 from dreplica.config.components import check_schedule
 from dreplica.data.datasets import prepare_data
-from dreplica.data.loading.index_stream import Coordinator
+from dreplica.data.loading.index_stream import IndexSampler
 from dreplica.data.samples import DataSets
 from dreplica.diagnosis.decision import conclude as diagnosis
 from dreplica.diagnosis.decision.conclude import BuildFacts, RunFacts
@@ -84,7 +84,7 @@ class Session:
     data: DataSets
     data_seed: int
     replica: Replica
-    coordinator: Coordinator
+    coordinator: IndexSampler
 
     def __init__(self, prepared: Prepared, world: World, stop_request: StopRequest) -> None:
         self.config, self.own, self._bound = prepared.config, prepared.own, prepared.device
@@ -206,7 +206,7 @@ class Session:
 
     def open_index_stream(self, seed: int) -> None:
         """Create the coordinator, which draws the order of samples from `seed`."""
-        self.coordinator = Coordinator(self.channel, seed)
+        self.coordinator = IndexSampler(self.channel, seed)
         if self.injector is not None and self.config.inject:
             self.coordinator = FaultyCoordinator(self.channel, seed, self.injector)
 

@@ -8,8 +8,8 @@ from torch.utils.data import Dataset
 
 from dreplica.agreement.hasher import Hasher
 from dreplica.config.schema import TrainConfig
-from dreplica.data.loading.index_stream import Coordinator
-from dreplica.data.loading.loader import Labels, load_batches
+from dreplica.data.loading.index_stream import IndexSampler
+from dreplica.data.loading.loader import LabelRange, load_batches
 from dreplica.state.progress import Position
 from dreplica.state.replica import Replica
 from dreplica.state.stages import batch_entries
@@ -84,12 +84,12 @@ class Evaluation:
 def evaluate(
     replica: Replica,
     dataset: Dataset,
-    coordinator: Coordinator,
+    coordinator: IndexSampler,
     device: torch.device,
     batch_size: int,
     num_workers: int,
     config: TrainConfig,
-    rule: Labels | None = None,
+    rule: LabelRange | None = None,
     hasher: Hasher | None = None,
 ) -> Evaluation:
     """Evaluate a replica in eval mode, and restore the mode of every module.

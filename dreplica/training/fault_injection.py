@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_leaves
 
 from dreplica.config.messages import nearest
 from dreplica.config.schema import FaultConfig
-from dreplica.data.loading.index_stream import Coordinator, IndexStream
+from dreplica.data.loading.index_stream import IndexSampler, IndexStream
 from dreplica.distributed.channel import Channel
 from dreplica.errors import UsageError
 from dreplica.state.replica import Replica
@@ -129,7 +129,7 @@ class Injector:
                 torch.set_rng_state(state)
 
 
-class FaultyCoordinator(Coordinator):
+class FaultyCoordinator(IndexSampler):
     """A coordinator that injects faults into the indices that its replica has received."""
 
     def __init__(self, channel: Channel, seed: int, injector: Injector) -> None:

@@ -9,8 +9,8 @@ import torch
 
 from dreplica.agreement.agreement import Agreement
 from dreplica.config.schema import RunConfig
-from dreplica.data.loading.index_stream import Coordinator
-from dreplica.data.loading.loader import Labels, load_batches
+from dreplica.data.loading.index_stream import IndexSampler
+from dreplica.data.loading.loader import LabelRange, load_batches
 from dreplica.data.samples import DataSets, at_epoch
 from dreplica.distributed.process_group import World
 from dreplica.distributed.signals import StopRequest
@@ -25,7 +25,7 @@ from dreplica.training.step import reduction_of, training_step
 def train(
     replica: Replica,
     data: DataSets,
-    coordinator: Coordinator,
+    coordinator: IndexSampler,
     agreement: Agreement,
     config: RunConfig,
     world: World,
@@ -60,7 +60,7 @@ def train(
     """
     batch_size, num_workers = config.data.batch_size, config.data.num_workers
     memory_format = torch.channels_last if config.model.channels_last else torch.preserve_format
-    labels = Labels(data.num_classes, getattr(replica.criterion, "ignore_index", None))
+    labels = LabelRange(data.num_classes, getattr(replica.criterion, "ignore_index", None))
     for epoch in range(start.epoch, config.train.epochs + 1):
         if agreement.steps_done >= (config.train.max_steps or math.inf):
             break  # a resumed run may have nothing left to do

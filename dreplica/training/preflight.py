@@ -8,7 +8,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.data import Dataset
 
 from dreplica.config.schema import RunConfig
-from dreplica.data.loading.loader import load_again
+from dreplica.data.loading.loader import reload_batch
 from dreplica.data.samples import image_shape
 from dreplica.errors import UsageError
 from dreplica.state.rng import get_rng_state, set_rng_state
@@ -74,7 +74,7 @@ def check_smallest_part(model: nn.Module, dataset: Dataset[Any], config: RunConf
 
 @torch.no_grad()
 def _forward_one(model: nn.Module, dataset: Dataset[Any], device: torch.device) -> None:
-    inputs = load_again(dataset, torch.tensor([0]), device).inputs
+    inputs = reload_batch(dataset, torch.tensor([0]), device).inputs
     buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
     torch.func.functional_call(model, buffers, (inputs,))
 

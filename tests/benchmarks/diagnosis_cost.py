@@ -21,8 +21,9 @@ from dreplica.agreement.agreement import Agreement
 from dreplica.agreement.verdict.verdict import Divergence
 from dreplica.config.load import load_config
 from dreplica.config.schema import FaultConfig, RunConfig
-from dreplica.data.datasets import DataSets, load_data
+from dreplica.data.datasets import load_data
 from dreplica.data.loading.loader import Batch
+from dreplica.data.samples import DataSets
 from dreplica.diagnosis.decision.conclude import RunFacts
 from dreplica.diagnosis.tracing.op_tracer import OpTracer
 from dreplica.distributed.process_group import World, open_world

@@ -20,7 +20,8 @@ import torch
 from dreplica.agreement.agreement import Agreement
 from dreplica.agreement.verdict.verdict import Divergence, Verdict
 from dreplica.config.schema import DeterminismConfig, FaultConfig, RunConfig, WorldConfig
-from dreplica.data.datasets import DataSets, load_data
+from dreplica.data.datasets import load_data
+from dreplica.data.samples import DataSets
 from dreplica.diagnosis.decision.conclude import RunFacts
 from dreplica.distributed.process_group import World, open_world
 from dreplica.distributed.signals import StopRequest

@@ -36,7 +36,7 @@ from dreplica.agreement.agreement import Agreement
 from dreplica.config.load import load_config
 from dreplica.data.datasets import prepare_data
 from dreplica.data.images.images import Images
-from dreplica.data.loading.index_stream import Coordinator
+from dreplica.data.loading.index_stream import IndexSampler
 from dreplica.data.loading.loader import load_batches, normalize
 from dreplica.data.samples import DataSets, at_epoch
 from dreplica.distributed.channel import Channel
@@ -100,7 +100,7 @@ def time_job(world: World, arguments: list[str]) -> float:
     replica = build_replica(config, data.num_classes, CPU)
     history = History(replica, config.agreement.snapshot_every)
     agreement = Agreement(replica.model, replica.optimizer, lag=AGREEMENT_LAG, channel=world.channel)
-    coordinator = Coordinator(world.channel, 0)
+    coordinator = IndexSampler(world.channel, 0)
     world.channel.gather(None)  # all begin together
     began = time.perf_counter()
     for _ in train(replica, data, coordinator, agreement, config, world, CPU, StopRequest(), history):
@@ -131,7 +131,7 @@ def prepared(root: str, num_workers: int, *more: str) -> DataSets:
 def load(data: DataSets, num_workers: int, epoch: int) -> float:
     """Seconds to load an epoch with this loader."""
     began = time.perf_counter()
-    stream = Coordinator(Channel(), 0).training_batches(len(data.train), BATCH_SIZE, epoch)  # type: ignore[arg-type]
+    stream = IndexSampler(Channel(), 0).training_batches(len(data.train), BATCH_SIZE, epoch)  # type: ignore[arg-type]
     for _ in load_batches(at_epoch(data.train, epoch), stream, CPU, num_workers, 0, epoch):
         pass
     return time.perf_counter() - began

@@ -6,7 +6,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from dreplica.data.datasets import DataConfig, TensorImages
+from dreplica.config.schema import DataConfig
+from dreplica.data.samples import TensorImages
 from dreplica.errors import UsageError
 from dreplica.state.replica import Replica
 from tests import fixtures

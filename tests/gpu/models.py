@@ -4,7 +4,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from dreplica.data.datasets import DataConfig, TensorImages
+from dreplica.config.schema import DataConfig
+from dreplica.data.samples import TensorImages
 
 INPUTS = 3 * 8 * 8
 

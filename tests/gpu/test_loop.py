@@ -11,10 +11,11 @@ from torch import Tensor, nn
 from dreplica.agreement.agreement import Agreement
 from dreplica.commands.bench.loops import Bench
 from dreplica.config.load import load_config
-from dreplica.config.schema import RunConfig, TrainConfig
+from dreplica.config.schema import DataConfig, RunConfig, TrainConfig
 from dreplica.data.cache.device_cache import Store
-from dreplica.data.datasets import DataConfig, TensorImages, load_data
-from dreplica.data.loading.index_stream import Coordinator
+from dreplica.data.datasets import load_data
+from dreplica.data.loading.index_stream import IndexSampler
+from dreplica.data.samples import TensorImages
 from dreplica.diagnosis.tracing.op_tracer import OpTracer
 from dreplica.distributed.channel import Channel
 from dreplica.distributed.process_group import World
@@ -86,7 +87,7 @@ def test_steps_checks_and_snapshots_wait_for_nothing(arguments: tuple[str, ...])
     replica, data = built(config), load_data(config.data)
     agreement = Agreement(replica.model, replica.optimizer, lag=1)
     history = History(replica, config.agreement.snapshot_every)
-    coordinator = Coordinator(WORLD.channel, 0)
+    coordinator = IndexSampler(WORLD.channel, 0)
     events = train(replica, data, coordinator, agreement, config, WORLD, DEVICE, StopRequest(), history)
     steps = 0
     for event in events:
@@ -103,7 +104,7 @@ def test_an_evaluation_waits_at_its_end() -> None:
     agreement = Agreement(replica.model, replica.optimizer)
 
     def run() -> Any:
-        coordinator = Coordinator(WORLD.channel, 0)
+        coordinator = IndexSampler(WORLD.channel, 0)
         return evaluate(replica, data.val, coordinator, DEVICE, 8, 0, config.train, hasher=agreement.hasher)
 
     first = run()  # tables are made
@@ -135,7 +136,7 @@ def test_a_scaler_is_kept_without_waiting_and_put_back() -> None:
 def _batches(config: RunConfig, dataset: Any) -> Any:
     from dreplica.data.loading.loader import load_batches
 
-    stream = Coordinator(WORLD.channel, 0).training_batches(len(dataset), config.data.batch_size, 1)
+    stream = IndexSampler(WORLD.channel, 0).training_batches(len(dataset), config.data.batch_size, 1)
     return load_batches(dataset, stream, DEVICE, 0, 0, 1)
 
 

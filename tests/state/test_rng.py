@@ -12,7 +12,7 @@ from pydantic import TypeAdapter, ValidationError
 from torch.utils.data import DataLoader
 
 from dreplica.config.schema import SeedConfig, check_model_seeds
-from dreplica.data.loading.index_stream import Coordinator, draw_order, epoch_generator
+from dreplica.data.loading.index_stream import IndexSampler, draw_order, epoch_generator
 from dreplica.data.loading.loader import load_batches
 from dreplica.distributed.channel import Channel
 from dreplica.distributed.process_group import World
@@ -160,7 +160,7 @@ def test_data_order_loading_and_its_seed_leave_the_global_generators_alone(num_w
     for seed in (0, 1):
         draw_order(100, seed, 1)
         epoch_generator(seed, 1)
-        stream = Coordinator(Channel(), seed).training_batches(len(train), 16, epoch=1)
+        stream = IndexSampler(Channel(), seed).training_batches(len(train), 16, epoch=1)
         assert len(list(load_batches(train, stream, CPU, num_workers, seed, epoch=1))) == 5
     assert state_bytes() == before
 

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from dreplica.config.schema import TrainConfig
-from dreplica.data.datasets import TensorImages
-from dreplica.data.loading.index_stream import Coordinator
+from dreplica.data.loading.index_stream import IndexSampler
+from dreplica.data.samples import TensorImages
 from dreplica.distributed.channel import Channel
 from dreplica.state.replica import Replica
 from dreplica.state.rng import seed_generators
@@ -51,7 +51,7 @@ def validation() -> TensorImages:
 
 def run(replica: Replica, num_workers: int = 0, **train: Any) -> Evaluation:
     config = TrainConfig.model_validate(train)
-    return evaluate(replica, validation(), Coordinator(Channel(), 0), CPU, 16, num_workers, config)
+    return evaluate(replica, validation(), IndexSampler(Channel(), 0), CPU, 16, num_workers, config)
 
 
 def surroundings(replica: Replica) -> tuple[Any, ...]:
@@ -139,7 +139,7 @@ class _LastOfAll(LateHasher):
 def test_digests_of_batches_are_the_hashers_and_waited_for_at_the_end() -> None:
     hasher = _LastOfAll()
     replica = make_replica()
-    evaluation = evaluate(replica, validation(), Coordinator(Channel(), 0), CPU, 16, 0, TrainConfig(), hasher=hasher)
+    evaluation = evaluate(replica, validation(), IndexSampler(Channel(), 0), CPU, 16, 0, TrainConfig(), hasher=hasher)
     assert hasher.waited_by_then == [0, 0, 0]
     assert hasher.waited == [0, 1, 2]
     batches = zip(validation().images.split(16), validation().labels.split(16), strict=True)

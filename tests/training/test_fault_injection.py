@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from dreplica.config.schema import FaultConfig, TrainConfig
-from dreplica.data.loading.index_stream import Coordinator
+from dreplica.data.loading.index_stream import IndexSampler
 from dreplica.data.loading.loader import Batch
 from dreplica.diagnosis.tracing.op_tracer import OpTracer
 from dreplica.distributed.channel import Channel
@@ -348,7 +348,7 @@ def test_faulty_coordinator_strikes_the_batch_of_its_step_and_no_other() -> None
     replica, channel = make_replica(), Channel()
     fault = FaultConfig(replica=0, step=8, target="indices")
     faulty = FaultyCoordinator(channel, 5, Injector([fault], 0, replica))
-    sound = Coordinator(channel, 5)
+    sound = IndexSampler(channel, 5)
     differing = []
     for epoch in (1, 2):  # 5 batches each: step 8 is the third batch of epoch 2
         one, other = (each.training_batches(80, 16, epoch) for each in (sound, faulty))

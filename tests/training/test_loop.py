@@ -14,7 +14,7 @@ from dreplica.agreement.agreement import Agreement
 from dreplica.agreement.trace.writer import TraceWriter
 from dreplica.config.schema import RunConfig
 from dreplica.data.datasets import load_data
-from dreplica.data.loading.index_stream import Coordinator
+from dreplica.data.loading.index_stream import IndexSampler
 from dreplica.distributed.process_group import World, open_world
 from dreplica.distributed.signals import StopRequest
 from dreplica.replica.build import build_replica
@@ -63,7 +63,7 @@ def run(
                 trace=trace,
                 channel=world.channel,
             )
-            coordinator = Coordinator(world.channel, run_config.seed.data or 0)
+            coordinator = IndexSampler(world.channel, run_config.seed.data or 0)
             history = History(replica, 0)
             for event in train(replica, data, coordinator, agreement, run_config, world, CPU, request, history):
                 events.append(event)

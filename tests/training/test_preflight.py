@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from dreplica.config.schema import RunConfig
-from dreplica.data.datasets import TensorImages
+from dreplica.data.samples import TensorImages
 from dreplica.errors import UsageError
 from dreplica.state.rng import seed_generators
 from dreplica.training.preflight import check_smallest_part, smallest_part

@@ -7,9 +7,9 @@ import torch
 import torchvision
 
 from dreplica.config.schema import RunConfig
-from dreplica.data.cache.device_cache import OnDevice, Store
+from dreplica.data.cache.device_cache import DeviceCachedImages, DeviceImageStore
 from dreplica.data.images.images import Images
-from dreplica.data.samples import Kept, TensorImages
+from dreplica.data.samples import SampleSubset, TensorImages
 from dreplica.errors import UsageError
 from dreplica.training.preflight import check_image_size
 from tests.end_to_end.test_bad_input import messages
@@ -22,9 +22,9 @@ CPU = torch.device("cpu")
 def images(size: int) -> list[Any]:
     """The same shape in every wrapping that a run puts around it."""
     plain = Images([(None, 0)] * 4, None, size)
-    kept = Kept(plain, [0, 2])
+    kept = SampleSubset(plain, [0, 2])
     tensors = TensorImages(torch.zeros(4, 3, size, size), torch.zeros(4, dtype=torch.int64))
-    return [plain, kept, tensors, OnDevice(kept, Store(2, size, CPU))]
+    return [plain, kept, tensors, DeviceCachedImages(kept, DeviceImageStore(2, size, CPU))]
 
 
 @pytest.mark.parametrize(

@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader
 
 from dreplica.commands.bench.results import LOOPS, Measured, Memory
 from dreplica.data.loading.loader import normalize
-from dreplica.data.samples import at_epoch, by_itself, normalization
+from dreplica.data.samples import at_epoch, normalization, uncached
 from dreplica.distributed.signals import StoppedOnRequest
 from dreplica.errors import UsageError
 from dreplica.run.session import Session
@@ -130,7 +130,7 @@ class Bench:
         """What one would write by hand."""
         replica, dataset, data = self.session.replica, self.session.data.train, self.config.data
         loader = DataLoader(
-            at_epoch(by_itself(dataset), 1),
+            at_epoch(uncached(dataset), 1),
             data.batch_size,
             shuffle=True,
             num_workers=data.num_workers,

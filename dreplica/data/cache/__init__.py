@@ -1,1 +1,1 @@
-"""Caches of decoded samples, on the device and shared between the processes of a node."""
+"""Caches of decoded images, on the device or shared between the processes of a node."""

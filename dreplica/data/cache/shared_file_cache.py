@@ -1,4 +1,4 @@
-"""A file of uint8 images that processes of one node fill together: each is made by whichever needs it first."""
+"""A file of uint8 images that the processes of a node fill together, each image by the process that needs it first."""
 
 import errno
 import fcntl
@@ -18,36 +18,41 @@ from numpy.typing import NDArray
 log = logging.getLogger(__name__)
 
 Item = tuple[NDArray[numpy.uint8], int]
-"""Pixels, uint8, three dimensions; a label."""
+"""Pixels, uint8 with three dimensions, and a label."""
 
 Key = tuple[int, int, int, int]
-"""What is in a slot; the same key stands for the same bytes."""
+"""Identifies an item. Equal keys mean equal bytes."""
 
-_PATIENCE = 10.0
-"""Seconds that other processes, alive but perhaps stopped, are waited for before an item is made here, too."""
-_NAP = 0.0005
+_LOCK_TIMEOUT = 10.0
+"""Seconds to wait for an item of another process, which may be alive but stopped, before making it here, too."""
+_POLL_INTERVAL = 0.0005
+"""Seconds between two looks at an item of another process."""
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 _HEAD = struct.Struct("<8q")
-"""Key, label, shape. A slot of a new file is all zeros, and no image is empty."""
+"""Layout of an entry: key, label, shape. A slot of a new file is all zeros, and no image is empty."""
 _DIGEST_SIZE = 16
 _ENTRY_SIZE = _HEAD.size + _DIGEST_SIZE
 
 
-class Shelf:
-    """`num_slots` items in an open file, for this process, those that it forks, and those that open the file, too.
+class SharedFileCache:
+    """A cache of `num_slots` items in an open file, shared by all processes that open or inherit it.
 
-    An entry holds a digest over key, label, shape and pixels, and an item whose digest is another is not there: so it
-    does not matter in which order bytes are written and read, nor whether a writer died halfway or a bit has flipped.
-    The lock of a slot is a lock on a byte of the file, which the operating system releases when its process dies,
-    however it dies: nobody waits for the dead. It is between processes: each opens the file once. Read and written by
-    system calls, not mapped: where memory or disk are full, that is an error then, and no fatal signal; what does not
-    fit is made anew each time.
+    An entry holds a digest over key, label, shape and pixels, and an item with another digest counts as missing. So the
+    order of reads and writes does not matter, nor whether a writer died halfway or a bit has flipped.
+
+    A slot is locked by a lock on one byte of the file. The operating system releases it when its process dies, however
+    it dies, so no process waits for a dead one. Such locks hold between processes, so each process must open the file
+    only once.
+
+    The file is read and written by system calls, not mapped: if memory or disk is full, that is an error instead of a
+    fatal signal. An item that does not fit is made again each time.
 
     Args:
-        descriptor: of the file, empty when first used, open for reading and writing; closed with this object.
-        num_slots: the same for all who share the file.
-        slot_size: bytes between one slot's pixels and the next one's, likewise. The file is sparse, so it only takes
-            what is written: where sizes differ, this is the largest that is kept.
+        descriptor: Descriptor of the file, open for reading and writing, empty when first used. It is closed with this
+            object.
+        num_slots: Number of items, the same for all processes.
+        slot_size: Bytes from one slot's pixels to the next one's, the same for all processes, and the largest item that
+            is kept. The file is sparse: only what is written takes space.
     """
 
     def __init__(self, descriptor: int, num_slots: int, slot_size: int) -> None:
@@ -56,40 +61,47 @@ class Shelf:
         weakref.finalize(self, os.close, descriptor)
 
     def __reduce__(self) -> Any:
-        """For workers that are not forked, which inherit no open files."""
+        # For workers that are not forked and so inherit no open files.
         return _reopen, (DupFd(self._descriptor), self.num_slots, self.slot_size)
 
     def fetch(self, wanted: Sequence[tuple[int, Key]], make: Callable[[int], Item]) -> list[Item]:
-        """What the slots hold under their keys, in this order; `make(position)` gives what is not there, to be kept.
+        """Return the items of the slots with these keys, making and storing those that are missing.
 
-        What another process is just making comes last; it is waited for until that has made it, has failed or died, but
-        no longer than ten seconds. Raises what `make` raises.
+        Items that other processes are making come last. They are waited for until the other process has stored the
+        item, failed or died, at most ten seconds.
+
+        Args:
+            wanted: Slot and key of each item.
+            make: Makes the missing item at a position of `wanted`. What it raises passes.
+
+        Returns:
+            The items, in the order of `wanted`.
         """
         found: dict[int, Item] = {}
         waiting, progressed = list(range(len(wanted))), time.monotonic()
         while waiting:
             for position in waiting:
-                item = self._take(*wanted[position], position, make)
+                item = self._read_or_make(*wanted[position], position, make)
                 if item is not None:
                     found[position] = item
             still = [position for position in waiting if position not in found]
             now = time.monotonic()
             if len(still) < len(waiting):
                 waiting, progressed = still, now
-            elif now - progressed < _PATIENCE:
-                time.sleep(_NAP)
+            elif now - progressed < _LOCK_TIMEOUT:
+                time.sleep(_POLL_INTERVAL)
             else:
                 found |= {position: make(position) for position in waiting}
                 break
         return [found[position] for position in range(len(wanted))]
 
-    def _take(self, slot: int, key: Key, position: int, make: Callable[[int], Item]) -> Item | None:
-        """None while another process is making it."""
+    def _read_or_make(self, slot: int, key: Key, position: int, make: Callable[[int], Item]) -> Item | None:
+        """Return the item, None while another process is making it."""
         item = self._read(slot, key)
         if item is not None or not self._lock(slot):
             return item
         try:
-            item = self._read(slot, key)  # made since
+            item = self._read(slot, key)  # another process may have made it just before the lock
             if item is None:
                 item = make(position)
                 self._write(slot, key, *item)
@@ -114,7 +126,7 @@ class Shelf:
         return (pixels, label) if _digest(entry[: _HEAD.size], pixels) == entry[_HEAD.size :] else None
 
     def _write(self, slot: int, key: Key, pixels: NDArray[numpy.uint8], label: int) -> None:
-        """The slot's lock is held."""
+        """Write an item to a slot whose lock this process holds."""
         pixels = numpy.ascontiguousarray(pixels)
         head = _HEAD.pack(*key, label, *pixels.shape)
         try:
@@ -126,7 +138,10 @@ class Shelf:
             if error.errno not in _FULL:
                 raise
             if not self._warned:
-                log.warning("no room to keep a decoded image (%s): such are decoded again each time", error.strerror)
+                log.warning(
+                    "no space to cache a decoded image (%s): images that do not fit are decoded again each time",
+                    error.strerror,
+                )
             self._warned = True
 
     def _write_all(self, content: memoryview, offset: int) -> None:
@@ -138,7 +153,7 @@ class Shelf:
         return self.num_slots * _ENTRY_SIZE + slot * self.slot_size
 
     def _lock(self, slot: int) -> bool:
-        """Whether it could be had; does not wait."""
+        """Lock the slot without waiting; return True on success."""
         try:
             fcntl.lockf(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, slot)
         except (BlockingIOError, PermissionError):
@@ -152,5 +167,5 @@ def _digest(head: bytes, pixels: NDArray[numpy.uint8]) -> bytes:
     return hashed.digest()
 
 
-def _reopen(duplicate: Any, num_slots: int, slot_size: int) -> Shelf:
-    return Shelf(duplicate.detach(), num_slots, slot_size)
+def _reopen(duplicate: Any, num_slots: int, slot_size: int) -> SharedFileCache:
+    return SharedFileCache(duplicate.detach(), num_slots, slot_size)

@@ -1,4 +1,4 @@
-"""Augmentation of a whole batch that moves pixels and computes none: the same bytes on any device."""
+"""Augmentation of whole batches that moves pixels and computes none, so that every device gives the same bytes."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,25 +16,44 @@ _GAMMA = numpy.uint64(0x9E3779B97F4A7C15)
 
 @dataclass(frozen=True)
 class ShiftFlip:
-    """Pads by `padding` black pixels, cuts a window of the old size out at random, flips left to right at random.
+    """A random crop of the padded image in the old size, and a random horizontal flip.
 
-    What sample i draws are the outputs 3i, 3i + 1, 3i + 2 of a SplitMix64 stream (Steele, Lea and Flood 2014,
-    https://doi.org/10.1145/2714064.2660195) seeded from (seed, epoch): a function of (seed, epoch, i) alone, computed
-    for a whole batch at once.
+    The draws of sample i are the outputs 3i, 3i + 1 and 3i + 2 of a SplitMix64 stream (Steele, Lea and Flood 2014,
+    https://doi.org/10.1145/2714064.2660195) seeded from (seed, epoch). So they depend only on (seed, epoch, i), and a
+    whole batch is computed at once.
     """
 
     padding: int = 0
+    """Number of black pixels added on each side before the crop. 0 flips only."""
 
     def __call__(self, images: Tensor, seed: int, epoch: int, indices: Sequence[int]) -> Tensor:
-        """`images`: uint8 (batch, 3, H, W), which may be overwritten; sample i of the data set is at `indices`' i."""
+        """Augment a batch.
+
+        Args:
+            images: uint8 (batch, 3, H, W). It may be overwritten.
+            seed: `seed.augment`.
+            epoch: The epoch (from 1).
+            indices: Index in the data set of each image.
+
+        Returns:
+            uint8 (batch, 3, H, W) on the device of `images`.
+        """
         flips, tops, lefts = self.draw(seed, epoch, indices)
         if images.device.type == "cpu":
             return self.on_cpu(images, flips, tops, lefts)
         return self.on_device(images, flips, tops, lefts)
 
     def draw(self, seed: int, epoch: int, indices: Sequence[int]) -> tuple[NDArray[numpy.bool_], ...]:
-        """For each sample, whether it is flipped (bool), and the row and column of its window (int64, 0 to 2 x
-        padding)."""
+        """Draw for each sample whether it is flipped, and where its window is.
+
+        Args:
+            seed: `seed.augment`.
+            epoch: The epoch (from 1).
+            indices: Index in the data set of each sample.
+
+        Returns:
+            Flips (bool), top rows and left columns (int64, 0 to 2 * padding), each (batch,).
+        """
         (start,) = numpy.random.SeedSequence((seed, epoch)).generate_state(1, numpy.uint64)
         places = 3 * numpy.asarray(indices, dtype=numpy.uint64)[:, None] + numpy.arange(1, 4, dtype=numpy.uint64)
         words = start + places * _GAMMA
@@ -45,7 +64,14 @@ class ShiftFlip:
         return words[:, 0] >= 2**31, shifts[:, 0], shifts[:, 1]
 
     def on_cpu(self, images: Tensor, flips: NDArray, tops: NDArray, lefts: NDArray) -> Tensor:
-        """Image by image: 20 times as fast as a gather there."""
+        """Augment image by image, which on the CPU is 20 times as fast as a gather.
+
+        Args:
+            images: uint8 (batch, 3, H, W) on the CPU. It may be overwritten.
+            flips: True for each image to flip, (batch,).
+            tops: Top row of each window, (batch,).
+            lefts: Left column of each window, (batch,).
+        """
         source = images.numpy()
         if self.padding == 0:
             for row in flips.nonzero()[0].tolist():
@@ -60,7 +86,14 @@ class ShiftFlip:
         return torch.from_numpy(result)
 
     def on_device(self, images: Tensor, flips: NDArray, tops: NDArray, lefts: NDArray) -> Tensor:
-        """One gather for the batch, without waiting for the device."""
+        """Augment by one gather for the batch, without waiting for the device.
+
+        Args:
+            images: uint8 (batch, 3, H, W) on any device.
+            flips: True for each image to flip, (batch,).
+            tops: Top row of each window, (batch,).
+            lefts: Left column of each window, (batch,).
+        """
         device, (height, width) = images.device, images.shape[-2:]
         ys = tops[:, None] + numpy.arange(height)
         xs = lefts[:, None] + numpy.where(flips[:, None], numpy.arange(width)[::-1], numpy.arange(width))

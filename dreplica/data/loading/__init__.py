@@ -1,1 +1,1 @@
-"""The index stream that rank 0 broadcasts, and the loader that gathers those samples."""
+"""The index stream that rank 0 broadcasts, and the loader that reads those samples."""

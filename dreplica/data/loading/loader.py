@@ -1,4 +1,4 @@
-"""Loads exactly the samples that the coordinator sent."""
+"""The loader: batches of exactly the samples that the coordinator sent."""
 
 import os
 import signal
@@ -10,13 +10,14 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from dreplica.data.cache.device_cache import OnDevice
+from dreplica.data.cache.device_cache import DeviceCachedImages
 from dreplica.data.loading.index_stream import WINDOW, IndexStream, epoch_generator
-from dreplica.data.samples import Place, SampleError, by_itself, describe, load_batch, normalization
+from dreplica.data.samples import BatchId, SampleError, describe, load_batch, normalization, uncached
 from dreplica.errors import UsageError
 from dreplica.state.tensors import to_device
 
 _PREFETCH = 2
+"""Batches that each worker loads ahead."""
 
 
 @dataclass(frozen=True)
@@ -24,30 +25,37 @@ class Batch:
     """One batch, on the replica's device."""
 
     indices: Tensor
-    """(batch,) int64, on the CPU: which samples, as the coordinator sent them."""
+    """Sample indices as the coordinator sent them: int64 (batch,), on the CPU."""
     inputs: Tensor
-    """(batch, ...): as it reaches the model. Images of bytes are float32 by then, and normalised."""
+    """Inputs of the model, (batch, ...). uint8 images have been normalized to float32."""
     labels: Tensor
-    """(batch,) int64."""
+    """Labels, int64 (batch,)."""
     weights: Tensor | None = None
-    """(batch,) float32: what each sample counts in the loss; None: all the same."""
+    """Weight of each sample in the loss, float32 (batch,). None weighs all samples equally."""
 
     def tensors(self) -> dict[str, Tensor]:
-        """What replicas compare as stage `batch`, by name."""
+        """Return the tensors that replicas compare as stage `batch`, by name."""
         named = {"inputs": self.inputs, "labels": self.labels}
         return named if self.weights is None else named | {"weights": self.weights}
 
 
 @dataclass(frozen=True)
-class Labels:
-    """What labels may be; others would end in an index error, or on a GPU in nothing that one can read."""
+class LabelRange:
+    """The labels that the criterion accepts. Others would fail with an index error, on a GPU with an opaque one."""
 
     num_classes: int
+    """Number of classes. Labels are 0 to num_classes - 1."""
     ignored: int | None = None
-    """The criterion's `ignore_index`."""
+    """The criterion's `ignore_index`, which is accepted, too."""
 
     def check(self, labels: Tensor, indices: Tensor, dataset: Dataset[Any]) -> None:
-        """Raises SampleError for a label that is no class. `labels`: (batch,), on the CPU; floats are not judged."""
+        """Raise SampleError for a label outside the range. Floats are not checked.
+
+        Args:
+            labels: Labels on the CPU, (batch,).
+            indices: Sample indices, int64 (batch,).
+            dataset: The data set, for the sample's name.
+        """
         if labels.is_floating_point() or labels.dim() != 1:
             return
         wrong = (labels < 0) | (labels >= self.num_classes)
@@ -58,7 +66,12 @@ class Labels:
             raise SampleError(
                 f"data.name: the sample at {describe(dataset, int(indices[position]))} has the label "
                 f"{int(labels[position])}, and there are {self.num_classes} classes, counted from 0. "
-                "Correct the label, or the number of classes that your function returns."
+                "Correct the label, or the number of classes that your function returns.",
+                code="label-out-of-range",
+                key="data.name",
+                index=int(indices[position]),
+                label=int(labels[position]),
+                num_classes=self.num_classes,
             )
 
 
@@ -71,38 +84,50 @@ def load_batches(
     epoch: int,
     memory_format: torch.memory_format = torch.preserve_format,
     *,
-    labels: Labels | None = None,
+    labels: LabelRange | None = None,
     weights: Tensor | None = None,
 ) -> Generator[Batch, None, None]:
-    """The stream's batches, loaded by `num_workers` processes and moved to `device`; close it to end them early.
+    """Yield the stream's batches on `device`. Close the generator to end the workers early.
 
-    Workers are seeded from (seed, epoch); the training process's own generators are not drawn from. `labels`: what they
-    may be; `weights`: (samples,) of the data set. Raises SampleError for a sample that cannot be loaded, once its batch
-    is due, in the training process, whichever process has tried.
+    Workers are seeded from (seed, epoch). The global generators of the training process are not used.
+
+    Args:
+        dataset: The data set, as seen in the epoch.
+        stream: The index batches of the pass.
+        device: The device of the batches.
+        num_workers: Number of loader processes. 0 loads in this process.
+        seed: `seed.data`, for the workers' seeds.
+        epoch: The epoch (from 1), for the workers' seeds.
+        memory_format: Memory format of image batches.
+        labels: The accepted labels. None accepts all.
+        weights: Weight of each sample of the data set, float32 (samples,).
+
+    Raises:
+        SampleError: If a sample cannot be loaded, in the training process and once its batch is due.
     """
     assert num_workers * _PREFETCH < WINDOW, "workers must not read past the window that was sent"
-    if isinstance(dataset, OnDevice) and dataset.is_complete:
+    if isinstance(dataset, DeviceCachedImages) and dataset.is_complete:
         for number in range(stream.first, len(stream)):
             stream.consumed(number)
             indices = stream.batch(number)
             yield _make_batch(dataset, indices, dataset.get(indices), device, memory_format, labels, weights)
         return
     loader: DataLoader[Any] = DataLoader(
-        _Batches(dataset.source if isinstance(dataset, OnDevice) else dataset),
-        batch_sampler=_Placed(stream),
+        _Batches(dataset.source if isinstance(dataset, DeviceCachedImages) else dataset),
+        batch_sampler=_IdentifiedBatches(stream),
         num_workers=num_workers,
         prefetch_factor=_PREFETCH if num_workers else None,
-        collate_fn=_as_it_is,
+        collate_fn=_identity,
         pin_memory=device.type == "cuda",
         generator=epoch_generator(seed, epoch),
-        worker_init_fn=leave_the_group,
+        worker_init_fn=isolate_worker_signals,
     )
     for number, loaded in enumerate(loader, start=stream.first):
         stream.consumed(number)
         yield _make_batch(dataset, stream.batch(number), loaded, device, memory_format, labels, weights)
 
 
-def load_again(
+def reload_batch(
     dataset: Dataset[Any],
     indices: Tensor,
     device: torch.device,
@@ -110,19 +135,39 @@ def load_again(
     *,
     weights: Tensor | None = None,
 ) -> Batch:
-    """One batch of the given samples, loaded in this process, as `load_batches` would; images are decoded anew."""
-    dataset = by_itself(dataset)
+    """Load one batch in this process without caches, as `load_batches` would.
+
+    Args:
+        dataset: The data set, as seen in the epoch.
+        indices: Sample indices, int64 (batch,).
+        device: The device of the batch.
+        memory_format: Memory format of image batches.
+        weights: Weight of each sample of the data set, float32 (samples,).
+
+    Raises:
+        SampleError: If a sample cannot be loaded.
+    """
+    dataset = uncached(dataset)
     loader: DataLoader[Any] = DataLoader(
         _Batches(dataset),
         batch_sampler=[(None, indices.tolist())],  # type: ignore[list-item]
-        collate_fn=_as_it_is,
+        collate_fn=_identity,
         generator=torch.Generator(),
     )
     return _make_batch(dataset, indices, next(iter(loader)), device, memory_format, None, weights)
 
 
 def normalize(inputs: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
-    """(pixel / 255 - mean) / std: uint8 (batch, channels, H, W) to float32, on the tensor's device."""
+    """Return (pixel / 255 - mean) / std as float32.
+
+    Args:
+        inputs: uint8 (batch, channels, H, W).
+        mean: Mean per channel, of pixels scaled to 0…1.
+        std: Standard deviation per channel, of pixels scaled to 0…1.
+
+    Returns:
+        float32 (batch, channels, H, W) on the device of `inputs`.
+    """
     shape = (1, -1, 1, 1)
     center, scale = (
         to_device(torch.tensor([255 * value for value in values]).view(shape), inputs.device) for values in (mean, std)
@@ -131,8 +176,8 @@ def normalize(inputs: Tensor, mean: Sequence[float], std: Sequence[float]) -> Te
 
 
 @dataclass(frozen=True)
-class _Placed:
-    """A batch sampler that says of each batch which it is."""
+class _IdentifiedBatches:
+    """A batch sampler that yields each batch's indices with its BatchId."""
 
     stream: IndexStream
 
@@ -145,28 +190,34 @@ class _Placed:
 
 
 class _Batches(Dataset[Any]):
-    """Loads a batch at a time, in whichever process. What cannot be loaded comes back as a SampleError, returned: what
-    a worker raises reaches the trainer as the text of a traceback."""
+    """A data set that loads a batch at a time.
+
+    It returns a SampleError instead of raising it, because an exception in a worker reaches the training process only
+    as the text of a traceback.
+    """
 
     def __init__(self, dataset: Dataset[Any]) -> None:
         self.dataset = dataset
 
-    def __getitems__(self, placed: tuple[Place | None, list[int]]) -> Any:
-        place, indices = placed
+    def __getitems__(self, batch: tuple[BatchId | None, list[int]]) -> Any:
+        batch_id, indices = batch
         try:
-            inputs, labels = load_batch(self.dataset, indices, place)
+            inputs, labels = load_batch(self.dataset, indices, batch_id)
             return inputs, labels
         except UsageError as error:
-            return SampleError(str(error))
+            return SampleError(str(error), code=error.code, **error.fields)
         except (RuntimeError, TypeError, ValueError) as error:
             which = "; ".join(describe(self.dataset, index) for index in indices[:3])
             return SampleError(
-                f"data.name: these samples do not go together into a batch ({which}; ...): {error}. Let the data set "
-                "give (input, label), inputs of one shape and dtype; or images, and set data.image_size."
+                f"data.name: cannot collate these samples into a batch ({which}; ...): {error}. Return (input, label) "
+                "with inputs of one shape and dtype, or return images and set data.image_size.",
+                code="cannot-collate",
+                key="data.name",
+                indices=indices,
             )
 
 
-def _as_it_is(loaded: Any) -> Any:
+def _identity(loaded: Any) -> Any:
     return loaded
 
 
@@ -176,19 +227,19 @@ def _make_batch(
     loaded: Any,
     device: torch.device,
     memory_format: torch.memory_format,
-    rule: Labels | None,
+    accepted: LabelRange | None,
     weights: Tensor | None,
 ) -> Batch:
     if isinstance(loaded, SampleError):
         raise loaded
     inputs, labels = loaded
-    if rule is not None:
-        rule.check(labels, indices, dataset)
+    if accepted is not None:
+        accepted.check(labels, indices, dataset)
     if inputs.dim() != 4:
         memory_format = torch.preserve_format  # as nn.Module.to does: channels_last is for images
     inputs = to_device(inputs, device, memory_format)
-    if isinstance(dataset, OnDevice):
-        inputs = dataset.keep_and_augment(indices, inputs, labels).contiguous(memory_format=memory_format)
+    if isinstance(dataset, DeviceCachedImages):
+        inputs = dataset.store_and_augment(indices, inputs, labels).contiguous(memory_format=memory_format)
     if inputs.dtype is torch.uint8:
         inputs = normalize(inputs, *normalization(dataset))
     return Batch(
@@ -199,10 +250,11 @@ def _make_batch(
     )
 
 
-def leave_the_group(_worker_id: int) -> None:
-    """Signals to the whole job (torchrun's SIGTERM, Ctrl-C) are the trainer's, which still needs its workers then.
+def isolate_worker_signals(_worker_id: int) -> None:
+    """Move a loader worker to a separate process group, with default signal handlers.
 
-    A worker ends when the loader tells it to, and notices by itself when its trainer is gone.
+    Signals to the whole job (torchrun's SIGTERM, Ctrl-C) are for the training process, which still needs its workers
+    then. A worker ends when the loader asks for it, or when it notices that its training process is gone.
     """
     os.setpgrp()
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2, signal.SIGHUP):

@@ -1,1 +1,1 @@
-"""Data sets by name: image folders, torchvision data sets and sample weights."""
+"""Data sets by name: digits, image folders, torchvision data sets and user functions."""

@@ -1,4 +1,4 @@
-"""torchvision's classification data sets, by name."""
+"""torchvision's classification data sets by name, downloaded once per node."""
 
 import logging
 import os
@@ -14,8 +14,9 @@ import xxhash
 from dreplica.config.schema import DataConfig
 from dreplica.data.images.augment import make_augmentation
 from dreplica.data.images.images import Images
-from dreplica.data.samples import IMAGENET_MEAN, IMAGENET_STD, DataSets, split_indices
+from dreplica.data.samples import IMAGENET_MEAN, IMAGENET_STD, DataSets
 from dreplica.data.sources.sample_weights import make_weights
+from dreplica.data.sources.split import split_indices
 from dreplica.distributed.once_per_node import once_per_node
 from dreplica.errors import UsageError
 
@@ -27,16 +28,20 @@ _GREY = ((0.5,) * 3, (0.5,) * 3)
 
 @dataclass(frozen=True)
 class _Set:
-    """One data set; `val` None: it is one set, to be split."""
+    """A data set of torchvision."""
 
     num_classes: int
+    """Number of classes."""
     train: Mapping[str, Any] = field(default_factory=lambda: {"split": "train"})
+    """Arguments of torchvision's class for the training set."""
     val: Mapping[str, Any] | None = field(default_factory=lambda: {"split": "test"})
+    """Arguments for the validation set. None: there is one set, to be split."""
     size: int = 224
-    """Of images that are all of one size, that; otherwise what photographs are usually brought to."""
+    """Height and width of the images, or the usual size for photographs of different sizes."""
     normalization: tuple[tuple[float, ...], tuple[float, ...]] = (IMAGENET_MEAN, IMAGENET_STD)
+    """Mean and standard deviation per channel."""
     downloads: bool = True
-    """Whether torchvision can fetch it."""
+    """True if torchvision can download it."""
 
 
 _BY_FLAG: dict[str, Any] = {"train": {"train": True}, "val": {"train": False}}
@@ -85,11 +90,19 @@ SETS: Mapping[str, _Set] = {
     "SUN397": _Set(397, **_WHOLE),
     "StanfordCars": _Set(196),
 }
-"""Those that give (image, class from 0), with the usual training and validation parts."""
+"""The sets whose samples are (image, class from 0), with their usual training and validation parts."""
 
 
 def load_torchvision_set(config: DataConfig, augment_seed: int) -> DataSets:
-    """The set that `data.name` names, downloaded once per node if it is not in `data.root`. Raises UsageError."""
+    """Load the set that `data.name` names, downloading it once per node if it is not in `data.root`.
+
+    Args:
+        config: The section `data`.
+        augment_seed: `seed.augment`.
+
+    Raises:
+        UsageError: If the set is missing and cannot be downloaded, or its files are damaged.
+    """
     known = SETS[config.name]
     root = Path(_ROOT if config.root is None else config.root).expanduser()
     parts = [part for part in (known.train, known.val) if part is not None]
@@ -113,63 +126,83 @@ def load_torchvision_set(config: DataConfig, augment_seed: int) -> DataSets:
 
 
 def _open_or_download(name: str, root: Path, parts: list[Mapping[str, Any]]) -> list[Any]:
-    """The parts. Only the process that holds the lock looks at what is there before all of it is: some sets take the
-    folder for the whole of it while it is still being unpacked."""
-    make = getattr(torchvision.datasets, name)
-    marker, begun = root / f".{name}.complete", root / f".{name}.begun"
+    """Return the parts of the set.
 
-    def see_to_it() -> None:
-        _refuse_part_of_a_set(name, begun)
+    Until the set is complete, only the process with the lock reads its folder, because some of torchvision's sets
+    accept a folder that is still being unpacked.
+    """
+    make = getattr(torchvision.datasets, name)
+    complete, begun = root / f".{name}.complete", root / f".{name}.begun"
+
+    def ensure_complete() -> None:
+        _check_not_interrupted(name, begun)
         for part in parts:
             try:
                 make(root, **part)
             except (RuntimeError, FileNotFoundError) as error:  # "Dataset not found"; USPS only opens its file
                 if not SETS[name].downloads:
-                    raise UsageError(f"data.root: {_first_line(error)}. torchvision cannot download it.") from None
+                    raise UsageError(
+                        f"data.root: {_first_line(error)}. torchvision cannot download this data set. Obtain it from "
+                        "its owner, and put it there.",
+                        code="data-not-available",
+                        key="data.root",
+                        name=name,
+                    ) from None
                 _download(name, root, part, begun)
-        marker.touch()
+        complete.touch()
 
-    remedy = f"Delete {str(marker)!r}, so that it is looked for and downloaded again."
+    remedy = f"Delete {str(complete)!r}, so that it is checked and downloaded again."
     try:
-        once_per_node(marker, see_to_it)
-    except OSError as error:  # nobody can unpack anything there then
-        remedy = f"The folder cannot be written to ({error.strerror}): put it there, or name another."
+        once_per_node(complete, ensure_complete)
+    except OSError as error:  # then no process can be unpacking anything there either
+        remedy = f"The folder is not writable ({error.strerror}). Put the data set there, or name another folder."
     try:
         return [make(root, **part) for part in parts]
     except (RuntimeError, FileNotFoundError) as error:
-        raise UsageError(f"data.root: {name} is not in {str(root)!r} or is damaged ({error}). {remedy}") from None
+        raise UsageError(
+            f"data.root: {name} is missing in {str(root)!r} or damaged ({error}). {remedy}",
+            code="data-damaged",
+            key="data.root",
+            name=name,
+        ) from None
 
 
 def _download(name: str, root: Path, part: Mapping[str, Any], begun: Path) -> None:
-    """One part. torchvision takes many a set's folder for the whole of it: so a part of it must not be taken for it.
+    """Download one part of the set.
 
-    `begun`: the file that lists what was there before, until it is all there. Raises UsageError.
+    torchvision accepts the folder of many sets without checking that it is complete. So the file `begun` lists what was
+    in `root` before, until the download is complete.
     """
     log.info("downloading %s to %s", name, root)
     before = set(os.listdir(root))
     begun.write_text("\n".join(before), encoding="utf-8", errors="surrogateescape")
     try:
         getattr(torchvision.datasets, name)(root, **part, download=True)
-    except Exception as error:  # of the network, an archive, a package that it takes
-        raise UsageError(_how_to_get(name, root, error)) from None
+    except Exception as error:  # from the network, an archive, or a missing package
+        raise _not_available(name, root, error) from None
     begun.unlink()
 
 
-def _refuse_part_of_a_set(name: str, begun: Path) -> None:
-    """Raises UsageError if an earlier process failed, or was killed, while it unpacked the set."""
+def _check_not_interrupted(name: str, begun: Path) -> None:
+    """Raise UsageError if an earlier process failed, or was killed, while it unpacked the set."""
     if not begun.exists():
         return
     before = set(begun.read_text(encoding="utf-8", errors="surrogateescape").split("\n"))
     folders = _new_folders(begun.parent, before)
     if folders:
         raise UsageError(
-            f"data.root: the download of {name} to {str(begun.parent)!r} was interrupted. Delete what may be a part of "
-            f"it, {', '.join(str(folder) for folder in folders)}, and {str(begun)!r}; if it is whole, the latter alone."
+            f"data.root: the download of {name} to {str(begun.parent)!r} was interrupted. Delete what may be an "
+            f"incomplete part of it, {', '.join(str(folder) for folder in folders)}, and {str(begun)!r}. If the data "
+            "set is complete, delete only the latter.",
+            code="download-interrupted",
+            key="data.root",
+            folders=[str(folder) for folder in folders],
+            marker=str(begun),
         )
 
 
 def _new_folders(root: Path, before: Collection[str]) -> list[Path]:
-    """Not deleted by us: another process may have put its own set there."""
+    """Return the folders with files that are not in `before`, for the user to delete: another process may own some."""
     added = [path for path in sorted(root.iterdir()) if path.name not in before]
     return [path for path in added if any(inner.is_file() for inner in path.rglob("*"))]
 
@@ -178,17 +211,20 @@ def _first_line(error: Exception) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0].removesuffix(".")
 
 
-def _how_to_get(name: str, root: Path, error: Exception) -> str:
-    return (
+def _not_available(name: str, root: Path, error: Exception) -> UsageError:
+    return UsageError(
         f"data.name: {name} is not in {str(root.absolute())!r} (data.root) and cannot be downloaded "
-        f'({_first_line(error)}). {_archives(name, root)}On a machine that can, run python -c "import torchvision; '
-        f"torchvision.datasets.{name}('{root.name}', download=True)\" and put what is then in its folder "
-        f"{root.name!r} into {str(root.absolute())!r}."
+        f"({_first_line(error)}). {_archives(name, root)}On a machine with network access, run python -c "
+        f"\"import torchvision; torchvision.datasets.{name}('{root.name}', download=True)\" and copy the content of "
+        f"its folder {root.name!r} to {str(root.absolute())!r}.",
+        code="data-not-available",
+        key="data.name",
+        name=name,
     )
 
 
 def _archives(name: str, root: Path) -> str:
-    """Where the set is one or a few archives of known addresses: which, and where they go."""
+    """Return a sentence on which archives to put where, empty if their addresses are not known."""
     dataset = getattr(torchvision.datasets, name)
     if hasattr(dataset, "resources"):
         addresses, folder = [f"{dataset.mirrors[0]}{file}" for file, _ in dataset.resources], root / name / "raw"
@@ -200,7 +236,7 @@ def _archives(name: str, root: Path) -> str:
 
 
 def _labels(source: Any) -> list[int] | None:
-    """The labels of all samples, under whichever name this set keeps them."""
+    """Return the labels of all samples, None if the set does not hold them."""
     for name in ("targets", "labels", "_labels", "y"):
         values = getattr(source, name, None)
         if values is not None and len(values) == len(source):
@@ -210,7 +246,7 @@ def _labels(source: Any) -> list[int] | None:
 
 
 def _digest(name: str, sources: list[Any], labels: list[list[int] | None]) -> str:
-    """Over the pixels of those sets that are held in memory; otherwise over the number of samples and their labels."""
+    """Return a digest over number and labels of the samples, and over the pixels if the set holds them in memory."""
     hashed = xxhash.xxh3_128(name.encode())
     for source, known in zip(sources, labels, strict=True):
         hashed.update(f"{len(source)} {known}".encode())

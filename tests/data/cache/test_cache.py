@@ -1,4 +1,4 @@
-"""Decoded images kept, and shared by the replicas of a node: read once, and the same pixels as without."""
+"""Tests of caches of decoded images: files are read once, and the pixels equal those without a cache."""
 
 import os
 from pathlib import Path
@@ -8,15 +8,14 @@ import pytest
 import torch
 
 from dreplica.config.schema import DataConfig
-from dreplica.data import image_sharing as sharing
-from dreplica.data.cache import device_cache
-from dreplica.data.cache.shared_file_cache import Shelf
+from dreplica.data import image_sharing
+from dreplica.data.cache.device_cache import DeviceCachedImages
+from dreplica.data.cache.shared_file_cache import SharedFileCache
 from dreplica.data.datasets import load_data, prepare_data
 from dreplica.data.images import images
-from dreplica.data.loading import index_stream as coordinator
-from dreplica.data.loading import loader
-from dreplica.data.loading.index_stream import Coordinator
-from dreplica.data.loading.loader import load_again, load_batches
+from dreplica.data.loading import index_stream, loader
+from dreplica.data.loading.index_stream import IndexSampler
+from dreplica.data.loading.loader import load_batches, reload_batch
 from dreplica.data.samples import DataSets, at_epoch
 from dreplica.distributed.channel import Channel
 from dreplica.distributed.process_group import World
@@ -42,7 +41,7 @@ def prepared(root: Path, world: World = ALONE, device: str = "cpu", **more: Any)
 
 
 def counting(folder: Path, monkeypatch: pytest.MonkeyPatch | None = None) -> None:
-    """From now on every file that is read in this process, or in those it forks, leaves a line in `folder`."""
+    """Log each file that this process, or one that it forks, reads from now on, to a file in `folder`."""
     read = images.read_image
 
     def read_and_count(path: str) -> Any:
@@ -57,7 +56,7 @@ def counting(folder: Path, monkeypatch: pytest.MonkeyPatch | None = None) -> Non
 
 
 def reads(folder: Path) -> list[str]:
-    """Of all processes since the last call."""
+    """Return the files that all processes read since the last call."""
     lines = (folder / "reads").read_text().splitlines() if (folder / "reads").exists() else []
     (folder / "reads").unlink(missing_ok=True)
     return lines
@@ -67,11 +66,11 @@ def epoch_of(
     data: DataSets,
     epoch: int,
     num_workers: int,
-    sender: Coordinator,
+    sender: IndexSampler,
     device: str = "cpu",
     memory_format: torch.memory_format = torch.preserve_format,
 ) -> list[Any]:
-    """The batches of an epoch of training (0: of a validation pass), as bytes."""
+    """Return the batches of a training epoch (0: of a validation pass) as bytes."""
     if epoch == 0:
         stream, part = sender.evaluation_batches(len(data.val), 5), data.val  # type: ignore[arg-type]
     else:
@@ -89,20 +88,20 @@ EPOCHS = (1, 0, 2, 0, 3)
 
 
 def epochs_of(data: DataSets, num_workers: int = 0, channel: Channel | None = None, **more: Any) -> list[Any]:
-    sender = Coordinator(channel or Channel(), 0)
+    sender = IndexSampler(channel or Channel(), 0)
     return [epoch_of(data, epoch, num_workers, sender, **more) for epoch in EPOCHS]
 
 
-def assert_replays_read_anew(cached: DataSets, plain: DataSets, tmp_path: Path) -> None:
-    """A replay takes nothing over from what was kept."""
-    again = load_again(at_epoch(cached.train, 2), torch.tensor([3, 5]), CPU)
+def assert_replays_read_files(cached: DataSets, plain: DataSets, tmp_path: Path) -> None:
+    """Check that a replay uses no cached image."""
+    again = reload_batch(at_epoch(cached.train, 2), torch.tensor([3, 5]), CPU)
     assert len(reads(tmp_path)) == 2
-    assert bytes_of(again) == bytes_of(load_again(at_epoch(plain.train, 2), torch.tensor([3, 5]), CPU))
+    assert bytes_of(again) == bytes_of(reload_batch(at_epoch(plain.train, 2), torch.tensor([3, 5]), CPU))
 
 
 @pytest.mark.parametrize("augment", [None, "flip", "crop_flip", "resized_crop", "trivial"])
 @pytest.mark.parametrize("num_workers", [0, 1, 4])
-def test_memory_gives_the_same_pixels_and_reads_each_file_once(
+def test_memory_cache_gives_same_pixels_and_reads_once(
     augment: str | None, num_workers: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     root = make_folder(tmp_path / "images", 8)
@@ -110,18 +109,18 @@ def test_memory_gives_the_same_pixels_and_reads_each_file_once(
     assert (expected[0] == expected[2]) is False
     counting(tmp_path, monkeypatch)
     cached = prepared(root, augment=augment, cache="memory")
-    reads(tmp_path)  # a few to reckon with
+    reads(tmp_path)  # some are read to estimate the size
     assert epochs_of(cached, num_workers) == expected
     files = reads(tmp_path)
     assert len(files) == len(set(files)) == 16
-    assert_replays_read_anew(cached, prepared(root, augment=augment), tmp_path)
+    assert_replays_read_files(cached, prepared(root, augment=augment), tmp_path)
 
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("augment", [None, "flip", "crop_flip"])
 @pytest.mark.parametrize("num_workers", [0, 1, 4])
 @pytest.mark.parametrize("memory_format", [torch.preserve_format, torch.channels_last])
-def test_device_gives_the_same_pixels_and_reads_each_file_once(
+def test_device_cache_gives_same_pixels_and_reads_once(
     device: str,
     augment: str | None,
     num_workers: int,
@@ -137,18 +136,16 @@ def test_device_gives_the_same_pixels_and_reads_each_file_once(
     assert epochs_of(cached, num_workers, **layout) == expected
     files = reads(tmp_path)
     assert len(files) == len(set(files)) == 16
-    assert_replays_read_anew(cached, prepared(root, augment=augment), tmp_path)
+    assert_replays_read_files(cached, prepared(root, augment=augment), tmp_path)
     assert cached.train[3][0].numpy().tobytes() == prepared(root, augment=augment).train[3][0].numpy().tobytes()
 
 
-def test_an_epoch_cut_short_leaves_a_cache_that_the_next_one_fills(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_next_epoch_completes_a_partly_filled_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     root = make_folder(tmp_path / "images", 8)
     expected = epochs_of(prepared(root, augment="flip"))
     counting(tmp_path, monkeypatch)
     for cache, num_reads in (("memory", 12), ("device", 17)):
-        data, sender = prepared(root, augment="flip", cache=cache), Coordinator(Channel(), 0)
+        data, sender = prepared(root, augment="flip", cache=cache), IndexSampler(Channel(), 0)
         first = load_batches(at_epoch(data.train, 1), sender.training_batches(12, 5, 1), CPU, 0, 0, 1)
         assert bytes_of(next(first)) == expected[0][0]
         first.close()
@@ -156,18 +153,16 @@ def test_an_epoch_cut_short_leaves_a_cache_that_the_next_one_fills(
         assert len(reads(tmp_path)) == num_reads
 
 
-def test_what_is_on_the_device_is_put_together_at_the_pace_of_the_windows(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_device_cache_receives_windows_in_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     root = make_folder(tmp_path, 8)
-    for module in (coordinator, loader):
+    for module in (index_stream, loader):
         monkeypatch.setattr(module, "WINDOW", 1)
     assert epochs_of(prepared(root, cache="device")) == epochs_of(prepared(root))
 
 
 def load_shared(world: World, root: str, folder: str, num_workers: int, more: dict[str, Any]) -> Any:
     let_workers_start()
-    sharing._MEMORY_FILES = f"{folder}/files"
+    image_sharing._MEMORY_FILES = f"{folder}/files"
     data = prepared(Path(root), world, augment="flip", num_workers=num_workers, **more)
     world.channel.gather(None)
     counting(Path(folder))
@@ -186,7 +181,7 @@ def load_shared(world: World, root: str, folder: str, num_workers: int, more: di
     ],
 )
 @pytest.mark.parametrize("num_workers", [0, 2])
-def test_replicas_of_a_node_decode_a_sample_once(
+def test_replicas_of_a_node_decode_each_sample_once(
     more: dict[str, Any], num_reads: int, num_workers: int, tmp_path: Path
 ) -> None:
     root = make_folder(tmp_path / "images", 8)
@@ -199,44 +194,44 @@ def test_replicas_of_a_node_decode_a_sample_once(
 
 
 def load_other_samples(world: World, root: str) -> Any:
-    """Replica 1 is sent the samples in another order."""
+    """Load samples that replica 1 receives in another order."""
     data = prepared(Path(root), world, augment="flip", decode="node")
-    alone = Coordinator(Channel(), world.replica_id)
+    alone = IndexSampler(Channel(), world.replica_id)
     alone._channel.rank, alone._channel.size = 0, 1
     return epoch_of(data, 1, 0, alone)
 
 
-def test_a_replica_that_was_sent_other_samples_gets_those(tmp_path: Path) -> None:
+def test_replica_with_other_indices_loads_those(tmp_path: Path) -> None:
     root = make_folder(tmp_path / "images", 8)
     plain = prepared(root, augment="flip")
-    expected = [epoch_of(plain, 1, 0, Coordinator(Channel(), seed)) for seed in (0, 1)]
+    expected = [epoch_of(plain, 1, 0, IndexSampler(Channel(), seed)) for seed in (0, 1)]
     assert expected[0] != expected[1]
     assert run_replicas(load_other_samples, 2, str(root)) == expected
 
 
 @pytest.mark.parametrize("num_batches", [1, 4])
-def test_a_ring_gives_no_stale_pixels(num_batches: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """One replica, made to share with itself: what the ring holds is always of another batch, epoch, pass or set."""
+def test_ring_gives_no_stale_pixels(num_batches: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One replica shares with itself, so the ring always holds another batch, epoch, pass or set."""
     root = make_folder(tmp_path / "images", 8)
     plain = prepared(root, augment="trivial")
-    path = sharing._create({"ring": sharing._File(5 * num_batches, 3072, 0)}, section(root), 1)["ring"]
-    ring = sharing.Ring(Shelf(sharing._open(path), 5 * num_batches, 3072), 5)
+    path = image_sharing._create({"ring": image_sharing._File(5 * num_batches, 3072, 0)}, section(root), 1)["ring"]
+    ring = image_sharing.BatchRing(SharedFileCache(image_sharing._open(path), 5 * num_batches, 3072), 5)
     os.unlink(path)
-    parts = enumerate((plain.train, plain.val))
-    train, val = (images.sharing(None, part, ring) for part, images in parts)  # type: ignore[attr-defined]
+    sets = enumerate((plain.train, plain.val))
+    train, val = (images.with_caches(None, set_id, ring) for set_id, images in sets)  # type: ignore[attr-defined]
     shared = DataSets(train, val, 2, "")
     assert epochs_of(shared) == epochs_of(plain)
     counting(tmp_path, monkeypatch)
-    sender, other = Coordinator(Channel(), 0), Coordinator(Channel(), 0)
+    sender, other = IndexSampler(Channel(), 0), IndexSampler(Channel(), 0)
     for _ in range(2):
         assert epoch_of(shared, 1, 0, sender) == epoch_of(plain, 1, 0, other)
-    assert len(reads(tmp_path)) == 4 * 12  # nothing is taken over from an earlier pass, so a benchmark may repeat one
-    # Not even where the pass has the same number.
+    assert len(reads(tmp_path)) == 4 * 12  # no image of an earlier pass is used, so a benchmark may repeat one
+    # Not even of a pass with the same number.
     for view, same in ((train, plain.train), (train.at_epoch(2), at_epoch(plain.train, 2)), (val, plain.val)):
         assert view.load_batch(range(4), (1, 0))[0].tolist() == [same[index][0].tolist() for index in range(4)]
 
 
-def test_a_ring_uses_all_its_slots_and_no_others() -> None:
+def test_ring_uses_exactly_its_slots() -> None:
     class Recording:
         num_slots, wanted = 15, set[int]()
 
@@ -245,7 +240,7 @@ def test_a_ring_uses_all_its_slots_and_no_others() -> None:
             self.wanted |= {slot for slot, _ in wanted}
             return []
 
-    ring = sharing.Ring(Recording(), 5)  # type: ignore[arg-type]
+    ring = image_sharing.BatchRing(Recording(), 5)  # type: ignore[arg-type]
     for number in range(7):
         ring((1, number), [(0, 0, 1, index) for index in range(5)], lambda _: None)  # type: ignore[arg-type, return-value]
     assert Recording.wanted == set(range(15))
@@ -254,54 +249,54 @@ def test_a_ring_uses_all_its_slots_and_no_others() -> None:
 @pytest.mark.parametrize(
     ("config", "words"),
     [
-        ({"cache": "memory"}, r"data.cache: 'memory' is for images .*'digits' gives TensorImages. Leave it out"),
-        ({"cache": "device"}, r"data.cache: 'device' is for images .*'digits' gives TensorImages. Leave it out"),
-        ({"decode": "node"}, r"data.decode: 'node' is for images .*'digits' gives TensorImages. Leave it out"),
+        ({"cache": "memory"}, r"data.cache: 'memory' applies to images .*'digits' provides TensorImages. Remove it"),
+        ({"cache": "device"}, r"data.cache: 'device' applies to images .*'digits' provides TensorImages. Remove it"),
+        ({"decode": "node"}, r"data.decode: 'node' applies to images .*'digits' provides TensorImages. Remove it"),
     ],
 )
-def test_data_that_are_no_images_are_refused(config: dict[str, Any], words: str) -> None:
+def test_cache_of_other_data_is_a_usage_error(config: dict[str, Any], words: str) -> None:
     with pytest.raises(SharedUsageError, match=f"^{words}"):
         prepare_data(DataConfig.model_validate(config), 0, ALONE, CPU)
 
 
 @pytest.mark.parametrize("augment", ["resized_crop", "trivial", "tests.data.images.test_augment:of_all_generators"])
-def test_augmentations_that_compute_are_refused_on_a_device(augment: str, tmp_path: Path) -> None:
+def test_device_cache_rejects_augmentations_that_compute(augment: str, tmp_path: Path) -> None:
     root = make_folder(tmp_path, 8)
     with pytest.raises(SharedUsageError, match=rf"^data.cache: 'device' .*but data.augment is '{augment}'. Use one of"):
         prepared(root, augment=augment, cache="device")
 
 
-def test_too_little_memory_and_too_little_room_are_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_too_little_memory_or_space_is_a_usage_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     root = make_folder(tmp_path, 8)
     needed = 16 * 32 * 32 * 3
-    monkeypatch.setattr(sharing, "available_memory", lambda: needed - 1)
+    monkeypatch.setattr(image_sharing, "available_memory", lambda: needed - 1)
     with pytest.raises(SharedUsageError, match=r"^data.cache: 'memory' needs about 0.0 MB .* use --data.cache none"):
         prepared(root, cache="memory")
     with pytest.raises(SharedUsageError, match=r"^data.cache: 'device' needs 0.0 MB .*Use --data.cache memory"):
         prepared(root, cache="device")
-    monkeypatch.setattr(sharing, "available_memory", lambda: needed)
+    monkeypatch.setattr(image_sharing, "available_memory", lambda: needed)
     prepared(root, cache="memory")
     prepared(root, cache="device")
-    monkeypatch.setattr(sharing.shutil, "disk_usage", lambda folder: type("Usage", (), {"free": needed}))
-    with pytest.raises(SharedUsageError, match=r"no such room in .*TMPDIR"):
+    monkeypatch.setattr(image_sharing.shutil, "disk_usage", lambda folder: type("Usage", (), {"free": needed}))
+    with pytest.raises(SharedUsageError, match=r"not enough space in .*TMPDIR"):
         prepared(root, cache="memory")
 
 
-def test_a_cache_of_whole_images_is_reckoned_from_some(tmp_path: Path) -> None:
+def test_size_of_whole_images_is_estimated_from_some(tmp_path: Path) -> None:
     root = make_folder(tmp_path, 8)
     fitted, whole = (load_data(section(root, augment=augment)).train for augment in ("flip", "resized_crop"))
-    assert fitted.bytes_kept() == 3 * 32 * 32  # type: ignore[attr-defined]
-    sizes = [whole._make_to_keep(index)[0].nbytes for index in range(len(whole))]  # type: ignore[attr-defined, arg-type]
-    assert min(sizes) < whole.bytes_kept() < max(sizes)  # type: ignore[attr-defined]
+    assert fitted.cached_bytes_per_image() == 3 * 32 * 32  # type: ignore[attr-defined]
+    sizes = [whole._make_cacheable(index)[0].nbytes for index in range(len(whole))]  # type: ignore[attr-defined, arg-type]
+    assert min(sizes) < whole.cached_bytes_per_image() < max(sizes)  # type: ignore[attr-defined]
 
 
-def test_what_is_kept_on_a_device_is_not_what_the_batch_is_made_into(tmp_path: Path) -> None:
+def test_device_cache_stores_images_before_augmentation(tmp_path: Path) -> None:
     root = make_folder(tmp_path, 8)
     data = prepared(root, augment="flip", cache="device")
-    assert isinstance(data.train, device_cache.OnDevice)
-    epoch_of(data, 1, 0, Coordinator(Channel(), 0))
+    assert isinstance(data.train, DeviceCachedImages)
+    epoch_of(data, 1, 0, IndexSampler(Channel(), 0))
     kept = data.train.store.images.clone()
-    epoch_of(data, 2, 0, Coordinator(Channel(), 0))
+    epoch_of(data, 2, 0, IndexSampler(Channel(), 0))
     assert kept.equal(data.train.store.images)
     unaugmented = prepared(root).train
     assert all(kept[index].equal(unaugmented[index][0]) for index in range(12))

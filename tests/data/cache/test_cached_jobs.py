@@ -1,4 +1,4 @@
-"""Whole jobs whose decoded images are kept or shared: the same trace, the same verdicts, and nobody hangs."""
+"""Whole jobs with cached or shared decoded images: equal traces and verdicts, and no replica hangs."""
 
 import io
 import logging
@@ -38,10 +38,8 @@ from tests.harness import run_job
         ("crop_flip", "cache: device", True),
     ],
 )
-def test_any_cache_and_any_sharing_give_what_reading_gives(
-    augment: str, own: str, layout: bool, tmp_path: Path
-) -> None:
-    """Replica 0 reads every sample itself; 1 and 2 decode for each other, and keep what they have decoded."""
+def test_caches_and_sharing_give_the_same_trace(augment: str, own: str, layout: bool, tmp_path: Path) -> None:
+    """Replica 0 reads every sample itself. Replicas 1 and 2 share decoded images and cache them."""
     overrides = ", ".join(f"{replica_id}: {{data: {{{own}}}}}" for replica_id in (1, 2))
     arguments = (f"--data.augment={augment}", *AUGMENTED[1:], f"--model.channels_last={layout}".lower())
     job = run(make_folder(tmp_path), *arguments, f"--overrides={{{overrides}}}", num_replicas=3)
@@ -52,7 +50,7 @@ def test_any_cache_and_any_sharing_give_what_reading_gives(
 @pytest.mark.parametrize(
     "arguments", ["--data.decode=node", "--data.decode=node --data.cache=memory", "--data.cache=device"]
 )
-def test_a_fault_in_the_second_epoch_is_replayed_from_the_files(arguments: str, tmp_path: Path) -> None:
+def test_replay_of_the_second_epoch_reads_the_files(arguments: str, tmp_path: Path) -> None:
     fault = "--inject=[{replica: 1, step: 6, target: batch}]"
     job = run(make_folder(tmp_path), "--data.augment=crop_flip", *arguments.split(), fault)
     verdict = job.report["verdict"]
@@ -74,7 +72,7 @@ def test_where_the_copy_of_two_that_share_differs_the_file_is_named(cache: str, 
 
 
 def folder_decoded_wrongly_once(config: DataConfig) -> tuple[Images, Images, int]:
-    """As `imagefolder`; replica 1 makes one mistake in decoding, in the first image that it trains on."""
+    """Load an image folder; replica 1 decodes the first image that it trains on wrongly, once."""
     read, data = images.read_image, load_image_folder(config, augment_seed=0)
     file = data.train.describe(int(draw_order(len(data.train), 0, 1)[0]))  # type: ignore[arg-type, attr-defined]
     left = [file] if os.environ["RANK"] == "1" else []
@@ -90,7 +88,7 @@ def folder_decoded_wrongly_once(config: DataConfig) -> tuple[Images, Images, int
     return data.train, data.val, data.num_classes  # type: ignore[return-value]
 
 
-def test_a_mistake_in_decoding_that_is_kept_is_no_fault_of_the_file(tmp_path: Path) -> None:
+def test_cached_decoding_mistake_is_a_transient_fault(tmp_path: Path) -> None:
     data = "--data.name=tests.data.cache.test_cached_jobs:folder_decoded_wrongly_once"
     job = run(make_folder(tmp_path), data, "--data.cache=memory")
     verdict = job.report["verdict"]
@@ -98,7 +96,7 @@ def test_a_mistake_in_decoding_that_is_kept_is_no_fault_of_the_file(tmp_path: Pa
 
 
 class Noise(Dataset[tuple[torch.Tensor, int]]):
-    """Drawn from NumPy's global generator, of whatever process loads it."""
+    """A set of noise from NumPy's global generator in the process that loads it."""
 
     def __len__(self) -> int:
         return 20
@@ -112,7 +110,7 @@ def noise(_config: DataConfig) -> tuple[Noise, Noise, int]:
 
 
 @pytest.mark.parametrize("cache", ["none", "memory"])
-def test_what_is_drawn_in_workers_is_seen_through_a_cache(cache: str, tmp_path: Path) -> None:
+def test_draws_in_workers_diverge_with_a_cache_too(cache: str, tmp_path: Path) -> None:
     arguments = ("--data.name=tests.data.cache.test_cached_jobs:noise", f"--overrides.1.data.cache={cache}")
     job = run(tmp_path, *arguments, "--overrides.1.data.num_workers=2")
     verdict = job.report["verdict"]
@@ -120,7 +118,7 @@ def test_what_is_drawn_in_workers_is_seen_through_a_cache(cache: str, tmp_path: 
 
 
 def kill_when_reading(image: PIL.Image.Image) -> PIL.Image.Image:
-    """Of the second image that is read by replica 1; the others are slow, so that some are left to it."""
+    """Kill replica 1 at its second image. The others read slowly, so that some images are left for it."""
     global _reads
     _reads += 1
     if os.environ["RANK"] != "1":
@@ -134,7 +132,7 @@ _reads = 0
 
 
 def folder_where_replica_1_dies(config: DataConfig) -> tuple[Images, Images, int]:
-    """As `imagefolder`; replica 1 is killed while it decodes, with the slot locked that the others wait for."""
+    """Load an image folder; replica 1 is killed while it decodes, holding the lock of a slot."""
     read = images.read_image
     images.read_image = lambda path: kill_when_reading(read(path))  # type: ignore[assignment, misc]
     data = load_image_folder(config, augment_seed=0)
@@ -142,7 +140,7 @@ def folder_where_replica_1_dies(config: DataConfig) -> tuple[Images, Images, int
 
 
 @pytest.mark.parametrize("cache", ["none", "memory"])
-def test_a_replica_killed_while_it_decodes_for_all_is_named(cache: str, tmp_path: Path) -> None:
+def test_replica_killed_while_decoding_for_all_is_named(cache: str, tmp_path: Path) -> None:
     root = make_folder(tmp_path / "images")
     arguments = (
         "--data.name=tests.data.cache.test_cached_jobs:folder_where_replica_1_dies",
@@ -155,7 +153,7 @@ def test_a_replica_killed_while_it_decodes_for_all_is_named(cache: str, tmp_path
     assert (verdict["cause"], verdict["suspects"]) == ("replica-lost", [1]), verdict
 
 
-def test_a_sample_that_cannot_be_read_is_skipped_or_ends_all(tmp_path: Path) -> None:
+def test_unreadable_sample_is_skipped_or_ends_all(tmp_path: Path) -> None:
     root = make_folder(tmp_path / "images")
     (root / "china" / "broken.jpg").write_bytes(b"")
     shared = ("--data.decode=node", "--data.num_workers=1")
@@ -168,19 +166,19 @@ def test_a_sample_that_cannot_be_read_is_skipped_or_ends_all(tmp_path: Path) -> 
         assert skipping.report["skipped"] == plain.report["skipped"]
         stopping = run(root, *shared, f"--data.cache={cache}", timeout=60)
         assert set(stopping.exitcodes.values()) == {2}, stopping.output
-        assert stopping.stderr.count("china/broken.jpg) is an empty file") == 1, stopping.stderr
+        assert stopping.stderr.count("china/broken.jpg) cannot be loaded: the file is empty") == 1, stopping.stderr
 
 
-def test_where_decoded_images_are_kept_is_said(tmp_path: Path) -> None:
+def test_cache_location_is_logged(tmp_path: Path) -> None:
     root = make_folder(tmp_path)
     job = run(root, "--data.cache=memory", "--data.decode=node", "--train.max_steps=1")
     assert job.stderr.count("data.cache: 'memory': about 0.1 MB of decoded images, in /dev/shm") == 1
     job = run(root, "--data.cache=device", "--train.max_steps=1")
-    assert job.stderr.count("data.cache: 'device': 0.1 MB of decoded images, kept during the first epoch") == 1
+    assert job.stderr.count("data.cache: 'device': 0.1 MB of decoded images, stored during the first epoch") == 1
 
 
 @pytest.mark.parametrize("is_terminal", [True, False])
-def test_the_first_epoch_says_how_many_images_are_kept_so_far(
+def test_first_epoch_shows_the_number_of_cached_images(
     is_terminal: bool, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     for name in ("_SECONDS_BETWEEN_LINES", "_REFRESH_SECONDS"):
@@ -202,10 +200,10 @@ def test_the_first_epoch_says_how_many_images_are_kept_so_far(
     assert all("accuracy 0.3000" in text for text in shown)
 
 
-def test_one_message_for_what_cannot_be(tmp_path: Path) -> None:
+def test_unusable_cache_settings_give_one_message(tmp_path: Path) -> None:
     job = run_job("--data.cache=memory")
     assert job.exitcodes == {0: 2, 1: 2}
-    assert job.output.count("data.cache: 'memory' is for images that are decoded, but 'digits' gives") == 1
+    assert job.output.count("data.cache: 'memory' applies to images that are decoded, but 'digits' provides") == 1
     job = run(make_folder(tmp_path), "--data.cache=device", "--data.augment=trivial")
     assert job.exitcodes == {0: 2, 1: 2}
     assert job.output.count("but data.augment is 'trivial'") == 1

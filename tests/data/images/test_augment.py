@@ -1,4 +1,4 @@
-"""Augmentation: a function of (seed, epoch, index) alone, whatever the batch, order, worker or process."""
+"""Tests of augmentation, which depends only on (seed, epoch, index)."""
 
 import contextlib
 import random
@@ -14,9 +14,9 @@ from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional
 
 from dreplica.config.schema import DataConfig
-from dreplica.data.images.augment import NAMES, drawing_from, make_augmentation
+from dreplica.data.images.augment import NAMES, make_augmentation, seeded_generators
 from dreplica.data.images.images import Images
-from dreplica.data.loading.index_stream import Coordinator
+from dreplica.data.loading.index_stream import IndexSampler
 from dreplica.data.loading.loader import load_batches
 from dreplica.data.samples import at_epoch
 from dreplica.distributed.channel import Channel
@@ -30,7 +30,7 @@ SOURCE = [(cut("flower" if number % 2 else "china", number), number % 2) for num
 
 
 def of_all_generators(image: Tensor) -> Tensor:
-    """Draws from Python's, NumPy's and torch's, and sums over the image, which threads would share."""
+    """Draw from the generators of Python, NumPy and torch, and sum over the image, which depends on threads."""
     image = functional.adjust_contrast(image, 0.5 + random.random())
     image = functional.adjust_brightness(image, 0.5 + float(numpy.random.random()))
     return v2.RandomRotation(30)(image)
@@ -62,7 +62,7 @@ names = st.sampled_from([*NAMES, OWN])
 
 @settings(max_examples=30, deadline=None)
 @given(names, st.integers(0, 2**32 - 1), st.integers(1, 10**6), st.permutations(range(12)), st.integers(0, 2**31))
-def test_the_same_pixels_in_any_order_from_any_state(
+def test_pixels_do_not_depend_on_order_or_rng_state(
     name: str, seed: int, epoch: int, order: list[int], other: int
 ) -> None:
     dataset = images(name, seed)
@@ -75,11 +75,11 @@ def test_the_same_pixels_in_any_order_from_any_state(
 
 
 @pytest.mark.parametrize("name", [*NAMES, OWN])
-def test_the_same_pixels_with_any_number_of_workers_batches_and_threads(name: str) -> None:
+def test_pixels_do_not_depend_on_workers_or_threads(name: str) -> None:
     dataset = images(name, seed=3)
 
     def load(num_workers: int, batch_size: int) -> dict[int, bytes]:
-        stream = Coordinator(Channel(), 0).training_batches(12, batch_size, epoch=4)
+        stream = IndexSampler(Channel(), 0).training_batches(12, batch_size, epoch=4)
         found = {}
         for batch in load_batches(at_epoch(dataset, 4), stream, CPU, num_workers, 0, 4):
             assert batch.inputs.dtype is torch.float32
@@ -90,7 +90,7 @@ def test_the_same_pixels_with_any_number_of_workers_batches_and_threads(name: st
     threads = torch.get_num_threads()
     try:
         torch.set_num_threads(2)
-        with drawing_from(0, 1, 2):
+        with seeded_generators(0, 1, 2):
             assert torch.get_num_threads() == 1
         assert torch.get_num_threads() == 2
         assert load(0, 5) == expected
@@ -112,19 +112,19 @@ def test_epochs_seeds_and_samples_differ(name: str) -> None:
 
 @settings(max_examples=20, deadline=None)
 @given(names, st.integers(0, 2**31))
-def test_the_global_generators_are_as_they_were_byte_for_byte(name: str, seed: int) -> None:
+def test_global_generators_are_restored(name: str, seed: int) -> None:
     random.seed(seed)
     numpy.random.seed(seed)
     torch.manual_seed(seed)
-    random.gauss(0, 1), numpy.random.standard_normal(), torch.randn(3)  # each may hold a second draw back
+    random.gauss(0, 1), numpy.random.standard_normal(), torch.randn(3)  # each may buffer a second draw
     before = rng_stage().digest
     images(name).at_epoch(1)[seed % 12]
     assert rng_stage().digest == before
 
 
-def test_also_after_an_exception() -> None:
+def test_generators_are_restored_after_an_exception() -> None:
     before = rng_stage().digest
-    with contextlib.suppress(KeyError), drawing_from(0, 1, 2):
+    with contextlib.suppress(KeyError), seeded_generators(0, 1, 2):
         draw()
         raise KeyError
     assert rng_stage().digest == before
@@ -135,15 +135,15 @@ def draw() -> tuple[float, float, float]:
 
 
 @given(st.tuples(st.integers(0, 2**32 - 1), st.integers(1, 10**6), st.integers(0, 10**7)), st.integers(0, 2))
-def test_every_generator_depends_on_seed_epoch_and_index(place: tuple[int, int, int], changed: int) -> None:
-    with drawing_from(*place):
+def test_generators_depend_on_seed_epoch_and_index(place: tuple[int, int, int], changed: int) -> None:
+    with seeded_generators(*place):
         one = draw()
-    with drawing_from(*(value + (number == changed) for number, value in enumerate(place))):
+    with seeded_generators(*(value + (number == changed) for number, value in enumerate(place))):
         other = draw()
     assert all(a != b for a, b in zip(one, other, strict=True))
 
 
-def test_augmentations_are_of_the_size_and_what_they_are_called() -> None:
+def test_augmentations_do_what_their_names_say() -> None:
     small = [(cut("china", 0).resize((SIZE, SIZE)), 0)]
     original = Images(small, None, SIZE)[0][0]
     for name in (*NAMES, OWN):
@@ -159,7 +159,7 @@ def test_augmentations_are_of_the_size_and_what_they_are_called() -> None:
 
 
 def made_of(source: list[Any], name: str, num: int) -> set[bytes]:
-    """What becomes of one image, as `num` samples of a set."""
+    """Return the augmented images of one image that is `num` samples of a set."""
     dataset = Images(source * num, None, SIZE, images(name).augmentation)
     return {dataset[index][0].numpy().tobytes() for index in range(num)}
 
@@ -168,12 +168,12 @@ def made_of(source: list[Any], name: str, num: int) -> set[bytes]:
     ("name", "words"),
     [
         ("flips", "data.augment: there is no augmentation 'flips'. Did you mean 'flip'?"),
-        (f"{__name__}:no_image", "returned int. Return an image as it was given: uint8, (3, H, W)."),
+        (f"{__name__}:no_image", "returned int. Return an image like the argument: uint8, (3, H, W)."),
         (f"{__name__}:floats", "returned torch.float32 (3, "),
         (f"{__name__}:not_there", "has no function 'not_there'"),
     ],
 )
-def test_what_is_no_augmentation(name: str, words: str) -> None:
+def test_bad_augmentation_is_a_usage_error(name: str, words: str) -> None:
     with pytest.raises(UsageError) as caught:
         images(name)[0]
     assert str(caught.value).startswith("data.augment: ")

@@ -1,4 +1,4 @@
-"""Shifts and flips of a batch: drawn for each sample by itself, the same bytes on either path."""
+"""Tests of shifts and flips of a batch: drawn for each sample separately, equal on both code paths."""
 
 import numpy
 import pytest
@@ -16,9 +16,7 @@ def noise(num: int, height: int = 6, width: int = 5) -> Tensor:
 
 @settings(max_examples=50, deadline=None)
 @given(st.integers(0, 4), st.integers(0, 2**32 - 1), st.integers(0, 10**6), st.lists(st.integers(0, 10**9), min_size=1))
-def test_a_batch_is_its_samples_one_by_one_and_a_gather_gives_the_same(
-    padding: int, seed: int, epoch: int, indices: list[int]
-) -> None:
+def test_batch_equals_single_samples_on_both_paths(padding: int, seed: int, epoch: int, indices: list[int]) -> None:
     images, move = noise(len(indices)), ShiftFlip(padding)
     whole = move(images.clone(), seed, epoch, indices)
     alone = [move(image[None].clone(), seed, epoch, [index]) for image, index in zip(images, indices, strict=True)]
@@ -28,7 +26,7 @@ def test_a_batch_is_its_samples_one_by_one_and_a_gather_gives_the_same(
     assert gathered.is_contiguous()
 
 
-def test_a_window_is_where_it_was_drawn() -> None:
+def test_window_is_where_it_was_drawn() -> None:
     images, move = noise(40), ShiftFlip(2)
     flips, tops, lefts = move.draw(0, 1, range(40))
     moved = move(images.clone(), 0, 1, range(40))
@@ -42,7 +40,7 @@ def test_a_window_is_where_it_was_drawn() -> None:
 
 
 @pytest.mark.parametrize("padding", [0, 4])
-def test_draws_are_uniform_and_independent_of_each_other(padding: int) -> None:
+def test_draws_are_uniform_and_independent(padding: int) -> None:
     num, sides = 40_000, 2 * padding + 1
     flips, tops, lefts = ShiftFlip(padding).draw(3, 5, range(num))
     cells = (flips * sides + tops) * sides + lefts

@@ -1,4 +1,4 @@
-"""Images of every mode, as uint8 tensors of one size."""
+"""Tests of images of every mode, converted to uint8 tensors of one size."""
 
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ def pixel(image: PIL.Image.Image) -> tuple[int, ...]:
     return rgb.getpixel((0, 0))  # type: ignore[return-value]
 
 
-def test_modes_come_out_as_documented() -> None:
+def test_modes_are_converted_as_documented() -> None:
     new = PIL.Image.new
     assert pixel(new("RGB", (2, 2), (1, 2, 3))) == (1, 2, 3)
     assert pixel(new("L", (2, 2), 7)) == (7, 7, 7)
@@ -35,13 +35,14 @@ def test_16_bits_keep_black_white_and_the_middle() -> None:
     for value, expected in ((0, 0), (65535, 255), (257 * 100, 100), (257 * 100 + 128, 100), (257 * 100 + 129, 101)):
         image = PIL.Image.fromarray(numpy.full((2, 2), value, dtype=numpy.uint16))
         assert pixel(image) == (expected,) * 3
-    with pytest.raises(UnreadableImageError, match="has pixels of 70000 to 70000; convert it"):
+    with pytest.raises(UnreadableImageError, match="its pixels range from 70000 to 70000: convert it") as caught:
         to_rgb(PIL.Image.new("I", (2, 2), 70000))
+    assert (caught.value.code, caught.value.fields) == ("pixels-not-convertible", {"low": 70000, "high": 70000})
     with pytest.raises(UnreadableImageError, match="floats"):
         to_rgb(PIL.Image.new("F", (2, 2), 0.5))
 
 
-def test_a_transparent_colour_of_a_palette_is_white(tmp_path: Path) -> None:
+def test_transparent_palette_color_becomes_white(tmp_path: Path) -> None:
     image = PIL.Image.new("P", (2, 1))
     image.putpalette([10, 20, 30, 40, 50, 60])
     image.putpixel((1, 0), 1)
@@ -51,7 +52,7 @@ def test_a_transparent_colour_of_a_palette_is_white(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("mode", "colour"), [("RGB", (9, 8, 7)), ("L", 9), ("I;16", 999)])
-def test_a_transparent_colour_without_a_palette_is_white(mode: str, colour: Any, tmp_path: Path) -> None:
+def test_transparent_color_without_palette_becomes_white(mode: str, colour: Any, tmp_path: Path) -> None:
     image = PIL.Image.new(mode, (2, 1), colour)
     image.putpixel((1, 0), 0 if mode != "RGB" else (0, 0, 0))
     image.save(tmp_path / "a.png", transparency=colour)
@@ -59,7 +60,7 @@ def test_a_transparent_colour_without_a_palette_is_white(mode: str, colour: Any,
     assert (rgb.mode, rgb.getpixel((0, 0)), rgb.getpixel((1, 0))) == ("RGB", (255, 255, 255), (0, 0, 0))
 
 
-def test_the_first_frame_of_an_animation_and_a_wrong_ending(tmp_path: Path) -> None:
+def test_animation_with_wrong_suffix_gives_first_frame(tmp_path: Path) -> None:
     frames = [PIL.Image.new("RGB", (4, 4), (level, 0, 0)) for level in (200, 100, 0)]
     frames[0].save(tmp_path / "a.gif", save_all=True, append_images=frames[1:])
     (tmp_path / "a.gif").rename(tmp_path / "a.jpg")
@@ -67,7 +68,7 @@ def test_the_first_frame_of_an_animation_and_a_wrong_ending(tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize("size", [(1, 1), (40000, 1), (2, 90000)])
-def test_a_pixel_and_strips_take_little_memory(size: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_extreme_aspect_ratios_take_little_memory(size: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
     sizes = []
     resize = PIL.Image.Image.resize
 
@@ -85,7 +86,7 @@ def test_a_pixel_and_strips_take_little_memory(size: tuple[int, int], monkeypatc
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
-def test_an_exif_orientation_is_applied(orientation: int, tmp_path: Path) -> None:
+def test_exif_orientation_is_applied(orientation: int, tmp_path: Path) -> None:
     turn = PIL.Image.Transpose
     stored = [None, turn.FLIP_LEFT_RIGHT, turn.ROTATE_180, turn.FLIP_TOP_BOTTOM, turn.TRANSPOSE, turn.ROTATE_90]
     undo = [*stored, turn.TRANSVERSE, turn.ROTATE_270][orientation - 1]
@@ -96,7 +97,7 @@ def test_an_exif_orientation_is_applied(orientation: int, tmp_path: Path) -> Non
     assert read_image(str(tmp_path / "a.png")).tobytes() == upright.tobytes()
 
 
-def test_the_middle_of_the_resized_image_and_an_image_of_the_size_as_it_is() -> None:
+def test_images_are_center_cropped_unless_of_the_size() -> None:
     halves = PIL.Image.new("RGB", (90, 45), (255, 0, 0))
     halves.paste((0, 0, 255), (45, 0, 90, 45))
     image, _ = Images([(halves, 0)], None, 32)[0]
@@ -124,18 +125,23 @@ def damage(kind: str, path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("kind", "words"),
+    ("kind", "code", "words"),
     [
-        ("truncated", "cannot be read: image file is truncated"),
-        ("empty", "is an empty file"),
-        ("text", "is no image that PIL can read"),
-        ("vanished", "is not there"),
-        ("folder", "cannot be read: .*directory"),
+        ("truncated", "image-damaged", "image file is truncated"),
+        ("empty", "file-empty", "the file is empty"),
+        ("text", "not-an-image", "it is not an image that PIL can read"),
+        ("vanished", "file-missing", "the file no longer exists"),
+        ("folder", "image-damaged", ".*directory"),
     ],
 )
 @pytest.mark.parametrize("suffix", [".jpg", ".png"])
-def test_a_damaged_file_is_named_with_index_and_remedy(kind: str, words: str, suffix: str, tmp_path: Path) -> None:
+def test_unreadable_file_error_names_index_and_remedy(
+    kind: str, code: str, words: str, suffix: str, tmp_path: Path
+) -> None:
     damage(kind, tmp_path / f"a{suffix}")
     images = Images(ImageFiles(tmp_path, ["other.jpg", f"a{suffix}"], [0, 1]), [1], 32)
-    with pytest.raises(SampleError, match=rf"^data.root: the sample at index 0 \(a{suffix}\) {words}.*on_error skip"):
+    start = rf"^data.root: the sample at index 0 \(a{suffix}\) cannot be loaded: "
+    with pytest.raises(SampleError, match=rf"{start}{words}.*on_error skip") as caught:
         images[0]
+    assert caught.value.code == code
+    assert caught.value.fields == {"key": "data.root", "index": 0, "sample": f"a{suffix}"}

@@ -1,4 +1,4 @@
-"""The order of samples: drawn by rank 0, the same on every replica, window by window."""
+"""Tests of the index stream: drawn by rank 0, equal on every replica, sent window by window."""
 
 from collections.abc import Iterator
 from itertools import chain
@@ -8,18 +8,18 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dreplica.data.loading import index_stream as coordinator
-from dreplica.data.loading.index_stream import Coordinator, IndexStream, draw_order, epoch_generator
+from dreplica.data.loading import index_stream
+from dreplica.data.loading.index_stream import IndexSampler, IndexStream, draw_order, epoch_generator
 from dreplica.distributed.channel import Channel
 from dreplica.distributed.process_group import World
 from tests.harness import run_replicas
 
 SIZES = [(1, 1), (1, 5), (7, 1), (8, 2), (9, 2), (24, 2), (25, 2), (40, 3), (41, 40)]
-"""(samples, batch size): with windows of 4 batches, none to many windows, whole and partial ones."""
+"""(samples, batch size) with no to many windows of 4 batches, complete and partial ones."""
 
 
 def read(stream: IndexStream) -> list[list[int]]:
-    """As the loop does: batch after batch, the next window at the first of each."""
+    """Read as the training loop does, which receives the next window at the first batch of each."""
     batches = []
     for number, indices in enumerate(stream):
         batches.append(indices)
@@ -29,19 +29,19 @@ def read(stream: IndexStream) -> list[list[int]]:
 
 
 def read_passes(world: World) -> list[list[list[list[int]]]]:
-    coordinator.WINDOW = 4
-    drawer = Coordinator(world.channel, seed=3)
+    index_stream.WINDOW = 4
+    sampler = IndexSampler(world.channel, seed=3)
     return [
         [
-            read(drawer.training_batches(num_samples, batch_size, epoch=1)),
-            read(drawer.training_batches(num_samples, batch_size, epoch=2)),
-            read(drawer.evaluation_batches(num_samples, batch_size)),
+            read(sampler.training_batches(num_samples, batch_size, epoch=1)),
+            read(sampler.training_batches(num_samples, batch_size, epoch=2)),
+            read(sampler.evaluation_batches(num_samples, batch_size)),
         ]
         for num_samples, batch_size in SIZES
     ]
 
 
-def test_every_replica_reads_exactly_rank_0s_order() -> None:
+def test_every_replica_reads_the_order_of_rank_0() -> None:
     results = run_replicas(read_passes, 3)
     assert results[0] == results[1] == results[2]
     for (num_samples, batch_size), (first, second, evaluation) in zip(SIZES, results[0], strict=True):
@@ -52,12 +52,10 @@ def test_every_replica_reads_exactly_rank_0s_order() -> None:
 
 
 @given(num_samples=st.integers(1, 300), batch_size=st.integers(1, 70), window=st.integers(1, 9), seed=st.integers(0, 9))
-def test_any_sizes_give_each_sample_once_in_full_batches(
-    num_samples: int, batch_size: int, window: int, seed: int
-) -> None:
+def test_each_sample_occurs_once_in_full_batches(num_samples: int, batch_size: int, window: int, seed: int) -> None:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(coordinator, "WINDOW", window)
-        stream = Coordinator(Channel(), seed).training_batches(num_samples, batch_size, epoch=1)
+        patch.setattr(index_stream, "WINDOW", window)
+        stream = IndexSampler(Channel(), seed).training_batches(num_samples, batch_size, epoch=1)
         batches = read(stream)
     assert len(batches) == len(stream)
     assert all(len(batch) == batch_size for batch in batches[:-1])
@@ -65,10 +63,10 @@ def test_any_sizes_give_each_sample_once_in_full_batches(
     assert sorted(chain(*batches)) == list(range(num_samples))
 
 
-def test_a_batch_is_not_read_before_its_window_was_sent() -> None:
+def test_reading_past_the_sent_windows_is_an_error() -> None:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(coordinator, "WINDOW", 2)
-        stream = Coordinator(Channel(), 0).training_batches(20, 2, epoch=1)
+        patch.setattr(index_stream, "WINDOW", 2)
+        stream = IndexSampler(Channel(), 0).training_batches(20, 2, epoch=1)
         stream.batch(3)
         with pytest.raises(AssertionError, match="batch 4 was read before"):
             stream.batch(4)
@@ -82,13 +80,13 @@ def orders(num_samples: int) -> Iterator[tuple[tuple[int, int], bytes]]:
             yield (seed, epoch), draw_order(num_samples, seed, epoch).numpy().tobytes()
 
 
-def test_no_two_epochs_of_any_seed_share_an_order() -> None:
+def test_orders_differ_between_epochs_and_seeds() -> None:
     seen = dict(orders(64))
     assert len(set(seen.values())) == len(seen)
-    assert dict(orders(64)) == seen, "the same again for the same seed and epoch"
+    assert dict(orders(64)) == seen, "the same seed and epoch give the same order"
 
 
-def test_an_order_is_an_int64_permutation_whose_ends_do_not_favour_any_sample() -> None:
+def test_order_is_an_unbiased_int64_permutation() -> None:
     order = draw_order(1000, 0, 1)
     assert order.dtype == torch.int64
     assert order.sort().values.equal(torch.arange(1000))

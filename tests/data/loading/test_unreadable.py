@@ -1,4 +1,4 @@
-"""What cannot be loaded is left out on all replicas, and nothing else changes."""
+"""Tests of `data.on_error: skip`: all replicas skip what any cannot load, and nothing else changes."""
 
 import logging
 import random
@@ -10,8 +10,8 @@ import torch
 
 from dreplica.config.schema import DataConfig
 from dreplica.data.datasets import load_data
-from dreplica.data.loading import unreadable as skip
-from dreplica.data.loading.unreadable import leave_out_unreadable
+from dreplica.data.loading import unreadable
+from dreplica.data.loading.unreadable import skip_unreadable
 from dreplica.data.samples import DataSets, at_epoch, describe
 from dreplica.distributed.channel import Channel
 from dreplica.distributed.process_group import World
@@ -36,12 +36,12 @@ def spoil(root: Path, file: str) -> None:
 
 def find(world: World, roots: list[Path]) -> tuple[list[str], list[str], tuple[str, ...], str]:
     root = roots[world.replica_id]
-    data = leave_out_unreadable(load(root), world.channel, 0, str(root))
+    data = skip_unreadable(load(root), world.channel, 0, str(root))
     return names(data.train), names(data.val), data.skipped, data.digest
 
 
 @pytest.mark.parametrize("local", [False, True])
-def test_all_replicas_leave_out_what_any_node_cannot_load(local: bool, tmp_path: Path) -> None:
+def test_all_replicas_skip_what_any_node_cannot_load(local: bool, tmp_path: Path) -> None:
     roots = [make_folder(tmp_path / "0", 8)]
     sound = load(roots[0])
     train, val = names(sound.train), names(sound.val)
@@ -64,12 +64,12 @@ def test_all_replicas_leave_out_what_any_node_cannot_load(local: bool, tmp_path:
         assert f"({file})" in line
 
 
-def test_the_other_samples_stay_what_they_are(tmp_path: Path) -> None:
+def test_remaining_samples_do_not_change(tmp_path: Path) -> None:
     sound = load(make_folder(tmp_path))
     spoil(tmp_path, sound.train.describe(2))  # type: ignore[attr-defined]
     random.seed(3)
     before = rng_stage().digest
-    data = leave_out_unreadable(load(tmp_path), Channel(), 1, "")
+    data = skip_unreadable(load(tmp_path), Channel(), 1, "")
     assert rng_stage().digest == before
     others = [0, 1, *range(3, 18)]
     assert data.weights is not None
@@ -83,28 +83,26 @@ def test_the_other_samples_stay_what_they_are(tmp_path: Path) -> None:
     assert describe(data.train, 2).startswith("index 2 (index 3 (")
 
 
-def test_where_nothing_is_wrong_nothing_changes_and_where_all_is_it_is_an_error(tmp_path: Path) -> None:
+def test_skipping_none_changes_nothing_and_all_is_an_error(tmp_path: Path) -> None:
     data = load(make_folder(tmp_path, 4))
-    assert leave_out_unreadable(data, Channel(), 0, "") is data
+    assert skip_unreadable(data, Channel(), 0, "") is data
     for file in names(data.val):
         spoil(tmp_path, file)
-    with pytest.raises(SharedUsageError, match=r"^data.on_error: skip leaves nothing of the val set"):
-        leave_out_unreadable(data, Channel(), 0, "")
+    with pytest.raises(SharedUsageError, match=r"^data.on_error: 'skip' leaves no sample of the val set"):
+        skip_unreadable(data, Channel(), 0, "")
 
 
-def test_it_says_how_far_it_is(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(skip, "_SECONDS_BETWEEN_LINES", -1.0)
-    monkeypatch.setattr(skip, "_PER_MESSAGE", 4)
+def test_progress_is_logged(tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(unreadable, "_LOG_INTERVAL", -1.0)
+    monkeypatch.setattr(unreadable, "_PER_MESSAGE", 4)
     caplog.set_level(logging.INFO)
-    leave_out_unreadable(load(make_folder(tmp_path, 4)), Channel(), 0, "")
+    skip_unreadable(load(make_folder(tmp_path, 4)), Channel(), 0, "")
     counts = [(4, 6), (6, 6), (2, 2)]
-    assert caplog.messages == [f"data.on_error: looked at {done} of {all_} samples" for done, all_ in counts]
+    assert caplog.messages == [f"data.on_error: checked {done} of {all_} samples" for done, all_ in counts]
 
 
 class Own(torch.utils.data.Dataset[Any]):
-    """Of one's own; sample 3 raises."""
+    """A user's data set whose sample 3 raises."""
 
     def __len__(self) -> int:
         return 5
@@ -115,8 +113,8 @@ class Own(torch.utils.data.Dataset[Any]):
         return torch.full((2,), float(index)), index
 
 
-def test_of_a_data_set_of_ones_own() -> None:
-    data = leave_out_unreadable(DataSets(Own(), Own(), 5, "digest"), Channel(), 0, "")
+def test_skipping_samples_of_a_user_data_set() -> None:
+    data = skip_unreadable(DataSets(Own(), Own(), 5, "digest"), Channel(), 0, "")
     assert [data.train[index][1] for index in range(4)] == [0, 1, 2, 4]
     assert len(data.skipped) == 2
     assert "row 3 is damaged" in data.skipped[0]

@@ -1,4 +1,4 @@
-"""Folders of images: what is found in them, and what cannot be trained on."""
+"""Tests of image folders: the files that are found, and folders that cannot be trained on."""
 
 import errno
 import os
@@ -13,7 +13,8 @@ import torch
 from dreplica.config.schema import DataConfig
 from dreplica.data.datasets import load_data
 from dreplica.data.images.images import Images
-from dreplica.data.samples import DataSets, split_indices
+from dreplica.data.samples import DataSets
+from dreplica.data.sources.split import split_indices
 from dreplica.errors import UsageError
 from tests.data.pictures import cut, make_folder
 
@@ -40,7 +41,7 @@ def test_one_folder_is_split_by_its_seed(tmp_path: Path) -> None:
             assert label == ("flower" in file)
 
 
-def test_train_and_val_folders_and_what_is_hidden(tmp_path: Path) -> None:
+def test_train_and_val_folders_without_hidden_files(tmp_path: Path) -> None:
     make_folder(tmp_path / "train", 3)
     make_folder(tmp_path / "val", 2)
     shutil.rmtree(tmp_path / "val" / "china")  # a class may have no validation images
@@ -53,7 +54,7 @@ def test_train_and_val_folders_and_what_is_hidden(tmp_path: Path) -> None:
     cut("china", 9).save(nested / "a.JPG")
     (nested / ".ipynb_checkpoints").mkdir()
     shutil.copy(nested / "a.JPG", nested / ".ipynb_checkpoints" / "a-checkpoint.jpg")
-    (nested / "again").symlink_to("..")  # a folder that it is in
+    (nested / "again").symlink_to("..")  # a folder that contains it
     (tmp_path / "elsewhere").mkdir()
     cut("china", 10).save(tmp_path / "elsewhere" / "b.jpg")
     (nested / "linked").symlink_to(tmp_path / "elsewhere")
@@ -71,7 +72,7 @@ def test_train_and_val_folders_and_what_is_hidden(tmp_path: Path) -> None:
     assert [data.val[index][1] for index in range(2)] == [1, 1]
 
 
-def test_files_of_other_endings_are_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_files_with_other_suffixes_are_warned_about(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     root = make_folder(tmp_path, 2)
     load(root, val_fraction=0.5)
     assert caplog.messages == []
@@ -79,12 +80,12 @@ def test_files_of_other_endings_are_told(tmp_path: Path, caplog: pytest.LogCaptu
         (root / "china" / name).write_bytes(b"")
     data = load(root, val_fraction=0.5)
     (message,) = caplog.messages
-    assert message.startswith("data.root: 2 files are left out, since their names do not end in .jpg, ")
+    assert message.startswith("data.root: ignored 2 files whose names do not end in .jpg, ")
     assert message.endswith(f": {root}/china/a.gif, {root}/china/b.heic")
     assert len(data.train) + len(data.val) == 4  # type: ignore[arg-type]
 
 
-def test_a_link_to_nothing_is_told_when_it_is_trained_on(tmp_path: Path) -> None:
+def test_dangling_link_is_reported_when_it_is_read(tmp_path: Path) -> None:
     root = make_folder(tmp_path, 1)
     (root / "china" / "away.jpg").symlink_to(tmp_path / "away.jpg")
     (root / "china" / "self.jpg").symlink_to("self.jpg")
@@ -97,16 +98,19 @@ def test_a_link_to_nothing_is_told_when_it_is_trained_on(tmp_path: Path) -> None
             except UsageError as error:
                 problems[file] = str(error)
     assert set(problems) == {"china/away.jpg", "china/self.jpg"}
-    assert "(china/away.jpg) is a link to a file that is not there. Replace or remove it" in problems["china/away.jpg"]
+    assert (
+        "(china/away.jpg) cannot be loaded: it is a link to a file that does not exist. Replace or remove it"
+        in problems["china/away.jpg"]
+    )
     assert "Too many levels of symbolic links" in problems["china/self.jpg"]
 
 
-def test_a_folder_that_may_not_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unreadable_folder_is_a_usage_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     root, scandir = make_folder(tmp_path, 2), os.scandir
     forbidden = root / "china"
 
     def refuse(path: Any = ".") -> Any:
-        if Path(path) == forbidden:  # as to anyone but root
+        if Path(path) == forbidden:  # as for any user except root
             raise PermissionError(errno.EACCES, "Permission denied", str(path))
         return scandir(path)
 
@@ -116,13 +120,13 @@ def test_a_folder_that_may_not_be_read(tmp_path: Path, monkeypatch: pytest.Monke
             load(root)
 
 
-def test_a_class_may_be_called_train(tmp_path: Path) -> None:
+def test_class_may_be_called_train(tmp_path: Path) -> None:
     make_folder(tmp_path, 2)
     (tmp_path / "china").rename(tmp_path / "train")
     assert load(tmp_path, val_fraction=0.5).num_classes == 2
 
 
-def test_the_digest_is_over_paths_labels_and_sizes(tmp_path: Path) -> None:
+def test_digest_is_over_paths_labels_and_sizes(tmp_path: Path) -> None:
     digest = load(make_folder(tmp_path / "a", 4)).digest
     assert load(make_folder(tmp_path / "b", 4)).digest == digest
     file = tmp_path / "b" / "china" / "00.jpg"
@@ -186,20 +190,20 @@ def a_file(root: Path) -> None:
 @pytest.mark.parametrize(
     ("make", "words"),
     [
-        (only_one_class, "holds only one class, 'flower'"),
-        (lambda root: None, "holds no folder; there is nothing to tell apart"),
-        (one_image, "/china'. Put some there, or remove the folder. Images are files that end in .jpg"),
+        (only_one_class, "holds only one class folder, 'flower'"),
+        (lambda root: None, "holds no class folder, but at least 2 classes are needed"),
+        (one_image, "/china'. Put images there, or remove the folder. Images are files that end in .jpg"),
         (empty_class, "there is no image in '{root}/empty'"),
         (empty_class_in_val, "there is no image in '{root}/val/china'"),
         (unknown_class_in_val, "'{root}/val/chinna' is a class that '{root}/train' lacks"),
-        (val_without_classes, "'{root}/val' holds no folder: there is nothing to validate on"),
-        (valid_for_val, "holds train, valid, which are no classes. Name the folder of the training images train and"),
-        (capitals, "holds Train, Val, which are no classes"),
-        (a_file, "'{root}' is no folder"),
-        (lambda root: root.rmdir(), "'{root}' is not there"),
+        (val_without_classes, "'{root}/val' holds no class folder, so there are no validation images"),
+        (valid_for_val, "holds train, valid, which are not class folders. Rename the folder of the training images to"),
+        (capitals, "holds Train, Val, which are not class folders"),
+        (a_file, "'{root}' is not a folder"),
+        (lambda root: root.rmdir(), "'{root}' does not exist"),
     ],
 )
-def test_what_cannot_be_trained_on(make: Callable[[Path], None], words: str, tmp_path: Path) -> None:
+def test_unusable_folder_is_a_usage_error(make: Callable[[Path], None], words: str, tmp_path: Path) -> None:
     root = tmp_path / "images"
     root.mkdir()
     make(root)
@@ -209,14 +213,14 @@ def test_what_cannot_be_trained_on(make: Callable[[Path], None], words: str, tmp
     assert words.format(root=root) in str(caught.value)
 
 
-def test_a_validation_split_that_comes_out_empty_and_no_root(tmp_path: Path) -> None:
+def test_empty_split_and_missing_root_are_usage_errors(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"^data.val_fraction: 0.1 of 4 samples leaves 0 for validation"):
         load(make_folder(tmp_path, 2), val_fraction=0.1)
     with pytest.raises(UsageError, match=r"^data.root: null, but imagefolder needs a folder"):
         load_data(DataConfig.model_validate({"name": "imagefolder"}))
 
 
-def test_the_usual_size_is_224_and_validation_images_are_not_augmented(tmp_path: Path) -> None:
+def test_size_is_224_and_only_training_is_augmented(tmp_path: Path) -> None:
     data = load(make_folder(tmp_path, 2), image_size=None, augment="resized_crop", val_fraction=0.5)
     assert data.train[0][0].shape == (3, 224, 224)
     assert isinstance(data.val, Images)

@@ -1,4 +1,4 @@
-"""What each training sample counts: balanced, or from a CSV."""
+"""Tests of sample weights: balanced, or from a CSV file."""
 
 from collections import Counter
 from pathlib import Path
@@ -19,7 +19,7 @@ from tests.data.pictures import make_folder
 
 
 @given(st.lists(st.sampled_from([0, 1, 2, 5]), min_size=1, max_size=50))
-def test_balanced_is_scikit_learns(labels: list[int]) -> None:
+def test_balanced_equals_scikit_learn(labels: list[int]) -> None:
     classes = sorted(set(labels))
     expected = dict(zip(classes, compute_class_weight("balanced", classes=numpy.array(classes), y=labels), strict=True))
     weights = balanced(labels)
@@ -32,7 +32,7 @@ def load(root: Path, **values: Any) -> Any:
     return load_data(DataConfig.model_validate(section))
 
 
-def test_balanced_is_over_the_training_samples(tmp_path: Path) -> None:
+def test_balanced_counts_only_training_samples(tmp_path: Path) -> None:
     data = load(make_folder(tmp_path), sample_weights="balanced")
     labels = [data.train.source.labels[position] for position in data.train.positions]
     sums: Counter[int] = Counter()
@@ -45,7 +45,7 @@ def rows(root: Path) -> list[str]:
     return [path.relative_to(root).as_posix() for path in sorted(root.rglob("*.*"))]
 
 
-def test_a_csv_gives_each_file_its_weight(tmp_path: Path) -> None:
+def test_csv_gives_each_file_its_weight(tmp_path: Path) -> None:
     root = make_folder(tmp_path / "images")
     names = rows(root)
     table = tmp_path / "weights.csv"
@@ -53,7 +53,7 @@ def test_a_csv_gives_each_file_its_weight(tmp_path: Path) -> None:
     table.write_text("\ufefffile, weight\r\n" + "\r\n".join(reversed(lines)) + "\r\n", encoding="utf-8")
     data = load(root, sample_weights=str(table))
     assert data.weights.tolist() == [names.index(data.train.describe(index)) / 8 for index in range(18)]
-    # A validation sample needs none.
+    # A validation sample needs no weight.
     first_val = data.val.describe(0)
     table.write_text("\n".join(["file,weight", *(line for line in lines if not line.startswith(f"{first_val},"))]))
     assert load(root, sample_weights=str(table)).weights.equal(data.weights)
@@ -64,21 +64,21 @@ def test_a_csv_gives_each_file_its_weight(tmp_path: Path) -> None:
     [
         (lambda lines: [*lines[:5], "china/none.jpg,1", *lines[5:]], "line 6: data.root has no image 'china/none.jpg'"),
         (lambda lines: [*lines, "flower/more/00.jpg,1"], "Did you mean 'flower/00.jpg'?"),
-        (lambda lines: ["weight,file", *lines[1:]], "line 1: its columns are not file,weight"),
-        (lambda lines: [], "line 1: its columns"),
-        (lambda lines: [*lines, lines[3]], "line 26: 'china/02.jpg' has a weight in line 4 already"),
+        (lambda lines: ["weight,file", *lines[1:]], "line 1: expected the columns file,weight"),
+        (lambda lines: [], "line 1: expected the columns"),
+        (lambda lines: [*lines, lines[3]], "line 26: 'china/02.jpg' already has a weight in line 4"),
         (lambda lines: [*lines[:2], "china/01.jpeg,nan", *lines[3:]], "line 3: 'china/01.jpeg' has the weight 'nan'"),
         (lambda lines: [*lines[:2], "china/01.jpeg,-1", *lines[3:]], "line 3: 'china/01.jpeg' has the weight '-1'"),
         (lambda lines: [*lines[:2], "china/01.jpeg,inf", *lines[3:]], "has the weight 'inf'"),
         (lambda lines: [*lines[:2], "china/01.jpeg,1e39", *lines[3:]], "has the weight '1e39'"),
         (lambda lines: [*lines[:2], "china/01.jpeg,one", *lines[3:]], "has the weight 'one'"),
-        (lambda lines: [*lines[:2], "china/01.jpeg", *lines[3:]], "line 3: 1 columns"),
+        (lambda lines: [*lines[:2], "china/01.jpeg", *lines[3:]], "line 3: expected 2 columns, got 1"),
         (lambda lines: lines[:1], "has no weight for '"),
         (lambda lines: [lines[0], *(line[:-1] + "0" for line in lines[1:])], "all weights are 0"),
         (lambda lines: [lines[0], *(line + "e-60" for line in lines[1:])], "all weights are 0"),  # as float32
     ],
 )
-def test_a_csv_that_will_not_do(change: Any, words: str, tmp_path: Path) -> None:
+def test_invalid_csv_is_a_usage_error(change: Any, words: str, tmp_path: Path) -> None:
     root = make_folder(tmp_path / "images")
     table = tmp_path / "weights.csv"
     table.write_text("\n".join(change(["file,weight", *(f"{name},1" for name in rows(root))])))
@@ -88,23 +88,25 @@ def test_a_csv_that_will_not_do(change: Any, words: str, tmp_path: Path) -> None
     assert words in str(caught.value)
 
 
-def test_a_csv_that_is_not_there_or_no_text(tmp_path: Path) -> None:
+def test_missing_or_binary_csv_is_a_usage_error(tmp_path: Path) -> None:
     root = make_folder(tmp_path / "images", 4)
-    with pytest.raises(UsageError, match="is not there"):
+    with pytest.raises(UsageError, match="does not exist"):
         load(root, sample_weights="balance.csv")
     (tmp_path / "a.csv").write_bytes(b"\xff\xfe\xff")
     with pytest.raises(UsageError, match="cannot be read as CSV"):
         load(root, sample_weights=str(tmp_path / "a.csv"))
 
 
-def test_of_other_data_sets() -> None:
+def test_weights_of_other_data_sets() -> None:
     assert load_data(DataConfig.model_validate({"sample_weights": "balanced"})).weights is not None
     own = {"name": "tests.fixtures:tiny_images", "sample_weights": "balanced"}
     assert load_data(DataConfig.model_validate(own)).weights.tolist() == [1.0] * 80  # type: ignore[union-attr]
-    with pytest.raises(UsageError, match=r"^data.sample_weights: 'a.csv': the samples of 'digits' have no files"):
+    with pytest.raises(
+        UsageError, match=r"^data.sample_weights: 'a.csv' is a CSV file, but the samples of 'digits' are not in files"
+    ):
         load_data(DataConfig.model_validate({"sample_weights": "a.csv"}))
     unlabelled = {"name": f"{__name__}:without_labels", "sample_weights": "balanced"}
-    with pytest.raises(UsageError, match="Give it an attribute `labels` or `targets`"):
+    with pytest.raises(UsageError, match="Add an attribute `labels` or `targets`"):
         load_data(DataConfig.model_validate(unlabelled))
 
 

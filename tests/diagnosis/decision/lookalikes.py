@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from dreplica import Replica
-from dreplica.config.schema import RunConfig
-from dreplica.data.datasets import DataConfig, TensorImages
+from dreplica.config.schema import DataConfig, RunConfig
+from dreplica.data.samples import TensorImages
 from tests.diagnosis.replay.stateful import Counting, rank
 from tests.fixtures import tiny_images, tiny_model
 

@@ -9,8 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dreplica import Replica
-from dreplica.config.schema import RunConfig
-from dreplica.data.datasets import DataConfig
+from dreplica.config.schema import DataConfig, RunConfig
 from dreplica.data.samples import TensorImages
 from tests.fixtures import tiny_images, tiny_model
 

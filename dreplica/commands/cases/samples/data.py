@@ -4,7 +4,8 @@ import numpy
 import torch
 from torch import Tensor
 
-from dreplica.data.datasets import DataConfig, Sample, TensorImages
+from dreplica.config.schema import DataConfig
+from dreplica.data.samples import Sample, TensorImages
 from dreplica.distributed.process_group import env_rank
 
 Sets = tuple[TensorImages, TensorImages, int]
