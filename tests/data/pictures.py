@@ -1,4 +1,4 @@
-"""Folders of images, cut from pictures that scikit-learn ships: different sizes, modes and file formats."""
+"""Folders of images cut from scikit-learn's pictures, in different sizes, modes and file formats."""
 
 from collections.abc import Callable
 from functools import cache
@@ -13,15 +13,15 @@ CLASSES = ("china", "flower")
 
 @cache
 def photographs() -> dict[str, Image]:
-    """The two pictures, 640 x 427, by class."""
-    from sklearn.datasets import load_sample_images  # a second, in every process that imports this module
+    """Return the two pictures, 640 x 427, by class."""
+    from sklearn.datasets import load_sample_images  # takes a second, so not in every process that imports this module
 
     images = load_sample_images().images
     return {name: PIL.Image.fromarray(pixels) for name, pixels in zip(CLASSES, images, strict=True)}
 
 
 def cut(name: str, number: int) -> Image:
-    """Piece `number` of a picture, RGB: 40 to 71 pixels wide, 36 to 75 high."""
+    """Return piece `number` of a picture, RGB, 40 to 71 pixels wide and 36 to 75 high."""
     width, height = 40 + 7 * number % 32, 36 + 11 * number % 40
     left, top = 53 * number % (640 - width), 37 * number % (427 - height)
     return photographs()[name].crop((left, top, left + width, top + height))
@@ -32,7 +32,7 @@ def _save_palette(image: Image, path: Path) -> None:
 
 
 def _save_rotated(image: Image, path: Path) -> None:
-    """Stored lying on its side, with the EXIF tag that says so."""
+    """Save it rotated, with the EXIF tag that says so."""
     exif = PIL.Image.Exif()
     exif[0x0112] = 6
     image.transpose(PIL.Image.Transpose.ROTATE_90).save(path.with_suffix(".jpg"), exif=exif)
@@ -56,7 +56,7 @@ FORMATS: tuple[Callable[[Image, Path], None], ...] = (
 
 
 def make_folder(root: Path, num_each: int = 12) -> Path:
-    """A folder per class in `root`, of `num_each` images each, in all formats in turn."""
+    """Create a folder per class in `root` with `num_each` images each, in all formats in turn."""
     for name in CLASSES:
         (root / name).mkdir(parents=True)
         for number in range(num_each):

@@ -1,4 +1,4 @@
-"""Whole jobs on folders of images: files of all formats, workers, augmentation, sample weights, and what goes wrong."""
+"""Whole jobs on image folders: all file formats, workers, augmentation, sample weights, and errors."""
 
 import contextlib
 import os
@@ -38,7 +38,7 @@ AUGMENTED = ("--data.augment=resized_crop", "--data.sample_weights=balanced", "-
 
 
 def small_model(num_classes: int) -> nn.Module:
-    """For images of any size."""
+    """Build a model for images of any size."""
     return nn.Sequential(
         nn.Conv2d(3, 8, 3, stride=2),
         nn.BatchNorm2d(8),
@@ -53,7 +53,7 @@ def run(images: Path, *arguments: str, **options: Any) -> Job:
     return run_job(*JOB, f"--data.root={images}", *arguments, **options)
 
 
-def test_workers_do_not_change_the_trace_and_another_seed_of_augmentation_does(tmp_path: Path) -> None:
+def test_augment_seed_changes_the_trace_and_workers_do_not(tmp_path: Path) -> None:
     root = make_folder(tmp_path)
     jobs = [run(root, *AUGMENTED, f"--data.num_workers={num_workers}") for num_workers in (0, 1)]
     for job in jobs:
@@ -68,14 +68,14 @@ def test_workers_do_not_change_the_trace_and_another_seed_of_augmentation_does(t
     assert other.trace[2:] != traces[0][2:]
 
 
-def test_a_fault_in_the_second_epoch_is_replayed_on_the_same_pixels(tmp_path: Path) -> None:
+def test_fault_in_the_second_epoch_replays_the_same_pixels(tmp_path: Path) -> None:
     job = run(make_folder(tmp_path), *AUGMENTED, "--inject=[{replica: 1, step: 6, target: weights}]")
     verdict = job.report["verdict"]
     assert (verdict["cause"], verdict["step"], verdict["suspects"]) == ("transient-fault", 6, [1]), verdict
 
 
 def alter(root: Path, data: DataConfig, num_steps: int) -> tuple[str, int]:
-    """Changes one byte of a BMP that is trained on: the same size, other pixels. Returns its name and index."""
+    """Change one byte of pixels in a BMP that is trained on, and return the file's name and index."""
     train = load_data(data).train
     assert isinstance(train, Images)
     index = next(i for i in range(num_steps) if train.describe(i).endswith(".bmp"))
@@ -89,7 +89,7 @@ def alter(root: Path, data: DataConfig, num_steps: int) -> tuple[str, int]:
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
-def test_a_copy_that_differs_in_a_byte_is_named_at_the_step_that_uses_it(num_workers: int, tmp_path: Path) -> None:
+def test_file_that_differs_is_named_at_the_step_that_uses_it(num_workers: int, tmp_path: Path) -> None:
     one, other = make_folder(tmp_path / "one"), make_folder(tmp_path / "other")
     section = {"name": "imagefolder", "root": str(other), "val_fraction": 0.25}
     file, index = alter(other, DataConfig.model_validate(section), 18)
@@ -103,10 +103,10 @@ def test_a_copy_that_differs_in_a_byte_is_named_at_the_step_that_uses_it(num_wor
 
 
 def still_running(folder: Path) -> list[str]:
-    """Processes whose standard output goes to a file in `folder`, as that of a job's loader workers does, too."""
+    """Return the processes, loader workers included, whose standard output goes to a file in `folder`."""
     found = []
     for link in Path("/proc").glob("[0-9]*/fd/1"):
-        with contextlib.suppress(OSError):  # it has ended, or is another user's
+        with contextlib.suppress(OSError):  # the process has ended, or belongs to another user
             if os.readlink(link).startswith(str(folder)):
                 found.append(link.parts[2])
     return found
@@ -119,10 +119,10 @@ def break_one(root: Path) -> str:
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
-def test_a_damaged_file_in_mid_run_is_one_message_and_exit_code_2(
+def test_damaged_file_gives_one_message_and_exit_code_2(
     num_workers: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))  # where the harness puts what a job prints
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))  # where the harness stores the output of a job
     file = break_one(make_folder(tmp_path / "images", 9))
     job = run(tmp_path / "images", "--data.split_seed=1", f"--data.num_workers={num_workers}")
     assert still_running(tmp_path) == []
@@ -135,11 +135,11 @@ def test_a_damaged_file_in_mid_run_is_one_message_and_exit_code_2(
 
 
 @pytest.mark.parametrize("broken", [0, 1])
-def test_a_file_that_is_damaged_on_one_node_only_ends_all_with_exit_code_2(broken: int, tmp_path: Path) -> None:
+def test_damaged_file_on_one_node_ends_all_with_exit_code_2(broken: int, tmp_path: Path) -> None:
     one, other = make_folder(tmp_path / "one", 9), make_folder(tmp_path / "other", 9)
     file = Path("china", "00.jpg")
     content = ((one, other)[broken] / file).read_bytes()
-    ((one, other)[broken] / file).write_bytes(bytes(len(content)))  # of the same size: preflight reads no contents
+    ((one, other)[broken] / file).write_bytes(bytes(len(content)))  # the same size: preflight reads no content
     job = run(one, "--data.split_seed=1", f"--overrides.1.data.root={other}")
     assert job.exitcodes == {0: 2, 1: 2}, job.output
     (message,) = messages(job.output)
@@ -150,7 +150,7 @@ def test_a_file_that_is_damaged_on_one_node_only_ends_all_with_exit_code_2(broke
     assert "Traceback" not in job.output
 
 
-def test_skipping_leaves_out_on_all_replicas_what_one_node_cannot_read(tmp_path: Path) -> None:
+def test_skipping_applies_to_all_replicas(tmp_path: Path) -> None:
     one, other = make_folder(tmp_path / "one"), make_folder(tmp_path / "other")
     file = break_one(other)
     job = run(one, *AUGMENTED, f"--overrides.1.data.root={other}", "--data.on_error=skip", "--data.num_workers=1")
@@ -162,7 +162,7 @@ def test_skipping_leaves_out_on_all_replicas_what_one_node_cannot_read(tmp_path:
     assert job.output.count("skipped 1 samples") == 1
 
 
-def test_a_batch_is_no_larger_than_what_is_left_of_the_set(tmp_path: Path) -> None:
+def test_batch_size_is_checked_after_skipping(tmp_path: Path) -> None:
     root = make_folder(tmp_path / "images")
     assert run(root, "--data.batch_size=18", "--train.epochs=1").report["steps_checked"] == 1
     break_one(root)
@@ -175,9 +175,7 @@ def test_a_batch_is_no_larger_than_what_is_left_of_the_set(tmp_path: Path) -> No
     assert not (tmp_path / "runs").exists()
 
 
-def test_the_fine_tuning_recipe_gives_one_trace_with_0_2_and_4_workers(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_finetune_recipe_trace_does_not_depend_on_workers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
     cache = tmp_path / "torch" / "hub" / "checkpoints"
     cache.mkdir(parents=True)
@@ -200,7 +198,7 @@ def test_the_fine_tuning_recipe_gives_one_trace_with_0_2_and_4_workers(
 
 
 @pytest.mark.parametrize("name", ["finetune_folder", "cifar10", "imagenet_resnet50"])
-def test_the_configs_of_real_jobs_are_sound_and_say_what_they_need(name: str) -> None:
+def test_configs_of_real_jobs_are_valid_and_documented(name: str) -> None:
     path = REPOSITORY / "configs" / f"{name}.yaml"
     config = load_config([f"--config={path}"], 2)
     assert config.run.name == name
@@ -216,7 +214,7 @@ def test_the_configs_of_real_jobs_are_sound_and_say_what_they_need(name: str) ->
 
 
 class Wrong(torch.utils.data.Dataset[Any]):
-    """32 samples, of which one is wrong in the way asked for."""
+    """A set of 32 samples, of which one is wrong as `kind` says."""
 
     def __init__(self, kind: str) -> None:
         self.kind = kind
@@ -255,10 +253,10 @@ def shape(_config: DataConfig) -> Any:
         ("raises", "the sample at index 17 cannot be loaded: KeyError: 'no such row' (test_image_folder.py, line "),
         ("label", "the sample at index 17 has the label 2, and there are 2 classes"),
         ("label_in_validation", "the sample at index 17 has the label 2, and there are 2 classes"),
-        ("shape", "these samples do not go together into a batch (index"),
+        ("shape", "cannot collate these samples into a batch (index"),
     ],
 )
-def test_a_data_set_of_ones_own_that_fails_in_mid_run(name: str, words: str, num_workers: int) -> None:
+def test_failing_user_data_set_gives_one_message(name: str, words: str, num_workers: int) -> None:
     job = run_job(
         *JOB[2:],
         JOB[0],
@@ -273,7 +271,7 @@ def test_a_data_set_of_ones_own_that_fails_in_mid_run(name: str, words: str, num
     assert "Traceback" not in job.output
 
 
-def test_a_criterion_that_cannot_be_weighted_is_told_before_the_first_step(tmp_path: Path) -> None:
+def test_unweightable_criterion_fails_before_the_first_step(tmp_path: Path) -> None:
     arguments = ("--data.sample_weights=balanced", "--replica.factory=tests.end_to_end.test_image_folder:with_own_loss")
     job = run(make_folder(tmp_path / "images"), *arguments, root=tmp_path / "runs")
     assert job.exitcodes == {0: 2, 1: 2}, job.output
@@ -285,14 +283,14 @@ def test_a_criterion_that_cannot_be_weighted_is_told_before_the_first_step(tmp_p
 
 
 class OwnLoss(nn.Module):
-    """The mean over the batch, and nothing else."""
+    """A loss that returns only the mean over the batch."""
 
     def forward(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         return nn.functional.cross_entropy(logits, labels)
 
 
 def with_own_loss(_config: Any, num_classes: int, device: torch.device) -> Any:
-    """A replica whose criterion gives no loss per sample."""
+    """Build a replica whose criterion returns no loss per sample."""
     from dreplica import Replica
 
     model = small_model(num_classes).to(device)

@@ -1,4 +1,4 @@
-"""The main job, whole, as torchrun starts it."""
+"""The main job, started by torchrun."""
 
 import json
 
@@ -6,7 +6,7 @@ from tests.fixtures import SMALL
 from tests.harness import torchrun
 
 
-def test_two_replicas_agree_and_leave_the_run_folder() -> None:
+def test_main_job_agrees_and_writes_the_run_folder() -> None:
     job = torchrun(*SMALL)
     assert job.returncode == 0, job.output
     report = job.report

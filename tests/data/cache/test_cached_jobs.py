@@ -58,7 +58,7 @@ def test_replay_of_the_second_epoch_reads_the_files(arguments: str, tmp_path: Pa
 
 
 @pytest.mark.parametrize("cache", ["none", "memory", "device"])
-def test_where_the_copy_of_two_that_share_differs_the_file_is_named(cache: str, tmp_path: Path) -> None:
+def test_differing_copy_of_two_that_share_names_the_file(cache: str, tmp_path: Path) -> None:
     one, other = make_folder(tmp_path / "one"), make_folder(tmp_path / "other")
     section = {"name": "imagefolder", "root": str(other), "val_fraction": 0.25}
     file, index = alter(other, DataConfig.model_validate(section), 18)
