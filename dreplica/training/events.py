@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 from dreplica.state.progress import Position
@@ -86,10 +86,6 @@ class EpochDone:
     """Training samples per second on each replica."""
     timing: dict[str, list[float]] = field(default_factory=dict)
     """Seconds that each replica spent in each phase."""
-
-    def without_predictions(self) -> "EpochDone":
-        """Return a copy that does not keep the predictions in memory."""
-        return replace(self, evaluation=None)
 
     def as_dict(self) -> dict[str, Any]:
         """Return the epoch's entry in `report.json`."""

@@ -251,7 +251,7 @@ def test_checkpoints_that_cannot_be_written_are_told_and_training_goes_on(tmp_pa
     (stopped.folder / "checkpoints").write_text("in the way")
     job = run_job(*SMALL, root=tmp_path)
     assert job.returncode == 0, job.output
-    warnings = [line for line in job.report["warnings"] if "could not be written" in line]
+    warnings = [line for line in job.report["warnings"] if "cannot write the checkpoint" in line]
     assert [line.split(" could")[0] for line in warnings] == ["the checkpoint at step 5", "the checkpoint at step 10"]
     assert (stopped.folder / "checkpoints").read_text() == "in the way"
     again = run_job(*SMALL, "--run.stop_after=2", "--run.name=other", root=tmp_path)
@@ -290,7 +290,7 @@ def test_a_stop_counts_as_saved_if_its_own_checkpoint_is_there(tmp_path: Path) -
     newest, *_ = list_checkpoints(stopped.folder / "checkpoints")
     assert newest.name == "step_000007"
     (warning,) = stopped.report["warnings"]
-    assert warning.startswith("the checkpoint at step 3 could not be written: OSError: ")
+    assert warning.startswith("cannot write the checkpoint at step 3: OSError: ")
 
 
 def test_the_good_checkpoint_stays_until_there_is_a_newer_good_one(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Writes checkpoints while training goes on."""
+"""Asynchronous writing of checkpoints, while training continues."""
 
 import logging
 import threading
@@ -19,21 +19,21 @@ log = logging.getLogger(__name__)
 
 
 class Saver:
-    """Writes the checkpoints of one run, one at a time, in a thread of its own.
+    """Writer of a run's checkpoints, one at a time, in a background thread.
 
-    Training waits only where the one before is still being written. One that cannot be written (a full disk) is warned
-    of, and training goes on: the one before is kept.
+    Training waits only if the previous checkpoint is still being written. A checkpoint that cannot be written, for
+    instance because the disk is full, is logged as a warning; training continues and the previous one is kept.
 
     Args:
-        folder: where checkpoints go: the run's `checkpoints`.
-        keep: how many.
-        part: the folder within each that this replica writes; None where one copy is for all.
-        records: files that each checkpoint refers to: on the disk before it is.
+        folder: The run's `checkpoints` folder.
+        keep: Number of checkpoints to keep.
+        part: Folder within each checkpoint that this replica writes. None if one copy is shared by all replicas.
+        records: Files that a checkpoint refers to, which are flushed to the disk before it.
 
     Attributes:
-        failures: what could not be written, a line each.
-        newest_failed: whether the newest checkpoint was among it.
-        unusable: names of checkpoints that cannot be gone on from: they do not count among those to keep.
+        failures: One line for each checkpoint that could not be written.
+        newest_failed: True if the newest checkpoint is one of them.
+        unusable: Names of checkpoints that cannot be restored. They do not count among those to keep.
     """
 
     def __init__(self, folder: Path, keep: int, part: str | None = None, records: Sequence[Path] = ()) -> None:
@@ -46,24 +46,27 @@ class Saver:
         self._proved = False
 
     def save(self, copied: StateCopy) -> None:
-        """Begins to write. All replicas have waited for the checkpoint before, which is why older ones may go now."""
+        """Start to write a checkpoint, and remove old ones.
+
+        All replicas have waited for the previous checkpoint, so older ones are no longer needed.
+        """
         self.wait()
         self.prune()
         self._thread = threading.Thread(target=self._write, args=(copied,), name="dreplica-saver")
         self._thread.start()
 
     def wait(self) -> None:
-        """Returns when nothing is being written."""
+        """Wait until no checkpoint is being written."""
         if self._thread is not None:
             self._thread.join()
             self._thread = None
 
     def prune(self) -> None:
-        """Removes the checkpoints that are not to be kept."""
+        """Remove the checkpoints that are not to be kept."""
         try:
             prune_checkpoints(self._folder, self._keep, self._part, self.unusable)
         except OSError as error:
-            log.warning("older checkpoints could not be removed: %s", error)
+            log.warning("cannot remove old checkpoints: %s", error)
 
     def _write(self, copied: StateCopy) -> None:
         step = copied.state["step"]
@@ -75,13 +78,13 @@ class Saver:
                     flush(record)
             write_checkpoint(place if self._part is None else place / self._part, copied.contents())
             if not self._proved:
-                # An optimizer may keep what is only code to a reader that executes none.
+                # An optimizer may keep objects that cannot be loaded without executing code.
                 self.unusable.add(place.name)
                 parse(read_files(place if self._part is None else place / self._part))
                 self._proved = True
             self.unusable.discard(place.name)
             self.newest_failed = False
         except Exception as error:
-            # Whatever it is must reach the run's report, and not end as a traceback in a thread.
-            self.failures.append(f"the checkpoint at step {step} could not be written: {type(error).__name__}: {error}")
-            log.warning("%s; training goes on", self.failures[-1])
+            # Any error must reach the run's report, instead of ending as a traceback in a thread.
+            self.failures.append(f"cannot write the checkpoint at step {step}: {type(error).__name__}: {error}")
+            log.warning("%s. Training continues.", self.failures[-1])

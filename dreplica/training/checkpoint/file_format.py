@@ -1,8 +1,12 @@
-"""Checkpoints on disk: written whole or not at all, and read only if every byte is as it was written.
+"""Checkpoint files: written atomically, and read only if every byte matches its digest.
 
-A checkpoint is a folder of three files: `model.safetensors` (parameters and buffers), `optimizer.pt` (the optimizer's
-state, the scheduler's, what else a step reads; loaded with `weights_only=True`, so that nothing in it is executed) and
-`state.json` (step, position in the data, generators, digests), which is written last and holds digests of the others.
+A checkpoint is a folder of three files:
+
+- `model.safetensors`: parameters and buffers.
+- `optimizer.pt`: state of optimizer and scheduler, and everything else that a step reads. It is loaded with
+  `weights_only=True`, so that nothing in it is executed.
+- `state.json`: step, position in the data, random generators and digests. It is written last and has the digests of
+  the other files.
 """
 
 import base64
@@ -46,23 +50,23 @@ class CheckpointError(DreplicaError):
 
 @dataclass(frozen=True)
 class Contents:
-    """What a checkpoint holds."""
+    """The contents of a checkpoint."""
 
     tensors: dict[str, Tensor]
-    """Parameters and buffers of the model, by name, on the CPU."""
+    """Parameters and buffers of the model on the CPU, by name."""
     optimizer: dict[str, Any]
-    """Tensors and plain values, for `torch.save`."""
+    """Tensors and plain values of `optimizer.pt`."""
     state: dict[str, Any]
-    """JSON values."""
+    """JSON values of `state.json`."""
 
 
 def checkpoint_name(step: int) -> str:
-    """The name of a checkpoint's folder."""
+    """Return the name of a checkpoint's folder."""
     return f"step_{step:06}"
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
-    """The checkpoints in a run's `checkpoints` folder, newest first; whole or not."""
+    """Return the checkpoints in a run's `checkpoints` folder, newest first, valid or not."""
     if not folder.is_dir():
         return []
     steps = {path: _STEP_FOLDER.fullmatch(path.name) for path in folder.iterdir()}
@@ -71,32 +75,42 @@ def list_checkpoints(folder: Path) -> list[Path]:
 
 
 def prune_checkpoints(folder: Path, keep: int, part: str | None = None, unusable: Collection[str] = ()) -> None:
-    """Removes all but the newest `keep`; of those that have parts, this `part`. Raises OSError.
+    """Remove all but the newest checkpoints.
 
-    `unusable`: names of those that do not count, and go as soon as there are enough others.
+    Args:
+        folder: A run's `checkpoints` folder.
+        keep: Number of checkpoints to keep.
+        part: Folder within each checkpoint to remove. None to remove whole checkpoints.
+        unusable: Names of checkpoints that do not count, and are removed once there are enough others.
+
+    Raises:
+        OSError: A checkpoint cannot be removed.
     """
     newest_first = sorted(list_checkpoints(folder), key=lambda path: path.name in unusable)
     places = [path if part is None else path / part for path in newest_first]
     for place in [place for place in places if place.is_dir()][keep:]:
-        # Under another name first: what is half removed is not to be taken for a damaged checkpoint.
+        # Rename first: a half removed checkpoint must not be taken for a damaged one.
         doomed = place.with_name(f".{place.name}.{os.getpid()}.old")
         place.rename(doomed)
         shutil.rmtree(doomed)
         if part is not None:
-            with suppress(OSError):  # other parts are there still, or their replica was quicker
+            with suppress(OSError):  # other parts remain, or another replica has removed it
                 place.parent.rmdir()
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Removes what a process that was killed while it wrote has left behind. Only where nobody else writes."""
+    """Remove temporary folders of killed processes. No process may be writing to the folder."""
     for pattern in (".*.tmp", ".*.old", "step_*/.*.tmp", "step_*/.*.old"):
         for path in folder.glob(pattern):
             shutil.rmtree(path, ignore_errors=True)
 
 
 def write_checkpoint(place: Path, contents: Contents) -> None:
-    """Writes to a folder beside `place`, flushes it to the disk, and renames it. Raises OSError; `place` is then as it
-    was."""
+    """Write a checkpoint to a temporary folder, flush it to the disk, and rename it to `place`.
+
+    Raises:
+        OSError: The checkpoint cannot be written. `place` is unchanged.
+    """
     temporary = place.with_name(f".{place.name}.{os.getpid()}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     try:
@@ -104,9 +118,9 @@ def write_checkpoint(place: Path, contents: Contents) -> None:
         temporary.mkdir()
         in_file = _in_safetensors(contents.tensors)
         rest = {name: tensor for name, tensor in contents.tensors.items() if name not in in_file}
-        with ThreadPoolExecutor(1, "dreplica-flush") as beside:
+        with ThreadPoolExecutor(1, "dreplica-flush") as executor:
             _write_model(temporary / MODEL_FILE, in_file)
-            model_digest = beside.submit(_flush_and_digest, temporary / MODEL_FILE)
+            model_digest = executor.submit(_flush_and_digest, temporary / MODEL_FILE)
             _write_optimizer(temporary / OPTIMIZER_FILE, {**contents.optimizer, "tensors": rest})
             optimizer_digest = _flush_and_digest(temporary / OPTIMIZER_FILE)
             files = {MODEL_FILE: model_digest.result(), OPTIMIZER_FILE: optimizer_digest}
@@ -116,7 +130,7 @@ def write_checkpoint(place: Path, contents: Contents) -> None:
             file.write("\n")
         for name in (STATE_FILE, "."):
             flush(temporary / name)
-        if place.exists():  # it was not fit to go on from
+        if place.exists():  # it could not be restored
             place.rename(place.with_name(f".{place.name}.{os.getpid()}.old"))
         temporary.rename(place)
         flush(place.parent)
@@ -127,7 +141,14 @@ def write_checkpoint(place: Path, contents: Contents) -> None:
 
 
 def read_files(place: Path) -> dict[str, bytes]:
-    """The three files' contents. Raises CheckpointError."""
+    """Read the three files of a checkpoint.
+
+    Returns:
+        The files' contents, by name.
+
+    Raises:
+        CheckpointError: A file is missing (`file-missing`) or cannot be read (`unreadable`).
+    """
     try:
         return {name: (place / name).read_bytes() for name in (STATE_FILE, MODEL_FILE, OPTIMIZER_FILE)}
     except FileNotFoundError as error:
@@ -139,7 +160,18 @@ def read_files(place: Path) -> dict[str, bytes]:
 
 
 def parse(files: Mapping[str, bytes]) -> Contents:
-    """What `write_checkpoint` was given. Raises CheckpointError unless every byte is as it was written."""
+    """Verify and load the files of a checkpoint.
+
+    Args:
+        files: The files' contents, by name.
+
+    Returns:
+        What was given to `write_checkpoint`.
+
+    Raises:
+        CheckpointError: A file does not match its digest (`damaged`), is of another schema (`unknown-schema`), or
+            cannot be loaded (`not-loadable`).
+    """
     try:
         state = json.loads(files[STATE_FILE])
         digest = state.pop("digest")
@@ -167,7 +199,7 @@ def parse(files: Mapping[str, bytes]) -> Contents:
 
 
 def rng_to_json(rng: Mapping[str, Any]) -> dict[str, Any]:
-    """The generators' states, as `get_rng_state` gives them, as JSON values."""
+    """Convert what `get_rng_state` returned to JSON values."""
     version, words, gauss = rng["python"]
     name, keys, position, has_gauss, cached = rng["numpy"]
     tensors = {key: base64.b64encode(rng[key].numpy().tobytes()).decode() for key in ("torch", "cuda") if key in rng}
@@ -179,7 +211,7 @@ def rng_to_json(rng: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def rng_from_json(values: Mapping[str, Any]) -> dict[str, Any]:
-    """What `rng_to_json` was given."""
+    """Convert what `rng_to_json` returned back."""
     version, words, gauss = values["python"]
     name, keys, position, has_gauss, cached = values["numpy"]
     tensors = {
@@ -195,7 +227,7 @@ def rng_from_json(values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _in_safetensors(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Those that the safetensors format can hold; none under two names."""
+    """Return the tensors that safetensors supports, each under its first name only."""
     first_name = {id(tensor): name for name, tensor in reversed([*tensors.items()])}
     return {
         name: tensor.contiguous()
@@ -213,10 +245,10 @@ def _write_model(path: Path, tensors: dict[str, Tensor]) -> None:
 
 def _write_optimizer(path: Path, values: dict[str, Any]) -> None:
     try:
-        # Its own checksums would take as long as the writing, and `state.json` holds better ones.
+        # torch's checksums take as long as the writing, and `state.json` has better ones.
         with serialization_config.patch({"save.compute_crc32": False}):  # type: ignore[attr-defined]
             torch.save(values, path)
-    except RuntimeError as error:  # how torch reports a disk that is full
+    except RuntimeError as error:  # torch reports a full disk this way
         raise OSError(f"{path.name}: {_first_line(error)}") from error
 
 
@@ -231,7 +263,7 @@ def _digest_state(state: Mapping[str, Any]) -> str:
 
 
 def _make_folder(folder: Path) -> None:
-    """With those above it, each flushed to where it stands: what is in them is not to vanish with them."""
+    """Create a folder and its parents, and flush each entry to the disk."""
     if not folder.is_dir():
         _make_folder(folder.parent)
         folder.mkdir(exist_ok=True)
@@ -239,7 +271,11 @@ def _make_folder(folder: Path) -> None:
 
 
 def flush(path: Path) -> None:
-    """Has what was written to a file, or made in a folder, on the disk. Raises OSError."""
+    """Flush a file's contents, or a folder's entries, to the disk.
+
+    Raises:
+        OSError: The disk reports an error.
+    """
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

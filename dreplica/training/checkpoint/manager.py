@@ -1,4 +1,4 @@
-"""How a run is saved on its way, and goes on after an interruption from the newest checkpoint that verifies."""
+"""Saving of a run, and resuming from its newest valid checkpoint."""
 
 import logging
 from collections.abc import Mapping
@@ -53,22 +53,32 @@ class Start:
     """Where a run begins or resumes."""
 
     position: Position = field(default_factory=Position)
+    """Position in the data."""
     step: int = 0
+    """Number of steps already taken."""
     data_seed: int | None = None
-    """Of the order of samples; None: not drawn yet."""
+    """Seed of the order of samples. None if it has not been drawn yet."""
     steps_checked: int = 0
+    """Number of steps already compared."""
     num_trace_lines: int = 0
+    """Number of lines in `trace.jsonl` at the time of the checkpoint."""
     skipped: tuple[SkippedCheckpoint, ...] = ()
     """Newer checkpoints that could not be restored."""
 
 
 class Checkpoints:
-    """A run's checkpoints. Every method is a collective.
+    """The checkpoints of a run.
 
     Args:
-        folder: the run's.
-        shared: whether all replicas have the same state: rank 0 then writes one copy for all, and sends it to all when
-            a run goes on, however many there are then. Otherwise each replica writes and reads its own.
+        config: The config's section `checkpoint`.
+        world: The replicas of the run.
+        replica: This replica.
+        folder: The run folder.
+        shared: True if all replicas have the same state. Rank 0 then writes one copy, and sends it to all replicas of a
+            resumed run, whose number may differ. Otherwise each replica writes and reads its own copy.
+
+    Note:
+        Every method is collective: call it on every rank.
     """
 
     def __init__(self, config: CheckpointConfig, world: World, replica: Replica, folder: Path, shared: bool) -> None:
@@ -81,10 +91,14 @@ class Checkpoints:
         self._saved_step: int | None = None
 
     def restore(self) -> Start:
-        """Puts the newest checkpoint that verifies into the replica, and says which were skipped and why.
+        """Restore the newest valid checkpoint into the replica.
 
-        Without any checkpoint, the run begins at its beginning. Raises SharedUsageError if there are some and none is
-        whole.
+        Returns:
+            Where the run resumes, with the newer checkpoints that were skipped. The beginning if there is no
+            checkpoint.
+
+        Raises:
+            SharedUsageError: There are checkpoints, but none can be restored.
         """
         if self._world.is_coordinator:
             remove_leftovers(self._folder)
@@ -160,23 +174,30 @@ class Checkpoints:
         return received, None
 
     def save(self, position: Position, data_seed: int, steps_checked: int, num_trace_lines: int) -> None:
-        """Copies the state, and writes it while training goes on. All replicas have agreed on it, or need not."""
+        """Copy the replica's state, and write it while training continues.
+
+        Args:
+            position: Position in the data to resume from.
+            data_seed: Seed of the order of samples.
+            steps_checked: Number of steps compared so far.
+            num_trace_lines: Number of lines in `trace.jsonl`.
+        """
         if self._replica.steps_done == self._saved_step:
             return
         before, self._saved_step = self._saved_step, self._replica.steps_done
         if not self._shared and before is not None and not self.newest_is_there():
-            self._saver.unusable.add(checkpoint_name(before))  # some part of it is missing: older ones must stay
+            self._saver.unusable.add(checkpoint_name(before))  # a part of it is missing: older ones must be kept
         if self._world.is_coordinator or not self._shared:
             run = {"data_seed": data_seed, "steps_checked": steps_checked, "num_trace_lines": num_trace_lines}
             self._saver.save(copy_state(self._replica, position, run, self._as_built))
 
     def newest_is_there(self) -> bool:
-        """Whether the newest checkpoint has been written, on all replicas that write one; waits for it."""
+        """Wait for the newest checkpoint, and return True if every replica's part has been written."""
         self._saver.wait()
         return all(self._world.channel.gather(not self._saver.newest_failed))
 
     def finish(self) -> list[str]:
-        """Waits until everything is written. Returns what could not be: a line each, the same on all replicas."""
+        """Wait until all is written, and return a line for each failure on any replica."""
         complete = self.newest_is_there()
         failures = [line for lines in self._world.channel.gather(self._saver.failures) for line in lines]
         if complete and (self._world.is_coordinator or not self._shared):

@@ -1,4 +1,8 @@
-"""Plain state in a form that a reader who executes nothing can load, and back: what a checkpoint keeps of objects."""
+"""Conversion of plain attributes to a form that can be loaded without executing code, and back.
+
+`torch.load(weights_only=True)` knows tensors, numbers, strings, lists, tuples, sets and dicts. Anything else is stored
+as a tagged dict.
+"""
 
 import copy
 from collections import Counter, OrderedDict, defaultdict, deque
@@ -13,11 +17,11 @@ _VALUES = frozenset({type(None), bool, int, float, complex, str, bytes, torch.dt
 _DICTS = frozenset({dict, OrderedDict, defaultdict, Counter})
 _SEQUENCES = frozenset({list, tuple, set, frozenset, deque})
 _TAG = "dreplica.portable"
-"""The key of a dict that stands for what `torch.load(weights_only=True)` does not know."""
+"""Key that marks a dict as the stored form of another type."""
 
 
 def is_portable(value: Any) -> bool:
-    """Whether it is made of numbers, strings, tensors and arrays alone, in the usual containers; no parameter."""
+    """Return True for numbers, strings, tensors and arrays, in standard containers. Parameters are not portable."""
     kind = type(value)
     if kind in _DICTS:
         return all(is_portable(key) and is_portable(item) for key, item in value.items())
@@ -27,7 +31,7 @@ def is_portable(value: Any) -> bool:
 
 
 def holds_arrays(value: Any) -> bool:
-    """Whether there are tensors or arrays in it, whose `repr` does not say all."""
+    """Return True if a value is or contains a tensor or an array."""
     if isinstance(value, Mapping):
         return any(map(holds_arrays, value.values()))
     if type(value) in _SEQUENCES:
@@ -36,20 +40,26 @@ def holds_arrays(value: Any) -> bool:
 
 
 class Portable:
-    """Makes portable copies, which share what the originals share: a tensor that is met again has one copy."""
+    """Converter to portable copies.
+
+    Copies share tensors as the originals do: a tensor that occurs twice is copied once.
+
+    Args:
+        copy_tensor: Copies a tensor.
+    """
 
     def __init__(self, copy_tensor: Callable[[Tensor], Tensor]) -> None:
         self._copy_tensor = copy_tensor
         self._tensors: dict[Tensor, Tensor] = {}
 
     def tensor(self, tensor: Tensor) -> Tensor:
-        """The copy of a tensor, by `copy_tensor`."""
+        """Return the copy of a tensor."""
         if tensor not in self._tensors:
             self._tensors[tensor] = self._copy_tensor(tensor)
         return self._tensors[tensor]
 
     def of(self, value: Any) -> Any:
-        """The copy of a value; what is not portable is copied as it is."""
+        """Return the portable copy of a value. Unsupported types are copied unchanged."""
         if isinstance(value, Tensor):
             own = self.tensor(value)
             return own if value.device.type == "cpu" else {_TAG: "on_device", "tensor": own}
@@ -68,15 +78,18 @@ class Portable:
 
 
 class Originals:
-    """Makes what `Portable.of` was given out of what it gave, with tensors that were not on the CPU on `device`; dicts
-    of other kinds come back as plain ones."""
+    """Converter from portable copies back to values. Subclasses of dict become plain dicts.
+
+    Args:
+        device: Device of the tensors that were not on the CPU when they were copied.
+    """
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._tensors: dict[Tensor, Tensor] = {}
 
     def of(self, value: Any) -> Any:
-        """Of a value."""
+        """Return the value that was given to `Portable.of`."""
         if isinstance(value, dict) and _TAG in value:
             return self._untagged(value)
         if isinstance(value, dict):
@@ -99,12 +112,19 @@ class Originals:
             case "numpy":
                 array = numpy.frombuffer(kept["bytes"], dtype=kept["dtype"]).copy()
                 return array[0] if kept["shape"] is None else array.reshape(kept["shape"])
-        raise ValueError(f"{kept[_TAG]!r} stands for nothing")
+        raise ValueError(f"unknown tag {kept[_TAG]!r}")
 
 
 def put_into(now: Any, value: Any) -> Any:
-    """What an attribute that is bound to `now` is to be bound to: that container, which others may refer to, too, with
-    the contents of `value`; or else `value`."""
+    """Write a value into the container that an attribute is bound to, because other references may share it.
+
+    Args:
+        now: What the attribute is bound to.
+        value: The value to restore.
+
+    Returns:
+        `now` with the contents of `value`, or `value` if `now` is no such container.
+    """
     if type(now) in _DICTS and isinstance(value, dict):
         now.clear()
         now.update(value)
@@ -126,5 +146,5 @@ def _fits(now: numpy.ndarray, value: numpy.ndarray) -> bool:
 
 
 def _is_array(value: Any) -> bool:
-    """Of NumPy's own numbers, times or strings; neither of objects nor of records."""
+    """Return True for NumPy arrays and scalars, except arrays of objects or records."""
     return isinstance(value, numpy.ndarray | numpy.generic) and value.dtype.kind not in "OV"

@@ -325,7 +325,7 @@ def test_training_goes_on_while_a_checkpoint_is_written_and_after_one_that_could
     saver.save(copy_state(replica, POSITION, {}, {}))
     saver.wait()
     assert len(saver.failures) == 1
-    assert saver.failures[0].startswith("the checkpoint at step 6 could not be written: ")
+    assert saver.failures[0].startswith("cannot write the checkpoint at step 6: ")
 
 
 class Helper:
