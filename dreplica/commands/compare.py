@@ -1,4 +1,4 @@
-"""`dreplica compare`: did two runs, made at different times or places, come to the same, bit for bit?"""
+"""`dreplica compare`: compare two recorded runs bit for bit."""
 
 import json
 from dataclasses import asdict
@@ -26,15 +26,23 @@ _MOST_NAMED = 4
 
 
 class RunPair:
-    """Two recorded runs, compared.
+    """Two recorded runs and their comparison.
 
-    Raises UsageError where a trace is missing or cannot be compared with the other.
+    Args:
+        one: The first run: a run folder or a trace.jsonl.
+        other: The second run, as `one`.
 
     Attributes:
-        outcome: `identical`; `differ`; `prefix`: the same up to where the run that ends sooner ends; or `samples`: the
-            same samples, and of the states nothing is recorded, neither on the way nor at the end.
-        config, manifest: in what the runs differ; None where one of them does not say.
-        notes: what else a reader should know, a line each.
+        outcome: `identical`, `differ`, `prefix` (the same up to the end of the shorter run) or `samples` (the same
+            samples, with no state recorded, neither per step nor at the end).
+        config: The differences between the configs. None if a run has no readable config.
+        manifest: The differences between the manifests. None if a run has no readable manifest.
+        sooner: Index of the run that ends first.
+        final: Stage to the replicas whose final states differ. None unless the outcome depends on the final states.
+        notes: Remarks for the reader, one line each.
+
+    Raises:
+        UsageError: A trace is missing, or the two traces cannot be compared.
     """
 
     def __init__(self, one: Path, other: Path) -> None:
@@ -50,50 +58,47 @@ class RunPair:
         self.found = compare_traces(*self.traces)
         if self.found.place is None and not self.found.num_digests:
             raise UsageError(
-                f"{self.names[0]!r} and {self.names[1]!r} have recorded no stage of any step both: there is nothing to "
-                "compare. Record both with the same --agreement.every and --agreement.expect."
+                f"{self.names[0]!r} and {self.names[1]!r} have no recorded stage of any step in common. Record both with "
+                "the same --agreement.every and --agreement.expect.",
+                code="nothing-in-common",
             )
         ends = [trace.last_key for trace in self.traces]
         self.sooner = ends.index(min(ends))
-        """Which ends first."""
         self.outcome = "identical" if ends[0] == ends[1] else "prefix"
         self.final: dict[str, list[int]] | None = None
-        """Stage to the replicas whose state at the end is another; None where that is not what to go by."""
         if self.found.place is not None:
             self.outcome = "differ"
         elif self.outcome == "identical" and self.found.only_samples:
-            went_on = any(run.last_step is not None and run.last_step < ends[0][0] for run in runs)
-            self.final = None if went_on else _differ_at_the_end(*runs)
+            continued = any(run.last_step is not None and run.last_step < ends[0][0] for run in runs)
+            self.final = None if continued else _differ_at_the_end(*runs)
             self.outcome = "samples" if self.final is None else "differ" if any(self.final.values()) else "identical"
         self.notes = _notes(self.names, self.traces, runs, self.found)
 
     @property
     def summary(self) -> str:
-        """The verdict in a line."""
+        """The result in one line."""
         found = self.found
         if found.place is not None:
-            return f"parted {_where(found.place)}; {self._differing_in()}"
+            return f"diverged {_where(found.place)}; {self._differing_in()}"
         stages = ", ".join(stage for stage, count in found.num_same.items() if count)
         what = f"{found.num_steps:,} steps, {found.num_digests:,} digests of {stages}"
         if self.outcome == "samples":
-            return (
-                f"{what}; nothing is known of the states: those of independent replicas are not recorded step by step"
-            )
+            return f"{what}; the states are unknown: those of independent replicas are not recorded at each step"
         if self.final is not None:
-            parted = ", ".join(f"{stage} on replicas {ids}" for stage, ids in self.final.items() if ids)
-            if parted:
-                return f"the same samples, and other states at the end: {parted}; {self._differing_in()}"
+            differing = ", ".join(f"{stage} on replicas {ids}" for stage, ids in self.final.items() if ids)
+            if differing:
+                return f"the same samples, but different states at the end: {differing}; {self._differing_in()}"
             what += f"; the same {', '.join(self.final)} at the end"
         if self.outcome == "prefix":
             step, is_evaluation = self.traces[self.sooner].last_key
             after = "the evaluation after " * is_evaluation
             return f"{self.names[self.sooner]} ends at {after}step {step}; up to there both are the same: {what}"
         given = self._given(self.config)
-        although = f"; although they differ in {given}" if given else ""
+        although = f"; the configs differ in {given} nevertheless" if given else ""
         return f"{what}{although}"
 
     def as_dict(self) -> dict[str, Any]:
-        """JSON values."""
+        """Return the comparison as JSON values."""
         found, place = self.found, self.found.place
         first: dict[str, Any] | None = None
         if place is not None:
@@ -126,7 +131,7 @@ class RunPair:
         }
 
     def _differing_in(self) -> str:
-        """Differences, and no more than that: which of them is the cause, two records cannot say."""
+        """Return the differences in config and manifest, without naming a cause, which two records cannot prove."""
         parts = [
             f"the {name} in {given}"
             for name, items in (("configs differ", self.config), ("manifests", self.manifest))
@@ -135,8 +140,8 @@ class RunPair:
         if parts:
             return " and ".join(parts)
         if self.config is None or self.manifest is None:
-            return "in what the runs differ is not recorded"
-        return "neither config nor manifest differs in anything that could account for it"
+            return "how the runs differ is not recorded"
+        return "no difference in config or manifest explains it"
 
     @staticmethod
     def _given(items: list[RunDifference] | None) -> str:
@@ -146,11 +151,20 @@ class RunPair:
 
 
 def compare_runs(one: Path, other: Path, as_json: bool = False, prefix: bool = False) -> ExitCode:
-    """Compares two runs and prints what is found.
+    """Compare two runs and print the result.
 
-    Returns AGREED if they are the same, DIVERGED if they differ, and FAILED if one ends sooner and they are the same up
-    to there (AGREED then, too, with `prefix`), or if nothing is known but that their samples are. Raises UsageError
-    where they cannot be compared.
+    Args:
+        one: The first run: a run folder or a trace.jsonl.
+        other: The second run, as `one`.
+        as_json: Print JSON instead of tables.
+        prefix: Accept a run that ends sooner and is the same up to its end.
+
+    Returns:
+        AGREED if the runs are identical, DIVERGED if they differ. FAILED if one ends sooner and `prefix` is not set,
+        or if only their samples are known to be the same.
+
+    Raises:
+        UsageError: The runs cannot be compared.
     """
     pair = RunPair(one, other)
     if as_json:
@@ -192,8 +206,7 @@ def _print(console: Console, pair: RunPair) -> None:
 
 
 def _differ_at_the_end(one: RecordedRun, other: RecordedRun) -> dict[str, list[int]] | None:
-    """By stage, the replicas that both have and whose final states are not the same; None if not both say, or say it
-    of different steps."""
+    """Return, by stage, the replicas whose final states differ. None if the final states are of different steps."""
     if None not in (one.last_step, other.last_step) and one.last_step != other.last_step:
         return None
     common = [key for key in one.final if key in other.final]
@@ -212,7 +225,7 @@ def _table(title: str, names: tuple[str, str], items: list[RunDifference]) -> Ta
         field = escape(item.field) if item.matters else f"{escape(item.field)} *"
         table.add_row(field, escape(show(item.one)), escape(show(item.other)), style=None if item.matters else "dim")
     if not all(item.matters for item in items):
-        table.caption, table.caption_justify = "* changes no digest", "left"
+        table.caption, table.caption_justify = "* does not affect digests", "left"
     return table
 
 
@@ -230,9 +243,9 @@ def _evidence(found: Comparison, place: Place) -> list[str]:
         some = list(place.only_on.items())[:_MOST_NAMED]
         lines += [f"{name} is only in the {('first', 'second')[ids[0]]}" for name, ids in some]
     else:
-        lines.append("which tensor it is was not recorded on both sides: --agreement.record tensors")
+        lines.append("the tensor is unknown, since not both runs recorded it: --agreement.record tensors")
     if found.num_steps:
-        lines.append(f"{found.num_steps:,} steps before are the same, in {found.num_digests:,} digests")
+        lines.append(f"{found.num_steps:,} steps before it are the same, in {found.num_digests:,} digests")
     return lines
 
 
@@ -246,7 +259,7 @@ def _notes(
     for name, trace, run, alone in zip(names, traces, runs, found.num_alone, strict=True):
         notes += [f"{name}: {line}" for line in run.problems]
         if trace.is_cut_off:
-            notes.append(f"{name}: the last line was cut off, and is left out; step {trace.last_key[0]} is the last")
+            notes.append(f"{name}: the last line is incomplete and was ignored; the last step is {trace.last_key[0]}")
         if trace.first_repeated is not None:
             notes.append(f"{name}: gone on with from before step {trace.first_repeated}; what came of it later counts")
         if trace.diverged_at is not None:
@@ -257,11 +270,11 @@ def _notes(
                 "the trace has replica 0's digests"
             )
         if alone:
-            notes.append(f"{name}: {alone} checked steps or evaluations that the other has not recorded")
+            notes.append(f"{name}: {alone} checked steps or evaluations that the other run has not recorded")
     if traces[0].torch_version != traces[1].torch_version:
         notes.append(f"torch {traces[0].torch_version} and {traces[1].torch_version}")
     if traces[0].num_replicas != traces[1].num_replicas:
         notes.append(f"{traces[0].num_replicas} and {traces[1].num_replicas} replicas")
     if found.epochs_differ_at is not None:
-        notes.append(f"they count epochs otherwise from step {found.epochs_differ_at} on, which no digest depends on")
+        notes.append(f"epoch numbers differ from step {found.epochs_differ_at} on, which affects no digest")
     return notes

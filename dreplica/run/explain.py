@@ -1,4 +1,4 @@
-"""From a divergence in a run to its verdict: by building again, by replaying, or from what is known already."""
+"""Diagnosis of a divergence in a run: build again, replay the step, or conclude from what is known."""
 
 import logging
 from dataclasses import dataclass
@@ -31,17 +31,17 @@ from dreplica.training.history import History, StepEntry
 log = logging.getLogger(__name__)
 
 _MOST_BYTES = 2**26
-"""Tensors and arrays of a data set that are larger are taken to be the data, which nobody writes to."""
+"""Size in bytes above which a tensor of a data set is assumed to be its data, which no code writes to."""
 
 
 @dataclass(frozen=True)
 class Explainer:
-    """What it takes to run one replica's steps, or its build, again."""
+    """The state of one replica from which its steps, or its build, can be repeated."""
 
     config: RunConfig
-    """With this replica's overrides."""
+    """The config with this replica's overrides."""
     seed: int
-    """Of this replica's build."""
+    """The seed of this replica's build."""
     device: torch.device
     replica: Replica
     data: DataSets
@@ -51,12 +51,18 @@ class Explainer:
     facts: RunFacts
 
     def explain(self, found: Verdict, agreement: Agreement | None, history: History | None) -> Verdict:
-        """The verdict on a divergence; leaves the replica, and the data set, as they are. A collective.
+        """Diagnose a divergence between replicas.
 
         Args:
-            found: what the comparison says.
-            agreement: None while the build is still being compared.
-            history: of the steps taken since; None likewise.
+            found: The verdict of the comparison.
+            agreement: The comparison, None while the build is still being compared.
+            history: The snapshots and the steps taken since, None while the build is still being compared.
+
+        Returns:
+            The verdict, with its cause.
+
+        Note:
+            Collective: call on every rank. The state of the replica and of the data set is restored.
         """
         verdict = self.explain_build(found) if found.step == 0 else self.replay(found, agreement, history)
         return conclude(verdict, self.facts)
@@ -64,7 +70,20 @@ class Explainer:
     def explain_reference(
         self, found: Verdict, against: AgainstReference, agreement: Agreement | None, history: History | None
     ) -> Verdict:
-        """The verdict on a difference from a reference. A collective, as `explain`."""
+        """Diagnose a difference from the reference run.
+
+        Args:
+            found: The verdict of the comparison.
+            against: The difference, and what is known about the reference.
+            agreement: The comparison, None while the build is still being compared.
+            history: The snapshots and the steps taken since, None while the build is still being compared.
+
+        Returns:
+            The verdict, with its cause.
+
+        Note:
+            Collective: call on every rank. The state of the replica and of the data set is restored.
+        """
         account = against.account()
         if found.step == 0:
             verdict = self.rebuild_alone(found, account)
@@ -77,7 +96,7 @@ class Explainer:
         return conclude(verdict.with_(evidence=[*verdict.evidence, *against.evidence()], remedy=remedy), self.facts)
 
     def rebuild_alone(self, found: Verdict, account: Decision) -> Verdict:
-        """Builds again, to see whether this side reproduces itself. A collective."""
+        """Build again, to test whether this run reproduces its own build."""
         build = partial(build_replica, self.config, self.data.num_classes, self.device)
         try:
             rebuilt = attempt(self.channel, lambda: rebuild(build, self.seed))
@@ -91,10 +110,23 @@ class Explainer:
     def replay(
         self, found: Verdict, agreement: Agreement | None, history: History | None, judge: Judge | None = None
     ) -> Verdict:
-        """What replays of the step tell; `found`, where it cannot be run again. A collective."""
+        """Diagnose a divergence at a step by replaying the step.
+
+        Args:
+            found: The verdict of the comparison.
+            agreement: The comparison, None while the build is still being compared.
+            history: The snapshots and the steps taken since, None while the build is still being compared.
+            judge: Decides on the cause from the observations of all replicas.
+
+        Returns:
+            The verdict, or `found` if the step cannot be replayed.
+
+        Note:
+            Collective: call on every rank. The state of the replica and of the data set is restored.
+        """
         if agreement is None or history is None or not can_replay(found, history):
             return found
-        log.info("parted at step %s: running it again to find out why", found.step)
+        log.info("diverged at step %s: replaying it to find the cause", found.step)
         make = partial(Replayer, self.replica, history, self.redraw, self.load, self.config.train, agreement)
         try:
             replayer = attempt(self.channel, make)
@@ -111,7 +143,7 @@ class Explainer:
             data.restore()
 
     def explain_build(self, found: Verdict) -> Verdict:
-        """Names the cause of a difference at the build, and the draw where the builds part."""
+        """Diagnose a divergence at the build by building again."""
         found = conclude_build(found, self.facts)
         if not self.facts.seeded or not self.facts.shared_seed:
             return found
@@ -123,11 +155,11 @@ class Explainer:
         return explain_build(found, rebuilt, self.channel)
 
     def redraw(self, entry: StepEntry) -> Tensor:
-        """The indices of a step, as the coordinator drew them."""
+        """Return the indices of a step, (batch,) int64, as the coordinator drew them."""
         return self.coordinator.redraw(self.num_samples, self.config.data.batch_size, entry.epoch, entry.number)
 
     def load(self, indices: Tensor, entry: StepEntry) -> Batch:
-        """The samples of a step, as the training loop loaded them; repeated faults strike here, too."""
+        """Load the samples of a step again, with the faults that repeat in each replay."""
         received = indices.clone()
         self.injector.indices(entry.step, received, self.num_samples)
         memory_format = torch.channels_last if self.config.model.channels_last else torch.preserve_format
@@ -136,10 +168,10 @@ class Explainer:
 
     @property
     def num_samples(self) -> int:
-        """In the training set."""
+        """Number of samples in the training set."""
         return len(self.data.train)  # type: ignore[arg-type]
 
 
 def _is_of_the_data(value: object) -> bool:
-    """Whether it is a data set within a data set, or a transform: both may draw from generators of their own."""
+    """Return True for a nested data set or a transform, which may both have their own random generators."""
     return callable(value) or hasattr(type(value), "__getitem__")

@@ -21,20 +21,20 @@ def run_process(work: Callable[[], ExitCode]) -> NoReturn:
     Args:
         work: The entry point of the worker. It imports what it needs, and returns the exit code.
     """
-    block_stop_signals()  # first of all: what else is imported takes seconds, and a group that stops, stops as one
-    # Huge pages: torch reads this at its first allocation, and reading all state each step goes a quarter faster.
+    block_stop_signals()  # first: later imports take seconds, and a stopped group must stop together
+    # Use huge pages: reading all state at each step is a quarter faster. torch reads this at its first allocation.
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     from torch.distributed.elastic.multiprocessing.errors import record
 
     try:
         code = record(work)()
-        assert code is not None, "sys.exit(0) was called, which is no way for a run to end"
+        assert code is not None, "sys.exit(0) was called during the run"
     except BaseException:
         traceback.print_exc()
         sys.stderr.flush()
-        # gloo's threads may still wait for other replicas, and a normal exit would wait for them.
+        # gloo's threads may still wait for other replicas, and a normal exit waits for these threads.
         os._exit(ExitCode.FAILED)
-    # The launcher ends the rest as soon as one worker has failed; each is to end with its own code.
+    # Ignore SIGTERM: the launcher terminates the rest once one worker has failed, but each exits with its own code.
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     exit_codes.report(int(code))
     sys.exit(int(code))

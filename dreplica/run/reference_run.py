@@ -1,4 +1,4 @@
-"""A run that is compared with a recorded one while it goes (`run.reference`)."""
+"""The reference run that a run in progress is compared with (`run.reference`)."""
 
 import json
 import logging
@@ -26,15 +26,23 @@ log = logging.getLogger(__name__)
 
 
 class ReferenceRun:
-    """What the replicas of a run know of its reference. Rank 0 reads it, and tells the others.
+    """The reference run, if the config names one. Rank 0 reads it and sends what the other replicas need.
 
-    Creating it and its methods are collectives. Raises SharedUsageError where the reference cannot be used; its digests
-    must be of this run's `algorithm`.
+    Args:
+        config: The config of this run.
+        world: All replicas.
+        algorithm: The fingerprint algorithm of this run. The reference must have been recorded with the same one.
 
     Attributes:
-        reference: on rank 0, if there is one.
-        differences: in what this run and the reference differ, and what else is to be known of it, a line each; the
-            same on all replicas.
+        reference: The recorded trace, on rank 0.
+        differences: How config and environment of this run differ from the reference, and what limits the comparison.
+            One line each, the same on all replicas.
+
+    Raises:
+        SharedUsageError: The reference cannot be read or compared.
+
+    Note:
+        Collective: create it, and call its methods, on every rank.
     """
 
     def __init__(self, config: RunConfig, world: World, algorithm: str) -> None:
@@ -47,13 +55,18 @@ class ReferenceRun:
             self.reference = world.together(self._open if world.is_coordinator else lambda: None)
 
     @property
-    def is_there(self) -> bool:
-        """Whether this run has a reference."""
+    def exists(self) -> bool:
+        """True if this run has a reference."""
         return self._config.run.reference is not None
 
     def compare_settings(self, folder: Path, manifests: Sequence[Mapping[str, Any]]) -> None:
-        """In what this run, recorded in `folder`, differs from the reference: told, and kept as evidence."""
-        if not self.is_there:
+        """Compare config and environment with those of the reference, log the differences and keep them as evidence.
+
+        Args:
+            folder: The run folder of this run.
+            manifests: The manifests of this run, one per replica.
+        """
+        if not self.exists:
             return
         own = self._world.together(lambda: self._differences(folder, manifests))
         self._config_rows, self._manifest_rows, self.differences = self._world.channel.gather(own)[0]
@@ -62,14 +75,22 @@ class ReferenceRun:
                 log.warning(line)
 
     def known(self, difference: ReferenceDifference) -> AgainstReference:
-        """What a difference from the reference is to be explained with."""
+        """Return what is known about a difference from the reference, for its diagnosis."""
         seeds = {"seed.model": self._config.seed.model, "seed.data": self._config.seed.data}
         unseeded = frozenset(key for key, seed in seeds.items() if seed is None)
         return AgainstReference(difference, self._config_rows, self._manifest_rows, unseeded)
 
     def conclude(self, verdict: Verdict, steps_done: int) -> tuple[Verdict, list[str]]:
-        """The verdict on a run in which nothing was found, and what the report should warn of."""
-        if not self.is_there:
+        """Return the verdict of a run without a divergence, with the coverage of the comparison, and warnings.
+
+        Args:
+            verdict: The verdict of the run itself.
+            steps_done: Number of steps taken.
+
+        Returns:
+            The verdict, and the warnings for the report.
+        """
+        if not self.exists:
             return verdict, []
         reference = self.reference
         compared, only_samples, last_step = self._world.channel.gather(
@@ -77,15 +98,15 @@ class ReferenceRun:
         )[0]
         name = self._config.run.reference
         if not compared:
-            line = f"nothing was compared with the reference {name}: it has recorded none of these steps"
+            line = f"nothing was compared with the reference {name}: it has recorded none of the steps of this run"
             return verdict, [*self.differences, line]
-        late = f"the reference {name} ends at step {last_step}: later steps were compared with nothing"
+        late = f"the reference {name} ends at step {last_step}: later steps were not compared with it"
         same = f"the same {'samples ' * only_samples}as {name} up to step {min(last_step, steps_done)}"
         lines = self.differences + [late] * (last_step < steps_done)
         if only_samples:
             lines.append(
-                f"of the reference {name} only the samples were compared: the states of independent replicas are not "
-                "recorded. Compare the two runs when they have ended: dreplica compare"
+                f"only the samples were compared with the reference {name}: a trace does not record the states of "
+                "independent replicas. Compare the two runs after they have ended, with dreplica compare."
             )
         return verdict.with_(summary=f"{verdict.summary}; {same}"), lines
 
@@ -93,8 +114,8 @@ class ReferenceRun:
         assert self._config.run.reference is not None
         if not self._config.agreement.every:
             raise UsageError(
-                f"run.reference: {self._config.run.reference!r} is compared where steps are checked, and with "
-                "agreement.every 0 none is. Set --agreement.every 1, or leave run.reference out."
+                f"run.reference: {self._config.run.reference!r} cannot be compared with agreement.every 0, which "
+                "checks no step. Set --agreement.every 1, or remove run.reference."
             )
         try:
             return Reference(Path(self._config.run.reference), self._algorithm)
@@ -104,14 +125,14 @@ class ReferenceRun:
     def _differences(
         self, folder: Path, manifests: Sequence[Mapping[str, Any]]
     ) -> tuple[list[RunDifference], list[RunDifference], list[str]]:
-        """Nothing on replicas other than rank 0's."""
+        """Return the differences in config and manifests, and lines about them. Empty except on rank 0."""
         if self.reference is None:
             return [], [], []
         trace = self.reference.trace
         if trace.path.resolve().parent == folder.resolve():
             raise UsageError(
-                f"run.reference: {self._config.run.reference!r} is the folder that this run goes on in, and what it "
-                "comes to again is compared in any case. Leave run.reference out, or name another run."
+                f"run.reference: {self._config.run.reference!r} is the folder of the run that is resumed, whose repeated "
+                "steps are always compared with its trace. Remove run.reference, or set it to another run."
             )
         recorded = read_run(trace.path.parent)
         own, own_rows = yaml.safe_load(self._config.to_yaml()), json.loads(json.dumps(manifests))
@@ -119,11 +140,15 @@ class ReferenceRun:
         manifest = manifest_differences(recorded.manifests, own_rows) if recorded.manifests is not None else []
         lines = [f"reference: {line}" for line in recorded.problems]
         if trace.is_cut_off:
-            lines.append(f"reference: its last line was cut off; step {trace.last_key[0]} is the last")
+            lines.append(
+                f"reference: its last line is incomplete and was ignored; its last step is {trace.last_key[0]}"
+            )
         if trace.diverged_at is not None:
-            lines.append(f"reference: its own replicas had diverged at step {trace.diverged_at}; it is its replica 0's")
+            lines.append(
+                f"reference: its own replicas diverged at step {trace.diverged_at}; the trace is of its replica 0"
+            )
         lines += [
-            f"reference: {item.field} was {show(item.one)}, and is {show(item.other)} here"
+            f"reference: {item.field} was {show(item.one)}, and is {show(item.other)} in this run"
             for item in (*config, *manifest)
             if item.matters
         ]

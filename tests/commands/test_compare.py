@@ -1,4 +1,4 @@
-"""`dreplica compare` on real runs: what a person and a program read, and the exit code."""
+"""`dreplica compare` on real runs: text, JSON and exit codes."""
 
 import json
 import os
@@ -51,8 +51,8 @@ def compare_json(capsys: pytest.CaptureFixture[str], *arguments: Any) -> tuple[i
     return code, json.loads(output)
 
 
-def test_the_same_config_twice_is_identical(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """With another number of replicas, too, and under another name."""
+def test_same_config_twice_is_identical(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A different number of replicas and a different run name do not matter."""
     code, found = compare_json(capsys, runs / "one", runs / "again")
     assert (code, found["outcome"]) == (ExitCode.AGREED, "identical")
     assert (found["steps_same"], found["first_difference"]) == (10, None)
@@ -72,7 +72,7 @@ def test_the_same_config_twice_is_identical(runs: Path, capsys: pytest.CaptureFi
     assert output.splitlines()[-1].startswith("IDENTICAL 10 steps, 87 digests of indices, batch, buffers, ")
 
 
-def test_another_number_of_threads(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_different_thread_count_is_located(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
     code, found = compare_json(capsys, runs / "one", runs / "threads")
     assert (code, found["outcome"]) == (ExitCode.DIVERGED, "differ")
     first = found["first_difference"]
@@ -87,12 +87,12 @@ def test_another_number_of_threads(runs: Path, capsys: pytest.CaptureFixture[str
     assert fields["determinism.threads"] == fields["numerics.threads"] == (1, 2)
     _, output = compare(capsys, runs / "one", runs / "threads")
     (verdict,) = (line for line in output.splitlines() if line.startswith("DIFFERENT"))
-    where = f"parted at step 1: {first['stage']}, {first['tensor']}"
+    where = f"diverged at step 1: {first['stage']}, {first['tensor']}"
     differences = "the configs differ in determinism.threads (1, 2) and the manifests in numerics.threads (1, 2)"
     assert verdict == f"DIFFERENT {where}; {differences}"
 
 
-def test_another_data_seed(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_different_data_seed_is_located(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
     code, found = compare_json(capsys, runs / "one", runs / "seed")
     assert code == ExitCode.DIVERGED
     first = found["first_difference"]
@@ -100,7 +100,7 @@ def test_another_data_seed(runs: Path, capsys: pytest.CaptureFixture[str]) -> No
     assert found["summary"].endswith("the configs differ in seed.data (0, 7)")
 
 
-def test_a_run_that_ended_sooner(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_shorter_run_is_a_prefix(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
     code, found = compare_json(capsys, runs / "one", runs / "stopped")
     assert (code, found["outcome"]) == (ExitCode.FAILED, "prefix")
     assert [run["last_step"] for run in found["runs"]] == [10, 7]
@@ -109,29 +109,29 @@ def test_a_run_that_ended_sooner(runs: Path, capsys: pytest.CaptureFixture[str])
     assert compare(capsys, runs / "one", runs / "seed", "--prefix")[0] == ExitCode.DIVERGED
 
 
-def test_a_trace_that_was_cut_off_in_mid_line(runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_incomplete_last_line_is_ignored(runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     shutil.copytree(runs / "again", tmp_path / "cut")
     path = tmp_path / "cut" / "trace.jsonl"
     path.write_bytes(path.read_bytes()[:-20])
     code, found = compare_json(capsys, runs / "one", tmp_path / "cut")
     assert (code, found["outcome"]) == (ExitCode.FAILED, "prefix")
     assert "ends at step 10; up to there" in found["summary"], "its last whole line is step 10's, not the evaluation's"
-    assert any("the last line was cut off" in note for note in found["notes"])
+    assert any("the last line is incomplete" in note for note in found["notes"])
 
 
-def test_a_run_whose_own_replicas_parted(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_run_whose_replicas_diverged_is_noted(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
     code, found = compare_json(capsys, runs / "one", runs / "parted")
     assert code == ExitCode.DIVERGED
     first = found["first_difference"]
     assert (first["step"], first["stage"]) == (8, "weights"), "the flipped bit is replica 0's"
     assert [run["parted_at"] for run in found["runs"]] == [None, 8]
-    assert any("its own 2 replicas had parted at step 8 (" in note for note in found["notes"])
+    assert any("its own 2 replicas diverged at step 8 (" in note for note in found["notes"])
 
 
-def test_independent_replicas_are_compared_by_what_they_have_come_to(
+def test_independent_replicas_compare_final_states(
     runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Of the steps, only the samples are recorded: that these are the same proves nothing of the states."""
+    """Only the samples are recorded per step, and equal samples prove nothing about the states."""
     code, found = compare_json(capsys, runs / "independent", runs / "other")
     assert (code, found["outcome"], found["first_difference"]) == (ExitCode.DIVERGED, "differ", None)
     assert found["differ_at_the_end"] == {"weights": [0, 1], "buffers": [0, 1], "optimizer": [0, 1]}
@@ -143,7 +143,7 @@ def test_independent_replicas_are_compared_by_what_they_have_come_to(
     assert (code, found["outcome"]) == (ExitCode.AGREED, "identical")
     assert found["summary"].endswith("of indices, batch; the same weights, buffers, optimizer at the end")
     report = json.loads((again / "report.json").read_text())
-    for last_step in (5, 11):  # and has gone on since; or has taken a step that was not compared
+    for last_step in (5, 11):  # resumed since then, or took a step that was not compared
         report["run"]["last_step"] = last_step
         (again / "report.json").write_text(json.dumps(report))
         assert compare_json(capsys, runs / "independent", again)[1]["outcome"] == "samples"
@@ -153,10 +153,8 @@ def test_independent_replicas_are_compared_by_what_they_have_come_to(
     assert "SAME SAMPLES 10 steps" in compare(capsys, runs / "other", again)[1]
 
 
-def test_files_that_are_not_as_they_were_written(
-    runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """A line to read, whatever has become of them."""
+def test_corrupted_files_are_reported(runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Each kind of corruption is reported in one line."""
     folder = Path(shutil.copytree(runs / "again", tmp_path / "run"))
     (folder / "manifest.json").write_text("[1, 2]")
     for content in ('{"run": {"last_step": "x"}}', '{"verdict": 3, "fingerprints": [4]}'):
@@ -182,16 +180,16 @@ def test_files_that_are_not_as_they_were_written(
     assert "is not a regular file" in capsys.readouterr().err
 
 
-def test_traces_alone(runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_traces_without_run_folder(runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     shutil.copy(runs / "seed" / "trace.jsonl", tmp_path / "some.jsonl")
     code, found = compare_json(capsys, runs / "one" / "trace.jsonl", tmp_path / "some.jsonl")
     assert code == ExitCode.DIVERGED
     assert (found["config"], found["manifest"], found["first_difference"]["tensor"]) == (None, None, None)
-    assert "in what the runs differ is not recorded" in found["summary"]
+    assert "how the runs differ is not recorded" in found["summary"]
     assert f"{tmp_path / 'some.jsonl'}: there is no config.yaml" in found["notes"]
 
 
-def test_what_cannot_be_compared(runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_unusable_traces_are_reported(runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     shutil.copytree(runs / "again", tmp_path / "run")
     path = tmp_path / "run" / "trace.jsonl"
     path.write_text(path.read_text().replace("xxh3-128/1", "xxh3-128/0"))
@@ -205,7 +203,7 @@ def test_what_cannot_be_compared(runs: Path, tmp_path: Path, capsys: pytest.Capt
     assert exited.value.code == ExitCode.UNUSABLE
 
 
-def test_what_users_write_is_no_markup(runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_user_text_is_not_markup(runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     shutil.copytree(runs / "again", tmp_path / "[bold]run[/]")
     config = tmp_path / "[bold]run[/]" / "config.yaml"
     config.write_text(re.sub("name: again", "name: '[red]x[/nothing]'", config.read_text()))
@@ -214,8 +212,8 @@ def test_what_users_write_is_no_markup(runs: Path, tmp_path: Path, capsys: pytes
     assert "[red]x[/nothing]" in output
 
 
-def test_it_needs_no_torch(runs: Path) -> None:
-    """Which takes seconds to import, and more memory than comparing does."""
+def test_compare_does_not_import_torch(runs: Path) -> None:
+    """Importing torch takes seconds, and more memory than the comparison."""
     code = (
         "import sys; from dreplica.commands.main import main; "
         "code = main(sys.argv[1:]); assert 'torch' not in sys.modules"

@@ -50,7 +50,7 @@ def test_of_independent_replicas_no_more_than_the_samples_is_said_to_be_the_same
     job = run(reference, "--seed.model=distinct", "--optim.lr=0.02", num_replicas=2)
     assert job.returncode == 0, job.output
     assert job.report["verdict"]["summary"].endswith(f"; the same samples as {reference} up to step 10")
-    assert job.report["warnings"][-1].startswith(f"of the reference {reference} only the samples were compared")
+    assert job.report["warnings"][-1].startswith(f"only the samples were compared with the reference {reference}")
 
 
 @pytest.mark.parametrize("num_replicas", [1, 2])
@@ -62,7 +62,7 @@ def test_another_setting_stops_all_replicas_at_its_first_step(num_replicas: int,
     assert (verdict["tensor"], verdict["suspects"], verdict["groups"]) == ("group0.lr", [], [[*range(num_replicas)]])
     assert verdict["remedy"] == ["--optim.lr 0.05  # as in the reference"]
     assert "differs from the reference (config): optim.lr: 0.05 there, 0.02 here" in verdict["evidence"]
-    assert "reference: optim.lr was 0.05, and is 0.02 here" in job.output, "it is told at the start"
+    assert "reference: optim.lr was 0.05, and is 0.02 in this run" in job.output, "logged at the start"
     assert [json.loads(line)["step"] for line in job.trace[1:]] == [0, 1]
 
 
@@ -170,8 +170,8 @@ def test_a_reference_that_ended_before(reference: Path, tmp_path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-30])
     job = run(tmp_path / "cut", "--train.epochs=3")
     assert job.returncode == 0, job.output
-    cut_off = "reference: its last line was cut off; step 10 is the last"
-    late = f"the reference {tmp_path / 'cut'} ends at step 10: later steps were compared with nothing"
+    cut_off = "reference: its last line is incomplete and was ignored; its last step is 10"
+    late = f"the reference {tmp_path / 'cut'} ends at step 10: later steps were not compared with it"
     assert job.report["warnings"] == [cut_off, late]
 
 
@@ -186,7 +186,7 @@ def test_independent_replicas_are_compared_in_what_they_share(reference: Path) -
     ("arguments", "words"),
     [
         (("--run.reference=nowhere",), "run.reference: 'nowhere' does not exist"),
-        (("--agreement.every=0",), "agreement.every 0 none is"),
+        (("--agreement.every=0",), "cannot be compared with agreement.every 0"),
         (("--run.reference={old}",), "has digests of algorithm 'xxh3-128/0', and this run's are of 'xxh3-128/1'"),
     ],
 )
@@ -209,4 +209,4 @@ def test_the_folder_that_the_run_goes_on_in_is_no_reference(tmp_path: Path) -> N
     job = run(tmp_path / "job", num_replicas=2, root=tmp_path)
     assert job.exitcodes == {0: 2, 1: 2}
     (message,) = messages(job.output)
-    assert "is the folder that this run goes on in" in message
+    assert "is the folder of the run that is resumed" in message
