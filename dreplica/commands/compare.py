@@ -58,8 +58,8 @@ class RunPair:
         self.found = compare_traces(*self.traces)
         if self.found.place is None and not self.found.num_digests:
             raise UsageError(
-                f"{self.names[0]!r} and {self.names[1]!r} have no recorded stage of any step in common. Record both with "
-                "the same --agreement.every and --agreement.expect.",
+                f"{self.names[0]!r} and {self.names[1]!r} have no recorded stage of any step in common. Record both "
+                "with the same --agreement.every and --agreement.expect.",
                 code="nothing-in-common",
             )
         ends = [trace.last_key for trace in self.traces]

@@ -131,8 +131,8 @@ class ReferenceRun:
         trace = self.reference.trace
         if trace.path.resolve().parent == folder.resolve():
             raise UsageError(
-                f"run.reference: {self._config.run.reference!r} is the folder of the run that is resumed, whose repeated "
-                "steps are always compared with its trace. Remove run.reference, or set it to another run."
+                f"run.reference: {self._config.run.reference!r} is the folder of the run that is resumed, whose "
+                "repeated steps are always compared with its trace. Remove run.reference, or set it to another run."
             )
         recorded = read_run(trace.path.parent)
         own, own_rows = yaml.safe_load(self._config.to_yaml()), json.loads(json.dumps(manifests))
