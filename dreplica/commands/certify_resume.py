@@ -1,4 +1,4 @@
-"""`dreplica certify-resume`: does an interrupted run come to what an uninterrupted one comes to, bit for bit?"""
+"""`dreplica certify-resume`: prove that an interrupted run equals an uninterrupted one, bit for bit."""
 
 import sys
 from collections.abc import Mapping, Sequence
@@ -17,34 +17,44 @@ from dreplica.state.fingerprint.stage import STAGES
 
 _COMPONENTS = {
     "indices": "the position in the data",
-    "batch": "what loading or augmenting a sample depends on",
-    "buffers": "buffers, or what the forward pass depends on beside the weights",
-    "output": "something that the forward pass depends on beside weights and buffers",
-    "gradients": "something that the backward pass depends on",
+    "batch": "state that loading or augmenting a sample depends on",
+    "buffers": "buffers, or other state that the forward pass depends on in addition to the weights",
+    "output": "state that the forward pass depends on in addition to weights and buffers",
+    "gradients": "state that the backward pass depends on",
     "optimizer": "the state of the optimizer, the scheduler or the scaler",
-    "weights": "weights, or something that the optimizer's step depends on",
+    "weights": "weights, or other state that the optimizer step depends on",
     "rng": "the state of the random number generators",
-    "predictions": "something that the evaluation depends on",
+    "predictions": "state that the evaluation depends on",
 }
-"""What a difference that begins at a stage says of what was not restored."""
+"""Stage at which a difference begins to the state that was not restored."""
 _TAIL_LINES = 15
 
 
 @dataclass(frozen=True)
 class Certificate:
-    """What the comparison came to."""
+    """The result of the comparison."""
 
     passed: bool
     text: str
-    """One line."""
+    """The result in one line."""
 
 
 def certify_resume(settings: Sequence[str], num_replicas: int, at_step: int, keep: Path | None = None) -> ExitCode:
-    """Runs a job straight through, then stopped after `at_step` and gone on with in fresh processes; compares all.
+    """Run a job without an interruption, then interrupted and resumed, and compare the two runs.
 
-    `settings`: of the job, as for `dreplica train`. `keep`: a fresh folder, where the run folders are left. Prints a
-    certificate, or the first component that was not restored, and returns AGREED or DIVERGED; UNUSABLE or FAILED if a
-    run failed. Raises UsageError.
+    The run is resumed in new processes. Prints a certificate, or the first component that was not restored.
+
+    Args:
+        settings: The config settings of the job, as for `dreplica train`.
+        num_replicas: Number of replicas.
+        at_step: The step after which the run is interrupted.
+        keep: An empty or new folder, in which the run folders are kept.
+
+    Returns:
+        AGREED or DIVERGED. UNUSABLE or FAILED if a run failed.
+
+    Raises:
+        UsageError: `keep` cannot be used.
     """
     console = Console(highlight=False)
     with signals_as_interrupts(), fresh_folder(keep, "certify") as root:
@@ -55,7 +65,10 @@ def certify_resume(settings: Sequence[str], num_replicas: int, at_step: int, kee
             return _failed("the uninterrupted run failed", ended)
         num_steps = max((step for step, _ in _read_trace(root / "straight")), default=0)
         if at_step >= num_steps:
-            print(f"error: --at-step: {at_step}: the run has {num_steps} steps. Give less.", file=sys.stderr)
+            print(
+                f"error: --at-step: expected less than the {num_steps} steps of the run, got {at_step}.",
+                file=sys.stderr,
+            )
             return ExitCode.UNUSABLE
         console.print(f"2 of 3: the same run, stopped after step {at_step}")
         ended = _run(root, "interrupted", [*common, f"--run.stop_after={at_step}"], num_replicas)
@@ -104,29 +117,32 @@ def judge(straight: Path, interrupted: Path, at_step: int, error: UsageError | N
     if difference is not None:
         step, stage = difference
         if (step, stage == "predictions") <= (at_step, False):
-            return _does_not_reproduce(step, stage)  # it had not been interrupted by then
+            return _does_not_reproduce(step, stage)  # before the interruption
         return Certificate(False, f"not restored: {_COMPONENTS.get(stage, stage)} (step {step}, {stage})")
     for field in ("fingerprints", "epochs"):
         if getattr(one, field) != getattr(other, field):
-            return Certificate(False, f"not restored: something that {field} in report.json depend on")
+            return Certificate(False, f"not restored: state that {field} in report.json depends on")
     trace = _read_trace(interrupted)
     after = [digests for (step, _), digests in trace.items() if step > at_step]
     num_digests = sum(map(len, after))
     last = max(step for step, _ in trace)
     return Certificate(
         True,
-        f"interrupted after step {at_step} of {last}: {last - at_step} steps gone on with, {num_digests} digests of "
-        f"their stages, {len(one.epochs)} epochs' results and the final state are those of the uninterrupted run",
+        f"interrupted after step {at_step} of {last}: {last - at_step} steps resumed, {num_digests} digests of "
+        f"their stages, {len(one.epochs)} epochs' results and the final state equal those of the uninterrupted run",
     )
 
 
 def _does_not_reproduce(step: int, stage: str) -> Certificate:
-    text = f"the job does not reproduce without an interruption either: step {step}, {stage}"
-    return Certificate(False, f"{text}. Mend that first: dreplica train --replicas 2")
+    text = f"the job does not reproduce even without an interruption: step {step}, {stage}"
+    return Certificate(False, f"{text}. Find the cause first: dreplica train --replicas 2")
 
 
 def _first_difference(one: Path, other: Path) -> tuple[int, str] | None:
-    """The first step and stage at which two runs' traces differ; of a line that only one has, nothing can be said."""
+    """Return the first step and stage at which two traces differ, or None.
+
+    A line that only the second trace has is ignored.
+    """
     here, there = _read_trace(one), _read_trace(other)
     for key in sorted(here.keys() & there.keys()):
         for stage in STAGES:
@@ -137,7 +153,7 @@ def _first_difference(one: Path, other: Path) -> tuple[int, str] | None:
 
 
 def _algorithm(folder: Path) -> str | None:
-    """Of the digests that a run recorded, if any."""
+    """Return the fingerprint algorithm of a recorded run, or None if it has no trace."""
     try:
         return Trace(folder).algorithm
     except UsageError:
@@ -148,7 +164,7 @@ def _read_trace(folder: Path) -> dict[Key, Mapping[str, str]]:
     try:
         trace = Trace(folder)
         return {line.key: trace.digests(line) for line in trace.lines()}
-    except UsageError:  # it ended before it recorded anything
+    except UsageError:  # the run ended before it recorded a step
         return {}
 
 

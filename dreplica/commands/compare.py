@@ -261,13 +261,13 @@ def _notes(
         if trace.is_cut_off:
             notes.append(f"{name}: the last line is incomplete and was ignored; the last step is {trace.last_key[0]}")
         if trace.first_repeated is not None:
-            notes.append(f"{name}: gone on with from before step {trace.first_repeated}; what came of it later counts")
+            notes.append(f"{name}: resumed from before step {trace.first_repeated}; the later results count")
         if trace.diverged_at is not None:
             verdict = None if run.report is None else run.report.verdict
             cause = "" if verdict is None else f" ({verdict.cause})"
             notes.append(
-                f"{name}: its own {trace.num_replicas} replicas had parted at step {trace.diverged_at}{cause}; "
-                "the trace has replica 0's digests"
+                f"{name}: its own {trace.num_replicas} replicas diverged at step {trace.diverged_at}{cause}; "
+                "the trace has the digests of replica 0"
             )
         if alone:
             notes.append(f"{name}: {alone} checked steps or evaluations that the other run has not recorded")

@@ -1,4 +1,4 @@
-"""A folder for what a command that starts jobs leaves behind."""
+"""The folder for the run folders of a command that starts jobs."""
 
 import tempfile
 from collections.abc import Iterator
@@ -10,9 +10,17 @@ from dreplica.errors import UsageError
 
 @contextmanager
 def fresh_folder(keep: Path | None, command: str) -> Iterator[Path]:
-    """`keep`, made if need be, whose content stays; without it one that is removed in the end.
+    """Create the folder `keep`, or a temporary folder that is removed at the end.
 
-    Raises UsageError for one that is not empty or cannot be made: what is there may be somebody's.
+    Args:
+        keep: The folder to create or use. It must be empty, so that no user's file is overwritten.
+        command: Name of the command, for the name of a temporary folder.
+
+    Yields:
+        The folder.
+
+    Raises:
+        UsageError: `keep` is not empty or cannot be created.
     """
     if keep is None:
         with tempfile.TemporaryDirectory(prefix=f"dreplica-{command}-") as folder:
@@ -20,8 +28,8 @@ def fresh_folder(keep: Path | None, command: str) -> Iterator[Path]:
         return
     try:
         if keep.exists() and any(keep.iterdir()):
-            raise UsageError(f"--keep: {str(keep)!r} is not empty. Name a fresh folder.")
+            raise UsageError(f"--keep: {str(keep)!r} is not empty. Use a new or empty folder.", code="folder-not-empty")
         keep.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UsageError(f"--keep: {str(keep)!r} cannot be made ({error.strerror}). Name another folder.") from None
+        raise UsageError(f"--keep: {str(keep)!r} cannot be created ({error.strerror}). Use another folder.") from None
     yield keep.resolve()

@@ -1,4 +1,4 @@
-"""`dreplica certify-resume`: green where all is restored, red and naming what is not."""
+"""`dreplica certify-resume`: certified if all state is restored, and the component named if not."""
 
 import json
 from pathlib import Path
@@ -36,38 +36,38 @@ def certify(*job: str, at_step: int, root: Path) -> Certificate:
     return judge(straight.folder, resumed.folder, at_step, read_error(record))
 
 
-def test_all_is_restored(tmp_path: Path) -> None:
+def test_certify_passes_if_all_is_restored(tmp_path: Path) -> None:
     images = ("--data.name=imagefolder", "--data.image_size=8", "--data.batch_size=5", "--data.val_fraction=0.25")
     loading = (f"--data.root={make_folder(tmp_path / 'images')}", "--data.num_workers=1", *AUGMENTED)
     job = (*SMALL[1:], *images, *loading, *STEP, "--optim={name: AdamW}", "--train.amp=bf16", "--seed.model=3")
     found = certify(*job, at_step=6, root=tmp_path)
     assert found.passed, found.text
-    assert "interrupted after step 6 of 8: 2 steps gone on with" in found.text
+    assert "interrupted after step 6 of 8: 2 steps resumed" in found.text
 
 
-def test_of_independent_replicas_the_steps_before_an_evaluation_count_too(tmp_path: Path) -> None:
+def test_certify_independent_replicas(tmp_path: Path) -> None:
     found = certify(*SMALL, *STEP, "--seed.model=distinct", at_step=7, root=tmp_path)
     assert found.passed, found.text
-    assert "3 steps gone on with, 7 digests" in found.text, "indices and batch of each, and the evaluation's batch"
+    assert "3 steps resumed, 7 digests" in found.text, "indices and batch of each, and the evaluation's batch"
 
 
 @pytest.mark.cluster
-def test_the_command(capsys: pytest.CaptureFixture[str]) -> None:
+def test_certify_command(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["certify-resume", "--at-step=7", "--replicas=1", *SMALL]) == ExitCode.AGREED
-    assert "CERTIFIED interrupted after step 7 of 10: 3 steps gone on with" in capsys.readouterr().out
+    assert "CERTIFIED interrupted after step 7 of 10: 3 steps resumed" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
     ("what", "words"),
     [
-        ("nothing", "interrupted after step 7 of 10: 3 steps gone on with"),
+        ("nothing", "interrupted after step 7 of 10: 3 steps resumed"),
         ("position", "not restored: the position in the data (step 8, indices)"),
         ("generators", "torch.cpu in rng differs from its saved digest"),
         ("momentum", "0.weight.momentum_buffer in optimizer differs from its saved digest"),
         ("scheduler", "StepLR.last_epoch in optimizer differs from its saved digest"),
     ],
 )
-def test_what_a_checkpoint_leaves_out_is_named(what: str, words: str, tmp_path: Path) -> None:
+def test_certify_names_state_missing_from_checkpoint(what: str, words: str, tmp_path: Path) -> None:
     factory = f"--model.factory=tests.end_to_end.leaving_out:{what}"
     found = certify(*SMALL, factory, *STEP, "--optim={name: SGD, lr: 0.05, momentum: 0.9}", at_step=7, root=tmp_path)
     assert found.passed == (what == "nothing")
@@ -77,15 +77,13 @@ def test_what_a_checkpoint_leaves_out_is_named(what: str, words: str, tmp_path: 
 @pytest.mark.parametrize(
     ("step", "stage", "words"),
     [
-        (6, "weights", "the job does not reproduce without an interruption either: step 6, weights."),
-        (7, "weights", "the job does not reproduce without an interruption either: step 7, weights."),
-        (7, "predictions", "not restored: something that the evaluation depends on (step 7, predictions)"),
-        (8, "weights", "not restored: weights, or something that the optimizer's step depends on (step 8, weights)"),
+        (6, "weights", "the job does not reproduce even without an interruption: step 6, weights."),
+        (7, "weights", "the job does not reproduce even without an interruption: step 7, weights."),
+        (7, "predictions", "not restored: state that the evaluation depends on (step 7, predictions)"),
+        (8, "weights", "not restored: weights, or other state that the optimizer step depends on (step 8, weights)"),
     ],
 )
-def test_what_differs_before_the_interruption_was_not_lost_in_it(
-    step: int, stage: str, words: str, tmp_path: Path
-) -> None:
+def test_judge_difference_before_interruption(step: int, stage: str, words: str, tmp_path: Path) -> None:
     header = {"algorithm": "some", "torch": "2", "replicas": 2}
     for name in ("straight", "interrupted"):
         (tmp_path / name).mkdir()
@@ -102,7 +100,7 @@ def test_what_differs_before_the_interruption_was_not_lost_in_it(
     assert found.text.startswith(words)
 
 
-def test_digests_of_different_functions_are_not_compared(tmp_path: Path) -> None:
+def test_judge_rejects_different_algorithms(tmp_path: Path) -> None:
     for name, algorithm in (("straight", "one/1"), ("interrupted", "two/1")):
         (tmp_path / name).mkdir()
         report = {"warnings": [], "run": {"resumed_from": 1}}
@@ -114,21 +112,21 @@ def test_digests_of_different_functions_are_not_compared(tmp_path: Path) -> None
 
 
 @pytest.mark.cluster
-def test_a_step_that_the_run_does_not_reach(capsys: pytest.CaptureFixture[str]) -> None:
+def test_certify_rejects_step_beyond_the_run(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["certify-resume", "--at-step=10", "--replicas=1", *SMALL]) == ExitCode.UNUSABLE
     printed = capsys.readouterr()
-    assert printed.err == "error: --at-step: 10: the run has 10 steps. Give less.\n"
+    assert printed.err == "error: --at-step: expected less than the 10 steps of the run, got 10.\n"
     assert "2 of 3" not in printed.out
 
 
-def test_without_a_step_to_interrupt_at(capsys: pytest.CaptureFixture[str]) -> None:
+def test_certify_requires_at_step(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["certify-resume", *SMALL]) == ExitCode.UNUSABLE
     assert "--at-step: a step is required" in capsys.readouterr().err
 
 
-def test_what_lies_in_a_folder_is_left_there(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_certify_leaves_files_in_keep_untouched(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "straight").mkdir()
     (tmp_path / "straight" / "mine").touch()
     assert main(["certify-resume", "--at-step=1", f"--keep={tmp_path}", *SMALL]) == ExitCode.UNUSABLE
-    assert "is not empty. Name a fresh folder." in capsys.readouterr().err
+    assert "is not empty. Use a new or empty folder." in capsys.readouterr().err
     assert (tmp_path / "straight" / "mine").exists()

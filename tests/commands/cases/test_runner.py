@@ -29,7 +29,7 @@ def test_two_cases_as_expected(tmp_path: Path, capsys: pytest.CaptureFixture[str
     for name in ("clean", "deepcopied_optimizer"):
         assert (keep / name / "report.json").is_file()
     assert cli.main(["cases", "clean", "--keep", str(keep)]) == 2
-    assert "is not empty. Name a fresh folder." in capsys.readouterr().err
+    assert "is not empty. Use a new or empty folder." in capsys.readouterr().err
 
 
 def test_a_case_that_comes_out_otherwise_fails(

@@ -38,7 +38,7 @@ def test_what_no_flag_can_make_agree_is_refused(
 def test_a_folder_that_is_not_empty_is_not_written_to(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "mine").touch()
     assert cli.main(["flags", *SMALL, f"--keep={tmp_path}"]) == ExitCode.UNUSABLE
-    assert "is not empty. Name a fresh folder." in capsys.readouterr().err
+    assert "is not empty. Use a new or empty folder." in capsys.readouterr().err
 
 
 @pytest.mark.cluster
