@@ -7,6 +7,7 @@ import argparse
 import os
 import signal
 import sys
+import textwrap
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -206,7 +207,9 @@ def _add_plain_commands(commands: Commands) -> None:
 
     explain = add_command(commands, "explain", "explain a cause that a verdict names, and how to fix it", _explain)
     explain.add_argument("cause", metavar="CAUSE", help="name of the cause, such as batch-differs")
-    explain.epilog = f"Causes: {', '.join(sorted(path.stem for path in CAUSES_FOLDER.glob('*.md')))}."
+    causes = ", ".join(sorted(path.stem for path in CAUSES_FOLDER.glob("*.md")))
+    explain.epilog = textwrap.fill(f"Causes: {causes}.", break_on_hyphens=False)
+    explain.formatter_class = argparse.RawDescriptionHelpFormatter
 
     text = "look for settings of this machine that break determinism (exit code 1 if there is one)"
     doctor = add_command(commands, "doctor", text, _doctor)
