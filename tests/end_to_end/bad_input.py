@@ -1,4 +1,4 @@
-"""Functions that jobs under test name in their configs, and that fail in some way."""
+"""Functions with a defect, which jobs under test name in their configs."""
 
 import os
 from typing import Any
@@ -14,62 +14,55 @@ from tests import fixtures
 
 
 def not_a_model(num_classes: int) -> Any:
-    """A factory that returns the wrong type."""
+    """Return a dict instead of a model."""
     return {"num_classes": num_classes}
 
 
 class Pair(nn.Module):
-    """Gives more than logits."""
+    """A model that returns a tuple instead of logits."""
 
     def __init__(self, num_classes: int) -> None:
         super().__init__()
         self.body = fixtures.tiny_model(num_classes)
 
     def forward(self, inputs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Logits, and the inputs once more."""
+        """Return the logits and the inputs."""
         return self.body(inputs), inputs
 
 
 def takes_nothing() -> nn.Module:
-    """A factory that cannot be told the number of classes."""
+    """Build a model without accepting the number of classes."""
     return fixtures.tiny_model(5)
 
 
 def no_replica(_config: Any, _num_classes: int, _device: torch.device) -> Any:
-    """A replica factory that returns the wrong type."""
+    """Return a model instead of a replica."""
     return nn.Linear(2, 2)
 
 
 def criterion_is_a_function(config: Any, num_classes: int, _device: torch.device) -> Replica:
-    """A replica factory whose parts will not do."""
+    """Build a replica whose criterion is a function instead of a module."""
     model = fixtures.tiny_model(num_classes)
     optimizer = torch.optim.SGD(model.parameters(), lr=config.optim.lr)
     return Replica(model, nn.functional.cross_entropy, optimizer)
 
 
 def scheduled_per_batch(config: Any, num_classes: int, _device: torch.device) -> Replica:
-    """A word for when its scheduler steps that does not exist: it would never step."""
+    """Build a replica with an unknown `scheduler_per`: its scheduler would never be stepped."""
     model = fixtures.tiny_model(num_classes)
     optimizer = torch.optim.SGD(model.parameters(), lr=config.optim.lr)
     return Replica(model, nn.CrossEntropyLoss(), optimizer, scheduler_per="batch")  # type: ignore[arg-type]
 
 
-def unusable_on_replica_1(config: DataConfig) -> tuple[TensorImages, TensorImages, int]:
-    """Data whose file is missing on one node."""
-    if os.environ.get("RANK") == "1":
-        raise UsageError("data.root: there is no folder '/data'. Mount it.")
-    return fixtures.tiny_images(config)
-
-
 def model_with_other_threads(num_classes: int) -> nn.Module:
-    """A factory that changes a numerics flag on one replica, behind the config's back."""
+    """Build a model, and change a numerics flag on replica 1 that the config sets differently."""
     if os.environ.get("RANK") == "1":
         torch.set_num_threads(2)
     return fixtures.tiny_model(num_classes)
 
 
 def broken_image(config: DataConfig) -> tuple[TensorImages, TensorImages, int]:
-    """Data with a sample that cannot be read: every replica meets it in the middle of the run."""
+    """Return data with one unreadable sample, which every replica reaches in the middle of the run."""
     train, val, num_classes = fixtures.tiny_images(config)
     return _Broken(train.images, train.labels), val, num_classes
 
