@@ -1,4 +1,4 @@
-"""`AgreementCallback` for Lightning's Trainer; `lightning` is imported with this module alone."""
+"""`AgreementCallback` for Lightning's Trainer. Only this module of dreplica imports `lightning`."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -8,26 +8,28 @@ from lightning.pytorch.strategies import DDPStrategy
 from torch import Tensor
 
 from dreplica.agreement.agreement import Agreement
+from dreplica.agreement.arguments import invalid_argument
 
 
 class AgreementCallback(Callback):
-    """Compares all replicas after every step of the optimizer; `Divergence` stops them at the first difference.
+    """Comparison of all replicas after every step of the optimizer, in Lightning's Trainer.
 
     ::
 
         trainer = lightning.Trainer(callbacks=[AgreementCallback()], strategy="ddp", devices=2)
 
-    Compared are the gradients that the step was taken with, the optimizers' state, schedulers and loss scaler included,
-    and the weights; and where all must agree (without DDP) batch, loss, buffers and generators as well. Steps are
-    counted as `trainer.global_step` counts them, where there is one optimizer; with several, batches that stepped any
-    of them, on from what a checkpoint says if this callback was there when it was saved. Batches in which gradients are
-    only accumulated are passed over.
+    All ranks raise `dreplica.Divergence` at the first difference. The callback compares the gradients of the step, the
+    state of the optimizers, schedulers and loss scaler, and the weights. If all ranks must agree (without DDP), it also
+    compares batch, loss, buffers and random number generators. Batches that only accumulate gradients are skipped.
+
+    With one optimizer, steps are counted as `trainer.global_step` does. With several optimizers, they are the batches
+    in which any of them stepped. The count continues from a checkpoint if this callback was there when it was saved.
 
     Args:
-        arguments: `Agreement`'s, such as `every`, `lag`, `stages` or `on_divergence`.
+        **arguments: Arguments of `dreplica.Agreement`, such as `every`, `lag`, `stages` or `on_divergence`.
 
     Attributes:
-        agreement: None before training starts.
+        agreement: The `dreplica.Agreement`, or None before training starts.
     """
 
     def __init__(self, **arguments: Any) -> None:
@@ -36,19 +38,29 @@ class AgreementCallback(Callback):
         self._global_step = self._steps_done = 0
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Compares the build: models are wrapped by now, optimizers made and checkpoints loaded.
+        """Compare the build, after models are wrapped, optimizers created and checkpoints loaded.
 
-        Raises ValueError under a strategy that does not keep the whole state on every rank, unless `expect` was given.
+        Args:
+            trainer: The trainer.
+            pl_module: The module that it trains.
+
+        Raises:
+            UsageError: If the strategy shards the state over the ranks and `expect` was not passed.
+            Divergence: If replicas differ.
         """
         if trainer.world_size > 1 and not isinstance(trainer.strategy, DDPStrategy) and "expect" not in self._arguments:
-            raise ValueError(
-                f"strategy: {type(trainer.strategy).__name__} may keep other parts of the state on each rank, and they "
-                "need not agree. Use strategy='ddp', or say what to expect: AgreementCallback(expect=..., stages=...)."
+            name = type(trainer.strategy).__name__
+            text = (
+                f"strategy: {name} may shard the state over the ranks, which then differ by design. Use "
+                "strategy='ddp', or pass what must agree: AgreementCallback(expect=..., stages=...)."
             )
+            raise invalid_argument("strategy", name, text, code="sharded-model")
         optimizers = trainer.optimizers
         several = {f"optimizer{number}": optimizer for number, optimizer in enumerate(optimizers)}
         schedulers = [config.scheduler for config in trainer.lr_scheduler_configs]
-        if self._global_step != trainer.global_step:  # else it goes on where this callback, or the one saved, left off
+        if (
+            self._global_step != trainer.global_step
+        ):  # otherwise continue counting from this callback's own or saved state
             self._global_step = self._steps_done = trainer.global_step
         self.agreement = Agreement(
             trainer.strategy.model,
@@ -61,7 +73,18 @@ class AgreementCallback(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Compares, if an optimizer has stepped; gradients stay until the next batch."""
+        """Compare the state if an optimizer has stepped. The gradients exist until the next batch.
+
+        Args:
+            trainer: The trainer.
+            pl_module: The module that it trains.
+            outputs: What `training_step` returned.
+            batch: The batch.
+            batch_idx: Index of the batch in the epoch.
+
+        Raises:
+            Divergence: If replicas differ.
+        """
         assert self.agreement is not None, "on_train_start() comes first"
         if trainer.global_step == self._global_step:
             return
@@ -72,14 +95,14 @@ class AgreementCallback(Callback):
         self.agreement.step(batch=batch, loss=loss, epoch=trainer.current_epoch + 1)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Completes what is under way."""
+        """Complete the comparison in progress."""
         assert self.agreement is not None, "on_train_start() comes first"
         self.agreement.finish()
 
     def state_dict(self) -> dict[str, int]:
-        """How many steps are done, for the trainer's checkpoint."""
+        """Return the number of steps done, for the trainer's checkpoint."""
         return {"global_step": self._global_step, "steps_done": self._steps_done}
 
     def load_state_dict(self, state_dict: dict[str, int]) -> None:
-        """Goes on counting from there."""
+        """Continue counting from a checkpoint."""
         self._global_step, self._steps_done = state_dict["global_step"], state_dict["steps_done"]

@@ -1,4 +1,4 @@
-"""`AgreementCallback` for Hugging Face's Trainer; `transformers` is imported with this module alone."""
+"""`AgreementCallback` for Hugging Face's Trainer. Only this module of dreplica imports `transformers`."""
 
 from typing import Any
 
@@ -7,26 +7,29 @@ from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from dreplica.agreement.agreement import Agreement
+from dreplica.agreement.arguments import invalid_argument
 from dreplica.agreement.subject import DDP_STAGES
 
 
 class AgreementCallback(TrainerCallback):
-    """Compares all replicas after every step of the optimizer; `Divergence` stops them at the first difference.
+    """Comparison of all replicas after every step of the optimizer, in Hugging Face's Trainer.
 
     ::
 
         trainer = transformers.Trainer(model=model, args=args, train_dataset=data, callbacks=[AgreementCallback()])
 
-    Compared are the gradients that the step was taken with, the optimizer's state, scheduler and loss scaler included,
-    and the weights; and buffers with `ddp_broadcast_buffers=False`. (The Trainer shows its callbacks neither batches
-    nor losses.) Steps are counted as `TrainerState.global_step` counts them, however many batches each accumulates.
+    All ranks raise `dreplica.Divergence` at the first difference. The callback compares the gradients of the step, the
+    state of the optimizer, scheduler and loss scaler, and the weights; with `ddp_broadcast_buffers=False` also the
+    buffers. The Trainer passes neither batches nor losses to its callbacks. Steps are counted as
+    `TrainerState.global_step` does, for any number of accumulated batches.
 
     Args:
-        arguments: `Agreement`'s, such as `every`, `lag`, `stages` or `on_divergence`; with `expect="identical"` buffers
-            and generators are compared, too, where every process trains a replica of its own.
+        **arguments: Arguments of `dreplica.Agreement`, such as `every`, `lag`, `stages` or `on_divergence`. Use
+            `expect="identical"` if every process trains an independent replica: buffers and random number generators
+            are then compared, too.
 
     Attributes:
-        agreement: None before training starts.
+        agreement: The `dreplica.Agreement`, or None before training starts.
     """
 
     def __init__(self, **arguments: Any) -> None:
@@ -44,16 +47,28 @@ class AgreementCallback(TrainerCallback):
         lr_scheduler: Any,
         **rest: Any,
     ) -> None:
-        """Compares the build: the optimizer is made and a checkpoint loaded by now.
+        """Compare the build, after the optimizer is created and a checkpoint loaded.
 
-        Raises ValueError under FSDP and DeepSpeed, which keep other parts of the state on each rank, unless `expect`
-        was given.
+        Args:
+            args: The trainer's arguments.
+            state: The trainer's state.
+            control: The trainer's control flags.
+            model: The model.
+            optimizer: The optimizer.
+            lr_scheduler: The learning rate scheduler.
+            **rest: Further arguments of the hook, which are ignored.
+
+        Raises:
+            UsageError: If FSDP or DeepSpeed shards the state over the ranks and `expect` was not passed.
+            Divergence: If replicas differ.
         """
         if (args.fsdp or args.deepspeed) and "expect" not in self._arguments:
-            raise ValueError(
-                "fsdp, deepspeed: each rank keeps another part of the state, and they need not agree. Leave them out, "
-                "or say what to expect: AgreementCallback(expect=..., stages=...)."
+            name = "fsdp" if args.fsdp else "deepspeed"
+            text = (
+                f"{name} shards the state over the ranks, which then differ by design. Disable it, or pass what must "
+                "agree: AgreementCallback(expect=..., stages=...)."
             )
+            raise invalid_argument(name, getattr(args, name), text, code="sharded-model")
         arguments = dict(self._arguments)
         if (
             args.world_size > 1
@@ -67,11 +82,28 @@ class AgreementCallback(TrainerCallback):
     def on_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **rest: Any
     ) -> None:
-        """Compares while the gradients are there: they are set to zero before `on_step_end`."""
+        """Compare the state while the gradients exist, since they are set to zero before `on_step_end`.
+
+        Args:
+            args: The trainer's arguments.
+            state: The trainer's state.
+            control: The trainer's control flags.
+            **rest: Further arguments of the hook, which are ignored.
+
+        Raises:
+            Divergence: If replicas differ.
+        """
         assert self.agreement is not None, "on_train_begin() comes first"
         self.agreement.step(epoch=int(state.epoch or 0) + 1)
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **rest: Any) -> None:
-        """Completes what is under way."""
+        """Complete the comparison in progress.
+
+        Args:
+            args: The trainer's arguments.
+            state: The trainer's state.
+            control: The trainer's control flags.
+            **rest: Further arguments of the hook, which are ignored.
+        """
         assert self.agreement is not None, "on_train_begin() comes first"
         self.agreement.finish()

@@ -68,7 +68,7 @@ class Agreement:
             wait for each other. The verdict names the exact step in both cases.
         steps_done: Number of steps taken before, when training resumes. The current state is then compared in place of
             the build.
-        internal: Arguments of the trainer (`InternalArguments`), which may change without notice.
+        **internal: Arguments of the trainer (`InternalArguments`), which may change without notice.
 
     Raises:
         UsageError: If an argument is invalid (also a ValueError; `code` and `fields` say which one), or if

@@ -58,9 +58,9 @@ def _refusals() -> list[str]:
     from dreplica import lightning, transformers
 
     trainer, arguments = SimpleNamespace(world_size=2, strategy=SimpleNamespace()), SimpleNamespace(fsdp="full_shard")
-    with pytest.raises(ValueError, match="need not agree") as of_lightning:
+    with pytest.raises(ValueError, match="differ by design") as of_lightning:
         lightning.AgreementCallback().on_train_start(trainer, None)
-    with pytest.raises(ValueError, match="need not agree") as of_transformers:
+    with pytest.raises(ValueError, match="differ by design") as of_transformers:
         transformers.AgreementCallback().on_train_begin(
             arguments, None, None, model=None, optimizer=None, lr_scheduler=None
         )
