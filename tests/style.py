@@ -105,6 +105,14 @@ def functions(tree: ast.Module) -> Iterator[tuple[list[str], ast.FunctionDef | a
 def count_docstrings(path: Path, counts: Counts) -> None:
     """Count docstrings of functions by their form."""
     tree = ast.parse(path.read_text(encoding="utf-8"))
+    # The parameters of `__init__` may be described in the docstring of its class.
+    of_class = {
+        item: ast.get_docstring(node) or ""
+        for node in ast.walk(tree)
+        if isinstance(node, ast.ClassDef)
+        for item in node.body
+        if isinstance(item, ast.FunctionDef) and item.name == "__init__"
+    }
     for stack, function in functions(tree):
         place = f"{path}:{function.lineno}"
         if function.name.startswith("test_"):
@@ -120,7 +128,7 @@ def count_docstrings(path: Path, counts: Counts) -> None:
         names = [argument.arg for argument in arguments if argument.arg not in {"self", "cls"}]
         if public and len(names) >= 3:
             counts.numbers["public functions of 3 or more parameters"] += 1
-            if doc is None or "Args:" not in doc:
+            if "Args:" not in (doc or of_class.get(function, "")):
                 counts.add("public functions of 3 or more parameters without Args", place)
         if not doc:
             continue

@@ -1,4 +1,4 @@
-"""A worker's process, from its first moment."""
+"""The process of a worker, from its start."""
 
 import os
 import signal
@@ -15,7 +15,7 @@ from dreplica.errors import ExitCode
 from dreplica.run.process import run_process
 
 
-def told_to_stop_early() -> ExitCode:
+def stop_early() -> ExitCode:
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2, signal.SIGHUP):
         os.kill(os.getpid(), number)
     with stop_signals() as request:
@@ -23,7 +23,7 @@ def told_to_stop_early() -> ExitCode:
 
 
 def in_child(work: Callable[[], ExitCode]) -> int:
-    """The exit code of a worker that does `work`."""
+    """Return the exit code of a worker that runs `work`."""
     process = os.fork()
     if not process:
         try:
@@ -33,7 +33,7 @@ def in_child(work: Callable[[], ExitCode]) -> int:
     return os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
 
 
-def waits_for_nobody() -> ExitCode:
+def wait_after_signal() -> ExitCode:
     with exit_after_signal(0.2):
         time.sleep(0.5)
         os.kill(os.getpid(), signal.SIGTERM)
@@ -41,23 +41,23 @@ def waits_for_nobody() -> ExitCode:
     return ExitCode.AGREED
 
 
-def comes_in_time() -> ExitCode:
+def stop_in_time() -> ExitCode:
     with exit_after_signal(60):
-        return told_to_stop_early()
+        return stop_early()
 
 
-def test_a_signal_before_the_worker_can_stop_is_not_lost_and_does_not_end_it() -> None:
-    assert in_child(told_to_stop_early) == ExitCode.STOPPED
-    assert in_child(comes_in_time) == ExitCode.STOPPED
+def test_early_signal_is_handled_later() -> None:
+    assert in_child(stop_early) == ExitCode.STOPPED
+    assert in_child(stop_in_time) == ExitCode.STOPPED
 
 
-def test_one_that_is_told_to_stop_does_not_wait_for_good_for_others_to_join() -> None:
+def test_wait_for_other_processes_ends_after_a_signal() -> None:
     begun = time.monotonic()
-    assert in_child(waits_for_nobody) == ExitCode.FAILED
+    assert in_child(wait_after_signal) == ExitCode.FAILED
     assert time.monotonic() - begun < 30
 
 
-def test_nothing_that_takes_seconds_is_imported_before_signals_are_held() -> None:
+def test_signals_are_blocked_before_slow_imports() -> None:
     for module in (
         "dreplica.worker",
         *(f"dreplica.commands.{name}.__main__" for name in ("bench", "burn_in", "flags")),

@@ -121,7 +121,7 @@ class LivenessMonitor:
         num_replicas: Number of replicas.
         holds_store: Whether this process serves the store itself: rank 0 without torchrun, whose store outlives all
             replicas. It then stays until the others have read what they need.
-        last_seconds: Seconds after an alarm until this process is ended, whatever its main thread waits for; None to
+        last_seconds: Seconds after an alarm until this process is ended, even if its main thread is blocked. None to
             never end it.
 
     Attributes:

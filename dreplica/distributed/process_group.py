@@ -88,7 +88,7 @@ def env_num_replicas() -> int:
 
 @contextmanager
 def open_world(timeout: float) -> Iterator[World]:
-    """Rendezvous with the replicas that the launcher started, and leave them at the end.
+    """Connect to the replicas that the launcher started, and disconnect at the end.
 
     An exception inside is reported to the other replicas, so that they end with `replica-lost` and name this one
     instead of waiting for it. After such an exception the process group is not destroyed: that would wait for what

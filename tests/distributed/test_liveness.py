@@ -1,4 +1,4 @@
-"""The liveness monitor over a store of its own, and what it reports of lost replicas."""
+"""The liveness monitor, and its report of lost replicas."""
 
 import os
 import pickle

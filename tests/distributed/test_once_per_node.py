@@ -1,4 +1,4 @@
-"""One process makes the file, the others wait for it; whatever happens to that one, nobody waits for good."""
+"""One process creates a file while the others wait for it, but not forever if that process fails."""
 
 import multiprocessing
 import os
@@ -35,27 +35,28 @@ def make_slowly(world: World, folder: Path) -> str:
     return path.read_text()
 
 
-def test_one_makes_the_file_and_all_have_it(tmp_path: Path) -> None:
+def test_one_process_creates_the_file(tmp_path: Path) -> None:
     assert run_replicas(make_slowly, 3, tmp_path) == ["whole"] * 3
     assert len(calls(tmp_path)) == 1
 
 
-def fail_slowly(world: World, folder: Path) -> str:
+def fail_slowly(world: World, folder: Path) -> tuple[str, str, dict[str, str]]:
     def make() -> None:
         note_call(folder)
         time.sleep(1.0)
-        raise UsageError(f"no network,\nsays {os.getpid()}")
+        raise UsageError(f"no network,\nsays {os.getpid()}", code="no-network", host="a")
 
     world.channel.gather(None)
     with pytest.raises(UsageError) as caught:
         once_per_node(folder / "file", make)
-    return str(caught.value)
+    return str(caught.value), caught.value.code, caught.value.fields
 
 
-def test_those_that_waited_end_with_the_one_that_failed(tmp_path: Path) -> None:
-    messages = run_replicas(fail_slowly, 3, tmp_path)
+def test_waiting_processes_raise_the_same_error(tmp_path: Path) -> None:
+    errors = run_replicas(fail_slowly, 3, tmp_path)
     (call,) = calls(tmp_path)
-    assert messages == [f"no network,\nsays {call.removeprefix('call.')}"] * 3
+    text = f"no network,\nsays {call.removeprefix('call.')}"
+    assert errors == [(text, "no-network", {"host": "a"})] * 3
 
 
 def make_or_be_killed(folder: Path, is_killed: bool) -> None:
@@ -69,7 +70,7 @@ def make_or_be_killed(folder: Path, is_killed: bool) -> None:
     once_per_node(folder / "file", make)
 
 
-def test_another_goes_on_where_the_first_is_killed(tmp_path: Path) -> None:
+def test_waiting_process_takes_over_if_the_first_is_killed(tmp_path: Path) -> None:
     context = multiprocessing.get_context("forkserver")
     first = context.Process(target=make_or_be_killed, args=(tmp_path, True))
     first.start()
@@ -83,7 +84,7 @@ def test_another_goes_on_where_the_first_is_killed(tmp_path: Path) -> None:
     assert (tmp_path / "file").read_text() == str(second.pid)
 
 
-def test_an_earlier_failure_is_not_held_against_a_later_attempt(tmp_path: Path) -> None:
+def test_later_attempt_ignores_an_earlier_failure(tmp_path: Path) -> None:
     path = tmp_path / "file"
 
     def fail() -> None:
@@ -96,18 +97,18 @@ def test_an_earlier_failure_is_not_held_against_a_later_attempt(tmp_path: Path) 
     path.unlink()
     with pytest.raises(ArithmeticError):
         once_per_node(path, lambda: 1 // 0)
-    once_per_node(path, path.touch)  # the lock was given back
+    once_per_node(path, path.touch)  # the lock was released
     assert {entry.name for entry in tmp_path.iterdir()} <= {"file", "file.lock"}
 
 
-def test_a_file_that_is_there_needs_no_lock_and_no_folder_to_write_to(tmp_path: Path) -> None:
+def test_existing_file_needs_no_lock(tmp_path: Path) -> None:
     path = tmp_path / "file"
     path.touch()
     once_per_node(path, lambda: pytest.fail("called"))
     assert list(tmp_path.iterdir()) == [path]
 
 
-def test_a_folder_that_cannot_be_written_to_is_an_oserror(tmp_path: Path) -> None:
+def test_unwritable_folder_raises_an_oserror(tmp_path: Path) -> None:
     (tmp_path / "taken").touch()
     with pytest.raises(OSError, match="taken"):
         once_per_node(tmp_path / "taken" / "file", lambda: pytest.fail("called"))

@@ -1,4 +1,4 @@
-"""Signals set a flag, and leave everything as it was."""
+"""Signals set a flag and interrupt nothing, and handlers are restored."""
 
 import os
 import signal
@@ -13,7 +13,7 @@ NUMBERS = [signal.SIGTERM, signal.SIGINT, signal.SIGUSR2, signal.SIGHUP]
 
 
 @pytest.fixture(autouse=True)
-def _handlers_as_before() -> Iterator[None]:
+def _check_handlers_restored() -> Iterator[None]:
     before = {number: signal.getsignal(number) for number in NUMBERS}
     yield
     after = {number: signal.getsignal(number) for number in NUMBERS}
@@ -23,7 +23,7 @@ def _handlers_as_before() -> Iterator[None]:
 
 
 @pytest.mark.parametrize("number", NUMBERS)
-def test_a_signal_is_a_request_to_stop_and_interrupts_nothing(number: signal.Signals) -> None:
+def test_signal_sets_the_request_and_interrupts_nothing(number: signal.Signals) -> None:
     with stop_signals() as request:
         assert not request
         os.kill(os.getpid(), number)
@@ -34,17 +34,17 @@ def test_a_signal_is_a_request_to_stop_and_interrupts_nothing(number: signal.Sig
 
 def test_handlers_are_restored_after_an_exception() -> None:
     with pytest.raises(ArithmeticError), stop_signals():
-        raise ArithmeticError  # the fixture compares
+        raise ArithmeticError  # the fixture compares the handlers
 
 
-def test_one_ctrl_c_that_torchrun_passes_on_counts_once() -> None:
+def test_forwarded_ctrl_c_counts_once() -> None:
     with stop_signals() as request:
         os.kill(os.getpid(), signal.SIGINT)
         os.kill(os.getpid(), signal.SIGINT)
         assert request.signal_name == "SIGINT"
 
 
-def test_a_second_ctrl_c_interrupts(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_second_ctrl_c_interrupts(monkeypatch: pytest.MonkeyPatch) -> None:
     now = 100.0
     monkeypatch.setattr(signals.time, "monotonic", lambda: now)
     with stop_signals() as request:
@@ -55,7 +55,7 @@ def test_a_second_ctrl_c_interrupts(monkeypatch: pytest.MonkeyPatch) -> None:
             os.kill(os.getpid(), signal.SIGINT)
 
 
-def test_a_hangup_that_nohup_ignores_stays_ignored() -> None:
+def test_hangup_under_nohup_stays_ignored() -> None:
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
         with stop_signals() as request:

@@ -41,7 +41,7 @@ def run_in_background(
 ) -> Finished:
     """Run `python -m module arguments...` once per replica, and wait for the end.
 
-    No process is left running, whatever ends the wait.
+    No process is left running, also if an exception ends the wait.
 
     Args:
         module: The entry point of the workers.
@@ -90,7 +90,7 @@ def run_in_background(
 def _end(process: "subprocess.Popen[bytes]") -> None:
     """Terminate the launcher and its workers.
 
-    The launcher terminates the workers, since they run in sessions of their own.
+    The launcher terminates the workers, since each runs in its own session.
     """
     process.terminate()
     try:
