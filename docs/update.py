@@ -1,7 +1,7 @@
-"""Writes what the documentation takes from the code: `python docs/update.py`.
+"""Update the parts of the documentation that come from the code: `python docs/update.py`.
 
-docs/configuration.md is made from the config sections. With `cases`, every case that a page of docs/causes shows is run
-as well, and what it prints takes the place of what stands there.
+docs/configuration.md is generated from the config sections. With the argument `cases`, every case shown on a page of
+docs/causes is also run, and its output replaces the block on the page.
 """
 
 import os
@@ -26,7 +26,7 @@ DOCS = Path(__file__).parent
 CONFIGURATION = DOCS / "configuration.md"
 COMMAND = "python docs/update.py"
 SHOWN_CASE = re.compile(r"```text\n(?P<command>\$ .*configs/cases/(?P<name>\w+)\.yaml)\n(?P<output>.*?)```", re.DOTALL)
-"""A block that shows a case's command and what it prints."""
+"""A block with the command of a case and its output."""
 
 _HEAD = f"""# Every setting
 
@@ -47,7 +47,7 @@ sys.exit(launch(sys.argv[1], sys.argv[3:], int(sys.argv[2])))
 
 
 def configuration() -> str:
-    """The text of docs/configuration.md."""
+    """Return the text of docs/configuration.md."""
     parts = [_HEAD]
     for name, field in RunConfig.model_fields.items():
         section = field.annotation
@@ -93,10 +93,10 @@ def _on_one_line(text: str) -> str:
 
 
 def run_shown_case(match: re.Match[str]) -> str:
-    """The block with what the case prints now, from its verdict on."""
+    """Run a case and return the block with its output, from the verdict on."""
     case = read_case(DOCS.parent / "configs" / "cases" / f"{match['name']}.yaml")
     arguments = [f"--config=configs/cases/{case.path.name}", "--run.resume=never"]
-    with tempfile.TemporaryDirectory() as folder:  # in which `runs` is empty, so that folders get no suffix
+    with tempfile.TemporaryDirectory() as folder:  # without an older run folder, which would add a suffix
         (Path(folder) / "configs").symlink_to(DOCS.parent / "configs")
         done = subprocess.run(
             [sys.executable, "-c", _LAUNCH, case.module, str(case.num_replicas), *arguments],
@@ -112,7 +112,7 @@ def run_shown_case(match: re.Match[str]) -> str:
 
 
 def main() -> None:
-    """Writes docs/configuration.md, and the pages' cases where asked to."""
+    """Write docs/configuration.md and, with the argument `cases`, the outputs on the pages of causes."""
     CONFIGURATION.write_text(configuration(), encoding="utf-8")
     if sys.argv[1:] == ["cases"]:
         for page in sorted((DOCS / "causes").glob("*.md")):

@@ -1,4 +1,4 @@
-"""The documentation says what the code says: causes, remedies, cases, settings, links, and examples that run."""
+"""The documentation matches the code: causes, remedies, cases, settings and links."""
 
 import importlib.util
 import json
@@ -23,7 +23,7 @@ _FENCED = re.compile(r"^```.*?^```", re.MULTILINE | re.DOTALL)
 
 @pytest.fixture(scope="module")
 def update() -> ModuleType:
-    """docs/update.py."""
+    """The module docs/update.py."""
     spec = importlib.util.spec_from_file_location("docs_update", _DOCS / "update.py")
     assert spec is not None
     assert spec.loader is not None
@@ -33,7 +33,7 @@ def update() -> ModuleType:
 
 
 def _words(text: str) -> str:
-    """Without line breaks and the marks of a quotation, so that a sentence may be wrapped."""
+    """Join lines and drop quotation marks, so that a sentence may be wrapped."""
     return " ".join(text.replace("\n> ", "\n").split())
 
 
@@ -42,7 +42,7 @@ def test_every_cause_has_a_page() -> None:
 
 
 @pytest.mark.parametrize("cause", sorted(_PAGES))
-def test_a_page_says_what_the_catalogue_says(cause: str) -> None:
+def test_cause_page_has_explanation_and_remedies(cause: str) -> None:
     text = _PAGES[cause].read_text()
     assert text.startswith(f"# {cause}\n\n> ")
     assert CAUSES[cause].explanation in _words(text)
@@ -51,7 +51,7 @@ def test_a_page_says_what_the_catalogue_says(cause: str) -> None:
 
 
 @pytest.mark.parametrize("cause", sorted(_PAGES))
-def test_a_page_shows_its_case_and_names_the_others(cause: str, update: ModuleType) -> None:
+def test_cause_page_shows_its_case_and_names_all(cause: str, update: ModuleType) -> None:
     text = _PAGES[cause].read_text()
     (shown,) = update.SHOWN_CASE.finditer(text)
     expected = {case.name: case.expected["cause"] for case in find_cases()}
@@ -63,11 +63,11 @@ def test_a_page_shows_its_case_and_names_the_others(cause: str, update: ModuleTy
     assert named >= {name for name, other in expected.items() if other == cause}
 
 
-def test_the_settings_are_those_of_the_code(update: ModuleType) -> None:
+def test_configuration_page_is_up_to_date(update: ModuleType) -> None:
     assert update.CONFIGURATION.read_text() == update.configuration(), f"out of date; run: {update.COMMAND}"
 
 
-def test_every_field_of_a_verdict_is_explained() -> None:
+def test_verdict_page_explains_every_field() -> None:
     text = (_DOCS / "verdicts.md").read_text()
     for field in Verdict.__dataclass_fields__:
         assert f"`{field}`" in text, field
@@ -76,7 +76,7 @@ def test_every_field_of_a_verdict_is_explained() -> None:
 
 
 @pytest.mark.parametrize("path", _TEXTS, ids=lambda path: str(path.relative_to(REPOSITORY)))
-def test_links_lead_somewhere(path: Path) -> None:
+def test_links_resolve(path: Path) -> None:
     text = _FENCED.sub("", path.read_text())
     for target in (next(filter(None, groups)) for groups in _LINK.findall(text)):
         if re.match(r"[a-z]+:", target):
@@ -89,12 +89,12 @@ def test_links_lead_somewhere(path: Path) -> None:
 
 
 def _anchors(path: Path) -> set[str]:
-    """As GitHub makes them of headings."""
+    """Return the anchors that GitHub generates from headings."""
     headings = _HEADING.findall(_FENCED.sub("", path.read_text()))
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
-def test_every_page_can_be_reached_from_the_index() -> None:
+def test_every_page_is_linked_from_the_index() -> None:
     seen: set[Path] = set()
     pending = [_DOCS / "README.md"]
     while pending:
@@ -107,7 +107,7 @@ def test_every_page_can_be_reached_from_the_index() -> None:
     assert seen == set(_DOCS.rglob("*.md"))
 
 
-def test_reports_that_are_shown_are_json() -> None:
+def test_json_blocks_are_valid() -> None:
     for path in _TEXTS:
         for block in re.findall(r"^```json\n(.*?)^```", path.read_text(), re.MULTILINE | re.DOTALL):
             json.loads(block)

@@ -1,6 +1,6 @@
-"""The Python examples on the pages of causes run, and their assertions hold: wrong ways are wrong, right ones right.
+"""The Python examples on the pages of causes run, and their assertions hold.
 
-What an example does not define by itself is defined here, afresh for each page.
+Names that an example uses without defining them are defined here, anew for each page.
 """
 
 import copy
@@ -28,7 +28,7 @@ _PAGES = {
 
 @pytest.fixture
 def names(tmp_path: Path) -> Any:
-    """What the examples take for granted. Flags and generators are put back afterwards."""
+    """Names that the examples use. Flags and generators are restored afterwards."""
     threads, deterministic = torch.get_num_threads(), torch.are_deterministic_algorithms_enabled()
     states = torch.get_rng_state(), numpy.random.get_state(), random.getstate()
     torch.manual_seed(0)
