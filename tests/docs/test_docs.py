@@ -47,7 +47,8 @@ def test_cause_page_has_explanation_and_remedies(cause: str) -> None:
     assert text.startswith(f"# {cause}\n\n> ")
     assert CAUSES[cause].explanation in _words(text)
     blocks = [set(block.group().splitlines()) for block in _FENCED.finditer(text)]
-    assert any(set(CAUSES[cause].remedy) <= block for block in blocks), f"put in: {CAUSES[cause].remedy}"
+    remedies = [str(remedy) for remedy in CAUSES[cause].remedy]
+    assert any(set(remedies) <= block for block in blocks), "put in:\n" + "\n".join(remedies)
 
 
 @pytest.mark.parametrize("cause", sorted(_PAGES))

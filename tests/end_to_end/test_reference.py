@@ -1,4 +1,4 @@
-"""Whole jobs that are compared with a recorded run while they train."""
+"""Whole jobs compared with a recorded run while they train."""
 
 import json
 import shutil
@@ -10,6 +10,7 @@ import pytest
 from tests.end_to_end.test_bad_input import messages
 from tests.fixtures import SMALL
 from tests.harness import Job, run_job
+from tests.messages import codes, commands, texts
 
 pytestmark = pytest.mark.xdist_group("reference")
 
@@ -27,8 +28,8 @@ def run(reference: Path, *arguments: str, num_replicas: int = 1, **keywords: Any
     return run_job(*SMALL, f"--run.reference={reference}", *arguments, num_replicas=num_replicas, **keywords)
 
 
-def change(reference: Path, folder: Path, step: int, stage: str, keep_tensors: bool = False) -> Path:
-    """A copy of the reference that has another digest in one place, as a run with a fault would."""
+def change(reference: Path, folder: Path, step: int, stage: str) -> Path:
+    """Copy the reference and change one digest, as a run with a fault would."""
     shutil.copytree(reference, folder)
     lines = (folder / "trace.jsonl").read_text().splitlines()
     rows = [json.loads(line) for line in lines]
@@ -39,14 +40,14 @@ def change(reference: Path, folder: Path, step: int, stage: str, keep_tensors: b
 
 
 @pytest.mark.parametrize("num_replicas", [1, 3])
-def test_a_run_that_is_the_same(num_replicas: int, reference: Path) -> None:
+def test_equal_run_agrees_with_reference(num_replicas: int, reference: Path) -> None:
     job = run(reference, num_replicas=num_replicas)
     assert job.returncode == 0, job.output
     assert job.report["verdict"]["summary"].endswith(f"the same as {reference} up to step 10")
-    assert job.report["warnings"] == [], "another name is no difference to speak of"
+    assert job.report["warnings"] == [], "a different name is not a difference"
 
 
-def test_of_independent_replicas_no_more_than_the_samples_is_said_to_be_the_same(reference: Path) -> None:
+def test_independent_replicas_agree_in_samples_only(reference: Path) -> None:
     job = run(reference, "--seed.model=distinct", "--optim.lr=0.02", num_replicas=2)
     assert job.returncode == 0, job.output
     assert job.report["verdict"]["summary"].endswith(f"; the same samples as {reference} up to step 10")
@@ -54,27 +55,26 @@ def test_of_independent_replicas_no_more_than_the_samples_is_said_to_be_the_same
 
 
 @pytest.mark.parametrize("num_replicas", [1, 2])
-def test_another_setting_stops_all_replicas_at_its_first_step(num_replicas: int, reference: Path) -> None:
+def test_different_setting_stops_all_replicas(num_replicas: int, reference: Path) -> None:
     job = run(reference, "--optim.lr=0.02", num_replicas=num_replicas)
     assert job.exitcodes == dict.fromkeys(range(num_replicas), 3), job.output
     verdict = job.report["verdict"]
     assert (verdict["cause"], verdict["step"], verdict["stage"]) == ("config-differs", 1, "optimizer")
     assert (verdict["tensor"], verdict["suspects"], verdict["groups"]) == ("group0.lr", [], [[*range(num_replicas)]])
-    assert verdict["remedy"] == ["--optim.lr 0.05  # as in the reference"]
-    assert "differs from the reference (config): optim.lr: 0.05 there, 0.02 here" in verdict["evidence"]
+    assert commands(verdict["remedy"]) == ["--optim.lr 0.05"]
+    assert "differs from the reference (config): optim.lr: 0.05 there, 0.02 here" in texts(verdict["evidence"])
     assert "reference: optim.lr was 0.05, and is 0.02 in this run" in job.output, "logged at the start"
     assert [json.loads(line)["step"] for line in job.trace[1:]] == [0, 1]
 
 
-def test_another_number_of_threads_is_proved_by_a_replay(reference: Path) -> None:
-    """The step taken again with as many threads as the reference had comes to what the reference has."""
+def test_different_thread_count_is_proved_by_replay(reference: Path) -> None:
+    """A replay with the reference's number of threads reproduces the reference's result."""
     job = run(reference, "--determinism.threads=2", num_replicas=2)
     assert job.exitcodes == {0: 3, 1: 3}, job.output
     verdict = job.report["verdict"]
     assert (verdict["cause"], verdict["step"]) == ("config-differs", 1)
-    line = "with numerics.threads 1, as in the reference, the step comes to what the reference has"
-    assert line in verdict["evidence"]
-    assert verdict["remedy"] == ["--determinism.threads 1  # as in the reference"]
+    assert "reference-settings-explain" in codes(verdict["evidence"])
+    assert commands(verdict["remedy"]) == ["--determinism.threads 1"]
 
 
 @pytest.mark.parametrize(
@@ -85,13 +85,13 @@ def test_another_number_of_threads_is_proved_by_a_replay(reference: Path) -> Non
         ("--data.batch_size=20", 1, "indices", "config-differs"),
     ],
 )
-def test_settings_of_other_stages(argument: str, step: int, stage: str, cause: str, reference: Path) -> None:
+def test_different_setting_is_named_at_its_stage(argument: str, step: int, stage: str, cause: str, reference: Path) -> None:
     verdict = run(reference, argument).report["verdict"]
     assert (verdict["step"], verdict["stage"], verdict["cause"]) == (step, stage, cause)
 
 
-def test_a_fault_on_this_side_is_told_from_one_on_the_other(reference: Path, tmp_path: Path) -> None:
-    """One replica has nobody to vote with, but the reference, and its own replays."""
+def test_fault_in_run_differs_from_fault_in_reference(reference: Path, tmp_path: Path) -> None:
+    """One replica has no majority, but it has the reference and its own replays."""
     job = run(reference, "--inject=[{replica: 0, step: 7, target: weights}]")
     verdict = job.report["verdict"]
     assert (verdict["cause"], verdict["suspects"]) == ("transient-fault", [0])
@@ -99,23 +99,23 @@ def test_a_fault_on_this_side_is_told_from_one_on_the_other(reference: Path, tmp
     assert verdict["tensor"] is not None
     job = run(change(reference, tmp_path / "faulty", 7, "weights"))
     verdict = job.report["verdict"]
-    assert (verdict["cause"], verdict["suspects"]) == ("unexplained", []), "nothing is wrong here"
+    assert (verdict["cause"], verdict["suspects"]) == ("unexplained", []), "this run is sound"
     assert (verdict["step"], verdict["stage"], verdict["tensor"]) == (7, "weights", None)
-    assert "the replays come to what this run came to: this side reproduces itself" in verdict["evidence"]
+    assert "reference-reproduces" in codes(verdict["evidence"])
     assert job.exitcodes == {0: 3}
 
 
-def test_a_setting_that_has_changed_nothing_so_far_is_not_named_later(reference: Path, tmp_path: Path) -> None:
+def test_setting_without_earlier_effect_is_not_the_cause(reference: Path, tmp_path: Path) -> None:
     faulty = change(reference, tmp_path / "faulty", 7, "gradients")
     config = faulty / "config.yaml"
     config.write_text(config.read_text().replace("grad_clip: null", "grad_clip: 1000.0"))
     verdict = run(faulty).report["verdict"]
     assert (verdict["cause"], verdict["step"]) == ("unexplained", 7)
-    assert "but the steps compared before are the same, and it would have acted on them, too" in verdict["evidence"]
-    assert any("train.grad_clip (1000.0 there, null here)" in line for line in verdict["evidence"])
+    assert "reference-acted-before" in codes(verdict["evidence"])
+    assert any("train.grad_clip (1000.0 there, null here)" in line for line in texts(verdict["evidence"]))
 
 
-def test_an_operator_that_is_not_deterministic_is_named_with_one_replica(tmp_path: Path) -> None:
+def test_nondeterministic_operator_is_named_with_one_replica(tmp_path: Path) -> None:
     racy = (
         "--model.factory=dreplica.commands.cases.samples.models:racy_pooling",
         "--train.max_steps=2",
@@ -130,26 +130,26 @@ def test_an_operator_that_is_not_deterministic_is_named_with_one_replica(tmp_pat
     assert (verdict["step"], verdict["stage"], verdict["suspects"]) == (1, "output", [0])
 
 
-def test_an_evaluation(reference: Path, tmp_path: Path) -> None:
+def test_different_evaluation_is_named(reference: Path, tmp_path: Path) -> None:
     verdict = run(change(reference, tmp_path / "other", 5, "predictions")).report["verdict"]
     assert (verdict["cause"], verdict["phase"], verdict["step"]) == ("evaluation-differs", "evaluation", 5)
-    assert "this step was not run again: whether this side reproduces itself is not known" in verdict["evidence"]
+    assert "reference-not-replayed" in codes(verdict["evidence"])
 
 
-def test_replicas_that_part_from_each_other_are_told_as_ever(reference: Path) -> None:
+def test_divergence_between_replicas_comes_first(reference: Path) -> None:
     verdict = run(reference, "--inject=[{replica: 1, step: 7, target: weights}]", num_replicas=3).report["verdict"]
     assert (verdict["cause"], verdict["suspects"], verdict["step"]) == ("transient-fault", [1], 7)
-    assert verdict["summary"].startswith("transient-fault: replicas parted at step 7")
+    assert verdict["summary"].startswith("transient-fault: replicas diverged at step 7")
 
 
-def test_going_on_after_a_difference(reference: Path) -> None:
+def test_run_continues_after_a_difference(reference: Path) -> None:
     job = run(reference, "--optim.lr=0.02", "--agreement.on_divergence=continue", num_replicas=2)
     assert job.exitcodes == {0: 3, 1: 3}
     assert (job.report["verdict"]["step"], job.report["steps_checked"]) == (1, 10)
 
 
 @pytest.mark.parametrize("changed", [None, 9])
-def test_a_run_that_goes_on_is_compared_on(changed: int | None, reference: Path, tmp_path: Path) -> None:
+def test_resumed_run_is_compared_with_reference(changed: int | None, reference: Path, tmp_path: Path) -> None:
     recorded = reference if changed is None else change(reference, tmp_path / "other", changed, "weights")
     stopped = run(recorded, "--run.stop_after=7", "--agreement.record=tensors", root=tmp_path, num_replicas=2)
     assert stopped.exitcodes == {0: 4, 1: 4}, stopped.output
@@ -164,7 +164,7 @@ def test_a_run_that_goes_on_is_compared_on(changed: int | None, reference: Path,
         assert (verdict["step"], verdict["stage"], verdict["cause"]) == (9, "weights", "unexplained")
 
 
-def test_a_reference_that_ended_before(reference: Path, tmp_path: Path) -> None:
+def test_shorter_reference_is_warned_of(reference: Path, tmp_path: Path) -> None:
     shutil.copytree(reference, tmp_path / "cut")
     path = tmp_path / "cut" / "trace.jsonl"
     path.write_bytes(path.read_bytes()[:-30])
@@ -175,7 +175,7 @@ def test_a_reference_that_ended_before(reference: Path, tmp_path: Path) -> None:
     assert job.report["warnings"] == [cut_off, late]
 
 
-def test_independent_replicas_are_compared_in_what_they_share(reference: Path) -> None:
+def test_independent_replicas_are_compared_in_samples(reference: Path) -> None:
     assert run(reference, "--seed.model=distinct", num_replicas=2).returncode == 0
     job = run(reference, "--seed.model=distinct", "--seed.data=7", num_replicas=2)
     verdict = job.report["verdict"]
@@ -190,7 +190,7 @@ def test_independent_replicas_are_compared_in_what_they_share(reference: Path) -
         (("--run.reference={old}",), "has digests of algorithm 'xxh3-128/0', and this run's are of 'xxh3-128/1'"),
     ],
 )
-def test_what_cannot_be_a_reference_ends_the_run_before_it_begins(
+def test_unusable_reference_ends_the_run_at_the_start(
     arguments: tuple[str, ...], words: str, reference: Path, tmp_path: Path
 ) -> None:
     old = tmp_path / "old"
@@ -204,7 +204,7 @@ def test_what_cannot_be_a_reference_ends_the_run_before_it_begins(
     assert not job.folder.exists()
 
 
-def test_the_folder_that_the_run_goes_on_in_is_no_reference(tmp_path: Path) -> None:
+def test_own_run_folder_is_not_a_reference(tmp_path: Path) -> None:
     assert run_job(*SMALL, "--run.stop_after=3", num_replicas=2, root=tmp_path).exitcodes == {0: 4, 1: 4}
     job = run(tmp_path / "job", num_replicas=2, root=tmp_path)
     assert job.exitcodes == {0: 2, 1: 2}
