@@ -9,6 +9,7 @@ from typing import Any
 import yaml
 
 from dreplica.agreement.reference import Reference, ReferenceDifference
+from dreplica.agreement.trace.report_records import ReferenceCoverage
 from dreplica.agreement.trace.run_metadata import (
     RunDifference,
     config_differences,
@@ -58,6 +59,12 @@ class ReferenceRun:
     def exists(self) -> bool:
         """True if this run has a reference."""
         return self._config.run.reference is not None
+
+    def coverage(self) -> ReferenceCoverage | None:
+        """Return the extent of the comparison so far, or None on ranks other than 0 and without a reference."""
+        if self.reference is None:
+            return None
+        return ReferenceCoverage(run=str(self._config.run.reference), steps=self.reference.num_compared)
 
     def compare_settings(self, folder: Path, manifests: Sequence[Mapping[str, Any]]) -> None:
         """Compare config and environment with those of the reference, log the differences and keep them as evidence.

@@ -101,6 +101,7 @@ class Run:
             self.world.together(check if self.world.is_coordinator else lambda: None)
             session.choose_hasher()
             self.reference_run = ReferenceRun(self.config, self.world, session.hasher.algorithm)
+            self.recorder.reference = self.reference_run.coverage
             session.prepare()
             self.open_record()
             self.reference_run.compare_settings(self.recorder.folder, self.facts.manifests)

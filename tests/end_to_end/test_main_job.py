@@ -3,7 +3,7 @@
 import json
 
 from tests.fixtures import SMALL
-from tests.harness import torchrun
+from tests.harness import run_job, torchrun
 
 
 def test_main_job_agrees_and_writes_the_run_folder() -> None:
@@ -27,3 +27,13 @@ def test_main_job_agrees_and_writes_the_run_folder() -> None:
     assert names >= {"config.yaml", "manifest.json", "metrics.jsonl", "trace.jsonl", "report.json"}
     steps = [json.loads(line) for line in job.trace[1:]]
     assert [line["step"] for line in steps if "weights" in line["digests"]] == list(range(11))
+
+
+def test_one_replica_is_recorded_not_agreed() -> None:
+    job = run_job(*SMALL, num_replicas=1)
+    assert job.returncode == 0, job.output
+    assert "RECORDED 1 replica, 10 steps" in job.stdout
+    assert "AGREED" not in job.stdout
+    coverage = job.report["coverage"]
+    assert (coverage["steps_compared"], coverage["stages"]) == (0, [])
+    assert [item["code"] for item in coverage["not_compared"]] == ["one-replica"]

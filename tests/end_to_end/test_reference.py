@@ -45,6 +45,10 @@ def test_equal_run_agrees_with_reference(num_replicas: int, reference: Path) -> 
     assert job.returncode == 0, job.output
     assert job.report["verdict"]["summary"].endswith(f"the same as {reference} up to step 10")
     assert job.report["warnings"] == [], "a different name is not a difference"
+    coverage = job.report["coverage"]
+    assert (coverage["reference"]["run"], coverage["ranks"]) == (str(reference), num_replicas)
+    assert coverage["reference"]["steps"] == 13, "the build, 10 steps and 2 evaluations"
+    assert job.stdout.count("AGREED") == 1, "the reference is the second copy of a single replica"
 
 
 def test_independent_replicas_agree_in_samples_only(reference: Path) -> None:
@@ -85,7 +89,9 @@ def test_different_thread_count_is_proved_by_replay(reference: Path) -> None:
         ("--data.batch_size=20", 1, "indices", "config-differs"),
     ],
 )
-def test_different_setting_is_named_at_its_stage(argument: str, step: int, stage: str, cause: str, reference: Path) -> None:
+def test_different_setting_is_named_at_its_stage(
+    argument: str, step: int, stage: str, cause: str, reference: Path
+) -> None:
     verdict = run(reference, argument).report["verdict"]
     assert (verdict["step"], verdict["stage"], verdict["cause"]) == (step, stage, cause)
 
@@ -187,7 +193,7 @@ def test_independent_replicas_are_compared_in_samples(reference: Path) -> None:
     [
         (("--run.reference=nowhere",), "run.reference: 'nowhere' does not exist"),
         (("--agreement.every=0",), "cannot be compared with agreement.every 0"),
-        (("--run.reference={old}",), "has digests of algorithm 'xxh3-128/0', and this run's are of 'xxh3-128/1'"),
+        (("--run.reference={old}",), "has digests of algorithm 'xxh3-128/0', but this run computes 'xxh3-128/1'"),
     ],
 )
 def test_unusable_reference_ends_the_run_at_the_start(

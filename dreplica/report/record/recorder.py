@@ -4,7 +4,7 @@ import json
 import logging
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -66,8 +66,8 @@ class Recorder:
         self.report: RunReport | None = None
         self.resumes = False
         """True if this run resumes an interrupted one in its folder."""
-        self.reference: ReferenceCoverage | None = None
-        """Comparison with a recorded run, if there was one."""
+        self.reference: Callable[[], ReferenceCoverage | None] = lambda: None
+        """Function that returns the extent of the comparison with a recorded run, or None without one."""
         self.last_evaluation: Evaluation | None = None
         """This replica's predictions of the last epoch."""
         self._every = every
@@ -274,7 +274,7 @@ class Recorder:
         self.report.run.seconds = round(time.monotonic() - self._started, 1)
         self.report.steps_checked = steps_checked
         self.report.coverage = describe_coverage(
-            self._world.num_replicas, self._expect, self._every, steps_checked, self.reference
+            self._world.num_replicas, self._expect, self._every, steps_checked, self.reference()
         )
 
     def _write(self) -> None:
