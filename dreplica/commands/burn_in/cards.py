@@ -1,4 +1,4 @@
-"""Cards, what was checked on each, and what that says of it: the account that a burn-in keeps."""
+"""The account of a burn-in: devices, what was checked on each, and what the verdicts say about it."""
 
 import re
 from collections import Counter
@@ -11,12 +11,14 @@ from dreplica.distributed.liveness import Lost
 from dreplica.environment.hardware import ask_nvidia_smi
 
 HARDWARE = ("transient-fault", "persistent-fault")
-"""Causes for which a card, or its host's memory, answers."""
+"""Causes that accuse a device, or its host's memory."""
 OPEN = ("unexplained", "evaluation-differs", "batch-differs", "indices-differ")
-"""Causes behind which there may be a card, or a file, or code. All the others are the software's,"""
+"""Causes that may come from a device, a file or code. All other causes are attributed to software."""
 VARYING = ("nondeterministic-operator", "structure-differs")
-"""but for these where no more than half of the replicas do not come to the same twice: strict mode runs operators that
-do, so that code would show on the others, too, and a card that fails often looks no different."""
+"""Causes that are open, not software, if at most half of the replicas are suspects.
+
+In strict mode, nondeterministic code varies on all replicas. A device that fails often looks the same, but alone.
+"""
 
 Kind = Literal["hardware", "open", "software"]
 
@@ -28,11 +30,11 @@ _HEALTH = {
     "ecc.errors.corrected.volatile.total": "ecc_corrected",
     "ecc.errors.uncorrected.volatile.total": "ecc_uncorrected",
 }
-"""What nvidia-smi is asked for, by its names, and what the record calls it."""
+"""Fields queried from nvidia-smi, by its name for each, and their names in the record."""
 
 
 def kind_of(verdict: Verdict, num_replicas: int) -> Kind:
-    """What a verdict is laid to."""
+    """Return what a verdict is attributed to."""
     if verdict.cause in HARDWARE:
         return "hardware"
     on_few = 0 < 2 * len(verdict.suspects) <= num_replicas
@@ -41,40 +43,40 @@ def kind_of(verdict: Verdict, num_replicas: int) -> Kind:
 
 @dataclass
 class Card:
-    """What one replica ran on, and what has been found there so far."""
+    """The device of one replica, and what has been found on it so far."""
 
     replica: int
     host: str
     device: str
-    """`cuda:3`, as torch counts, or `cpu`."""
+    """Device in torch's numbering, such as `cuda:3`, or `cpu`."""
     name: str
-    """The model, of GPU or CPU."""
+    """Model of the GPU or the CPU."""
     uuid: str | None
-    """The GPU's."""
+    """UUID of the GPU, None for a CPU."""
     driver: str | None
     health: list[dict[str, Any]] = field(default_factory=list)
-    """What nvidia-smi said at the beginning and at the end; empty without it."""
+    """Values from nvidia-smi at the beginning and at the end. Empty without nvidia-smi."""
     passes: int = 0
-    """In which it took part."""
+    """Number of passes in which the replica took part."""
     steps: int = 0
-    """That were compared with the other replicas."""
+    """Number of steps compared with the other replicas."""
     comparisons: int = 0
-    """Stages compared, over all steps and evaluations."""
+    """Number of stages compared, over all steps and evaluations."""
     bytes_hashed: int = 0
     suspected: Counter[str] = field(default_factory=Counter)
-    """Verdicts that name this replica, by cause."""
+    """Number of verdicts that suspect this replica, by cause."""
     unnamed: Counter[str] = field(default_factory=Counter)
-    """Verdicts that name none, by cause: each replica took part."""
+    """Number of verdicts that suspect no replica, by cause."""
     named: int = 0
-    """Hardware verdicts that name this card."""
+    """Number of hardware verdicts that suspect this device."""
     in_doubt: int = 0
-    """Verdicts that leave open whether it was this card: without a majority, or without a cause that says."""
+    """Number of verdicts that leave this device in doubt: without a majority, or with an open cause."""
     lost: str | None = None
-    """How it was lost, if it was."""
+    """How the replica was lost, None if it was not."""
 
     @classmethod
     def of(cls, replica: int, manifest: Mapping[str, Any]) -> "Card":
-        """As the manifest of its replica describes it."""
+        """Return the device that the manifest of its replica describes."""
         device = manifest["device"]
         if device["type"] != "cuda":
             return cls(replica, manifest["host"], device["type"], manifest["cpu"]["model"], None, None)
@@ -83,12 +85,12 @@ class Card:
 
     @property
     def place(self) -> tuple[str, str]:
-        """Tells physical cards apart: replicas may share one."""
+        """Identity of the physical device, which replicas may share."""
         return self.host, self.uuid or self.device
 
     @property
     def state(self) -> Literal["suspect", "lost", "in doubt", "not checked", "clean"]:
-        """In a word or two. What software answers for is not held against a card."""
+        """State in a word or two. Software causes do not count against a device."""
         if self.named:
             return "suspect"
         if self.lost is not None:
@@ -98,41 +100,41 @@ class Card:
         return "clean" if self.comparisons else "not checked"
 
     def as_dict(self) -> dict[str, Any]:
-        """JSON values."""
+        """Return the JSON values."""
         return {**vars(self), "state": self.state}
 
 
 @dataclass(frozen=True)
 class PassDone:
-    """What came of one pass: a line of burn_in.jsonl."""
+    """The result of one pass: a line of burn_in.jsonl."""
 
     number: int
-    """From 1."""
+    """Number of the pass, from 1."""
     seed: Mapping[str, int]
-    """The keys of `seed` that it ran with."""
+    """The section `seed` of the pass."""
     complete: bool
-    """Whether it was trained to its end."""
+    """True if the pass was trained to its end."""
     steps: int
     comparisons: int
     bytes_hashed: int
-    """By each replica."""
+    """Bytes of tensors hashed by each replica."""
     seconds: float
     weights: str | None
-    """Digest of the weights at its end, 32 hex digits: the same wherever the same pass is run on sound cards of one
-    kind. None where replicas did not agree."""
+    """Digest of the final weights, 32 hex digits. The same pass gives the same digest on all sound devices of
+    one model. None if replicas diverged."""
     verdict: Verdict
     warnings: Sequence[str] = ()
-    """Its report's."""
+    """Warnings of the report."""
     folder: str | None = None
-    """Where its report is kept, if it is."""
+    """The run folder, None if it was removed."""
 
     @property
     def found(self) -> bool:
-        """Whether anything was wrong with what replicas came to. That one is gone is told of by itself."""
+        """True if the pass found a problem other than a lost replica, which is reported separately."""
         return self.verdict.cause not in {"none", "replica-lost"}
 
     def as_dict(self) -> dict[str, Any]:
-        """JSON values."""
+        """Return the JSON values."""
         return {
             "pass": self.number,
             "seed": dict(self.seed),
@@ -151,17 +153,22 @@ class PassDone:
 
 
 class Account:
-    """All that has been found so far: the same on every replica, since any may have to tell it.
+    """Everything found so far. It is the same on every replica, since any of them may have to report it.
+
+    Args:
+        manifests: The manifests, one per replica.
+        kept: Maximum number of findings, and of different warnings, to keep.
 
     Attributes:
-        cards: one per replica.
-        passes: of which there were any, and of these `complete`: trained to their end.
-        causes: of passes in which something was wrong, how many by cause,
-        laid_to: and what each cause is laid to: `open` if one of its verdicts is.
-        undecided: the groups that hardware verdicts which name none left against each other, with how often.
-        first: of each cause, the first pass that ended in it.
-        found: the first `kept` passes in which something was wrong.
-        warnings: that passes gave, the first `kept` of them, with how often.
+        cards: The devices, one per replica.
+        passes: Number of passes.
+        complete: Number of passes trained to their end.
+        causes: Number of passes with a finding, by cause.
+        laid_to: What each cause is attributed to. `open` if one of its verdicts is open.
+        undecided: Groups of replicas that a hardware verdict without suspects could not decide between, with counts.
+        first: The first pass with each cause.
+        found: The first `kept` passes with a finding.
+        warnings: The first `kept` different warnings of passes, with counts.
     """
 
     def __init__(self, manifests: Sequence[Mapping[str, Any]], kept: int) -> None:
@@ -176,7 +183,7 @@ class Account:
         self._kept = kept
 
     def add(self, done: PassDone) -> None:
-        """Enters a pass."""
+        """Add a pass."""
         self.passes += 1
         self.complete += done.complete
         verdict = done.verdict
@@ -207,23 +214,23 @@ class Account:
             self.undecided[tuple(tuple(ids) for ids in verdict.groups)] += 1
 
     def lose(self, lost: Sequence[Lost]) -> None:
-        """Enters replicas that are gone."""
+        """Add replicas that were lost."""
         for item in lost:
             self.cards[item.replica_id].lost = item.reason
 
     @property
     def num_found(self) -> int:
-        """Passes in which something was wrong."""
+        """Number of passes with a finding."""
         return self.causes.total()
 
     @property
     def suspects(self) -> list[int]:
-        """Replicas whose cards hardware verdicts name."""
+        """Replicas whose devices are suspects of hardware verdicts."""
         return [card.replica for card in self.cards if card.state == "suspect"]
 
 
 def ask_health(uuid: str | None) -> dict[str, Any] | None:
-    """What nvidia-smi says of this process's GPU, as far as it does; None without it, or on a CPU."""
+    """Return the values of nvidia-smi for the GPU with this UUID, or None on a CPU or without nvidia-smi."""
     if uuid is None:
         return None
     rows = ask_nvidia_smi(("uuid", *_HEALTH))

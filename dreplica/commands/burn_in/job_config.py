@@ -1,4 +1,4 @@
-"""The job of a burn-in: what is asked of the user's config, and what becomes of it in each pass."""
+"""The job of a burn-in: the checks of the user's config, and the config of each pass."""
 
 import re
 from pathlib import Path
@@ -11,9 +11,9 @@ from dreplica.errors import UsageError
 
 
 def job_of(config: RunConfig) -> RunConfig:
-    """The config with every stage compared at every step, up to the first difference, and nothing saved or sent away.
+    """Return the config with every stage compared at every step up to the first divergence, and nothing saved.
 
-    What decides the numbers stays as it is.
+    Settings that affect the numbers are not changed.
     """
     return _with(
         config,
@@ -25,15 +25,21 @@ def job_of(config: RunConfig) -> RunConfig:
 
 
 def pass_of(job: RunConfig, number: int, folder: Path) -> RunConfig:
-    """The job as pass `number` (from 1) runs it: with seeds of its own, recorded in a folder within `folder`."""
+    """Return the config of one pass.
+
+    Args:
+        job: The config from `job_of`.
+        number: The number of the pass, from 1. It determines the seeds.
+        folder: The folder of the burn-in, in which the pass gets its run folder.
+    """
     seeds = pass_seeds(job.seed, number)
     return _with(job, seed=seeds, run={"root": str(folder), "name": f"pass_{number:06}"})
 
 
 def pass_seeds(base: SeedConfig, number: int) -> dict[str, int]:
-    """The keys of `seed` in pass `number`: other weights, order and augmentation, so that other numbers are computed.
+    """Return the section `seed` of pass `number`, so that each pass computes different numbers.
 
-    Drawn by NumPy's SeedSequence from the base seeds and the number, as for the order of an epoch.
+    The seeds are drawn by NumPy's SeedSequence from the base seeds and the number, as for the order of an epoch.
     """
     entropy = (base.model, base.data, base.augment, number)
     words = numpy.random.SeedSequence(entropy).generate_state(3)  # type: ignore[arg-type]  # `check_job`: all are ints
@@ -41,18 +47,30 @@ def pass_seeds(base: SeedConfig, number: int) -> dict[str, int]:
 
 
 def check_job(config: RunConfig, own: RunConfig, num_replicas: int) -> None:
-    """Raises UsageError for a job by which no card can be judged. `own`: with one replica's overrides."""
+    """Raise UsageError for a job that cannot judge a device.
+
+    Args:
+        config: The config of the job.
+        own: The config with the overrides of one replica.
+        num_replicas: Number of replicas.
+
+    Raises:
+        UsageError: Replicas are not built and run alike, or a setting allows results to vary.
+    """
     if num_replicas < 2:
-        raise UsageError("--replicas: 1 has nothing to be compared with. Start 2 or, to name one card, 3 and more.")
+        raise UsageError("--replicas: 1 replica cannot be compared. Start 2 or, to single out one device, 3 or more.")
     seeds, numerics = config.seed, own.determinism
     if not isinstance(seeds.model, int):
         raise UsageError(
-            f"seed.model: {_spell(seeds.model)} will not do for a burn-in: all replicas must be built alike, and a "
-            "pass be repeatable. Give one int, such as --seed.model 42."
+            f"seed.model: {_spell(seeds.model)} cannot be used for a burn-in: expected one int, so that replicas are "
+            "built alike and a pass can be repeated. Use, for instance, --seed.model 42."
         )
     if seeds.data is None:
-        raise UsageError("seed.data: null will not do for a burn-in: a pass must be repeatable. Give --seed.data 0.")
-    # Otherwise software may round otherwise from time to time, and would be taken for a fault of the card.
+        raise UsageError(
+            "seed.data: null cannot be used for a burn-in: expected an int, so that a pass can be repeated. "
+            "Use, for instance, --seed.data 0."
+        )
+    # With other settings, software may round differently from time to time, which looks like a fault of the device.
     for key, value, wanted in (
         ("mode", numerics.mode, "strict"),
         ("cudnn_benchmark", numerics.cudnn_benchmark, False),
@@ -60,8 +78,9 @@ def check_job(config: RunConfig, own: RunConfig, num_replicas: int) -> None:
     ):
         if value != wanted:
             raise UsageError(
-                f"determinism.{key}: {_spell(getattr(numerics, key))} will not do for a burn-in: what differs must be "
-                f"the card's doing. Use --determinism.{key} {_spell(wanted)}, with a job that runs so."
+                f"determinism.{key}: {_spell(getattr(numerics, key))} cannot be used for a burn-in: expected "
+                f"{_spell(wanted)}, so that only the device can cause a difference. Use --determinism.{key} "
+                f"{_spell(wanted)}, and a job that runs with it."
             )
 
 
@@ -80,17 +99,21 @@ _DURATION = re.compile(r"(\d+(?:\.\d+)?)([smhd])")
 
 
 def parse_duration(text: str) -> float:
-    """Seconds, more than 0, of what is written as a number and a unit. Raises UsageError."""
+    """Return the seconds, more than 0, of a duration such as `30m`.
+
+    Raises:
+        UsageError: `text` is not a positive number followed by a unit.
+    """
     found = _DURATION.fullmatch(text.strip())
     seconds = float(found[1]) * _SECONDS[found[2]] if found else 0.0
     if not seconds:
         raise UsageError(
-            f"--for: {text!r} will not do: expected a number and a unit (s, m, h or d). For instance --for 30m."
+            f"--for: expected a positive number and a unit (s, m, h or d), got {text!r}. For instance --for 30m."
         )
     return seconds
 
 
 def spell_duration(seconds: float) -> str:
-    """As `parse_duration` reads it, in the unit that suits, rounded."""
+    """Return a duration as text that `parse_duration` reads, rounded, in a suitable unit."""
     unit = next((unit for unit in ("h", "m") if seconds >= 2 * _SECONDS[unit]), "s")
     return f"{seconds / _SECONDS[unit]:.3g}{unit}"

@@ -1,4 +1,4 @@
-"""The record of a burn-in: `burn_in.jsonl`, a line per pass as it ends, and `burn_in.json`, the account so far."""
+"""The record of a burn-in: `burn_in.jsonl`, a line per pass, and `burn_in.json`, the account so far."""
 
 import json
 import os
@@ -19,17 +19,17 @@ CONFIG_NAME = "config.yaml"
 _LINES, _ACCOUNT = "burn_in.jsonl", "burn_in.json"
 
 Ended = Literal["time", "told", "idle", "lost", "unusable"]
-"""How a burn-in can end: its time was up; it was told to stop; no pass came to a step; a replica was lost; what it was
-given could not be used any more."""
+"""How a burn-in ends: the time is over, it was stopped, no pass reached a step, a replica was lost, or its input became
+unusable."""
 
 
 class Record:
-    """What is written down, by one replica, and what is told of it.
+    """The files of a burn-in, written by one replica.
 
     Args:
-        folder: the burn-in's.
-        job: what is trained in each pass.
-        seconds: how long the burn-in is to go on.
+        folder: The folder of the burn-in.
+        job: The config that each pass trains.
+        seconds: Requested duration of the burn-in, in seconds.
     """
 
     def __init__(self, folder: Path, job: RunConfig, seconds: float) -> None:
@@ -38,7 +38,11 @@ class Record:
         self._began, self._started = datetime.now(UTC), time.monotonic()
 
     def add(self, done: PassDone, account: Account) -> None:
-        """Writes down a pass, at once: the next one may not end. Raises UsageError where that cannot be done."""
+        """Write a pass and the account to disk at once, since the next pass may not end.
+
+        Raises:
+            UsageError: The files cannot be written.
+        """
         try:
             self.append(done)
             self.write(self.summary(account, None, None))
@@ -46,27 +50,41 @@ class Record:
             raise self.cannot_write(error) from None
 
     def cannot_write(self, error: OSError) -> UsageError:
-        """What to tell of it."""
+        """Return the error for files that cannot be written."""
         return UsageError(
-            f"run.root: {str(self.folder)!r} cannot be written to any more ({error.strerror}). Make room, or name "
-            "another with --run.root."
+            f"run.root: {str(self.folder)!r} can no longer be written to ({error.strerror}). Free disk space, or use "
+            "another folder with --run.root."
         )
 
     def append(self, done: PassDone) -> None:
-        """Adds a line. Raises OSError."""
-        self.folder.mkdir(parents=True, exist_ok=True)  # on another machine than rank 0's it need not be there
+        """Append a pass to burn_in.jsonl.
+
+        Raises:
+            OSError: The file cannot be written.
+        """
+        self.folder.mkdir(parents=True, exist_ok=True)  # it may be missing on other machines than that of rank 0
         with (self.folder / _LINES).open("a", encoding="utf-8") as file:
             file.write(json.dumps(done.as_dict()) + "\n")
             file.flush()
             os.fsync(file.fileno())
 
     def write(self, summary: Mapping[str, Any]) -> None:
-        """Writes the account, in place of the one before. Raises OSError."""
+        """Replace burn_in.json.
+
+        Raises:
+            OSError: The file cannot be written.
+        """
         self.folder.mkdir(parents=True, exist_ok=True)
         write_json(self.folder / _ACCOUNT, summary)
 
     def summary(self, account: Account, ended: Ended | None, code: ExitCode | None) -> dict[str, Any]:
-        """All that is known, as JSON values. `ended`, `code`: None while it goes on."""
+        """Return the account as JSON values.
+
+        Args:
+            account: The account.
+            ended: How the burn-in ended, None while it is running.
+            code: The exit code, None while it is running.
+        """
         return {
             "schema": SCHEMA,
             "burn_in": {
@@ -92,12 +110,12 @@ class Record:
         }
 
     def settings(self, done: PassDone) -> str:
-        """The settings with which `dreplica train` does the same as that pass."""
+        """Return the settings with which `dreplica train` repeats the pass."""
         seeds = (f"--seed.{key} {value}" for key, value in done.seed.items())
         return " ".join([f"--config {shlex.quote(str(self.folder / CONFIG_NAME))}", *seeds])
 
     def again(self, done: PassDone, cards: Sequence[Card]) -> str:
-        """The command that runs that pass again, by itself."""
+        """Return the command that repeats the pass alone."""
         num_hosts = len({card.host for card in cards})
         nodes = "" if num_hosts == 1 else f"--nodes {num_hosts} --node-rank … --head … "
         return f"dreplica train {nodes}--replicas {len(cards) // num_hosts} {self.settings(done)}"

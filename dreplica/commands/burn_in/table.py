@@ -1,4 +1,4 @@
-"""What a person sees of a burn-in: a line for a pass now and then, and the closing tables."""
+"""Terminal output of a burn-in: lines for passes, and the final tables."""
 
 import time
 from collections import Counter
@@ -16,20 +16,23 @@ from dreplica.commands.burn_in.job_config import spell_duration
 _SECONDS_BETWEEN_LINES = 10.0
 _COLOURS = {"suspect": "red", "lost": "red", "in doubt": "yellow", "not checked": "yellow", "clean": "green"}
 _ENDED = {
-    "time": "the time was up",
-    "told": "stopped on request before its time",
-    "idle": "given up: pass after pass ended before its first step",
+    "time": "the time is over",
+    "told": "stopped on request",
+    "idle": "ended early: several passes in a row ended before their first step",
     "lost": "a replica was lost",
-    "unusable": "what it was given cannot be used any more",
+    "unusable": "its input became unusable",
 }
 _MOST_WARNINGS = 10
 _UNITS = ("B", "kB", "MB", "GB", "TB", "PB")
 
 
 class PassLines:
-    """Shows passes as they end: each in which something is found, of the others one every ten seconds.
+    """Lines for passes as they end: all with a finding, and one every ten seconds of the others.
 
-    `enabled`: on one replica.
+    Args:
+        console: The console to print to.
+        seconds: Requested duration of the burn-in, in seconds.
+        enabled: Print. True on one replica.
     """
 
     def __init__(self, console: Console, seconds: float, enabled: bool) -> None:
@@ -38,7 +41,7 @@ class PassLines:
         self._last_shown = 0.0
 
     def show(self, done: PassDone, again: str) -> None:
-        """A pass has ended; `again`: the command that repeats it."""
+        """Print the line of a pass that has ended, and for a finding the command (`again`) that repeats it."""
         now = time.monotonic()
         if not self._enabled or not (done.found or now - self._last_shown >= _SECONDS_BETWEEN_LINES):
             return
@@ -56,7 +59,13 @@ class PassLines:
 
 
 def print_account(console: Console, account: Account, summary: Mapping[str, Any]) -> None:
-    """The tables of cards and checks, what they mean, and a last line for scripts."""
+    """Print the tables of devices and checks, their meaning, and a last line for scripts.
+
+    Args:
+        console: The console to print to.
+        account: The account of the burn-in.
+        summary: The account as JSON values, from `Record.summary`.
+    """
     run = summary["burn_in"]
     console.print(_cards(account.cards))
     console.print(_checks(account.cards))
@@ -68,7 +77,7 @@ def print_account(console: Console, account: Account, summary: Mapping[str, Any]
 
 
 def last_line(summary: Mapping[str, Any]) -> str:
-    """For scripts: `BURN-IN`, then words of the form key=value."""
+    """Return the line for scripts: `BURN-IN`, then words of the form key=value."""
     run = summary["burn_in"]
     words = {
         "found": summary["found"],
@@ -84,7 +93,7 @@ def last_line(summary: Mapping[str, Any]) -> str:
 
 
 def conclusions(account: Account) -> Iterator[str]:
-    """What the tables mean: a line each, with what to do."""
+    """Yield lines that say what the tables mean, and what to do."""
     cards = account.cards
     for card in cards:
         if card.state == "suspect":
@@ -96,7 +105,7 @@ def conclusions(account: Account) -> Iterator[str]:
         yield from _new_memory_errors(card)
     for classes, number in account.undecided.items():
         yield from _undecided(cards, classes, number)
-    for kind, text in (("open", "NOT SETTLED, card or not"), ("software", "SOFTWARE, held against no card")):
+    for kind, text in (("open", "OPEN, device or not"), ("software", "SOFTWARE, no device accused")):
         causes = Counter({cause: n for cause, n in account.causes.items() if account.laid_to[cause] == kind})
         if causes:
             first = min((account.first[cause] for cause in causes), key=lambda done: done.number)
@@ -107,7 +116,7 @@ def conclusions(account: Account) -> Iterator[str]:
 
 
 def describe(card: Card) -> str:
-    """Which card that is, so that a person finds it."""
+    """Return a description with which a person finds the device."""
     last = card.health[-1] if card.health else {}
     known = {"UUID": card.uuid, "PCI": last.get("pci_bus_id"), "serial": last.get("serial")}
     return ", ".join(
@@ -139,12 +148,12 @@ def _checks(cards: list[Card]) -> Table:
 
 def _undecided(cards: list[Card], classes: tuple[tuple[int, ...], ...], number: int) -> Iterator[str]:
     sides = " against ".join(f"replica{'s' * (len(ids) > 1)} {', '.join(map(str, ids))}" for ids in classes)
-    yield f"UNDECIDED in {_passes(number)}: {sides}, and no majority: each of these is under suspicion:"
+    yield f"UNDECIDED in {_passes(number)}: {sides}, without a majority. Any of these may be faulty:"
     involved = {replica_id for ids in classes for replica_id in ids}
     yield from (f"  {describe(card)}" for card in cards if card.replica in involved)
     yield (
-        "  remedy: burn in with a third card, which tells who is alone: --replicas 3, or one more machine in --nodes; "
-        "or pair each of them with a card that has come out clean"
+        "  remedy: burn in with a third card, so that there is a majority: --replicas 3, or one more machine in "
+        "--nodes; or pair each of them with a clean card"
     )
 
 
@@ -163,7 +172,7 @@ def _shared(cards: list[Card]) -> Iterator[str]:
     for (host, place), ids in by_place.items():
         if len(ids) > 1:
             names = ", ".join(map(str, ids))
-            yield f"note: replicas {names} share {place} of {host}: a fault of it can reach all of them, alike or not"
+            yield f"note: replicas {names} share {place} of {host}: its faults can affect all of them"
 
 
 def _remedy(named: Counter[str]) -> str:

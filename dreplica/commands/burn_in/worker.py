@@ -1,4 +1,4 @@
-"""`dreplica burn-in`, on one replica: passes, until the time is up."""
+"""One replica of `dreplica burn-in`: run passes until the time is over."""
 
 import argparse
 import errno
@@ -31,82 +31,91 @@ from dreplica.run.bootstrap import Prepared, exit_now, start_replica
 log = logging.getLogger(__name__)
 
 MOST_KEPT = 100
-"""Passes whose reports are kept: a card that fails in each pass of a night must not fill the disk."""
+"""Maximum number of passes whose reports are kept, so that a device that fails in each pass does not fill the disk."""
 _FULL = {errno.ENOSPC, errno.EDQUOT}
 _MOST_IDLE = 3
-"""Passes in a row that end before a step is compared, after which there is no point in going on."""
+"""Passes in a row without a compared step after which the burn-in ends."""
 
 
 class Until(StopRequest):
-    """A request to stop, which is also there once the time is up. `seconds`: None on replicas that look at no clock."""
+    """A stop request that is also set once the time is over.
 
-    def __init__(self, told: StopRequest, seconds: float | None) -> None:
+    Args:
+        stop_request: The stop request of this replica.
+        seconds: Seconds until the time is over, None on replicas that do not watch the time.
+    """
+
+    def __init__(self, stop_request: StopRequest, seconds: float | None) -> None:
         super().__init__()
-        self._told = told
+        self._stop_request = stop_request
         self.end = None if seconds is None else time.monotonic() + seconds
 
     @property
-    def time_is_up(self) -> bool:
-        """Whether it is, by this replica's clock."""
+    def time_is_over(self) -> bool:
+        """True if the time is over, by this replica's clock."""
         return self.end is not None and time.monotonic() >= self.end
 
     def __bool__(self) -> bool:
-        return bool(self._told) or self.time_is_up
+        return bool(self._stop_request) or self.time_is_over
 
 
 class BurnIn:
-    """One replica's part. The methods stand in the order in which they are called.
+    """A burn-in, on one replica.
+
+    The methods are defined in the order in which they are called.
 
     Args:
-        prepared: the job, and this replica's device.
-        world: all replicas.
-        told: set when this replica is told to stop.
-        seconds: how long.
-        as_json: print the record, in place of the tables.
+        prepared: The config of the job, and the device of this replica.
+        world: All replicas.
+        stop_request: Set when this replica is asked to stop.
+        seconds: Duration in seconds.
+        as_json: Print the record as JSON instead of the tables.
     """
 
     def __init__(
-        self, prepared: Prepared, world: World, told: StopRequest, seconds: float, as_json: bool = False
+        self, prepared: Prepared, world: World, stop_request: StopRequest, seconds: float, as_json: bool = False
     ) -> None:
         self.prepared, self.world, self.channel = prepared, world, world.channel
-        self.told, self.seconds, self.as_json = told, seconds, as_json
+        self.stop_request, self.seconds, self.as_json = stop_request, seconds, as_json
         self.job = job_of(prepared.config)
         self.current: Pass | None = None
         self.console = Console(stderr=True) if as_json else Screen()
 
     def conduct(self) -> ExitCode:
-        """The whole burn-in. Every way it can end, on any replica, ends it on all of them."""
+        """Run the burn-in to its end. However it ends on one replica, it ends on all of them."""
         world = self.world
         world.together(lambda: check_job(self.job, self.prepared.own, world.num_replicas))
         manifest = collect_manifest(world, self.prepared.device, seed=None, data_digest="")
         self.account = Account(self.channel.gather(manifest), MOST_KEPT)
-        self.look_at_health()
+        self.query_health()
         self.record = Record(self.open_folder(), self.job, self.seconds)
         try:
-            ended = self.go_through_passes()
-            self.look_at_health()
+            ended = self.run_passes()
+            self.query_health()
             if world.is_coordinator:
-                self.tell(ended)
-            self.channel.gather(None)  # nobody leaves before: the launcher ends the rest with the first
+                self.report(ended)
+            self.channel.gather(
+                None
+            )  # wait for the report: the launcher terminates the rest when the first replica exits
             return exit_code(self.account, ended)
         except UsageError:
             if world.is_coordinator:
-                self.tell_unusable()
+                self.report_unusable()
             raise
         except (Exception, SystemExit, KeyboardInterrupt) as error:
-            code = self.end_without(error)
+            code = self.end_failed(error)
             if world.monitor is not None:
                 exit_now(code)
             raise
 
-    def look_at_health(self) -> None:
-        """Adds what nvidia-smi says of each card now. A collective."""
+    def query_health(self) -> None:
+        """Add the current values of nvidia-smi to each device."""
         own = ask_health(self.account.cards[self.world.replica_id].uuid)
         for card, health in zip(self.account.cards, self.channel.gather(own), strict=True):
             card.health += [health] if health is not None else []
 
     def open_folder(self) -> Path:
-        """Of the whole burn-in, made by rank 0, with the job in it. A collective."""
+        """Create the folder of the burn-in on rank 0, with the config of the job."""
         run = self.job.run
 
         def make() -> Path:
@@ -116,11 +125,11 @@ class BurnIn:
 
         return self.channel.gather(self.world.together(make if self.world.is_coordinator else lambda: None))[0]
 
-    def go_through_passes(self) -> Ended:
-        """Pass after pass, and how that came to an end. A collective."""
-        logging.getLogger("dreplica").setLevel(logging.WARNING)  # what a pass has to say otherwise is always the same
+    def run_passes(self) -> Ended:
+        """Run passes until the end, and return how the burn-in ended."""
+        logging.getLogger("dreplica").setLevel(logging.WARNING)  # the other messages of a pass are always the same
         lines = PassLines(self.console, self.seconds, self.world.is_coordinator)
-        until = self.until = Until(self.told, self.seconds if self.world.is_coordinator else None)
+        until = self.until = Until(self.stop_request, self.seconds if self.world.is_coordinator else None)
         number, idle = 0, 0
         while not any(self.channel.gather(bool(until))):
             number += 1
@@ -130,10 +139,14 @@ class BurnIn:
             idle = 0 if done.steps else idle + 1
             if idle == _MOST_IDLE:
                 return "idle"
-        return "time" if self.channel.gather(until.time_is_up)[0] else "told"
+        return "time" if self.channel.gather(until.time_is_over)[0] else "told"
 
     def run_pass(self, number: int) -> PassDone:
-        """One pass, from the build on. A collective. Raises UsageError where there is no room for its record."""
+        """Run one pass, from the build on.
+
+        Raises:
+            UsageError: The disk is full.
+        """
         config = pass_of(self.job, number, self.record.folder)
         own = config.for_replica(self.world.replica_id)
         self.current = Pass(number, Prepared(config, own, self.prepared.device), self.world, self.until)
@@ -146,19 +159,22 @@ class BurnIn:
                 raise
             raise self.record.cannot_write(error) from None
         self.current = None
-        gc.collect()  # a model and its hooks refer to each other, and the next pass needs their room
+        gc.collect()  # free reference cycles of models and hooks, whose memory the next pass needs
         return done
 
     def note(self, done: PassDone) -> None:
-        """Enters a pass into the account, and the account into the folder. A collective."""
+        """Add a pass to the account, and write the account into the folder."""
         self.account.add(done)
         write = partial(self.record.add, done, self.account)
         self.world.together(write if self.world.is_coordinator else lambda: None)
 
-    def tell(self, ended: Ended, code: ExitCode | None = None, done: PassDone | None = None) -> None:
-        """Writes and prints what was found, by one replica; that one of the two fails takes nothing from the other.
+    def report(self, ended: Ended, code: ExitCode | None = None, done: PassDone | None = None) -> None:
+        """Write and print the account, on one replica. If writing fails, the account is still printed.
 
-        `done`: a pass that is not written down yet.
+        Args:
+            ended: How the burn-in ended.
+            code: The exit code, None to derive it from the account.
+            done: A pass that is not written yet.
         """
         code = exit_code(self.account, ended) if code is None else code
         summary = self.record.summary(self.account, ended, code)
@@ -173,15 +189,15 @@ class BurnIn:
         else:
             print_account(self.console, self.account, summary)
 
-    def tell_unusable(self) -> None:
-        """Where input turns out to be unusable: there is nothing to tell, unless there was a pass before."""
+    def report_unusable(self) -> None:
+        """Report a burn-in whose input is unusable. Without a completed pass, remove its folder instead."""
         if self.account.passes:
-            self.tell("unusable", ExitCode.UNUSABLE)
+            self.report("unusable", ExitCode.UNUSABLE)
         else:
             shutil.rmtree(self.record.folder)
 
-    def end_without(self, error: BaseException) -> ExitCode:
-        """Ends this replica when it fails or (`ReplicaLost`) another is gone. No collective."""
+    def end_failed(self, error: BaseException) -> ExitCode:
+        """End this replica after it failed or, on `ReplicaLost`, another one. Return its exit code."""
         current, done = self.current, None
         if current is None:
             traceback.print_exception(error)
@@ -194,27 +210,33 @@ class BurnIn:
         if ended == "lost":
             self.account.lose(lost)
         code = exit_code(self.account, "lost", exit_code_of(lost))
-        has_told = any(item.replica_id == 0 and item.code == "unusable" for item in lost)
-        if not has_told and is_reporter(lost, self.world.replica_id, self.world.num_replicas):
-            self.tell(ended, code, done)
+        has_reported = any(item.replica_id == 0 and item.code == "unusable" for item in lost)
+        if not has_reported and is_reporter(lost, self.world.replica_id, self.world.num_replicas):
+            self.report(ended, code, done)
         return code
 
 
-def exit_code(account: Account, ended: Ended, otherwise: ExitCode = ExitCode.AGREED) -> ExitCode:
-    """What was found counts before how it ended; `otherwise`: where nothing was, and nobody had stopped it."""
+def exit_code(account: Account, ended: Ended, default: ExitCode = ExitCode.AGREED) -> ExitCode:
+    """Return the exit code of a burn-in.
+
+    Args:
+        account: The account. A finding takes precedence over how the burn-in ended.
+        ended: How the burn-in ended.
+        default: The code without a finding, unless the burn-in was stopped.
+    """
     if account.num_found:
         return ExitCode.DIVERGED
-    return ExitCode.STOPPED if ended == "told" else otherwise
+    return ExitCode.STOPPED if ended == "told" else default
 
 
 def work(argv: Sequence[str]) -> ExitCode:
-    """One worker of a burn-in."""
+    """Run one replica of `dreplica burn-in`."""
     parser = argparse.ArgumentParser(allow_abbrev=False, add_help=False)
     parser.add_argument("--for", dest="duration", required=True)
     parser.add_argument("--json", action="store_true")
     known, settings = parser.parse_known_args(argv)
 
-    def conduct(prepared: Prepared, world: World, told: StopRequest) -> ExitCode:
-        return BurnIn(prepared, world, told, parse_duration(known.duration), known.json).conduct()
+    def conduct(prepared: Prepared, world: World, stop_request: StopRequest) -> ExitCode:
+        return BurnIn(prepared, world, stop_request, parse_duration(known.duration), known.json).conduct()
 
     return start_replica(settings, conduct)

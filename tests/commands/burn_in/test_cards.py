@@ -1,4 +1,4 @@
-"""The account: what is held against a card, and what is not."""
+"""The account of a burn-in: findings per device."""
 
 import io
 import json
@@ -31,7 +31,7 @@ def done(
     number: int, cause: str = "none", suspects: tuple[int, ...] = (), classes: tuple[tuple[int, ...], ...] = ()
 ) -> PassDone:
     verdict = Verdict(
-        cause == "none", cause, f"{cause}: parted", suspects=list(suspects), groups=[list(ids) for ids in classes]
+        cause == "none", cause, f"{cause}: diverged", suspects=list(suspects), groups=[list(ids) for ids in classes]
     )
     return PassDone(number, {"model": number}, cause == "none", 10, 87, 5, 0.5, "ab" * 16, verdict)
 
@@ -51,7 +51,7 @@ def shown(found: Account) -> str:
     return "\n".join(conclusions(found))
 
 
-def test_a_card_that_is_named_is_the_suspect_however_rarely() -> None:
+def test_card_named_once_is_suspect() -> None:
     ones = [done(number) for number in range(1, 9)]
     found = account(*ones, done(9, "transient-fault", (1,)))
     assert states(found) == ["clean", "suspect", "clean"]
@@ -67,14 +67,14 @@ def test_a_card_that_is_named_is_the_suspect_however_rarely() -> None:
     )
 
 
-def test_a_lasting_fault_is_to_be_acted_upon_before_a_passing_one() -> None:
+def test_remedy_prefers_persistent_fault() -> None:
     verdicts = [done(1, "transient-fault", (1,)), done(2, "transient-fault", (1,)), done(3, "persistent-fault", (1,))]
     text = shown(account(*verdicts))
     assert "named in 3 of 3 passes: transient-fault 2, persistent-fault 1" in text
     assert f"  remedy: {CAUSES['persistent-fault'].remedy[0]}" in text
 
 
-def test_without_a_majority_all_are_in_doubt_and_a_third_card_is_asked_for() -> None:
+def test_cards_without_majority_are_in_doubt() -> None:
     found = account(done(1, "persistent-fault", (), ((0,), (1,))), num_replicas=2)
     assert states(found) == ["in doubt", "in doubt"]
     assert found.suspects == []
@@ -82,37 +82,37 @@ def test_without_a_majority_all_are_in_doubt_and_a_third_card_is_asked_for() -> 
     assert "UNDECIDED in 1 pass: replica 0 against replica 1" in text
     assert all(uuid in text for uuid in UUIDS[:2])
     assert "third card" in text
-    found.add(done(2, "persistent-fault", (0,), ((0,), (1,))))  # another time, the arithmetic told
+    found.add(done(2, "persistent-fault", (0,), ((0,), (1,))))  # this time the arithmetic decided
     assert states(found) == ["suspect", "in doubt"]
 
 
 @pytest.mark.parametrize("cause", sorted(set(CAUSES) - {"none", "replica-lost", *HARDWARE, *OPEN}))
-def test_what_software_answers_for_is_held_against_no_card(cause: str) -> None:
+def test_software_cause_accuses_no_card(cause: str) -> None:
     found = account(done(1, cause, (0, 1)), done(2, cause))
     assert states(found) == ["clean", "clean", "clean"]
     assert (found.suspects, found.num_found, found.undecided) == ([], 2, {})
-    assert f"SOFTWARE, held against no card: {cause} 2; first in pass 1: {cause}: parted" in shown(found)
+    assert f"SOFTWARE, no device accused: {cause} 2; first in pass 1: {cause}: diverged" in shown(found)
 
 
 @pytest.mark.parametrize("cause", VARYING)
-def test_what_varies_on_one_card_alone_may_be_the_cards_doing(cause: str) -> None:
+def test_cause_varying_on_one_card_is_open(cause: str) -> None:
     found = account(done(1, cause, (0, 1, 2)), done(2, cause, (1,)), done(3, cause, (0, 1, 2)))
     assert states(found) == ["clean", "in doubt", "clean"]
     assert [(card.named, card.in_doubt) for card in found.cards] == [(0, 0), (0, 1), (0, 0)]
-    assert f"NOT SETTLED, card or not: {cause} 3; first in pass 1" in shown(found)
+    assert f"OPEN, device or not: {cause} 3; first in pass 1" in shown(found)
     assert states(account(done(1, cause, (0,)), num_replicas=2)) == ["in doubt", "clean"]
 
 
 @pytest.mark.parametrize("cause", OPEN)
-def test_what_is_not_settled_is_said_to_be_so(cause: str) -> None:
+def test_open_cause_leaves_cards_in_doubt(cause: str) -> None:
     found = account(done(1), done(2, cause, (2,)))
     assert states(found) == ["clean", "clean", "in doubt"]
     assert found.suspects == []
-    assert f"NOT SETTLED, card or not: {cause} 1; first in pass 2" in shown(found)
+    assert f"OPEN, device or not: {cause} 1; first in pass 2" in shown(found)
     assert states(account(done(1, cause))) == ["in doubt"] * 3
 
 
-def test_a_replica_that_is_gone_is_no_finding_but_named() -> None:
+def test_lost_replica_is_named_but_no_finding() -> None:
     found = account(done(1), done(2, "replica-lost", (2,)))
     found.lose([Lost(2, "raised", failure=Failure("RuntimeError", "uncorrectable ECC error"))])
     assert (found.num_found, found.passes, states(found)) == (0, 2, ["clean", "clean", "lost"])
@@ -120,11 +120,11 @@ def test_a_replica_that_is_gone_is_no_finding_but_named() -> None:
     assert "uncorrectable ECC error" in shown(found)
 
 
-def test_nothing_compared_is_not_clean() -> None:
+def test_card_without_comparison_is_not_checked() -> None:
     assert states(account()) == ["not checked"] * 3
 
 
-def test_a_night_of_failures_is_counted_and_not_kept() -> None:
+def test_findings_are_counted_and_few_kept() -> None:
     found = account(*(done(number, "transient-fault", (1,)) for number in range(1, 50)))
     assert (found.num_found, found.cards[1].named, [item.number for item in found.found]) == (49, 49, [1, 2])
     for number, cause in ((50, "structure-differs"), (51, "batch-differs"), (52, "unexplained")):
@@ -133,7 +133,7 @@ def test_a_night_of_failures_is_counted_and_not_kept() -> None:
     assert "batch-differs 1, unexplained 1; first in pass 51" in shown(found)
 
 
-def test_warnings_of_passes_are_passed_on() -> None:
+def test_warnings_of_passes_are_counted() -> None:
     loss = "epoch 1: training loss [nan, nan] is not finite"
     found = account(*(replace(done(number), warnings=[loss]) for number in (1, 2)))
     assert shown(found) == f"warning, in 2 passes: {loss}"
@@ -141,14 +141,14 @@ def test_warnings_of_passes_are_passed_on() -> None:
     assert found.warnings == {loss: 3, "second": 1}, "two are kept"
 
 
-def test_replicas_on_one_card_are_told_of() -> None:
+def test_shared_card_is_noted() -> None:
     cpu = {"host": "a", "cpu": {"model": "EPYC"}, "device": {"type": "cpu", "name": "cpu"}}
     found = Account([cpu, cpu, cpu | {"host": "b"}], kept=1)
     assert found.cards[0] == Card(0, "a", "cpu", "EPYC", None, None)
-    assert shown(found) == "note: replicas 0, 1 share cpu of a: a fault of it can reach all of them, alike or not"
+    assert shown(found) == "note: replicas 0, 1 share cpu of a: its faults can affect all of them"
 
 
-def test_new_memory_errors_are_told_of() -> None:
+def test_new_memory_errors_are_reported() -> None:
     found = account(done(1))
     found.cards[1].health = [{"ecc_uncorrected": 0, "ecc_corrected": 3}, {"ecc_uncorrected": 2, "ecc_corrected": 3}]
     found.cards[2].health = [{"ecc_uncorrected": None}, {"ecc_uncorrected": None}]
@@ -157,7 +157,7 @@ def test_new_memory_errors_are_told_of() -> None:
     )
 
 
-def test_nvidia_smi_is_asked_for_the_card_by_its_uuid(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ask_health_selects_card_by_uuid(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     rows = ["GPU-aa, 0, 1650, 00000000:1B:00.0, 40, 0, 0", "GPU-bb, 1, [N/A], 00000000:1C:00.0, 41, 7, [N/A]"]
     program = tmp_path / "nvidia-smi"
     program.write_text("#!/bin/sh\n" + "".join(f"echo '{row}'\n" for row in rows))
@@ -177,12 +177,12 @@ def test_nvidia_smi_is_asked_for_the_card_by_its_uuid(tmp_path: Path, monkeypatc
     assert ask_health("bb") is None
 
 
-def test_every_cause_is_laid_to_something() -> None:
+def test_kind_of_covers_known_causes() -> None:
     assert {kind_of(done(1, cause).verdict, 3) for cause in HARDWARE} == {"hardware"}
     assert set(HARDWARE) | set(OPEN) | set(VARYING) <= set(CAUSES)
 
 
-def test_tables_fit_and_the_last_line_is_for_scripts(tmp_path: Path) -> None:
+def test_tables_and_last_line(tmp_path: Path) -> None:
     found = account(done(1), done(2, "transient-fault", (1,)))
     record = Record(tmp_path, config(), 1800)
     summary = record.summary(found, "time", ExitCode.DIVERGED)
@@ -194,7 +194,7 @@ def test_tables_fit_and_the_last_line_is_for_scripts(tmp_path: Path) -> None:
     assert words == {
         "found": "1", "suspects": "1", "passes": "2", "steps": "20", "comparisons": "174", "ended": "time", "exit": "3",
     }  # fmt: skip
-    assert lines[-2].endswith("of 30m: the time was up")
+    assert lines[-2].endswith("of 30m: the time is over")
     assert any("suspect" in line and "│ 1 " in line for line in lines)
     assert json.loads(json.dumps(summary)) == summary
     settings = summary["passes_found"][0]["again"]
@@ -204,7 +204,7 @@ def test_tables_fit_and_the_last_line_is_for_scripts(tmp_path: Path) -> None:
     assert record.again(found.found[0], found.cards[1:]).startswith("dreplica train --nodes 2 --node-rank ")
 
 
-def test_of_passes_that_agree_few_are_shown_and_of_the_others_all() -> None:
+def test_pass_lines_show_all_findings() -> None:
     text = io.StringIO()
     lines = PassLines(Console(file=text, width=200), 60, enabled=True)
     for number in range(1, 6):

@@ -1,4 +1,4 @@
-"""What becomes of the user's config, and which jobs are refused."""
+"""The config of a pass, and jobs that are rejected."""
 
 from pathlib import Path
 
@@ -15,7 +15,7 @@ def config(*arguments: str) -> RunConfig:
     return load_config([*SMALL, *arguments], num_replicas=2)
 
 
-def test_every_stage_is_compared_at_every_step_and_nothing_is_saved() -> None:
+def test_job_compares_all_and_saves_nothing() -> None:
     given = config("--agreement.every=10", "--agreement.on_divergence=continue", "--run.stop_after=3", "--optim.lr=0.5")
     job = job_of(given)
     assert (job.agreement.every, job.agreement.expect, job.agreement.on_divergence) == (1, "identical", "stop")
@@ -24,7 +24,7 @@ def test_every_stage_is_compared_at_every_step_and_nothing_is_saved() -> None:
     assert changed == {"agreement", "checkpoint", "run"}
 
 
-def test_a_pass_is_a_config_that_can_be_read_again(tmp_path: Path) -> None:
+def test_pass_config_can_be_loaded(tmp_path: Path) -> None:
     job = job_of(config("--overrides={1: {optim: {lr: 0.5}}}"))
     (tmp_path / "config.yaml").write_text(job.to_yaml())
     third = pass_of(job, 3, tmp_path)
@@ -34,7 +34,7 @@ def test_a_pass_is_a_config_that_can_be_read_again(tmp_path: Path) -> None:
     assert third.run.name == "pass_000003"
 
 
-def test_every_pass_has_seeds_of_its_own() -> None:
+def test_passes_have_distinct_seeds() -> None:
     seeds = [pass_seeds(SeedConfig(model=7, data=1), number) for number in range(1, 200)]
     for key in ("model", "data", "augment"):
         assert len({row[key] for row in seeds}) == len(seeds)
@@ -47,7 +47,7 @@ def test_every_pass_has_seeds_of_its_own() -> None:
 @pytest.mark.parametrize(
     ("arguments", "num_replicas", "words"),
     [
-        ((), 1, "--replicas: 1 .* 2 or, to name one card, 3"),
+        ((), 1, "--replicas: 1 .* 2 or, to single out one device, 3"),
         (("--seed.model=distinct",), 2, "seed.model: distinct .*--seed.model 42"),
         (("--seed.model=null",), 2, "seed.model: null .*--seed.model 42"),
         (("--seed.model=[1, 1]",), 2, r"seed.model: \[1, 1\] .*--seed.model 42"),
@@ -58,15 +58,13 @@ def test_every_pass_has_seeds_of_its_own() -> None:
         (("--determinism.cudnn_deterministic=false",), 2, "cudnn_deterministic: false .*cudnn_deterministic true"),
     ],
 )
-def test_jobs_by_which_no_card_can_be_judged_are_refused(
-    arguments: tuple[str, ...], num_replicas: int, words: str
-) -> None:
+def test_check_job_rejects_unsuitable_jobs(arguments: tuple[str, ...], num_replicas: int, words: str) -> None:
     given = config(*arguments)
     with pytest.raises(UsageError, match=words):
         check_job(given, given, num_replicas)
 
 
-def test_an_override_is_looked_at_too() -> None:
+def test_check_job_checks_overrides() -> None:
     given = config("--overrides.1.determinism.mode=off")
     check_job(given, given.for_replica(0), 2)
     with pytest.raises(UsageError, match=r"determinism\.mode: off"):

@@ -1,4 +1,4 @@
-"""Burn-ins on gloo processes, and the command itself."""
+"""Burn-ins on gloo processes, and the command."""
 
 import errno
 import gc
@@ -31,11 +31,11 @@ from tests.fixtures import SMALL
 from tests.harness import REPOSITORY, environment, run_job, run_replicas
 
 SECONDS = 3600.0
-"""Of a burn-in that ends before."""
+"""Duration of a burn-in that ends earlier."""
 
 
 class Watched(BurnIn):
-    """One to which something happens after each pass."""
+    """A burn-in that calls a function after each pass."""
 
     def __init__(self, *args: Any, on_pass: Callable[[BurnIn, PassDone], None]) -> None:
         super().__init__(*args)
@@ -106,7 +106,7 @@ open_files: list[int] = []
 """After each pass, in a process of its own."""
 
 
-def test_sound_cards_agree_until_the_time_is_up_and_leave_a_line_per_pass(tmp_path: Path) -> None:
+def test_sound_cards_agree_until_time_is_over(tmp_path: Path) -> None:
     assert run(tmp_path, on_pass=look_around) == [ExitCode.AGREED, ExitCode.AGREED]
     found, passes = summary(tmp_path), lines(tmp_path)
     assert (found["burn_in"]["ended"], found["burn_in"]["exit_code"], found["found"]) == ("time", 0, 0)
@@ -132,7 +132,7 @@ def with_room_for_two(world: World, root: Path) -> Any:
     return burn_in(world, root, (f"--inject=[{fault}]",), stop_after_third)
 
 
-def test_the_card_that_is_always_wrong_is_named_in_every_pass_and_fills_no_disk(tmp_path: Path) -> None:
+def test_persistent_fault_is_named_in_every_pass(tmp_path: Path) -> None:
     assert run_replicas(with_room_for_two, 3, tmp_path) == [ExitCode.DIVERGED] * 3
     found, passes = summary(tmp_path), lines(tmp_path)
     assert found["suspects"] == [1]
@@ -151,7 +151,7 @@ def test_the_card_that_is_always_wrong_is_named_in_every_pass_and_fills_no_disk(
     assert [row["pass"] for row in found["passes_found"]] == [1, 2]
 
 
-def test_a_card_that_fails_once_is_named_and_the_night_goes_on(tmp_path: Path) -> None:
+def test_transient_fault_is_named_and_burn_in_continues(tmp_path: Path) -> None:
     model = "--model.factory=tests.commands.burn_in.failing:FlipsOnce"
     codes = run(tmp_path, model, num_replicas=3, on_pass=stop_after_third)
     assert codes == [ExitCode.DIVERGED] * 3
@@ -161,11 +161,11 @@ def test_a_card_that_fails_once_is_named_and_the_night_goes_on(tmp_path: Path) -
     assert kept(tmp_path) == ["pass_000002"]
 
 
-def test_a_lost_replica_ends_it_in_seconds_and_a_survivor_tells(tmp_path: Path) -> None:
+def test_lost_replica_ends_burn_in_with_report(tmp_path: Path) -> None:
     began = time.monotonic()
     codes = run(tmp_path, "--model.factory=tests.commands.burn_in.failing:DiesOnce", num_replicas=3)
     assert time.monotonic() - began < 30
-    assert codes == [None, None, None], "nobody returns: each has ended itself"
+    assert codes == [None, None, None], "no replica returns: each exits its process"
     found, passes = summary(tmp_path), lines(tmp_path)
     assert [row["cause"] for row in passes] == ["none", "replica-lost"]
     assert (found["burn_in"]["ended"], found["burn_in"]["exit_code"]) == ("lost", ExitCode.FAILED)
@@ -181,7 +181,7 @@ def lose_rank_0(burn_in: BurnIn, done: PassDone) -> None:
         raise ArithmeticError("the sky fell")
 
 
-def test_one_that_fails_between_passes_is_named_by_another(tmp_path: Path) -> None:
+def test_failure_between_passes_is_reported(tmp_path: Path) -> None:
     assert run(tmp_path, on_pass=lose_rank_0) == [None, None]
     found = summary(tmp_path)
     assert [card["state"] for card in found["cards"]] == ["lost", "clean"]
@@ -189,18 +189,18 @@ def test_one_that_fails_between_passes_is_named_by_another(tmp_path: Path) -> No
     assert (tmp_path / "1.out").read_text().splitlines()[-1].startswith("BURN-IN found=0 suspects=none passes=2 ")
 
 
-def tell_one_in_the_next(burn_in: BurnIn, done: PassDone) -> None:
-    def tell() -> None:
+def stop_one_in_the_next(burn_in: BurnIn, done: PassDone) -> None:
+    def stop() -> None:
         while (agreement := burn_in.current and burn_in.current.run.agreement) is None or agreement.steps_done < 3:
             time.sleep(0.001)
         os.kill(os.getpid(), signal.SIGINT)
 
     if burn_in.world.replica_id == 1 and done.number == 1:
-        threading.Thread(target=tell, daemon=True).start()
+        threading.Thread(target=stop, daemon=True).start()
 
 
-def test_told_to_stop_it_stops_on_all_replicas_and_is_not_taken_for_a_full_one(tmp_path: Path) -> None:
-    codes = run(tmp_path, "--train.epochs=30", on_pass=tell_one_in_the_next)
+def test_stop_request_cuts_the_pass_short(tmp_path: Path) -> None:
+    codes = run(tmp_path, "--train.epochs=30", on_pass=stop_one_in_the_next)
     assert codes == [ExitCode.STOPPED, ExitCode.STOPPED]
     found = summary(tmp_path)
     assert (found["burn_in"]["ended"], found["found"]) == ("told", 0)
@@ -209,7 +209,7 @@ def test_told_to_stop_it_stops_on_all_replicas_and_is_not_taken_for_a_full_one(t
     assert not (tmp_path / "burn-in-job" / "pass_000002").exists()
 
 
-def test_an_operator_that_is_not_deterministic_is_held_against_no_card(tmp_path: Path) -> None:
+def test_nondeterministic_operator_accuses_no_card(tmp_path: Path) -> None:
     job = (
         "--model.factory=dreplica.commands.cases.samples.models:racy_pooling",
         "--data.name=dreplica.commands.cases.samples.data:tiny_images",
@@ -237,7 +237,7 @@ def fill_the_disk_in_mid_pass(burn_in: BurnIn, _done: PassDone) -> None:
         TraceWriter.step = step  # of the next pass; this process ends with it
 
 
-def test_a_disk_that_is_full_in_mid_pass_is_no_lost_card(tmp_path: Path) -> None:
+def test_full_disk_in_mid_pass_is_no_lost_card(tmp_path: Path) -> None:
     run_replicas(burn_in_as_met, 2, tmp_path, (), fill_the_disk_in_mid_pass)
     told = [line for path in tmp_path.glob("*.out") for line in path.read_text().splitlines() if "BURN-IN" in line]
     assert len(told) == 1, "by one replica"
@@ -246,7 +246,7 @@ def test_a_disk_that_is_full_in_mid_pass_is_no_lost_card(tmp_path: Path) -> None
     assert [card["state"] for card in summary(tmp_path)["cards"]] == ["clean", "clean"]
 
 
-def test_what_never_comes_to_a_step_is_given_up(tmp_path: Path) -> None:
+def test_passes_without_steps_end_burn_in(tmp_path: Path) -> None:
     codes = run(tmp_path, "--replica.factory=tests.commands.burn_in.failing:unbound")
     assert codes == [ExitCode.DIVERGED] * 2
     found = summary(tmp_path)
@@ -258,12 +258,12 @@ def test_what_never_comes_to_a_step_is_given_up(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (("--seed.model=distinct",), "seed.model: distinct will not do for a burn-in"),
-        (("--overrides.1.determinism.mode=off",), "replica 1: determinism.mode: off will not do"),
+        (("--seed.model=distinct",), "seed.model: distinct cannot be used for a burn-in"),
+        (("--overrides.1.determinism.mode=off",), "replica 1: determinism.mode: off cannot be used"),
         (("--data.batch_size=1000",), "data.batch_size: 1000"),
     ],
 )
-def test_an_unusable_job_leaves_nothing_behind(tmp_path: Path, arguments: tuple[str, ...], words: str) -> None:
+def test_unusable_job_leaves_nothing_behind(tmp_path: Path, arguments: tuple[str, ...], words: str) -> None:
     for result in run(tmp_path, *arguments):
         assert isinstance(result, UsageError)
         assert words in str(result)
@@ -277,17 +277,17 @@ def fill_the_disk(burn_in: BurnIn, _done: PassDone) -> None:
         lines.mkdir()
 
 
-def test_where_nothing_can_be_written_any_more_it_ends_and_tells(tmp_path: Path) -> None:
+def test_unwritable_folder_ends_burn_in_with_report(tmp_path: Path) -> None:
     for result in run(tmp_path, on_pass=fill_the_disk):
         assert isinstance(result, UsageError)
-        assert "cannot be written to any more (Is a directory)" in str(result)
+        assert "can no longer be written to (Is a directory)" in str(result)
     found = summary(tmp_path)
     assert (found["burn_in"]["ended"], found["burn_in"]["exit_code"], found["passes"]) == ("unusable", 2, 2)
     assert (tmp_path / "0.out").read_text().splitlines()[-1].startswith("BURN-IN found=0 suspects=none passes=2 ")
 
 
 @pytest.mark.cluster
-def test_the_command(tmp_path: Path) -> None:
+def test_burn_in_command(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "dreplica.commands.main", "burn-in", "--for=1s", "--replicas=2", "--json", *SMALL]
     process = subprocess.run(
         [*command, f"--run.root={tmp_path}", "--run.name=job"],
@@ -302,20 +302,20 @@ def test_the_command(tmp_path: Path) -> None:
     assert json.loads(process.stdout) == summary(tmp_path)
 
 
-def test_the_time_is_up_on_one_replica_and_a_request_counts_anywhere() -> None:
+def test_until_is_set_by_time_or_stop_request() -> None:
     told = StopRequest()
     assert not Until(told, 3600)
     assert Until(told, 0)
-    assert Until(told, 0).time_is_up
+    assert Until(told, 0).time_is_over
     other = Until(told, None)
     assert not other
     told.signal_name = "SIGTERM"
     assert other
-    assert not other.time_is_up
+    assert not other.time_is_over
 
 
-def test_how_long_has_to_be_said(capsys: pytest.CaptureFixture[str]) -> None:
+def test_duration_is_required(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["burn-in", "--replicas=2"]) == ExitCode.UNUSABLE
     assert "error: --for: a duration is required" in capsys.readouterr().err
     assert main(["burn-in", "--for=soon"]) == ExitCode.UNUSABLE
-    assert "error: --for: 'soon' will not do" in capsys.readouterr().err
+    assert "error: --for: expected a positive number and a unit (s, m, h or d), got 'soon'" in capsys.readouterr().err
