@@ -58,9 +58,8 @@ class AgreementCallback(Callback):
         optimizers = trainer.optimizers
         several = {f"optimizer{number}": optimizer for number, optimizer in enumerate(optimizers)}
         schedulers = [config.scheduler for config in trainer.lr_scheduler_configs]
-        if (
-            self._global_step != trainer.global_step
-        ):  # otherwise continue counting from this callback's own or saved state
+        # Equal if this callback, or the one whose state was loaded, counted up to here: then its count continues.
+        if self._global_step != trainer.global_step:
             self._global_step = self._steps_done = trainer.global_step
         self.agreement = Agreement(
             trainer.strategy.model,

@@ -66,9 +66,9 @@ def test_public_callables_document_their_interface(name: str) -> None:
     text = inspect.getdoc(value)
     assert text is not None
     described = text.partition("\nArgs:\n")[2]
-    for name, parameter in inspect.signature(value).parameters.items():
+    for argument, parameter in inspect.signature(value).parameters.items():
         stars = {parameter.VAR_POSITIONAL: "*", parameter.VAR_KEYWORD: "**"}.get(parameter.kind, "")
-        assert name == "self" or f"    {stars}{name}: " in described, name
+        assert argument == "self" or f"    {stars}{argument}: " in described, argument
     assert ("\nReturns:\n" in text) or name not in RETURNS
     assert ("\nRaises:\n" in text) or name not in RAISES
 
