@@ -14,9 +14,9 @@ from dreplica.agreement.arguments import invalid_argument
 class AgreementCallback(Callback):
     """Comparison of all replicas after every step of the optimizer, in Lightning's Trainer.
 
-    ::
-
-        trainer = lightning.Trainer(callbacks=[AgreementCallback()], strategy="ddp", devices=2)
+    ```python
+    trainer = lightning.Trainer(callbacks=[AgreementCallback()], strategy="ddp", devices=2)
+    ```
 
     All ranks raise `dreplica.Divergence` at the first difference. The callback compares the gradients of the step, the
     state of the optimizers, schedulers and loss scaler, and the weights. If all ranks must agree (without DDP), it also

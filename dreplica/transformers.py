@@ -14,9 +14,9 @@ from dreplica.agreement.subject import DDP_STAGES
 class AgreementCallback(TrainerCallback):
     """Comparison of all replicas after every step of the optimizer, in Hugging Face's Trainer.
 
-    ::
-
-        trainer = transformers.Trainer(model=model, args=args, train_dataset=data, callbacks=[AgreementCallback()])
+    ```python
+    trainer = transformers.Trainer(model=model, args=args, train_dataset=data, callbacks=[AgreementCallback()])
+    ```
 
     All ranks raise `dreplica.Divergence` at the first difference. The callback compares the gradients of the step, the
     state of the optimizer, scheduler and loss scaler, and the weights; with `ddp_broadcast_buffers=False` also the

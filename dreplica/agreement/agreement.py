@@ -7,16 +7,9 @@ from typing import Any, Literal, Unpack
 from torch import Tensor
 
 from dreplica.agreement import protocol
-from dreplica.agreement.arguments import (
-    InternalArguments,
-    check_algorithm,
-    check_choice,
-    check_every,
-    check_internal,
-    check_stages,
-)
+from dreplica.agreement.arguments import InternalArguments, check_algorithm, check_arguments, check_stages
 from dreplica.agreement.exchange import Exchange
-from dreplica.agreement.hasher import Hasher, Observation, hasher_for, negotiated_hasher
+from dreplica.agreement.hasher import Observation, negotiated_hasher
 from dreplica.agreement.reference import ReferenceDifference, ReferenceDiffers
 from dreplica.agreement.subject import Batch, Expect, Models, Subject
 from dreplica.agreement.trace.writer import TraceWriter
@@ -33,14 +26,14 @@ _PASSED_TO_STEP = frozenset({"indices", "batch", "output"})
 class Agreement:
     """Comparison of the training state of all replicas after every step, bit for bit.
 
-    ::
-
-        agreement = dreplica.Agreement(model, optimizer)
-        for inputs, labels in loader:
-            ...
-            optimizer.step()
-            agreement.step(batch=(inputs, labels), loss=loss)
-        agreement.finish()
+    ```python
+    agreement = dreplica.Agreement(model, optimizer)
+    for inputs, labels in loader:
+        ...
+        optimizer.step()
+        agreement.step(batch=(inputs, labels), loss=loss)
+    agreement.finish()
+    ```
 
     Creating an `Agreement` compares the build (step 0), the random number generators included.
     Seed those of Python, NumPy and torch with the same values on every replica first.
@@ -105,12 +98,7 @@ class Agreement:
         steps_done: int = 0,
         **internal: Unpack[InternalArguments],
     ) -> None:
-        if expect is not None:
-            check_choice("expect", expect, ("identical", "independent", "ddp"))
-        check_choice("on_divergence", on_divergence, ("stop", "continue"))
-        check_choice("lag", lag, (0, 1))
-        check_every(every)
-        check_internal(internal, internal.get("trace"))
+        check_arguments(expect, on_divergence, lag, every, internal)
         self.steps_done = self._steps_before = steps_done
         self.steps_checked = 0
         self.stages_compared = 0
@@ -130,11 +118,12 @@ class Agreement:
         self._lag = lag
         self._stoppable = internal.get("stoppable", False)
         self._channel = internal.get("channel") or gloo_channel()
-        self.hasher = internal.get("hasher") or self._choose_hasher()
+        devices = (tensor.device for tensor in self._subject.tensors())
+        self.hasher = internal.get("hasher") or negotiated_hasher(devices, self._channel if every else None)
         trace = internal.get("trace") or TraceWriter(None, self._channel.size, algorithm=self.hasher.algorithm)
         check_algorithm(trace, self.hasher)
-        is_ddp = self._expect == "ddp"
-        self._exchange = Exchange(self._channel, self.hasher, trace, internal.get("reference"), is_ddp)
+        reference, is_ddp = internal.get("reference"), self._expect == "ddp"
+        self._exchange = Exchange(self._channel, self.hasher, trace, reference, is_ddp)
         self._wants_stop = False
         self._stop = False
         self._last_checked = -1
@@ -309,10 +298,6 @@ class Agreement:
             Stage name to its digests, in causal order, for the stages that are compared.
         """
         return self._start(self._subject.after_step(indices, batch, outputs, loss)).stages
-
-    def _choose_hasher(self) -> Hasher:
-        devices = (tensor.device for tensor in self._subject.tensors())
-        return negotiated_hasher(devices, self._channel) if self._every else hasher_for(devices)
 
     def _compare_state(self) -> None:
         """Compare the current state, unless the last step's comparison covered it."""

@@ -1,6 +1,6 @@
 """Checks of the arguments of `Agreement`."""
 
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any, TypedDict, get_type_hints
 
 from dreplica.agreement.hasher import Hasher
@@ -42,14 +42,30 @@ def invalid_argument(name: str, value: Any, text: str, code: str = "invalid-argu
     return UsageError(text, code=code, argument=name, value=value)
 
 
-def check_choice(name: str, value: Any, choices: Sequence[Any]) -> None:
-    """Raise `UsageError` unless `value` is one of `choices`.
+def check_arguments(expect: Any, on_divergence: Any, lag: Any, every: Any, internal: Mapping[str, Any]) -> None:
+    """Check the arguments of `Agreement` that depend on nothing else.
 
     Args:
-        name: The argument's name.
-        value: The value that was passed.
-        choices: The valid values, at least two.
+        expect: As for `Agreement`.
+        on_divergence: As for `Agreement`.
+        lag: As for `Agreement`.
+        every: As for `Agreement`.
+        internal: The further keyword arguments of `Agreement`.
+
+    Raises:
+        UsageError: If a value is invalid.
+        TypeError: If a keyword argument does not exist.
     """
+    if expect is not None:
+        _check_choice("expect", expect, ("identical", "independent", "ddp"))
+    _check_choice("on_divergence", on_divergence, ("stop", "continue"))
+    _check_choice("lag", lag, (0, 1))
+    _check_every(every)
+    _check_internal(internal, internal.get("trace"))
+
+
+def _check_choice(name: str, value: Any, choices: Sequence[Any]) -> None:
+    """Raise `UsageError` unless `value` is one of `choices`, of which there are at least two."""
     if value not in choices:
         *first, last = map(repr, choices)
         hint = nearest(value, choices) if isinstance(value, str) and isinstance(choices[0], str) else ""
@@ -57,7 +73,7 @@ def check_choice(name: str, value: Any, choices: Sequence[Any]) -> None:
         raise invalid_argument(name, value, f"{name} must be {', '.join(first)} or {last}, got {value!r}.{hint}")
 
 
-def check_every(every: Any) -> None:
+def _check_every(every: Any) -> None:
     """Raise `UsageError` unless `every` is an integer of at least 0."""
     if not isinstance(every, int):
         text = f"every must be an integer, got {every!r}. Pass a number of steps, or 0 to disable comparisons."
@@ -88,7 +104,7 @@ def check_stages(stages: Collection[str] | None, expect: str) -> None:
             )
 
 
-def check_internal(names: Iterable[str], trace: Any) -> None:
+def _check_internal(names: Iterable[str], trace: Any) -> None:
     """Raise an error for an unknown keyword argument or a trace that cannot be written to."""
     for name in names:
         if name not in get_type_hints(InternalArguments):

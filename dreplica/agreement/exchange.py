@@ -73,7 +73,7 @@ class Exchange:
         phase: str | None,
         recorded: bool,
     ) -> protocol.CombinedDigest:
-        """Start a comparison; the one before must be complete.
+        """Start a comparison, once the one before is complete.
 
         Args:
             step: The training step.
@@ -105,7 +105,7 @@ class Exchange:
         return current.posted
 
     def complete(self) -> Compared | None:
-        """Complete the comparison in progress and record it; None if there is none."""
+        """Complete and record the comparison in progress, or return None if there is none."""
         done, self._in_progress = self._in_progress, None
         if done is None:
             return None

@@ -201,12 +201,16 @@ def describe_fallback(algorithms: Iterable[str]) -> str:
     return f"fingerprints are computed on the CPU, because not all replicas support the same algorithm: {rows}"
 
 
-def negotiated_hasher(devices: Iterable[torch.device], channel: Channel) -> Hasher:
+def negotiated_hasher(devices: Iterable[torch.device], channel: Channel | None) -> Hasher:
     """Return the hasher of `common_hasher` and log a warning if replicas support different algorithms.
+
+    Without a channel, return this replica's own hasher.
 
     Note:
         Collective: call it on every rank.
     """
+    if channel is None:
+        return hasher_for(devices)
     hasher, algorithms = common_hasher(devices, channel)
     if len(set(algorithms)) > 1:
         log.warning(describe_fallback(algorithms))

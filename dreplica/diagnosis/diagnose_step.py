@@ -45,12 +45,13 @@ def diagnose(
 ) -> Verdict:
     """Run a training step twice on every replica, from one state, and locate the first operator that differs.
 
-    ::
-
-        try:
-            agreement.step(batch=batch, loss=loss)
-        except dreplica.Divergence as divergence:
-            print(dreplica.diagnose(training_step, batch, model, optimizer, found=divergence.verdict))
+    ```python
+    try:
+        agreement.step(batch=batch, loss=loss)
+    except dreplica.Divergence as divergence:
+        verdict = dreplica.diagnose(training_step, batch, model, optimizer, found=divergence.verdict)
+        print(verdict.cause, verdict.operator)
+    ```
 
     If replicas hold different states, all use the state of the first replica of the largest group during the
     diagnosis. Afterwards model, optimizer, `others` and the global generators are restored byte for byte. Anything else

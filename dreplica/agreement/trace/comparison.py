@@ -166,7 +166,7 @@ def _same_beginning(one: Trace, other: Trace, found: Comparison) -> Start:
 
 
 def _stages_of(kind: bytes) -> list[str]:
-    """Return the stages of a line whose hex digits were removed; their names are still distinct."""
+    """Return the stages of a line whose hex digits were removed, which leaves their names distinct."""
     return [stage for stage, name in _NAMES.items() if b'"%s": ""' % name in kind]
 
 

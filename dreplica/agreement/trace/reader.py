@@ -56,11 +56,11 @@ class Start(NamedTuple):
 class Trace:
     """The recorded digests of a run, read from its run folder.
 
-    ::
-
-        trace = dreplica.Trace("runs/a")
-        for line in trace.lines():
-            print(line.key, line.agreed, trace.digests(line)["weights"])
+    ```python
+    trace = dreplica.Trace("runs/a")
+    for line in trace.lines():
+        print(line.key, line.agreed, trace.digests(line)["weights"])
+    ```
 
     Args:
         path: Path of the run folder, or of its `trace.jsonl`.

@@ -27,7 +27,7 @@ class TraceWriter:
     Args:
         path: Path of the file to append to, or None to write nothing.
         num_replicas: Number of replicas, for the header.
-        num_lines: Number of existing lines to keep as they are. The steps of later lines are repeated.
+        num_lines: Number of existing lines to keep. The steps of later lines are repeated.
         tensors: Where the digests of individual tensors are recorded, or None.
         algorithm: Name of the hash functions of the digests, for the header.
 

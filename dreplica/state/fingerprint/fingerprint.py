@@ -40,9 +40,9 @@ class UnhashableError(DreplicaError, TypeError):
 def fingerprint(tensors: Mapping[str, Tensor]) -> dict[str, str]:
     """Compute the fingerprint of each tensor: 128 bits over its name, dtype, shape and bytes.
 
-    ::
-
-        dreplica.fingerprint(dict(model.named_parameters()))  # {"fc.bias": "bfcb3a13...", ...}
+    ```python
+    dreplica.fingerprint(dict(model.named_parameters()))  # {"fc.bias": "bfcb3a13...", ...}
+    ```
 
     Equal fingerprints mean equal bits, not just equal values: -0.0 differs from 0.0, and NaN equals itself. The memory
     layout does not matter. Tensors on a GPU are copied to the CPU.
