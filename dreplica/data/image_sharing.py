@@ -141,7 +141,7 @@ def cache_on_device(data: DataSets, config: DataConfig, device: torch.device, wo
 
 
 def _make_stores(data: DataSets, config: DataConfig, device: torch.device, num_copies: int) -> list[DeviceImageStore]:
-    """Return storage for the training and validation images; `num_copies` replicas need it on the same device."""
+    """Return storage for the images, of which `num_copies` replicas keep a copy on the same device."""
     sets = [part.dataset if isinstance(part, SampleSubset) else part for part in (data.train, data.val)]
     if any(part.augmentation.transform is not None for part in sets):  # type: ignore[attr-defined]
         raise _cache_error(

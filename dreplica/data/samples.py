@@ -96,7 +96,7 @@ class TensorImages(Dataset[Sample]):
 
 
 class SampleSubset(Dataset[Sample]):
-    """Some samples of a data set, augmented as they are in the whole set.
+    """Some samples of a data set, augmented like the same samples of the whole set.
 
     Args:
         dataset: The whole set.

@@ -159,9 +159,9 @@ def broadcast_state(model: nn.Module, channel: Channel, with_rng: bool) -> None:
 
 
 def compile_model(model: nn.Module, backend: bool | str, device: torch.device) -> None:
-    """Compile `model` in place with torch.compile; parameters, names and state_dict keys do not change.
+    """Compile `model` in place with torch.compile.
 
-    Nothing is compiled before the first forward pass.
+    Parameters, names and state_dict keys do not change. Nothing is compiled before the first forward pass.
 
     Args:
         model: The model to compile.

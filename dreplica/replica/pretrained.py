@@ -99,7 +99,7 @@ def read_weights(path: Path, remedy: str) -> Any:
         remedy: The end of the message if the file is missing or damaged.
 
     Returns:
-        The content: a mapping of names to tensors, or whatever was saved.
+        The content: a mapping of names to tensors, or any other saved object.
 
     Raises:
         UsageError: If the file is missing, damaged, of another kind, or holds more than tensors.
@@ -149,7 +149,7 @@ def _weights_error(problem: str, code: str, path: Path) -> UsageError:
 
 
 def _unwrap(found: Any, path: Path, model: nn.Module) -> "OrderedDict[str, Tensor]":
-    """Return the tensors by the model's own names; nesting and prefixes that were removed are logged."""
+    """Return the tensors by the model's own names, logging the nesting and prefixes that were removed."""
     removed = []
     while isinstance(found, Mapping) and (nest := next((key for key in _NESTS if _is_mapping(found, key)), None)):
         found = found[nest]
@@ -261,7 +261,7 @@ def _summarize(tensors: Mapping[str, Tensor]) -> str:
 
 
 def _report(fit: _Fit, source: str, path: Path, head: str | None, complete: bool) -> None:
-    """Log on rank 0 what was loaded; raise UsageError if weights that must be `complete` are not."""
+    """Log on rank 0 what was loaded, or raise UsageError if weights that must be `complete` are not."""
     if complete and fit.listed:
         raise _weights_error(
             f"{str(path)!r} does not hold {source}:{fit.listed}\n"

@@ -83,7 +83,7 @@ def fetch(published: Any) -> Path:
 
 
 def cache_path(published: Any) -> Path:
-    """Return the path where torchvision looks for the weights on this node; the file may be missing."""
+    """Return the path where torchvision looks for the weights on this node, whether or not the file exists."""
     return Path(torch.hub.get_dir(), "checkpoints", _file_name(published))
 
 

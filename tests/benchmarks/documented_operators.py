@@ -1,4 +1,4 @@
-"""What the installed torch documents as nondeterministic, and an example of each, with many writes to few places."""
+"""Operators that the installed torch documents as nondeterministic, with an example of each."""
 
 import re
 from collections.abc import Callable, Iterator
@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 Work = Callable[[], object]
-"""Runs the operator once, from the same inputs each time; its backward pass, too, if that is what is documented."""
+"""Runs the operator once from the same inputs, with its backward pass if that is what is documented."""
 
 
 @dataclass(frozen=True)
@@ -19,23 +19,24 @@ class Entry:
     """A line of the documentation of `torch.use_deterministic_algorithms`."""
 
     names: tuple[str, ...]
-    """As in `torch.nn.Conv2d`."""
+    """Names of the operators, such as `torch.nn.Conv2d`."""
     text: str
+    """The whole line."""
     raises: bool
-    """In which of its two lists it stands: operators that raise, or those that become deterministic."""
+    """True if it is in the list of operators that raise, False if in that of those that become deterministic."""
 
     @property
     def elsewhere(self) -> bool:
-        """Whether it is about devices that replicas do not run on, or about quantized tensors alone."""
+        """True if it is only about devices that replicas do not run on, or about quantized tensors."""
         return ("MPS" in self.text and "CUDA" not in self.text) or "quantized" in self.text
 
 
 def read_documentation(text: str) -> list[Entry]:
-    """The entries of both lists. Raises ValueError where the text does not have them."""
+    """Return the entries of both lists. Raises ValueError if the text does not have them."""
     _, _, rest = text.partition("will act")
     switching, found, raising = rest.partition("operations will throw")
     if not found:
-        raise ValueError("the documentation of torch.use_deterministic_algorithms has no longer its two lists")
+        raise ValueError("the documentation of torch.use_deterministic_algorithms no longer has its two lists")
     switching, raising = switching.partition("The following")[0], raising.partition("In addition")[0]
     return [*_entries(switching, raises=False), *_entries(raising, raises=True)]
 
@@ -52,26 +53,26 @@ class Case:
 
     name: str
     documented: str | None
-    """As the documentation names it; None for what is documented in other places."""
+    """Name in the documentation, None if it is documented elsewhere."""
     operator: str
-    """As the table of `dreplica.diagnosis.decision.nondeterministic_ops` has it: what a trace is expected to name."""
+    """Name that a trace should show, as in `dreplica.diagnosis.decision.nondeterministic_ops`."""
     make: Callable[[torch.device, int], Work]
-    """Given a device and about how many numbers to write."""
+    """Makes the work, given a device and about how many numbers to write."""
     by_process: bool = False
-    """Whether it varies from process to process, and not within one."""
+    """True if it varies from process to process, but not within one."""
     benchmark: bool = False
-    """Whether cuDNN times its algorithms."""
+    """True if cuDNN times its algorithms."""
     devices: tuple[str, ...] = ("cuda", "cpu")
 
 
 def _images(device: torch.device, size: int, *shape: int) -> Tensor:
-    """(n, *shape) float32 that requires a gradient, of about `size` numbers."""
+    """Return about `size` random numbers, float32 (n, *shape), that require a gradient."""
     count = max(2, size // torch.Size(shape).numel())
     return torch.randn(count, *shape, device=device, requires_grad=True)
 
 
 def _through(function: Callable[[Tensor], Tensor], inputs: Tensor) -> Work:
-    """Forward and backward, the gradient of the output being noise."""
+    """Return work that runs forward and backward, with noise as the gradient of the output."""
     noise = torch.randn_like(function(inputs.detach()))
 
     def work() -> object:
@@ -85,12 +86,12 @@ def _backward(function: Callable[[Tensor], Tensor], *shape: int) -> Callable[[to
 
 
 def _places(device: torch.device, size: int, few: int = 8) -> Tensor:
-    """(size,) int64: where to write; each of a few places many times."""
+    """Return indices to write to, int64 (size,), each of a few places many times."""
     return torch.randint(few, (size,), device=device)
 
 
 def _writes(write: Callable[[Tensor, Tensor, Tensor], object]) -> Callable[[torch.device, int], Work]:
-    """Of many numbers into 8 places: `write(target, places, values)`."""
+    """Return a case's `make` for writes of many numbers into 8 places: `write(target, places, values)`."""
 
     def make(device: torch.device, size: int) -> Work:
         places, values = _places(device, size), torch.randn(size, device=device)
@@ -108,7 +109,7 @@ def _of(compute: Callable[[Tensor], object], *shape: int) -> Callable[[torch.dev
 
 
 def _few_numbers(compute: Callable[[Tensor], object]) -> Callable[[torch.device, int], Work]:
-    """Of numbers of which many are equal."""
+    """Return a case's `make` for an operator on numbers of which many are equal."""
 
     def make(device: torch.device, size: int) -> Work:
         values = torch.randint(4, (16, max(64, size // 16)), device=device).float()
@@ -128,7 +129,7 @@ def _bag(device: torch.device, size: int) -> Work:
 
 
 def _indexed(function: Callable[[Tensor, Tensor], Tensor]) -> Callable[[torch.device, int], Work]:
-    """The backward pass of reading a few places many times."""
+    """Return a case's `make` for the backward pass of reading a few places many times."""
 
     def make(device: torch.device, size: int) -> Work:
         places = _places(device, size)
@@ -398,7 +399,7 @@ CASES: tuple[Case, ...] = (
 
 @contextmanager
 def cudnn_benchmark(enabled: bool) -> Iterator[None]:
-    """Whether cuDNN times its algorithms, inside."""
+    """Enable or disable cuDNN's benchmark mode inside the context."""
     before = torch.backends.cudnn.benchmark
     torch.backends.cudnn.benchmark = enabled
     try:

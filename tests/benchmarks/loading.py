@@ -1,20 +1,20 @@
-"""What loading costs: decoding shared on a node, kept in memory, and against a plain DataLoader.
+"""Measure the cost of loading: decoding shared on a node, cached in memory, and against a plain DataLoader.
 
     python -m tests.benchmarks.loading
 
-The data are JPEGs of 2400 x 1800, made from scikit-learn's sample images; they are trained on at 224 x 224 with a small
-model, so the job is bound by decoding. All that is compared is timed in alternating rounds, ratios within a round.
+The data are JPEGs of 2400 x 1800, made from scikit-learn's sample images. A small model trains on them at 224 x 224, so
+the job is bound by decoding. What is compared is timed in alternating rounds, and ratios are taken within a round.
 
-Jobs: the trainer's own epoch (every stage compared at every step, and the evaluation), from the first batch asked for
-to the last prediction, workers' start included: by 1 replica, by 2 with `decode: node`, by 2 with `decode: replica`.
-`--workers` is how many there are on the machine, which 2 replicas have half each: more processes than cores that decode
-take the cache from each other.
+Jobs: the trainer's epoch (every stage compared at every step, and the evaluation), from the first batch requested to
+the last prediction, the start of workers included. It is run by 1 replica, by 2 with `decode: node`, and by 2 with
+`decode: replica`. `--workers` is the number of workers on the machine, half of which belong to each of 2 replicas: with
+more decoding processes than cores, they evict each other's data from the CPU caches.
 Limits: `node` at most 1.15 x the time of 1 replica, and at most 0.65 x that of `replica`.
 
 Loading alone: the first and the second epoch with `cache: memory` (limit: the second 10 x as fast) and, for comparison,
-with `cache: device`; and an epoch without a cache against torchvision's ImageFolder with the same transforms in a plain
-DataLoader, which normalises in its workers, as most write it, or whole batches, as this loader does. Limit: at least as
-fast as either.
+with `cache: device`. An epoch without a cache is compared with torchvision's ImageFolder with the same transforms in a
+plain DataLoader, which normalizes in its workers, as is usual, or whole batches, as this loader does. Limit: at least
+as fast as either.
 """
 
 import argparse
@@ -57,7 +57,7 @@ BATCH_SIZE = 16
 
 
 def make_photographs(root: Path, num_images: int) -> None:
-    """Large JPEGs, a folder per class."""
+    """Write large JPEGs, in a folder per class."""
     for name in CLASSES:
         (root / name).mkdir()
         for number in range(num_images // len(CLASSES)):
@@ -67,13 +67,13 @@ def make_photographs(root: Path, num_images: int) -> None:
 
 
 def small_model(num_classes: int) -> nn.Module:
-    """A convolution and a head."""
+    """Build a model of a convolution and a head."""
     layers = (nn.Conv2d(3, 8, 7, stride=4), nn.ReLU(), nn.AdaptiveAvgPool2d(4), nn.Flatten())
     return nn.Sequential(*layers, nn.Linear(8 * 16, num_classes))
 
 
 def settings(root: str, num_workers: int, *more: str) -> list[str]:
-    """Of every job here."""
+    """Return the arguments that all jobs here share."""
     return [
         "--data.name=imagefolder",
         f"--data.root={root}",
@@ -83,14 +83,14 @@ def settings(root: str, num_workers: int, *more: str) -> list[str]:
         "--data.augment=flip",
         "--model.factory=tests.benchmarks.loading:small_model",
         "--schedule={}",
-        "--optim.lr=1e-4",  # once it has learnt all, gradients are denormal numbers, ten times as slow on a CPU
+        "--optim.lr=1e-4",  # a fitted model has denormal gradients, which are ten times as slow on a CPU
         "--train.epochs=1",
         *more,
     ]
 
 
 def time_job(world: World, arguments: list[str]) -> float:
-    """Seconds that this replica takes to train and evaluate an epoch."""
+    """Return the seconds that this replica takes to train and evaluate an epoch."""
     multiprocessing.set_start_method("fork", force=True)
     multiprocessing.current_process()._config["daemon"] = False  # type: ignore[attr-defined]  # it has workers
     config = load_config(arguments, world.num_replicas)
@@ -101,7 +101,7 @@ def time_job(world: World, arguments: list[str]) -> float:
     history = History(replica, config.agreement.snapshot_every)
     agreement = Agreement(replica.model, replica.optimizer, lag=AGREEMENT_LAG, channel=world.channel)
     coordinator = IndexSampler(world.channel, 0)
-    world.channel.gather(None)  # all begin together
+    world.channel.gather(None)  # all replicas start together
     began = time.perf_counter()
     for _ in train(replica, data, coordinator, agreement, config, world, CPU, StopRequest(), history):
         pass
@@ -109,7 +109,7 @@ def time_job(world: World, arguments: list[str]) -> float:
 
 
 def time_jobs(root: str, num_workers: int, rounds: int) -> dict[str, list[float]]:
-    """Per kind of job, seconds of the slowest replica, round by round."""
+    """Return the seconds of the slowest replica in each round, by kind of job."""
     jobs = {"1 replica": (1, "replica"), "2 replicas, node": (2, "node"), "2 replicas, replica": (2, "replica")}
     seconds: dict[str, list[float]] = {name: [] for name in jobs}
     for number in range(rounds):
@@ -123,13 +123,13 @@ def time_jobs(root: str, num_workers: int, rounds: int) -> dict[str, list[float]
 
 
 def prepared(root: str, num_workers: int, *more: str) -> DataSets:
-    """The data alone, in this process."""
+    """Load the data in this process alone."""
     config = load_config(settings(root, num_workers, *more), 1)
     return prepare_data(config.data, 0, ALONE, CPU)
 
 
 def load(data: DataSets, num_workers: int, epoch: int) -> float:
-    """Seconds to load an epoch with this loader."""
+    """Return the seconds to load an epoch with this loader."""
     began = time.perf_counter()
     stream = IndexSampler(Channel(), 0).training_batches(len(data.train), BATCH_SIZE, epoch)  # type: ignore[arg-type]
     for _ in load_batches(at_epoch(data.train, epoch), stream, CPU, num_workers, 0, epoch):
@@ -138,7 +138,7 @@ def load(data: DataSets, num_workers: int, epoch: int) -> float:
 
 
 def load_plainly(root: str, images: Images, num_workers: int, whole_batches: bool) -> float:
-    """Seconds to load as many of the same files with torch's own loader."""
+    """Return the seconds to load the same files with torch's DataLoader."""
     mean, std = images.normalization
     steps = [v2.Resize(256), v2.CenterCrop(224), v2.RandomHorizontalFlip(), v2.PILToTensor()]
     if not whole_batches:
@@ -153,13 +153,13 @@ def load_plainly(root: str, images: Images, num_workers: int, whole_batches: boo
 
 
 def speeds_against_plain(root: str, num_workers: int, rounds: int) -> dict[str, list[float]]:
-    """Images per second of this loader over those of each plain one, round by round."""
+    """Return the speed of this loader relative to each plain one, in each round."""
     data = prepared(root, num_workers)
     assert isinstance(data.train, Images)
     loaders: dict[str, Callable[[], float]] = {
         "this": partial(load, data, num_workers, 1),
-        "one that normalises in its workers": partial(load_plainly, root, data.train, num_workers, False),
-        "one that normalises whole batches": partial(load_plainly, root, data.train, num_workers, True),
+        "one that normalizes in its workers": partial(load_plainly, root, data.train, num_workers, False),
+        "one that normalizes whole batches": partial(load_plainly, root, data.train, num_workers, True),
     }
     ratios: dict[str, list[float]] = {name: [] for name in loaders if name != "this"}
     for number in range(rounds):
@@ -169,13 +169,13 @@ def speeds_against_plain(root: str, num_workers: int, rounds: int) -> dict[str, 
     return ratios
 
 
-def say(what: str, ratios: list[float], limit: str) -> None:
-    """The median, and the range."""
+def print_ratios(what: str, ratios: list[float], limit: str) -> None:
+    """Print the median and the range."""
     print(f"{what}: {statistics.median(ratios):.3f} x ({min(ratios):.3f} to {max(ratios):.3f}){limit}", flush=True)
 
 
 def main() -> None:
-    """Prints a line for each limit."""
+    """Print a line for each limit."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--images", type=int, default=600)
     parser.add_argument("--workers", type=int, default=2)
@@ -190,15 +190,15 @@ def main() -> None:
             print(f"{name}: {statistics.median(values):.2f} s ({min(values):.2f} to {max(values):.2f})")
         for other, limit in (("1 replica", "1.15"), ("2 replicas, replica", "0.65")):
             ratios = [a / b for a, b in zip(seconds["2 replicas, node"], seconds[other], strict=True)]
-            say(f"time of 2 replicas with decode: node against {other}", ratios, f"; limit: at most {limit}")
+            print_ratios(f"time of 2 replicas with decode: node against {other}", ratios, f"; limit: at most {limit}")
         for cache, limit in (("memory", "; limit: at least 10"), ("device", "")):
             gains = []
             for _ in range(max(1, rounds // 2)):
                 data = prepared(root, num_workers, f"--data.cache={cache}")
                 gains.append(load(data, num_workers, 1) / load(data, num_workers, 2))
-            say(f"speed of the second epoch against the first with cache: {cache}", gains, limit)
+            print_ratios(f"speed of the second epoch against the first with cache: {cache}", gains, limit)
         for name, ratios in speeds_against_plain(root, num_workers, rounds).items():
-            say(f"speed of this loader against {name}", ratios, "; limit: at least 1")
+            print_ratios(f"speed of this loader against {name}", ratios, "; limit: at least 1")
 
 
 if __name__ == "__main__":

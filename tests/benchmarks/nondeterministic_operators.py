@@ -1,12 +1,12 @@
-"""Which operators vary on this machine, against what PyTorch documents.
+"""Compare the operators that vary on this machine with PyTorch's documentation.
 
     python -m tests.benchmarks.nondeterministic_operators --write docs/nondeterministic_operators.md
 
-Each operator of the documentation of `torch.use_deterministic_algorithms`, and some that other pages warn of, is run a
-number of times from the same inputs, on the GPU if there is one, every operator recorded and compared as in a replay.
-Columns: what is documented; whether strict mode raises; whether two runs differ in mode off, and which operator is then
-found; whether they still differ with the remedy that a verdict gives for it, if that is a setting. Ends with 1 if the
-operator found is not the one expected, or if a remedy does not help.
+Each operator in the documentation of `torch.use_deterministic_algorithms`, and some that other pages warn about, is run
+several times from the same inputs, on the GPU if there is one. All operators are recorded and compared as in a replay.
+The columns say what is documented, if strict mode raises, if two runs differ in mode off and which operator is then
+found, and if they agree with the verdict's remedy, where that is a setting. The exit code is 1 if the operator found is
+not the expected one, or if a remedy does not help.
 """
 
 import argparse
@@ -32,13 +32,13 @@ SIZES = {"cuda": 2**20, "cpu": 2**12}
 OFF = DeterminismConfig(mode="off")
 STRICT = DeterminismConfig()
 _REFUSES = "deterministic"
-"""In what torch raises where there is no deterministic algorithm."""
+"""A word in the text of torch's errors about operators without a deterministic algorithm."""
 _UNAVAILABLE = ("No available kernel", "not available", "Could not run", "not implemented")
 
 
 @dataclass(frozen=True)
 class Row:
-    """What was seen of one case."""
+    """The result of one case."""
 
     case: Case
     documented: str
@@ -50,7 +50,7 @@ class Row:
     is_wrong: bool = False
 
     def cells(self) -> list[str]:
-        """As the table has them."""
+        """Return the cells of the table's row."""
         name = f"`{self.found}`" if self.found else ""
         remedy = f"`{self.remedy}`" if self.remedy.startswith("--") else self.remedy
         return [self.case.name, self.documented, self.raises, self.differs, name, remedy, self.helps]
@@ -68,7 +68,7 @@ COLUMNS = (
 
 
 def documented_as(case: Case) -> str:
-    """In which of the documentation's lists it stands, on this release."""
+    """Return in which of the documentation's lists the operator is, for the installed torch."""
     entries = read_documentation(torch.use_deterministic_algorithms.__doc__ or "")
     lists = {entry.raises for entry in entries if case.documented in entry.names and not entry.elsewhere}
     words = [word for raises, word in ((False, "deterministic in strict mode"), (True, "raises")) if raises in lists]
@@ -76,7 +76,14 @@ def documented_as(case: Case) -> str:
 
 
 def records_of(case: Case, device: torch.device, config: DeterminismConfig, repeats: int) -> list[list[OpRecord]]:
-    """The operators of each of `repeats` runs from the same inputs, with such settings."""
+    """Run a case several times from the same inputs, and return the operators of each run.
+
+    Args:
+        case: The case.
+        device: The device to run on.
+        config: Settings of determinism.
+        repeats: Number of runs.
+    """
     apply_determinism(replace_benchmark(config, case.benchmark))
     torch.manual_seed(0)
     with warnings.catch_warnings():
@@ -91,29 +98,35 @@ def records_of(case: Case, device: torch.device, config: DeterminismConfig, repe
 
 
 def replace_benchmark(config: DeterminismConfig, benchmark: bool) -> DeterminismConfig:
-    """`config`, with cuDNN's choice by timing where mode `off` allows it."""
+    """Return `config` with cuDNN's benchmark mode, if mode `off` allows it."""
     return config.model_copy(update={"cudnn_benchmark": benchmark and config.mode == "off"})
 
 
 def differing_operator(runs: Sequence[Sequence[OpRecord]]) -> str | None:
-    """The first operator that gave something else in any of the runs than in the first; None if none did."""
+    """Return the first operator whose result differs between the first and any other run, None if none does."""
     places = [place for run in runs[1:] if (place := first_difference(runs[0], run)) is not None]
     return min(places, key=lambda place: place.index).record.name if places else None
 
 
-def look_at(case: Case, device: torch.device, repeats: int) -> Row:
-    """Runs one case in mode off and in strict mode."""
+def run_case(case: Case, device: torch.device, repeats: int) -> Row:
+    """Run one case in mode off and in strict mode.
+
+    Args:
+        case: The case.
+        device: The device to run on.
+        repeats: Number of runs in each mode.
+    """
     row = Row(case, documented_as(case))
     if device.type not in case.devices:
         return replace(row, differs="not on this device")
     try:
-        return _look_at(case, row, device, repeats)
-    except (RuntimeError, subprocess.CalledProcessError) as error:  # the table is of use without this one
+        return _run_case(case, row, device, repeats)
+    except (RuntimeError, subprocess.CalledProcessError) as error:  # the table is useful without this case
         text = getattr(error, "stderr", None) or str(error)
         return replace(row, differs=f"fails: {text.strip().splitlines()[-1]}", is_wrong=True)
 
 
-def _look_at(case: Case, row: Row, device: torch.device, repeats: int) -> Row:
+def _run_case(case: Case, row: Row, device: torch.device, repeats: int) -> Row:
     try:
         found = _find(case, device, OFF, repeats)
         flags = numerics_flags()
@@ -130,7 +143,7 @@ def _look_at(case: Case, row: Row, device: torch.device, repeats: int) -> Row:
         if _REFUSES in str(error):
             row = replace(row, raises="yes")
         elif any(words in str(error) for words in _UNAVAILABLE):
-            row = replace(row, raises="takes another backend")
+            row = replace(row, raises="uses another backend")
         else:
             raise
     if found is None:
@@ -140,7 +153,7 @@ def _look_at(case: Case, row: Row, device: torch.device, repeats: int) -> Row:
     row = replace(row, remedy=explanation.remedy[0])
     row = replace(row, is_wrong=found not in _names(case) or not explanation.known)
     if row.raises == "yes" or not settings:
-        return replace(row, helps="no setting does: strict mode stops there")
+        return replace(row, helps="no setting helps: strict mode raises there")
     return replace(row, helps="yes" if remains is None else "NO", is_wrong=row.is_wrong or remains is not None)
 
 
@@ -156,11 +169,11 @@ def _find(case: Case, device: torch.device, config: DeterminismConfig, repeats: 
 
 
 def _names(case: Case) -> set[str]:
-    """What a trace may call the operator: its table's entry with any overload, in place or not, and its relatives."""
+    """Return the names that a trace may give the operator: all overloads, in place or not, and related operators."""
     own = f"aten.{case.operator}"
-    alike = [name for name, other in DOCUMENTED.items() if other == DOCUMENTED.get(own)] or [own]
+    related = [name for name, other in DOCUMENTED.items() if other == DOCUMENTED.get(own)] or [own]
     names = set()
-    for name in alike:
+    for name in related:
         packet, _, overload = name.removeprefix("aten.").partition(".")
         overloads = [overload] if overload else getattr(torch.ops.aten, packet).overloads()
         names |= {f"aten.{packet}.{each}" for each in overloads}
@@ -168,7 +181,7 @@ def _names(case: Case) -> set[str]:
 
 
 def as_markdown(rows: Sequence[Row], title: str) -> str:
-    """A page with the table."""
+    """Return a page with the table."""
     lines = ["# Nondeterministic operators, as documented and as measured", "", title, ""]
     lines += [f"| {' | '.join(COLUMNS)} |", f"|{'---|' * len(COLUMNS)}"]
     lines += [f"| {' | '.join(cell.replace('|', ' ') for cell in row.cells())} |" for row in rows]
@@ -176,7 +189,7 @@ def as_markdown(rows: Sequence[Row], title: str) -> str:
 
 
 def main() -> int:
-    """Prints or writes the table."""
+    """Print or write the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("names", nargs="*", help="parts of names of cases; by default all")
     parser.add_argument("--repeats", type=int, default=10)
@@ -194,7 +207,7 @@ def main() -> int:
     rows = []
     for case in CASES:
         if not arguments.names or any(name in case.name for name in arguments.names):
-            rows.append(look_at(case, device, arguments.repeats))
+            rows.append(run_case(case, device, arguments.repeats))
             print(" | ".join(rows[-1].cells()) + ("  <-- NOT AS EXPECTED" if rows[-1].is_wrong else ""), flush=True)
     where = torch.cuda.get_device_name(0) if device.type == "cuda" else f"the CPU, {STRICT.threads} thread"
     title = (

@@ -1,4 +1,4 @@
-"""The examples are those of the installed torch's documentation, and run what they say."""
+"""Tests that the examples cover the installed torch's documentation and run their operators."""
 
 from collections.abc import Callable, Iterator
 
@@ -11,22 +11,22 @@ from dreplica.diagnosis.tracing.op_tracer import OpTracer
 from dreplica.environment.determinism import apply_determinism
 from tests.benchmarks import nondeterministic_operators as benchmark
 from tests.benchmarks.documented_operators import CASES, Case, Work, read_documentation
-from tests.benchmarks.nondeterministic_operators import Row, as_markdown, documented_as, look_at
+from tests.benchmarks.nondeterministic_operators import Row, as_markdown, documented_as, run_case
 
 CPU = torch.device("cpu")
-OTHERWISE_ON_CPU = {"LSTM"}
-"""Cases of operators that only CUDA has."""
+DIFFERENT_ON_CPU = {"LSTM"}
+"""Cases whose operator exists only on CUDA."""
 
 
 @pytest.fixture(autouse=True)
-def settings_as_before() -> Iterator[None]:
+def restored_settings() -> Iterator[None]:
     threads, default = torch.get_num_threads(), DeterminismConfig(mode="off")
     yield
     apply_determinism(default.model_copy(update={"threads": threads}))
 
 
-def test_every_documented_operator_has_an_example_and_stands_in_the_table() -> None:
-    """Of this release, whichever it is: one that torch adds is missing here until somebody has looked at it."""
+def test_every_documented_operator_has_an_example() -> None:
+    """An operator that a new release of torch documents fails here until an example is added."""
     entries = read_documentation(torch.use_deterministic_algorithms.__doc__ or "")
     documented = {name for entry in entries if not entry.elsewhere for name in entry.names}
     assert documented - {case.documented for case in CASES} == set()
@@ -35,7 +35,7 @@ def test_every_documented_operator_has_an_example_and_stands_in_the_table() -> N
     assert len({case.name for case in CASES}) == len(CASES)
 
 
-def test_documentation_is_read_with_conditions_and_both_lists() -> None:
+def test_documentation_is_read_with_both_lists() -> None:
     text = """The following will act deterministically when ``mode=True``:
 
         * :func:`torch.bmm` when called on sparse-dense CUDA tensors
@@ -65,38 +65,38 @@ def test_documentation_is_read_with_conditions_and_both_lists() -> None:
 
 
 @pytest.mark.parametrize("case", [case for case in CASES if "cpu" in case.devices], ids=lambda case: case.name)
-def test_an_example_runs_its_operator(case: Case) -> None:
+def test_example_runs_its_operator(case: Case) -> None:
     work = case.make(CPU, 256)
     with OpTracer() as tracer:
         work()
     names = {record.name for record in tracer.records}
-    assert bool(names & benchmark._names(case)) == (case.name not in OTHERWISE_ON_CPU), names
+    assert bool(names & benchmark._names(case)) == (case.name not in DIFFERENT_ON_CPU), names
 
 
 def row_of(make: Callable[[torch.device, int], Work], operator: str = "index_add") -> Row:
-    return look_at(Case("mine", None, operator, make), CPU, repeats=3)
+    return run_case(Case("mine", None, operator, make), CPU, repeats=3)
 
 
-def test_what_repeats_does_not_differ() -> None:
+def test_repeatable_operator_does_not_differ() -> None:
     assert row_of(lambda device, size: lambda: torch.ones(2) + 1).differs == "no"
 
 
-def test_what_varies_is_found_and_one_that_is_not_expected_is_wrong() -> None:
-    """On the CPU, no operator of the table varies by itself."""
+def test_unexpected_varying_operator_is_wrong() -> None:
+    """On the CPU no operator of the table varies, so random numbers stand in for one."""
     row = row_of(lambda device, size: lambda: torch.rand(2))
     assert (row.differs, row.found, row.is_wrong) == ("yes", "aten.rand.default", True)
     page = as_markdown([row], "Title.")
     assert "| mine | elsewhere | no | yes | `aten.rand.default` |" in page
 
 
-def test_a_case_that_fails_takes_nothing_from_the_others() -> None:
+def test_failing_case_becomes_a_row() -> None:
     row = row_of(lambda device, size: lambda: torch.ones(2) @ torch.ones(3))
     assert row.is_wrong
     assert row.differs.startswith("fails: inconsistent tensor size")
 
 
-def test_strict_mode_is_seen_to_raise() -> None:
+def test_row_says_that_strict_mode_raises() -> None:
     (case,) = [case for case in CASES if case.name == "put_"]
-    row = look_at(case, CPU, repeats=2)
+    row = run_case(case, CPU, repeats=2)
     assert (row.documented, row.raises) == (documented_as(case), "yes")
     assert "raises" in row.documented

@@ -153,7 +153,7 @@ class SharedFileCache:
         return self.num_slots * _ENTRY_SIZE + slot * self.slot_size
 
     def _lock(self, slot: int) -> bool:
-        """Lock the slot without waiting; return True on success."""
+        """Lock the slot without waiting, and return True on success."""
         try:
             fcntl.lockf(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, slot)
         except (BlockingIOError, PermissionError):

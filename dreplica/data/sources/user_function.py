@@ -31,7 +31,7 @@ class DataFactory(Protocol):
     draw from a generator with a fixed seed, not from the global generators. The coordinator sends indices, so the data
     sets are map-style: `len(dataset)` and `dataset[index]`. Iterable data sets do not work.
 
-    Samples may be augmented in `dataset[index]`. To reproduce whatever the number of workers, make each draw depend
+    Samples may be augmented in `dataset[index]`. To reproduce with any number of workers, make each draw depend
     only on the index and the epoch, which a method `at_epoch(epoch)` receives, or set `data.augment`. The module
     `dreplica.data.samples` lists the other optional methods and attributes.
     """
@@ -105,7 +105,7 @@ def _check_map_style(config: DataConfig, which: str, dataset: Any) -> None:
 
 
 def _check_first_sample(config: DataConfig, which: str, dataset: Any, as_image: bool) -> Any:
-    """Return the first sample that loads, after checking its type; None if none loads.
+    """Return the first sample that loads, after checking its type, or None if none loads.
 
     A sample that does not load is reported, or skipped, later.
     """
