@@ -20,6 +20,7 @@ from pathlib import Path
 
 import torch
 
+from dreplica.agreement.verdict.remedy import Remedy
 from dreplica.config.schema import DeterminismConfig
 from dreplica.diagnosis.decision.nondeterministic_ops import DOCUMENTED, explain_operator
 from dreplica.diagnosis.evidence.observation import first_difference
@@ -45,14 +46,16 @@ class Row:
     raises: str = ""
     differs: str = ""
     found: str = ""
-    remedy: str = ""
+    remedy: Remedy | None = None
     helps: str = ""
     is_wrong: bool = False
 
     def cells(self) -> list[str]:
         """Return the cells of the table's row."""
         name = f"`{self.found}`" if self.found else ""
-        remedy = f"`{self.remedy}`" if self.remedy.startswith("--") else self.remedy
+        remedy = ""
+        if self.remedy is not None:
+            remedy = self.remedy.text if self.remedy.command is None else f"`{self.remedy.command}`"
         return [self.case.name, self.documented, self.raises, self.differs, name, remedy, self.helps]
 
 
@@ -149,7 +152,7 @@ def _run_case(case: Case, row: Row, device: torch.device, repeats: int) -> Row:
     if found is None:
         return replace(row, is_wrong=remains is not None, helps="" if remains is None else f"no: {remains} differs")
     explanation = explain_operator(found, device.type, flags)
-    settings = [line for line in explanation.remedy if line.startswith("--")]
+    settings = [remedy for remedy in explanation.remedy if remedy.settings]
     row = replace(row, remedy=explanation.remedy[0])
     row = replace(row, is_wrong=found not in _names(case) or not explanation.known)
     if row.raises == "yes" or not settings:
