@@ -1,14 +1,56 @@
-"""Process-wide settings, restored after each test."""
+"""Layers of tests, and process-wide settings that are restored after each test."""
 
 import logging
 import os
+import sys
 from collections.abc import Iterator
 
 import pytest
 import torch
 
+from tests.layers import PROCESS_EVENTS, layer_of
+
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read when Triton is imported
+
+
+_LAYERS = ("unit", "process", "job")
+_started: list[str] = []
+"""Processes that the running test has started, by audit event."""
+
+
+def _record_started(event: str, arguments: tuple[object, ...]) -> None:
+    if event in PROCESS_EVENTS:
+        _started.append(f"{event}{arguments[:2]}")
+
+
+sys.addaudithook(_record_started)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Keep tests that share a fixture on one process when `-n` is given."""
+    if getattr(config.option, "dist", "no") == "load":
+        config.option.dist = "loadgroup"
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Function]) -> None:
+    """Mark each test with its layer, unless it is marked already."""
+    for item in items:
+        if any(item.get_closest_marker(layer) for layer in _LAYERS):
+            continue
+        fixtures = [found.func for definitions in item._fixtureinfo.name2fixturedefs.values() for found in definitions]
+        item.add_marker(layer_of([item.function, *fixtures]))
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item: pytest.Item) -> Iterator[None]:
+    """Fail a unit test that starts a process."""
+    del _started[:]
+    result = yield
+    if _started and item.get_closest_marker("unit"):
+        pytest.fail(f"a unit test started a process: mark it with pytest.mark.process ({_started[0]})")
+    return result
 
 
 @pytest.fixture(autouse=True)

@@ -53,12 +53,14 @@ def fake_nvidia_smi(monkeypatch: pytest.MonkeyPatch, folder: Path, script: str) 
     monkeypatch.setenv("PATH", str(folder), prepend=":")
 
 
+@pytest.mark.process
 def test_nvidia_smi_rows_have_the_fields_asked_for(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     fake_nvidia_smi(monkeypatch, tmp_path, "echo '0, NVIDIA H200'; echo '1, [N/A]'")
     rows = hardware.ask_nvidia_smi(("index", "name"))
     assert rows == [{"index": "0", "name": "NVIDIA H200"}, {"index": "1", "name": "[N/A]"}]
 
 
+@pytest.mark.process
 def test_nvidia_smi_failure_is_returned_as_text(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     fake_nvidia_smi(monkeypatch, tmp_path, "echo no driver; exit 9")
     assert hardware.ask_nvidia_smi() == "nvidia-smi: no driver"

@@ -16,7 +16,7 @@ from tests.report.html.test_render import EVIL, poison
 
 sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
 
-pytestmark = pytest.mark.xdist_group("report")
+pytestmark = [pytest.mark.browser, pytest.mark.xdist_group("report")]
 
 EVIL_NAME = "<script>alert(1)</script>"
 PHONE, DESKTOP = (390, 844), (1280, 800)
