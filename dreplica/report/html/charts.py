@@ -73,8 +73,8 @@ def line_chart(
     Args:
         title: Title of the chart.
         epochs: Epochs along the x axis.
-        parts: Name (`training`, `validation`) to one row per epoch, with one value per replica. None stands for a
-            number that is infinite or NaN. With several parts, the first is dashed.
+        parts: Name (`training`, `validation`) to one row per epoch, with one value per replica. A value that is
+            infinite or NaN is None. With several parts, the first is dashed.
         in_percent: True if values are fractions, which are shown in percent.
         logarithmic: True for a logarithmic y axis. Values of 0 are then not drawn.
     """

@@ -1,4 +1,4 @@
-"""What a browser makes of the report: headless Chromium at the width of a phone and of a desktop."""
+"""report.html in headless Chromium, at the width of a phone and of a desktop."""
 
 import json
 import os
@@ -62,14 +62,14 @@ def browser() -> Iterator[Any]:
     with sync_api.sync_playwright() as playwright:
         if program is None and not Path(playwright.chromium.executable_path).exists():
             pytest.skip(f"no browser: none of {', '.join(PROGRAMS)} is on the PATH")
-        # A container's root has no namespaces to put a sandbox in; the pages are ours.
+        # root in a container cannot create a sandbox; the pages are from this test.
         browser = playwright.chromium.launch(executable_path=program, args=["--no-sandbox"])
         yield browser
         browser.close()
 
 
 class Opened:
-    """A page, with all that it did beside being shown."""
+    """An open page, with its console output, requests and dialogs."""
 
     def __init__(self, browser: Any, folder: Path, size: tuple[int, int], **options: Any) -> None:
         self.size = size
@@ -91,7 +91,7 @@ class Opened:
         dialog.dismiss()
 
     def is_quiet(self) -> bool:
-        """Whether it has said nothing, asked for nothing and fetched nothing but itself."""
+        """Return True if there was no console output, no dialog and no request but the page itself."""
         return (self.said, self.dialogs, self.requests) == ([], [], [self.url])
 
     def __enter__(self) -> "Opened":
@@ -103,7 +103,7 @@ class Opened:
 
 @pytest.mark.parametrize("size", [PHONE, DESKTOP], ids=["phone", "desktop"])
 @pytest.mark.parametrize("state", LABELS)
-def test_the_verdict_is_seen_at_once_and_nothing_else_happens(
+def test_verdict_is_visible_without_scrolling_or_requests(
     browser: Any, folders: dict[str, Path], state: str, size: tuple[int, int]
 ) -> None:
     with Opened(browser, folders[state], size) as opened:
@@ -112,13 +112,13 @@ def test_the_verdict_is_seen_at_once_and_nothing_else_happens(
         assert box["y"] >= 0
         assert box["y"] + box["height"] <= size[1], "all of it, without scrolling"
         assert verdict.locator(".label").inner_text().startswith(LABELS[state])
-        assert opened.page.evaluate("document.documentElement.scrollWidth") <= size[0], "nothing sticks out sideways"
+        assert opened.page.evaluate("document.documentElement.scrollWidth") <= size[0], "no horizontal overflow"
         opened.page.locator("details").evaluate_all("every => every.forEach(details => { details.open = true })")
-        assert opened.page.evaluate("document.documentElement.scrollWidth") <= size[0], "nor when all is unfolded"
+        assert opened.page.evaluate("document.documentElement.scrollWidth") <= size[0], "none with all details open"
         assert opened.is_quiet(), (opened.said, opened.dialogs, opened.requests)
 
 
-def test_a_name_that_is_a_script_does_nothing(browser: Any, folders: dict[str, Path]) -> None:
+def test_run_name_with_script_is_harmless(browser: Any, folders: dict[str, Path]) -> None:
     with Opened(browser, folders["diverged"], DESKTOP) as opened:
         assert opened.page.locator("header .name").inner_text() == EVIL_NAME
         assert opened.page.title() == f"{EVIL_NAME}: Diverged"
@@ -127,7 +127,7 @@ def test_a_name_that_is_a_script_does_nothing(browser: Any, folders: dict[str, P
         assert opened.is_quiet(), (opened.said, opened.dialogs, opened.requests)
 
 
-def test_markup_in_every_text_of_a_run_does_nothing(browser: Any, folders: dict[str, Path], tmp_path: Path) -> None:
+def test_markup_in_every_text_is_harmless(browser: Any, folders: dict[str, Path], tmp_path: Path) -> None:
     folder = Path(shutil.copytree(folders["diverged"], tmp_path / "run"))
     poison(folder)
     write_report(folder)
@@ -137,8 +137,8 @@ def test_markup_in_every_text_of_a_run_does_nothing(browser: Any, folders: dict[
         assert opened.is_quiet(), (opened.said, opened.dialogs, opened.requests)
 
 
-def test_a_script_that_is_not_the_page_s_own_is_not_run(browser: Any, folders: dict[str, Path], tmp_path: Path) -> None:
-    """Even if it gets into the page: the policy lets one script run, by its digest."""
+def test_foreign_script_is_blocked(browser: Any, folders: dict[str, Path], tmp_path: Path) -> None:
+    """The policy allows one script, by its digest, even if another one gets into the page."""
     page = (folders["agreed"] / "report.html").read_text()
     (tmp_path / "report.html").write_text(page.replace("<main>", f"<main>{EVIL_NAME}"))
     with Opened(browser, tmp_path, DESKTOP) as opened:
@@ -146,7 +146,7 @@ def test_a_script_that_is_not_the_page_s_own_is_not_run(browser: Any, folders: d
         assert any("Content Security Policy" in line for line in opened.said)
 
 
-def test_tables_are_sorted_by_a_click_on_a_column(browser: Any, folders: dict[str, Path]) -> None:
+def test_click_on_column_sorts_table(browser: Any, folders: dict[str, Path]) -> None:
     with Opened(browser, folders["diverged"], DESKTOP) as opened:
         table = opened.page.locator("table.sortable", has=opened.page.locator("th", has_text="ULP"))
         opened.page.locator("details", has=table).locator("summary").click()
@@ -167,7 +167,7 @@ def test_tables_are_sorted_by_a_click_on_a_column(browser: Any, folders: dict[st
         assert head.get_attribute("aria-sort") is None
 
 
-def test_a_remedy_is_copied(browser: Any, folders: dict[str, Path]) -> None:
+def test_copy_button_copies_remedy(browser: Any, folders: dict[str, Path]) -> None:
     permissions = ["clipboard-read", "clipboard-write"]
     with Opened(browser, folders["diverged"], PHONE, permissions=permissions) as opened:
         opened.page.locator("button.copy").first.click()
@@ -176,19 +176,19 @@ def test_a_remedy_is_copied(browser: Any, folders: dict[str, Path]) -> None:
         assert text == "remove the override, or set it for all replicas"
 
 
-def test_many_replicas_are_scrolled_within_their_figure(browser: Any, folders: dict[str, Path], tmp_path: Path) -> None:
+def test_grid_of_many_replicas_scrolls_in_its_figure(browser: Any, folders: dict[str, Path], tmp_path: Path) -> None:
     folder = Path(shutil.copytree(folders["diverged"], tmp_path / "run"))
     report = json.loads((folder / "report.json").read_text())
-    classes = report["divergence"]["stage_groups"]
-    report["divergence"]["stage_groups"] = {stage: [[replica] for replica in range(40)] for stage in classes}
+    stages = report["divergence"]["stage_groups"]
+    report["divergence"]["stage_groups"] = {stage: [[replica] for replica in range(40)] for stage in stages}
     (folder / "report.json").write_text(json.dumps(report))
     write_report(folder)
     with Opened(browser, folder, PHONE) as opened:
-        assert opened.page.locator("table.grid td").count() == 40 * len(classes)
+        assert opened.page.locator("table.grid td").count() == 40 * len(stages)
         assert opened.page.evaluate("document.documentElement.scrollWidth") <= PHONE[0]
 
 
-def test_it_is_dark_where_the_reader_s_system_is(browser: Any, folders: dict[str, Path]) -> None:
+def test_page_follows_dark_mode_of_system(browser: Any, folders: dict[str, Path]) -> None:
     shade = "parseInt(getComputedStyle(document.body).backgroundColor.match(/\\d+/)[0])"
     found = {}
     for scheme in ("light", "dark"):

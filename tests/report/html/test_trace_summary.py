@@ -21,7 +21,7 @@ def traced(tmp_path: Path, *lines: str) -> Path:
     return path
 
 
-def test_no_trace_and_one_without_steps(tmp_path: Path) -> None:
+def test_missing_trace_and_trace_without_steps(tmp_path: Path) -> None:
     assert read_trace(tmp_path / "trace.jsonl").cells == []
     summary = read_trace(traced(tmp_path, line(0, epoch=None)))
     assert (summary.cells, summary.build_agreed, summary.last_step) == ([], True, 0)
@@ -41,12 +41,12 @@ def test_every_step_is_in_one_cell(tmp_path: Path, steps: int, differing: int) -
     assert summary.first_differing == (differing if differing <= steps else None)
 
 
-def test_steps_that_were_not_compared_are_told_from_those_that_agree(tmp_path: Path) -> None:
+def test_uncompared_steps_differ_from_agreeing_steps(tmp_path: Path) -> None:
     summary = read_trace(traced(tmp_path, *(line(step) for step in (1, 2, 7, 8))), 4)
     assert summary.cells == [Cell(1, 2, 2, 0), Cell(3, 4, 0, 0), Cell(5, 6, 0, 0), Cell(7, 8, 2, 0)]
 
 
-def test_steps_that_were_done_again_count_once(tmp_path: Path) -> None:
+def test_repeated_steps_count_once(tmp_path: Path) -> None:
     steps = [line(step, step < 5) for step in range(1, 7)] + [line(3), line(4)]
     summary = read_trace(traced(tmp_path, *steps), 3)
     assert summary.cells == [Cell(1, 2, 2, 0), Cell(3, 4, 2, 0), Cell(5, 6, 2, 2)]
@@ -54,7 +54,7 @@ def test_steps_that_were_done_again_count_once(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("of_step", "of_evaluation"), [(True, False), (False, True), (False, False)])
-def test_an_evaluation_belongs_to_the_step_before_it(tmp_path: Path, of_step: bool, of_evaluation: bool) -> None:
+def test_evaluation_belongs_to_step_before_it(tmp_path: Path, of_step: bool, of_evaluation: bool) -> None:
     summary = read_trace(traced(tmp_path, line(1), line(2, of_step), line(2, of_evaluation), line(3)))
     assert (summary.num_compared, summary.num_differing, summary.first_differing) == (3, 1, 2)
 
@@ -62,25 +62,25 @@ def test_an_evaluation_belongs_to_the_step_before_it(tmp_path: Path, of_step: bo
 @pytest.mark.parametrize(
     "rest", ['{"step": 4, "epoch": 1, "agr', '{"step": 4, "epoch": 1, "agreed": true, "digests"', "\0\0"]
 )
-def test_a_trace_cut_off_in_mid_line_is_read_to_its_last_whole_line(tmp_path: Path, rest: str) -> None:
+def test_partial_last_line_is_ignored(tmp_path: Path, rest: str) -> None:
     summary = read_trace(traced(tmp_path, line(1), line(2), line(3, epoch=2), rest))
     assert (summary.last_step, summary.last_epoch, summary.num_compared) == (3, 2, 3)
     assert summary.cut
 
 
-def test_a_header_that_was_cut_off(tmp_path: Path) -> None:
+def test_partial_header_is_reported(tmp_path: Path) -> None:
     path = traced(tmp_path)
     path.write_text(HEADER[:20])
     assert read_trace(path).cut
 
 
-def test_a_line_written_otherwise_is_read_all_the_same(tmp_path: Path) -> None:
+def test_line_with_other_key_order_is_read(tmp_path: Path) -> None:
     other = '{"digests": {}, "agreed": false, "epoch": null, "step": 2}\n'
     summary = read_trace(traced(tmp_path, line(1), other))
     assert (summary.num_compared, summary.first_differing, summary.last_epoch) == (2, 2, 1)
 
 
-def test_a_long_trace_takes_no_memory(tmp_path: Path) -> None:
+def test_long_trace_needs_constant_memory(tmp_path: Path) -> None:
     path = traced(tmp_path)
     with path.open("a") as file:
         for step in range(1, 200_001):

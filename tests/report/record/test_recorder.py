@@ -1,4 +1,4 @@
-"""What the recorder says of the replicas before the first step."""
+"""The record of a run before its first step."""
 
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,7 @@ def manifest(host: str, uuid: str | None) -> dict[str, Any]:
         ([("a", None), ("a", None)], False),
     ],
 )
-def test_that_replicas_share_a_card_is_told_by_the_cards_themselves(
+def test_recorder_warns_of_shared_gpu_by_uuid(
     cards: list[tuple[str, str | None]], warned: bool, tmp_path: Path
 ) -> None:
     world = World(0, 1, Channel(), None, "a")

@@ -9,13 +9,13 @@ from dreplica.errors import UsageError
 from dreplica.report.record.run_folder import create_run_folder
 
 
-def test_a_second_run_of_a_name_gets_a_suffix(tmp_path: Path) -> None:
+def test_second_run_of_a_name_gets_a_suffix(tmp_path: Path) -> None:
     root = str(tmp_path / "deep" / "runs")
     names = [create_run_folder(root, "digits").name for _ in range(3)]
     assert names == ["digits", "digits-2", "digits-3"]
 
 
-def test_a_file_of_that_name_counts_as_taken(tmp_path: Path) -> None:
+def test_file_of_that_name_counts_as_taken(tmp_path: Path) -> None:
     (tmp_path / "digits").touch()
     assert create_run_folder(str(tmp_path), "digits").name == "digits-2"
 
@@ -32,13 +32,13 @@ def test_a_file_of_that_name_counts_as_taken(tmp_path: Path) -> None:
         ("lr=0.1+wd", "lr=0.1+wd"),
     ],
 )
-def test_odd_characters_do_not_leave_the_root(tmp_path: Path, name: str, folder: str) -> None:
+def test_special_characters_stay_below_the_root(tmp_path: Path, name: str, folder: str) -> None:
     made = create_run_folder(str(tmp_path), name)
     assert made == tmp_path / folder
     assert made.is_dir()
 
 
-def test_creators_at_the_same_time_never_share(tmp_path: Path) -> None:
+def test_concurrent_runs_never_share_a_folder(tmp_path: Path) -> None:
     made: list[Path] = []
     barrier = threading.Barrier(8)
 
@@ -55,7 +55,7 @@ def test_creators_at_the_same_time_never_share(tmp_path: Path) -> None:
     assert len(made) == len(set(made)) == len(list(tmp_path.iterdir())) == 40
 
 
-def test_a_root_that_cannot_be_written_is_refused(tmp_path: Path) -> None:
+def test_unwritable_root_raises_usage_error(tmp_path: Path) -> None:
     file = tmp_path / "file"
     file.touch()
     for root, problem in (
@@ -71,6 +71,6 @@ def test_a_root_that_cannot_be_written_is_refused(tmp_path: Path) -> None:
         assert "--run.root" in str(caught.value)
 
 
-def test_a_name_too_long_for_a_file_is_refused(tmp_path: Path) -> None:
+def test_too_long_name_raises_usage_error(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"File name too long.*--run\.name"):
         create_run_folder(str(tmp_path), "x" * 300)

@@ -24,5 +24,5 @@ def test_unknown_facts_are_not_printed() -> None:
     text = printed(Verdict(False, "config-differs", "another lr"), host=None, device=None, seed=None)
     assert "where:" not in text
     assert "None" not in text
-    text = printed(Verdict(False, "unexplained", "parted", step=3, module="", operator="aten.mul.Tensor"))
+    text = printed(Verdict(False, "unexplained", "diverged", step=3, module="", operator="aten.mul.Tensor"))
     assert "  where: step 3, operator aten.mul.Tensor\n" in text
