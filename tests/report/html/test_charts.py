@@ -1,4 +1,4 @@
-"""The numbers that figures are drawn from."""
+"""The numbers that figures are drawn from: lines, ticks and tables."""
 
 import math
 from itertools import pairwise
@@ -29,7 +29,7 @@ def test_points_match_ticks() -> None:
     assert [(tick.at, tick.label) for tick in made.y_ticks] == [(25.0 * n, str(n)) for n in range(5)]
     assert [(tick.at, tick.label) for tick in made.x_ticks] == [(0.0, "1"), (50.0, "2"), (100.0, "3")]
     assert made.lines[0].path == "M0 100L50 0L100 75"
-    assert chart([1.0]).lines[0].path == "M50 50", "a single epoch stands in the middle"
+    assert chart([1.0]).lines[0].path == "M50 50", "a single epoch is in the middle"
 
 
 def test_missing_values_are_gaps_with_a_note() -> None:

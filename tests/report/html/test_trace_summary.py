@@ -1,4 +1,4 @@
-"""Traces in so many cells, of any length, whole or cut off."""
+"""Summaries of traces of any length, complete or with a partial last line."""
 
 import json
 import resource

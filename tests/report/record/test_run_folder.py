@@ -59,7 +59,7 @@ def test_unwritable_root_raises_usage_error(tmp_path: Path) -> None:
     file = tmp_path / "file"
     file.touch()
     for root, problem in (
-        (str(file), "is a file"),
+        (str(file), "got the file"),
         (str(file / "below"), "Not a directory"),
         ("/proc/runs", "No such file"),
     ):
