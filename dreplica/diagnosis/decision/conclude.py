@@ -206,7 +206,17 @@ def replica_lost(lost: Sequence[Lost], step: int | None, noticed: str) -> Verdic
         step: The last completed step, or None before the first one.
         noticed: The error that the surviving replica observed.
     """
-    evidence = [Evidence.of("replica-lost", replica=item.replica_id, reason=item.reason) for item in lost]
+    evidence = [
+        Evidence.of(
+            "replica-lost",
+            replica=item.replica_id,
+            reason=item.reason,
+            loss=item.code,
+            step=item.step,
+            failure=None if item.failure is None else item.failure.as_dict(),
+        )
+        for item in lost
+    ]
     names = ", ".join(str(item.replica_id) for item in lost) or "unknown"
     when = "before the first step" if step is None else f"in step {step + 1}"
     first = f": {lost[0].reason}" if lost else ""
