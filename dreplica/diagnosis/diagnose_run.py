@@ -169,7 +169,7 @@ def _witness(
         generator=first.generator,
         layout=first.layout,
         original_generator=generator,
-        generator_changed=first.tracer.generator_struck,
+        generator_changed=first.tracer.generator_changed,
         indices_intact=first.stages["indices"].digest == tensors_stage({"indices": indices}).digest,
         against_itself=difference_behind(*records, stage) or first_difference(*records),
         sample_digests=[],

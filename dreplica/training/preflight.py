@@ -46,7 +46,7 @@ def check_smallest_part(model: nn.Module, dataset: Dataset[Any], config: RunConf
         UsageError: A forward pass will have one sample, and BatchNorm rejects it.
     """
     size = smallest_part(
-        len(dataset),  # type: ignore[arg-type]  # Dataset has no __len__ of its own
+        len(dataset),  # type: ignore[arg-type]  # Dataset does not declare __len__
         config.data.batch_size,
         config.train.accumulate,
         config.train.max_steps,
@@ -85,9 +85,9 @@ def _last_chunk(size: int, parts: int) -> int:
 
 
 def check_image_size(model: nn.Module, dataset: Dataset[Any], config: RunConfig) -> None:
-    """Check that a torchvision model accepts the data set's image size; a ViT accepts a single one.
+    """Check that a torchvision model accepts the data set's image size.
 
-    The forward pass runs on the meta device, which computes shapes only. Compiled models and models from a factory are
+    A ViT, for instance, accepts a single size. The forward pass runs on the meta device, which computes shapes only. Compiled models and models from a factory are
     not checked. Buffers and generators are not changed.
 
     Args:

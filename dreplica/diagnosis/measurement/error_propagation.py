@@ -1,4 +1,4 @@
-"""The path of a difference: from the first operator that differs to the outputs, how far apart the results are."""
+"""Measurement of a difference from the first operator that differs to the end of its phase."""
 
 from collections.abc import Sequence
 from typing import Any, TypeVar
@@ -27,23 +27,29 @@ def measure_path(
     indices: Tensor,
     channel: Channel,
 ) -> dict[str, Any]:
-    """How far the results of two runs of the step are apart, operator by operator. A collective.
+    """Measure how far apart the results of two replays are, operator by operator.
 
-    From the first operator whose results differ to the last one of its phase: to the loss, to the gradients, or to the
-    updated weights.
+    The path begins at the first operator whose results differ. It ends with the last one of the phase: at the loss, the
+    gradients, or the updated weights.
 
     Args:
-        decision: names that operator, and which replicas to compare, or the one to compare with itself.
-        records: each replica's operators in the first replay.
-        second: this replica's in the second.
-        replayer, indices: to run the step again.
-        channel: between all replicas.
+        decision: Names the operator, and the two replicas to compare or the one to compare with itself.
+        records: Each replica's operators in the first replay.
+        second: This replica's operators in the second replay.
+        replayer: Replays the step.
+        indices: Sample indices of the step, shape (batch,), int64.
+        channel: The control channel between all replicas.
 
-    Returns `replicas` (the two compared), `num_operators` (how many differ) and `operators`: of these, or of evenly
-    spaced ones with the first and the last where there are many, `index` (in the step), `operator`, `module`, `phase`,
-    `max_ulp`, `max_absolute` and `relative` (to the largest magnitude in either result), the largest over
-    floating-point results (None where a NaN is involved), `num_differing` and `num_compared` (elements), and
-    `num_elements` (all there are). Empty where there is no such operator, or the step could not be run again.
+    Returns:
+        A dict with `replicas` (the two compared), `num_operators` (the number that differ) and `operators`. If there
+        are many operators, evenly spaced ones are listed, with the first and the last. Each has `index` (position in
+        the step), `operator`, `module`, `phase`; `max_ulp`, `max_absolute` and `relative` (to the largest magnitude of
+        either result), which are maxima over floating-point results, or None if NaN is involved; `num_differing` and
+        `num_compared` (elements), and `num_elements` (all elements). Empty if there is no such operator, or if the step
+        cannot be replayed.
+
+    Note:
+        Collective: call on every rank.
     """
     place = decision.operator
     sides = None if place is None or not place.same_structure else _sides(decision)
@@ -64,20 +70,20 @@ def measure_path(
         rows = []
         for index in chosen:
             mine = [samples.get(index, []) for samples in own]
-            gathered = channel.gather(mine)  # one operator at a time: memory for the results of all is not needed
+            gathered = channel.gather(mine)  # one operator at a time, to limit memory
             pair = gathered[one] if one == other else [*gathered[one], *gathered[other]]
             if _kinds(pair[0]) != _kinds(pair[1]):
-                break  # from here on they compute other things
+                break  # from here on the two replays compute different things
             record = records[one][index]
             named = {"index": index, "operator": record.name, "module": record.module, "phase": record.phase}
             rows.append(named | _distance(*pair))
     except AttemptFailed:
-        return {}  # the verdict stands without it
+        return {}  # the verdict does not depend on it
     return {"replicas": [one, other], "num_operators": len(differing), "operators": rows} if rows else {}
 
 
 def _sides(decision: Decision) -> tuple[int, int] | None:
-    """Two replicas on the two sides of the difference; twice the same one where it differs from itself."""
+    """Return two replicas whose results differ, or the same one twice if it differs from itself."""
     if decision.replica_against_itself is not None:
         return decision.replica_against_itself, decision.replica_against_itself
     if decision.sides is not None or decision.groups is None or len(decision.groups) < 2:
@@ -87,7 +93,7 @@ def _sides(decision: Decision) -> tuple[int, int] | None:
 
 
 def _differing(one: Sequence[OpRecord], other: Sequence[OpRecord], start: int) -> list[int]:
-    """The operators from `start` on, in the same phase, whose results differ, as far as both runs take one course."""
+    """Return operators of the phase from `start` on whose results differ, while both replays run the same operators."""
     found: list[int] = []
     for index, (a, b) in enumerate(zip(one[start:], other[start:], strict=False), start):
         if not a.same_operator(b) or a.phase != one[start].phase:
@@ -98,7 +104,7 @@ def _differing(one: Sequence[OpRecord], other: Sequence[OpRecord], start: int) -
 
 
 def evenly(values: Sequence[T], most: int) -> list[T]:
-    """At most so many of the values, evenly spaced, the first and the last among them; of one, the last."""
+    """Return at most `most` evenly spaced values, with the first and the last. If `most` is 1, return the last."""
     if len(values) <= most:
         return list(values)
     if most == 1:
@@ -111,7 +117,7 @@ def _kinds(samples: Sequence[tuple[Tensor, int]]) -> list[tuple[torch.dtype, int
 
 
 def _distance(one: Sequence[tuple[Tensor, int]], other: Sequence[tuple[Tensor, int]]) -> dict[str, Any]:
-    """Over all results of an operator."""
+    """Return the maximum distance over all results of an operator."""
     ulps: list[int | None] = [0]
     absolutes: list[float | None] = [0.0]
     relatives: list[float | None] = [0.0]

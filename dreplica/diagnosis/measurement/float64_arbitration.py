@@ -1,12 +1,12 @@
-"""Two replicas disagree on an operator's result: which of them is wrong, if either?
+"""Arbitration between two replicas that disagree on an operator's result, by running the operator in float64.
 
-The operator is run once more, on the CPU in float64, from the same inputs. Where it does not round (it picks, moves or
-compares numbers), only that very result is possible. Otherwise a result is possible if it lies within the
-rounding error that the operator's own precision allows. For sums of n products that error is, with probability close to
-one, at most a small multiple of sqrt(n) * u times the same sum over absolute values, u being the unit roundoff
-(N. J. Higham and T. Mary, "A New Approach to Probabilistic Rounding Error Analysis", SIAM J. Sci. Comput. 41(5), 2019).
-In half precision only the result is rounded to it: products are summed in float32 (of which PyTorch's settings may take
-something back on a GPU, as they may round the inputs of float32 products to TensorFloat-32).
+The operator is run once more, on the CPU in float64, from the same inputs. If it does not round (it selects, moves or
+compares numbers), only this result is possible. Otherwise a result is possible if it is within the rounding error of
+the operator's precision. For sums of n products this error is, with probability close to one, at most a small multiple
+of sqrt(n) * u times the same sum over absolute values, where u is the unit roundoff (N. J. Higham and T. Mary, "A New
+Approach to Probabilistic Rounding Error Analysis", SIAM J. Sci. Comput. 41(5), 2019). In half precision, products are
+summed in float32 and only the result is rounded. On a GPU, PyTorch's settings may allow reduced-precision sums, and
+TensorFloat-32 for the inputs of float32 products.
 """
 
 from collections.abc import Callable, Sequence
@@ -35,7 +35,7 @@ _MATRIX_PRODUCTS = {
 _ELEMENTWISE = {"aten.mul.Tensor", "aten.add.Tensor", "aten.mul_.Tensor", "aten.add_.Tensor"}
 _REDUCTIONS = {"aten.sum.dim_IntList", "aten.sum.default", "aten.mean.dim", "aten.mean.default"}
 _KNOWN = _CONVOLUTIONS | _MATRIX_PRODUCTS | _ELEMENTWISE | _REDUCTIONS
-"""Operators for which the same operator over absolute values bounds the error."""
+"""Operators whose rounding error is bounded by the same operator over absolute values."""
 _EXACT = {
     *("aten.relu.default", "aten.relu_.default", "aten.threshold_backward.default", "aten.neg.default"),
     *("aten.hardtanh.default", "aten.hardtanh_.default", "aten.hardtanh_backward.default", "aten.abs.default"),
@@ -44,7 +44,7 @@ _EXACT = {
     *("aten.index_select.default", "aten.gather.default", "aten.embedding.default", "aten.index.Tensor"),
     *("aten.constant_pad_nd.default", "aten.masked_fill.Scalar", "aten.flip.default", "aten.clone.default"),
 }
-"""Operators that do not round: float64 gives what any precision must."""
+"""Operators that do not round, so that float64 gives the only possible result in any precision."""
 
 _BY_NUMPY: dict[str, Callable[..., Any]] = {
     **dict.fromkeys(("aten.mm.default", "aten.bmm.default", "aten.mv.default", "aten.dot.default"), numpy.matmul),
@@ -55,11 +55,11 @@ _BY_NUMPY: dict[str, Callable[..., Any]] = {
     **dict.fromkeys(("aten.add.Tensor", "aten.add_.Tensor"), lambda a, b, alpha=1: a + alpha * b),
     **dict.fromkeys(("aten.relu.default", "aten.relu_.default"), lambda a: numpy.maximum(a, 0)),
 }
-"""The same by code that is not torch's, to tell whether torch can be trusted on this processor even in float64."""
+"""NumPy versions of the operators, to check whether torch in float64 is right on this processor."""
 
 _SAFETY = 8.0
 _ROUNDOFF = {"ieee": 2.0**-24, "tf32": 2.0**-11, "bf16": 2.0**-8}
-"""Of float32 numbers on the way, by what `fp32_precision` allows."""
+"""Unit roundoff of float32 operations, by the precision that `fp32_precision` reports."""
 _FLOAT64_AGREES = 1e-10
 _TINY = 1e-300
 _FLOAT64 = {torch.complex64: torch.complex128, torch.complex128: torch.complex128}
@@ -67,25 +67,34 @@ _FLOAT64 = {torch.complex64: torch.complex128, torch.complex128: torch.complex12
 
 @dataclass(frozen=True)
 class Arbitration:
-    """What the float64 run says of each side."""
+    """The result of the float64 run for each side."""
 
     possible: list[bool]
-    """Whether each side's result lies within rounding error."""
+    """For each side, True if its result is within rounding error."""
     evidence: list[Evidence]
-    """One line per side."""
+    """One piece of evidence per side."""
     trusted: bool = True
-    """Whether NumPy comes to the same in float64, as far as it has the operator: a processor that computes wrongly may
-    do so in float64, too."""
+    """False if NumPy has the operator and gives another result in float64.
+
+    A faulty processor may compute wrong results in float64, too.
+    """
 
 
 def arbitrate(
     captured: Captured, outputs: Sequence[Sequence[Tensor]], replica_ids: Sequence[int]
 ) -> Arbitration | None:
-    """Judges each side's `outputs` (a list of tensors per side) of one captured operator.
+    """Judge which sides' results of a captured operator are possible.
 
-    Sparse tensors count as what they stand for. Where the absolute values could overflow, or an input is infinite or
-    not a number, every result counts as possible, unless the operator does not round.
-    Returns None for an operator whose error it has no bound for.
+    Sparse tensors are converted to dense ones. Where absolute values could overflow, or an input is infinite or NaN,
+    every result counts as possible, unless the operator does not round.
+
+    Args:
+        captured: The operator with its inputs.
+        outputs: The output tensors of each side.
+        replica_ids: The replica of each side.
+
+    Returns:
+        The judgement, or None for an operator whose rounding error has no known bound.
     """
     if captured.function not in _KNOWN | _EXACT:
         return None
@@ -96,7 +105,7 @@ def arbitrate(
     if captured.function in _REDUCTIONS:
         terms = [size * 0 + captured.inputs[0].numel() / max(size.numel(), 1) for size in magnitude]
     if captured.function in _CONVOLUTIONS:
-        # Winograd and FFT mix neighbouring elements, so each element's error goes with the size of its neighbours.
+        # Winograd and FFT mix neighboring elements, so an element's error depends on the size of its neighbors.
         magnitude = [size.amax().expand_as(size) if size.numel() else size for size in magnitude]
     possible, evidence, exact_only = [], [], captured.function in _EXACT
     for replica_id, side in zip(replica_ids, outputs, strict=True):
@@ -116,22 +125,22 @@ def _agrees_with_numpy(captured: Captured, exact: Tensor, magnitude: Tensor) -> 
     with numpy.errstate(all="ignore"):
         error = numpy.abs(numpy.asarray(by_numpy(*args, **kwargs)) - exact.numpy())
     judged = numpy.isfinite(error) & numpy.isfinite(magnitude.numpy())
-    # Far more than float64's own rounding, far less than float32's.
+    # The tolerance is far above float64's rounding error and far below float32's.
     return bool((error <= _FLOAT64_AGREES * numpy.abs(magnitude.numpy()) + _TINY)[judged].all())
 
 
 def _run(captured: Captured, convert: Callable[[Tensor | float], Any]) -> list[Tensor]:
-    """The operator's results, None among them left out, with `convert` applied to what it computes with."""
+    """Run the operator with `convert` applied to its numbers, and return its results without None."""
     namespace, name, overload = captured.function.split(".")
     function = getattr(getattr(getattr(torch.ops, namespace), name), overload)
     args, kwargs = _converted(captured, convert)
-    # A reduction may be told its result's dtype, and nothing else decides here.
+    # A reduction may be given a dtype for its result, which would override float64.
     dtype = {"dtype": torch.float64} if kwargs.get("dtype") in {torch.float16, torch.bfloat16, torch.float32} else {}
     return tensors_in(function(*args, **{**kwargs, **dtype}))
 
 
 def _converted(captured: Captured, convert: Callable[[Tensor | float], Any]) -> tuple[Any, dict[str, Any]]:
-    """Positional and keyword arguments, sparse tensors as what they stand for, with `convert` applied to numbers."""
+    """Return positional and keyword arguments, made dense, with `convert` applied to numbers."""
     args, kwargs = tree_map(lambda leaf: _dense(leaf) if isinstance(leaf, Tensor) else leaf, captured.arguments)
     scalars = captured.function in _ELEMENTWISE
     converted = tree_map(lambda leaf: convert(leaf) if _is_number(leaf, scalars) else leaf, args)
@@ -147,7 +156,7 @@ def _dense(tensor: Tensor) -> Tensor:
 
 
 def _double(value: Tensor | float) -> Any:
-    """A copy, since the operator may write to it."""
+    """Return the value in float64. Tensors are copied, because the operator may write to them."""
     if not isinstance(value, Tensor):
         return value
     if not (value.is_floating_point() or value.is_complex()):
@@ -162,12 +171,12 @@ def _absolute(value: Tensor | float) -> Any:
 
 
 def _ones(value: Tensor | float) -> Any:
-    """With every number 1, a sum of products is the number of its terms."""
+    """Return ones in place of all numbers, with which a sum of products is the number of its terms."""
     return torch.ones_like(value, dtype=torch.float64) if isinstance(value, Tensor) else 1
 
 
 def _roundoff(captured: Captured, dtype: torch.dtype) -> float:
-    """Of one product or addition on the way to a result of `dtype`."""
+    """Return the unit roundoff of one product or addition in computing a result of `dtype`."""
     if captured.function in _EXACT or not (dtype.is_floating_point or dtype.is_complex):
         return 0.0
     if captured.function in _ELEMENTWISE:
@@ -193,12 +202,12 @@ def _roundoff(captured: Captured, dtype: torch.dtype) -> float:
 
 
 def _excess(result: Tensor, exact: Tensor, magnitude: Tensor, terms: Tensor, roundoff: float) -> float:
-    """The largest error as a multiple of its bound; infinite where the result is not a number and should be one."""
+    """Return the largest error as a multiple of its bound, infinite if a result is NaN and should be a number."""
     if not result.numel():
         return 0.0
     if roundoff == 0.0:
         expected = exact.to(result.dtype)
-        same = (result == expected) | ((result != result) & (expected != expected))  # neither is a number
+        same = (result == expected) | ((result != result) & (expected != expected))  # both are NaN
         return 0.0 if bool(same.all()) else float("inf")
     limits = torch.finfo(result.dtype)
     bound = _SAFETY * (terms.clamp(min=1).sqrt() * roundoff * magnitude + limits.smallest_normal)

@@ -1,4 +1,4 @@
-"""Looks at tensors themselves, element by element, where digests have led to a cause: to show it, and to doubt it."""
+"""Element-wise comparison of tensors, to confirm or reject a cause that digests suggest."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -19,13 +19,16 @@ from dreplica.distributed.channel import Channel
 from dreplica.state.stages import Stage
 
 _FEW_BITS = 8
-"""As many may flip anywhere at once; more of them only if they lie scattered over a tensor."""
+"""Number of flipped bits that a memory fault explains anywhere. More bits must be scattered over the tensor."""
 _FEW_BITS_OF_A_NUMBER = 4
-"""Of a number with a fraction that alone has changed: to give it another value changes about half of its mantissa."""
-_MOST_STRUCK_TENSORS = 2
-"""Of one stage: a fault of memory reaches one, or two that lie side by side."""
+"""Number of flipped bits that a fault explains in a single changed number with a fraction.
+
+Writing another value changes about half of the mantissa.
+"""
+_MAX_CORRUPTED_TENSORS = 2
+"""Number of tensors of a stage that one memory fault can reach: one, or two that are adjacent."""
 _REACHED_DIRECTLY = {"optimizer", "weights"}
-"""Stages in which a fault first shows as itself; those before them show what a forward or backward pass made of it."""
+"""Stages in which a fault is visible directly. In earlier ones, a forward or backward pass has spread it."""
 
 
 def add(decision: Decision, lines: Sequence[Evidence], **changes: Any) -> Decision:
@@ -40,10 +43,23 @@ def add(decision: Decision, lines: Sequence[Evidence], **changes: Any) -> Decisi
 
 
 def doubt_corruption(decision: Decision, replayer: Repeats, indices: Tensor, channel: Channel) -> Decision:
-    """Looks at memory that seems to have changed by itself: a fault flips few bits. A collective.
+    """Check that memory which no operator wrote to differs as after a memory fault.
 
-    Where many differ, something has written there that is no operator of torch's: NumPy, or a C extension. Where the
-    sound side is one number throughout, that it seemed accounted for may be chance: zeros are alike everywhere.
+    A fault flips few bits. If many bits differ, code other than a torch operator has written to the memory, such as
+    NumPy or a C extension. If all elements of the intact side are the same number, its digest may have matched by
+    chance, because all tensors of zeros are equal.
+
+    Args:
+        decision: The decision so far. Unchanged if it names no corrupted memory.
+        replayer: Replays the step.
+        indices: Sample indices of the step, shape (batch,), int64.
+        channel: The control channel between all replicas.
+
+    Returns:
+        The decision with the differences as evidence. Its cause is `unexplained` if they are not those of a fault.
+
+    Note:
+        Collective: call on every rank.
     """
     corrupted = decision.corrupted
     if corrupted is None:
@@ -63,8 +79,8 @@ def doubt_corruption(decision: Decision, replayer: Repeats, indices: Tensor, cha
     rows = channel.gather(attempt(channel, look))
     pairs = list(zip(rows[corrupted.intact_id], rows[corrupted.replica_id], strict=False))
     lines, doubts = [], []
-    for sound, other in pairs:
-        difference = compare(sound, other)
+    for intact, other in pairs:
+        difference = compare(intact, other)
         if difference is None:
             continue
         lines.append(Evidence.of("elements-differ", difference=difference))
@@ -73,18 +89,18 @@ def doubt_corruption(decision: Decision, replayer: Repeats, indices: Tensor, cha
         elif was_written(difference):
             bits, elements = difference.differing_bits, difference.num_differing
             doubts.append(Evidence.of("memory-overwritten", bits=bits, elements=elements))
-        elif corrupted.index is not None and bool((sound == sound.flatten()[0]).all()):
+        elif corrupted.index is not None and bool((intact == intact.flatten()[0]).all()):
             doubts.append(Evidence.of("memory-constant"))
     decision = add(decision, [*lines, *doubts])
-    # Who wrote there last is then not known: it was no operator.
+    # It was no operator that wrote there, so the last writer is unknown.
     return replace(decision, cause="unexplained", operator=None) if doubts or not lines else decision
 
 
 def was_written(difference: Difference) -> bool:
-    """Whether more has changed than what faults of memory flip: few bits, or some more that lie scattered.
+    """Return True if more has changed than a memory fault flips: a few bits, or some more that are scattered.
 
-    A single number that was given another value by code differs in about half of its mantissa's bits. A whole number
-    may be a counter, of which all bits but a few are zero, so any few of them may have flipped as well.
+    A number that code has overwritten differs in about half of the bits of its mantissa. An integer may be a counter,
+    most of whose bits are zero, so a few changed bits can be a fault as well as a write.
     """
     bits, elements = difference.differing_bits, difference.num_differing
     if bits > _FEW_BITS:
@@ -102,9 +118,21 @@ def doubt_moved(
     replayer: Replayer,
     channel: Channel,
 ) -> Decision:
-    """Looks at what a transient fault has changed, as far as it is still there, against the replay. A collective.
+    """Check that the changes of a presumed transient fault are those of a fault.
 
-    `original`, `again`: this replica's stages at that step, as compared and as replayed.
+    Args:
+        decision: The decision so far. Unchanged if its cause is not `transient-fault`.
+        found: The verdict that names stage and tensor.
+        original: This replica's stages at the step, as compared.
+        again: This replica's stages at the step, as replayed.
+        replayer: Has run the replay.
+        channel: The control channel between all replicas.
+
+    Returns:
+        The decision with the differences as evidence. Its cause is `unexplained` if they are not those of a fault.
+
+    Note:
+        Collective: call on every rank.
     """
     if decision.cause != "transient-fault" or found.stage is None or found.tensor is None:
         return decision
@@ -118,11 +146,11 @@ def doubt_moved(
 def _look_at_moved(
     rank: int, stage: str, tensor: str, original: Stage, again: Stage, replayer: Replayer
 ) -> tuple[list[Evidence], list[Evidence]]:
-    """On a suspect: how its tensor differs from the replay's, and what of that is not as a fault of memory does it."""
+    """Compare a suspect's tensor with the replay, and return evidence for and against a memory fault."""
     lines, doubts = [], []
     happened, replayed = original.entries(), again.entries()
     moved = [name for name in happened if happened[name] != replayed.get(name)]
-    if stage in _REACHED_DIRECTLY and len(moved) > _MOST_STRUCK_TENSORS:
+    if stage in _REACHED_DIRECTLY and len(moved) > _MAX_CORRUPTED_TENSORS:
         doubts.append(Evidence.of("many-tensors-changed", replica=rank, count=len(moved), stage=stage))
     pair = replayer.present_and_replayed(stage, tensor)
     difference = compare(*pair) if pair else None
@@ -138,9 +166,21 @@ def _look_at_moved(
 
 
 def compare_outputs(decision: Decision, replayer: Repeats, indices: Tensor, channel: Channel) -> Decision:
-    """Runs the operator in question once more where it matters, and compares the two results. A collective.
+    """Run the operator in question once more on both sides, and compare the results.
 
-    Of what seems a persistent fault, it also tells which side is wrong, if one is.
+    For a presumed persistent fault, the operator is also run in float64 to find the side that is wrong.
+
+    Args:
+        decision: The decision so far, which names the operator and the two sides.
+        replayer: Replays the step.
+        indices: Sample indices of the step, shape (batch,), int64.
+        channel: The control channel between all replicas.
+
+    Returns:
+        The decision with more evidence, and the suspects that the float64 run has found.
+
+    Note:
+        Collective: call on every rank.
     """
     place = decision.operator
     if place is None or not place.made_here:
@@ -165,7 +205,7 @@ def compare_outputs(decision: Decision, replayer: Repeats, indices: Tensor, chan
 
 
 def _settle(decision: Decision, captured: Captured | None, outputs: Sequence[Any], channel: Channel) -> Decision:
-    """The operator run in float64 tells which side is wrong, majority or not; each side runs it by itself."""
+    """Run the operator in float64 on each side, and make the side that is wrong the suspect, majority or not."""
     assert decision.sides is not None
     sides = decision.sides
 
@@ -195,12 +235,12 @@ def _settle(decision: Decision, captured: Captured | None, outputs: Sequence[Any
 
 
 def _unsettled(decision: Decision) -> Decision:
-    """Then the vote stands; without one, nobody is known to be wrong."""
+    """Keep the suspects of the majority vote. Without any, the cause is unexplained."""
     return decision if decision.suspects else replace(decision, cause="unexplained")
 
 
 def compare(one: Tensor, other: Tensor) -> Difference | str | None:
-    """How two tensors differ, also if they are not of one shape and dtype; None if they do not."""
+    """Return the difference of two tensors, a text if shape or dtype differ, or None if they are equal."""
     if one.shape != other.shape or one.dtype != other.dtype:
         return f"{one.dtype} {tuple(one.shape)} on one side, {other.dtype} {tuple(other.shape)} on the other"
     return compare_elements(one, other)

@@ -1,4 +1,4 @@
-"""How far replicas that have parted are from each other, stage by stage."""
+"""Distance of diverged replicas from replica 0, by stage."""
 
 from collections.abc import Mapping
 
@@ -12,14 +12,20 @@ from dreplica.state.replica import Replica
 from dreplica.state.stages import named_buffers, named_weights
 
 Distance = dict[str, dict[str, list[float | int | None]]]
-"""Stage to {"max_ulp": one per replica, "l2": one per replica}, each against replica 0."""
+"""Distances by stage and measure (`max_ulp` or `l2`): one per replica, from replica 0."""
 
 
 def measure_distance(replica: Replica, channel: Channel) -> Distance:
-    """The distance of every replica's weights, buffers and optimizer state from replica 0's. A collective.
+    """Measure the distance of each replica's weights, buffers and optimizer state from replica 0's.
 
-    `max_ulp`: the largest distance of two elements in units in the last place (None where a NaN is involved); `l2`: the
-    Euclidean norm of the difference. Floating-point tensors only. Empty if replicas do not hold the same tensors.
+    Only floating-point and complex tensors are compared.
+
+    Returns:
+        For each stage, `max_ulp`, the largest distance of two elements in units in the last place (None if NaN is
+        involved), and `l2`, the Euclidean norm of the difference. Empty if replicas do not have the same tensors.
+
+    Note:
+        Collective: call on every rank.
     """
     stages = {
         "weights": _floating(named_weights(replica.model)),
@@ -56,7 +62,7 @@ def _distance_from_first(tensors: Mapping[str, Tensor], channel: Channel) -> tup
 
 
 def _floating(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Those that hold floats or complex numbers; not the packed ones, whose elements are pairs of numbers."""
+    """Return the floating-point and complex tensors, except packed dtypes, whose elements are pairs of numbers."""
     return {
         name: tensor
         for name, tensor in sorted(tensors.items())
@@ -65,6 +71,6 @@ def _floating(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _real_numbers(tensor: Tensor) -> Tensor:
-    """On the CPU, contiguous; real and imaginary parts in turn, and a sparse tensor as what it stands for."""
+    """Return a contiguous dense tensor on the CPU, with complex numbers as pairs of real ones."""
     dense = tensor.detach().to_dense().cpu().resolve_conj().resolve_neg()
     return (torch.view_as_real(dense) if dense.is_complex() else dense).contiguous()

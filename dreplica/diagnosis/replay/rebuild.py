@@ -1,4 +1,4 @@
-"""Builds a replica again, from its own seed, every operator and every random draw recorded."""
+"""Repeated builds of a replica from its own seed, with every operator and random draw recorded."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,17 +16,18 @@ from dreplica.state.stages import buffers_stage, rng_stage, weights_stage
 
 @dataclass(frozen=True)
 class Rebuilt:
-    """What building again showed, on one replica."""
+    """The observations of repeated builds on one replica."""
 
     records: list[OpRecord]
+    """Operators of the first repeated build."""
     reproducible: bool
-    """Whether two more builds from the same seed gave the same weights, buffers and generators."""
+    """True if both repeated builds have the same weights, buffers and generator states."""
     against_itself: OpDifference | None
-    """Where those two part."""
+    """The first operator that differs between the two repeated builds."""
 
 
 def rebuild(build: Callable[[], Replica], seed: int) -> Rebuilt:
-    """Builds twice more from `seed`; the global generators are put back afterwards. No collective."""
+    """Build a replica twice more from a seed, and restore the global generators."""
     before = get_rng_state()
     try:
         first, second = (_build_once(build, seed) for _ in range(2))
@@ -36,7 +37,20 @@ def rebuild(build: Callable[[], Replica], seed: int) -> Rebuilt:
 
 
 def explain_build(found: Verdict, rebuilt: Rebuilt, channel: Channel) -> Verdict:
-    """Adds to a verdict on the build what building again showed: which draw differs, and where it is. A collective."""
+    """Add the observations of repeated builds to a verdict on the build.
+
+    Args:
+        found: The verdict, which names the groups of replicas.
+        rebuilt: This replica's observations.
+        channel: The control channel between all replicas.
+
+    Returns:
+        The verdict with the operator or draw at which builds diverge. Its cause is `build-not-seeded` if a replica does
+        not reproduce itself.
+
+    Note:
+        Collective: call on every rank.
+    """
     rows: list[Rebuilt] = channel.gather(rebuilt)
     random_ones = [replica_id for replica_id, row in enumerate(rows) if not row.reproducible]
     if random_ones:

@@ -1,4 +1,4 @@
-"""Runs recent steps again, from the last agreed snapshot, through the same step function that took them."""
+"""Replays of recent steps of a run, from the last agreed snapshot and with the training loop's step function."""
 
 from collections.abc import Callable, Collection, Sequence
 from contextlib import nullcontext
@@ -24,37 +24,59 @@ from dreplica.training.history import EpochEntry, EvaluationEntry, History, Step
 from dreplica.training.step import training_step
 
 Load = Callable[[Tensor, StepEntry], Batch]
-"""Loads the samples of given indices as the training loop did for that step: in its epoch, augmented as they were."""
+"""Function that loads samples by index as the training loop did for a step, with the same augmentation."""
 
 
 @dataclass(frozen=True)
 class Replayed:
-    """One more run of the step in question."""
+    """One replay of the step in question."""
 
     stages: dict[str, Stage]
+    """Digests of the state after the step."""
     tracer: OpTracer
+    """Recorded operators, or the captured one."""
     contents: Contents
+    """Digests of the tensors before and after the step."""
     generator: bytes
-    """State of torch's CPU generator afterwards."""
+    """State of torch's CPU generator after the step."""
     layout: bytes
-    """16 bytes over how parameters, buffers and inputs lie in memory."""
+    """Digest of 16 bytes over the strides of parameters, buffers and inputs."""
 
 
 class Repeats(Protocol):
-    """Takes one step again and again on one replica; `close` puts back the state in which the replica was found."""
+    """Repeated replay of one step on one replica. `close` restores the state from before the replays."""
 
     def again(self, indices: Tensor, capture: int | None = None) -> Replayed:
-        """Takes the step again, every operator recorded; with `capture`, that operator's tensors kept."""
+        """Replay the step.
+
+        Args:
+            indices: Sample indices, shape (batch,), int64.
+            capture: Position of the operator whose tensors to capture. None to record every operator.
+        """
 
     def replayed(self, stage: str, name: str) -> Tensor | None:
-        """A tensor, on the CPU, as the replay just run left it."""
+        """Return a tensor as the last replay left it, on the CPU. None if there is no such tensor."""
 
     def close(self) -> None:
-        """Restores the state in which the replica was found."""
+        """Restore the state from before the replays."""
 
 
 class Replayer:
-    """Replays on one replica; no collective. `close` puts back the state in which the replica was found."""
+    """Replay of steps of a run on one replica. `close` restores the state from before the replays.
+
+    No method is collective.
+
+    Args:
+        replica: The replica.
+        history: The last agreed snapshot and the steps since.
+        redraw: Returns the sample indices of a step as the coordinator drew them.
+        load: Loads samples as the training loop did.
+        config: Training settings.
+        agreement: Computes the digests of a step.
+
+    Attributes:
+        present: Snapshot of the state from before the replays.
+    """
 
     def __init__(
         self,
@@ -74,10 +96,11 @@ class Replayer:
         self._target: StepEntry | None = None
 
     def approach(self, step: int) -> int | None:
-        """Runs from the snapshot up to just before `step`.
+        """Restore the snapshot, and replay the steps before `step`.
 
-        Returns None, or the first step on the way whose state does not come out as it was compared: this replica does
-        not reproduce itself even where it agreed with the others.
+        Returns:
+            None, or the first step whose digest differs from the one compared during training. This replica then does
+            not reproduce itself, even in a step in which it agreed with the others.
         """
         assert self._history.snapshot is not None
         restore_snapshot(self._replica, self._history.snapshot)
@@ -89,7 +112,7 @@ class Replayer:
                 entry.plain.restore()
                 set_rng_state(entry.rng)
                 continue
-            if entry.number == 0:  # as the training loop does; what a step has changed since stays so
+            if entry.number == 0:  # as the training loop does; a mode changed by a later step is kept
                 self._replica.model.train()
             if entry.step == step:
                 self._target = entry
@@ -101,13 +124,18 @@ class Replayer:
         raise AssertionError(f"step {step} is not in the history")
 
     def indices(self) -> Tensor:
-        """The sample indices of the step in question as the coordinator drew them, whatever this replica received."""
+        """Return the step's sample indices as the coordinator drew them, which may differ from the received ones."""
         assert self._target is not None, "approach() comes first"
         return self._redraw(self._target)
 
     def again(self, indices: Tensor, capture: int | None = None, sampled: Collection[int] = ()) -> Replayed:
-        """Takes the step in question again, every operator recorded; with `capture`, that operator's tensors kept, and
-        with `sampled`, samples of those operators' results."""
+        """Replay the step in question.
+
+        Args:
+            indices: Sample indices, shape (batch,), int64.
+            capture: Position of the operator whose tensors to capture. None to record every operator.
+            sampled: Positions of operators whose results to sample, instead of recording.
+        """
         assert self._target is not None, "approach() comes first"
         assert self._before is not None
         restore_snapshot(self._replica, self._before)
@@ -123,24 +151,32 @@ class Replayer:
 
     @property
     def original_generator(self) -> bytes:
-        """State of torch's CPU generator after the step in question, when it was first taken."""
+        """State of torch's CPU generator after the original step."""
         assert self._target is not None, "approach() comes first"
         return self._target.generator
 
     def replayed(self, stage: str, name: str) -> Tensor | None:
-        """A tensor, on the CPU, as the replay just run left it."""
+        """Return a tensor as the last replay left it, on the CPU. None if there is no such tensor."""
         tensor = take_snapshot(self._replica).find(stage, name)
         return None if tensor is None else tensor.cpu()
 
     def present_and_replayed(self, stage: str, name: str) -> tuple[Tensor, Tensor] | None:
-        """A tensor as it was found and as the replay just run left it; None where a later step has overwritten it."""
+        """Return a tensor from before the replays, and as the last replay left it.
+
+        Args:
+            stage: The stage, such as `weights`.
+            name: Name of the tensor in the stage.
+
+        Returns:
+            Both tensors on the CPU. None if there is no such tensor, or a later step has overwritten it.
+        """
         if self.present.steps_done != self._replica.steps_done:
             return None
         present, replayed = self.present.find(stage, name), self.replayed(stage, name)
         return None if present is None or replayed is None else (present.cpu(), replayed)
 
     def close(self) -> None:
-        """Restores the state in which the replica was found, byte for byte."""
+        """Restore the state from before the replays, byte for byte."""
         restore_snapshot(self._replica, self.present)
 
     def _take(self, batch: Batch, tracer: OpTracer | None = None) -> dict[str, Stage]:
@@ -152,7 +188,7 @@ class Replayer:
 
 
 def layout(model: nn.Module, inputs: Sequence[Tensor]) -> bytes:
-    """16 bytes over how parameters, buffers and inputs lie in memory."""
+    """Return a digest of 16 bytes over the strides of parameters, buffers and inputs."""
     named = [*model.named_parameters(), *model.named_buffers(), *(("inputs", tensor) for tensor in inputs)]
     strides = [(name, tensor.stride() if tensor.layout is torch.strided else None) for name, tensor in named]
     return digest_bytes("layout", repr(strides).encode())

@@ -1,4 +1,4 @@
-"""A step of anyone's own loop, taken again and again from one state."""
+"""Repeated replay of a step of a custom training loop from one state."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -19,12 +19,12 @@ from dreplica.state.snapshot import Snapshot, restore_snapshot, take_snapshot
 from dreplica.state.stages import STAGES, Stage, batch_stage, make_stage
 
 NO_INDICES = torch.empty(0, dtype=torch.int64)
-"""The step is given its batch: there is nothing to load."""
+"""Placeholder: the step is given its batch, so no samples are loaded."""
 
 
 @dataclass
 class _OwnParts:
-    """What the step reads and writes; see `Parts`."""
+    """The state that the step reads and writes, as `Parts`."""
 
     model: nn.Module
     optimizers: Mapping[str, torch.optim.Optimizer]
@@ -34,11 +34,17 @@ class _OwnParts:
 
 
 class Repeated:
-    """Takes the step on one replica; see `Repeats`.
+    """Repeated replay of a step on one replica; implements `Repeats`.
+
+    Args:
+        step: Function of the batch that runs the step.
+        batch: The batch, of which each replay gets a copy.
+        subject: Models and optimizers whose state is compared.
 
     Attributes:
-        parts: what the step reads and writes.
-        batch, state: digests of what it is given, and of the state as it was found.
+        parts: The state that the step reads and writes.
+        batch: Digests of the batch, by stage.
+        state: Digests of the state from before the replays, by stage.
     """
 
     def __init__(self, step: Callable[[Any], Any], batch: Batch, subject: Subject) -> None:
@@ -50,13 +56,18 @@ class Repeated:
         self._before: Snapshot | None = None
 
     def begin(self) -> None:
-        """From the state as it is now, without gradients, the step is taken each time."""
+        """Clear the gradients, and take the present state as the start of every replay."""
         for parameter in self.parts.model.parameters():
             parameter.grad = None
         self._before = take_snapshot(self.parts)
 
     def again(self, indices: Tensor = NO_INDICES, capture: int | None = None) -> Replayed:
-        """Takes the step, every operator recorded; with `capture`, that operator's tensors kept."""
+        """Replay the step.
+
+        Args:
+            indices: Not used.
+            capture: Position of the operator whose tensors to capture. None to record every operator.
+        """
         assert self._before is not None, "begin() comes first"
         restore_snapshot(self.parts, self._before)
         tracer = OpTracer(self.parts.optimizers, capture, self._subject.given)
@@ -75,22 +86,22 @@ class Repeated:
         return Replayed(stages, tracer, _all_accounted(tracer), generator, layout(self.parts.model, inputs))
 
     def replayed(self, stage: str, name: str) -> Tensor | None:
-        """A tensor, on the CPU, as the step has just left it."""
+        """Return a tensor as the last replay left it, on the CPU. None if there is no such tensor."""
         tensor = take_snapshot(self.parts).find(stage, name)
         return None if tensor is None else tensor.cpu()
 
     def close(self) -> None:
-        """Restores the state in which the replica was found, byte for byte."""
+        """Restore the state from before the replays, byte for byte."""
         restore_snapshot(self.parts, self._present)
 
 
 @contextmanager
 def _gradients_used(subject: Subject) -> Iterator[list[Stage]]:
-    """Those that each optimizer's step begins with: afterwards the step may have set them to zero."""
+    """Collect gradients at the start of each optimizer's step, because the training step may clear them afterwards."""
     stages: list[Stage] = []
 
     def note(*_: Any) -> None:
-        with _disable_current_modes():  # what it takes to hash them is no operator of the step's
+        with _disable_current_modes():  # hashing must not be recorded among the step's operators
             stages.append(make_stage(subject.gradients()))
 
     handles = [optimizer.register_step_pre_hook(note) for optimizer in subject.optimizers.values()]
@@ -102,21 +113,24 @@ def _gradients_used(subject: Subject) -> Iterator[list[Stage]]:
 
 
 def _joined(stages: Sequence[Stage]) -> Stage:
-    """As one: `weight` of the first, `weight#2` of the second."""
+    """Join stages into one, with `weight` from the first and `weight#2` from the second."""
     numbered = enumerate(stages, start=1)
     names = (name if number == 1 else f"{name}#{number}" for number, stage in numbered for name in stage.names)
     return Stage(tuple(names), b"".join(stage.digests for stage in stages))
 
 
 def _with_turns(records: Sequence[OpRecord]) -> list[OpRecord]:
-    """The records, those marked that another forward or backward pass comes after, as one optimizer's step may."""
+    """Mark the records that precede a further forward or backward pass, as with several optimizers."""
     last = max((i for i, record in enumerate(records) if record.phase != "optimizer"), default=-1)
     before = max((i for i in range(last) if records[i].phase == "optimizer"), default=-1)
     return [replace(record, earlier=True) for record in records[: before + 1]] + list(records[before + 1 :])
 
 
 def _all_accounted(tracer: OpTracer) -> Contents:
-    """A step of one's own may read tensors from anywhere: none is called memory that has changed by itself."""
+    """Return contents that account for every input of the step.
+
+    A custom step may read any tensor, so an unknown input is no evidence of corrupted memory.
+    """
     inputs = (record.inputs for record in tracer.records)
     digests = (row[at : at + DIGEST_BYTES] for row in inputs for at in range(0, len(row), DIGEST_BYTES))
     return Contents(frozenset(digests), {})

@@ -17,7 +17,7 @@ Shape = tuple[str, tuple[int, ...], str]
 
 
 def shapes(parts: Parts) -> list[Shape]:
-    """Return the shape of every state tensor; `share_state` requires them to be equal on all replicas."""
+    """Return name, shape and dtype of every state tensor, which `share_state` requires to be equal on all replicas."""
     return [(name, tuple(tensor.shape), str(tensor.dtype)) for name, tensor in StateWalk(parts).tensors().items()]
 
 

@@ -1,9 +1,9 @@
-"""Which module an operator belongs to: in the forward pass, and in the backward pass of what the forward pass made.
+"""Lookup of the module that an operator belongs to, in forward and backward passes.
 
-`torch.utils.module_tracker.ModuleTracker` keeps a set of the modules entered, which does not say which of them is the
-innermost, and in the backward pass it needs gradients to flow through a module's every input and output. Here the
-backward pass is looked up instead: autograd numbers its nodes in the order in which the forward pass creates them, so
-a node belongs to the module that was running when the counter stood at its number.
+`torch.utils.module_tracker.ModuleTracker` keeps a set of the entered modules, from which the innermost one cannot be
+told, and in the backward pass it needs gradients to flow through every input and output of a module. Here the backward
+pass is looked up instead. Autograd numbers its nodes in the order in which the forward pass creates them, so a node
+belongs to the module that was running when the counter had the node's number.
 """
 
 import threading
@@ -17,12 +17,18 @@ from torch.nn.modules.module import register_module_forward_hook, register_modul
 
 
 class ModulePaths:
-    """A context that follows which module is running, in the thread that enters it and in autograd's.
+    """Context manager that follows which module is running, in the thread that enters it and in autograd's threads.
 
-    Paths are those of `model.named_modules()`; of a module that is no part of `model`, those beneath the first module
-    called. A compiled model has no paths: its modules' hooks would be compiled with it, into other code than what ran
-    before. With `torch.utils.checkpoint` in its re-entrant form on a GPU, whose graph is numbered in a thread of its
-    own, paths in the backward pass are not reliable.
+    Paths are those of `model.named_modules()`. For a module outside of `model`, they are relative to the first module
+    called. A compiled model has no paths, because hooks would be compiled with it and change its code. With re-entrant
+    `torch.utils.checkpoint` on a GPU, paths in the backward pass are not reliable, because a separate thread numbers
+    the graph.
+
+    Args:
+        model: The model whose paths to use. Required if it is compiled.
+
+    Attributes:
+        backward_seen: True if a backward pass has run since a module was last called in a forward pass.
     """
 
     def __init__(self, model: nn.Module | None = None) -> None:
@@ -35,7 +41,6 @@ class ModulePaths:
         self._handles: list[Any] = []
         self._thread = threading.get_ident()
         self.backward_seen = False
-        """Whether a backward pass has run since a module was last called in the forward pass."""
         self._is_compiled = model is not None and any(map(_is_compiled, model.modules()))
         if model is not None:
             self._name(model)
@@ -59,11 +64,11 @@ class ModulePaths:
 
     @property
     def in_module(self) -> bool:
-        """Whether a module's forward is running."""
+        """True while the forward pass of a module is running."""
         return bool(self._running)
 
     def current(self) -> str:
-        """Path of the innermost module whose forward, or whose backward, is running; empty outside of modules."""
+        """Return the path of the innermost module that is running, forward or backward. Empty outside of modules."""
         if self._running:
             return self._running[-1][1]
         node = torch._C._current_autograd_node()
@@ -76,7 +81,7 @@ class ModulePaths:
         return self._paths[position] if position >= 0 else ""
 
     def in_backward(self) -> bool:
-        """Whether autograd is running a backward pass."""
+        """Return True while autograd is running a backward pass."""
         running = torch._C._current_graph_task_id() != -1
         self.backward_seen |= running
         return running
@@ -90,7 +95,7 @@ class ModulePaths:
         self._note()
 
     def _leave_module(self, module: nn.Module, *_: Any) -> None:
-        # Modules left by an exception (a checkpoint stops its recomputation with one) may not have said so.
+        # Modules left by an exception may lack this call; activation checkpointing ends recomputation with one.
         while self._running and self._running.pop()[0] != id(module):
             pass
         self._note()
@@ -109,5 +114,5 @@ class ModulePaths:
 
 
 def _is_compiled(module: nn.Module) -> bool:
-    """Whether by `torch.compile(module)`, which wraps, or by `module.compile()`."""
+    """Return True if compiled by `torch.compile(module)`, which wraps the module, or by `module.compile()`."""
     return hasattr(module, "_orig_mod") or module._compiled_call_impl is not None

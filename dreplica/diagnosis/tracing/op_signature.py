@@ -1,7 +1,7 @@
-"""What of an operator's arguments and results says anything: which tensors it reads, and which it writes in full.
+"""Tensors that an operator reads, and tensors that it writes completely, from its schema.
 
-Memory that nobody has written to holds whatever was there, on each replica something else. A digest of it would tell
-two replicas apart that have computed the same.
+Uninitialized memory has other contents on each replica. Its digest would differ between replicas that have computed the
+same, so arguments and results that may contain it are left out.
 """
 
 from collections.abc import Iterator
@@ -22,7 +22,7 @@ _UNINITIALIZED = {
     "aten.new_empty_strided",
     "aten.resize_",
 }
-"""Operators whose whole result is uninitialised memory."""
+"""Operators whose whole result is uninitialized memory."""
 
 _OVERWRITES = {
     *(f"aten.{name}_" for name in ("copy", "fill", "zero", "random", "bernoulli", "uniform", "normal", "exponential")),
@@ -45,9 +45,11 @@ _SCRATCH_ARGUMENTS = {
     "aten.rrelu_with_noise_": {"noise"},
     "aten.rrelu_with_noise_backward": {"noise"},
 }
-"""Arguments of which a part may never have been written: workspaces, padding, states of generators that were not used.
-Those of the CPU were found by running torch's own operator samples over memory filled with two different patterns;
-those of CUDA are what a forward operator hands to its backward in buffers sized by a library or rounded up."""
+"""Arguments that may be partly uninitialized: workspaces, padding, states of unused generators.
+
+Those of CPU operators were found by running torch's operator samples on memory filled with two different patterns.
+Those of CUDA operators are buffers that a forward operator passes to its backward, sized by a library or rounded up.
+"""
 
 _SCRATCH_RESULTS = {
     "aten._batch_norm_with_update": {3},
@@ -61,49 +63,55 @@ _SCRATCH_RESULTS = {
     "aten.cudnn_batch_norm": {3},
     "aten.mkldnn_rnn_layer": {3},
 }
-"""The same for results, by position."""
+"""Results that may be partly uninitialized, by position."""
 
 _UNDECLARED_WRITES = {
     "aten.cudnn_batch_norm": {"running_mean", "running_var"},
     "aten.miopen_batch_norm": {"running_mean", "running_var"},
     "aten.native_batch_norm": {"running_mean", "running_var"},
 }
-"""Arguments that an operator updates although its schema does not say so."""
+"""Arguments that an operator updates although its schema does not declare it."""
 
 
 _SAME_VIEWS = {"aten.alias.default", "aten.detach.default", "aten.lift_fresh.default"}
-"""Views that show all of their input as it is."""
+"""Views of the whole input, unchanged."""
 
 
 @dataclass(frozen=True)
 class OpSignature:
-    """What there is to know of one operator before it runs."""
+    """Properties of an operator that are known before it runs."""
 
     name: str
-    """As in `aten.convolution.default`."""
+    """Name with namespace and overload, such as `aten.convolution.default`."""
     arguments: tuple[str, ...]
-    """Names, in the order of the schema."""
+    """Argument names, in the order of the schema."""
     recorded: bool
-    """False for an operator that computes nothing and whose result has no meaning yet."""
+    """False for an operator whose result is meaningless until it is written, such as `aten.empty`."""
     is_view: bool
-    """Whether its result is another view of an argument's memory: it computes nothing."""
+    """True if the result is a view of an argument's memory, so that nothing is computed."""
     shows_part: bool
-    """For a view, whether it shows something else than all of its first argument as it is."""
+    """True for a view of a part of the first argument, or of another form of it."""
     draws: bool
-    """Whether it draws from a generator."""
+    """True if the operator draws random numbers."""
     written: frozenset[str]
-    """Arguments that it writes to."""
+    """Names of arguments that the operator writes to."""
     unread: frozenset[str]
-    """Arguments that it does not read, or of which a part may be uninitialised memory."""
+    """Names of arguments that the operator does not read, or that may be partly uninitialized."""
     scratch_results: frozenset[int]
-    """Positions of results of which a part may be uninitialised memory."""
+    """Positions of results that may be partly uninitialized."""
 
     def inputs(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
-        """The tensors that it reads, in the order of the call."""
+        """Return the tensors that the operator reads, in the order of the call."""
         return tensors_in([value for name, value in self._named(args, kwargs) if name not in self.unread])
 
     def outputs(self, result: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
-        """Results and arguments written to, each once: an in-place operator returns what it has written to."""
+        """Return the results and the arguments written to, each tensor once.
+
+        Args:
+            result: What the operator returned. An in-place operator returns the argument that it has written to.
+            args: Positional arguments of the call.
+            kwargs: Keyword arguments of the call.
+        """
         scratch = _SCRATCH_ARGUMENTS.get(self.name.rpartition(".")[0], ())
         results = [result]
         if self.scratch_results:
@@ -118,7 +126,7 @@ class OpSignature:
 
 @cache
 def signature_of(func: Any) -> OpSignature:
-    """The signature of an operator overload as `__torch_dispatch__` is given it."""
+    """Return the signature of an operator overload that `__torch_dispatch__` received."""
     name = str(func)
     packet = name.rpartition(".")[0]
     arguments = func._schema.arguments
@@ -142,5 +150,5 @@ def signature_of(func: Any) -> OpSignature:
 
 
 def tensors_in(values: Any) -> list[Tensor]:
-    """The tensors in nested arguments or results, in order."""
+    """Return the tensors in nested arguments or results, in order."""
     return [leaf for leaf in tree_leaves(values) if isinstance(leaf, Tensor)]

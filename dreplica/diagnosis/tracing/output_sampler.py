@@ -1,4 +1,4 @@
-"""Samples of operators' results, where the results themselves would be too much to keep."""
+"""Samples of operators' results, which would be too large to keep."""
 
 from collections.abc import Collection
 from typing import Any
@@ -10,15 +10,19 @@ from dreplica.diagnosis.tracing.op_signature import signature_of
 from dreplica.diagnosis.tracing.op_tracer import OpTracer
 
 _MOST_ELEMENTS = 2**18
-"""Of one result; of a larger one, evenly spaced elements are compared. Bounds what is kept and sent."""
+"""Number of elements to keep of one result, evenly spaced. Limits memory and what is sent between ranks."""
 
 
 class OutputSampler(OpTracer):
-    """A context in which samples of some operators' floating-point results are kept, on the CPU; nothing is recorded.
+    """Context manager that keeps samples of some operators' floating-point results, and records nothing.
 
     Args:
-        optimizer, model: as for `OpTracer`.
-        sampled: the numbers of these operators in `OpTracer.records` of a run that takes the same course.
+        optimizer: As for `OpTracer`.
+        sampled: Positions of the operators, in `OpTracer.records` of an identical run.
+        model: As for `OpTracer`.
+
+    Attributes:
+        samples: Results of each operator: sampled elements, 1-dim on the CPU, and the number of all elements.
     """
 
     def __init__(
@@ -26,7 +30,6 @@ class OutputSampler(OpTracer):
     ) -> None:
         super().__init__(optimizer, capture=-1, model=model)
         self.samples: dict[int, list[tuple[Tensor, int]]] = {}
-        """Operator to its results: at most so many elements, 1-dim, and how many there are."""
         self._sampled = frozenset(sampled)
 
     def _call_and_capture(self, number: int, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -38,7 +41,7 @@ class OutputSampler(OpTracer):
 
 
 def _is_floating(tensor: Tensor) -> bool:
-    """Numbers whose distance can be told; not the packed ones, whose elements are pairs of numbers."""
+    """Return True for numbers whose distance is defined. Elements of packed dtypes are pairs of numbers."""
     packed = tensor.dtype is torch.float4_e2m1fn_x2
     plain = tensor.layout is torch.strided and not (tensor.is_quantized or tensor.is_meta or tensor.is_nested)
     return plain and not packed and (tensor.is_floating_point() or tensor.is_complex())

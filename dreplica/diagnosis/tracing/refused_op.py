@@ -1,4 +1,4 @@
-"""Which operator it was that strict mode does not let run."""
+"""Search for the operator that raises in strict mode, because it has no deterministic implementation."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -11,7 +11,7 @@ from dreplica.diagnosis.tracing.op_tracer import OpTracer
 from dreplica.state.stages import Optimizers
 
 _REFUSALS = ("does not have a deterministic implementation", "Deterministic behavior was enabled with either")
-"""How torch's errors about it begin, or go on: of an operator of its own, and of cuBLAS without its workspace."""
+"""Texts in torch's errors: about an operator of torch, and about cuBLAS without workspace config."""
 
 
 @dataclass(frozen=True)
@@ -19,20 +19,29 @@ class Raised:
     """An operator that raised."""
 
     operator: str
-    """As in `aten.max_unpool2d.default`."""
+    """Name with namespace and overload, such as `aten.max_unpool2d.default`."""
     module: str
-    """Path of the innermost module that it belongs to; empty outside of modules."""
+    """Path of the innermost module that the operator belongs to. Empty outside of modules."""
     phase: str
-    """`forward`, `backward` or `optimizer`."""
+    """Phase of the step: `forward`, `backward` or `optimizer`."""
 
 
 def is_refusal(error: BaseException) -> bool:
-    """Whether it is torch's error about an operator that is not deterministic."""
+    """Return True for torch's error about an operator without deterministic implementation."""
     return isinstance(error, RuntimeError) and any(text in str(error) for text in _REFUSALS)
 
 
 def find_refused(step: Callable[[], Any], optimizer: Optimizers, model: nn.Module) -> Raised | None:
-    """Takes a step again, whose operator raises again; None if it does not."""
+    """Repeat a step in which an operator raised, and return the operator.
+
+    Args:
+        step: Runs the step.
+        optimizer: One optimizer, or several by name.
+        model: The model.
+
+    Returns:
+        The operator, or None if the step does not raise again.
+    """
     tracer = _Tracer(optimizer, model=model)
     try:
         with tracer:
@@ -44,7 +53,7 @@ def find_refused(step: Callable[[], Any], optimizer: Optimizers, model: nn.Modul
 
 
 class _Tracer(OpTracer):
-    """Notes the operator that raises, the innermost of those that call each other."""
+    """Tracer that keeps the operator that raises, the innermost if operators call each other."""
 
     raised: Raised | None = None
 

@@ -300,7 +300,7 @@ def _generator_states(owner: object) -> dict[str, tuple[str, Any]]:
 
 
 def _numbers(optimizers: Mapping[str, torch.optim.Optimizer]) -> dict[Tensor, int]:
-    """Number the parameters in all parameter groups, each parameter once."""
+    """Return a number for each parameter in the parameter groups, counting repeated parameters once."""
     groups = [group for optimizer in optimizers.values() for group in optimizer.param_groups]
     parameters = dict.fromkeys(parameter for group in groups for parameter in group["params"])
     return {parameter: number for number, parameter in enumerate(parameters)}
