@@ -87,8 +87,8 @@ def _last_chunk(size: int, parts: int) -> int:
 def check_image_size(model: nn.Module, dataset: Dataset[Any], config: RunConfig) -> None:
     """Check that a torchvision model accepts the data set's image size.
 
-    A ViT, for instance, accepts a single size. The forward pass runs on the meta device, which computes shapes only. Compiled models and models from a factory are
-    not checked. Buffers and generators are not changed.
+    A ViT, for instance, accepts a single size. The forward pass runs on the meta device, which computes shapes only.
+    Compiled models and models from a factory are not checked. Buffers and generators are not changed.
 
     Args:
         model: The model.
