@@ -275,7 +275,7 @@ def as_code(remedies: Sequence[Remedy]) -> list[Remedy]:
                 section, _, name = key.partition(".")
                 if section == "determinism" and name in _FLAGS:
                     command = _FLAGS[name].format(value)
-                    converted[command] = Remedy(remedy.code, remedy.text, command, remedy.data)
+                    converted.setdefault(command, Remedy(remedy.code, remedy.text, command, remedy.data))
         elif remedy.code not in _TRAINER_ONLY:
-            converted[str(remedy)] = remedy
+            converted.setdefault(str(remedy), remedy)
     return list(converted.values())

@@ -86,7 +86,7 @@ def test_one_bit_in_any_stage_is_found_at_its_step(name: str, found: dict[str, l
     assert verdict.groups == [[replica for replica in range(3) if replica != culprit], [culprit]]
     assert verdict.cause == CAUSE.get(fault.stage, "unexplained")
     assert verdict.module == (TENSOR[fault.stage].split(".")[0] if fault.stage in MODULES else None)
-    assert verdict.evidence[0].startswith("1 of ")
+    assert verdict.evidence[0].data["num_differing"] == 1
     # With lag the comparison completes in the next step, an evaluation's at once, and the last step's in `finish`.
     late = job.lag == 1 and fault.stage != "predictions" and fault.step < job.steps
     assert all(result.raised and result.steps_done == fault.step + late for result in results)
@@ -200,7 +200,7 @@ def pairs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Result]]:
 def test_two_replicas_have_no_suspects(pairs: dict[str, list[Result]]) -> None:
     verdict = one_verdict(pairs["two"])
     assert (verdict.step, verdict.groups, verdict.suspects) == (3, [[0], [1]], [])
-    assert any("without a majority" in line for line in verdict.evidence)
+    assert "no-majority" in [item.code for item in verdict.evidence]
 
 
 def test_every_third_step(pairs: dict[str, list[Result]]) -> None:

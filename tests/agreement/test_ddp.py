@@ -15,6 +15,7 @@ from dreplica.agreement.verdict.verdict import Verdict
 from dreplica.distributed.process_group import World
 from tests.agreement.bodies import flip_bit, seed_everything
 from tests.harness import run_replicas
+from tests.messages import data_of
 
 STEPS = 4
 
@@ -131,4 +132,4 @@ def test_a_drift_is_named_at_its_first_step_and_tensor_and_no_other_is() -> None
             assert verdict.suspects == [1], name
     frozen = results[0]["requires_grad"][0]
     assert frozen.cause == "structure-differs"
-    assert any("head.weight (requires_grad=False) only on replicas [1]" in line for line in frozen.evidence)
+    assert data_of(frozen.evidence, "entries-missing")["entries"]["head.weight (requires_grad=False)"] == [1]

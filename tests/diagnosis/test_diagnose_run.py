@@ -31,6 +31,7 @@ from tests.diagnosis.replay.test_replay_run import (
     with_momentum,
 )
 from tests.harness import run_replicas
+from tests.messages import codes, data_of, text_of, texts
 
 IMAGES = TensorImages(torch.arange(80.0).view(10, 2, 2, 2), torch.arange(10) % 5)
 INDICES = torch.tensor([3, 1, 7])
@@ -143,7 +144,7 @@ def test_a_stage_that_came_out_otherwise_in_many_tensors_is_no_flip_of_bits() ->
     assert verdict.cause == "transient-fault"
     verdict = diagnosed(trained, 3, without(trained.stages[3], "weights", 3))
     assert (verdict.cause, verdict.suspects) == ("unexplained", [0])
-    assert any("3 tensors of weights came out otherwise" in line for line in verdict.evidence)
+    assert data_of(verdict.evidence, "many-tensors-changed")["count"] == 3
     verdict = diagnosed(trained, 3, without(trained.stages[3], "gradients", 3), stage="gradients")
     assert verdict.cause == "transient-fault", "there, one fault of an activation reaches many"
 
@@ -154,7 +155,7 @@ def test_a_whole_tensor_written_once_is_no_flip_of_bits() -> None:
         trained.replica.model.body[5].weight *= 0.9
     verdict = diagnosed(trained, NUM_STEPS, without(trained.stages[NUM_STEPS], "weights"))
     assert (verdict.cause, verdict.suspects) == ("unexplained", [0])
-    assert any("more than flip by themselves" in line for line in verdict.evidence)
+    assert "many-bits-changed" in codes(verdict.evidence)
 
 
 def test_a_tensor_of_another_shape_is_no_flip_of_bits_and_no_exception() -> None:
@@ -166,7 +167,9 @@ def test_a_tensor_of_another_shape_is_no_flip_of_bits_and_no_exception() -> None
     found = finding(NUM_STEPS, "buffers").with_(tensor="body.1.running_mean")
     verdict = diagnose(found, original, replayer, IMAGES, 0, Channel(), RunFacts(1))
     assert (verdict.cause, verdict.suspects) == ("unexplained", [0])
-    assert any("torch.float32 (7,) on one side, torch.float32 (8,) on the other" in line for line in verdict.evidence)
+    assert any(
+        "torch.float32 (7,) on one side, torch.float32 (8,) on the other" in line for line in texts(verdict.evidence)
+    )
     assert norm.running_mean.shape == (7,)
 
 
@@ -175,11 +178,11 @@ def test_bits_that_are_still_there_are_compared_with_the_replay() -> None:
     with torch.no_grad():
         trained.replica.model.body[5].weight[0, 2] *= -1.0
     verdict = diagnosed(trained, NUM_STEPS, without(trained.stages[NUM_STEPS], "weights"))
-    line = next(line for line in verdict.evidence if line.startswith("replica 0: body.5.weight of weights"))
-    assert "1 of 2560 elements differ" in line
+    line = text_of(verdict.evidence, "replica-elements-differ")
+    assert line.startswith("replica 0: body.5.weight of weights: 1 of 2560 elements differ")
     assert "index [0, 2]" in line
     earlier = diagnosed(trained, 2, without(trained.stages[2], "weights"))
-    assert not any("elements differ" in line for line in earlier.evidence)
+    assert "replica-elements-differ" not in codes(earlier.evidence)
 
 
 def test_a_failure_in_a_replay_is_evidence_and_leaves_the_replica_as_found() -> None:
@@ -193,7 +196,7 @@ def test_a_failure_in_a_replay_is_evidence_and_leaves_the_replica_as_found() -> 
 
     verdict = diagnosed(trained, 4, trained.stages[4], fails)
     assert verdict.cause == "unexplained"
-    assert "could not be run again: replica 0 raised OSError: the disk is gone" in verdict.evidence[-1]
+    assert data_of(verdict.evidence, "replay-failed") == {"error": "replica 0 raised OSError: the disk is gone"}
     assert everything(trained.replica) == before
 
 
@@ -208,7 +211,7 @@ def test_a_state_that_cannot_be_put_back_is_said_on_all_replicas() -> None:
     original = without(trained.stages[3], "weights")
     verdict = diagnose(finding(3), original, replayer, IMAGES, 0, Channel(), RunFacts(1))
     assert verdict.cause == "transient-fault"
-    assert "could not be put back: replica 0 raised RuntimeError: unsupported" in verdict.evidence[-1]
+    assert data_of(verdict.evidence, "restore-failed")["error"].startswith("replica 0 raised RuntimeError: unsupported")
 
 
 class Stumbling:
@@ -240,7 +243,7 @@ def test_an_earlier_step_that_does_not_reproduce_is_said() -> None:
         return Batch(batch.indices, inputs, batch.labels)
 
     verdict = diagnosed(trained, 4, trained.stages[4], other)
-    assert "already step 2 is not reproducible" in verdict.evidence
+    assert data_of(verdict.evidence, "earlier-step-not-reproducible") == {"step": 2}
     assert verdict.cause == "unexplained", "the batches of step 4 had agreed"
 
 

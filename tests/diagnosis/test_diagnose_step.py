@@ -4,6 +4,7 @@ import itertools
 import random
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 import dreplica
+from dreplica.agreement.verdict.remedy import Remedy
 from dreplica.agreement.verdict.verdict import Verdict
 from dreplica.commands.cases.samples.operators import racy_sum
 from dreplica.diagnosis.diagnose_step import as_code
@@ -22,6 +24,7 @@ from dreplica.distributed.process_group import World
 from dreplica.state.rng import get_rng_state, seed_generators, set_rng_state
 from dreplica.state.stages import optimizer_stage
 from tests.harness import run_replicas
+from tests.messages import codes, commands, data_of, texts
 
 
 @pytest.fixture(autouse=True)
@@ -191,7 +194,7 @@ def test_own_steps() -> None:
     for name, (verdict, untouched) in one.items():
         assert two[name] == (verdict, True), name
         assert untouched, name
-        assert not any(line.startswith(("--", "dreplica")) for line in verdict.remedy), name
+        assert not any(line.startswith(("--", "dreplica")) for line in commands(verdict.remedy)), name
         assert verdict.agreed or verdict.remedy, name
     racy, _ = one.pop("racy")  # what it shows in first is left to chance, too
     assert (racy.cause, racy.operator) == ("nondeterministic-operator", "cases.racy_sum.default")
@@ -199,11 +202,11 @@ def test_own_steps() -> None:
     found = {name: (verdict.cause, verdict.stage, verdict.operator) for name, (verdict, _) in one.items()}
     assert found == EXPECTED
     assert (one["parted, and asked why"][0].step, one["parted, and asked why"][0].epoch) == (7, 2)
-    lines = one["if"][0].evidence
-    assert any("aten.mul.Tensor (forward) at " in line and "test_diagnose_step.py" in line for line in lines), lines
-    lines = one["threads"][0].evidence
-    assert "replicas that differ in their result differ in numerics.threads: 1 on replica 0; 2 on replica 1" in lines
-    assert one["threads"][0].remedy == ["let all replicas have the same numerics.threads"]
+    lines = texts(one["if"][0].evidence)
+    assert any("aten.mul.Tensor (forward) at " in line and Path(__file__).name in line for line in lines), lines
+    lines = texts(one["threads"][0].evidence)
+    assert "replicas whose results differ also differ in numerics.threads: 1 on replica 0; 2 on replica 1" in lines
+    assert data_of(one["threads"][0].remedy, "set-field-alike") == {"field": "numerics.threads"}
 
 
 @torch.library.custom_op("tests::drifting", mutates_args=())
@@ -259,7 +262,7 @@ def test_a_replica_is_blamed_where_a_run_in_float64_says_so_and_not_by_a_vote_al
     assert (verdict.cause, verdict.suspects, verdict.operator) == ("persistent-fault", [1], "aten.addmm.default")
     verdict = one["aten.gelu.default"]
     assert (verdict.cause, verdict.suspects, verdict.operator) == ("unexplained", [1], "aten.gelu.default")
-    assert any("only the vote says who is wrong" in line for line in verdict.evidence)
+    assert "vote-only" in codes(verdict.evidence)
 
 
 def _clipped_gan(world: World) -> Verdict:
@@ -346,7 +349,7 @@ def test_everything_is_as_it_was_where_a_diagnosis_does_not_come_to_its_end() ->
 def _in_ddp(world: World) -> Any:
     loop = make()
     model = DistributedDataParallel(loop.model)
-    with pytest.raises(ValueError, match=r"Give model\.module"):
+    with pytest.raises(ValueError, match=r"Pass model\.module"):
         dreplica.diagnose(loop.step, loop.batch, model, loop.optimizer)
     return dreplica.diagnose(loop.step, loop.batch, model.module, loop.optimizer).cause
 
@@ -399,7 +402,7 @@ def test_faults_in_a_compiled_loop() -> None:
     parted, asked, other_line = one
     assert (parted.step, parted.stage, parted.tensor) == (2, "weights", "head.weight")
     assert asked.cause == "unexplained"
-    assert "the step comes to the same on every replica: the difference is not its own" in asked.evidence[-1]
+    assert asked.evidence[-1].code == "step-agrees"
     assert (other_line.cause, other_line.stage, other_line.operator) == (
         "structure-differs",
         "output",
@@ -423,18 +426,20 @@ def test_a_step_compiled_while_it_is_diagnosed_is_the_same_code() -> None:
 
 
 def test_remedies_are_lines_of_python() -> None:
-    remedy = [
-        "--determinism.mode strict --determinism.cublas_workspace_config :4096:8",
-        "--agreement.every 1 --agreement.snapshot_every 10  # so that the step can be replayed from close by",
-        "--determinism.threads 1",
-        "--determinism.mode strict  # unless it already is",
-        "dreplica train --replicas 2  # with the same arguments",
-        "take that replica's host or GPU out of service",
+    remedies = [
+        Remedy.of(
+            "cublas-workspace",
+            settings={"determinism.mode": "strict", "determinism.cublas_workspace_config": ":4096:8"},
+        ),
+        Remedy.of("compare-every-step"),
+        Remedy.of("one-thread"),
+        Remedy.of("strict-mode-unless-set"),
+        Remedy.of("rerun-alone"),
+        Remedy.of("retire-hardware"),
     ]
-    assert as_code(remedy) == [
+    assert [remedy.command or remedy.code for remedy in as_code(remedies)] == [
         "torch.use_deterministic_algorithms(True)",
-        'os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"  # before anything uses CUDA',
+        'os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"',
         "torch.set_num_threads(1)",
-        "torch.use_deterministic_algorithms(True)  # unless it already is",
-        "take that replica's host or GPU out of service",
+        "retire-hardware",
     ]

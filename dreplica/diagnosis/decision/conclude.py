@@ -320,7 +320,7 @@ def _with_cards(verdict: Verdict, manifests: Sequence[Mapping[str, Any]]) -> Ver
         )
     remedy = []
     for item in verdict.remedy:
-        if item.code in ("check-gpu-memory", "test-other-gpu") and all(cards[r] for r in replica_ids):
+        if item.code == "check-gpu-memory" and all(cards[r] for r in replica_ids):
             named = dict.fromkeys((cards[r], hosts[r]) for r in replica_ids)
             remedy += [Remedy.of("check-this-gpu-memory", card=card, host=host) for card, host in named]
         else:

@@ -5,6 +5,8 @@ from typing import Any
 
 import pytest
 
+from dreplica.agreement.verdict.evidence import Evidence
+from dreplica.agreement.verdict.remedy import Remedy
 from dreplica.agreement.verdict.verdict import Verdict
 from dreplica.diagnosis.decision.decide import decide
 from dreplica.diagnosis.diagnose_run import as_verdict
@@ -13,6 +15,7 @@ from dreplica.diagnosis.evidence.provenance import Contents
 from dreplica.diagnosis.tracing.op_tracer import OpRecord
 from dreplica.environment.manifest import Difference
 from dreplica.state.stages import STAGES
+from tests.messages import codes, text_of
 
 
 def digest(text: str) -> bytes:
@@ -141,17 +144,19 @@ def test_other_numbers_in_a_call_are_unexplained_and_no_operators_fault() -> Non
     scaled = replace(CONV, scalars="2", outputs=digest("conv'"))
     decision = decide([witness(), always(bad("output"), records=[scaled, RELU, SGD])], {}, [])
     assert decision.cause == "unexplained"
-    assert any("other numbers" in line for line in decision.evidence)
+    assert "operator-scalars-differ" in codes(decision.evidence)
     verdict = as_verdict(Verdict(False, "unexplained", "parted", stage="output"), decision)
     (remedy,) = verdict.remedy
-    assert remedy.startswith(f"find out what {CONV.name}")
+    assert remedy.code == "make-input-equal"
+    assert str(remedy.data["operator"]).startswith(CONV.name)
 
 
 def test_what_the_comparison_knows_is_not_forgotten() -> None:
     """A frozen parameter, say: only some replicas have its gradient, and replays see but a call with another flag."""
-    found = Verdict(False, "structure-differs", "parted", stage="gradients", remedy=["look"])
-    verdict = as_verdict(found, Decision("unexplained", [], ["seen"]))
-    assert (verdict.cause, verdict.evidence, verdict.remedy) == ("structure-differs", ["seen"], ["look"])
+    found = Verdict(False, "structure-differs", "parted", stage="gradients", remedy=[Remedy.of("one-thread")])
+    seen = [Evidence.of("replays-agree")]
+    verdict = as_verdict(found, Decision("unexplained", [], seen))
+    assert (verdict.cause, verdict.evidence, codes(verdict.remedy)) == ("structure-differs", seen, ["one-thread"])
     assert as_verdict(found, Decision("declared-override", [], [])).cause == "declared-override"
 
 
@@ -161,7 +166,7 @@ def test_a_generator_of_ones_own_is_thought_of(name: str, named: bool) -> None:
     other = replace(rand, inputs=digest("state'"), outputs=digest("mask'"))
     decision = decide([witness(records=[rand, RELU]), always(bad("output"), records=[other, RELU])], {}, [])
     assert decision.cause == "unexplained"
-    assert any("a generator in another state" in line for line in decision.evidence) is named
+    assert ("a generator in another state" in text_of(decision.evidence, "operator-inputs-differ")) is named
 
 
 @pytest.mark.parametrize(
@@ -170,7 +175,7 @@ def test_a_generator_of_ones_own_is_thought_of(name: str, named: bool) -> None:
 def test_an_unexplained_setting_of_the_optimizer_is_to_be_looked_for_where_it_is_set(tensor: str, named: bool) -> None:
     found = Verdict(False, "unexplained", "parted", stage="optimizer", tensor=tensor)
     verdict = as_verdict(found, Decision("unexplained", [], []))
-    assert any(line.startswith(f"give the optimizer the same {tensor}") for line in verdict.remedy) is named
+    assert ([item.data.get("setting") for item in verdict.remedy] == [tensor]) is named
     declared = as_verdict(found, Decision("declared-override", [], []))
     assert not declared.remedy
 

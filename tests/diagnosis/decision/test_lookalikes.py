@@ -6,6 +6,7 @@ import pytest
 
 from tests.fixtures import SMALL
 from tests.harness import Job, run_job
+from tests.messages import codes, data_of, texts
 
 SHORT = (*SMALL, "--train.epochs=1")
 FLIPPED_WEIGHT = "--inject=[{replica: 1, step: 3, target: weights}]"
@@ -151,7 +152,7 @@ def test_a_precision_set_by_the_newer_flags_on_one_replica_is_the_environment() 
     if verdict["agreed"]:  # a processor that has no such convolutions
         return
     assert (verdict["cause"], verdict["suspects"]) == ("environment-differs", [1])
-    assert any("onednn_conv_fp32_precision" in line for line in verdict["evidence"])
+    assert any("onednn_conv_fp32_precision" in line for line in texts(verdict["evidence"]))
 
 
 def test_a_flag_that_a_forward_pass_has_changed_is_told_where_it_cannot_be_proved() -> None:
@@ -159,7 +160,7 @@ def test_a_flag_that_a_forward_pass_has_changed_is_told_where_it_cannot_be_prove
     if verdict["agreed"]:  # a processor on which oneDNN rounds as the other kernels do
         return
     assert (verdict["cause"], verdict["suspects"], verdict["step"]) == ("unexplained", [1], 4)
-    assert any(line.startswith("differs, as it stands now: numerics.onednn:") for line in verdict["evidence"])
+    assert data_of(verdict["evidence"], "later-difference")["field"] == "numerics.onednn"
 
 
 def test_the_sign_of_a_zero_in_the_build_is_found_and_not_laid_to_the_seed() -> None:
@@ -207,7 +208,7 @@ def test_of_a_declared_difference_and_a_fault_the_first_is_the_verdict_and_the_o
         assert (verdict["cause"], verdict["suspects"]) == ("persistent-fault", [2])
         return
     assert (verdict["cause"], verdict["suspects"]) == ("declared-override", [1])
-    assert any("in weights, replicas fell further apart" in line for line in verdict["evidence"])
+    assert data_of(verdict["evidence"], "later-groups-split")["stage"] == "weights"
 
 
 SLOWER = "--overrides.1.optim.lr=0.2"
@@ -242,7 +243,7 @@ def test_a_processor_that_is_wrong_in_float64_too_cannot_turn_the_blame_around(
         run("model.factory", "hardtanh_wrong_in_any_precision_on_replica_0", num_replicas=num_replicas)
     )
     assert (verdict["cause"], verdict["suspects"]) == (cause, suspects)
-    assert any("do not agree on who is wrong" in line for line in verdict["evidence"])
+    assert "float64-disagrees" in codes(verdict["evidence"])
 
 
 @pytest.mark.parametrize(
@@ -254,7 +255,7 @@ def test_where_numpy_knows_better_a_processor_that_is_wrong_in_float64_is_not_he
     name = f"relu_wrong_in_any_precision_on_replica_{replicas}"
     verdict = verdict_of(run("model.factory", name, num_replicas=num_replicas))
     assert (verdict["cause"], verdict["suspects"]) == ("persistent-fault", suspects)
-    assert any(line.startswith("replica 0 is not heard") for line in verdict["evidence"])
+    assert data_of(verdict["evidence"], "float64-not-trusted") == {"replica": 0}
 
 
 def test_two_of_three_that_compute_wrongly_in_the_same_way_are_the_suspects() -> None:

@@ -2,18 +2,29 @@
 
 from dataclasses import replace
 
+from dreplica.agreement.verdict.evidence import Evidence
 from dreplica.diagnosis.evidence.memory_corruption import find_corruption
 from dreplica.diagnosis.evidence.observation import Decision, Witness, first_difference
 from dreplica.diagnosis.evidence.provenance import Contents
 from dreplica.diagnosis.tracing.op_tracer import OpRecord
 from tests.diagnosis.decision.test_decide import CONV, GOOD, RELU, SGD, START, always, bad, digest, witness
+from tests.messages import data_of, text_of
 
 CLASSES = [[0, 2], [1]]
 FLIPPED_WEIGHTS = Contents(frozenset({START}), {"weights": {"weight": digest("flipped")}})
 
 
+BEFORE = Evidence.of("replays-reproduce")
+
+
 def found(one: Witness, other: Witness, suspects: list[int]) -> Decision:
-    return Decision("unexplained", suspects, ["before"], first_difference(one.records, other.records), groups=CLASSES)
+    return Decision(
+        "unexplained",
+        suspects,
+        [BEFORE],
+        first_difference(one.records, other.records),
+        groups=CLASSES,
+    )
 
 
 def reads(inputs: bytes) -> Witness:
@@ -34,9 +45,9 @@ def test_reading_what_nobody_wrote_names_the_replica_and_the_writer() -> None:
     assert (decision.cause, decision.suspects) == ("persistent-fault", [1])
     assert decision.operator is not None
     assert decision.operator.record == CONV
-    assert decision.evidence[0] == "before"
-    assert any(line.startswith("replica 1: operator 1 read contents") for line in decision.evidence)
-    assert "aten.convolution.default" in decision.evidence[-1]
+    assert decision.evidence[0].code == "replays-reproduce"
+    assert data_of(decision.evidence, "operator-read-changed-memory") == {"replica": 1, "index": 1}
+    assert "aten.convolution.default" in text_of(decision.evidence, "memory-writer")
 
 
 def test_between_two_the_struck_one_is_the_suspect() -> None:
@@ -73,7 +84,7 @@ def test_what_was_left_counts_by_stage() -> None:
     rows = [witness(), struck, witness()]
     decision = find_corruption(found(witness(), struck, [1]), rows, "weights")
     assert decision is not None
-    assert "weight of weights" in decision.evidence[-1]
+    assert data_of(decision.evidence, "memory-changed") == {"replica": 1, "names": ["weight"], "stage": "weights"}
     assert find_corruption(found(witness(), struck, [1]), rows, "buffers") is None
     assert find_corruption(found(witness(), struck, [1]), rows, None) is None
 
@@ -106,4 +117,4 @@ def test_what_no_operator_wrote_but_is_the_same_everywhere_was_not_struck() -> N
     assert (decision.cause, decision.suspects) == ("persistent-fault", [1])
     assert decision.corrupted is not None
     assert decision.corrupted.tensor == "weight"
-    assert not any("bias" in line for line in decision.evidence)
+    assert data_of(decision.evidence, "memory-changed")["names"] == ["weight"]

@@ -16,6 +16,7 @@ from dreplica.distributed.channel import Channel
 from tests.diagnosis.replay.test_replay_run import indices_of, load, train, with_momentum
 from tests.fixtures import SMALL
 from tests.harness import run_job
+from tests.messages import texts
 
 
 def record(name: str, outputs: bytes, phase: str = "forward") -> OpRecord:
@@ -95,7 +96,7 @@ def test_a_declared_difference_is_followed_from_its_operator_to_the_loss() -> No
     assert operators[-2]["operator"] == "aten.nll_loss_forward.default"
     assert {row["phase"] for row in operators} == {"forward"}
     assert all(row["num_differing"] > 0 and row["max_ulp"] > 0 for row in operators)
-    (line,) = [line for line in verdict["evidence"] if line.startswith("output 0: ")]
+    (line,) = [line for line in texts(verdict["evidence"]) if line.startswith("output 0: ")]
     told = f"{operators[0]['num_differing']} of {operators[0]['num_elements']} elements differ"
     assert f"{told}, at most {operators[0]['max_ulp']} ULP apart" in line
     assert found["stage_groups"]["batch"] == [[0, 1]]

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import nn
 
+from dreplica.agreement.verdict.evidence import Evidence
 from dreplica.agreement.verdict.verdict import Verdict
 from dreplica.diagnosis.replay.rebuild import Rebuilt, explain_build, rebuild
 from dreplica.distributed.channel import Channel
@@ -17,8 +18,18 @@ from dreplica.state.replica import Replica
 from dreplica.state.rng import get_rng_state, set_rng_state
 from dreplica.state.stages import rng_stage
 from tests.fixtures import tiny_model
+from tests.messages import codes, data_of, text_of
 
-FOUND = Verdict(False, "unexplained", "parted", step=0, stage="weights", groups=[[0, 2], [1]], evidence=["before"])
+BEFORE = Evidence.of("no-majority", num_replicas=3)
+FOUND = Verdict(
+    False,
+    "unexplained",
+    "parted",
+    step=0,
+    stage="weights",
+    groups=[[0, 2], [1]],
+    evidence=[BEFORE],
+)
 
 
 @pytest.fixture(autouse=True)
@@ -121,14 +132,14 @@ def explained(*builds: Callable[[], Replica], found: Verdict = FOUND) -> Verdict
     return explain_build(found, rows[0], Gathered(rows))
 
 
-def test_the_draw_at_which_two_builds_part_is_named() -> None:
+def test_explain_build_names_the_differing_draw() -> None:
     verdict = explained(sound, one_more_draw, sound)
     assert verdict.cause == "unexplained", "what draws more is said, what it means is not decided here"
     assert verdict.phase == "build"
     assert verdict.operator == "aten.rand.default"
-    assert verdict.evidence[0] == "before"
-    line = verdict.evidence[-1]
-    assert "every replica reproduces itself" in line
+    assert verdict.evidence[0].code == "no-majority"
+    assert "rebuild-reproduces" in codes(verdict.evidence)
+    line = text_of(verdict.evidence, "rebuild-diverges")
     assert "on replica 0" in line
     assert "aten.rand.default at" in line
     assert "test_rebuild.py" in line
@@ -139,21 +150,22 @@ def test_a_build_that_does_not_reproduce_itself_is_not_seeded() -> None:
     for number, builds in enumerate([(numpys_own, sound, sound), (sound, numpys_own, sound)]):
         verdict = explained(*builds)
         assert verdict.cause == "build-not-seeded"
-        assert f"replicas [{number}] do not reproduce themselves" in verdict.evidence[-1]
-        assert re.search(r"operator \d+: \S+ at \S+ in one build, \S+ at \S+ in the next", verdict.evidence[-1])
-        assert any("default_rng" in line for line in verdict.remedy)
+        assert data_of(verdict.evidence, "rebuild-varies") == {"replicas": [number]}
+        line = text_of(verdict.evidence, "rebuild-diverges")
+        assert re.search(r"operator \d+: \S+ at \S+ in one build, \S+ at \S+ in the next", line)
+        assert "seed-own-generator" in codes(verdict.remedy)
         assert verdict.phase == "build"
 
 
 def test_a_difference_that_no_operator_shows_is_said_to_be_outside_of_them() -> None:
     verdict = explained(sound, through_numpys_memory, sound)
     assert verdict.cause == "build-not-seeded"
-    assert "outside of torch's operators" in verdict.evidence[-1]
+    assert verdict.evidence[-1].code == "rebuild-operators-agree"
     assert verdict.operator is None
 
     verdict = explained(sound, sound, sound)
     assert verdict.cause == "unexplained"
-    assert "outside of torch's operators" in verdict.evidence[-1]
+    assert verdict.evidence[-1].code == "rebuild-operators-agree"
 
 
 def test_a_build_that_goes_on_longer_parts_at_the_others_end() -> None:
@@ -163,4 +175,4 @@ def test_a_build_that_goes_on_longer_parts_at_the_others_end() -> None:
         return replica
 
     verdict = explained(sound, longer, sound)
-    assert "nothing more" in verdict.evidence[-1]
+    assert "no further operator" in verdict.evidence[-1].text
