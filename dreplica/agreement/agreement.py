@@ -40,7 +40,6 @@ class Agreement:
 
     Note:
         Collective: create it, and call `step`, `complete`, `evaluation` and `finish`, on every rank in the same order.
-        Each of them raises `Divergence` and `ReplicaLost` as described below.
 
     Args:
         model: The model whose parameters, buffers and gradients are compared, or several by name:
@@ -81,7 +80,6 @@ class Agreement:
         last_digest: Combined digest of what this replica compared last; None after a step that is not compared.
         diverged_stages: Digests of this replica's stages at the first difference.
         reference_difference: The first difference from the reference, the same on all replicas, or None.
-        hasher: Internal: what computes the fingerprints.
     """
 
     def __init__(
@@ -100,10 +98,8 @@ class Agreement:
     ) -> None:
         check_arguments(expect, on_divergence, lag, every, internal)
         self.steps_done = self._steps_before = steps_done
-        self.steps_checked = 0
-        self.stages_compared = 0
-        self.bytes_per_step = 0
-        self.bytes_hashed = 0
+        self.steps_checked = self.stages_compared = 0
+        self.bytes_per_step = self.bytes_hashed = 0
         self.agreed_until = -1
         self.last_digest: protocol.CombinedDigest | None = None
         self.divergence: Verdict | None = None
@@ -124,8 +120,7 @@ class Agreement:
         check_algorithm(trace, self.hasher)
         reference, is_ddp = internal.get("reference"), self._expect == "ddp"
         self._exchange = Exchange(self._channel, self.hasher, trace, reference, is_ddp)
-        self._wants_stop = False
-        self._stop = False
+        self._wants_stop = self._stop = False
         self._last_checked = -1
         if every:
             build = self._subject.state()

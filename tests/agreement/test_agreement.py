@@ -42,7 +42,7 @@ def one_verdict(results: Sequence[Result]) -> Verdict:
 
 
 @pytest.mark.parametrize("num_replicas", [1, 2, 3, 4])
-def test_replicas_that_do_not_differ_agree(num_replicas: int) -> None:
+def test_equal_replicas_agree(num_replicas: int) -> None:
     jobs = [Job(lag=lag, every=every, evaluate_after=4) for lag in (0, 1) for every in (1, 3)]
     jobs.append(Job(expect="independent", distinct=True, lag=1))
     for job, results in zip(jobs, run_jobs(jobs, num_replicas), strict=True):
@@ -71,7 +71,7 @@ def found() -> dict[str, list[Result]]:
 
 
 @pytest.mark.parametrize("name", FAULTS)
-def test_one_bit_in_any_stage_is_found_at_its_step(name: str, found: dict[str, list[Result]]) -> None:
+def test_flipped_bit_in_any_stage_is_found_at_its_step(name: str, found: dict[str, list[Result]]) -> None:
     job, results = FAULTS[name], found[name]
     (fault,) = job.faults
     (culprit,) = fault.replicas
@@ -95,14 +95,14 @@ def test_one_bit_in_any_stage_is_found_at_its_step(name: str, found: dict[str, l
 MODULES = ("buffers", "gradients", "weights")
 
 
-def test_a_difference_at_the_build_is_found_there() -> None:
+def test_difference_at_build_is_found_at_step_0() -> None:
     for results in run_jobs([Job(faults=(Fault((1,), 0, "weights"),), lag=lag) for lag in (0, 1)], 3):
         verdict = one_verdict(results)
         assert (verdict.step, verdict.stage, verdict.tensor, verdict.suspects) == (0, "weights", "5.bias", [1])
         assert [result.steps_done for result in results] == [-1] * 3
 
 
-def test_four_replicas_two_against_two_and_three_against_one() -> None:
+def test_suspects_need_a_majority_of_four_replicas() -> None:
     even, odd = run_jobs([Job(faults=(Fault(replicas, 2, "weights"),)) for replicas in ((0, 3), (2,))], 4)
     assert (one_verdict(even).groups, one_verdict(even).suspects) == ([[0, 3], [1, 2]], [])
     assert (one_verdict(odd).groups, one_verdict(odd).suspects) == ([[0, 1, 3], [2]], [2])
@@ -150,7 +150,7 @@ def _messages_per_step(world: World, nums_layers: Sequence[int], every: int) -> 
 
 
 @pytest.mark.parametrize("num_replicas", [2, 4])
-def test_a_step_costs_one_message_of_40_bytes(num_replicas: int) -> None:
+def test_step_costs_one_message_of_40_bytes(num_replicas: int) -> None:
     message = ("all_reduce", 40)
     for steps in run_replicas(_messages_per_step, num_replicas, (1, 100), 1):  # 2 and 200 parameters
         sizes, algorithms = steps[0][:2]  # creating an Agreement agrees on the hash function first
@@ -203,13 +203,13 @@ def test_two_replicas_have_no_suspects(pairs: dict[str, list[Result]]) -> None:
     assert "no-majority" in [item.code for item in verdict.evidence]
 
 
-def test_every_third_step(pairs: dict[str, list[Result]]) -> None:
+def test_every_compares_each_third_step(pairs: dict[str, list[Result]]) -> None:
     verdict = one_verdict(pairs["every 3: lasting"])
     assert (verdict.step, verdict.stage) == (6, "output")
     assert [result.verdict for result in pairs["every 3: passing"]] == [None, None]
 
 
-def test_the_final_state_is_compared_whatever_the_last_step_was(pairs: dict[str, list[Result]]) -> None:
+def test_finish_compares_final_state_after_any_step(pairs: dict[str, list[Result]]) -> None:
     for name, step, stage in (
         ("every 3: last", 8, "weights"),
         ("every 3: last, evaluated", 4, "rng"),  # equal predictions do not stand for equal state
@@ -222,7 +222,7 @@ def test_the_final_state_is_compared_whatever_the_last_step_was(pairs: dict[str,
 
 
 @pytest.mark.parametrize("lag", [0, 1])
-def test_continue_keeps_the_first_verdict_and_goes_on(lag: int, pairs: dict[str, list[Result]]) -> None:
+def test_continue_keeps_first_verdict_and_continues(lag: int, pairs: dict[str, list[Result]]) -> None:
     results = pairs[f"continue, lag {lag}"]
     verdict = one_verdict(results)
     assert (verdict.step, verdict.stage) == (2, "rng")
@@ -231,14 +231,14 @@ def test_continue_keeps_the_first_verdict_and_goes_on(lag: int, pairs: dict[str,
         assert [line["agreed"] for line in result.trace[1:]] == [True, True, False, False, False, False]
 
 
-def test_independent_replicas_share_indices_and_batches_only(pairs: dict[str, list[Result]]) -> None:
+def test_independent_compares_only_indices_and_batches(pairs: dict[str, list[Result]]) -> None:
     assert [result.verdict for result in pairs["independent: state"]] == [None, None]
     for stage in ("indices", "batch"):
         verdict = one_verdict(pairs[f"independent: {stage}"])
         assert (verdict.step, verdict.stage) == (3, stage)
 
 
-def test_one_replica_that_wants_to_stop_stops_all_at_the_same_step() -> None:
+def test_stop_of_one_replica_stops_all_at_the_same_step() -> None:
     jobs = []
     for replica_id in range(3):
         jobs.append(Job(stop_at=(replica_id, 2)))

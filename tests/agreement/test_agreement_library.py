@@ -64,7 +64,7 @@ STRUCTURES = {
 }
 
 
-def test_a_different_structure_is_a_verdict() -> None:
+def test_different_structure_is_a_verdict() -> None:
     one, two, three = run_replicas(_structures, 3)
     assert isinstance(one, dict), one
     assert one == two == three
@@ -91,7 +91,7 @@ def _fail(world: World, how: str, own_channel: bool) -> None:
 
 @pytest.mark.parametrize("how", ["raises", "exits"])
 @pytest.mark.parametrize("own_channel", [True, False])
-def test_the_others_learn_that_a_replica_is_gone(how: str, own_channel: bool) -> None:
+def test_survivors_raise_replica_lost(how: str, own_channel: bool) -> None:
     # The limit of the world's own patience is longer: a replica that only then gives up returns nothing here.
     results = run_replicas(_fail, 3, how, own_channel, timeout=20.0)
     assert isinstance(results[1], ArithmeticError) if how == "raises" else results[1] is None
@@ -102,7 +102,7 @@ def test_the_others_learn_that_a_replica_is_gone(how: str, own_channel: bool) ->
 # A library for any loop
 
 
-def test_without_a_process_group() -> None:
+def test_agreement_without_process_group() -> None:
     assert not dist.is_initialized()
     model = tiny_model()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
@@ -132,7 +132,7 @@ def test_bytes_per_step() -> None:
     assert agreement.bytes_per_step == 2 * 110 * 8 + rng
 
 
-def test_what_a_replay_goes_by() -> None:
+def test_last_digest_is_of_the_last_compared_step() -> None:
     """The word stands for the step just taken, or for nothing."""
     agreement = Agreement(nn.Linear(2, 2), every=2)
     assert agreement.agreed_until == 0
@@ -152,7 +152,7 @@ def test_what_a_replay_goes_by() -> None:
     assert agreement.agreed_until == 6
 
 
-def test_an_evaluation_is_of_a_state_that_was_compared(tmp_path: Path) -> None:
+def test_evaluation_compares_state_first(tmp_path: Path) -> None:
     """Otherwise weights that had parted would look like an evaluation that went otherwise."""
     with TraceWriter(tmp_path / "trace.jsonl", 1) as trace:
         agreement = Agreement(nn.Linear(2, 2), every=3, trace=trace)
@@ -180,7 +180,7 @@ def _one_more_step(world: World, lag: Literal[0, 1]) -> Verdict | None:
 
 
 @pytest.mark.parametrize("lag", [0, 1])
-def test_replicas_that_take_different_numbers_of_steps_are_told(lag: Literal[0, 1]) -> None:
+def test_different_numbers_of_steps_are_found(lag: Literal[0, 1]) -> None:
     one, two = run_replicas(_one_more_step, 2, lag)
     assert isinstance(one, Verdict), one
     assert one == two
@@ -194,7 +194,7 @@ class Sample:
     path: str
 
 
-def test_outputs_may_be_nested_and_what_cannot_be_compared_is_named() -> None:
+def test_nested_outputs_are_compared_or_named() -> None:
     agreement = Agreement(nn.Linear(2, 2))
     agreement.step(outputs={"hidden": torch.ones(2), "parts": [torch.ones(1)]}, loss=torch.ones(()))
     names = agreement.observe(outputs={"hidden": torch.ones(2), "parts": [torch.ones(1)]})["output"].names
@@ -219,7 +219,7 @@ def _default_group(world: World) -> list[Any]:
     return [agreement.steps_done, found, [each["weights"] for each in agreement.fingerprints()]]
 
 
-def test_with_the_default_group() -> None:
+def test_agreement_uses_default_process_group() -> None:
     one, two = run_replicas(_default_group, 2)
     assert one == two
     assert one[:2] == [2, "5.bias"]
@@ -239,7 +239,7 @@ def _elsewhere_by_default(world: World) -> tuple[int, list[dict[str, str]]]:
         return agreement.agreed_until, agreement.fingerprints()
 
 
-def test_where_the_users_new_tensors_go_is_no_matter() -> None:
+def test_default_device_does_not_matter() -> None:
     one, two = run_replicas(_elsewhere_by_default, 2)
     assert one == two
     assert one[0] == 1
@@ -301,7 +301,7 @@ def _train_libraries(world: World) -> dict[tuple[str, str, bool], Verdict | None
     return {(*pair, faulty): _train_library(world, *pair, faulty) for pair in pairs for faulty in (False, True)}
 
 
-def test_optimizers_schedulers_and_scalers() -> None:
+def test_optimizers_schedulers_and_scalers_are_compared() -> None:
     results = run_replicas(_train_libraries, 3)
     assert results[0] == results[1] == results[2]
     for (_, other, faulty), verdict in results[0].items():
@@ -339,7 +339,7 @@ def _all_optimizers(world: World) -> dict[str, list[dict[str, bytes]]]:
     return entries
 
 
-def test_no_optimizer_of_torch_gives_a_false_alarm() -> None:
+def test_no_torch_optimizer_gives_a_false_alarm() -> None:
     one, two = run_replicas(_all_optimizers, 2)
     assert isinstance(one, dict), one
     assert {"SGD", "Adam", "AdamW", "LBFGS", "Adagrad", "RMSprop", "SparseAdam"} <= set(one)

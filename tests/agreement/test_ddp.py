@@ -115,7 +115,7 @@ def _train_all(world: World) -> dict[str, tuple[Verdict | None, int]]:
     return {name: _train(world, loop) for name, (loop, _) in LOOPS.items()}
 
 
-def test_a_drift_is_named_at_its_first_step_and_tensor_and_no_other_is() -> None:
+def test_ddp_drift_is_found_at_first_step_and_tensor() -> None:
     results = run_replicas(_train_all, 3)
     assert isinstance(results[0], dict), results
     assert results[0] == results[1] == results[2]

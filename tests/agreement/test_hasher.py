@@ -39,7 +39,7 @@ def entries() -> dict[str, list[tuple[str, Any]]]:
     }
 
 
-def test_each_where_it_is_in_order_with_distinct_names() -> None:
+def test_hasher_keeps_order_and_makes_names_distinct() -> None:
     given = entries()
     observation = Hasher(has_dimensions).start(given)
     assert list(observation.stages) == ["batch", "gradients"]
@@ -60,7 +60,7 @@ def test_each_where_it_is_in_order_with_distinct_names() -> None:
     assert [batch.num_bytes, gradients.num_bytes, observation.num_bytes] == [*sizes, sum(sizes)]
 
 
-def test_by_default_all_on_the_cpu_as_ever() -> None:
+def test_hasher_default_is_cpu() -> None:
     given = entries()
     hasher = Hasher()
     assert hasher.start(given).stages == {stage: make_stage(rows) for stage, rows in given.items()}
@@ -68,7 +68,7 @@ def test_by_default_all_on_the_cpu_as_ever() -> None:
     assert Hasher(has_dimensions).algorithm == f"{ALGORITHM}+{multilinear.ALGORITHM}"
 
 
-def test_one_launch_for_all_stages_and_no_new_table_while_shapes_stay(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_hasher_launches_once_and_reuses_tables(monkeypatch: pytest.MonkeyPatch) -> None:
     launched, uploaded = [], []
     original = device_module._on_host
     launch = device_module.launch
@@ -92,14 +92,14 @@ def _clone(value: Any) -> Any:
     return value.clone() if isinstance(value, Tensor) else value
 
 
-def test_another_layout_or_name_or_dtype_of_the_same_shape_is_another_plan() -> None:
+def test_plan_depends_on_layout_name_and_dtype() -> None:
     square = torch.randn(4, 4, device=DEVICE)
     hashing = DeviceHash(DEVICE)
     for name, tensor in (("a", square), ("a", square.t()), ("b", square), ("a", square.view(torch.int32))):
         assert hashing.start([(name, tensor)]).all == defined(name, tensor)
 
 
-def test_plans_do_not_pile_up() -> None:
+def test_number_of_plans_is_limited() -> None:
     hashing = DeviceHash(DEVICE)
     for size in [*range(1, 30), 3]:
         tensor = torch.full((size,), 7, dtype=torch.uint8, device=DEVICE)
@@ -107,7 +107,7 @@ def test_plans_do_not_pile_up() -> None:
     assert len(hashing._plans) == device_module._MOST_PLANS
 
 
-def test_the_state_at_the_start_counts_not_at_the_reading() -> None:
+def test_digest_is_of_the_state_at_start() -> None:
     tensor = torch.ones(100, device=DEVICE)
     before = defined("t", tensor)
     digests = DeviceHash(DEVICE).start([("t", tensor)])
@@ -128,19 +128,19 @@ class Subclass(Tensor):
     ],
     ids=["subclass", "sparse"],
 )
-def test_others_are_hashed_on_the_cpu(make: Callable[[], Tensor]) -> None:
+def test_subclass_and_sparse_are_hashed_on_cpu(make: Callable[[], Tensor]) -> None:
     tensor = make()
     assert Hasher(has_dimensions).start({"s": [("t", tensor)]}).stages["s"].digests == digest_tensor("t", tensor)
 
 
 @pytest.mark.filterwarnings("ignore:Sparse CSR")
-def test_refused_by_name_as_on_the_cpu() -> None:
+def test_unhashable_tensor_is_named() -> None:
     for tensor in (torch.eye(3).to_sparse_csr(), nn.LazyLinear(3).weight, torch.empty(2, 2, device="meta")):
         with pytest.raises(TypeError, match="'head'"):
             Hasher(lambda tensor: not tensor.is_meta).start({"s": [("head", tensor)]})
 
 
-def test_conjugates_negations_parameters_and_many_strides() -> None:
+def test_conjugates_negations_parameters_and_strides() -> None:
     numbers = torch.randn(6, dtype=torch.complex64, device=DEVICE)
     sliced = torch.randn(4, 6, 8, 10, device=DEVICE).contiguous(memory_format=torch.channels_last)[:, :, ::2, ::2]
     tensors = [numbers.conj(), numbers.conj().imag, nn.Parameter(torch.ones(2, 2, device=DEVICE)), sliced]
@@ -166,7 +166,7 @@ class _Event:
         self.rows.fill_(1)
 
 
-def test_digests_are_read_once_they_are_written() -> None:
+def test_digests_wait_once_until_written() -> None:
     rows = torch.zeros(2, 2, dtype=torch.int64)
     event = _Event(rows)
     digests = Digests(rows, event)  # type: ignore[arg-type]
@@ -176,7 +176,7 @@ def test_digests_are_read_once_they_are_written() -> None:
     assert event.waits == 1
 
 
-def test_the_kernel_is_tried_before_it_is_trusted(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_computes_as_defined_detects_wrong_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
     assert computes_as_defined(DEVICE)
     with torch.device("meta"):  # where new tensors go by default
         assert computes_as_defined(DEVICE)
@@ -202,7 +202,7 @@ def _fail(device: torch.device) -> bool:
     ],
     ids=["cpu", "others", "without a compiler"],
 )
-def test_on_the_cpu_where_the_kernel_does_not_work(
+def test_hasher_for_falls_back_to_cpu(
     check: Callable[[torch.device], bool],
     devices: Sequence[str],
     warnings: Sequence[str],
@@ -216,7 +216,7 @@ def test_on_the_cpu_where_the_kernel_does_not_work(
 
 
 @pytest.mark.skipif(torch.version.cuda is None, reason="a build of torch without CUDA")
-def test_on_gpus_where_it_does(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_hasher_for_tries_each_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     tried = []
     monkeypatch.setattr(device_module, "computes_as_defined", lambda device: not tried.append(device))
     hasher = hasher_for(map(torch.device, ["cpu", "cuda:1", "cuda:0", "cuda:1"]))
@@ -227,7 +227,7 @@ def test_on_gpus_where_it_does(monkeypatch: pytest.MonkeyPatch) -> None:
         hasher_for(map(torch.device, ["cuda:0", "cuda:1"]))
 
 
-def test_a_copy_in_every_step_is_warned_of_once_and_one_at_the_end_is_not(caplog: pytest.LogCaptureFixture) -> None:
+def test_copy_to_cpu_in_every_step_warns_once(caplog: pytest.LogCaptureFixture) -> None:
     """On a device without a kernel; stands in for it the one that has no memory to read."""
     elsewhere = torch.empty(2, device="meta")
     hashing._warn_of_copy.cache_clear()

@@ -25,7 +25,7 @@ def reduced(words: Sequence[bytes], stops: Sequence[bool]) -> protocol.Outcome:
 
 
 @given(st.data())
-def test_agreed_exactly_if_all_words_are_equal_and_stop_if_any(data: st.DataObject) -> None:
+def test_outcome_agrees_if_all_equal_and_stops_if_any(data: st.DataObject) -> None:
     pool = [struct.pack("<qq", *data.draw(st.tuples(HALVES, HALVES))) for _ in range(2)]
     words = data.draw(st.lists(st.sampled_from(pool), min_size=1, max_size=4))
     stops = data.draw(st.lists(st.booleans(), min_size=len(words), max_size=len(words)))
@@ -38,7 +38,7 @@ EXTREMES = [0, -1, 1, -(2**63), 2**63 - 1]
 
 
 @pytest.mark.parametrize("bit", [0, 31, 62, 63, 64, 95, 126, 127])
-def test_one_bit_in_either_half_is_seen_from_any_replica(bit: int) -> None:
+def test_outcome_detects_one_flipped_bit_of_any_replica(bit: int) -> None:
     for halves in itertools.product(EXTREMES, EXTREMES):
         word = struct.pack("<qq", *halves)
         other = (int.from_bytes(word, "little") ^ (1 << bit)).to_bytes(16, "little")
@@ -48,12 +48,12 @@ def test_one_bit_in_either_half_is_seen_from_any_replica(bit: int) -> None:
             assert not reduced(words, [False] * 3).agreed, (halves, culprit)
 
 
-def test_halves_that_are_swapped_or_mixed_do_not_agree() -> None:
+def test_swapped_or_mixed_halves_do_not_agree() -> None:
     assert not reduced([struct.pack("<qq", 1, 2), struct.pack("<qq", 2, 1)], [False] * 2).agreed
     assert not reduced([struct.pack("<qq", *pair) for pair in ((1, 1), (1, 2), (2, 1), (2, 2))], [False] * 4).agreed
 
 
-def test_the_word_depends_on_step_stage_name_and_digest() -> None:
+def test_fold_depends_on_step_stage_name_and_digest() -> None:
     one, two = tensors_stage({"w": torch.ones(1)}), tensors_stage({"w": torch.zeros(1)})
     words = [
         protocol.fold(step, stages)
@@ -70,7 +70,7 @@ def _exchange(world: World, words: Sequence[bytes]) -> protocol.Outcome:
     return protocol.read(world.channel, posted)
 
 
-def test_every_replica_reads_the_same() -> None:
+def test_every_replica_reads_the_same_outcome() -> None:
     assert run_replicas(_exchange, 2, [b"a" * 16, b"a" * 16]) == [protocol.Outcome(agreed=True, stop=True)] * 2
     words = [b"a" * 16, b"a" * 16, b"b" * 16]
     assert run_replicas(_exchange, 3, words) == [protocol.Outcome(agreed=False, stop=True)] * 3

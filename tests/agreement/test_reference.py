@@ -88,14 +88,14 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Any]]:
 
 
 @pytest.mark.parametrize(("name", "compared"), [("same", 7), ("later", 7), ("now and then", 4)])
-def test_the_same_run(name: str, compared: int, results: dict[str, list[Any]]) -> None:
+def test_reference_equals_same_run(name: str, compared: int, results: dict[str, list[Any]]) -> None:
     assert results[name] == [(None, 6, False, compared), (None, 6, False, None)]
 
 
 @pytest.mark.parametrize(
     ("name", "at", "steps"), [("other", 4, 4), ("other, later", 4, 5), ("other, now and then", 4, 4)]
 )
-def test_all_replicas_raise_the_same_verdict_at_the_same_step(
+def test_all_replicas_raise_same_verdict_at_same_step(
     name: str, at: int, steps: int, results: dict[str, list[Any]]
 ) -> None:
     (verdict, *_), (other, *_) = results[name]
@@ -106,15 +106,13 @@ def test_all_replicas_raise_the_same_verdict_at_the_same_step(
 
 
 @pytest.mark.parametrize("name", ["gone on", "stopped at the same step"])
-def test_going_on_keeps_the_first_difference_and_loses_no_wish_to_stop(
-    name: str, results: dict[str, list[Any]]
-) -> None:
+def test_continue_keeps_first_difference_and_stop_flag(name: str, results: dict[str, list[Any]]) -> None:
     for verdict, steps, stop, _ in results[name]:
         assert (verdict.step, verdict.stage, steps) == (4, "weights", 6)
         assert stop is (name == "stopped at the same step")
 
 
-def test_a_difference_on_rank_0_reaches_all_in_the_message_of_its_step() -> None:
+def test_difference_on_rank_0_is_in_the_step_message() -> None:
     words = bytes(range(16)), bytes(range(16))
     for differs in (False, True):
         for stop in (False, True):

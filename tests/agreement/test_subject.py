@@ -65,7 +65,7 @@ def _gans(world: World) -> dict[str, Verdict | None]:
     return {fault: _gan(world, fault) for fault in FAULTS}
 
 
-def test_each_tensor_of_several_models_and_optimizers_is_compared() -> None:
+def test_all_tensors_of_several_models_are_compared() -> None:
     one, two = run_replicas(_gans, 2)
     assert isinstance(one, dict), one
     assert one == two
@@ -74,7 +74,7 @@ def test_each_tensor_of_several_models_and_optimizers_is_compared() -> None:
         assert found == (None if fault == "none" else (2, *FAULTS[fault])), fault
 
 
-def test_a_parameter_in_two_optimizers_has_two_states() -> None:
+def test_parameter_in_two_optimizers_has_two_states() -> None:
     model = nn.Linear(2, 1, bias=False)
     optimizers = {name: torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9) for name in ("fast", "slow")}
     model(torch.ones(2)).sum().backward()
@@ -95,7 +95,7 @@ def test_a_parameter_in_two_optimizers_has_two_states() -> None:
         lambda model: torch.compile(nn.Sequential(*map(torch.compile, model))),
     ],
 )
-def test_a_compiled_model_has_the_names_of_the_model_itself(wrap: Any) -> None:
+def test_compiled_model_has_names_of_the_model(wrap: Any) -> None:
     model = tiny_model()
     optimizer = torch.optim.AdamW(model.parameters())
     for parameter in model.parameters():
@@ -106,7 +106,7 @@ def test_a_compiled_model_has_the_names_of_the_model_itself(wrap: Any) -> None:
     assert "0.weight" in plain["weights"].names
 
 
-def test_a_frozen_parameter_is_another_entry_than_one_without_a_gradient() -> None:
+def test_frozen_parameter_has_other_name_in_gradients() -> None:
     model = nn.Linear(2, 2)
     before = gradients_stage(model)
     model.weight.requires_grad_(False)
@@ -116,7 +116,7 @@ def test_a_frozen_parameter_is_another_entry_than_one_without_a_gradient() -> No
     assert gradients_stage(model).digest != frozen.digest
 
 
-def test_micro_batches_are_no_inputs_and_labels() -> None:
+def test_micro_batches_are_not_inputs_and_labels() -> None:
     pair = (torch.zeros(2, 3), torch.zeros(2))
     assert batch_stage(pair).names == ("inputs", "labels")
     assert batch_stage([pair, pair]).names == ("0.0", "0.1", "1.0", "1.1")
@@ -124,7 +124,7 @@ def test_micro_batches_are_no_inputs_and_labels() -> None:
     assert batch_stage(({"ids": pair[0], "mask": pair[0]}, pair[1])).names == ("inputs.ids", "inputs.mask", "labels")
 
 
-def test_without_an_optimizer_there_is_no_such_stage() -> None:
+def test_no_optimizer_stage_without_optimizer() -> None:
     agreement = Agreement({"only": nn.Linear(2, 2)})
     agreement.step(loss=torch.ones(()))
     assert set(agreement.observe()) == {"buffers", "gradients", "weights", "rng"}
@@ -132,14 +132,14 @@ def test_without_an_optimizer_there_is_no_such_stage() -> None:
     assert set(agreement.fingerprints()[0]) == {"weights", "buffers"}
 
 
-def test_a_tensor_without_memory_is_named() -> None:
+def test_tensor_without_memory_is_named() -> None:
     model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2, device="meta"))
     with pytest.raises(TypeError, match=r"'1\.weight': a fingerprint needs .* on meta"):
         Agreement(model)
 
 
 @pytest.mark.parametrize("name", ["a.b", "", "train", 3])
-def test_a_name_that_no_model_can_have_is_refused(name: Any) -> None:
+def test_invalid_model_name_is_rejected(name: Any) -> None:
     with pytest.raises(ValueError, match=re.escape(f"model: {name!r} is not a valid name for a model")):
         Subject({name: nn.Linear(2, 2)})
 
@@ -187,7 +187,7 @@ def _sharded(world: World) -> list[str]:
     return list(whole.values())
 
 
-def test_a_sharded_model_is_refused_and_its_whole_tensors_can_be_compared() -> None:
+def test_sharded_model_is_rejected_with_a_working_remedy() -> None:
     one, two = run_replicas(_sharded, 2)
     assert isinstance(one, list), one
     assert one == two
@@ -226,7 +226,7 @@ def _in_fsdp(world: World, strategy: str, use_orig_params: bool) -> Any:
 
 @pytest.mark.parametrize("use_orig_params", [False, True])
 @pytest.mark.filterwarnings("ignore")
-def test_fully_sharded_data_parallel_is_refused_where_it_shards_and_compared_where_it_does_not(
+def test_fsdp_is_rejected_unless_no_shard(
     use_orig_params: bool,
 ) -> None:
     one, two = run_replicas(_in_fsdp, 2, "FULL_SHARD", use_orig_params)
@@ -237,7 +237,7 @@ def test_fully_sharded_data_parallel_is_refused_where_it_shards_and_compared_whe
         assert (verdict.step, verdict.stage) == (3, "optimizer"), "batches and generators need not agree"
 
 
-def test_that_nothing_was_compared_is_told(caplog: pytest.LogCaptureFixture) -> None:
+def test_finish_warns_if_nothing_was_compared(caplog: pytest.LogCaptureFixture) -> None:
     model = nn.Linear(1, 1)
     for given in ({"batch": torch.ones(1)}, {}):
         agreement = Agreement(model, expect="independent", steps_done=5)
@@ -248,7 +248,7 @@ def test_that_nothing_was_compared_is_told(caplog: pytest.LogCaptureFixture) -> 
     assert caplog.messages == ["nothing was compared in 1 steps: step() was given none of indices, batch"]
 
 
-def test_several_processes_without_a_group_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_processes_without_process_group_are_rejected(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(ValueError, match=r"WORLD_SIZE is 2 but there is no process group.*init_process_group"):
         Agreement(nn.Linear(2, 2))

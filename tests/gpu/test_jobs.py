@@ -37,7 +37,7 @@ def assert_agreed(job: Job, steps: int) -> None:
 
 
 @pytest.mark.parametrize("num_replicas", [2, 4])
-def test_a_thousand_steps_in_strict_mode(num_replicas: int) -> None:
+def test_thousand_steps_in_strict_mode(num_replicas: int) -> None:
     job = run_job(*SMALL, "--train.epochs=200", num_replicas=num_replicas, timeout=300)
     assert_agreed(job, 1000)
     names = {row["device"] for row in job.report["replicas"]}
@@ -59,9 +59,7 @@ def test_resnet_in_strict_mode(num_replicas: int) -> None:
         ("interpolated", "aten.upsample_bilinear2d_backward.default", "backward"),
     ],
 )
-def test_an_operator_that_adds_with_atomics_is_named_and_its_remedy_helps(
-    model: str, operator: str, phase: str
-) -> None:
+def test_atomic_operator_is_named_and_remedy_helps(model: str, operator: str, phase: str) -> None:
     settings = (*SMALL, f"--model.factory=tests.gpu.models:{model}", "--train.epochs=4")
     job = run_job(*settings, "--determinism.mode=off", timeout=300)
     verdict = job.report["verdict"]
@@ -77,18 +75,18 @@ def _joined(tokens: list[str]) -> list[str]:
     return [f"{key}={value}" for key, value in zip(tokens[::2], tokens[1::2], strict=True)]
 
 
-def test_the_remedies_are_joined_as_they_are_pasted() -> None:
+def test_pasted_remedies_are_combined() -> None:
     assert _joined(["--determinism.mode", "strict"]) == ["--determinism.mode=strict"]
 
 
 @pytest.mark.parametrize("target", ["weights", "gradients", "optimizer", "buffers", "batch", "activation"])
-def test_a_flipped_bit_on_the_device_is_a_transient_fault_of_its_replica(target: str) -> None:
+def test_flipped_bit_on_device_is_a_transient_fault(target: str) -> None:
     fault = f"[{{replica: 1, step: 3, target: {target}}}]"
     verdict = run_job(*SMALL, f"--inject={fault}", num_replicas=3, timeout=300).report["verdict"]
     assert (verdict["cause"], verdict["step"], verdict["suspects"]) == ("transient-fault", 3, [1])
 
 
-def test_the_fault_campaign() -> None:
+def test_fault_campaign() -> None:
     """A short one: `--faults 300` by hand."""
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=3"]
     campaign = ["-m", "tests.benchmarks.fault_campaign", "--device", "cuda", "--faults", "16", "--clean-steps", "50"]
@@ -104,7 +102,7 @@ def test_the_fault_campaign() -> None:
     assert done.returncode == 0, done.stdout + done.stderr
 
 
-def test_a_job_that_is_interrupted_goes_on(tmp_path: Path) -> None:
+def test_interrupted_job_resumes(tmp_path: Path) -> None:
     straight = run_job(*SMALL, root=tmp_path / "straight")
     run_job(*SMALL, "--run.stop_after=4", root=tmp_path / "stopped")
     again = run_job(*SMALL, root=tmp_path / "stopped")

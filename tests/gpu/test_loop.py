@@ -81,7 +81,7 @@ def built(config: RunConfig) -> Replica:
     ],
     ids=["plain", "bf16 channels_last", "uint8", "accumulate", "AdamW", "workers"],
 )
-def test_steps_checks_and_snapshots_wait_for_nothing(arguments: tuple[str, ...]) -> None:
+def test_steps_checks_and_snapshots_do_not_synchronize(arguments: tuple[str, ...]) -> None:
     """But for the digests of the step before, of which torch's debug mode does not know."""
     config = configured(*arguments, "--agreement.snapshot_every=3")
     replica, data = built(config), load_data(config.data)
@@ -98,7 +98,7 @@ def test_steps_checks_and_snapshots_wait_for_nothing(arguments: tuple[str, ...])
     assert (steps, agreement.agreed_until) == (20, 20)
 
 
-def test_an_evaluation_waits_at_its_end() -> None:
+def test_evaluation_synchronizes_at_its_end() -> None:
     config = configured()
     replica, data = built(config), load_data(config.data)
     agreement = Agreement(replica.model, replica.optimizer)
@@ -116,7 +116,7 @@ def test_an_evaluation_waits_at_its_end() -> None:
     assert second.labels.equal(data.val.labels)
 
 
-def test_a_scaler_is_kept_without_waiting_and_put_back() -> None:
+def test_scaler_is_saved_without_waiting_and_restored() -> None:
     config = configured("--train.amp=fp16")
     replica, data = built(config), load_data(config.data)
     batch = next(iter(_batches(config, data.train)))
@@ -140,7 +140,7 @@ def _batches(config: RunConfig, dataset: Any) -> Any:
     return load_batches(dataset, stream, DEVICE, 0, 0, 1)
 
 
-def test_copies_to_the_device_do_not_wait_and_come_out_right() -> None:
+def test_copies_to_the_device_are_asynchronous() -> None:
     store = Store(64, 8, DEVICE)
     # To get pinned memory, or to load a kernel, may wait the first time; both are kept.
     pinned = [torch.empty(1000, dtype=torch.int64).pin_memory() for _ in range(60)]
@@ -159,7 +159,7 @@ def test_copies_to_the_device_do_not_wait_and_come_out_right() -> None:
     assert images.shape == (8, 3, 8, 8)
 
 
-def test_memory_that_checks_take() -> None:
+def test_memory_used_by_checks() -> None:
     settings = ["--data.name=tests.gpu.models:noise", "--data.batch_size=16", "--schedule={}"]
     bench = Bench(load_config([*settings, "--model.name=resnet18"], 1), WORLD, DEVICE, steps=2)
     memory = bench.measure(rounds=2).memory
@@ -179,7 +179,7 @@ class Net(nn.Module):
         return self.head(self.conv(inputs).relu().flatten(1))
 
 
-def test_the_backward_pass_is_traced_in_autograds_own_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_backward_is_traced_in_autograd_thread(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)
     torch.manual_seed(0)
     model = Net().to(DEVICE)

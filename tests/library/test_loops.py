@@ -110,7 +110,7 @@ def results() -> list[Any]:
 
 
 @pytest.mark.parametrize("name", LOOPS)
-def test_a_planted_divergence_stops_all_ranks_at_its_step_and_a_clean_loop_is_silent(name: str) -> None:
+def test_planted_divergence_stops_all_ranks(name: str) -> None:
     one, two = results()
     assert isinstance(one, tuple), one
     assert one[0] == two[0]
@@ -122,7 +122,7 @@ def test_a_planted_divergence_stops_all_ranks_at_its_step_and_a_clean_loop_is_si
     assert (verdict.step, verdict.epoch, verdict.stage, verdict.tensor) == (STEP, 2, *PLANTED[name])
 
 
-def test_the_examples_of_the_page_print_what_it_says() -> None:
+def test_examples_print_what_the_page_says() -> None:
     one, two = results()
     assert isinstance(one, tuple), one
     _, examples = examples_of(PAGE)
@@ -133,14 +133,14 @@ def test_the_examples_of_the_page_print_what_it_says() -> None:
     assert sum(one == two for one, two in zip(one[1], two[1], strict=True)) >= 8  # but for a time it took
 
 
-def test_where_each_rank_has_a_part_of_the_state_the_callbacks_refuse() -> None:
+def test_callbacks_reject_sharded_state() -> None:
     one, two = results()
     assert isinstance(one, tuple), one
     assert one[2] == two[2]
     assert all("AgreementCallback(expect=" in message for message in one[2])
 
 
-def test_after_a_checkpoint_steps_of_several_optimizers_are_counted_on() -> None:
+def test_lightning_continues_count_after_checkpoint() -> None:
     one, _ = results()
     assert isinstance(one, tuple), one
     assert one[3] == [3, 3, 6]

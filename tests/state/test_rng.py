@@ -67,25 +67,25 @@ def config(model: Any) -> SeedConfig:
         (2**32 - 1, [2**32 - 1] * 3, True),
     ],
 )
-def test_the_seed_of_each_replica(model: Any, seeds: list[int | None], shared: bool) -> None:
+def test_model_seed_of_each_replica(model: Any, seeds: list[int | None], shared: bool) -> None:
     section = config(model)
     check_model_seeds(section, 3)
     assert [model_seed(section, replica_id) for replica_id in range(3)] == seeds
     assert shares_model_seed(section, 3) is shared
 
 
-def test_one_replica_has_nobody_to_differ_from() -> None:
+def test_one_replica_shares_the_model_seed() -> None:
     assert shares_model_seed(config("distinct"), 1)
 
 
 @pytest.mark.parametrize("seeds", [[], [1], [1, 2, 3]])
-def test_a_list_must_have_a_seed_for_each_replica(seeds: list[int]) -> None:
+def test_list_needs_a_seed_for_each_replica(seeds: list[int]) -> None:
     with pytest.raises(UsageError, match=rf"^seed\.model: expected 2 seeds for 2 replicas, got {len(seeds)}: "):
         check_model_seeds(config(seeds), 2)
 
 
 @pytest.mark.parametrize("seed", [-1, 2**32, "random", 1.0, True, [1, -1], [1, 2**32]])
-def test_what_is_no_seed(seed: Any) -> None:
+def test_invalid_seed_is_rejected(seed: Any) -> None:
     with pytest.raises(ValidationError):
         config(seed)
 
@@ -117,7 +117,7 @@ def test_state_is_restored_byte_for_byte() -> None:
     assert draw() == first
 
 
-def test_a_fresh_seed_comes_from_no_generator() -> None:
+def test_fresh_seed_draws_from_no_generator() -> None:
     seed_generators(5)
     before = state_bytes()
     seeds = {fresh_seed() for _ in range(50)}
@@ -141,7 +141,7 @@ def test_unseeded_processes_draw_different_numbers() -> None:
         assert torch.randn(8).numpy().tobytes() == drawn
 
 
-def test_what_an_unseeded_process_draws() -> None:
+def test_unseeded_process_draws() -> None:
     # torch's default generator is seeded at random in each process; one's own is not, so it agrees by accident.
     code = "import torch; print(torch.initial_seed()); print(torch.Generator().initial_seed())"
     one, other = (
@@ -153,7 +153,7 @@ def test_what_an_unseeded_process_draws() -> None:
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
-def test_data_order_loading_and_its_seed_leave_the_global_generators_alone(num_workers: int) -> None:
+def test_data_loading_leaves_global_generators_unchanged(num_workers: int) -> None:
     train, _, _ = tiny_images(None)  # type: ignore[arg-type]
     seed_generators(5)
     before = state_bytes()
@@ -165,7 +165,7 @@ def test_data_order_loading_and_its_seed_leave_the_global_generators_alone(num_w
     assert state_bytes() == before
 
 
-def test_a_plain_loader_pass_draws_from_the_global_generator() -> None:
+def test_plain_loader_draws_from_the_global_generator() -> None:
     # The trap that load_batches avoids: an unshuffled pass moves every later draw.
     train, _, _ = tiny_images(None)  # type: ignore[arg-type]
     before = state_bytes()

@@ -34,7 +34,7 @@ def changed(before: Stage, after: Stage) -> list[str]:
 # Stage
 
 
-def test_a_stage_depends_on_names_digests_and_order() -> None:
+def test_stage_depends_on_names_digests_and_order() -> None:
     one, two = torch.ones(1), torch.zeros(1)
     maps: list[dict[str, Tensor]] = [
         {},
@@ -73,7 +73,7 @@ class Odd(nn.Module):
         return self.second(self.first(inputs))
 
 
-def test_weights_are_all_parameters_in_order_tied_ones_once() -> None:
+def test_weights_are_all_parameters_tied_ones_once() -> None:
     model = Odd()
     stage = weights_stage(model)
     assert stage.names == ("unused", "first.weight", "first.bias", "second.bias")
@@ -93,7 +93,7 @@ def test_buffers_include_those_that_are_not_saved() -> None:
         assert changed(before, buffers_stage(model)) == [name]
 
 
-def test_gradients_come_in_the_order_of_the_backward_pass_and_may_be_absent() -> None:
+def test_gradients_are_in_order_of_the_backward_pass() -> None:
     model = Odd()
     assert set(gradients_stage(model).entries().values()) == {ABSENT}
     model(torch.ones(1, 2)).sum().backward()
@@ -134,7 +134,7 @@ def test_names_in_a_batch(batch: Any, names: tuple[str, ...]) -> None:
     assert batch_stage(batch).names == names
 
 
-def test_parts_of_a_batch_with_the_same_name_do_not_hide_each_other() -> None:
+def test_batch_entries_with_equal_names_are_numbered() -> None:
     def batch(one: float, two: float) -> dict[Any, Any]:
         return {"a": {"b": torch.tensor(one)}, "a.b": torch.tensor(two), 0: torch.zeros(1), "0": torch.zeros(1)}
 
@@ -146,11 +146,11 @@ def test_parts_of_a_batch_with_the_same_name_do_not_hide_each_other() -> None:
     ("one", "two"),
     [("a", "b"), (1, 2), (1.0, -1.0), (None, T), (numpy.zeros(2), numpy.zeros(3)), (b"a", "a"), (True, 1)],
 )
-def test_other_values_in_a_batch_count(one: Any, two: Any) -> None:
+def test_plain_values_in_a_batch_are_hashed(one: Any, two: Any) -> None:
     assert changed(batch_stage({"x": T, "y": one}), batch_stage({"x": T, "y": two})) == ["y"]
 
 
-def test_what_cannot_be_compared_in_a_batch_is_named() -> None:
+def test_unhashable_value_in_a_batch_is_named() -> None:
     with pytest.raises(TypeError, match=r"Custom at 'labels\.meta'"):
         batch_stage((T, {"meta": Custom()}))
 
@@ -168,7 +168,7 @@ def test_what_cannot_be_compared_in_a_batch_is_named() -> None:
         (lambda: numpy.random.randn(), "numpy"),
     ],
 )
-def test_a_draw_changes_its_own_generator_only(draw: Callable[[], object], name: str) -> None:
+def test_draw_changes_only_its_generator(draw: Callable[[], object], name: str) -> None:
     before = rng_stage()
     assert before.names[:3] == ("python", "numpy", "torch.cpu")
     assert changed(before, rng_stage()) == []
@@ -176,7 +176,7 @@ def test_a_draw_changes_its_own_generator_only(draw: Callable[[], object], name:
     assert changed(before, rng_stage()) == [name]
 
 
-def test_half_a_pair_of_normal_draws_counts() -> None:
+def test_cached_normal_draw_is_hashed() -> None:
     """Both generators keep the second of a pair for the next call: the same words, another state."""
     random.seed(0)
     numpy.random.seed(0)
@@ -215,7 +215,7 @@ def test_names_of_settings_and_state() -> None:
         assert changed(before, optimizer_stage(model, optimizer)) == [f"group1.{key}"]
 
 
-def test_one_bit_of_every_part_of_adam_state_counts() -> None:
+def test_flipped_bit_in_any_adam_state_is_found() -> None:
     model = nn.Linear(2, 2)
     optimizer = stepped(torch.optim.AdamW(model.parameters(), amsgrad=True))
     for name, parameter in model.named_parameters():
@@ -225,7 +225,7 @@ def test_one_bit_of_every_part_of_adam_state_counts() -> None:
             assert changed(before, optimizer_stage(model, optimizer)) == [f"{name}.{key}"]
 
 
-def test_parameters_outside_the_model_have_names_of_their_own_and_count_themselves() -> None:
+def test_parameters_outside_the_model_are_hashed() -> None:
     model, others = nn.Linear(2, 2), [nn.Parameter(torch.zeros(3)) for _ in range(2)]
     optimizer = torch.optim.SGD([{"params": [*model.parameters(), *others]}], lr=0.1, momentum=0.9)
     stepped(optimizer)
@@ -237,7 +237,7 @@ def test_parameters_outside_the_model_have_names_of_their_own_and_count_themselv
             assert changed(before, optimizer_stage(model, optimizer)) == [name + suffix]
 
 
-def test_state_under_other_keys_than_parameters_counts() -> None:
+def test_state_under_other_keys_is_hashed() -> None:
     model = nn.Linear(2, 2)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     optimizer.state["shared"] = {"count": 1}
@@ -261,7 +261,7 @@ def of_others(*others: Any) -> Stage:
     return optimizer_stage(model, torch.optim.SGD(model.parameters(), lr=0.1), *others)
 
 
-def test_two_others_of_one_class_do_not_hide_each_other() -> None:
+def test_two_others_of_one_class_are_numbered() -> None:
     stages = [of_others(Keeper(epoch=one), Keeper(epoch=two)) for one in (1, 2) for two in (1, 2)]
     assert len({stage.digest for stage in stages}) == 4
     assert stages[0].names[-2:] == ("Keeper.epoch", "Keeper.epoch#2")
@@ -269,7 +269,7 @@ def test_two_others_of_one_class_do_not_hide_each_other() -> None:
     assert changed(stages[0], stages[2]) == ["Keeper.epoch"]
 
 
-def test_other_objects_that_are_none_are_left_out() -> None:
+def test_others_that_are_none_are_skipped() -> None:
     assert of_others(None).names == of_others().names
 
 
@@ -292,18 +292,18 @@ def test_other_objects_that_are_none_are_left_out() -> None:
         (nn.Linear, nn.Conv2d),
     ],
 )
-def test_values_of_state_count(one: Any, two: Any) -> None:
+def test_values_of_state_are_hashed(one: Any, two: Any) -> None:
     assert len(changed(of_others(Keeper(v=one)), of_others(Keeper(v=two)))) >= 1
 
 
 @pytest.mark.parametrize("make", [object, lambda: lambda epoch: 1.0, lambda: numpy.array([object()]), lambda: {1, 2}])
-def test_addresses_do_not_count(make: Callable[[], Any]) -> None:
+def test_addresses_are_not_hashed(make: Callable[[], Any]) -> None:
     one, two = make(), make()
     assert one is not two
     assert changed(of_others(Keeper(v=one)), of_others(Keeper(v=two))) == []
 
 
-def test_a_scaler_that_goes_on_has_the_entries_of_the_one_that_was_saved() -> None:
+def test_resumed_scaler_has_the_saved_entries() -> None:
     used = torch.amp.GradScaler("cpu", init_scale=8.0, growth_interval=1)
     unused = of_others(used)
     weight = torch.ones(1, requires_grad=True)

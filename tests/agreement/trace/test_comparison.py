@@ -29,7 +29,7 @@ def same_beginning(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPat
 
 
 @pytest.mark.usefixtures("same_beginning")
-def test_the_same_steps(tmp_path: Path) -> None:
+def test_equal_traces_have_no_difference(tmp_path: Path) -> None:
     one, other = (record(tmp_path / name, range(40), evaluated=[20, 39]) for name in ("one", "other"))
     found = compare(one, other)
     assert (found.place, found.num_steps, found.last_step) == (None, 39, 39)
@@ -41,7 +41,7 @@ def test_the_same_steps(tmp_path: Path) -> None:
 @pytest.mark.usefixtures("same_beginning")
 @pytest.mark.parametrize("step", [0, 1, 17, 39])
 @pytest.mark.parametrize("tensors", [False, True])
-def test_the_first_step_stage_and_tensor(step: int, tensors: bool, tmp_path: Path) -> None:
+def test_first_difference_has_step_stage_and_tensor(step: int, tensors: bool, tmp_path: Path) -> None:
     one = record(tmp_path / "one", range(40), tensors=tensors)
     changes = [(step, "weights", "two"), (step, "batch", "two"), (39, "batch", "one")]
     place = compare(one, record(tmp_path / "other", range(40), *changes, tensors=tensors)).place
@@ -52,7 +52,7 @@ def test_the_first_step_stage_and_tensor(step: int, tensors: bool, tmp_path: Pat
     assert (place.tensor, place.num_entries) == ((tensor, 2) if tensors else (None, 0))
 
 
-def test_of_tensors_that_only_one_side_has_recorded_none_is_named(tmp_path: Path) -> None:
+def test_tensor_is_unknown_if_only_one_side_recorded_it(tmp_path: Path) -> None:
     one = record(tmp_path / "one", range(4), tensors=True)
     place = compare(one, record(tmp_path / "other", range(4), (2, "weights", "one"))).place
     assert place is not None
@@ -60,7 +60,7 @@ def test_of_tensors_that_only_one_side_has_recorded_none_is_named(tmp_path: Path
 
 
 @pytest.mark.usefixtures("same_beginning")
-def test_an_evaluation_comes_after_its_step(tmp_path: Path) -> None:
+def test_evaluation_comes_after_its_step(tmp_path: Path) -> None:
     one = record(tmp_path / "one", range(6), evaluated=[3, 5])
     other = record(tmp_path / "other", range(6), (3, "predictions", "two"), (4, "batch", "one"), evaluated=[3, 5])
     place = compare(one, other).place
@@ -69,7 +69,7 @@ def test_an_evaluation_comes_after_its_step(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("same_beginning")
-def test_one_that_ends_sooner(tmp_path: Path) -> None:
+def test_shorter_trace_is_compared_to_its_end(tmp_path: Path) -> None:
     traces = [
         Trace(record(tmp_path / "one", range(30))),
         Trace(record(tmp_path / "other", range(20))),
@@ -81,7 +81,7 @@ def test_one_that_ends_sooner(tmp_path: Path) -> None:
 
 @pytest.mark.usefixtures("same_beginning")
 @pytest.mark.parametrize("cut", [1, 30, 100])
-def test_a_line_that_was_cut_off_is_left_out(cut: int, tmp_path: Path) -> None:
+def test_truncated_line_is_skipped(cut: int, tmp_path: Path) -> None:
     one, other = (record(tmp_path / name, range(10)) for name in ("one", "other"))
     path = other / TRACE_NAME
     path.write_bytes(path.read_bytes()[:-cut])
@@ -94,7 +94,7 @@ def test_a_line_that_was_cut_off_is_left_out(cut: int, tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("same_beginning")
-def test_only_what_both_have_recorded_is_compared(tmp_path: Path) -> None:
+def test_only_steps_in_both_traces_are_compared(tmp_path: Path) -> None:
     one = record(tmp_path / "one", range(13))
     every_third = record(tmp_path / "other", range(0, 13, 3), (4, "weights", "one"))
     found = compare(one, every_third)
@@ -107,7 +107,7 @@ def test_only_what_both_have_recorded_is_compared(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("same_beginning")
-def test_another_epoch_or_another_number_of_replicas_is_no_difference(tmp_path: Path) -> None:
+def test_epochs_and_number_of_replicas_are_not_compared(tmp_path: Path) -> None:
     one = record(tmp_path / "one", range(9), epochs=dict.fromkeys(range(9), 1))
     other = record(tmp_path / "other", range(9), epochs=dict.fromkeys(range(5, 9), 2), num_replicas=3)
     found = compare(one, other)
@@ -115,7 +115,7 @@ def test_another_epoch_or_another_number_of_replicas_is_no_difference(tmp_path: 
 
 
 @pytest.mark.usefixtures("same_beginning")
-def test_of_what_was_done_again_the_last_counts(tmp_path: Path) -> None:
+def test_newest_line_of_a_repeated_step_counts(tmp_path: Path) -> None:
     """As by a run whose replicas parted at step 5, and that went on from step 4 later."""
     good = record(tmp_path / "good", range(9))
     resumed = record(tmp_path / "resumed", range(5))
@@ -131,7 +131,7 @@ def test_of_what_was_done_again_the_last_counts(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("same_beginning")
-def test_what_both_have_done_again_counts_once_and_is_known(tmp_path: Path) -> None:
+def test_steps_repeated_in_both_count_once(tmp_path: Path) -> None:
     one, other = (record(tmp_path / name, range(7)) for name in ("one", "other"))
     for folder in (one, other):
         record(folder, range(4, 9), *((step, "weights", "one") for step in range(4, 9)), num_lines=5)
@@ -140,7 +140,7 @@ def test_what_both_have_done_again_counts_once_and_is_known(tmp_path: Path) -> N
     assert (found.place, found.num_steps, found.num_same["weights"], trace.first_repeated) == (None, 8, 9, 4)
 
 
-def test_where_a_run_had_parted_itself_is_known(tmp_path: Path) -> None:
+def test_divergence_within_a_run_is_reported(tmp_path: Path) -> None:
     one = record(tmp_path / "one", range(6))
     other = record(tmp_path / "other", range(4))
     record(other, range(4, 6), (4, "weights", "one"), num_lines=5, agreed=False)
@@ -150,7 +150,7 @@ def test_where_a_run_had_parted_itself_is_known(tmp_path: Path) -> None:
     assert (found.place.step, found.agreed, trace.diverged_at) == (4, (True, False), 4)
 
 
-def test_another_program_s_spacing_is_read_too(tmp_path: Path) -> None:
+def test_lines_with_other_spacing_are_read(tmp_path: Path) -> None:
     one, other = record(tmp_path / "one", range(6), evaluated=[3]), tmp_path / "other.jsonl"
     rows = [json.loads(line) for line in (one / TRACE_NAME).read_text().splitlines()]
     other.write_text("".join(json.dumps(row, separators=(",", ":")) + "\n" for row in rows))
@@ -162,7 +162,7 @@ def test_another_program_s_spacing_is_read_too(tmp_path: Path) -> None:
     assert (place.step, place.stage) == (2, "weights")
 
 
-def test_digests_of_different_algorithms_are_never_compared(tmp_path: Path) -> None:
+def test_different_algorithms_are_not_compared(tmp_path: Path) -> None:
     one, other = (record(tmp_path / name, range(3)) for name in ("one", "other"))
     path = other / TRACE_NAME
     path.write_text(path.read_text().replace("xxh3-128/1", "sha256/1"))
@@ -181,7 +181,7 @@ def test_digests_of_different_algorithms_are_never_compared(tmp_path: Path) -> N
         ('{"algorithm": "xxh3-128/1", "torch": "2", "replicas": 2}\n\0\0\n', "has an invalid line 2"),
     ],
 )
-def test_what_is_no_trace_is_refused(content: str | None, words: str, tmp_path: Path) -> None:
+def test_invalid_trace_is_rejected(content: str | None, words: str, tmp_path: Path) -> None:
     path = tmp_path / "trace.jsonl"
     if content is not None:
         path.write_text(content)
@@ -191,7 +191,7 @@ def test_what_is_no_trace_is_refused(content: str | None, words: str, tmp_path: 
         compare(tmp_path, tmp_path)
 
 
-def test_the_same_line_twice_is_done_again_too(tmp_path: Path) -> None:
+def test_duplicate_line_is_a_repeated_step(tmp_path: Path) -> None:
     one = record(tmp_path / "one", range(5))
     other = record(tmp_path / "other", range(5))
     append(other, (other / TRACE_NAME).read_text().splitlines()[-1] + "\n")

@@ -19,7 +19,7 @@ CONFIG: dict[str, Any] = {
 }
 
 
-def test_config_key_by_key_in_its_own_order() -> None:
+def test_config_differences_are_in_order_of_keys() -> None:
     other = {
         **CONFIG,
         "run": {"name": "b", "root": "runs"},
@@ -41,7 +41,7 @@ def test_config_key_by_key_in_its_own_order() -> None:
     ]
 
 
-def test_what_is_said_to_change_no_digest_are_keys_that_exist() -> None:
+def test_keys_that_change_no_digest_exist() -> None:
     from dreplica.agreement.trace import run_metadata as recorded_run
 
     config = RunConfig().model_dump()
@@ -51,7 +51,7 @@ def test_what_is_said_to_change_no_digest_are_keys_that_exist() -> None:
         assert not key or key in config[section], name
 
 
-def test_the_number_of_replicas_is_no_difference_of_the_environment() -> None:
+def test_manifest_differences_ignore_number_of_replicas() -> None:
     row = {"host": "a", "seed": 42, "cpu": {"model": "X"}}
     one = [{"replica": 0, **row}, {"replica": 1, **row}]
     assert manifest_differences(one, [{"replica": 0, **row}]) == []
@@ -63,7 +63,7 @@ def test_the_number_of_replicas_is_no_difference_of_the_environment() -> None:
 
 
 @pytest.mark.parametrize("content", ["{", "[]", "7"])
-def test_what_cannot_be_read_is_said(content: str, tmp_path: Path) -> None:
+def test_read_run_lists_unreadable_files(content: str, tmp_path: Path) -> None:
     (tmp_path / "config.yaml").write_text(content)
     verdict = {"agreed": True, "cause": "none", "summary": "2 replicas"}
     (tmp_path / "report.json").write_text(json.dumps({"schema": 1, "verdict": verdict}))

@@ -20,7 +20,7 @@ def found(folder: Path, step: int, *changes: tuple[int, str, str]) -> dict[str, 
     return find_stages(folder / TENSORS_NAME, step, hex_digests(stages_of(step, changes)))
 
 
-def test_every_line_of_the_trace_is_found_again_tensor_by_tensor(tmp_path: Path) -> None:
+def test_find_stages_finds_every_line_of_the_trace(tmp_path: Path) -> None:
     folder = record(tmp_path / "run", range(5), evaluated=[2, 4], tensors=True)
     lines = list(Trace(folder).lines())
     assert [line.key for line in lines] == [
@@ -37,13 +37,13 @@ def test_every_line_of_the_trace_is_found_again_tensor_by_tensor(tmp_path: Path)
         assert stages == stages_of(line.key[0], names=["predictions"] if line.key[1] else ["batch", "weights"])
 
 
-def test_names_stand_there_once_and_a_step_takes_16_bytes_for_each(tmp_path: Path) -> None:
+def test_names_are_stored_once_and_steps_take_16_bytes_each(tmp_path: Path) -> None:
     few, more = (record(tmp_path / str(n), range(n), tensors=True) / TENSORS_NAME for n in (10, 110))
     assert more.stat().st_size - few.stat().st_size == 100 * (16 + 4 * 16)
     assert more.read_bytes().count(b'"weights"') == 1
 
 
-def test_what_the_trace_does_not_speak_of_is_not_found(tmp_path: Path) -> None:
+def test_find_stages_ignores_frames_not_in_the_trace(tmp_path: Path) -> None:
     folder = record(tmp_path / "run", range(3), tensors=True)
     assert found(folder, 2) is not None
     assert found(folder, 2, (2, "weights", "one")) is None
@@ -52,7 +52,7 @@ def test_what_the_trace_does_not_speak_of_is_not_found(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("lost", [1, 15, 16, 17, 70, 200])
-def test_a_frame_that_was_cut_off_is_written_again_and_those_before_are_read(lost: int, tmp_path: Path) -> None:
+def test_truncated_frame_is_written_again(lost: int, tmp_path: Path) -> None:
     folder = record(tmp_path / "run", range(6), tensors=True)
     path = folder / TENSORS_NAME
     whole = path.read_bytes()
@@ -64,7 +64,7 @@ def test_a_frame_that_was_cut_off_is_written_again_and_those_before_are_read(los
         assert found(folder, step) == stages_of(step), step
 
 
-def test_zeros_in_place_of_a_frame_end_what_is_read(tmp_path: Path) -> None:
+def test_reading_ends_at_zeros(tmp_path: Path) -> None:
     folder = record(tmp_path / "run", range(3), tensors=True)
     with (folder / TENSORS_NAME).open("ab") as file:
         file.write(bytes(64))
@@ -75,7 +75,7 @@ def test_zeros_in_place_of_a_frame_end_what_is_read(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("kept", [0, 10])
-def test_a_file_whose_first_line_was_cut_off_is_begun_anew(kept: int, tmp_path: Path) -> None:
+def test_file_with_truncated_first_line_is_replaced(kept: int, tmp_path: Path) -> None:
     folder = record(tmp_path / "run", range(3), tensors=True)
     path = folder / TENSORS_NAME
     path.write_bytes(path.read_bytes()[:kept])
@@ -84,7 +84,7 @@ def test_a_file_whose_first_line_was_cut_off_is_begun_anew(kept: int, tmp_path: 
     assert found(folder, 3) == stages_of(3)
 
 
-def test_what_a_run_that_goes_on_comes_to_again_is_hardly_written_twice(tmp_path: Path) -> None:
+def test_resumed_run_writes_few_frames_twice(tmp_path: Path) -> None:
     folder = record(tmp_path / "run", range(50), tensors=True)
     before = (folder / TENSORS_NAME).read_bytes()
     record(folder, range(10, 50), num_lines=11, tensors=True)
@@ -93,7 +93,7 @@ def test_what_a_run_that_goes_on_comes_to_again_is_hardly_written_twice(tmp_path
     assert len(after) - len(before) <= 16 + 4 * 16  # the last step's, which may have lacked its evaluation
 
 
-def test_an_evaluation_of_which_only_the_trace_has_come_to_disk_is_written_again(tmp_path: Path) -> None:
+def test_evaluation_missing_in_tensors_is_written_again(tmp_path: Path) -> None:
     folder = record(tmp_path / "run", range(5), evaluated=[4], tensors=True)
     path = folder / TENSORS_NAME
     layout, frame = len('{"predictions": ["one", "two"]}') + 16, 16 + 2 * 16
@@ -104,7 +104,7 @@ def test_an_evaluation_of_which_only_the_trace_has_come_to_disk_is_written_again
     assert Trace(folder).tensors(line) == stages_of(4, names=["predictions"])
 
 
-def test_what_comes_out_otherwise_is_kept_beside_what_was_recorded(tmp_path: Path) -> None:
+def test_resumed_run_appends_differing_frames(tmp_path: Path) -> None:
     folder = record(tmp_path / "run", range(6), tensors=True)
     other = (3, "weights", "two")
     record(folder, range(2, 6), other, num_lines=3, tensors=True)
@@ -112,7 +112,7 @@ def test_what_comes_out_otherwise_is_kept_beside_what_was_recorded(tmp_path: Pat
     assert found(folder, 3, other) == stages_of(3, [other])
 
 
-def test_another_set_of_names_is_another_layout(tmp_path: Path) -> None:
+def test_other_names_are_another_layout(tmp_path: Path) -> None:
     path = tmp_path / TENSORS_NAME
     rows = [
         {"weights": tensors_stage({"ä": torch.ones(1)}), "rng": tensors_stage({})},

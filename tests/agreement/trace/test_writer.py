@@ -31,16 +31,16 @@ def traces(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[list[str]
     }
 
 
-def test_the_same_run_has_the_same_trace_on_every_replica(traces: dict[str, list[list[str]]]) -> None:
+def test_same_run_has_same_trace_on_every_replica(traces: dict[str, list[list[str]]]) -> None:
     assert traces["now"] == traces["again"]
     assert traces["now"][0] == traces["now"][1]
 
 
-def test_lag_changes_when_replicas_compare_but_not_what_is_recorded(traces: dict[str, list[list[str]]]) -> None:
+def test_lag_does_not_change_what_is_recorded(traces: dict[str, list[list[str]]]) -> None:
     assert traces["now"] == traces["later"]
 
 
-def test_the_lines(traces: dict[str, list[list[str]]]) -> None:
+def test_writer_lines(traces: dict[str, list[list[str]]]) -> None:
     header, *steps = (json.loads(line) for line in traces["now"][0])
     assert header == {"algorithm": ALGORITHM, "torch": torch.__version__, "replicas": 2}
     assert [line["step"] for line in steps] == [0, 1, 2, 2, 3, 4]
@@ -57,13 +57,13 @@ def test_the_lines(traces: dict[str, list[list[str]]]) -> None:
         assert len({line["digests"][stage] for line in steps if len(line["digests"]) == 8}) == 4, stage
 
 
-def test_another_seed_leaves_another_trace(traces: dict[str, list[list[str]]]) -> None:
+def test_other_seed_has_other_trace(traces: dict[str, list[list[str]]]) -> None:
     one, two = traces["now"][0], traces["seed 1"][0]
     assert one[0] == two[0]
     assert all(line != other for line, other in zip(one[1:], two[1:], strict=True))
 
 
-def test_lines_are_on_disk_as_they_come(tmp_path: Path) -> None:
+def test_writer_flushes_each_line(tmp_path: Path) -> None:
     path = tmp_path / "trace.jsonl"
     with TraceWriter(path, 1) as trace:
         assert len(path.read_text().splitlines()) == 1
@@ -82,7 +82,7 @@ def record(path: Path, steps: range, value: float = 1.0, num_lines: int = 0, agr
 
 
 @pytest.mark.parametrize("num_lines", [0, 2, 5, 6])
-def test_what_a_run_that_goes_on_comes_to_again_is_not_written_twice(num_lines: int, tmp_path: Path) -> None:
+def test_resumed_run_does_not_write_equal_lines_twice(num_lines: int, tmp_path: Path) -> None:
     path = tmp_path / "trace.jsonl"
     assert record(path, range(1, 6)).num_lines == 6
     again = record(path, range(max(num_lines, 1), 9), num_lines=num_lines)
@@ -91,7 +91,7 @@ def test_what_a_run_that_goes_on_comes_to_again_is_not_written_twice(num_lines: 
     assert steps == [None, *range(1, 9)]
 
 
-def test_what_comes_out_otherwise_is_named_and_kept_beside_what_was_recorded(tmp_path: Path) -> None:
+def test_resumed_run_reports_and_appends_differing_lines(tmp_path: Path) -> None:
     path = tmp_path / "trace.jsonl"
     record(path, range(1, 6))
     again = record(path, range(3, 8), value=2.0, num_lines=3)
@@ -100,7 +100,7 @@ def test_what_comes_out_otherwise_is_named_and_kept_beside_what_was_recorded(tmp
     assert steps == [None, 1, 2, 3, 4, 5, 3, 4, 5, 6, 7]
 
 
-def test_what_came_after_replicas_had_parted_is_not_expected_again(tmp_path: Path) -> None:
+def test_resumed_run_ignores_lines_after_divergence(tmp_path: Path) -> None:
     path = tmp_path / "trace.jsonl"
     record(path, range(1, 4))
     record(path, range(4, 5), value=7.0, num_lines=4, agreed=False)
@@ -109,7 +109,7 @@ def test_what_came_after_replicas_had_parted_is_not_expected_again(tmp_path: Pat
     assert len(path.read_text().splitlines()) == 7
 
 
-def test_digests_of_another_algorithm_are_not_compared_with(tmp_path: Path) -> None:
+def test_writer_rejects_trace_of_other_algorithm(tmp_path: Path) -> None:
     path = tmp_path / "trace.jsonl"
     record(path, range(1, 4))
     whole = path.read_bytes()
@@ -120,7 +120,7 @@ def test_digests_of_another_algorithm_are_not_compared_with(tmp_path: Path) -> N
     assert json.loads((tmp_path / "other.jsonl").read_text())["algorithm"] == "other/1"
 
 
-def test_the_header_is_that_of_the_digests(tmp_path: Path) -> None:
+def test_agreement_rejects_writer_of_other_algorithm(tmp_path: Path) -> None:
     with (
         TraceWriter(tmp_path / "trace.jsonl", 1, algorithm="other/1") as trace,
         pytest.raises(ValueError, match=r"trace has algorithm 'other/1', but digests are computed with 'xxh3-128/1'"),
@@ -129,7 +129,7 @@ def test_the_header_is_that_of_the_digests(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("tail", [b'{"step": 3, "ep', b"\0" * 40 + b"\n", b"\xff\n", b"3\n", b'{"step": 3}\n'])
-def test_what_is_no_line_is_taken_out(tail: bytes, tmp_path: Path) -> None:
+def test_writer_removes_invalid_tail(tail: bytes, tmp_path: Path) -> None:
     path = tmp_path / "trace.jsonl"
     record(path, range(1, 4))
     whole = path.read_bytes()
@@ -138,7 +138,7 @@ def test_what_is_no_line_is_taken_out(tail: bytes, tmp_path: Path) -> None:
     assert path.read_bytes() == whole
 
 
-def test_lines_that_are_gone_are_counted(tmp_path: Path) -> None:
+def test_writer_counts_missing_lines(tmp_path: Path) -> None:
     path = tmp_path / "trace.jsonl"
     record(path, range(1, 4))
     again = record(path, range(7, 9), num_lines=7)
@@ -149,7 +149,7 @@ def test_lines_that_are_gone_are_counted(tmp_path: Path) -> None:
     assert "algorithm" in path.read_text().splitlines()[0]
 
 
-def test_without_a_path_nothing_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_writer_without_path_writes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     with TraceWriter(None, 1) as trace:
         Agreement(torch.nn.Linear(2, 2), trace=trace).step()

@@ -111,7 +111,7 @@ def test_permuted_rows_and_columns_differ() -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_transpose_of_a_square_differs_as_a_view_and_as_a_copy(dtype: torch.dtype) -> None:
+def test_transpose_differs_as_a_view_and_as_a_copy(dtype: torch.dtype) -> None:
     square = pattern(25, dtype).reshape(5, 5)
     view, copy = square.t(), square.t().contiguous()
     assert not view.is_contiguous()
@@ -125,7 +125,7 @@ def test_reshape_differs() -> None:
     assert len({digest(flat.reshape(shape)) for shape in shapes}) == len(shapes)
 
 
-def test_one_element_with_no_dimension_and_with_one_differ() -> None:
+def test_scalar_and_one_element_vector_differ() -> None:
     assert digest(torch.tensor(3.0)) != digest(torch.tensor([3.0]))
 
 
@@ -158,7 +158,7 @@ def test_empty_tensors_differ_by_shape_and_dtype(shape: tuple[int, ...]) -> None
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_a_slice_without_elements_has_the_digest_of_an_empty_tensor(dtype: torch.dtype) -> None:
+def test_empty_slice_equals_empty_tensor(dtype: torch.dtype) -> None:
     assert digest(torch.zeros(4, dtype=dtype)[0:0:2]) == digest(torch.zeros(0, dtype=dtype))
 
 
@@ -179,7 +179,7 @@ def test_nan_is_stable_and_its_payload_counts() -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_a_copy_elsewhere_in_memory_has_the_same_digest(dtype: torch.dtype) -> None:
+def test_copy_has_the_same_digest(dtype: torch.dtype) -> None:
     tensor = pattern(35, dtype).reshape(5, 7)
     shifted = torch.cat([tensor.new_zeros(1), tensor.reshape(-1)])[1:].view(5, 7)  # not aligned to 16 bytes
     assert digest(tensor) == digest(tensor.clone()) == digest(shifted)
@@ -233,7 +233,7 @@ def test_sparse_tensors() -> None:
 # The contract
 
 
-def test_result_is_the_same_names_and_32_hex_digits() -> None:
+def test_result_has_the_names_and_32_hex_digits() -> None:
     result = fingerprint({"a": torch.ones(2), "b.c": torch.zeros((), dtype=torch.bool)})
     assert list(result) == ["a", "b.c"]
     for text in result.values():
@@ -255,14 +255,14 @@ GOLDEN = {
 
 
 @pytest.mark.parametrize(("dtype", "shape"), GOLDEN, ids=str)
-def test_the_function_keeps_its_name(dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+def test_algorithm_name_matches_known_digests(dtype: torch.dtype, shape: tuple[int, ...]) -> None:
     """A change of these values is a change of `ALGORITHM`: recorded traces are compared with new ones."""
     assert ALGORITHM == "xxh3-128/1"
     tensor = pattern(torch.Size(shape).numel(), dtype).reshape(shape)
     assert fingerprint({"layer.weight": tensor})["layer.weight"] == GOLDEN[dtype, shape]
 
 
-def test_the_function_keeps_its_name_for_sparse_tensors_and_bytes() -> None:
+def test_algorithm_name_matches_sparse_and_bytes_digests() -> None:
     assert digest_tensor("s", torch.eye(3).to_sparse()).hex() == "855df52bd03b4f1b76ac84f4e940e6a9"
     assert digest_bytes("lr", b"0.1").hex() == "cf3214efa053c01e3f1f89928137c73e"
 
@@ -270,7 +270,7 @@ def test_the_function_keeps_its_name_for_sparse_tensors_and_bytes() -> None:
 @pytest.mark.filterwarnings("ignore:torch.quantize_per_tensor", "ignore:Sparse CSR")
 @pytest.mark.filterwarnings("ignore:The PyTorch API of nested")
 @pytest.mark.parametrize("kind", ["meta", "sparse on meta", "csr", "quantized", "nested", "lazy", "fake", "float"])
-def test_tensors_without_plain_memory_are_refused_by_name(kind: str) -> None:
+def test_tensors_without_plain_memory_are_rejected(kind: str) -> None:
     tensor = {
         "meta": lambda: torch.empty(3, device="meta"),
         "sparse on meta": lambda: torch.empty(3, 3, device="meta", layout=torch.sparse_coo),
@@ -297,7 +297,7 @@ def test_num_bytes() -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_a_contiguous_tensor_is_hashed_in_its_own_memory(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_contiguous_tensor_is_hashed_without_a_copy(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     addresses = []
 
     def recorded(data: Any) -> bytes:
@@ -312,7 +312,7 @@ def test_a_contiguous_tensor_is_hashed_in_its_own_memory(dtype: torch.dtype, mon
     tensor.resize_(100)  # as it could be before
 
 
-def test_a_tensor_whose_memory_was_given_back_is_refused() -> None:
+def test_tensor_with_released_memory_is_rejected() -> None:
     tensor = torch.ones(8)
     tensor.untyped_storage().resize_(0)
     with pytest.raises(TypeError, match=r"'t': the bytes of this Tensor cannot be read: it has no memory"):
@@ -329,13 +329,13 @@ def _growth_of_peak_memory(world: World, num_elements: int) -> tuple[int, int]:
     return grown(square), grown(square.t())
 
 
-def test_hashing_allocates_nothing_of_the_size_of_the_tensor() -> None:
+def test_hashing_allocates_no_copy() -> None:
     (results,) = run_replicas(_growth_of_peak_memory, 1, 16 * 2**20)
     contiguous, strided = results
     assert contiguous < 2**24
     assert strided > 2**25  # the measure does see a copy of the 64 MiB
 
 
-def test_tensors_without_names_are_refused() -> None:
+def test_tensors_without_names_are_rejected() -> None:
     with pytest.raises(TypeError, match=r"tensors must be a dict such as .*, got list"):
         fingerprint([torch.ones(1)])  # type: ignore[arg-type]

@@ -35,13 +35,13 @@ def model_and_optimizer() -> tuple[nn.Module, torch.optim.Optimizer]:
     return model, torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
 
 
-def test_it_is_chosen() -> None:
+def test_gpu_hasher_is_chosen() -> None:
     hasher = hasher_for([DEVICE])
     assert hasher.is_asynchronous
     assert hasher.algorithm.endswith(multilinear.ALGORITHM)
 
 
-def test_what_was_launched_before_is_seen_and_what_comes_after_is_not() -> None:
+def test_hash_is_ordered_in_its_stream() -> None:
     """Without waiting, in between: the digest is that of the state between two writes in the same stream."""
     values = torch.zeros(2**26, device=DEVICE)
     hashing = DeviceHash(DEVICE)
@@ -57,7 +57,7 @@ def test_what_was_launched_before_is_seen_and_what_comes_after_is_not() -> None:
     assert len({each.all for each in digests}) == 20
 
 
-def test_a_training_step_that_is_checked_waits_for_nothing(no_synchronization: None) -> None:
+def test_checked_step_does_not_synchronize(no_synchronization: None) -> None:
     model, optimizer = model_and_optimizer()
     agreement = Agreement(model, optimizer, lag=1)
     inputs = torch.randn(32, 3, 8, 8, device=DEVICE).contiguous(memory_format=torch.channels_last)
@@ -76,7 +76,7 @@ def test_a_training_step_that_is_checked_waits_for_nothing(no_synchronization: N
     assert agreement.agreed_until == 20
 
 
-def test_the_host_is_a_step_ahead_of_the_device() -> None:
+def test_host_is_one_step_ahead_of_device() -> None:
     """`step` returns while the device is still at work on that very step."""
     model, optimizer = model_and_optimizer()
     agreement = Agreement(model, optimizer, lag=1)
@@ -96,7 +96,7 @@ def test_the_host_is_a_step_ahead_of_the_device() -> None:
 
 
 @pytest.mark.parametrize("bit", [0, 7, 15, 31])
-def test_one_bit_flipped_on_the_device_is_seen(bit: int) -> None:
+def test_flipped_bit_on_device_is_found(bit: int) -> None:
     model, optimizer = model_and_optimizer()
     agreement = Agreement(model, optimizer)
     before = agreement.observe()
@@ -109,7 +109,7 @@ def test_one_bit_flipped_on_the_device_is_seen(bit: int) -> None:
     assert [name for name in entries[0] if entries[0][name] != entries[1][name]] == ["4.weight"]
 
 
-def test_memory_used_by_checking() -> None:
+def test_memory_used_by_checks() -> None:
     """Less than 16 MB for 1 GiB of weights in other layouts, too."""
     weights = [torch.zeros(2**16, 2**10, device=DEVICE), torch.zeros(2**10, 2**16, device=DEVICE).t()]
     weights += [torch.zeros(2**12, 2**10, 4, 8, device=DEVICE).contiguous(memory_format=torch.channels_last)]
@@ -132,7 +132,7 @@ def test_two_streams() -> None:
     assert here.all == there.all
 
 
-def test_a_graph_replayed_in_between_is_not_disturbed() -> None:
+def test_cuda_graph_is_not_disturbed() -> None:
     """Of users who capture their step: checks are made outside the graph."""
     model, optimizer = model_and_optimizer()
     inputs = torch.randn(8, 3, 8, 8, device=DEVICE)
@@ -157,7 +157,7 @@ def test_a_graph_replayed_in_between_is_not_disturbed() -> None:
     assert agreement.agreed_until == 3
 
 
-def test_a_model_compiled_to_cuda_graphs_is_not_disturbed(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_model_compiled_to_cuda_graphs_is_not_disturbed(monkeypatch: pytest.MonkeyPatch) -> None:
     """Its outputs and gradients lie in memory that the next step overwrites."""
     monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)  # two trainings are compared
     inputs = torch.randn(8, 3, 8, 8, device=DEVICE)

@@ -67,7 +67,7 @@ def defined(tensor: Tensor) -> tuple[int, int]:
     return multilinear.content(elements.view(torch.uint8).numpy())
 
 
-def test_any_dtype_shape_and_layout_in_one_launch() -> None:
+def test_launch_hashes_any_dtype_shape_and_layout() -> None:
     tensors = []
     for dtype in DTYPES:
         matrix = shaped(dtype, 13, 21)
@@ -83,7 +83,7 @@ def test_any_dtype_shape_and_layout_in_one_launch() -> None:
 
 
 @pytest.mark.parametrize("offset", [0, 1, 2, 3, 4, 8, 12])
-def test_any_alignment(offset: int) -> None:
+def test_launch_hashes_any_alignment(offset: int) -> None:
     sizes = (1, 4, 4099, BLOCK_BYTES + 8 if offset % 4 == 0 else 0)
     tensors = [noise(size, offset) for size in sizes]
     assert contents(tensors) == [defined(tensor) for tensor in tensors]
@@ -91,7 +91,7 @@ def test_any_alignment(offset: int) -> None:
 
 @settings(max_examples=15, deadline=None)
 @given(st.data())
-def test_random_tensors(data: st.DataObject) -> None:
+def test_launch_hashes_random_tensors(data: st.DataObject) -> None:
     tensors = []
     for _ in range(data.draw(st.integers(1, 4))):
         shape = data.draw(st.lists(st.integers(0, 9), max_size=3))
@@ -105,7 +105,7 @@ def test_random_tensors(data: st.DataObject) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.complex128])
-def test_several_blocks_whole_and_strided(dtype: torch.dtype) -> None:
+def test_launch_hashes_several_blocks(dtype: torch.dtype) -> None:
     matrix = shaped(dtype, BLOCK_BYTES // dtype.itemsize // 64, 66)
     images = shaped(dtype, 7, 45, 5, 188 // dtype.itemsize)
     tensors = [
@@ -118,7 +118,7 @@ def test_several_blocks_whole_and_strided(dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("strided", [False, True])
-def test_beyond_two_to_the_31_elements(strided: bool) -> None:
+def test_launch_hashes_over_2_to_the_31_elements(strided: bool) -> None:
     """Only the last block is computed, and only its memory touched."""
     if strided:
         tensor = torch.empty(2, 65537, 16385, dtype=torch.uint8, device=DEVICE).permute(1, 0, 2)
@@ -154,13 +154,13 @@ def _content_of_last_block(data: numpy.ndarray, number: int) -> tuple[int, int]:
     return lanes[0], lanes[1]
 
 
-def test_programs_take_each_block_once() -> None:
+def test_programs_cover_each_block_once() -> None:
     sizes = [0, 1, BLOCK_BYTES, 0, BLOCK_BYTES + 1, 3 * BLOCK_BYTES]
     expected = [(1, 0), (2, 0), (4, 0), (4, 1), (5, 0), (5, 1), (5, 2)]
     assert [tuple(row) for row in programs(sizes).tolist()] == expected
 
 
-def test_what_the_kernel_cannot_read_in_place() -> None:
+def test_describe_rejects_layouts_that_need_a_copy() -> None:
     images = torch.zeros(4, 6, 8, 10)
     assert describe(images.to(memory_format=torch.channels_last)) is not None
     assert describe(images.to(memory_format=torch.channels_last)[:, :, ::2, ::2]) is None
@@ -168,7 +168,7 @@ def test_what_the_kernel_cannot_read_in_place() -> None:
 
 
 @pytest.mark.parametrize(("offset", "unit"), [(0, 4), (2, 2), (1, 1)])
-def test_nothing_is_loaded_across_its_alignment(offset: int, unit: int) -> None:
+def test_describe_units_are_aligned(offset: int, unit: int) -> None:
     """A GPU does not do that, though a CPU does."""
     memory = bytearray(8 * 15 + 8)
     row = describe(torch.frombuffer(memory, dtype=torch.float64, count=15, offset=offset).view(3, 5).t())
@@ -196,7 +196,7 @@ print(len(compiled.asm["cubin"]), len(words), *slow, *instructions)
 """
 
 
-def test_it_compiles_for_a_gpu() -> None:
+def test_kernel_compiles_for_a_gpu() -> None:
     """Which the interpreter does not show; no GPU is needed to compile. Whole blocks are loaded 16 bytes at a time.
 
     Where words are loaded in a loop, wherever they lie, nothing in it divides or waits for other threads.

@@ -36,7 +36,7 @@ def test_constant_tensors_differ() -> None:
 
 @settings(max_examples=60, deadline=None)
 @given(st.data())
-def test_bits_flipped_in_one_word_show_in_both_lanes(data: st.DataObject) -> None:
+def test_bits_flipped_in_one_word_change_both_lanes(data: st.DataObject) -> None:
     before = noise(data.draw(st.sampled_from([1, 3, 4, 5, 4 * COLUMNS, BLOCK - 1, BLOCK, BLOCK + 2])))
     after = before.copy()
     word = data.draw(st.integers(0, (before.size - 1) // 4))
@@ -48,7 +48,7 @@ def test_bits_flipped_in_one_word_show_in_both_lanes(data: st.DataObject) -> Non
 
 @pytest.mark.parametrize("bit", [0, 15, 16, 31])
 @pytest.mark.parametrize("first", [0, 7 * COLUMNS + 3])
-def test_the_same_bit_flipped_in_any_even_number_of_words_shows(bit: int, first: int) -> None:
+def test_same_bit_flipped_in_many_words_differs(bit: int, first: int) -> None:
     words = noise(2 * BLOCK).view(numpy.uint32)
     contents = [content(words.view(numpy.uint8))]
     for other in (first + 1, first + COLUMNS, first + 2 * COLUMNS, first + ROWS * COLUMNS, words.size - 1):
@@ -58,7 +58,7 @@ def test_the_same_bit_flipped_in_any_even_number_of_words_shows(bit: int, first:
         assert len(set(lane)) == len(contents)
 
 
-def test_a_sign_flipped_in_pairs_of_any_two_rows_of_a_column() -> None:
+def test_sign_flipped_in_any_two_rows_of_a_column_differs() -> None:
     """The weakest spot: all the sums of row keys that such flips in 2, 4, … 16 of a column's words come to differ."""
     keys = [[int(key) for key in row_keys(lane)] for lane in (0, 1)]
     chosen = [rows for rows in range(1, 2**ROWS) if rows.bit_count() % 2 == 0]
@@ -79,7 +79,7 @@ def test_any_two_different_elements_swapped_differ(data: st.DataObject) -> None:
 
 
 @pytest.mark.parametrize("distance", [1, COLUMNS, ROWS * COLUMNS])
-def test_words_swapped_within_and_across_columns_and_blocks_differ(distance: int) -> None:
+def test_swapped_words_differ(distance: int) -> None:
     words = noise(2 * BLOCK).view(numpy.uint32)
     swapped = words.copy()
     swapped[[5, 5 + distance]] = words[[5 + distance, 5]]
@@ -118,7 +118,7 @@ def test_names_dtypes_and_lengths_count() -> None:
     assert digest_of(one, "a") != digest_of(one, "b")
 
 
-def test_what_differs_all_over_has_no_bits_in_common_beyond_chance() -> None:
+def test_different_data_has_independent_digests() -> None:
     """Each of 128 bits changes in about half of 400 pairs of inputs that differ in one low bit."""
     words = numpy.zeros(64, numpy.uint32)
     before = content(words.view(numpy.uint8))
@@ -136,7 +136,7 @@ def test_what_differs_all_over_has_no_bits_in_common_beyond_chance() -> None:
 # The definition
 
 
-def test_the_sum_over_words_by_hand() -> None:
+def test_content_equals_sum_by_hand() -> None:
     """Not by arrays, but word by word in Python's own integers."""
     data = noise(BLOCK + 4 * COLUMNS + 6).tobytes()
     mask = 2**64 - 1
@@ -165,7 +165,7 @@ def test_the_sum_over_words_by_hand() -> None:
     assert content(data) == tuple(totals)
 
 
-def test_mix64_undone() -> None:
+def test_mix64_is_a_bijection() -> None:
     """A bijection has an inverse: what is undone is what was."""
     values = numpy.random.default_rng(0).integers(0, 2**64, 1000, dtype=numpy.uint64)
 
@@ -191,7 +191,7 @@ GOLDEN = {
 
 
 @pytest.mark.parametrize(("dtype", "shape"), GOLDEN, ids=str)
-def test_the_function_keeps_its_name(dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+def test_algorithm_name_matches_known_digests(dtype: torch.dtype, shape: tuple[int, ...]) -> None:
     """A change of these values is a change of `ALGORITHM`."""
     assert ALGORITHM == "multilinear-128/1"
     tensor = pattern(torch.Size(shape).numel(), dtype).reshape(shape)

@@ -51,9 +51,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[list[Re
 
 
 @pytest.mark.parametrize("name", JOBS)
-def test_all_comes_out_as_with_digests_that_come_at_once(
-    name: str, results: dict[str, tuple[list[Result], list[Result]]]
-) -> None:
+def test_late_digests_give_the_same_results(name: str, results: dict[str, tuple[list[Result], list[Result]]]) -> None:
     at_once, late = results[name]
     assert (at_once[0].verdict is None) == (name in ("nothing", "every 3", "stop"))
     for one, other in zip(at_once, late, strict=True):
@@ -64,11 +62,11 @@ def test_all_comes_out_as_with_digests_that_come_at_once(
         assert other.trace[0]["algorithm"] == LateHasher().algorithm
 
 
-def test_a_wish_to_stop_arrives_one_step_later(results: dict[str, tuple[list[Result], list[Result]]]) -> None:
+def test_stop_arrives_one_step_later(results: dict[str, tuple[list[Result], list[Result]]]) -> None:
     assert [result.stops for result in results["stop"][1]] == [[False, False, True, True]] * 3
 
 
-def test_one_step_later_and_not_before() -> None:
+def test_lag_1_waits_one_step_later() -> None:
     hasher = LateHasher()
     agreement = Agreement(nn.Linear(2, 2), lag=1, hasher=hasher)
     assert hasher.waited == [0]  # the build
@@ -91,7 +89,7 @@ def test_one_step_later_and_not_before() -> None:
     assert hasher.waited == [*range(7)]  # nobody waits twice
 
 
-def test_with_lag_0_at_the_step_itself() -> None:
+def test_lag_0_waits_at_the_step() -> None:
     hasher = LateHasher()
     agreement = Agreement(nn.Linear(2, 2), hasher=hasher)
     agreement.step()
@@ -101,7 +99,7 @@ def test_with_lag_0_at_the_step_itself() -> None:
 # Replicas of which not all can
 
 
-def test_digests_of_different_functions_are_not_compared() -> None:
+def test_digests_of_different_algorithms_are_not_compared() -> None:
     jobs = [Job(lag=1, late=(1,), on_divergence=how) for how in ("stop", "continue")]
     rows = run_replicas(train_all, 3, jobs)
     for result, job in ((row[number], job) for number, job in enumerate(jobs) for row in rows):
@@ -128,7 +126,7 @@ def _choose(world: World, able: Sequence[int]) -> tuple[bool, list[str]]:
 
 
 @pytest.mark.parametrize(("able", "chosen"), [((), False), ((0, 1), True), ((1,), False)])
-def test_a_run_takes_fingerprints_where_all_replicas_can(able: Sequence[int], chosen: bool) -> None:
+def test_run_hashes_on_gpu_only_if_all_replicas_can(able: Sequence[int], chosen: bool) -> None:
     (one, warnings), (other, _) = run_replicas(_choose, 2, able)
     assert one == other == chosen
     assert bool(warnings) == (len(able) == 1)
