@@ -90,9 +90,9 @@ def _print_help(command: argparse.ArgumentParser, section: str) -> ExitCode:
     if section:
         print(format_help(command.prog, section))
         return ExitCode.AGREED
-    print(f"usage: {command.prog} [--replicas N] {_SETTINGS}\n")
-    print(command.format_help().split("\n\n", 1)[1])
-    print(format_help("dreplica"))
+    command.usage = f"{command.prog} [--replicas N] {_SETTINGS}"
+    print(command.format_help())
+    print(format_help(None))
     return ExitCode.AGREED
 
 

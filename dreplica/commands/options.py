@@ -49,7 +49,10 @@ def add_training_command(
 
 
 def _add(commands: Commands, name: str, text: str, handler: Handler, takes_settings: bool) -> argparse.ArgumentParser:
-    command = commands.add_parser(name, help=text, description=text, add_help=not takes_settings, allow_abbrev=False)
+    description = f"{text[0].upper()}{text[1:]}."
+    command = commands.add_parser(
+        name, help=text, description=description, add_help=not takes_settings, allow_abbrev=False
+    )
     command.set_defaults(handler=handler, takes_settings=takes_settings)
     return command
 

@@ -25,23 +25,27 @@ def help_topic(argv: Sequence[str]) -> str | None:
     return None
 
 
-def format_help(prog: str, section: str = "") -> str:
+def format_help(prog: str | None, section: str = "") -> str:
     """Return the help text of the config.
 
     Args:
-        prog: Name of the program, for the usage line.
+        prog: Name of the program, for the usage line. None for a text without usage line, which continues another.
         section: The only section to describe. All of them if empty.
 
     Raises:
         UsageError: There is no such section.
     """
     sections = [_known_section(section)] if section else list(RunConfig.model_fields)
-    parser = argparse.ArgumentParser(prog, add_help=False, usage=f"{prog} [--config FILE] [--section.key VALUE ...]")
+    usage = argparse.SUPPRESS if prog is None else f"{prog} [--config FILE] [--section.key VALUE ...]"
+    parser = argparse.ArgumentParser(prog, add_help=False, usage=usage)
+    plain: argparse._ActionsContainer = parser
     if not section:
-        text = "Train replicas and compare every bit of their state. VALUE is read as YAML: null, true, [1, 2]."
-        parser.description = f"{text} --help SECTION describes one section, such as --help optim."
+        text = "VALUE is read as YAML: null, true, [1, 2]. --help SECTION describes one section, such as --help optim."
+        plain = parser.add_argument_group("settings", text)
         text = "YAML file, or the name of a config that ships with dreplica (default: configs/digits.yaml)"
-        parser.add_argument("--config", metavar="FILE", help=text)
+        plain.add_argument("--config", metavar="FILE", help=text)
+    if prog is not None and not section:
+        parser.description = "Train replicas and compare every bit of their state."
     for name in sections:
         field = RunConfig.model_fields[name]
         model = field.annotation
@@ -50,7 +54,7 @@ def format_help(prog: str, section: str = "") -> str:
             for key, item in model.model_fields.items():
                 _add_field(group, f"--{name}.{key}", item)
         else:
-            _add_field(parser, f"--{name}", field)
+            _add_field(plain, f"--{name}", field)
             if section == "inject":
                 faults = parser.add_argument_group("keys of each fault", FaultConfig.__doc__)
                 for key, item in FaultConfig.model_fields.items():
