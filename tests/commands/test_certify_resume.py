@@ -87,7 +87,7 @@ def test_judge_difference_before_interruption(step: int, stage: str, words: str,
     header = {"algorithm": "some", "torch": "2", "replicas": 2}
     for name in ("straight", "interrupted"):
         (tmp_path / name).mkdir()
-        report = {"warnings": [], "run": {"resumed_from": 7}}
+        report = {"schema": 2, "run": {"resumed_from": 7}}
         (tmp_path / name / "report.json").write_text(json.dumps(report))
         other = name == "interrupted"
         rows = [{"step": number, "epoch": 1, "agreed": True, "digests": {"weights": "a"}} for number in range(1, 9)]
@@ -103,7 +103,7 @@ def test_judge_difference_before_interruption(step: int, stage: str, words: str,
 def test_judge_rejects_different_algorithms(tmp_path: Path) -> None:
     for name, algorithm in (("straight", "one/1"), ("interrupted", "two/1")):
         (tmp_path / name).mkdir()
-        report = {"warnings": [], "run": {"resumed_from": 1}}
+        report = {"schema": 2, "run": {"resumed_from": 1}}
         (tmp_path / name / "report.json").write_text(json.dumps(report))
         header = {"algorithm": algorithm, "torch": "2", "replicas": 1}
         (tmp_path / name / "trace.jsonl").write_text(json.dumps(header) + "\n")

@@ -42,5 +42,5 @@ def lose(way: str) -> None:
 def build_fails(num_classes: int) -> nn.Module:
     """A factory that fails on one replica."""
     if os.environ["RANK"] == "0":
-        raise MemoryError("no room for the model")
+        raise MemoryError("out of host memory")
     return fixtures.tiny_model(num_classes)

@@ -1,4 +1,4 @@
-"""A replica that goes, in whatever way, ends the whole run within seconds, and the report names exactly it."""
+"""A replica that is lost ends the run within seconds, and the report names it."""
 
 import json
 import os
@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -18,12 +19,12 @@ from tests.harness import REPOSITORY, Job, environment, run_job, run_workers, to
 
 LOSING = (*SMALL, "--model.factory=tests.end_to_end.losing:LosingModel")
 HANG_SECONDS = 60.0
-"""A job still there by then hangs: less than torchrun's 30 s of patience would do, were the machine idle."""
+"""Seconds after which a job counts as hanging. On an idle machine, less than torchrun's timeout of 30 s suffices."""
 
 
 @pytest.fixture
 def root(tmp_path: Path) -> Iterator[Path]:
-    """Where the run folder goes. No process that has it in its command line is left behind."""
+    """Yield the root of the run folder, and check that no process with it in its command line is left."""
     yield tmp_path
     deadline = time.monotonic() + 10
     while (left := processes_with(str(tmp_path))) and time.monotonic() < deadline:
@@ -34,14 +35,14 @@ def root(tmp_path: Path) -> Iterator[Path]:
 
 
 def processes_with(marker: str) -> list[int]:
-    """The processes that have `marker` in their command line."""
+    """Return the processes with `marker` in their command line."""
     found = []
     for entry in Path("/proc").iterdir():
         try:
             if entry.name.isdigit() and marker.encode() in (entry / "cmdline").read_bytes():
                 found.append(int(entry.name))
         except OSError:
-            continue  # it has ended meanwhile
+            continue  # the process has ended meanwhile
     return found
 
 
@@ -58,73 +59,77 @@ def lose(
 
 
 def assert_names(job: Job, lost: list[int]) -> str:
-    """The report says which replicas were lost, in which step; returns the evidence."""
+    """Check that the report names the lost replicas and the step. Return the texts of the evidence."""
     verdict = job.report["verdict"]
     assert (verdict["agreed"], verdict["cause"]) == (False, "replica-lost"), job.output
     assert verdict["suspects"] == lost
     assert verdict["remedy"]
     assert [row["replica"] for row in job.report["replicas"]] == list(range(len(job.report["replicas"])))
-    # Of a replica that says nothing any more, the others know the step give or take one.
+    # The last step of a replica that stopped responding is known up to one step.
     assert verdict["step"] in ({7} if "raised" in verdict["summary"] else {6, 7, 8})
     assert job.report["steps_checked"] in {5, 6}
-    return "\n".join(verdict["evidence"])
+    return _evidence(verdict)
 
 
-def test_a_replica_that_raises(monkeypatch: pytest.MonkeyPatch, root: Path) -> None:
+def _evidence(verdict: dict[str, Any]) -> str:
+    return "\n".join(item["text"] for item in verdict["evidence"])
+
+
+def test_replica_that_raises_is_named(monkeypatch: pytest.MonkeyPatch, root: Path) -> None:
     job = lose(monkeypatch, root, "1:raise", start=torchrun)
     assert "replica 1: raised ArithmeticError: the sky fell" in assert_names(job, [1])
     assert job.exitcodes == {0: 1, 1: 1, 2: 1}
-    ours = job.stderr.partition("Sending process")[0].partition("failed (exitcode")[0]  # torchrun's part begins there
-    assert ours.count("Traceback (most recent call last)") == 1  # its own; none of the survivors'
+    ours = job.stderr.partition("Sending process")[0].partition("failed (exitcode")[0]  # the part before torchrun's own output
+    assert ours.count("Traceback (most recent call last)") == 1  # only its own, none of the survivors'
     assert "in forward\n" in ours
     assert "ArithmeticError: the sky fell\n" in ours
 
 
 @pytest.mark.parametrize("lost", [0, 2])
-def test_a_replica_that_is_killed(monkeypatch: pytest.MonkeyPatch, root: Path, lost: int) -> None:
+def test_replica_that_is_killed_is_named(monkeypatch: pytest.MonkeyPatch, root: Path, lost: int) -> None:
     job = lose(monkeypatch, root, f"{lost}:kill", "--data.num_workers=1")
     assert f"replica {lost}: no response: the process was killed" in assert_names(job, [lost])
     assert job.exitcodes == {0: 1, 1: 1, 2: 1} | {lost: -9}
 
 
-def test_a_replica_that_exits_quietly(monkeypatch: pytest.MonkeyPatch, root: Path) -> None:
+def test_replica_that_exits_is_named(monkeypatch: pytest.MonkeyPatch, root: Path) -> None:
     job = lose(monkeypatch, root, "1:vanish")
     assert "replica 1: no response: the process was killed" in assert_names(job, [1])
     assert job.exitcodes == {0: 1, 2: 1}
 
 
 @pytest.mark.parametrize(("way", "reason"), [("raise", "ArithmeticError: the sky fell"), ("exit", "SystemExit: 0")])
-def test_all_replicas_that_fail_alike(monkeypatch: pytest.MonkeyPatch, root: Path, way: str, reason: str) -> None:
+def test_all_replicas_fail_alike(monkeypatch: pytest.MonkeyPatch, root: Path, way: str, reason: str) -> None:
     job = lose(monkeypatch, root, f"*:{way}", num_replicas=2)
     verdict = job.report["verdict"]
     assert verdict["cause"] == "replica-lost"
     assert verdict["suspects"]  # the first to fail, or all
-    assert reason in "\n".join(verdict["evidence"])
+    assert reason in _evidence(verdict)
     assert set(job.exitcodes.values()) == {1}
     assert set(job.exitcodes) == {0, 1}
     assert "Traceback (most recent call last)" in job.output
     assert reason in job.output
 
 
-def test_a_replica_that_fails_at_the_build(root: Path) -> None:
+def test_replica_that_fails_at_the_build_is_named(root: Path) -> None:
     arguments = [*SMALL, "--model.factory=tests.end_to_end.losing:build_fails"]
     job = run_job(*arguments, root=root, timeout=HANG_SECONDS)
     verdict = job.report["verdict"]
     assert (verdict["cause"], verdict["suspects"], verdict["step"]) == ("replica-lost", [0], None)
-    assert "replica 0: raised MemoryError: no room for the model" in verdict["evidence"]
+    assert "replica 0: raised MemoryError: out of host memory" in _evidence(verdict).splitlines()
     assert "before the first step" in verdict["summary"]
     assert job.exitcodes == {0: 1, 1: 1}
     assert (job.folder / "config.yaml").exists()
 
 
-def test_a_divergence_is_the_exit_code_of_every_worker(root: Path) -> None:
+def test_divergence_sets_exit_code_of_all_workers(root: Path) -> None:
     job = run_job(*SMALL, "--seed.model=null", root=root)
     assert job.exitcodes == {0: 3, 1: 3}, job.output
     assert job.report["verdict"]["cause"] == "build-not-seeded"
     assert "Traceback" not in job.output
 
 
-def test_without_torchrun_rank_0_holds_the_store_and_is_named_no_less_rightly(
+def test_lost_rank_0_that_holds_the_store_is_named(
     monkeypatch: pytest.MonkeyPatch, root: Path
 ) -> None:
     monkeypatch.setenv("LOSE", "0:kill")
@@ -137,7 +142,7 @@ def test_without_torchrun_rank_0_holds_the_store_and_is_named_no_less_rightly(
     ("launcher", "number"),
     [pytest.param("torchrun", signal.SIGINT, marks=pytest.mark.cluster), ("dreplica", signal.SIGTERM)],
 )
-def test_a_job_that_is_told_to_stop_ends_by_itself_at_the_same_step(
+def test_stopped_job_ends_at_the_same_step(
     root: Path, launcher: str, number: signal.Signals
 ) -> None:
     command = torchrun_command(*SMALL, "--train.epochs=100000", root=root)

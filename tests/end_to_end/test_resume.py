@@ -172,7 +172,7 @@ def test_without_a_whole_checkpoint_there_is_an_error_and_nothing_is_lost(tmp_pa
     resumed = run_job(*SMALL, root=tmp_path)
     assert resumed.exitcodes == {0: 2, 1: 2}
     (message,) = messages(resumed.output)
-    assert message.endswith("Begin anew with --run.resume never.")
+    assert message.endswith("Start over with --run.resume never.")
     assert stopped.trace == before
     assert len(list_checkpoints(stopped.folder / "checkpoints")) == 2
     anew = run_job(*SMALL, "--run.resume=never", root=tmp_path)
@@ -326,7 +326,7 @@ def test_a_record_that_has_lost_lines_is_told(tmp_path: Path) -> None:
     assert resumed.returncode == 0, resumed.output
     warnings = "\n".join(resumed.report["warnings"])
     assert "epochs [1] are missing in metrics.jsonl and in this report" in warnings
-    assert f"trace.jsonl has lost its last {len(before) - 5} lines: it has a gap" in warnings
+    assert f"trace.jsonl lacks its last {len(before) - 5} lines: it has a gap" in warnings
     assert resumed.trace == [*before[:5], *run_job(*SMALL).trace[len(before) :]]
 
 

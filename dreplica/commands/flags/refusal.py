@@ -46,5 +46,5 @@ def describe_refusal(error: RuntimeError, steps_done: int, num_batches: int, exp
     found: dict[str, Any] = {"step": entry.step, "message": message}
     if raised is not None:
         explanation = explain_operator(raised.operator, explainer.device.type, numerics_flags())
-        found |= asdict(raised) | {"remedy": explanation.remedy}
+        found |= asdict(raised) | {"remedy": [item.as_dict() for item in explanation.remedy]}
     return found

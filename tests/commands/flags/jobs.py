@@ -75,7 +75,7 @@ class MadeUp:
 
     def verdict(self, operator: str) -> dict[str, Any]:
         place = {"step": 2, "stage": "output", "tensor": "logits", "module": "body", "phase": "forward"}
-        words = {"summary": f"{operator} it is", "evidence": ["seen"], "remedy": ["mend it"]}
+        words = {"summary": f"{operator} it is", "evidence": [{"text": "seen"}], "remedy": [{"text": "fix it"}]}
         return place | words | {"cause": "nondeterministic-operator", "operator": operator}
 
 
