@@ -1,4 +1,4 @@
-"""A model that goes wrong on some replica in the middle of a step, as the environment variable LOSE says."""
+"""A model that fails on a replica in the middle of a step, as the environment variable LOSE says."""
 
 import os
 import signal
@@ -11,7 +11,7 @@ from tests import fixtures
 
 
 class LosingModel(nn.Module):
-    """At the seventh training step: LOSE is `replica:way`, or `*:way` for all of them."""
+    """A model that fails at the seventh training step. LOSE is `replica:way`, or `*:way` for all replicas."""
 
     def __init__(self, num_classes: int) -> None:
         super().__init__()
@@ -27,7 +27,7 @@ class LosingModel(nn.Module):
 
 
 def lose(way: str) -> None:
-    """Ends this process, or raises."""
+    """End this process, or raise."""
     match way:
         case "raise":
             raise ArithmeticError("the sky fell")
@@ -40,7 +40,7 @@ def lose(way: str) -> None:
 
 
 def build_fails(num_classes: int) -> nn.Module:
-    """A factory that fails on one replica."""
+    """Fail to build the model on replica 0."""
     if os.environ["RANK"] == "0":
         raise MemoryError("out of host memory")
     return fixtures.tiny_model(num_classes)

@@ -79,7 +79,9 @@ def test_replica_that_raises_is_named(monkeypatch: pytest.MonkeyPatch, root: Pat
     job = lose(monkeypatch, root, "1:raise", start=torchrun)
     assert "replica 1: raised ArithmeticError: the sky fell" in assert_names(job, [1])
     assert job.exitcodes == {0: 1, 1: 1, 2: 1}
-    ours = job.stderr.partition("Sending process")[0].partition("failed (exitcode")[0]  # the part before torchrun's own output
+    ours = job.stderr.partition("Sending process")[0].partition("failed (exitcode")[
+        0
+    ]  # the part before torchrun's own output
     assert ours.count("Traceback (most recent call last)") == 1  # only its own, none of the survivors'
     assert "in forward\n" in ours
     assert "ArithmeticError: the sky fell\n" in ours
@@ -129,9 +131,7 @@ def test_divergence_sets_exit_code_of_all_workers(root: Path) -> None:
     assert "Traceback" not in job.output
 
 
-def test_lost_rank_0_that_holds_the_store_is_named(
-    monkeypatch: pytest.MonkeyPatch, root: Path
-) -> None:
+def test_lost_rank_0_that_holds_the_store_is_named(monkeypatch: pytest.MonkeyPatch, root: Path) -> None:
     monkeypatch.setenv("LOSE", "0:kill")
     job = run_workers([LOSING] * 3, root, rank_0_holds_store=True, timeout=HANG_SECONDS)
     assert "replica 0: " in assert_names(job, [0])
@@ -142,9 +142,7 @@ def test_lost_rank_0_that_holds_the_store_is_named(
     ("launcher", "number"),
     [pytest.param("torchrun", signal.SIGINT, marks=pytest.mark.cluster), ("dreplica", signal.SIGTERM)],
 )
-def test_stopped_job_ends_at_the_same_step(
-    root: Path, launcher: str, number: signal.Signals
-) -> None:
+def test_stopped_job_ends_at_the_same_step(root: Path, launcher: str, number: signal.Signals) -> None:
     command = torchrun_command(*SMALL, "--train.epochs=100000", root=root)
     if launcher == "dreplica":
         settings = command[command.index(str(REPOSITORY / "train.py")) + 1 :]

@@ -1,4 +1,4 @@
-"""From a strict start to the smallest set of flags, and what is to be told of the way there."""
+"""The search from strict mode to the smallest set of flags, and its results."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -16,31 +16,31 @@ from dreplica.commands.flags.flags import (
     without_effect_on,
 )
 from dreplica.commands.flags.measure import Measurements, Outcome, spread
-from dreplica.commands.flags.search import give_up
+from dreplica.commands.flags.search import find_disabled
 from dreplica.config.schema import DeterminismConfig
 
 
 @dataclass(frozen=True)
 class Row:
-    """What came of one setting."""
+    """The result of one setting."""
 
     variant: Variant
-    parted: Outcome | None
-    """The first start that did not agree; None if all did."""
+    divergent: Outcome | None
+    """The first start that did not agree, None if all did."""
     num_starts: int
     ratios: Sequence[float]
-    """Time per step over that of strict mode, round by round."""
+    """Time per step divided by that of strict mode, per round."""
     as_strict: bool | None
-    """Whether it comes to the bits that strict mode comes to; None if it does not come to the same each time."""
+    """True if the results equal those of strict mode. None if they differ between starts."""
 
     def as_dict(self) -> dict[str, Any]:
-        """JSON values."""
-        parted = self.parted
+        """Return the JSON values."""
+        divergent = self.divergent
         return {
-            "agrees": parted is None,
+            "agrees": divergent is None,
             "starts": self.num_starts,
-            "parted": None if parted is None else {"between": parted.between, **(parted.verdict or {})},
-            "raised": None if parted is None else parted.refused,
+            "parted": None if divergent is None else {"between": divergent.between, **(divergent.verdict or {})},
+            "raised": None if divergent is None else divergent.refused,
             "step_time_to_strict": spread(self.ratios),
             "same_numbers_as_strict": self.as_strict,
         }
@@ -48,34 +48,34 @@ class Row:
 
 @dataclass(frozen=True)
 class Study:
-    """What was found. Where strict mode itself does not agree, that is all there is: `strict` and nothing else."""
+    """The results of the search. Only `strict` is set if the job does not agree in strict mode."""
 
     num_replicas: int
     device: str
     steps: int
-    """That each start trained, twice."""
+    """Number of steps that each start trained, twice."""
     strict: Row
     flags: Mapping[str, Row] = field(default_factory=dict)
-    """Flag, switched off alone, to what came of it."""
+    """Flag to the result with this flag alone switched off."""
     off: Row | None = None
-    """All of them switched off."""
+    """Result with all flags switched off."""
     options: Sequence[Row] = ()
     no_effect: Sequence[str] = ()
-    """Flags and options that do nothing on this device."""
+    """Flags and options without an effect on this device."""
     not_measured: Sequence[str] = ()
-    """Options, each with the reason."""
+    """Options that were not measured, each with the reason."""
     smallest: Row | None = None
     smallest_to_off: Sequence[float] = ()
-    """Its time per step over that with everything switched off, round by round."""
+    """Time per step of the smallest set divided by that with everything switched off, per round."""
 
     @property
     def needed(self) -> list[str]:
-        """The smallest set."""
+        """Flags of the smallest set."""
         assert self.smallest is not None
-        return [name for name in self.flags if name not in self.smallest.variant.given_up]
+        return [name for name in self.flags if name not in self.smallest.variant.disabled]
 
     def as_dict(self) -> dict[str, Any]:
-        """JSON values."""
+        """Return the JSON values."""
         found: dict[str, Any] = {
             "schema": 1,
             "replicas": self.num_replicas,
@@ -85,7 +85,7 @@ class Study:
         }
         if self.smallest is None or self.off is None:
             return found
-        keys, lines = to_paste(self.smallest.variant.given_up, self.device)
+        keys, lines = to_paste(self.smallest.variant.disabled, self.device)
         return found | {
             "flags": {name: row.as_dict() | {"needed": name in self.needed} for name, row in self.flags.items()},
             "everything_off": self.off.as_dict(),
@@ -103,14 +103,21 @@ class Study:
 
 
 def investigate(measurements: Measurements, own: DeterminismConfig, num_replicas: int, rounds: int, cpus: int) -> Study:
-    """Switches the flags off one by one, looks for as many as can be given up together, and tries that once more.
+    """Measure each flag alone, search for a largest set of flags to disable together, and confirm it.
 
     Args:
-        own: the job's section, from which threads, precision and oneDNN are taken.
-        rounds: starts in each setting; the first start of all, in strict mode, is one more.
-        cpus: for all replicas together.
+        measurements: Starts the job.
+        own: The `determinism` section of the job, from which threads, precision and oneDNN are taken.
+        num_replicas: Number of replicas of each start.
+        rounds: Number of starts with each setting. The very first start, in strict mode, is an additional one.
+        cpus: Number of CPUs for all replicas together.
 
-    Raises UsageError and TrialFailed as `Measurements.start` does.
+    Returns:
+        The results.
+
+    Raises:
+        UsageError: The job cannot run at all.
+        TrialFailed: A start failed.
     """
     first = measurements.start(STRICT)
     device, steps = first.device, first.steps
@@ -118,7 +125,7 @@ def investigate(measurements: Measurements, own: DeterminismConfig, num_replicas
     def row(variant: Variant) -> Row:
         return Row(
             variant,
-            measurements.first_parted(variant),
+            measurements.first_divergent(variant),
             measurements.num_starts(variant),
             measurements.ratios(variant, STRICT),
             measurements.same_numbers(variant, STRICT),
@@ -138,18 +145,18 @@ def investigate(measurements: Measurements, own: DeterminismConfig, num_replicas
         found = spread(measurements.ratios(alone[flag.name], STRICT))
         return math.inf if found is None else found["median"]
 
-    def agrees(given_up: frozenset[str]) -> bool:
-        variant = Variant(given_up)
+    def agrees(disabled: frozenset[str]) -> bool:
+        variant = Variant(disabled)
         return measurements.agrees(variant) if measurements.of(variant) else measurements.try_out(variant, rounds)
 
-    def confirmed(given_up: frozenset[str]) -> bool:
-        variant = Variant(given_up)
+    def confirmed(disabled: frozenset[str]) -> bool:
+        variant = Variant(disabled)
         elsewhere = [other for other in (STRICT, off) if other.process != variant.process]
         measurements.measure([*elsewhere, variant], rounds, beside=[STRICT, off])
         return measurements.agrees(variant)
 
     order = [flag.name for flag in sorted(flags, key=cost)]
-    smallest = Variant(give_up(order, agrees, confirmed, closed))
+    smallest = Variant(find_disabled(order, agrees, confirmed, closed))
     return Study(
         num_replicas,
         device,

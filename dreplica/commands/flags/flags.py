@@ -1,6 +1,6 @@
-"""The flags that strict mode sets for the sake of reproducibility, and the settings that only trade numbers for speed.
+"""The flags that strict mode sets for reproducibility, and the settings that only trade precision for speed.
 
-What governs what: the documentation of `torch.use_deterministic_algorithms`, `torch.utils.deterministic`
+Sources: the documentation of `torch.use_deterministic_algorithms`, `torch.utils.deterministic`
 (https://docs.pytorch.org/docs/stable/deterministic.html) and PyTorch's notes on reproducibility
 (https://docs.pytorch.org/docs/stable/notes/randomness.html).
 """
@@ -19,22 +19,24 @@ _USUAL_WORKSPACE = ":4096:8"
 
 @dataclass(frozen=True)
 class Flag:
-    """One that can be given up; `name`: its key in the section `determinism`."""
+    """A flag that can be disabled."""
 
     name: str
+    """Key in the section `determinism`."""
     sets: str
-    """What it is in torch, as strict mode has it."""
+    """The setting in torch that strict mode makes."""
     devices: tuple[str, ...]
-    """Where it has an effect."""
+    """Device types on which the flag has an effect."""
     within: str | None = None
-    """The flag without which it has none."""
+    """The flag without which this one has no effect."""
 
 
 @dataclass(frozen=True)
 class Option:
-    """A setting that changes how numbers are rounded, the same way each time; `name`: its key in `determinism`."""
+    """A setting that changes how numbers are rounded, the same way each time."""
 
     name: str
+    """Key in the section `determinism`."""
     devices: tuple[str, ...]
 
 
@@ -58,44 +60,44 @@ OPTIONS = (
 
 @dataclass(frozen=True)
 class Variant:
-    """The job in one setting of its flags."""
+    """One setting of the flags of a job."""
 
-    given_up: frozenset[str] = frozenset()
-    """Flags; none: strict mode."""
+    disabled: frozenset[str] = frozenset()
+    """Flags that are disabled. Empty in strict mode."""
     option: tuple[str, Any] | None = None
-    """A key of `determinism` and a value other than the job's own."""
+    """A key of `determinism` with another value than the job's own."""
 
     @property
     def name(self) -> str:
-        """In words."""
+        """Name in words."""
         if self.option is not None:
             return f"strict, {self.option[0]} {_yaml(self.option[1])}"
-        return f"without {', '.join(ordered(self.given_up))}" if self.given_up else "strict"
+        return f"without {', '.join(ordered(self.disabled))}" if self.disabled else "strict"
 
     def section(self, own: DeterminismConfig) -> DeterminismConfig:
-        """The section `determinism` of a job whose own is `own`: from that come threads, precision and oneDNN."""
-        update = settings_without(self.given_up) | dict([self.option] if self.option is not None else [])
+        """Return the section `determinism` for this setting. Threads, precision and oneDNN are taken from `own`."""
+        update = settings_without(self.disabled) | dict([self.option] if self.option is not None else [])
         return own.model_copy(update=update)
 
     @property
     def variables(self) -> dict[str, str | None]:
-        """Of the environment, which mode `off` leaves as it is; None: not set."""
-        return {_WORKSPACE: None if "cublas_workspace_config" in self.given_up else _workspace()}
+        """Environment variables to set, since mode `off` does not. None removes a variable."""
+        return {_WORKSPACE: None if "cublas_workspace_config" in self.disabled else _workspace()}
 
     @property
     def process(self) -> tuple[bool, bool]:
-        """The same of two settings that may follow each other in one process, each as if it were alone.
+        """Key that is equal for settings that can follow each other in one process without affecting each other.
 
-        cuBLAS reads its variable once. What cuDNN has picked for a convolution, by timing or without, is kept for the
-        next one like it, whatever `torch.backends.cudnn.benchmark` is by then (aten/src/ATen/native/cudnn/Conv_v8.cpp).
+        cuBLAS reads its variable once. cuDNN keeps the algorithm that it has picked for a convolution, by timing or
+        not, even if `torch.backends.cudnn.benchmark` changes later (aten/src/ATen/native/cudnn/Conv_v8.cpp).
         """
-        return "cublas_workspace_config" in self.given_up, "cudnn_benchmark" in self.given_up
+        return "cublas_workspace_config" in self.disabled, "cudnn_benchmark" in self.disabled
 
     @property
     def unusable(self) -> str | None:
-        """Why a job in this setting does not even start on a GPU, strict mode's preflight being what it is; or None."""
-        if "cublas_workspace_config" in self.given_up and "mode" not in self.given_up:
-            return f"strict mode does not start without {_WORKSPACE}, since operators of cuBLAS would raise"
+        """Reason why the preflight of strict mode rejects this setting on a GPU, or None."""
+        if "cublas_workspace_config" in self.disabled and "mode" not in self.disabled:
+            return f"strict mode does not start without {_WORKSPACE}, since cuBLAS operators would raise"
         return None
 
 
@@ -103,42 +105,48 @@ STRICT = Variant()
 
 
 def with_effect_on(device_type: str) -> list[Flag]:
-    """Those flags that a job on this device (`cpu`, `cuda`) can tell from their absence."""
+    """Return the flags that have an effect on this device type (`cpu`, `cuda`)."""
     return [flag for flag in FLAGS if device_type in flag.devices]
 
 
 def without_effect_on(device_type: str) -> list[str]:
-    """The names of all others, of options, too."""
+    """Return the names of flags and options without an effect on this device type."""
     return [item.name for item in (*FLAGS, *OPTIONS) if device_type not in item.devices]
 
 
-def closed(given_up: Iterable[str]) -> frozenset[str]:
-    """With those flags that have no effect without one that is given up."""
-    names = frozenset(given_up)
+def closed(disabled: Iterable[str]) -> frozenset[str]:
+    """Return these flags and those that have no effect without one of them."""
+    names = frozenset(disabled)
     return names | {flag.name for flag in FLAGS if flag.within in names}
 
 
 def ordered(names: Iterable[str]) -> list[str]:
-    """In the order of `FLAGS`."""
+    """Return the names in the order of `FLAGS`."""
     wanted = set(names)
     return [flag.name for flag in FLAGS if flag.name in wanted]
 
 
-def settings_without(given_up: frozenset[str]) -> dict[str, Any]:
-    """Strict mode's keys of `determinism`, without some of its flags."""
+def settings_without(disabled: frozenset[str]) -> dict[str, Any]:
+    """Return the keys of `determinism` for strict mode without some of its flags."""
     return {
-        "mode": "off" if "mode" in given_up else "strict",
-        "fill_uninitialized_memory": "fill_uninitialized_memory" not in given_up,
-        "cudnn_deterministic": "cudnn_deterministic" not in given_up,
-        "cudnn_benchmark": "cudnn_benchmark" in given_up,
-        "cublas_workspace_config": None if "cublas_workspace_config" in given_up else _workspace(),
+        "mode": "off" if "mode" in disabled else "strict",
+        "fill_uninitialized_memory": "fill_uninitialized_memory" not in disabled,
+        "cudnn_deterministic": "cudnn_deterministic" not in disabled,
+        "cudnn_benchmark": "cudnn_benchmark" in disabled,
+        "cublas_workspace_config": None if "cublas_workspace_config" in disabled else _workspace(),
     }
 
 
 def options_on(device_type: str, own: DeterminismConfig, cpus_per_replica: int) -> tuple[list[Variant], list[str]]:
-    """What else is worth measuring on this device; and of what would have an effect there and is not, why.
+    """Return the options to measure on this device.
 
-    `own`: the job's section, whose value each variant changes; `cpus_per_replica`: how many threads fit.
+    Args:
+        device_type: `cpu` or `cuda`.
+        own: The `determinism` section of the job. Each option changes one of its values.
+        cpus_per_replica: Number of threads to try.
+
+    Returns:
+        The settings to measure, and the reason for each option that is not measured.
     """
     variants, left_out = [], []
     for option in OPTIONS:
@@ -146,29 +154,29 @@ def options_on(device_type: str, own: DeterminismConfig, cpus_per_replica: int) 
         if device_type not in option.devices:
             continue
         if option.name == "threads" and own.threads >= cpus_per_replica:
-            left_out.append(f"threads: {own.threads} for each replica is as many as there are CPUs for")
+            left_out.append(f"threads: {own.threads} per replica already uses all CPUs")
         else:
             variants.append(Variant(option=(option.name, value)))
     return variants, left_out
 
 
-def to_paste(given_up: frozenset[str], device_type: str) -> tuple[Mapping[str, Any], list[str]]:
-    """Keys of the section `determinism` with their values, and lines for the shell that starts the job."""
+def to_paste(disabled: frozenset[str], device_type: str) -> tuple[Mapping[str, Any], list[str]]:
+    """Return the section `determinism` to paste, and lines for the shell that starts the job."""
     present = {flag.name for flag in with_effect_on(device_type)}
-    keys = {key: value for key, value in settings_without(given_up).items() if key in present}
+    keys = {key: value for key, value in settings_without(disabled).items() if key in present}
     lines = []
     if "cublas_workspace_config" in present:
-        if "cublas_workspace_config" in given_up and _WORKSPACE in os.environ:
+        if "cublas_workspace_config" in disabled and _WORKSPACE in os.environ:
             lines.append(f"unset {_WORKSPACE}")
-        if "cublas_workspace_config" not in given_up and "mode" in given_up:
+        if "cublas_workspace_config" not in disabled and "mode" in disabled:
             lines.append(f"export {_WORKSPACE}={_workspace()}  # mode off leaves it to the environment")
-        elif "cublas_workspace_config" not in given_up and os.environ.get(_WORKSPACE) not in {None, _workspace()}:
+        elif "cublas_workspace_config" not in disabled and os.environ.get(_WORKSPACE) not in {None, _workspace()}:
             lines.append(f"unset {_WORKSPACE}  # cuBLAS is not deterministic with {os.environ[_WORKSPACE]}")
     return keys, lines
 
 
 def _workspace() -> str:
-    """The user's own, if cuBLAS is deterministic with it."""
+    """Return the workspace that the user set, if cuBLAS is deterministic with it, or the usual one."""
     present = os.environ.get(_WORKSPACE)
     return present if present in DETERMINISTIC_WORKSPACES else _USUAL_WORKSPACE
 

@@ -1,4 +1,4 @@
-"""Starts the job in one setting of its flags after another, and keeps what came of each."""
+"""Starts of the job with different settings of its flags, and their outcomes."""
 
 import json
 import statistics
@@ -9,6 +9,7 @@ from typing import Any
 
 from dreplica.agreement.trace.comparison import compare_traces
 from dreplica.agreement.trace.reader import Trace
+from dreplica.agreement.verdict.evidence import Evidence
 from dreplica.commands.flags.flags import STRICT, Variant
 from dreplica.commands.flags.trial import FOUND_NAME, LOST_NAME, REFUSED_NAME
 from dreplica.config.schema import RunConfig
@@ -19,39 +20,41 @@ _TAIL_LINES = 15
 
 
 class TrialFailed(Exception):
-    """The job could not be started, or ended otherwise than by what is looked for; the text says how."""
+    """The job could not be started, or failed for an unrelated reason, which the text names."""
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What came of one start."""
+    """The outcome of one start."""
 
     variant: Variant
     device: str
-    """`cpu` or `cuda`; empty where the start did not get to its end."""
+    """`cpu` or `cuda`. Empty if the start did not run to its end."""
     steps: int
-    """That were trained, twice, and agreed; 0 where they did not."""
+    """Number of steps that were trained, twice, and agreed. 0 if they did not agree."""
     seconds: Mapping[Variant, Sequence[float]]
-    """Per step, for each round in which this setting and the others timed beside it were; empty if none was."""
+    """Seconds per step, one value per round, for each setting timed in this start. Empty if nothing was timed."""
     folder: Path
-    """Where its trace is."""
+    """Folder with the trace."""
     verdict: Mapping[str, Any] | None = None
-    """Where and why it parted; None if it did not."""
+    """The verdict on the divergence as JSON values, None if there is none."""
     between: str = ""
-    """What parted: `replicas`, `repetitions` in one process, `starts`; or it ended in the `preparation`."""
+    """What diverged: `replicas`, `repetitions` in one process or `starts`. `preparation` if no step was reached."""
     refused: Mapping[str, Any] | None = None
-    """The operator that raised, where strict mode does not let it run: step, operator, module, phase, message. The last
-    alone, where it does not let the job start; with the phase `build` or `memory`, where that was built or was used up.
+    """The operator that raised in strict mode: step, operator, module, phase and message.
+
+    Only the message if strict mode does not let the job start. With the phase `build` if the build raised, and `memory`
+    if memory was exhausted.
     """
 
     @property
     def agrees(self) -> bool:
-        """Whether all that was compared was the same."""
+        """True if everything that was compared agreed."""
         return self.verdict is None and self.refused is None
 
     @property
     def seconds_per_step(self) -> float | None:
-        """In this setting: the median over the rounds; None if it could not be timed."""
+        """Median seconds per step in this setting, None if it was not timed."""
         own = self.seconds.get(self.variant)
         return statistics.median(own) if own else None
 
@@ -60,12 +63,12 @@ class Measurements:
     """All starts so far.
 
     Args:
-        config: the job's; its section `determinism` is replaced.
-        num_replicas: of each start.
-        steps: to train each time.
-        root: where their folders go.
-        timeout: seconds until a start that does not end is ended.
-        tell: called with a line after each start.
+        config: The config of the job. Its section `determinism` is replaced.
+        num_replicas: Number of replicas of each start.
+        steps: Number of steps of each training.
+        root: Folder for the folders of the starts.
+        timeout: Seconds until a start is terminated.
+        show_progress: Called with a line after each start.
     """
 
     def __init__(
@@ -75,45 +78,51 @@ class Measurements:
         steps: int,
         root: Path,
         timeout: float,
-        tell: Callable[[str], None],
+        show_progress: Callable[[str], None],
     ) -> None:
         self._config, self._num_replicas, self._steps = config, num_replicas, steps
-        self._root, self._timeout, self._tell = root, timeout, tell
+        self._root, self._timeout, self._show_progress = root, timeout, show_progress
         self._outcomes: dict[Variant, list[Outcome]] = {}
         self._rounds: list[dict[Variant, Outcome]] = []
         self._num_starts = 0
 
     def of(self, variant: Variant) -> Sequence[Outcome]:
-        """All starts in this setting."""
+        """Return all starts with this setting."""
         return self._outcomes.get(variant, [])
 
     def num_starts(self, variant: Variant) -> int:
-        """How many of them there were; a setting that does not start has an outcome without one."""
+        """Return the number of starts. A setting that cannot start has an outcome, but no start."""
         return 0 if variant.unusable is not None else len(self.of(variant))
 
     def agrees(self, variant: Variant) -> bool:
-        """Whether all of them agreed, in themselves and with each other."""
+        """Return True if all starts agreed, each with itself and with the others."""
         return all(outcome.agrees for outcome in self.of(variant))
 
-    def first_parted(self, variant: Variant) -> Outcome | None:
-        """The first of them that did not."""
+    def first_divergent(self, variant: Variant) -> Outcome | None:
+        """Return the first start that did not agree, or None."""
         return next((outcome for outcome in self.of(variant) if not outcome.agrees), None)
 
     def measure(self, variants: Iterable[Variant], rounds: int, beside: Sequence[Variant]) -> None:
-        """Rounds of one start in each setting, in another order each time; `beside`: settings timed in each, too."""
+        """Start the job once per round with each setting, in a different order each time.
+
+        Args:
+            variants: The settings.
+            rounds: Number of rounds.
+            beside: Settings to time in each start, too.
+        """
         order = list(variants)
         for _ in range(rounds):
             self._rounds.append({variant: self.start(variant, beside) for variant in order})
             order = [*order[1:], order[0]]
 
     def try_out(self, variant: Variant, times: int) -> bool:
-        """Starts in this setting, as often as that, or to the first that parts; whether none did."""
+        """Start the job several times, up to the first start that does not agree. Return True if all agree."""
         return all(self.start(variant).agrees for _ in range(times))
 
     def ratios(self, one: Variant, other: Variant) -> list[float]:
-        """Time per step in one setting over that in the other.
+        """Return the time per step in one setting divided by that in the other.
 
-        One for each round of timing in processes that timed both; where none did, for each round of starts.
+        There is one value per round of timing in processes that timed both, or per round of starts if none did.
         """
         outcomes = [outcome for outcomes in self._outcomes.values() for outcome in outcomes]
         both = [outcome.seconds for outcome in outcomes if one in outcome.seconds and other in outcome.seconds]
@@ -124,16 +133,24 @@ class Measurements:
         return [a / b for a, b in pairs if a is not None and b is not None]
 
     def same_numbers(self, variant: Variant, other: Variant) -> bool | None:
-        """Whether both settings come to the same bits; None where one does not come to anything that can be told."""
+        """Return True if both settings give the same bits, or None if one of them did not agree."""
         if not (self.of(variant) and self.of(other) and self.agrees(variant) and self.agrees(other)):
             return None
-        return _parted_at(self.of(other)[0].folder, self.of(variant)[0].folder) is None
+        return _divergence_between(self.of(other)[0].folder, self.of(variant)[0].folder) is None
 
     def start(self, variant: Variant, beside: Sequence[Variant] = ()) -> Outcome:
-        """One start; `beside`: other settings to time in it, too, those that may be in one process.
+        """Start the job once, unless the setting cannot start.
 
-        A setting in which no job starts is not tried. Raises UsageError if the job cannot be run at all, TrialFailed if
-        it fails otherwise.
+        Args:
+            variant: The setting.
+            beside: Other settings to time in the same process, if they can share one.
+
+        Returns:
+            The outcome.
+
+        Raises:
+            UsageError: The job cannot run at all.
+            TrialFailed: The start failed for another reason.
         """
         if variant.unusable is not None:
             outcome = Outcome(variant, "", 0, {}, self._root, refused={"message": variant.unusable})
@@ -157,7 +174,7 @@ class Measurements:
         words = "agrees" if outcome.agrees else describe(outcome)
         seconds = outcome.seconds_per_step
         words += "" if seconds is None else f", {1000 * seconds:.1f} ms per step"
-        self._tell(f"start {self._num_starts}, {variant.name}: {words}")
+        self._show_progress(f"start {self._num_starts}, {variant.name}: {words}")
         return outcome
 
     def _read(self, timed: Sequence[Variant], folder: Path, ended: Finished) -> Outcome:
@@ -184,7 +201,7 @@ class Measurements:
         seconds = dict(zip(timed, found["seconds_per_step"], strict=False))  # none, if it ended before
         earlier = next((other for other in self.of(variant) if other.agrees), None)
         if verdict is None and earlier is not None:
-            verdict = _parted_at(earlier.folder, folder)
+            verdict = _divergence_between(earlier.folder, folder)
             between = "" if verdict is None else "starts"
         steps = found["steps"] if verdict is None else 0
         return Outcome(variant, found["device"], steps, seconds, folder, verdict, between)
@@ -201,14 +218,14 @@ def _read_json(path: Path) -> Any:
 
 
 def spread(ratios: Sequence[float]) -> dict[str, float] | None:
-    """Median, smallest and largest; None of none."""
+    """Return the median, the smallest and the largest ratio, or None if there is none."""
     if not ratios:
         return None
     return {"median": statistics.median(ratios), "min": min(ratios), "max": max(ratios)}
 
 
 def describe(outcome: Outcome) -> str:
-    """Where it parted, or what raised, in words."""
+    """Return in words where a start diverged, or what raised."""
     if outcome.refused is not None:
         row = outcome.refused
         if row.get("phase") == "build":
@@ -224,9 +241,9 @@ def describe(outcome: Outcome) -> str:
         return f"ends before the first step ({verdict['cause']})"
     place = ", ".join(str(verdict[key]) for key in ("stage", "tensor") if verdict.get(key))
     when = f" at step {verdict['step']}" if verdict.get("step") is not None else ""
-    is_to_blame = verdict["cause"] == "nondeterministic-operator"
-    operator = f"{': ' if is_to_blame else ', first seen at '}{_operator(verdict)}" if verdict.get("operator") else ""
-    return f"{outcome.between} part{when} ({place or verdict['cause']}){operator}"
+    is_cause = verdict["cause"] == "nondeterministic-operator"
+    operator = f"{': ' if is_cause else ', first seen at '}{_operator(verdict)}" if verdict.get("operator") else ""
+    return f"{outcome.between} diverge{when} ({place or verdict['cause']}){operator}"
 
 
 def _operator(row: Mapping[str, Any]) -> str:
@@ -235,19 +252,19 @@ def _operator(row: Mapping[str, Any]) -> str:
     return str(row["operator"]) + (f" in {row['module']}" if row.get("module") else "") + f" ({row['phase']})"
 
 
-def _parted_at(one: Path, other: Path) -> dict[str, Any] | None:
-    """Where two recorded trainings part, as far as their traces tell."""
+def _divergence_between(one: Path, other: Path) -> dict[str, Any] | None:
+    """Return a verdict on the first difference between two recorded trainings, or None."""
     found = compare_traces(Trace(one), Trace(other))
     place = found.place
     if place is None:
         return None
-    summary = f"another start of the same job parted {place.when}: {place.where}"
+    summary = f"another start of the same job diverged {place.when}: {place.where}"
     return {
         "cause": "unexplained",
         "summary": summary,
         "step": place.step,
         "stage": place.stage,
         "tensor": place.tensor,
-        "evidence": [f"differing stages: {', '.join(place.differing_stages)}"],
+        "evidence": [Evidence.of("differing-stages", stages=place.differing_stages).as_dict()],
         "remedy": [],
     }

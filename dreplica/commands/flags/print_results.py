@@ -1,4 +1,4 @@
-"""What was found of a job's flags, for people."""
+"""Terminal output of `dreplica flags`."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -7,19 +7,20 @@ import yaml
 from rich.console import Console
 from rich.table import Table
 
+from dreplica.agreement.verdict.remedy import Remedy
 from dreplica.commands.flags.flag_search import Row, Study
 from dreplica.commands.flags.flags import Variant, to_paste
 from dreplica.commands.flags.measure import Outcome, describe, spread
 
 
 def print_study(console: Console, found: Study) -> None:
-    """The table, the smallest set with its cost, what to paste, and what all of it rests on."""
+    """Print the table, the smallest set with its cost, the lines to paste and the evidence."""
 
     def say(text: str) -> None:
         console.print(text, markup=False, highlight=False, soft_wrap=True)
 
-    if found.strict.parted is not None:
-        _say_strict_fails(say, found.strict.parted)
+    if found.strict.divergent is not None:
+        _say_strict_fails(say, found.strict.divergent)
         return
     smallest, off = found.smallest, found.off
     assert smallest is not None
@@ -27,8 +28,8 @@ def print_study(console: Console, found: Study) -> None:
     console.print(_table(found, off))
     _say_more(say, found, off)
     needed = ", ".join(found.needed)
-    say(f"SMALLEST SET {needed}" if needed else f"SMALLEST SET none: no flag was missed in {found.steps} steps")
-    keys, lines = to_paste(smallest.variant.given_up, found.device)
+    say(f"SMALLEST SET {needed}" if needed else f"SMALLEST SET none: no flag was needed in {found.steps} steps")
+    keys, lines = to_paste(smallest.variant.disabled, found.device)
     section = yaml.safe_dump(dict(keys), default_flow_style=True, sort_keys=False, width=1000).strip()
     say(f"  determinism: {section}")
     say("  " + " ".join(f"--determinism.{key} {_value(value)}" for key, value in keys.items()))
@@ -39,24 +40,22 @@ def print_study(console: Console, found: Study) -> None:
         say(line)
 
 
-def _say_strict_fails(say: Callable[[str], None], parted: Outcome) -> None:
-    if parted.refused is not None:
-        say(f"STRICT MODE DOES NOT RUN {describe(parted)}")
-        say(f"  {parted.refused['message']}")
-        remedy = [
-            *parted.refused.get("remedy", []),
-            "--determinism.mode warn  # lets it run; whether it agrees is open",
-        ]
+def _say_strict_fails(say: Callable[[str], None], divergent: Outcome) -> None:
+    warn = "--determinism.mode warn  # runs it, without a guarantee that it agrees"
+    if divergent.refused is not None:
+        say(f"STRICT MODE DOES NOT RUN {describe(divergent)}")
+        say(f"  {divergent.refused['message']}")
+        remedies = [*(str(Remedy.from_dict(item)) for item in divergent.refused.get("remedy", [])), warn]
     else:
-        assert parted.verdict is not None
-        say(f"NOT EVEN IN STRICT MODE {describe(parted)}")
-        say(f"  {parted.verdict['summary']}")
-        for line in parted.verdict["evidence"]:
-            say(f"  evidence: {line}")
-        remedy = parted.verdict["remedy"]
-    for line in remedy:
+        assert divergent.verdict is not None
+        say(f"NOT EVEN IN STRICT MODE {describe(divergent)}")
+        say(f"  {divergent.verdict['summary']}")
+        for item in divergent.verdict["evidence"]:
+            say(f"  evidence: {item['text']}")
+        remedies = [str(Remedy.from_dict(item)) for item in divergent.verdict["remedy"]]
+    for line in remedies:
         say(f"  remedy: {line}")
-    say("mend this first: no set of flags was looked for")
+    say("fix this first: no set of flags was searched for")
 
 
 def _table(found: Study, off: Row) -> Table:
@@ -75,8 +74,8 @@ def _table(found: Study, off: Row) -> Table:
 
 def _cells(row: Row) -> list[str]:
     then = "agrees"
-    if row.parted is not None:
-        then = "does not agree" if row.parted.refused is None else "does not run"
+    if row.divergent is not None:
+        then = "does not agree" if row.divergent.refused is None else "does not run"
     numbers = {None: "", True: "as strict", False: "others"}[row.as_strict]
     return [then, _ratio(row.ratios), numbers]
 
@@ -84,13 +83,13 @@ def _cells(row: Row) -> list[str]:
 def _say_more(say: Callable[[str], None], found: Study, off: Row) -> None:
     """What does not fit into the table."""
     for name, row in [*found.flags.items(), ("all of them", off)]:
-        if row.parted is not None:
-            say(f"{name} off: {describe(row.parted)}")
+        if row.divergent is not None:
+            say(f"{name} off: {describe(row.divergent)}")
     for row in found.options:
-        if row.parted is not None:
-            say(f"{_option(row.variant)}: {describe(row.parted)}")
+        if row.divergent is not None:
+            say(f"{_option(row.variant)}: {describe(row.divergent)}")
     for name, row in found.flags.items():
-        for other in sorted(row.variant.given_up - {name}):
+        for other in sorted(row.variant.disabled - {name}):
             say(f"{other} has no effect without {name}")
     if found.no_effect:
         say(f"no effect on {found.device}: {', '.join(found.no_effect)}")
@@ -99,7 +98,7 @@ def _say_more(say: Callable[[str], None], found: Study, off: Row) -> None:
 
 
 def _cost(found: Study, smallest: Row, off: Row) -> str:
-    to_strict = f"{_ratio(smallest.ratios)} x strict mode's" if smallest.variant.given_up else "strict mode's"
+    to_strict = f"{_ratio(smallest.ratios)} x strict mode's" if smallest.variant.disabled else "strict mode's"
     if smallest.variant == off.variant:
         return to_strict
     to_off = _ratio(found.smallest_to_off)
@@ -116,18 +115,16 @@ def _evidence(found: Study, smallest: Row) -> list[str]:
     lines = [
         f"evidence, not proof: {steps} steps, trained twice in each of {starts} starts of this setting; all state "
         f"after each step compared: {', '.join(parts)}. A rare race, a later step, another batch size or another GPU "
-        "may need more."
+        "may need more flags."
     ]
     free = [name for name, row in found.flags.items() if name not in found.needed and _costs_nothing(row)]
     if free:
-        lines.append(
-            f"no cost of {', '.join(free)} stands out of the noise: to keep what costs nothing is the safer choice"
-        )
+        lines.append(f"no cost of {', '.join(free)} is measurable: keep them, which is safer")
     return lines
 
 
 def _costs_nothing(row: Row) -> bool:
-    """Whether the rounds do not even agree on whether a step is faster without it."""
+    """Return True if the rounds do not agree on whether a step is faster without the flag."""
     return bool(row.ratios) and max(row.ratios) >= 1.0
 
 

@@ -1,4 +1,4 @@
-"""What does not run, on the way of a trial: for strict mode does not let it, or memory does not."""
+"""Descriptions of what did not run in a trial: an operator that raised in strict mode, or exhausted memory."""
 
 from dataclasses import asdict
 from typing import Any
@@ -13,12 +13,14 @@ from dreplica.training.history import StepEntry
 from dreplica.training.step import training_step
 
 _OUT_OF_MEMORY = ("CUDA error: out of memory", "can't allocate memory", "STATUS_ALLOC_FAILED")
-"""What errors of CUDA itself, of torch on the CPU and of CUDA's libraries say."""
+"""Texts in errors of CUDA, of torch on the CPU and of CUDA's libraries."""
 
 
 def describe_unrun(error: RuntimeError, replica_id: int) -> dict[str, Any] | None:
-    """What there is to say of an error that strict mode raises before the first step, or the end of memory anywhere;
-    None of any other. JSON values: phase (`build` or `memory`) and message.
+    """Describe an error of strict mode before the first step, or exhausted memory at any point.
+
+    Returns:
+        JSON values with phase (`build` or `memory`) and message, or None for any other error.
     """
     message = ". ".join(str(error).split(". ")[:2]).partition("\n")[0]
     if is_refusal(error):
@@ -29,10 +31,18 @@ def describe_unrun(error: RuntimeError, replica_id: int) -> dict[str, Any] | Non
 
 
 def describe_refusal(error: RuntimeError, steps_done: int, num_batches: int, explainer: Explainer) -> dict[str, Any]:
-    """Which operator raised `error` (`raises.is_refusal`), in the step after `steps_done` or the evaluation behind it.
+    """Find the operator that raised in strict mode.
 
-    The step is taken again, with every operator recorded; of an evaluation there is the message alone. JSON values:
-    step, message and, where they are known, operator, module, phase and remedy.
+    The step is repeated with every operator recorded. For an evaluation, only the message is known.
+
+    Args:
+        error: The error of strict mode, for which `is_refusal` is True.
+        steps_done: Number of steps completed before the error.
+        num_batches: Number of batches in an epoch.
+        explainer: The state of the replica.
+
+    Returns:
+        JSON values with step, message and, if they are known, operator, module, phase and remedy.
     """
     replica, message = explainer.replica, str(error).split(". ")[0]
     if not replica.model.training:

@@ -1,56 +1,56 @@
-"""Which flags can be given up together. Pure: what it takes to find out is the caller's."""
+"""The search for a largest set of flags that can be disabled together, as pure functions."""
 
 from collections.abc import Callable, Iterable, Sequence
 
 FlagSet = frozenset[str]
 
 
-def give_up(
+def find_disabled(
     order: Sequence[str],
     agrees: Callable[[FlagSet], bool],
     confirmed: Callable[[FlagSet], bool],
     closed: Callable[[Iterable[str]], FlagSet] = frozenset,
 ) -> FlagSet:
-    """A set of flags without which the job agrees, and to which none of the others can be added.
+    """Return a set of flags without which the job agrees, and which no other flag can be added to.
 
-    All at once if that will do; otherwise one after another, each for good if the job agrees without it and those given
-    up before, and again from the first until a whole pass gives up none: a flag may be needed only beside another. This
-    ends in a set that cannot grow, which need not be the only one.
+    Tries all flags at once. If the job does not agree without them, flags are disabled one after another, each
+    permanently if the job still agrees. This repeats from the first flag until a pass disables none, because a flag may
+    be needed only in combination with another. The result cannot grow, but need not be the only such set.
 
     Args:
-        order: flags in the order in which to give them up: the most expensive first.
-        agrees: whether the job agrees without these flags, as far as it has been tried; asked once for each set.
-        confirmed: tries a set once more; where it fails, the flag given up last is needed after all.
-        closed: adds the flags that have no effect without one of these.
+        order: Flags in the order in which to disable them, the most expensive first.
+        agrees: Returns True if the job has agreed without these flags in all tries. Called once per set.
+        confirmed: Tries a set once more. If it fails, the flag disabled last is needed after all.
+        closed: Adds the flags that have no effect without one of these.
     """
     known: dict[FlagSet, bool] = {}
 
-    def may_go(flags: FlagSet) -> bool:
+    def may_disable(flags: FlagSet) -> bool:
         if flags not in known:
             known[flags] = agrees(flags)
         return known[flags]
 
     everything = closed(order)
-    if may_go(everything):
+    if may_disable(everything):
         known[everything] = confirmed(everything)
         if known[everything]:
             return everything
     while True:
-        given_up = _as_many_as_may(order, may_go, closed)
-        if not given_up or confirmed(given_up):
-            return given_up
-        known[given_up] = False
+        disabled = _disable_in_order(order, may_disable, closed)
+        if not disabled or confirmed(disabled):
+            return disabled
+        known[disabled] = False
 
 
-def _as_many_as_may(
-    order: Sequence[str], may_go: Callable[[FlagSet], bool], closed: Callable[[Iterable[str]], FlagSet]
+def _disable_in_order(
+    order: Sequence[str], may_disable: Callable[[FlagSet], bool], closed: Callable[[Iterable[str]], FlagSet]
 ) -> FlagSet:
-    given_up: FlagSet = frozenset()
+    disabled: FlagSet = frozenset()
     while True:
-        before = given_up
+        before = disabled
         for flag in order:
-            wider = closed(given_up | {flag})
-            if wider != given_up and may_go(wider):
-                given_up = wider
-        if given_up == before:
-            return given_up
+            wider = closed(disabled | {flag})
+            if wider != disabled and may_disable(wider):
+                disabled = wider
+        if disabled == before:
+            return disabled

@@ -1,4 +1,4 @@
-"""`dreplica flags`: what it refuses, and the whole command."""
+"""`dreplica flags`: rejected jobs, and the whole command."""
 
 import json
 import os
@@ -21,12 +21,12 @@ from tests.harness import REPOSITORY, environment
     ("arguments", "words"),
     [
         (("--modell={}",), "Did you mean 'model'"),
-        (("--seed.model=distinct",), "seed.model: 'distinct' gives replicas different seeds"),
-        (("--overrides={1: {optim: {lr: 1}}}",), "overrides: {1: {'optim': {'lr': 1}}} makes replicas differ"),
-        (("--inject=[{replica: 0, step: 1, target: weights}]",), "Leave it out: --inject []"),
+        (("--seed.model=distinct",), "seed.model: expected one seed for all replicas, got 'distinct'"),
+        (("--overrides={1: {optim: {lr: 1}}}",), "overrides: {1: {'optim': {'lr': 1}}} makes replicas differ,"),
+        (("--inject=[{replica: 0, step: 1, target: weights}]",), "Remove it with --inject []"),
     ],
 )
-def test_what_no_flag_can_make_agree_is_refused(
+def test_jobs_with_different_replicas_are_rejected(
     arguments: tuple[str, ...], words: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert cli.main(["flags", *SMALL, *arguments]) == ExitCode.UNUSABLE
@@ -35,7 +35,7 @@ def test_what_no_flag_can_make_agree_is_refused(
     assert printed.count("error:") == 1
 
 
-def test_a_folder_that_is_not_empty_is_not_written_to(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_keep_must_be_empty(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "mine").touch()
     assert cli.main(["flags", *SMALL, f"--keep={tmp_path}"]) == ExitCode.UNUSABLE
     assert "is not empty. Use a new or empty folder." in capsys.readouterr().err
@@ -43,7 +43,7 @@ def test_a_folder_that_is_not_empty_is_not_written_to(tmp_path: Path, capsys: py
 
 @pytest.mark.cluster
 @pytest.mark.timeout(600)
-def test_a_job_that_needs_the_mode(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_flags_finds_needed_mode(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.chdir(REPOSITORY)
     job = [token for token in SMALL if "model.factory" not in token]
     factory = "--model.factory=tests.commands.flags.needing:mode"
@@ -57,9 +57,7 @@ def test_a_job_that_needs_the_mode(monkeypatch: pytest.MonkeyPatch, capsys: pyte
 
 
 @pytest.mark.cluster
-def test_a_replica_that_fails_ends_it_and_is_named(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_flags_names_a_failing_replica(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.chdir(REPOSITORY)
     job = [token for token in SMALL if "model.factory" not in token]
     failing = "--model.factory=dreplica.commands.cases.samples.models:fails_on_third_step"
@@ -70,7 +68,7 @@ def test_a_replica_that_fails_ends_it_and_is_named(
 
 @pytest.mark.cluster
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_interrupted_it_leaves_nothing_behind(number: signal.Signals, tmp_path: Path) -> None:
+def test_interrupt_terminates_all_starts(number: signal.Signals, tmp_path: Path) -> None:
     command = [
         sys.executable,
         "-m",
@@ -93,12 +91,12 @@ def test_interrupted_it_leaves_nothing_behind(number: signal.Signals, tmp_path: 
     process.send_signal(number)
     _, printed = process.communicate(timeout=60)
     assert process.returncode == ExitCode.FAILED
-    assert printed == "error: interrupted; nothing is left running\n"
+    assert printed == "error: interrupted; all starts were terminated\n"
     assert _of_the_job(keep) == []
 
 
 def _of_the_job(folder: Path) -> list[int]:
-    """Processes whose command line names the folder, but the command itself."""
+    """Return the processes whose command line names the folder, except the command itself."""
     found = []
     for path in Path("/proc").glob("[0-9]*/cmdline"):
         try:

@@ -1,4 +1,4 @@
-"""The whole study on jobs that are made up, one of them on a GPU; and what is told of it."""
+"""The whole search on simulated jobs, one of them on a GPU, and its output."""
 
 import io
 import json
@@ -32,23 +32,23 @@ def of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Made:
     return of
 
 
-def told(found: Study) -> str:
+def printed(found: Study) -> str:
     text = io.StringIO()
     print_study(Console(file=text, width=120), found)
     return text.getvalue()
 
 
 def needs_convolutions(section: Section, workspace: str | None) -> str | None:
-    """cuDNN must be told by either flag, and must not choose by timing."""
-    told_to = section["mode"] == "strict" or section["cudnn_deterministic"]
-    return None if told_to and not section["cudnn_benchmark"] else "aten.cudnn_convolution.default"
+    """Diverge unless a flag makes cuDNN deterministic and cuDNN does not choose by timing."""
+    deterministic = section["mode"] == "strict" or section["cudnn_deterministic"]
+    return None if deterministic and not section["cudnn_benchmark"] else "aten.cudnn_convolution.default"
 
 
 def costs(section: Section) -> float:
     return 10.0 + 2.0 * (section["mode"] == "strict") + 1.0 * section["fill_uninitialized_memory"]
 
 
-def test_on_a_gpu_a_smallest_set_is_found_and_verified(of: Made) -> None:
+def test_search_on_gpu_finds_smallest_set(of: Made) -> None:
     job = MadeUp("cuda", needs_convolutions, costs)
     found = of(job)
     assert found.needed == ["cudnn_deterministic", "cudnn_benchmark"]
@@ -62,7 +62,7 @@ def test_on_a_gpu_a_smallest_set_is_found_and_verified(of: Made) -> None:
         "cudnn_benchmark": False,
         "cublas_workspace_config": None,
     }
-    assert row["smallest"]["starts"] == 4, "two in the search, and two once more"
+    assert row["smallest"]["starts"] == 4, "two in the search, and two to confirm"
     assert row["flags"]["cudnn_deterministic"]["agrees"], "as long as the mode is strict"
     assert "does not start" in row["flags"]["cublas_workspace_config"]["raised"]["message"]
     assert row["flags"]["cublas_workspace_config"]["starts"] == 0
@@ -70,58 +70,60 @@ def test_on_a_gpu_a_smallest_set_is_found_and_verified(of: Made) -> None:
     assert row["flags"]["fill_uninitialized_memory"]["step_time_to_strict"]["median"] == pytest.approx(12 / 13)
     assert [next(iter(option)) for option in row["options"]] == ["tf32", "reduced_precision_reduction"]
     json.dumps(row)
-    text = told(found)
+    text = printed(found)
     assert "SMALLEST SET cudnn_deterministic, cudnn_benchmark\n" in text
     assert "--determinism.mode off --determinism.fill_uninitialized_memory false" in text
     assert "time per step: 0.769 (0.769 to 0.769) x strict mode's, 1.000 (1.000 to 1.000) x with everything off" in text
     assert "cublas_workspace_config off: strict mode does not start without CUBLAS_WORKSPACE_CONFIG" in text
     assert (
-        "cudnn_benchmark off: replicas part at step 2 (output, logits): aten.cudnn_convolution.default in body" in text
+        "cudnn_benchmark off: replicas diverge at step 2 (output, logits): aten.cudnn_convolution.default in body"
+        in text
     )
     assert "evidence, not proof: 4 steps, trained twice in each of 4 starts" in text
     assert "32 between 2 replicas, 16 with those of the first training in the same process, 12 with those of" in text
 
 
-def test_a_job_that_needs_none(of: Made) -> None:
+def test_search_job_that_needs_no_flag(of: Made) -> None:
     job = MadeUp("cpu", lambda *_: None, costs)
     found = of(job)
     assert found.needed == []
-    text = told(found)
-    assert "SMALLEST SET none: no flag was missed in 4 steps\n" in text
+    text = printed(found)
+    assert "SMALLEST SET none: no flag was needed in 4 steps\n" in text
     assert "no effect on cpu: cudnn_deterministic, cudnn_benchmark, cublas_workspace_config, tf32, red" in text
     assert "  determinism: {mode: 'off', fill_uninitialized_memory: false}\n" in text
     assert "time per step: 0.769 (0.769 to 0.769) x strict mode's\n" in text
-    assert "stands out" not in text, "each of them costs"
+    assert "measurable" not in text, "each of them costs"
     varied = ("cudnn_deterministic", "cudnn_benchmark")
     assert {tuple(section[key] for key in varied) for section in job.sections} == {(True, False)}, "only noise"
 
 
-def test_a_job_that_needs_all_and_what_costs_nothing(of: Made) -> None:
+def test_search_reports_flags_without_cost(of: Made) -> None:
     found = of(MadeUp("cpu", lambda section, _: "aten.index_put_.default" if section["mode"] == "off" else None))
     assert found.needed == ["mode"]
-    text = told(found)
-    assert "no cost of fill_uninitialized_memory stands out of the noise" in text
+    text = printed(found)
+    assert "no cost of fill_uninitialized_memory is measurable" in text
     assert "fill_uninitialized_memory has no effect without mode\n" in text
     everything = of(
         MadeUp("cpu", lambda section, _: None if section["fill_uninitialized_memory"] else "aten.add.Tensor")
     )
     assert everything.needed == ["mode", "fill_uninitialized_memory"]
-    assert "time per step: strict mode's, 1.000 (1.000 to 1.000) x with everything off\n" in told(everything)
+    assert "time per step: strict mode's, 1.000 (1.000 to 1.000) x with everything off\n" in printed(everything)
 
 
-def test_one_that_does_not_agree_in_strict_mode_is_looked_into_no_further(of: Made) -> None:
+def test_search_ends_if_strict_mode_diverges(of: Made) -> None:
     job = MadeUp("cpu", lambda *_: "mine.race.default")
     found = of(job)
     assert len(job.sections) == 1
-    assert "NOT EVEN IN STRICT MODE replicas part at step 2 (output, logits): mine.race.default in body (forward)" in (
-        told(found)
+    assert (
+        "NOT EVEN IN STRICT MODE replicas diverge at step 2 (output, logits): mine.race.default in body (forward)"
+        in (printed(found))
     )
-    assert "  remedy: mend it\n" in told(found)
+    assert "  remedy: fix it\n" in printed(found)
     assert found.as_dict()["strict"]["agrees"] is False
     assert "smallest" not in found.as_dict()
 
 
-def test_one_that_parts_in_strict_mode_later_on(of: Made) -> None:
+def test_search_ends_if_strict_mode_diverges_later(of: Made) -> None:
     starts = iter([None, "mine.race.default", *[None] * 20])
     found = of(MadeUp("cpu", lambda *_: next(starts)))
     assert found.smallest is None
@@ -135,6 +137,6 @@ def test_one_that_parts_in_strict_mode_later_on(of: Made) -> None:
     }
 
 
-def test_one_that_strict_mode_does_not_let_run(of: Made) -> None:
+def test_search_ends_if_strict_mode_raises(of: Made) -> None:
     found = of(MadeUp("cpu", lambda *_: "raises aten.put_.default"))
-    assert "STRICT MODE DOES NOT RUN raises at step 1: aten.put_.default in head (forward)\n" in told(found)
+    assert "STRICT MODE DOES NOT RUN raises at step 1: aten.put_.default in head (forward)\n" in printed(found)

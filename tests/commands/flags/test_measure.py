@@ -1,4 +1,4 @@
-"""Starts and what is made of them, without processes."""
+"""Starts and their outcomes, without processes."""
 
 import json
 import tempfile
@@ -30,7 +30,7 @@ def make(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Measu
     return make
 
 
-def test_settings_are_timed_in_one_process_if_they_can_be(make: Callable[..., Measurements]) -> None:
+def test_compatible_settings_are_timed_in_one_process(make: Callable[..., Measurements]) -> None:
     job = MadeUp("cuda", lambda *_: None, lambda section: 3.0 if section["mode"] == "strict" else 2.0)
     measurements = make(job)
     measurements.measure([STRICT, OFF], rounds=2, beside=[STRICT])
@@ -42,35 +42,33 @@ def test_settings_are_timed_in_one_process_if_they_can_be(make: Callable[..., Me
 
 
 @pytest.mark.parametrize("other", [NO_WORKSPACE, CHOOSING], ids=["cuBLAS", "cuDNN"])
-def test_what_a_library_keeps_is_timed_in_processes_of_its_own(
-    make: Callable[..., Measurements], other: Variant
-) -> None:
+def test_settings_kept_by_a_library_are_timed_apart(make: Callable[..., Measurements], other: Variant) -> None:
     times = iter([4.0, 3.0, 3.0, 5.0])  # strict, without; without, strict
     measurements = make(MadeUp("cuda", lambda *_: None, lambda _: next(times)))
     measurements.measure([STRICT, other], rounds=2, beside=[STRICT])
     assert measurements.ratios(other, STRICT) == [pytest.approx(3 / 4), pytest.approx(3 / 5)]
 
 
-def test_starts_that_agree_in_themselves_may_part_from_each_other(make: Callable[..., Measurements]) -> None:
-    class Parting(MadeUp):
+def test_starts_are_compared_with_each_other(make: Callable[..., Measurements]) -> None:
+    class Diverging(MadeUp):
         def __call__(self, *arguments: object, **more: object) -> Finished:
-            came_of_it = super().__call__(*arguments, **more)
+            ended = super().__call__(*arguments, **more)
             folder = Path(options_in(arguments[1])["folder"])  # type: ignore[arg-type]
             write_trace(folder, "ab"[len(self.sections) > 2], steps=4)
-            return came_of_it
+            return ended
 
-    measurements = make(Parting("cpu", lambda *_: None))
+    measurements = make(Diverging("cpu", lambda *_: None))
     assert measurements.try_out(OFF, 2)
     assert not measurements.try_out(OFF, 2), "the third"
     assert len(measurements.of(OFF)) == 3, "and then no more"
     assert not measurements.agrees(OFF)
-    parted = measurements.first_parted(OFF)
+    parted = measurements.first_divergent(OFF)
     assert parted is not None
-    assert describe(parted) == "starts part at step 4 (weights)"
+    assert describe(parted) == "starts diverge at step 4 (weights)"
     assert measurements.same_numbers(OFF, STRICT) is None
 
 
-def test_numbers_are_compared_with_those_of_strict_mode(make: Callable[..., Measurements]) -> None:
+def test_same_numbers_compares_with_strict_mode(make: Callable[..., Measurements]) -> None:
     measurements = make(MadeUp("cpu", lambda *_: None))
     measurements.measure([STRICT, OFF], rounds=1, beside=[])
     assert measurements.same_numbers(OFF, STRICT) is True
@@ -78,7 +76,7 @@ def test_numbers_are_compared_with_those_of_strict_mode(make: Callable[..., Meas
     assert measurements.same_numbers(OFF, STRICT) is False
 
 
-def test_an_operator_that_raises_is_an_outcome(make: Callable[..., Measurements]) -> None:
+def test_raising_operator_is_an_outcome(make: Callable[..., Measurements]) -> None:
     measurements = make(MadeUp("cuda", lambda *_: "raises aten.addmm.default"))
     assert not measurements.start(CHOOSING, [STRICT]).agrees
     assert describe(measurements.of(CHOOSING)[0]) == "raises at step 1: aten.addmm.default in head (forward)"
@@ -91,7 +89,7 @@ def out_of_memory(_module: str, arguments: Sequence[str], *_: Any) -> Finished:
     return Finished(ExitCode.FAILED, "a traceback")
 
 
-def test_a_setting_for_which_memory_does_not_suffice_is_one_that_does_not_run(
+def test_exhausted_memory_is_an_outcome(
     make: Callable[..., Measurements],
 ) -> None:
     measurements = make(out_of_memory)
@@ -103,12 +101,12 @@ def test_a_setting_for_which_memory_does_not_suffice_is_one_that_does_not_run(
         measurements.start(STRICT)
 
 
-def test_what_strict_mode_does_not_let_the_build_run_is_said_to_raise_there(tmp_path: Path) -> None:
+def test_describe_error_in_the_build(tmp_path: Path) -> None:
     outcome = Outcome(STRICT, "", 0, {}, tmp_path, refused={"phase": "build", "message": "it is not deterministic"})
     assert describe(outcome) == "raises before the first step: it is not deterministic"
 
 
-def test_strict_mode_without_the_workspace_is_not_tried(make: Callable[..., Measurements]) -> None:
+def test_unusable_setting_is_not_started(make: Callable[..., Measurements]) -> None:
     job = MadeUp("cuda", lambda *_: None)
     measurements, refused = make(job), Variant(frozenset({"cublas_workspace_config"}))
     measurements.measure([refused], rounds=2, beside=[STRICT])
@@ -148,6 +146,6 @@ def test_start_that_loses_a_replica_names_it(make: Callable[..., Measurements]) 
         make(lose_replica_1).start(STRICT)
 
 
-def test_what_ended_before_the_first_step_is_said_to_have(tmp_path: Path) -> None:
+def test_describe_end_before_first_step(tmp_path: Path) -> None:
     outcome = Outcome(STRICT, "cpu", 0, {}, tmp_path, {"cause": "optimizer-not-bound", "step": 0}, "preparation")
     assert describe(outcome) == "ends before the first step (optimizer-not-bound)"

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dreplica.commands.flags.search import give_up
+from dreplica.commands.flags.search import find_disabled
 
 FLAGS = ("mode", "fill", "cudnn", "benchmark", "workspace")
 Asked = list[frozenset[str]]
@@ -26,7 +26,7 @@ def search(
         confirmed.append(flags)
         return confirms(flags)
 
-    return give_up(order.split(), agrees, again), tried, confirmed
+    return find_disabled(order.split(), agrees, again), tried, confirmed
 
 
 def test_a_job_that_needs_none_is_tried_without_all_of_them_and_once_more() -> None:
@@ -35,7 +35,7 @@ def test_a_job_that_needs_none_is_tried_without_all_of_them_and_once_more() -> N
     assert tried == confirmed == [{"a", "b", "c"}]
 
 
-def test_of_two_of_which_either_will_do_the_more_expensive_is_given_up() -> None:
+def test_of_two_of_which_either_will_do_the_more_expensive_is_disabled() -> None:
     assert search("a b", lambda flags: flags != {"a", "b"})[0] == {"a"}
     assert search("b a", lambda flags: flags != {"a", "b"})[0] == {"b"}
 
@@ -48,7 +48,7 @@ def test_one_that_is_needed_only_beside_another_is_tried_again_without_that() ->
     assert tried.count(frozenset({"workspace"})) == 1
 
 
-def test_a_set_that_does_not_agree_once_more_was_one_flag_too_many() -> None:
+def test_unconfirmed_set_loses_its_last_flag() -> None:
     found, tried, confirmed = search(
         "a b c", lambda flags: flags != {"a", "b", "c"}, confirms=lambda flags: "b" not in flags
     )
@@ -57,25 +57,25 @@ def test_a_set_that_does_not_agree_once_more_was_one_flag_too_many() -> None:
     assert len(tried) == len(set(tried)), "no set is tried twice"
 
 
-def test_a_job_that_agreed_without_all_by_chance() -> None:
+def test_unconfirmed_full_set_is_searched() -> None:
     found, _, confirmed = search("a b", lambda _: True, confirms=lambda flags: flags != {"a", "b"})
     assert confirmed == [{"a", "b"}, {"a"}]
     assert found == {"a"}
 
 
-def test_nothing_can_be_given_up() -> None:
+def test_nothing_can_be_disabled() -> None:
     found, tried, confirmed = search("a b", lambda _: False)
     assert found == frozenset()
     assert tried == [{"a", "b"}, {"a"}, {"b"}]
     assert confirmed == []
 
 
-def test_what_has_no_effect_without_another_goes_with_it() -> None:
+def test_dependent_flag_is_disabled_too() -> None:
     def closed(flags: Iterable[str]) -> frozenset[str]:
         return frozenset(flags) | (frozenset({"fill"}) if "mode" in flags else frozenset())
 
     tried: Asked = []
-    found = give_up(
+    found = find_disabled(
         ["mode", "cudnn", "fill"],
         lambda flags: not tried.append(flags) and "cudnn" not in flags,
         lambda _: True,
@@ -86,17 +86,15 @@ def test_what_has_no_effect_without_another_goes_with_it() -> None:
 
 
 @given(st.permutations(FLAGS), st.sets(st.sampled_from(FLAGS)))
-def test_a_job_that_needs_certain_flags_gives_up_the_others(order: list[str], needs: set[str]) -> None:
-    assert give_up(order, lambda flags: not flags & needs, lambda _: True) == set(FLAGS) - needs
+def test_needed_flags_remain_gives_up_the_others(order: list[str], needs: set[str]) -> None:
+    assert find_disabled(order, lambda flags: not flags & needs, lambda _: True) == set(FLAGS) - needs
 
 
 @given(st.permutations(FLAGS), st.sets(st.frozensets(st.sampled_from(FLAGS))))
-def test_whatever_the_job_does_it_agrees_and_no_other_flag_can_be_added(
-    order: list[str], parts: set[frozenset[str]]
-) -> None:
+def test_result_agrees_and_cannot_grow(order: list[str], parts: set[frozenset[str]]) -> None:
     def agrees(flags: frozenset[str]) -> bool:
         return flags not in parts
 
-    found = give_up(order, agrees, lambda _: True)
+    found = find_disabled(order, agrees, lambda _: True)
     assert not found or agrees(found)
     assert not any(agrees(found | {flag}) for flag in set(FLAGS) - found)

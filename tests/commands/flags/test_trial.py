@@ -1,4 +1,4 @@
-"""One start: what is found on jobs that need a flag, with it and without."""
+"""One start of jobs that need a flag, with and without it."""
 
 import json
 import os
@@ -45,7 +45,7 @@ def conduct(folder: Path, model: str, variant: Variant, num_replicas: int, *sett
     return json.loads((folder / "found.json").read_text())
 
 
-def test_a_job_that_needs_none_agrees_without_any(tmp_path: Path) -> None:
+def test_trial_without_flags_agrees(tmp_path: Path) -> None:
     over_with_the_job = "--schedule={name: OneCycleLR, per: step, max_lr: 0.1, total_steps: 10}"
     found = conduct(tmp_path, "alone", WITHOUT_MODE, 2, over_with_the_job)
     seconds = found.pop("seconds_per_step")
@@ -57,17 +57,17 @@ def test_a_job_that_needs_none_agrees_without_any(tmp_path: Path) -> None:
     assert "weights" in lines[-1]["digests"]
 
 
-def test_an_operator_that_obeys_the_mode_is_named_and_the_time_that_it_takes_then_is_seen(tmp_path: Path) -> None:
+def test_trial_names_operator_and_times_strict_mode(tmp_path: Path) -> None:
     found = conduct(tmp_path, "mode", WITHOUT_MODE, 2)
     assert found["between"] == "replicas"
     verdict = found["verdict"]
     assert (verdict["cause"], verdict["step"]) == ("nondeterministic-operator", 1)
     assert (verdict["operator"], verdict["module"]) == ("needing.noise.default", "0")
     _, strict = found["seconds_per_step"]
-    assert min(strict) > 0.02, "which it sleeps in strict mode"
+    assert min(strict) > 0.02, "it sleeps that long in strict mode"
 
 
-def test_memory_that_nobody_wrote_to_is_found_out_by_one_replica_alone(tmp_path: Path) -> None:
+def test_trial_finds_uninitialized_memory_alone(tmp_path: Path) -> None:
     found = conduct(tmp_path, "filling", WITHOUT_FILLING, 1)
     assert found["between"] == "repetitions"
     assert found["verdict"]["operator"] == "aten.nan_to_num.default"
@@ -76,12 +76,12 @@ def test_memory_that_nobody_wrote_to_is_found_out_by_one_replica_alone(tmp_path:
 
 
 @pytest.mark.parametrize("model", ["mode", "filling"])
-def test_strict_mode_makes_them_agree(model: str, tmp_path: Path) -> None:
+def test_trial_agrees_in_strict_mode(model: str, tmp_path: Path) -> None:
     found = conduct(tmp_path, model, STRICT, 1, "--train.max_steps=3")
     assert (found["verdict"], found["steps"]) == (None, 3), "the job ends there"
 
 
-def test_an_operator_that_strict_mode_does_not_let_run_is_named(tmp_path: Path) -> None:
+def test_trial_names_operator_that_raises(tmp_path: Path) -> None:
     for result in run_replicas(start, 2, tmp_path, "refused", STRICT):
         assert isinstance(result, RuntimeError)
     refused = json.loads((tmp_path / "refused.json").read_text())
@@ -110,18 +110,16 @@ REFUSAL = "max_unpooling2d_forward_out does not have a deterministic implementat
         ),
     ],
 )
-def test_what_does_not_run_is_told_by_whom_it_befalls(
-    model: str, words: str, rest: dict[str, Any], tmp_path: Path
-) -> None:
+def test_failing_replica_writes_the_record(model: str, words: str, rest: dict[str, Any], tmp_path: Path) -> None:
     assert isinstance(run_replicas(start, 2, tmp_path, model, STRICT)[1], RuntimeError)
     (place,) = tmp_path.glob("*refused*")
-    told = json.loads(place.read_text())
-    assert told.pop("message").startswith(words)
-    told.pop("remedy", None)
-    assert (place.name, told) == ("refused.json", rest)
+    found = json.loads(place.read_text())
+    assert found.pop("message").startswith(words)
+    found.pop("remedy", None)
+    assert (place.name, found) == ("refused.json", rest)
 
 
-def test_one_of_an_evaluation_is_not_looked_for_in_a_step(tmp_path: Path) -> None:
+def test_error_in_evaluation_is_not_repeated(tmp_path: Path) -> None:
     for result in run_replicas(start, 1, tmp_path, "refused_in_evaluation", STRICT):
         assert isinstance(result, RuntimeError)
     refused = json.loads((tmp_path / "refused.json").read_text())
@@ -131,19 +129,19 @@ def test_one_of_an_evaluation_is_not_looked_for_in_a_step(tmp_path: Path) -> Non
     assert describe(outcome) == "raises in the evaluation after step 5"
 
 
-def test_a_replica_that_is_not_sound_is_no_matter_of_flags(tmp_path: Path) -> None:
+def test_wiring_error_ends_trial_in_preparation(tmp_path: Path) -> None:
     faulty = "--replica.factory=tests.end_to_end.faulty:copied_optimizer"
     found = conduct(tmp_path, "", STRICT, 1, faulty)
     assert (found["between"], found["verdict"]["cause"]) == ("preparation", "optimizer-not-bound")
     assert found["seconds_per_step"] == []
 
 
-def test_told_to_stop_it_stops_on_all_replicas(tmp_path: Path) -> None:
+def test_trial_stops_on_all_replicas(tmp_path: Path) -> None:
     assert run_replicas(start, 2, tmp_path, "", STRICT, True) == [ExitCode.STOPPED] * 2
     assert not (tmp_path / "found.json").exists()
 
 
-def test_an_epoch_of_one_batch_leaves_no_step_to_time(tmp_path: Path) -> None:
+def test_trial_needs_two_batches_per_epoch(tmp_path: Path) -> None:
     for result in run_replicas(start, 2, tmp_path, "", STRICT, False, "--data.batch_size=80"):
         assert isinstance(result, UsageError)
         assert "got one with batch_size 80" in str(result)
