@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
+from dreplica.agreement.verdict.remedy import Remedy
 from dreplica.errors import DreplicaError, UsageError
 
 
@@ -23,7 +24,7 @@ class WiringError(DreplicaError, ValueError):
         text: The message for people.
         code: The cause: `optimizer-not-bound`, `parameters-not-optimized`, `scheduler-not-bound` or `storage-shared`.
         tensor: Name of the first tensor concerned, None if the fault concerns no single tensor.
-        remedies: Lines of code, each of which is a fix.
+        remedies: What to do, each an alternative.
         **fields: Further data that the text is made from.
 
     Attributes:
@@ -32,7 +33,7 @@ class WiringError(DreplicaError, ValueError):
     """
 
     def __init__(
-        self, text: str, *, code: str, tensor: str | None = None, remedies: Sequence[str] = (), **fields: Any
+        self, text: str, *, code: str, tensor: str | None = None, remedies: Sequence[Remedy] = (), **fields: Any
     ) -> None:
         super().__init__(text, code=code, tensor=tensor, remedies=list(remedies), **fields)
 
@@ -42,8 +43,8 @@ class WiringError(DreplicaError, ValueError):
         return self.fields["tensor"]
 
     @property
-    def remedies(self) -> list[str]:
-        """Lines of code, each of which is a fix."""
+    def remedies(self) -> list[Remedy]:
+        """What to do, each an alternative."""
         return self.fields["remedies"]
 
 
@@ -103,10 +104,7 @@ def _check_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, criteri
             f"{len(orphans)} of the {len(held)} parameters in the {kind} optimizer are not parameters of this model, "
             f"so optimizer.step() does not train the model. {_explain_orphans(model, held, orphans)}",
             code="optimizer-not-bound",
-            remedies=[
-                f"optimizer = torch.optim.{kind}(model.parameters(), ...)  # after the model is final",
-                "model, optimizer = copy.deepcopy((model, optimizer))  # to copy both, copy them in one call",
-            ],
+            remedies=[Remedy.of("create-optimizer-last", optimizer=kind), Remedy.of("copy-together")],
             optimizer=kind,
             num_orphans=len(orphans),
             num_parameters=len(held),
@@ -122,8 +120,8 @@ def _check_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, criteri
             code="parameters-not-optimized",
             tensor=missing[0],
             remedies=[
-                f"optimizer = torch.optim.{kind}(model.parameters(), ...)  # after the last layer is added",
-                f"model.get_parameter({missing[0]!r}).requires_grad_(False)  # to freeze it on purpose",
+                Remedy.of("create-optimizer-last", optimizer=kind),
+                Remedy.of("freeze-parameter", tensor=missing[0]),
             ],
             optimizer=kind,
             missing=missing,
@@ -135,7 +133,7 @@ def _check_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, criteri
             f"per step. The first is {duplicates[0]!r}.",
             code="parameters-not-optimized",
             tensor=duplicates[0],
-            remedies=[f"optimizer = torch.optim.{kind}(model.parameters(), ...)  # each parameter once"],
+            remedies=[Remedy.of("pass-each-once", optimizer=kind)],
             optimizer=kind,
             duplicates=duplicates,
         )
@@ -164,7 +162,7 @@ def _check_scheduler(optimizer: torch.optim.Optimizer, scheduler: Any) -> None:
                 f"the {kind} scheduler drives another optimizer, so the learning rate of this optimizer never changes. "
                 "(copy.deepcopy(scheduler) also copies the optimizer that the scheduler holds.)",
                 code="scheduler-not-bound",
-                remedies=[f"scheduler = torch.optim.lr_scheduler.{kind}(optimizer, ...)  # the optimizer that steps"],
+                remedies=[Remedy.of("create-scheduler", scheduler=kind)],
                 scheduler=kind,
             )
 
@@ -206,8 +204,8 @@ def _check_storage(model: nn.Module) -> None:
                     code="storage-shared",
                     tensor=span.name,
                     remedies=[
-                        f"# to tie them: register one parameter under both names ({span.name} = {other.name})",
-                        f"# to separate them: initialize {span.name} with .detach().clone()",
+                        Remedy.of("tie-tensors", tensor=span.name, other=other.name),
+                        Remedy.of("separate-tensors", tensor=span.name),
                     ],
                     other=other.name,
                 )

@@ -18,6 +18,7 @@ class RemedyTemplate:
 
 
 _SEED_ALL = "random.seed(42); numpy.random.seed(42); torch.manual_seed(42)"
+_CREATE_OPTIMIZER = "optimizer = torch.optim.{optimizer}(model.parameters(), ...)"
 _STRICT = {"determinism.mode": "strict"}
 _PYTORCH_ISSUES = "https://github.com/pytorch/pytorch/issues"
 
@@ -57,7 +58,20 @@ REMEDIES: Mapping[str, RemedyTemplate] = {
     "unshare-storage": RemedyTemplate(
         "clone() one of the two tensors; to tie weights, assign one nn.Parameter to both places"
     ),
-    "wiring": RemedyTemplate("{text}"),
+    "create-optimizer-last": RemedyTemplate("create the optimizer after the model is final", _CREATE_OPTIMIZER),
+    "copy-together": RemedyTemplate(
+        "to copy model and optimizer, copy both in one call", "model, optimizer = copy.deepcopy((model, optimizer))"
+    ),
+    "freeze-parameter": RemedyTemplate(
+        "to leave it untrained on purpose, freeze it", "model.get_parameter('{tensor}').requires_grad_(False)"
+    ),
+    "pass-each-once": RemedyTemplate("pass each parameter once", _CREATE_OPTIMIZER),
+    "create-scheduler": RemedyTemplate(
+        "create the scheduler with the optimizer that steps",
+        "scheduler = torch.optim.lr_scheduler.{scheduler}(optimizer, ...)",
+    ),
+    "tie-tensors": RemedyTemplate("to tie the tensors, register one parameter under both names ({tensor} = {other})"),
+    "separate-tensors": RemedyTemplate("to separate the tensors, initialize {tensor} with .detach().clone()"),
     "give-optimizer-setting": RemedyTemplate(
         "set the same {setting} in every replica's optimizer: look for code, a file or an environment variable that "
         "sets it"

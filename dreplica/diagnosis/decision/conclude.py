@@ -147,14 +147,8 @@ def wiring_fault(error: WiringError, replica_ids: list[int], num_replicas: int) 
         suspects=replica_ids,
         groups=[ids for ids in (others, replica_ids) if ids],
         evidence=[Evidence.of("wiring-checked", replicas=replica_ids)],
-        remedy=[_wiring_remedy(line) for line in error.remedies],
+        remedy=error.remedies,
     )
-
-
-def _wiring_remedy(line: str) -> Remedy:
-    """Convert a line of a `WiringError`, which is code with a remark after `#`."""
-    command, _, text = line.partition("# ")
-    return Remedy("wiring", text.strip(), command.strip() or None)
 
 
 def config_differs(differences: Sequence[Difference], groups: list[list[int]], suspects: list[int]) -> Verdict:

@@ -160,12 +160,12 @@ def test_agreed_claims_only_what_was_compared(
 
 @pytest.mark.parametrize(("cause", "stage"), [("optimizer-not-bound", "optimizer"), ("storage-shared", "weights")])
 def test_wiring_fault_names_replicas_and_stage(cause: str, stage: str) -> None:
-    error = WiringError("the parts do not fit", code=cause, tensor="0.weight", remedies=["fix it"])
+    error = WiringError("the parts do not fit", code=cause, tensor="0.weight", remedies=[Remedy.of("copy-together")])
     verdict = wiring_fault(error, [1], 3)
     assert (verdict.agreed, verdict.cause, verdict.step, verdict.stage) == (False, cause, 0, stage)
     assert (verdict.suspects, verdict.groups) == ([1], [[0, 2], [1]])
     assert verdict.tensor == "0.weight"
-    assert [item.command for item in verdict.remedy] == ["fix it"]
+    assert [item.code for item in verdict.remedy] == ["copy-together"]
     assert wiring_fault(error, [0, 1], 2).groups == [[0, 1]]
 
 
