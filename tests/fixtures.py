@@ -17,7 +17,7 @@ SMALL = (
 
 
 def tiny_images(config: DataConfig) -> tuple[TensorImages, TensorImages, int]:
-    """Return 80 training and 40 validation images of five classes, with noise, 8x8 pixels each."""
+    """Return 80 training and 40 validation images of five classes, 8x8 pixels each."""
     generator = torch.Generator().manual_seed(0)
     centers = torch.randn(5, 3, 8, 8, generator=generator)
     labels = torch.arange(120) % 5

@@ -1,4 +1,4 @@
-"""Test harness: functions on several gloo processes, and whole jobs with and without torchrun."""
+"""Test harness for functions on several processes, and for whole jobs."""
 
 import importlib
 import json
@@ -183,7 +183,7 @@ def torchrun(*arguments: str, num_replicas: int = 2, root: Path | None = None, t
 
 
 def run_job(*arguments: str, num_replicas: int = 2, root: Path | None = None, timeout: float = 120.0) -> Job:
-    """Run a job as `torchrun` does, with workers that are forked from a process that has imported torch.
+    """Run a job as `torchrun` does, with workers forked from a process with torch.
 
     The workers start in a fraction of a second and do the same as under torchrun, from their command line to their exit
     code. In contrast to torchrun, nothing ends the other workers when one fails.
@@ -283,7 +283,10 @@ def _arguments(root: Path, arguments: Sequence[str]) -> list[str]:
 
 
 def _exitcodes(stderr: str) -> dict[int, int]:
-    """Return the exit codes in torchrun's summary: `rank : 1 (local_rank: 1)`, `exitcode : 3 (pid: 77)`."""
+    """Return the exit codes in torchrun's summary by rank.
+
+    Its lines are `rank : 1 (local_rank: 1)` and `exitcode : 3 (pid: 77)`.
+    """
     codes: dict[int, int] = {}
     rank = None
     for line in stderr.splitlines():

@@ -1,4 +1,4 @@
-"""Local work between collectives, which may fail on one replica while the others do not wait for it."""
+"""Local work between collectives, which may fail on one replica."""
 
 from collections.abc import Callable, Mapping
 from typing import TypeVar

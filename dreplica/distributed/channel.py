@@ -1,4 +1,7 @@
-"""Collectives for control messages: kilobytes of CPU data over gloo, each with a bounded wait."""
+"""Collectives for control messages.
+
+They carry kilobytes of CPU data over gloo, and each wait is bounded.
+"""
 
 import io
 import os
@@ -26,7 +29,9 @@ class Posted:
 
 
 class Channel:
-    """Control messages between all replicas of a process group, or of this process alone without a group.
+    """Control messages between all replicas of a process group.
+
+    Without a process group, this process is the only replica.
 
     A wait ends with `ReplicaLost` when a peer closes its connection or after `timeout`. With a monitor it also ends
     as soon as any replica raises the alarm.
@@ -179,7 +184,10 @@ def gloo_channel(timeout: float = 300.0) -> Channel:
 
 
 class _Pickler(pickle.Pickler):
-    """Pickles tensors as bytes, since torch pickles neither float8 nor unsigned integers of more than 8 bits."""
+    """Pickler that writes tensors as bytes.
+
+    torch pickles neither float8 nor unsigned integers of more than 8 bits.
+    """
 
     def reducer_override(self, value: Any) -> Any:
         if type(value) is not Tensor or value.layout is not torch.strided or value.is_quantized or value.is_meta:

@@ -1,4 +1,4 @@
-"""Detection of failed replicas: when one fails, the others learn which one within seconds.
+"""Detection of failed replicas, which the other replicas can name within seconds.
 
 A gloo collective that fails does not say which peer is missing, and a replica that waits for a survivor does not notice
 a failure at all. So each replica runs a small thread that checks the store for an alarm a few times per second. When
@@ -83,7 +83,7 @@ class Lost:
 
 
 class ReplicaLost(DreplicaError, RuntimeError):
-    """A collective could not be completed, since some replica ended, failed or does not respond.
+    """A collective failed since some replica ended, failed or does not respond.
 
     `code` is `alarm` (another replica reported a failure), `connection-lost` or `timeout`. The fields `ranks` and
     `reasons` (rank to `LossCode`) are there once the lost replicas are known.
@@ -277,5 +277,8 @@ def is_reporter(lost: Sequence[Lost], replica_id: int, num_replicas: int) -> boo
 
 
 def exit_code_of(lost: Sequence[Lost]) -> ExitCode:
-    """Return the exit code of the survivors: `UNUSABLE` where unusable input ended all lost replicas."""
+    """Return the exit code of the survivors.
+
+    It is `UNUSABLE` if unusable input ended all lost replicas.
+    """
     return ExitCode.UNUSABLE if lost and all(item.code == "unusable" for item in lost) else ExitCode.FAILED

@@ -1,4 +1,4 @@
-"""Logging setup: rank 0 logs from INFO, the other replicas from WARNING, with their replica id."""
+"""Logging setup, with INFO on rank 0 only and WARNING on all replicas."""
 
 import logging
 import sys

@@ -16,7 +16,7 @@ log = logging.getLogger(__name__)
 
 
 def once_per_node(path: Path, make: Callable[[], None]) -> None:
-    """Create the file `path` in one process of this node, while the other processes wait for it.
+    """Create a file in one process of this node, while the other processes wait for it.
 
     The process that gets the file lock calls `make`, independent of its local rank. The operating system releases the
     lock of a process that dies, and a waiting process takes over. Where the folder is shared between nodes, one process

@@ -1,4 +1,4 @@
-"""The process group of a run: rendezvous, shutdown, and errors that all replicas raise together."""
+"""The process group of a run, and errors that all replicas raise together."""
 
 import logging
 import os
@@ -49,10 +49,13 @@ class World:
         return self.replica_id == 0
 
     def together(self, action: Callable[[], T]) -> T:
-        """Run `action` on each replica and return its result, or raise the same error on all replicas.
+        """Run `action` on each replica, and raise an error of one replica on all of them.
 
         Note:
             Collective: call on every rank. `action` itself takes part in no collective.
+
+        Returns:
+            The result of `action` on this replica.
 
         Raises:
             SharedUsageError: On all replicas, if `action` raised `UsageError` on any. It has the code and the fields

@@ -1,4 +1,4 @@
-"""Rendezvous of the replicas of one start, in a store that may hold keys of earlier starts."""
+"""Rendezvous of the replicas, in a store that may hold keys of earlier starts."""
 
 import json
 import time

@@ -1,4 +1,4 @@
-"""Signals to stop, turned into a flag that the training loop reads. They never interrupt a step."""
+"""Signals to stop, as a flag that the training loop reads between steps."""
 
 import os
 import signal
@@ -17,7 +17,9 @@ _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2, signal.SIGHUP)
 
 
 class StopRequest:
-    """Flag that SIGTERM, SIGINT, SIGHUP and SIGUSR2 set, and that the agreement message carries to all replicas.
+    """Flag that SIGTERM, SIGINT, SIGHUP and SIGUSR2 set.
+
+    The message that replicas exchange at each step carries it to all of them.
 
     Attributes:
         signal_name: Name of the first signal received, or None.
@@ -35,15 +37,21 @@ class StoppedOnRequest(Exception):
 
 
 def block_stop_signals() -> None:
-    """Block signals to stop until `stop_signals` handles them, so that none is lost or ends the process."""
+    """Block signals to stop until `stop_signals` handles them.
+
+    None is lost, and none ends the process.
+    """
     signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
 
 
 @contextmanager
 def exit_after_signal(seconds: float) -> Iterator[None]:
-    """Exit the process if the body still runs `seconds` after a signal that `block_stop_signals` blocks.
+    """Exit the process if the body still runs some seconds after a signal to stop.
 
     For a wait for other processes that cannot be interrupted, and that never ends if one of them is gone.
+
+    Args:
+        seconds: Grace period after a signal that `block_stop_signals` has blocked.
     """
     left = threading.Event()
 
@@ -97,7 +105,7 @@ def stop_signals() -> Iterator[StopRequest]:
 
 @contextmanager
 def signals_as_interrupts() -> Iterator[None]:
-    """Turn SIGTERM and SIGHUP into KeyboardInterrupt inside the body, so that cleanup code runs."""
+    """Raise KeyboardInterrupt on SIGTERM and SIGHUP inside the body, so that cleanup code runs."""
 
     def interrupt(_number: int, _frame: FrameType | None) -> None:
         raise KeyboardInterrupt

@@ -1,1 +1,1 @@
-"""The environment of a run: determinism settings, device, hardware and the manifest that records them."""
+"""Determinism settings, device, hardware, and the manifest that records them."""

@@ -92,7 +92,10 @@ def apply_determinism(config: DeterminismConfig) -> None:
 
 
 def numerics_flags() -> dict[str, Any]:
-    """Return the current value of each flag in torch, which the manifest records and the preflight compares."""
+    """Return the current value of each numerics flag of torch.
+
+    The manifest records them, and the preflight check compares them between replicas.
+    """
     matmul = torch.backends.cuda.matmul
     precision = fp32_precision()
     return {

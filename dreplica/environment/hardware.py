@@ -9,7 +9,7 @@ from pathlib import Path
 
 
 def available_memory() -> int:
-    """Return the bytes of memory that this process can still use, within its container's limit."""
+    """Return the bytes of memory that are available within the container's limit."""
     try:
         available = _numbers(Path("/proc/meminfo").read_text())["MemAvailable:"] * 1024
     except FileNotFoundError:  # not Linux

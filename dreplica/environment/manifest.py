@@ -1,4 +1,4 @@
-"""Manifest of the environment of each replica: recorded, exchanged before the first step, and compared."""
+"""Manifest of each replica's environment, exchanged and compared before the first step."""
 
 import ctypes
 import importlib.metadata
@@ -168,7 +168,10 @@ def _is_allowed(difference: Difference, declared: Mapping[int, Mapping[str, Any]
 
 
 def follows_from(field: str) -> tuple[str, ...]:
-    """Return the dotted config keys that decide a manifest field, none for one of the machine or its software."""
+    """Return the dotted config keys that decide a manifest field.
+
+    There are none for fields of the machine and its software.
+    """
     return _FOLLOWS_FROM.get(field, ())
 
 
@@ -181,7 +184,7 @@ def spell_device(manifest: Mapping[str, Any]) -> str:
 
 
 def card_of(manifest: Mapping[str, Any]) -> str | None:
-    """Return the UUID of a replica's GPU or MIG slice as nvidia-smi prints it, or None on the CPU."""
+    """Return the UUID of a replica's GPU or MIG slice as in nvidia-smi, or None on the CPU."""
     device = manifest["device"]
     if device["type"] != "cuda":
         return None

@@ -13,7 +13,10 @@ _STEP_SECONDS = 0.3
 
 
 def until_requeued(num_classes: int) -> nn.Module:
-    """Return `tiny_model`, slowed down without a change of results until Slurm has requeued the job."""
+    """Return `tiny_model`, slowed down until Slurm has requeued the job.
+
+    The results do not change.
+    """
     model = tiny_model(num_classes)
     if "SLURM_RESTART_COUNT" not in os.environ:
         model.register_forward_pre_hook(lambda module, _: time.sleep(_STEP_SECONDS * module.training))

@@ -1,4 +1,7 @@
-"""Exit codes of workers, passed to their launcher in files, since torchrun reports 1 for every failure."""
+"""Exit codes of workers, passed to their launcher in files.
+
+torchrun itself reports 1 for every failure.
+"""
 
 import os
 import tempfile
