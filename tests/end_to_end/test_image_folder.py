@@ -20,6 +20,7 @@ from dreplica.replica.build import build_replica
 from tests.data.pictures import make_folder
 from tests.end_to_end.test_bad_input import messages
 from tests.harness import REPOSITORY, Job, run_job
+from tests.messages import texts
 from tests.replica.test_pretrained import put, random_state
 
 CPU = torch.device("cpu")
@@ -99,7 +100,7 @@ def test_file_that_differs_is_named_at_the_step_that_uses_it(num_workers: int, t
     assert job.exitcodes == {0: 3, 1: 3}, job.output
     verdict = job.report["verdict"]
     assert (verdict["cause"], verdict["step"], verdict["stage"]) == ("batch-differs", step, "batch"), verdict
-    assert f"first such sample: index {index} ({file})" in verdict["evidence"]
+    assert f"first such sample: index {index} ({file})" in texts(verdict["evidence"])
 
 
 def still_running(folder: Path) -> list[str]:

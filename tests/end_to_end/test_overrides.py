@@ -21,6 +21,7 @@ from dreplica.environment.determinism import apply_determinism
 from dreplica.replica.build import build_replica
 from dreplica.state.rng import seed_generators
 from tests.harness import Job, run_job, run_replicas
+from tests.messages import codes, data_of, text_of, texts
 
 BASE = (
     "--data.name=tests.fixtures:tiny_images",
@@ -112,7 +113,7 @@ def compare(setting: str, *extra: str) -> tuple[Job, Steps, Steps]:
 
 
 def verdict_of(job: Job, step: int | None) -> dict[str, Any] | None:
-    """The verdict on settings that part at `step`; None, and the job must have agreed, where they do not."""
+    """The verdict on settings that diverge at `step`; None, and the job must have agreed, where they do not."""
     verdict = job.report["verdict"]
     if step is None:
         assert (job.returncode, verdict["cause"]) == (0, "none"), job.output
@@ -132,19 +133,19 @@ ROUNDS = [
     "{model: {compile: aot_eager}}",
     "{train: {grad_clip: 1e9}}",
 ]
-"""Other kernels, or other operators around them, for the same numbers."""
+"""Settings that use other kernels, or other operators around them, for the same numbers."""
 
 
 @pytest.mark.parametrize("setting", ROUNDS)
-def test_the_first_operator_that_rounds_otherwise_is_named_with_its_distance(setting: str) -> None:
+def test_first_differing_operator_and_distance_are_named(setting: str) -> None:
     job, one, other = compare(setting)
     verdict = verdict_of(job, first_step_apart(one, other))
     if verdict is None or verdict["step"] > 1:
         return
-    evidence = " ".join(verdict["evidence"])
+    evidence = " ".join(texts(verdict["evidence"]))
     assert setting.strip("{}").replace(": {", ".").split(":")[0] in evidence
     assert verdict["operator"].startswith("aten.")
-    if "structure diverged" in evidence:
+    if "structure-diverges" in codes(verdict["evidence"]):
         return
     (ulp,) = re.findall(r"output 0: .* at most (\d+) ULP apart", evidence)
     apart = [name for name in one.outputs if raw(one.outputs[name]) != raw(other.outputs.get(name, one.outputs[name]))]
@@ -167,37 +168,37 @@ STRUCTURE = [
 
 
 @pytest.mark.parametrize(("setting", "operator", "phase"), STRUCTURE)
-def test_settings_that_run_other_operators_are_a_declared_difference(setting: str, operator: str, phase: str) -> None:
+def test_override_of_structure_names_the_operator(setting: str, operator: str, phase: str) -> None:
     job, one, other = compare(setting)
     step = first_step_apart(one, other)
     assert step == 1
     verdict = verdict_of(job, step)
-    (line,) = [line for line in verdict["evidence"] if line.startswith("structure diverged at operator")]
+    line = text_of(verdict["evidence"], "structure-diverges")
     assert operator in line
     assert line.count(f"({phase})") == 2
     assert verdict["phase"] == phase
 
 
-def test_another_way_of_calling_operators_is_not_what_parts_the_optimizers() -> None:
-    """Compiled code calls other operators, or outside of modules: up to the learning rate it comes to the same."""
+def test_override_of_optimizer_in_compiled_model() -> None:
+    """Compiled code calls other operators, or outside modules, but gives the same results up to the learning rate."""
     job, one, other = compare("{model: {compile: aot_eager}, optim: {lr: 0.02}}")
     verdict = verdict_of(job, first_step_apart(one, other))
     assert verdict is not None
-    if verdict["stage"] != "optimizer":  # a processor on which it rounds otherwise
-        assert any(line.startswith("structure diverged at operator") for line in verdict["evidence"])
+    if verdict["stage"] != "optimizer":  # A processor on which compiled code rounds differently.
+        assert "structure-diverges" in codes(verdict["evidence"])
         return
     assert verdict["operator"] is None
-    assert any("has nothing to do with optimizer" in line for line in verdict["evidence"])
+    assert data_of(verdict["evidence"], "operator-unrelated")["stage"] == "optimizer"
 
 
 @pytest.mark.parametrize("optimizer", ["SGD, momentum: 0.9", "AdamW"])
 @pytest.mark.parametrize("setting", ["foreach: true", "foreach: false"])
-def test_an_optimizers_implementation_parts_replicas_only_if_it_rounds_otherwise(optimizer: str, setting: str) -> None:
+def test_optimizer_implementation_diverges_only_if_rounding(optimizer: str, setting: str) -> None:
     job, one, other = compare(f"{{optim: {{{setting}}}}}", f"--optim={{name: {optimizer}}}")
     verdict_of(job, first_step_apart(one, other))
 
 
-def test_only_the_replica_whose_setting_rounds_otherwise_is_the_suspect() -> None:
+def test_suspect_is_the_override_that_changes_rounding() -> None:
     arguments = (*BASE, "--overrides={1: {train: {grad_clip: 1e9}}, 2: {determinism: {onednn: false}}}")
     plain, clipped, native = run_replicas(bare_steps, 3, arguments)
     assert first_step_apart(plain, clipped) is None
@@ -210,7 +211,7 @@ def test_only_the_replica_whose_setting_rounds_otherwise_is_the_suspect() -> Non
     assert verdict["suspects"] == [2]
 
 
-def test_a_fault_is_not_put_down_to_a_setting_that_rounds_alike() -> None:
+def test_fault_is_not_blamed_on_a_harmless_override() -> None:
     fault = "--inject=[{replica: 0, step: 3, target: weights}]"
     job = run_job(*BASE, fault, "--overrides={1: {model: {compile: eager}}}")
     verdict = job.report["verdict"]
@@ -225,7 +226,7 @@ def distances(job: Job) -> list[dict[str, Any]]:
     return job.report["distance"]
 
 
-def test_the_distance_grows_from_the_epoch_in_which_replicas_part() -> None:
+def test_distance_grows_from_the_divergent_epoch() -> None:
     """One bit of a weight flips at the end of the last step of epoch 2: a power of two and nothing else, at first."""
     last = 2 * STEPS
     fault = f"--inject=[{{replica: 1, step: {last}, target: weights, tensor: 0.weight, seed: 1}}]"
@@ -246,7 +247,7 @@ def test_the_distance_grows_from_the_epoch_in_which_replicas_part() -> None:
     assert job.report["steps_checked"] == 4 * STEPS
 
 
-def test_the_distance_of_two_settings_is_recorded_from_the_first_epoch_on() -> None:
+def test_distance_of_overrides_is_recorded_from_epoch_1() -> None:
     setting = "{determinism: {onednn: false}}"
     one, other = run_replicas(bare_steps, 2, (*BASE, f"--overrides={{1: {setting}}}"))
     job = run_job(*BASE, "--train.epochs=3", f"--overrides={{1: {setting}}}", "--agreement.on_divergence=continue")
@@ -268,7 +269,7 @@ def tensor_of(content: bytes) -> Tensor:
     return torch.frombuffer(bytearray(content.removeprefix(b"torch.float32")), dtype=torch.float32)
 
 
-def test_complex_weights_have_a_distance() -> None:
+def test_distance_of_complex_weights() -> None:
     fault = f"--inject=[{{replica: 1, step: {STEPS}, target: weights, tensor: filter}}]"
     model = "--model.factory=tests.end_to_end.zoo:Complex"
     (row,) = distances(run_job(*BASE, model, fault, "--agreement.on_divergence=continue"))

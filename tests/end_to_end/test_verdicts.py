@@ -7,6 +7,7 @@ import pytest
 
 from tests.fixtures import SMALL
 from tests.harness import Job, run_job
+from tests.messages import codes, commands, data_of, texts
 
 FAULTY = "tests.end_to_end.faulty"
 SHORT = (*SMALL, "--train.epochs=1")
@@ -54,10 +55,10 @@ def test_unseeded_builds_are_told_at_step_0_by_the_first_tensor() -> None:
         suspects=[],
         groups=[[0], [1]],
     )
-    assert any("--seed.model 42" in line for line in verdict["remedy"])
+    assert "--seed.model 42" in commands(verdict["remedy"])
     seeds = [replica["seed"] for replica in job.report["replicas"]]
     assert len(set(seeds)) == 2
-    assert any(str(seeds) in line for line in verdict["evidence"])
+    assert data_of(verdict["evidence"], "build-seeds-drawn")["seeds"] == seeds
 
 
 def test_unseeded_builds_agree_once_rank_0s_state_is_sent_to_all() -> None:
@@ -90,8 +91,8 @@ def test_a_build_that_draws_otherwise(factory: str, cause: str) -> None:
 def test_builds_that_part_while_the_generators_agree(factory: str, cause: str, words: str) -> None:
     job = run_job(*SHORT, f"--model.factory={FAULTY}:{factory}")
     verdict = diverged(job, cause, agreed=False, step=0, stage="weights", tensor="5.weight", module="5")
-    assert any("equal before and after the build" in line for line in verdict["evidence"])
-    assert any(words in line and "faulty.py" in line for line in verdict["evidence"])
+    assert "generators-equal-around-build" in codes(verdict["evidence"])
+    assert any(words in line and "faulty.py" in line for line in texts(verdict["evidence"]))
 
 
 # ---- the wiring
@@ -121,7 +122,7 @@ def test_a_replica_whose_parts_do_not_belong_together(
 ) -> None:
     job = run_job(*SHORT, f"--replica.factory={FAULTY}:{factory}")
     verdict = diverged(job, cause, step=0, **fields)
-    assert any(remedy in line for line in verdict["remedy"])
+    assert any(remedy in line for line in (*texts(verdict["remedy"]), *commands(verdict["remedy"])))
 
 
 # ---- the data
@@ -142,7 +143,7 @@ def test_a_fresh_data_order_each_run_is_still_the_same_on_all_replicas() -> None
 def test_other_bytes_for_the_same_samples() -> None:
     job = run_job(*SHORT, f"--data.name={FAULTY}:noisy_on_rank_1", "--data.batch_size=80")
     verdict = diverged(job, "batch-differs", agreed=False, step=1, stage="batch", tensor="inputs", groups=[[0], [1]])
-    assert "indices" not in str(verdict["evidence"][:2])
+    assert "indices" not in str(texts(verdict["evidence"])[:2])
 
 
 # ---- training and evaluation
@@ -167,9 +168,8 @@ def test_independent_replicas_report_their_spread() -> None:
 def test_moving_buffers_are_not_learning() -> None:
     job = run_job(*SHORT, "--optim.lr=0")
     verdict = diverged(job, "not-learning", step=5, epoch=1, stage="weights", suspects=[0, 1])
-    evidence = " ".join(verdict["evidence"])
-    assert "buffers changed" in evidence
-    assert "learning rates: [0.0] at first" in evidence
+    assert data_of(verdict["evidence"], "parameters-unchanged")["buffers_changed"] is True
+    assert data_of(verdict["evidence"], "learning-rates")["before"] == [0.0]
     assert len(set(digests_of(job, "buffers"))) == 6
     assert len(set(digests_of(job, "weights"))) == 1
 
@@ -182,7 +182,7 @@ def test_an_evaluation_that_differs_on_one_replica() -> None:
 def test_other_labels_to_validate_on_are_other_data_though_predictions_agree() -> None:
     job = run_job(*SHORT, f"--data.name={FAULTY}:other_labels_to_validate_on_rank_1")
     verdict = diverged(job, "batch-differs", step=5, stage="batch", tensor="validation batch 0", phase="evaluation")
-    assert "differing stages: batch" in verdict["evidence"]
+    assert data_of(verdict["evidence"], "differing-stages") == {"stages": ["batch"]}
 
 
 @pytest.mark.parametrize("cause", ["declared-override", "build-rng-differs"])
@@ -199,7 +199,7 @@ def test_seeds_that_differ_on_purpose_are_not_called_an_override_to_remove() -> 
     verdict = diverged(
         run_job(*SHORT, "--seed.model=distinct", "--agreement.expect=identical"), "declared-override", step=0
     )
-    assert verdict["remedy"][0].startswith("--seed.model 42")
+    assert verdict["remedy"][0]["command"] == "--seed.model 42"
 
 
 def test_losses_that_are_no_number_are_agreed_on_and_warned_of() -> None:

@@ -11,6 +11,7 @@ import torch
 from dreplica.state.fingerprint import multilinear
 from tests.fixtures import SMALL
 from tests.harness import REPOSITORY, Job, environment, run_job
+from tests.messages import commands, texts
 
 pytestmark = [
     pytest.mark.gpu,
@@ -64,8 +65,8 @@ def test_atomic_operator_is_named_and_remedy_helps(model: str, operator: str, ph
     job = run_job(*settings, "--determinism.mode=off", timeout=300)
     verdict = job.report["verdict"]
     assert (verdict["cause"], verdict["operator"], verdict["phase"]) == ("nondeterministic-operator", operator, phase)
-    assert any(torch.cuda.get_device_name(0) in line for line in verdict["evidence"]), "the card is named"
-    remedy = shlex.split(verdict["remedy"][0], comments=True)
+    assert any(torch.cuda.get_device_name(0) in line for line in texts(verdict["evidence"])), "the card is named"
+    remedy = shlex.split(commands(verdict["remedy"])[0])
     assert remedy[0].startswith("--")
     assert_agreed(run_job(*settings, "--determinism.mode=off", *_joined(remedy), timeout=300), 20)
 

@@ -8,6 +8,7 @@ import pytest
 from dreplica.agreement.verdict.causes import CAUSES
 from dreplica.commands.cases.case import CASES_FOLDER, find_cases, read_case
 from dreplica.config.load import load_config
+from dreplica.config.paths import PACKAGE_ROOT
 from dreplica.errors import UsageError
 
 CASES = find_cases()
@@ -29,16 +30,14 @@ def test_every_cause_has_a_case() -> None:
     assert {case.expected["cause"] for case in CASES} == set(CAUSES)
 
 
-def test_every_faulty_build_model_and_data_set_is_used() -> None:
-    import dreplica.commands.cases
-
-    folder = Path(dreplica.cases.__file__).parent
+def test_every_sample_is_used() -> None:
+    folder = PACKAGE_ROOT / "commands" / "cases" / "samples"
     used = "".join(case.path.read_text() for case in CASES)
     for module in ("builds", "models", "data"):
         functions = re.findall(r"^def ([a-z]\w*)\(", (folder / f"{module}.py").read_text(), re.MULTILINE)
         assert functions
         for function in functions:
-            assert f"dreplica.cases.{module}:{function}" in used
+            assert f"dreplica.commands.cases.samples.{module}:{function}" in used, function
 
 
 def test_header_fields(tmp_path: Path) -> None:

@@ -27,6 +27,7 @@ from dreplica.training.events import StepDone
 from tests.data.pictures import make_folder
 from tests.end_to_end.test_image_folder import AUGMENTED, alter, run
 from tests.harness import run_job
+from tests.messages import texts
 
 
 @pytest.mark.parametrize(
@@ -68,7 +69,7 @@ def test_differing_copy_of_two_that_share_names_the_file(cache: str, tmp_path: P
     verdict = job.report["verdict"]
     assert (verdict["cause"], verdict["step"], verdict["stage"]) == ("batch-differs", step, "batch"), verdict
     assert verdict["groups"] == [[0, 1], [2, 3]]
-    assert f"first such sample: index {index} ({file})" in verdict["evidence"]
+    assert f"first such sample: index {index} ({file})" in texts(verdict["evidence"])
 
 
 def folder_decoded_wrongly_once(config: DataConfig) -> tuple[Images, Images, int]:

@@ -16,11 +16,6 @@ def tiny_images(config: DataConfig) -> Sets:
     return _noisy_images(80, 40, 8)
 
 
-def larger_images(config: DataConfig) -> Sets:
-    """Nothing wrong: five classes of noisy 32x32 images, 64 to train on, 32 to validate on."""
-    return _noisy_images(64, 32, 32)
-
-
 def altered_file(config: DataConfig) -> Sets:
     """One pixel of one training image is another on replica 1, as in a file that was copied badly to one node.
 

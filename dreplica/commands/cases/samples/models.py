@@ -119,19 +119,36 @@ def own_random_weights(num_classes: int) -> nn.Module:
     return model
 
 
-def wide_cnn(num_classes: int) -> nn.Module:
-    """Nothing wrong; its convolutions are large enough for the CPU to share them out among threads."""
-    return nn.Sequential(
-        nn.Conv2d(3, 64, 3, padding=1),
-        nn.BatchNorm2d(64),
-        nn.ReLU(),
-        nn.Conv2d(64, 64, 3, padding=1),
-        nn.BatchNorm2d(64),
-        nn.ReLU(),
-        nn.AdaptiveAvgPool2d(1),
-        nn.Flatten(),
-        nn.Linear(64, num_classes),
-    )
+class BatchSums(nn.Module):
+    """Sums over a whole batch, each over enough values for the CPU to divide it among its threads."""
+
+    num_values = 2**17
+    """At least; torch sums up to 32768 values on one thread."""
+
+    def __init__(self, num_sums: int) -> None:
+        super().__init__()
+        self.num_sums = num_sums
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Return the sums of differently scaled images, shape (num_sums,)."""
+        values = images.flatten().repeat(-(-self.num_values // images.numel()))
+        # Some sums may round to the same value in both orders of addition. That all of them do is unlikely.
+        return torch.stack([(values * (2 + number) ** 0.5).sum() for number in range(self.num_sums)])
+
+
+class _ScaledBySums(_Wrapped):
+    def __init__(self, num_classes: int) -> None:
+        super().__init__(num_classes)
+        self.sums = BatchSums(4 * num_classes)
+
+    def forward(self, images: Tensor) -> Tensor:
+        sums = self.sums(images).reshape(4, -1) / BatchSums.num_values
+        return self.body(nn.functional.adaptive_avg_pool2d(images, 8)) * sums.sum(dim=0)
+
+
+def scaled_by_sums(num_classes: int) -> nn.Module:
+    """Scale the logits by sums over the batch, whose order of addition depends on the number of threads."""
+    return _ScaledBySums(num_classes)
 
 
 def flag_changed(num_classes: int) -> nn.Module:
