@@ -39,14 +39,14 @@ def _rename(values: dict[str, Any], old: str, new: str) -> None:
 
 
 def _evidence(line: str) -> dict[str, Any]:
-    return {"code": "text", "text": line}
+    return {"code": "text", "text": line, "data": {"text": line}}
 
 
 def _remedy(line: str) -> dict[str, Any]:
     command, _, remark = line.partition("  #")
     if remark or line.startswith(_COMMAND_STARTS):
-        return {"code": "text", "text": remark.strip(), "command": command}
-    return {"code": "text", "text": line}
+        return {"code": "text", "text": remark.strip(), "command": command, "data": {"text": line}}
+    return {"code": "text", "text": line, "data": {"text": line}}
 
 
 def _convert_metrics(row: Any) -> None:

@@ -29,13 +29,6 @@ class Evidence:
         """
         return cls(code, render(EVIDENCE[code], data), plain(data))
 
-    @classmethod
-    def from_dict(cls, value: Any) -> "Evidence":
-        """Restore what `as_dict` returned, or a line of a report of schema 1."""
-        if not isinstance(value, Mapping):
-            return cls("text", str(value), {"text": str(value)})
-        return cls(str(value.get("code", "text")), str(value.get("text", "")), dict(value.get("data") or {}))
-
     def as_dict(self) -> dict[str, Any]:
         """Return code, text and data as JSON values."""
         return {"code": self.code, "text": self.text, "data": dict(self.data)}

@@ -40,14 +40,6 @@ class Remedy:
             command = " ".join(f"--{key} {_spell(value)}" for key, value in settings.items())
         return cls(code, render(template.text, data), command, plain(data))
 
-    @classmethod
-    def from_dict(cls, value: Any) -> "Remedy":
-        """Restore what `as_dict` returned, or a line of a report of schema 1."""
-        if not isinstance(value, Mapping):
-            return cls("text", str(value), None, {"text": str(value)})
-        data = dict(value.get("data") or {})
-        return cls(str(value.get("code", "text")), str(value.get("text", "")), value.get("command"), data)
-
     @property
     def settings(self) -> Mapping[str, Any]:
         """Config keys to the values that the remedy gives them; empty for other remedies."""

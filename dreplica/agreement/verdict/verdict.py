@@ -1,6 +1,6 @@
 """Verdicts: what a comparison or a diagnosis concludes, and the exception that carries one."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
@@ -61,24 +61,6 @@ class Verdict:
             "evidence": [item.as_dict() for item in self.evidence],
             "remedy": [item.as_dict() for item in self.remedy],
         }
-
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> "Verdict":
-        """Restore a verdict from a report of schema 2 or 1.
-
-        Args:
-            values: The field `verdict` of report.json. Unknown keys are ignored.
-
-        Returns:
-            The verdict. Evidence and remedies of schema 1, which are plain strings, get the code `text`.
-        """
-        known = {each.name for each in fields(cls)}
-        kept = {key: value for key, value in values.items() if key in known}
-        kept["groups"] = values.get("groups", values.get("classes")) or []
-        kept["suspects"] = values.get("suspects") or []
-        kept["evidence"] = [Evidence.from_dict(item) for item in values.get("evidence") or []]
-        kept["remedy"] = [Remedy.from_dict(item) for item in values.get("remedy") or []]
-        return cls(**kept)
 
     def with_(self, **changes: Any) -> "Verdict":
         """Return a copy with some fields changed."""

@@ -45,14 +45,14 @@ def _say_strict_fails(say: Callable[[str], None], divergent: Outcome) -> None:
     if divergent.refused is not None:
         say(f"STRICT MODE DOES NOT RUN {describe(divergent)}")
         say(f"  {divergent.refused['message']}")
-        remedies = [*(str(Remedy.from_dict(item)) for item in divergent.refused.get("remedy", [])), warn]
+        remedies = [*(str(Remedy(**item)) for item in divergent.refused.get("remedy", [])), warn]
     else:
         assert divergent.verdict is not None
         say(f"NOT EVEN IN STRICT MODE {describe(divergent)}")
         say(f"  {divergent.verdict['summary']}")
         for item in divergent.verdict["evidence"]:
             say(f"  evidence: {item['text']}")
-        remedies = [str(Remedy.from_dict(item)) for item in divergent.verdict["remedy"]]
+        remedies = [str(Remedy(**item)) for item in divergent.verdict["remedy"]]
     for line in remedies:
         say(f"  remedy: {line}")
     say("fix this first: no set of flags was searched for")

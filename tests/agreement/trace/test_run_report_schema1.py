@@ -16,6 +16,7 @@ def test_schema_1_is_converted_when_read() -> None:
     assert verdict is not None
     assert (verdict.cause, verdict.step, verdict.groups) == ("declared-override", 1, [[0], [1]])
     assert [item.text for item in verdict.evidence] == old["verdict"]["evidence"]
+    assert {item.code for item in (*verdict.evidence, *verdict.remedy)} == {"text"}
     assert [(item.text, item.command) for item in verdict.remedy] == [
         ("remove the override, or set it for all replicas", None)
     ]

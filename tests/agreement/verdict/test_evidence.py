@@ -46,12 +46,6 @@ def test_of_rejects_unknown_codes_and_missing_data() -> None:
         Evidence.of("differing-stages")
 
 
-def test_from_dict_restores_as_dict() -> None:
-    evidence = Evidence.of("entries-differ", num_differing=1, num_entries=2, stage="weights", tensor="0.weight")
-    assert Evidence.from_dict(evidence.as_dict()) == evidence
-    assert Evidence.from_dict("a line of schema 1") == Evidence.of("text", text="a line of schema 1")
-
-
 def test_every_code_is_used() -> None:
     modules = [path for path in PACKAGE_ROOT.rglob("*.py") if path.name != "evidence_texts.py"]
     used = {code for path in modules for code, _ in codes_in(path)}

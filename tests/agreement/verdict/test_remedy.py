@@ -34,14 +34,6 @@ def test_remedy_without_command_prints_its_text() -> None:
     assert str(remedy) == remedy.text
 
 
-def test_from_dict_restores_as_dict() -> None:
-    for remedy in (Remedy.of("disable-tf32"), Remedy.of("use-instead", instead="torch.sort")):
-        assert Remedy.from_dict(remedy.as_dict()) == remedy
-    assert Remedy.from_dict("a line of schema 1") == Remedy(
-        "text", "a line of schema 1", None, {"text": "a line of schema 1"}
-    )
-
-
 def test_every_code_is_used() -> None:
     modules = [path for path in PACKAGE_ROOT.rglob("*.py") if path.name != "remedy_texts.py"]
     source = "\n".join(path.read_text(encoding="utf-8") for path in modules)

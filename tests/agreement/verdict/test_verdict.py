@@ -69,20 +69,6 @@ def test_verdict_of_agreement_has_no_details() -> None:
     assert list(Verdict(True, "none", "2 replicas, 3 steps: bit-identical", groups=[[0, 1]]).details()) == []
 
 
-def test_from_dict_restores_as_dict() -> None:
-    assert Verdict.from_dict(json.loads(json.dumps(VERDICT.as_dict()))) == VERDICT
-
-
-def test_from_dict_reads_schema_1() -> None:
-    old = {"agreed": False, "cause": "x", "summary": "y", "classes": [[0], [1]], "evidence": ["e"], "remedy": ["--r 1"]}
-    verdict = Verdict.from_dict(old)
-    assert verdict.groups == [[0], [1]]
-    assert [(item.code, item.text) for item in (*verdict.evidence, *verdict.remedy)] == [
-        ("text", "e"),
-        ("text", "--r 1"),
-    ]
-
-
 def test_verdict_has_the_report_fields() -> None:
     fields = "agreed cause summary step epoch stage tensor module operator phase suspects groups evidence remedy"
     assert list(json.loads(json.dumps(VERDICT.as_dict()))) == fields.split()
