@@ -1,4 +1,4 @@
-"""A small training loop that hands everything to `Agreement`, with faults planted where a test wants them."""
+"""A small training loop that passes everything to `Agreement`, with faults injected on request."""
 
 import json
 import random
@@ -21,7 +21,7 @@ from tests.state.fingerprint.late import LateHasher
 
 @dataclass(frozen=True)
 class Fault:
-    """On these replicas, at this step, one bit of this stage's `TENSOR` is flipped (`rng`: one number is drawn)."""
+    """A bit of a stage's `TENSOR` flipped on some replicas at a step (`rng`: one number drawn)."""
 
     replicas: tuple[int, ...]
     step: int
@@ -39,7 +39,7 @@ TENSOR = {
     "rng": "torch.cpu",
     "predictions": "logits",
 }
-"""What a fault in each stage spoils: the first entry that differs."""
+"""The entry of each stage that a fault corrupts: the first one that differs."""
 
 
 @dataclass(frozen=True)
@@ -54,33 +54,33 @@ class Job:
     on_divergence: Any = "stop"
     seed: int = 0
     distinct: bool = False
-    """Every replica has a seed of its own."""
+    """True to seed each replica differently."""
     evaluate_after: int | None = None
     stop_at: tuple[int, int] | None = None
-    """Which replica wants to stop, and at which step."""
+    """The replica that wants to stop, and the step."""
     trace: str | None = None
-    """A folder for every replica's trace."""
+    """Folder for the trace of every replica, or None."""
     late: tuple[int, ...] = ()
-    """Replicas whose digests come late, as a GPU's do."""
+    """Replicas whose digests are computed asynchronously, as on a GPU."""
 
 
 @dataclass(frozen=True)
 class Result:
-    """What became of one replica's run."""
+    """Result of one replica's run."""
 
     verdict: Verdict | None
     raised: bool
     steps_done: int
-    """-1: it ended at the build."""
+    """Number of steps taken; -1 if the run ended at the build."""
     steps_checked: int
     stops: list[bool]
-    """What each step returned."""
+    """The return value of each step."""
     trace: list[dict[str, Any]] = field(default_factory=list)
     """The lines of this replica's trace."""
 
 
 def tiny_model() -> nn.Module:
-    """(batch, 1, 4, 4) to (batch, 3)."""
+    """Return a model from (batch, 1, 4, 4) to (batch, 3)."""
     return nn.Sequential(
         nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2), nn.ReLU(), nn.Flatten(), nn.Dropout(0.5), nn.Linear(8, 3)
     )
@@ -93,18 +93,18 @@ def seed_everything(seed: int) -> None:
 
 
 def flip_bit(tensor: Tensor) -> None:
-    """Flips the lowest bit of the last element, in place."""
+    """Flip the lowest bit of the last element, in place."""
     data = tensor.data  # unlike `detach`, unseen by autograd, as a fault is
     data.view(-1).view(torch.uint8)[-tensor.dtype.itemsize] ^= 1
 
 
 def train_all(world: World, jobs: Sequence[Job]) -> list[Result]:
-    """One after the other, in the same processes: much cheaper than a start of processes for each."""
+    """Run all jobs in the same processes, which is much cheaper than starting processes for each."""
     return [train(world, job) for job in jobs]
 
 
 def train(world: World, job: Job) -> Result:
-    """Trains a tiny model with BatchNorm and dropout."""
+    """Train a tiny model with BatchNorm and dropout."""
     seed_everything(job.seed + (world.replica_id if job.distinct else 0))
     model = tiny_model()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)

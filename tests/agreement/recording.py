@@ -1,4 +1,4 @@
-"""Traces written for a test, through the same `TraceWriter` that a run writes with."""
+"""Traces for tests, written with the `TraceWriter` that runs use."""
 
 import contextlib
 from collections.abc import Iterable, Mapping
@@ -12,13 +12,13 @@ from dreplica.agreement.trace.writer import TraceWriter
 from dreplica.state.stages import Stage, tensors_stage
 
 Change = tuple[int, str, str]
-"""A step, a stage and a tensor that has another value there."""
+"""A step, a stage and a tensor that has a different value there."""
 
 
 def stages_of(
     step: int, changes: Iterable[Change] = (), names: Iterable[str] = ("batch", "weights")
 ) -> dict[str, Stage]:
-    """Two tensors in each stage, whose values are the step's unless changed."""
+    """Return stages of two tensors each, with the step as value unless changed."""
     values = {name: {tensor: float(step) for tensor in ("one", "two")} for name in names}
     for at, stage, tensor in changes:
         if at == step and stage in values:
@@ -41,11 +41,11 @@ def record(
     evaluated: Iterable[int] = (),
     epochs: Mapping[int, int] | None = None,
 ) -> Path:
-    """A run folder with a trace, or with more of it; returns the folder."""
+    """Write or extend the trace of a run folder, and return the folder."""
     folder.mkdir(exist_ok=True)
     with contextlib.ExitStack() as stack:
-        beside = TensorRecord(folder / TENSORS_NAME) if tensors else None
-        trace = stack.enter_context(TraceWriter(folder / TRACE_NAME, num_replicas, num_lines, beside))
+        tensors_file = TensorRecord(folder / TENSORS_NAME) if tensors else None
+        trace = stack.enter_context(TraceWriter(folder / TRACE_NAME, num_replicas, num_lines, tensors_file))
         for step in steps:
             epoch = (epochs or {}).get(step)
             trace.step(step, epoch, agreed, stages_of(step, changes, names))

@@ -1,4 +1,4 @@
-"""`Agreement` on gloo processes: silence while nothing differs, the exact place when a single bit does."""
+"""`Agreement` on gloo processes: no verdict if nothing differs, the exact place if one bit does."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -19,7 +19,7 @@ CAUSE = {"indices": "indices-differ", "batch": "batch-differs", "predictions": "
 
 
 def run_jobs(jobs: Sequence[Job], num_replicas: int) -> list[list[Result]]:
-    """The results of each job, by replica."""
+    """Return the results of each job, by replica."""
     rows = run_replicas(train_all, num_replicas, jobs)
     assert all(isinstance(row, list) for row in rows), rows
     return [list(results) for results in zip(*rows, strict=True)]
@@ -31,7 +31,7 @@ def run_job(job: Job, num_replicas: int) -> list[Result]:
 
 
 def one_verdict(results: Sequence[Result]) -> Verdict:
-    """The verdict, which all replicas must share."""
+    """Return the verdict, which all replicas must share."""
     verdicts = [result.verdict for result in results]
     assert verdicts[0] is not None
     assert all(verdict == verdicts[0] for verdict in verdicts)
@@ -66,7 +66,7 @@ FAULTS = {
 
 @pytest.fixture(scope="module")
 def found() -> dict[str, list[Result]]:
-    """What three replicas found in each job."""
+    """Return the results of three replicas for each job."""
     return dict(zip(FAULTS, run_jobs(list(FAULTS.values()), 3), strict=True))
 
 
@@ -112,7 +112,7 @@ def test_suspects_need_a_majority_of_four_replicas() -> None:
 
 
 def _spy_on_messages() -> list[tuple[str, int]]:
-    """From here on, every collective of this process and the bytes it is handed."""
+    """Record every later collective of this process and its number of bytes."""
     sent: list[tuple[str, int]] = []
 
     def spied(name: str) -> Callable[..., Any]:
@@ -134,7 +134,7 @@ def _spy_on_messages() -> list[tuple[str, int]]:
 
 
 def _messages_per_step(world: World, nums_layers: Sequence[int], every: int) -> list[list[tuple[str, int]]]:
-    """What is sent when an Agreement is made, and in each of two steps, for models of so many layers."""
+    """Return the messages at the creation of an Agreement and at two steps, for models of some sizes."""
     sent, steps = _spy_on_messages(), []
     for num_layers in nums_layers:
         seed_everything(0)
@@ -192,7 +192,7 @@ PAIRS = {
 
 @pytest.fixture(scope="module")
 def pairs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Result]]:
-    """What two replicas found in each job."""
+    """Return the results of two replicas for each job."""
     jobs = [replace(job, trace=str(tmp_path_factory.mktemp("trace"))) for job in PAIRS.values()]
     return dict(zip(PAIRS, run_jobs(jobs, 2), strict=True))
 
@@ -212,7 +212,7 @@ def test_every_compares_each_third_step(pairs: dict[str, list[Result]]) -> None:
 def test_finish_compares_final_state_after_any_step(pairs: dict[str, list[Result]]) -> None:
     for name, step, stage in (
         ("every 3: last", 8, "weights"),
-        ("every 3: last, evaluated", 4, "rng"),  # equal predictions do not stand for equal state
+        ("every 3: last, evaluated", 4, "rng"),  # equal predictions do not imply equal state
         ("every 0: lasting", 4, "optimizer"),
     ):
         verdict = one_verdict(pairs[name])

@@ -1,4 +1,4 @@
-"""`Agreement` in any loop: other structures, lost replicas, other optimizers, no process group, DDP."""
+"""`Agreement` in custom loops: other structures, lost replicas, all optimizers, no process group."""
 
 import json
 import os
@@ -92,7 +92,7 @@ def _fail(world: World, how: str, own_channel: bool) -> None:
 @pytest.mark.parametrize("how", ["raises", "exits"])
 @pytest.mark.parametrize("own_channel", [True, False])
 def test_survivors_raise_replica_lost(how: str, own_channel: bool) -> None:
-    # The limit of the world's own patience is longer: a replica that only then gives up returns nothing here.
+    # The world's own timeout is longer: a replica that waits until then returns nothing here.
     results = run_replicas(_fail, 3, how, own_channel, timeout=20.0)
     assert isinstance(results[1], ArithmeticError) if how == "raises" else results[1] is None
     assert isinstance(results[0], ReplicaLost)
@@ -133,7 +133,7 @@ def test_bytes_per_step() -> None:
 
 
 def test_last_digest_is_of_the_last_compared_step() -> None:
-    """The word stands for the step just taken, or for nothing."""
+    """A replay checks itself against this digest, which is None after a step that is not compared."""
     agreement = Agreement(nn.Linear(2, 2), every=2)
     assert agreement.agreed_until == 0
     words, agreed = [], []
@@ -153,7 +153,7 @@ def test_last_digest_is_of_the_last_compared_step() -> None:
 
 
 def test_evaluation_compares_state_first(tmp_path: Path) -> None:
-    """Otherwise weights that had parted would look like an evaluation that went otherwise."""
+    """If not, diverged weights would be reported as a diverged evaluation."""
     with TraceWriter(tmp_path / "trace.jsonl", 1) as trace:
         agreement = Agreement(nn.Linear(2, 2), every=3, trace=trace)
         agreement.step()
@@ -207,7 +207,7 @@ def test_nested_outputs_are_compared_or_named() -> None:
 def _default_group(world: World) -> list[Any]:
     seed_everything(0)
     model = tiny_model()
-    agreement = Agreement(model)  # finds the gloo group by itself
+    agreement = Agreement(model)  # uses the default process group
     agreement.step()
     if world.replica_id == 1:
         model[5].bias.data[0] += 1
@@ -314,7 +314,7 @@ def test_optimizers_schedulers_and_scalers_are_compared() -> None:
 
 
 def _all_optimizers(world: World) -> dict[str, list[dict[str, bytes]]]:
-    """The optimizer stage before and after a step of every optimizer that torch has."""
+    """Return the optimizer stage before and after a step of every optimizer in torch."""
     hoard: list[object] = [object() for _ in range(10_000 * world.replica_id)]  # other addresses on every replica
     entries = {}
     for name, kind in vars(torch.optim).items():

@@ -1,4 +1,4 @@
-"""Ranks of one DistributedDataParallel model: what they share is compared, and a drift named where it begins."""
+"""Ranks of one DistributedDataParallel model: shared stages are compared, and drift is found where it begins."""
 
 import warnings
 from collections.abc import Callable
@@ -21,7 +21,7 @@ STEPS = 4
 
 
 class Net(nn.Module):
-    """(batch, 1, 4, 4) to (batch, 3); at its third training step, `here` limits its own temperature."""
+    """A model from (batch, 1, 4, 4) to (batch, 3) that clamps its temperature at step 3 on the rank `here`."""
 
     def __init__(self, here: bool) -> None:
         super().__init__()
@@ -39,19 +39,19 @@ class Net(nn.Module):
 
 @dataclass(frozen=True)
 class Loop:
-    """A training loop, and what goes wrong on rank 1 in it."""
+    """A training loop with a fault on rank 1."""
 
     drift: Callable[[int, Net, torch.optim.Optimizer], Any] = lambda step, net, optimizer: None
-    """Called with step, model and optimizer after each comparison, so that the next step is the first it is in."""
+    """Called with step, model and optimizer after each comparison, to change the next step."""
     rank_dependent_if: bool = False
     ddp: Any = None
     """Further arguments of DistributedDataParallel."""
     flips_at: int = 0
     num_micro_batches: int = 1
     syncs: bool = True
-    """Whether the last micro-batch's backward pass is outside of `no_sync`."""
+    """True if the last micro-batch's backward pass is outside `no_sync`."""
     arguments: Any = None
-    """Further ones of Agreement."""
+    """Further arguments of Agreement."""
 
 
 def _toggle(step: int, net: Net, optimizer: torch.optim.Optimizer) -> None:
@@ -84,7 +84,7 @@ LOOPS: dict[str, tuple[Loop, tuple[int, str, str] | None]] = {
 
 
 def _train(world: World, loop: Loop) -> tuple[Verdict | None, int]:
-    """Every rank has a batch, random numbers and BatchNorm statistics of its own."""
+    """Train with a different batch, random numbers and BatchNorm statistics on each rank."""
     odd = world.replica_id == 1
     seed_everything(0)
     net = Net(here=odd and loop.rank_dependent_if)

@@ -1,4 +1,4 @@
-"""All of a step's stages are hashed together, each tensor where it is."""
+"""Hashing of all stages of a step together, each tensor on its device."""
 
 import logging
 from collections.abc import Callable, Sequence
@@ -22,7 +22,7 @@ DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def has_dimensions(tensor: Tensor) -> bool:
-    """Stands in for `is_cuda` where there is no GPU: a model has step counts on the CPU, too."""
+    """Select tensors as `is_cuda` would: the step counts of a model on a GPU are on the CPU, too."""
     return tensor.dim() > 0
 
 
@@ -116,7 +116,7 @@ def test_digest_is_of_the_state_at_start() -> None:
 
 
 class Subclass(Tensor):
-    """Its bytes may be anywhere."""
+    """A subclass whose bytes may be anywhere."""
 
 
 @pytest.mark.filterwarnings("ignore:Sparse invariant checks")
@@ -153,7 +153,7 @@ def test_conjugates_negations_parameters_and_strides() -> None:
 
 
 class _Event:
-    """Written once somebody has waited."""
+    """A fake event that writes the digests when a caller waits."""
 
     def __init__(self, rows: Tensor) -> None:
         self.rows, self.waits = rows, 0
@@ -228,7 +228,7 @@ def test_hasher_for_tries_each_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_copy_to_cpu_in_every_step_warns_once(caplog: pytest.LogCaptureFixture) -> None:
-    """On a device without a kernel; stands in for it the one that has no memory to read."""
+    """The meta device represents a device without a kernel."""
     elsewhere = torch.empty(2, device="meta")
     hashing._warn_of_copy.cache_clear()
     with pytest.raises(TypeError, match="with memory"):

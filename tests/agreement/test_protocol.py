@@ -1,4 +1,4 @@
-"""One message of 40 bytes says whether all words are equal and whether anyone wants to stop."""
+"""The message of a step: 40 bytes that compare combined digests and carry the stop flag."""
 
 import itertools
 import struct
@@ -18,7 +18,7 @@ HALVES = st.one_of(st.sampled_from([0, 1, -1, -(2**63), 2**63 - 1]), st.integers
 
 
 def reduced(words: Sequence[bytes], stops: Sequence[bool]) -> protocol.Outcome:
-    """What every replica reads, without processes: the all-reduce is an element-wise maximum."""
+    """Return the outcome without processes: the all-reduce is an element-wise maximum."""
     messages = [protocol.message(word, stop) for word, stop in zip(words, stops, strict=True)]
     assert all(message.nbytes == protocol.MESSAGE_BYTES for message in messages)
     return protocol.outcome(torch.stack(messages).amax(dim=0))

@@ -1,4 +1,4 @@
-"""`Agreement` with a recorded run to compare with, which only rank 0 has: all replicas learn of the same difference."""
+"""`Agreement` with a reference on rank 0: all replicas get the same difference."""
 
 import pickle
 from contextlib import ExitStack
@@ -29,7 +29,7 @@ class Job:
     every: int = 1
     lag: Literal[0, 1] = 0
     other_at: int | None = None
-    """A step from which on the weights are others."""
+    """The step from which the weights differ, or None."""
     stop_at: int | None = None
     on_divergence: Literal["stop", "continue"] = "stop"
 
@@ -39,7 +39,7 @@ def loop(world: World, jobs: list[Job]) -> list[Any]:
 
 
 def _loop(world: World, job: Job) -> tuple[Verdict | None, int, bool, int | None]:
-    """The verdict, the steps taken, whether replicas were told to stop, and how much was compared."""
+    """Return the verdict, the steps taken, the stop flag, and the number of comparisons."""
     seed_generators(0)
     model = torch.nn.Linear(2, 2)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
@@ -80,7 +80,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Any]]:
         "other": Job(folder, other_at=4),
         "other, later": Job(folder, other_at=4, lag=1),
         "other, now and then": Job(folder, other_at=3, every=2),
-        "gone on": Job(folder, other_at=4, on_divergence="continue"),
+        "continued": Job(folder, other_at=4, on_divergence="continue"),
         "stopped at the same step": Job(folder, other_at=4, stop_at=4, on_divergence="continue"),
     }
     rows = run_replicas(loop, 2, list(jobs.values()))
@@ -105,7 +105,7 @@ def test_all_replicas_raise_same_verdict_at_same_step(
     assert [row[1] for row in results[name]] == [steps, steps]
 
 
-@pytest.mark.parametrize("name", ["gone on", "stopped at the same step"])
+@pytest.mark.parametrize("name", ["continued", "stopped at the same step"])
 def test_continue_keeps_first_difference_and_stop_flag(name: str, results: dict[str, list[Any]]) -> None:
     for verdict, steps, stop, _ in results[name]:
         assert (verdict.step, verdict.stage, steps) == (4, "weights", 6)

@@ -1,4 +1,4 @@
-"""Several models and optimizers, wrapped and compiled ones: every tensor under the name it has in its own model."""
+"""Several, wrapped and compiled models: every tensor has its name in the bare model."""
 
 import re
 from typing import Any
@@ -173,7 +173,7 @@ def test_subject_rejects_wrong_types(arguments: Any, text: str) -> None:
 
 
 def _sharded(world: World) -> list[str]:
-    """What is said of a sharded model, and the digests of its whole tensors, as the remedy has them."""
+    """Check the error for a sharded model, and return the digests of its whole tensors as the error describes."""
     from torch.distributed import init_device_mesh  # this takes a while, and one test needs it
     from torch.distributed.fsdp import fully_shard
 
@@ -194,7 +194,7 @@ def test_sharded_model_is_rejected_with_a_working_remedy() -> None:
 
 
 def _in_fsdp(world: World, strategy: str, use_orig_params: bool) -> Any:
-    """What is said of a model in FullyShardedDataParallel; its whole tensors, as the remedy has them, or a verdict."""
+    """Check the error for a model in FSDP, and return the digests of its whole tensors, or the verdict."""
     from torch.distributed.fsdp import FullyShardedDataParallel, ShardingStrategy
 
     seed_everything(0)

@@ -1,4 +1,4 @@
-"""What `dreplica compare` takes on long traces, each case in a process of its own.
+"""Measure the time and memory of `dreplica compare` on long traces, each case in its own process.
 
     python -m tests.benchmarks.compare_cost [--steps 1000000] [--folder FOLDER]
 
@@ -19,7 +19,14 @@ STAGES = ("indices", "batch", "buffers", "output", "gradients", "optimizer", "we
 
 
 def write_trace(path: Path, num_steps: int, epochs_from: int = 1, other_at: int | None = None) -> None:
-    """`epochs_from`: the number of the first epoch; `other_at`: a step with another digest of the weights."""
+    """Write a trace of random digests.
+
+    Args:
+        path: Path of the file.
+        num_steps: Number of steps.
+        epochs_from: Number of the first epoch.
+        other_at: A step at which the digest of the weights differs, or None.
+    """
     draw = random.Random(0)
     with path.open("w", encoding="utf-8") as file:
         file.write(json.dumps({"algorithm": "xxh3-128/1", "torch": "2.15.0", "replicas": 2}) + "\n")
@@ -33,7 +40,7 @@ def write_trace(path: Path, num_steps: int, epochs_from: int = 1, other_at: int 
 
 
 def measure(one: Path, other: Path) -> tuple[int, float, float, str]:
-    """Exit code, seconds, peak resident memory in MB, and the verdict."""
+    """Return exit code, seconds, peak resident memory in MB, and the verdict."""
     started = time.perf_counter()
     process = subprocess.Popen(
         [sys.executable, "-m", "dreplica.commands.main", "compare", str(one), str(other)],
@@ -50,7 +57,7 @@ def measure(one: Path, other: Path) -> tuple[int, float, float, str]:
 
 
 def main() -> None:
-    """Prints a line for each case."""
+    """Print a line for each case."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--steps", type=int, default=1_000_000)
     parser.add_argument("--folder", type=Path)

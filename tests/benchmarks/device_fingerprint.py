@@ -1,8 +1,9 @@
-"""What fingerprints cost on a GPU: `python -m tests.benchmarks.device_fingerprint`. Needs a CUDA device.
+"""Measure the cost of fingerprints on a GPU: `python -m tests.benchmarks.device_fingerprint`.
 
-Measures, by the device's own clock, the bytes per second that one launch reads, beside those that a device-to-device
-copy moves (read plus written); the time for the whole state of a ResNet-18 with SGD momentum; the memory used; and, by
-the host's clock, what a step of checking keeps the host busy for. Ends with 1 if a limit is missed, 2 without a device.
+Measures with the device's clock the bytes per second that one launch reads, compared with those that a device-to-device
+copy moves (read plus written), and the time for the whole state of a ResNet-18 with SGD momentum. Also measures the
+memory used and, with the host's clock, the time that the checks of a step take on the host. Exits with 1 if a limit is
+missed, with 2 without a CUDA device.
 """
 
 import statistics
@@ -24,7 +25,7 @@ REPEATS = 30
 
 
 def main() -> int:
-    """Prints the figures and the limits."""
+    """Print the figures and the limits."""
     if not torch.cuda.is_available():
         print("error: no CUDA device: nothing to measure. On a machine with one, run this again.", file=sys.stderr)
         return 2
@@ -39,7 +40,7 @@ def main() -> int:
 
 
 def _of_mixed_tensors(device: torch.device) -> bool:
-    """1 GB in tensors of several dtypes, sizes and alignments; then those that are not read in one piece."""
+    """Return 1 GB of tensors of several dtypes, sizes and alignments, contiguous and strided."""
     sizes = [2**28, 2**28, 2**27, 2**26, *[2**22] * 60, *[2**14] * 400]
     dtypes = (torch.float32, torch.bfloat16, torch.float64, torch.int8)
     plain = [_noise(size, dtypes[number % 4], device) for number, size in enumerate(sizes)]
@@ -112,7 +113,7 @@ def _hashing(device: torch.device, tensors: Sequence[Tensor]) -> Callable[[], ob
 
 
 def _seconds(action: Callable[[], object]) -> float:
-    """Median by the device's clock; the device is kept busy first, so that the host's part does not count."""
+    """Return the median by the device's clock, with the device kept busy first to hide the host's time."""
     for _ in range(3):
         action()
     times = []
@@ -129,7 +130,7 @@ def _seconds(action: Callable[[], object]) -> float:
 
 
 def _host_seconds(action: Callable[[], object]) -> float:
-    """Median of what the host is busy for; the device has nothing else to do."""
+    """Return the median time on the host, with an otherwise idle device."""
     times = []
     for _ in range(REPEATS):
         torch.cuda.synchronize()

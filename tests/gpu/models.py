@@ -1,4 +1,4 @@
-"""Models of which one operator adds with atomics on a GPU, in no order that repeats; and images to train on."""
+"""Models with an operator that adds with atomics on a GPU, in a varying order, and images to train on."""
 
 import torch
 from torch import Tensor, nn
@@ -11,7 +11,7 @@ INPUTS = 3 * 8 * 8
 
 
 class Interpolated(nn.Module):
-    """Each gradient of the small image is a sum over a quarter of the large one."""
+    """A model whose gradients of a small image are sums over a quarter of a large one."""
 
     def __init__(self, num_classes: int) -> None:
         super().__init__()
@@ -25,7 +25,7 @@ class Interpolated(nn.Module):
 
 
 class Gathered(nn.Module):
-    """Each of a few sums has thousands of terms."""
+    """A model with a few sums of thousands of terms."""
 
     def __init__(self, num_classes: int, width: int = 8192, num_sums: int = 8) -> None:
         super().__init__()
@@ -41,7 +41,7 @@ class Gathered(nn.Module):
 
 
 class Both(nn.Module):
-    """The two, side by side; the one that adds in its forward pass comes second."""
+    """Both models in one. The one that adds in its forward pass is second."""
 
     def __init__(self, num_classes: int) -> None:
         super().__init__()
@@ -52,22 +52,22 @@ class Both(nn.Module):
 
 
 def interpolated(num_classes: int) -> nn.Module:
-    """As `model.factory` wants it."""
+    """Return a model, as `model.factory` does."""
     return Interpolated(num_classes)
 
 
 def gathered(num_classes: int) -> nn.Module:
-    """As `model.factory` wants it."""
+    """Return a model, as `model.factory` does."""
     return Gathered(num_classes)
 
 
 def both(num_classes: int) -> nn.Module:
-    """As `model.factory` wants it."""
+    """Return a model, as `model.factory` does."""
     return Both(num_classes)
 
 
 def noise(_: DataConfig, num_train: int = 160, size: int = 64) -> tuple[TensorImages, TensorImages, int]:
-    """Images of bytes, as `data.name` wants them."""
+    """Return uint8 images, as a `data.name` does."""
     generator = torch.Generator().manual_seed(0)
     images = torch.randint(0, 256, (num_train + 32, 3, size, size), dtype=torch.uint8, generator=generator)
     labels = torch.randint(0, 5, (num_train + 32,), generator=generator)
@@ -75,5 +75,5 @@ def noise(_: DataConfig, num_train: int = 160, size: int = 64) -> tuple[TensorIm
 
 
 def noise_of_imagenets_size(config: DataConfig) -> tuple[TensorImages, TensorImages, int]:
-    """30 batches of 64, for a benchmark."""
+    """Return 30 batches of 64, for a benchmark."""
     return noise(config, num_train=1920, size=224)

@@ -1,4 +1,4 @@
-"""Whole jobs on one GPU, which replicas share where there is no other."""
+"""Whole jobs on one GPU, which replicas share if there is only one."""
 
 import shlex
 import subprocess
@@ -72,7 +72,7 @@ def test_atomic_operator_is_named_and_remedy_helps(model: str, operator: str, ph
 
 
 def _joined(tokens: list[str]) -> list[str]:
-    """`--key VALUE` as `--key=VALUE`."""
+    """Return `--key VALUE` as `--key=VALUE`."""
     return [f"{key}={value}" for key, value in zip(tokens[::2], tokens[1::2], strict=True)]
 
 
@@ -88,7 +88,7 @@ def test_flipped_bit_on_device_is_a_transient_fault(target: str) -> None:
 
 
 def test_fault_campaign() -> None:
-    """A short one: `--faults 300` by hand."""
+    """A short campaign. Run it with `--faults 300` by hand."""
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=3"]
     campaign = ["-m", "tests.benchmarks.fault_campaign", "--device", "cuda", "--faults", "16", "--clean-steps", "50"]
     done = subprocess.run(

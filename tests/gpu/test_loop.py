@@ -1,4 +1,4 @@
-"""The training loop waits for the GPU no more than a loop without checks does."""
+"""The training loop synchronizes with the GPU no more often than a loop without checks."""
 
 from collections.abc import Iterator
 from dataclasses import replace
@@ -42,7 +42,7 @@ WORLD = World(0, 1, Channel(), None, "here")
 
 
 def bytes_of_images(config: DataConfig) -> tuple[TensorImages, TensorImages, int]:
-    """The small images as uint8, which are normalised on the device."""
+    """Return the small images as uint8, which are normalized on the device."""
     train_set, val, num_classes = tiny_images(config)
     return _as_bytes(train_set), _as_bytes(val), num_classes
 
@@ -82,7 +82,7 @@ def built(config: RunConfig) -> Replica:
     ids=["plain", "bf16 channels_last", "uint8", "accumulate", "AdamW", "workers"],
 )
 def test_steps_checks_and_snapshots_do_not_synchronize(arguments: tuple[str, ...]) -> None:
-    """But for the digests of the step before, of which torch's debug mode does not know."""
+    """Waiting for the digests of the step before is allowed; torch's debug mode does not see it."""
     config = configured(*arguments, "--agreement.snapshot_every=3")
     replica, data = built(config), load_data(config.data)
     agreement = Agreement(replica.model, replica.optimizer, lag=1)
@@ -169,7 +169,7 @@ def test_memory_used_by_checks() -> None:
 
 
 class Net(nn.Module):
-    """Names its parts."""
+    """A module with named parts."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""Loops as people write them, with the two lines of `dreplica.Agreement`; with `plant`, one thing goes wrong here."""
+"""Typical training loops with the two lines of `dreplica.Agreement`, and a fault on this rank with `plant`."""
 
 import random
 import tempfile
@@ -16,11 +16,11 @@ from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 import dreplica
 
 STEP = 5
-"""At which it goes wrong, on one rank: the first in which anything differs. An epoch has four."""
+"""The step of the fault, the first at which anything differs. An epoch has four steps."""
 
 
 class Net(nn.Module):
-    """(batch, 1, 8, 8) to (batch, 10)."""
+    """A model from (batch, 1, 8, 8) to (batch, 10)."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -35,7 +35,7 @@ class Net(nn.Module):
 
 
 def digits() -> TensorDataset:
-    """The first 128 of scikit-learn's digits."""
+    """Return the first 128 of scikit-learn's digits."""
     images, labels = load_digits(return_X_y=True)
     return TensorDataset(
         torch.tensor(images[:128], dtype=torch.float32).view(-1, 1, 8, 8) / 16, torch.tensor(labels[:128])
@@ -43,7 +43,7 @@ def digits() -> TensorDataset:
 
 
 def mnist(plant: bool) -> dreplica.Agreement:
-    """As https://github.com/pytorch/examples/blob/main/mnist/main.py: every rank trains a replica of its own."""
+    """Train an independent replica, as https://github.com/pytorch/examples/blob/main/mnist/main.py does."""
     random.seed(1), numpy.random.seed(1), torch.manual_seed(1)
     train_loader = DataLoader(digits(), batch_size=32, shuffle=True)
     model = Net()
@@ -67,7 +67,7 @@ def mnist(plant: bool) -> dreplica.Agreement:
 
 
 def ddp(plant: bool) -> dreplica.Agreement:
-    """One model on all ranks, each with its share of the data; gradients are accumulated over two batches."""
+    """Train one model on all ranks, with gradients accumulated over two batches."""
     torch.manual_seed(1)
     dataset = digits()
     loader = DataLoader(dataset, batch_size=8, sampler=DistributedSampler(dataset))
@@ -93,7 +93,7 @@ def ddp(plant: bool) -> dreplica.Agreement:
 
 
 def lightning(plant: bool) -> dreplica.Agreement:
-    """A LightningModule under Lightning's own DDP."""
+    """Train a LightningModule with Lightning's DDP strategy."""
     from lightning.pytorch import LightningModule, Trainer, seed_everything
 
     from dreplica.lightning import AgreementCallback
@@ -135,7 +135,7 @@ def lightning(plant: bool) -> dreplica.Agreement:
 
 
 def transformers(plant: bool) -> dreplica.Agreement:
-    """A model under Hugging Face's Trainer; on one rank its forward pass takes a turn of its own."""
+    """Train a model with Hugging Face's Trainer, whose forward pass clamps weights where `plant` is set."""
     from transformers import Trainer, TrainingArguments, set_seed
 
     from dreplica.transformers import AgreementCallback

@@ -1,4 +1,4 @@
-"""The examples of a page: its blocks of Python, and what the page says they print."""
+"""The examples of a page: its blocks of Python and their documented output."""
 
 import contextlib
 import io
@@ -11,21 +11,21 @@ _BLOCK = re.compile(r"^```(python|text)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
 @dataclass(frozen=True)
 class Example:
-    """A block of Python and, if one follows, the block of text that it prints on rank 0."""
+    """A block of Python, with the block of text that it prints on rank 0, if one follows."""
 
     code: str
     output: str
-    """Empty without such a block; after a first line `...`, only the end of it."""
+    """The documented output. Empty if there is none; only its end if the first line is `...`."""
 
     def prints(self, output: str) -> bool:
-        """Whether that is what the page says."""
+        """Return True if `output` is the documented output."""
         if self.output.startswith("...\n"):
             return output.endswith(self.output.removeprefix("...\n"))
         return output == self.output
 
 
 def examples_of(page: Path) -> tuple[str, list[Example]]:
-    """The block that all others begin with, and those."""
+    """Return the block that all examples begin with, and the examples."""
     blocks = _BLOCK.findall(page.read_text(encoding="utf-8"))
     examples: list[Example] = []
     for kind, text in blocks:
@@ -37,7 +37,7 @@ def examples_of(page: Path) -> tuple[str, list[Example]]:
 
 
 def run(beginning: str, example: Example) -> str:
-    """What it prints, after the beginning, in a namespace of its own."""
+    """Run an example after the beginning, in a new namespace, and return what it prints."""
     printed = io.StringIO()
     with contextlib.redirect_stdout(printed):
         exec(compile(beginning + example.code, "<page>", "exec"), {"__name__": "page"})

@@ -1,4 +1,4 @@
-"""A planted divergence is found at its step, stage and tensor in loops of every kind, and clean ones are silent.
+"""Typical loops: an injected divergence is found at its step, stage and tensor, and clean loops agree.
 
 The examples of docs/library.md print what the page says.
 """
@@ -32,7 +32,7 @@ PLANTED = {
     "transformers": ("weights", "net.fc.weight"),
 }
 SIZE = 4 * sum(parameter.numel() for parameter in Net().parameters())
-"""Bytes of weights, as of gradients."""
+"""Bytes of the weights, and of the gradients."""
 READ = {
     "ddp": 3 * SIZE,  # weights, gradients and momentum
     "lightning": 3 * SIZE,
@@ -41,7 +41,7 @@ READ = {
 
 
 def _run_loops(world: World) -> dict[tuple[str, bool], Any]:
-    """The verdict with which each loop stops; or how many steps it has compared, and bytes read in the last."""
+    """Return each loop's verdict, or its steps compared and the bytes read in the last step."""
     results: dict[tuple[str, bool], Any] = {}
     for name, loop in LOOPS.items():
         for planted in (False, True):
@@ -54,7 +54,7 @@ def _run_loops(world: World) -> dict[tuple[str, bool], Any]:
 
 
 def _refusals() -> list[str]:
-    """What the callbacks say where each rank has a part of the state."""
+    """Return the errors that the callbacks raise if the state is sharded."""
     from dreplica import lightning, transformers
 
     trainer, arguments = SimpleNamespace(world_size=2, strategy=SimpleNamespace()), SimpleNamespace(fsdp="full_shard")
@@ -68,7 +68,7 @@ def _refusals() -> list[str]:
 
 
 def _steps_of_several_optimizers() -> list[int]:
-    """As Lightning's callback counts them after a checkpoint: with it, and of one that was saved without it."""
+    """Return the steps that Lightning's callback counts, with its checkpoint and without."""
     from dreplica.lightning import AgreementCallback
 
     model = nn.Linear(1, 1)
@@ -130,7 +130,7 @@ def test_examples_print_what_the_page_says() -> None:
     for example, printed in zip(examples, one[1], strict=True):
         assert example.prints(printed), f"{example.code}\nprints\n{printed}"
         assert example.output, example.code
-    assert sum(one == two for one, two in zip(one[1], two[1], strict=True)) >= 8  # but for a time it took
+    assert sum(one == two for one, two in zip(one[1], two[1], strict=True)) >= 8  # one prints its duration
 
 
 def test_callbacks_reject_sharded_state() -> None:

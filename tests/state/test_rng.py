@@ -1,4 +1,4 @@
-"""Seeds, and streams that do not touch each other."""
+"""Seeds, and independent streams of random numbers."""
 
 import random
 import subprocess
@@ -91,7 +91,7 @@ def test_invalid_seed_is_rejected(seed: Any) -> None:
 
 
 def test_torch_keeps_only_32_bits_of_a_seed() -> None:
-    # Why seeds end at 2**32 - 1: with more, replicas that are told apart by their seeds would be built alike.
+    # The reason for the limit of 2**32 - 1: replicas with different larger seeds would be built alike.
     one, other = (torch.randn(9, generator=torch.Generator().manual_seed(seed)) for seed in (3, 3 + 2**32))
     assert one.numpy().tobytes() == other.numpy().tobytes()
 

@@ -1,4 +1,4 @@
-"""Every part of training state has an entry of its own, and nothing else has."""
+"""Every part of training state has exactly one entry."""
 
 import random
 from collections.abc import Callable, Mapping
@@ -24,7 +24,7 @@ from tests.agreement.bodies import flip_bit
 
 
 def changed(before: Stage, after: Stage) -> list[str]:
-    """The entries that differ; the stage's own digest must say the same."""
+    """Return the entries that differ, and check that the stage's digest differs if one does."""
     one, two = before.entries(), after.entries()
     names = [name for name in one | two if one.get(name) != two.get(name)]
     assert bool(names) == (before.digest != after.digest)
@@ -59,7 +59,7 @@ def test_bytes_are_counted() -> None:
 
 
 class Odd(nn.Module):
-    """A tied parameter, a buffer that is not saved, and a parameter that gets no gradient."""
+    """A model with a tied parameter, a non-persistent buffer, and a parameter without a gradient."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -108,7 +108,7 @@ def test_gradients_are_in_order_of_the_backward_pass() -> None:
 
 
 class Custom:
-    """Not a container that is known."""
+    """A container that is not supported."""
 
 
 T = torch.zeros(1)
@@ -177,7 +177,7 @@ def test_draw_changes_only_its_generator(draw: Callable[[], object], name: str) 
 
 
 def test_cached_normal_draw_is_hashed() -> None:
-    """Both generators keep the second of a pair for the next call: the same words, another state."""
+    """Both generators cache the second number of a pair: equal internal words, different state."""
     random.seed(0)
     numpy.random.seed(0)
     random.gauss(0, 1)
@@ -247,7 +247,7 @@ def test_state_under_other_keys_is_hashed() -> None:
 
 
 class Keeper:
-    """Something with a `state_dict`."""
+    """An object with a `state_dict`."""
 
     def __init__(self, **state: Any) -> None:
         self.state = state

@@ -1,4 +1,4 @@
-"""Two recorded traces: the first difference, or how far there is none, in any state in which a run may leave them."""
+"""Comparison of two recorded traces, including truncated and resumed ones."""
 
 import json
 import tracemalloc
@@ -24,7 +24,7 @@ def append(folder: Path, text: str) -> None:
 
 @pytest.fixture(params=["in blocks", "line by line"])
 def same_beginning(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With blocks of a few lines, and with blocks that hold no whole line, so that each line is looked at."""
+    """Use blocks of a few lines, and blocks shorter than a line, so that each line is parsed."""
     monkeypatch.setattr(comparison, "_BLOCK_BYTES", 700 if request.param == "in blocks" else 10)
 
 
@@ -116,13 +116,13 @@ def test_epochs_and_number_of_replicas_are_not_compared(tmp_path: Path) -> None:
 
 @pytest.mark.usefixtures("same_beginning")
 def test_newest_line_of_a_repeated_step_counts(tmp_path: Path) -> None:
-    """As by a run whose replicas parted at step 5, and that went on from step 4 later."""
+    """A run whose replicas diverged at step 5 and that resumed from step 4."""
     good = record(tmp_path / "good", range(9))
     resumed = record(tmp_path / "resumed", range(5))
     record(resumed, range(5, 7), (5, "weights", "one"), (6, "weights", "one"), num_lines=6, agreed=False)
-    parted = compare(good, resumed).place
-    assert parted is not None
-    assert parted.step == 5
+    place = compare(good, resumed).place
+    assert place is not None
+    assert place.step == 5
     record(resumed, range(4, 9), num_lines=5)
     trace = Trace(resumed)
     found = compare_traces(Trace(good), trace)

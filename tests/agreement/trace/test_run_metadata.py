@@ -1,4 +1,4 @@
-"""In what two runs differ, as far as they have left it."""
+"""Differences between the configs and environments of two run folders."""
 
 import json
 from pathlib import Path

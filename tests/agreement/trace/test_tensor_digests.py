@@ -1,4 +1,4 @@
-"""tensors.bin holds what the trace's stages were made of, whatever interrupted the run."""
+"""`tensors.bin` matches the trace after any interruption of the run."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""The trace holds the digests of a run, and nothing that depends on when or where it ran."""
+"""The trace contains the digests of a run, and nothing that depends on time or place."""
 
 import json
 from dataclasses import replace
@@ -20,7 +20,7 @@ JOBS = {"now": Job(), "again": Job(), "later": Job(lag=1), "seed 1": Job(seed=1)
 
 @pytest.fixture(scope="module")
 def traces(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[list[str]]]:
-    """The lines of every replica's trace of each job."""
+    """Return the lines of every replica's trace for each job."""
     folders = {name: tmp_path_factory.mktemp(name) for name in JOBS}
     jobs = [replace(job, trace=str(folders[name]), evaluate_after=2) for name, job in JOBS.items()]
     for results in run_replicas(train_all, 2, jobs):

@@ -1,4 +1,4 @@
-"""The fingerprint tells apart what differs in a single bit, and nothing else."""
+"""Fingerprints differ if a single bit differs, and only then."""
 
 import ctypes
 import hashlib
@@ -48,7 +48,7 @@ def digest(tensor: Tensor) -> str:
 
 
 def pattern(num_elements: int, dtype: torch.dtype) -> Tensor:
-    """The same bytes on every machine: SHA-256 of a counter."""
+    """Return bytes that are the same on every machine: SHA-256 of a counter."""
     wanted = num_elements * dtype.itemsize
     blocks = (hashlib.sha256(struct.pack("<q", i)).digest() for i in range(wanted // 32 + 1))
     raw = torch.tensor(list(b"".join(blocks)[:wanted]), dtype=torch.uint8)
@@ -56,7 +56,7 @@ def pattern(num_elements: int, dtype: torch.dtype) -> Tensor:
 
 
 def as_bytes(tensor: Tensor) -> Tensor:
-    """A copy of the tensor's bytes: (elements, bytes per element) uint8."""
+    """Return a copy of the tensor's bytes, (elements, bytes per element) uint8."""
     return tensor.contiguous().reshape(-1).view(torch.uint8).reshape(-1, tensor.dtype.itemsize).clone()
 
 
@@ -256,7 +256,7 @@ GOLDEN = {
 
 @pytest.mark.parametrize(("dtype", "shape"), GOLDEN, ids=str)
 def test_algorithm_name_matches_known_digests(dtype: torch.dtype, shape: tuple[int, ...]) -> None:
-    """A change of these values is a change of `ALGORITHM`: recorded traces are compared with new ones."""
+    """If these values change, `ALGORITHM` must change, since recorded traces are compared with new ones."""
     assert ALGORITHM == "xxh3-128/1"
     tensor = pattern(torch.Size(shape).numel(), dtype).reshape(shape)
     assert fingerprint({"layer.weight": tensor})["layer.weight"] == GOLDEN[dtype, shape]

@@ -1,4 +1,4 @@
-"""What only a GPU can show: that fingerprints are right there while it is busy, and that nothing waits for it."""
+"""Fingerprints on a real GPU: correct while it is busy, and without synchronization."""
 
 import warnings
 from collections.abc import Iterator
@@ -23,7 +23,7 @@ DEVICE = torch.device("cuda:0")
 
 @pytest.fixture
 def no_synchronization() -> Iterator[None]:
-    """Operators that wait for the device raise (torch.cuda.set_sync_debug_mode); waiting for an event does not."""
+    """Raise for operators that synchronize (torch.cuda.set_sync_debug_mode); waiting for an event is allowed."""
     yield
     torch.cuda.set_sync_debug_mode("default")
 
@@ -42,7 +42,7 @@ def test_gpu_hasher_is_chosen() -> None:
 
 
 def test_hash_is_ordered_in_its_stream() -> None:
-    """Without waiting, in between: the digest is that of the state between two writes in the same stream."""
+    """The digest is that of the state between two writes in the same stream."""
     values = torch.zeros(2**26, device=DEVICE)
     hashing = DeviceHash(DEVICE)
     hashing.start([("t", values)])  # the tables are made, and the kernel is compiled
@@ -77,7 +77,7 @@ def test_checked_step_does_not_synchronize(no_synchronization: None) -> None:
 
 
 def test_host_is_one_step_ahead_of_device() -> None:
-    """`step` returns while the device is still at work on that very step."""
+    """`step` returns while the device is still computing that step."""
     model, optimizer = model_and_optimizer()
     agreement = Agreement(model, optimizer, lag=1)
     inputs = torch.randn(8, 3, 8, 8, device=DEVICE)
@@ -110,7 +110,7 @@ def test_flipped_bit_on_device_is_found(bit: int) -> None:
 
 
 def test_memory_used_by_checks() -> None:
-    """Less than 16 MB for 1 GiB of weights in other layouts, too."""
+    """Less than 16 MB for 1 GiB of weights, also in other layouts."""
     weights = [torch.zeros(2**16, 2**10, device=DEVICE), torch.zeros(2**10, 2**16, device=DEVICE).t()]
     weights += [torch.zeros(2**12, 2**10, 4, 8, device=DEVICE).contiguous(memory_format=torch.channels_last)]
     hashing = DeviceHash(DEVICE)
@@ -133,7 +133,7 @@ def test_two_streams() -> None:
 
 
 def test_cuda_graph_is_not_disturbed() -> None:
-    """Of users who capture their step: checks are made outside the graph."""
+    """The step is captured in a graph by the user, and checks run outside it."""
     model, optimizer = model_and_optimizer()
     inputs = torch.randn(8, 3, 8, 8, device=DEVICE)
     stream = torch.cuda.Stream()
@@ -158,7 +158,7 @@ def test_cuda_graph_is_not_disturbed() -> None:
 
 
 def test_model_compiled_to_cuda_graphs_is_not_disturbed(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its outputs and gradients lie in memory that the next step overwrites."""
+    """Outputs and gradients are in memory that the next step overwrites."""
     monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)  # two trainings are compared
     inputs = torch.randn(8, 3, 8, 8, device=DEVICE)
     labels = torch.randint(10, (8,), device=DEVICE)

@@ -1,4 +1,4 @@
-"""The kernel computes what `multilinear` defines: on a GPU, or in Triton's interpreter where there is none."""
+"""The kernel computes what `multilinear` defines, on a GPU or in Triton's interpreter."""
 
 import math
 import os
@@ -33,7 +33,7 @@ DTYPES = (
 
 
 def noise(num_bytes: int, offset: int = 0) -> Tensor:
-    """(num_bytes,) uint8 that begins `offset` bytes beyond where an allocation does."""
+    """Return (num_bytes,) uint8 that begins `offset` bytes after the start of an allocation."""
     generator = torch.Generator().manual_seed(num_bytes)
     raw = torch.randint(0, 256, (num_bytes + offset,), dtype=torch.uint8, generator=generator)
     return raw.to(DEVICE)[offset:]
@@ -45,7 +45,7 @@ def shaped(dtype: torch.dtype, *shape: int) -> Tensor:
 
 
 def contents(tensors: Sequence[Tensor]) -> list[tuple[int, int]]:
-    """By the kernel, in one launch."""
+    """Return the digests that the kernel computes in one launch."""
     rows = [describe(tensor) for tensor in tensors]
     assert all(rows)
     out = torch.zeros(len(tensors), 2, dtype=torch.int64, device=DEVICE)
@@ -119,7 +119,7 @@ def test_launch_hashes_several_blocks(dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("strided", [False, True])
 def test_launch_hashes_over_2_to_the_31_elements(strided: bool) -> None:
-    """Only the last block is computed, and only its memory touched."""
+    """Only the last block is computed, so only its memory is touched."""
     if strided:
         tensor = torch.empty(2, 65537, 16385, dtype=torch.uint8, device=DEVICE).permute(1, 0, 2)
         end = tensor[-3:]
@@ -169,7 +169,7 @@ def test_describe_rejects_layouts_that_need_a_copy() -> None:
 
 @pytest.mark.parametrize(("offset", "unit"), [(0, 4), (2, 2), (1, 1)])
 def test_describe_units_are_aligned(offset: int, unit: int) -> None:
-    """A GPU does not do that, though a CPU does."""
+    """A GPU cannot load across its alignment, though a CPU can."""
     memory = bytearray(8 * 15 + 8)
     row = describe(torch.frombuffer(memory, dtype=torch.float64, count=15, offset=offset).view(3, 5).t())
     assert row is not None
@@ -197,9 +197,9 @@ print(len(compiled.asm["cubin"]), len(words), *slow, *instructions)
 
 
 def test_kernel_compiles_for_a_gpu() -> None:
-    """Which the interpreter does not show; no GPU is needed to compile. Whole blocks are loaded 16 bytes at a time.
+    """The interpreter does not show this, and compiling needs no GPU. Whole blocks are loaded 16 bytes at a time.
 
-    Where words are loaded in a loop, wherever they lie, nothing in it divides or waits for other threads.
+    The loops that load strided words contain no division and no barrier.
     """
     environment = {**os.environ, "TRITON_INTERPRET": "0", "PYTHONPATH": str(REPOSITORY)}
     process = subprocess.run(

@@ -1,4 +1,4 @@
-"""The function that GPUs compute tells apart what the one on the CPU does; here by its definition."""
+"""The hash function of GPUs, by its definition: digests differ if a single bit differs."""
 
 import numpy
 import pytest
@@ -59,7 +59,7 @@ def test_same_bit_flipped_in_many_words_differs(bit: int, first: int) -> None:
 
 
 def test_sign_flipped_in_any_two_rows_of_a_column_differs() -> None:
-    """The weakest spot: all the sums of row keys that such flips in 2, 4, … 16 of a column's words come to differ."""
+    """The weakest case: the sums of row keys for such flips in 2, 4, … 16 words of a column all differ."""
     keys = [[int(key) for key in row_keys(lane)] for lane in (0, 1)]
     chosen = [rows for rows in range(1, 2**ROWS) if rows.bit_count() % 2 == 0]
     for lane, bit in ((0, 31), (1, 15)):
@@ -137,7 +137,7 @@ def test_different_data_has_independent_digests() -> None:
 
 
 def test_content_equals_sum_by_hand() -> None:
-    """Not by arrays, but word by word in Python's own integers."""
+    """Computed word by word with Python integers instead of arrays."""
     data = noise(BLOCK + 4 * COLUMNS + 6).tobytes()
     mask = 2**64 - 1
 
@@ -166,7 +166,7 @@ def test_content_equals_sum_by_hand() -> None:
 
 
 def test_mix64_is_a_bijection() -> None:
-    """A bijection has an inverse: what is undone is what was."""
+    """Applying the inverse gives the original values."""
     values = numpy.random.default_rng(0).integers(0, 2**64, 1000, dtype=numpy.uint64)
 
     def unshift(mixed: numpy.ndarray, by: int) -> numpy.ndarray:
@@ -192,7 +192,7 @@ GOLDEN = {
 
 @pytest.mark.parametrize(("dtype", "shape"), GOLDEN, ids=str)
 def test_algorithm_name_matches_known_digests(dtype: torch.dtype, shape: tuple[int, ...]) -> None:
-    """A change of these values is a change of `ALGORITHM`."""
+    """If these values change, `ALGORITHM` must change."""
     assert ALGORITHM == "multilinear-128/1"
     tensor = pattern(torch.Size(shape).numel(), dtype).reshape(shape)
     assert digest_of(tensor, "layer.weight").hex() == GOLDEN[dtype, shape]

@@ -1,4 +1,4 @@
-"""Digests that a GPU computes come late: nobody waits for them before the next step, and nothing else changes."""
+"""Asynchronous digests are awaited at the next step, and results stay the same."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -40,7 +40,7 @@ JOBS = {
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[list[Result], list[Result]]]:
-    """Of each job what three replicas found, with digests that come at once and with such that come late."""
+    """Return the results of three replicas for each job, with immediate and with late digests."""
     jobs = [
         replace(job, trace=str(tmp_path_factory.mktemp("trace")), late=late)
         for job in JOBS.values()
@@ -86,7 +86,7 @@ def test_lag_1_waits_one_step_later() -> None:
     agreement.finish()
     assert (hasher.waited, agreement.agreed_until, agreement.steps_checked) == ([*range(7)], 5, 5)
     assert len({word.value for word in words if word}) == 3
-    assert hasher.waited == [*range(7)]  # nobody waits twice
+    assert hasher.waited == [*range(7)]  # each is awaited once
 
 
 def test_lag_0_waits_at_the_step() -> None:
