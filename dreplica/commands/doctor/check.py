@@ -1,24 +1,24 @@
-"""One thing that the doctor looks at."""
+"""The result of one check of `dreplica doctor`."""
 
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 Status = Literal["ok", "warn", "bad", "unknown"]
-"""`bad`: strict mode would not hold here. `warn`: it would, but a loop that sets no flags of its own, or another
-machine, may come to other numbers. `unknown`: what it takes to find out is not there."""
+"""`bad`: strict mode does not hold here. `warn`: it holds, but a loop that sets no flags, or another machine, may get
+other numbers. `unknown`: the check is not possible here."""
 
 
 @dataclass(frozen=True)
 class Check:
-    """What was looked at, what was seen, why it matters and what to do."""
+    """A check: what was found, why it matters and what to do."""
 
     name: str
     status: Status
     seen: str
     why: str = ""
     remedy: tuple[str, ...] = ()
-    """Lines to paste, or things to do; a remark follows a `#`."""
+    """Lines to paste, or instructions. A remark follows a `#`."""
 
     def as_dict(self) -> dict[str, Any]:
-        """JSON values."""
+        """Return the JSON values."""
         return asdict(self)

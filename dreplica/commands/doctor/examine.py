@@ -1,4 +1,8 @@
-"""Looks at everything, in the order in which it can be seen: before CUDA starts, then with it, then in processes."""
+"""All checks of `dreplica doctor`: first before CUDA starts, then with CUDA, then in two processes.
+
+The processes are started directly, not by the launcher: torchrun sets OMP_NUM_THREADS and terminates all workers when
+one fails, but the doctor measures the default number of threads and needs the output of every process.
+"""
 
 import json
 import os
@@ -35,20 +39,20 @@ _COLOURS = {"ok": "green", "warn": "yellow", "bad": "red", "unknown": "blue"}
 
 @dataclass(frozen=True)
 class Examination:
-    """What the doctor found."""
+    """The results of all checks."""
 
     checks: Sequence[Check]
     manifest: Mapping[str, Any]
-    """What a replica on this machine would exchange before the first step, with the flags as the environment leaves
-    them. Compare two machines' to see what they differ in."""
+    """The manifest that a replica on this machine exchanges before the first step, with flags as the environment sets
+    them. Compare the manifests of two machines to see how they differ."""
 
     @property
     def strict_holds(self) -> bool:
-        """Whether strict mode would hold here: nothing is `bad`."""
+        """True if strict mode holds here, which means that no check is `bad`."""
         return all(check.status != "bad" for check in self.checks)
 
     def as_dict(self) -> dict[str, Any]:
-        """JSON values."""
+        """Return the JSON values."""
         return {
             "schema": 1,
             "strict_holds": self.strict_holds,
@@ -58,9 +62,10 @@ class Examination:
 
 
 def run_doctor(as_json: bool = False) -> ExitCode:
-    """Examines this machine and prints what was found; `as_json`: as JSON.
+    """Check this machine and print the results, as JSON if `as_json` is set.
 
-    Returns `AGREED` (0) if strict mode would hold, `FAILED` (1) if not.
+    Returns:
+        `AGREED` (0) if strict mode holds, `FAILED` (1) if not.
     """
     found = examine()
     if as_json:
@@ -71,7 +76,7 @@ def run_doctor(as_json: bool = False) -> ExitCode:
 
 
 def examine(timeout: float = _SECONDS) -> Examination:
-    """Looks at everything; takes some ten seconds. `timeout`: seconds that its processes may take."""
+    """Run all checks, which takes about ten seconds. The processes are killed after `timeout` seconds."""
     gpu, cuda_started = torch.cuda.is_available(), torch.cuda.is_initialized()
     alone = World(0, 1, Channel(), None, socket.gethostname())
     manifest = collect_manifest(alone, bind_device(WorldConfig()), seed=None, data_digest="")
@@ -79,7 +84,7 @@ def examine(timeout: float = _SECONDS) -> Examination:
     machine = check_machine()
     trials, problem = _run_trials(timeout)
     if problem:
-        why = "Without these processes nothing can be said of strict mode."
+        why = "Without these processes strict mode cannot be checked."
         return Examination([*settings, *machine, *check_gpus(), Check("self-test", "bad", problem, why)], manifest)
     tried, joined = zip(*trials, strict=True)
     on_one_thread = tried[0]["devices"]["cpu"]["runs"][0]
@@ -98,7 +103,7 @@ def examine(timeout: float = _SECONDS) -> Examination:
 
 
 def _run_trials(timeout: float) -> tuple[list[tuple[dict[str, Any], dict[str, Any]]], str]:
-    """What each process printed, and what went wrong if one did not get that far."""
+    """Start the processes. Return what each printed, and the problem if one failed before that."""
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     processes = [
         subprocess.Popen(
@@ -119,15 +124,15 @@ def _run_trials(timeout: float) -> tuple[list[tuple[dict[str, Any], dict[str, An
         except subprocess.TimeoutExpired:
             process.kill()
             printed, errors = process.communicate()
-            errors += f"\nit did not end within {timeout:.0f} s"
-        last = (errors.strip() or f"it ended with {process.returncode} and said nothing").splitlines()[-1]
+            errors += f"\nno end within {timeout:.0f} s"
+        last = (errors.strip() or f"exit code {process.returncode}, without output").splitlines()[-1]
         match [json.loads(line.removeprefix(MARK)) for line in printed.splitlines() if line.startswith(MARK)]:
             case [trial, joined]:
                 found.append((trial, joined))
             case [trial]:
                 found.append((trial, {"error": last}))
             case _:
-                problem = problem or f"a process of the trial failed: {last}"
+                problem = problem or f"a process failed: {last}"
     return found, problem
 
 
@@ -139,7 +144,7 @@ def _rank_environment(rank: int, port: int) -> dict[str, str]:
         "LOCAL_WORLD_SIZE": str(_PROCESSES),
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port),
-        "TORCHELASTIC_USE_AGENT_STORE": str(True),  # this process holds the store, and outlives rank 0
+        "TORCHELASTIC_USE_AGENT_STORE": str(True),  # this process serves the store, and outlives rank 0
     }
 
 
@@ -154,5 +159,5 @@ def _print(found: Examination, console: Console) -> None:
                 console.print(f"         remedy: {line}", markup=False)
     counts = {status: sum(check.status == status for check in found.checks) for status in _COLOURS}
     counted = ", ".join(f"{count} {status}" for status, count in counts.items() if count)
-    verdict = "would hold" if found.strict_holds else "would not hold"
+    verdict = "holds" if found.strict_holds else "does not hold"
     console.print(f"[bold]strict mode {verdict} on this machine[/]: {counted}")

@@ -1,4 +1,4 @@
-"""The GPUs of this machine, as torch and nvidia-smi have them."""
+"""Checks of the GPUs of this machine, as torch and nvidia-smi report them."""
 
 from collections.abc import Sequence
 
@@ -9,7 +9,7 @@ from dreplica.environment.hardware import ask_nvidia_smi
 
 
 def check_gpus() -> list[Check]:
-    """Judges the GPUs; one check where there is none."""
+    """Check the GPUs. Returns a single check if there are none."""
     rows = ask_nvidia_smi()
     names = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
     if not names:
@@ -21,7 +21,7 @@ def _none(rows: list[dict[str, str]] | str) -> Check:
     if isinstance(rows, str) or not rows:
         return Check("GPUs", "ok", f"torch sees none, and {rows or 'nvidia-smi lists none'}; replicas run on the CPU")
     seen = f"nvidia-smi lists {len(rows)}, driver {rows[0]['driver_version']}, and torch sees none"
-    why = f"This torch is built for CUDA {torch.version.cuda or 'none'}: the driver may be older, or GPUs be hidden."
+    why = f"This torch is built for CUDA {torch.version.cuda or 'none'}: the driver may be older, or the GPUs hidden."
     return Check(
         "GPUs", "warn", seen, why, ("echo $CUDA_VISIBLE_DEVICES", "python -c 'import torch; torch.cuda.init()'")
     )
@@ -35,8 +35,8 @@ def _models(names: Sequence[str]) -> Check:
         "GPUs",
         "warn",
         counted,
-        "Models of GPU round differently: replicas on two of them part.",
-        ("export CUDA_DEVICE_ORDER=PCI_BUS_ID CUDA_VISIBLE_DEVICES=0,1  # of one model, in nvidia-smi's numbers",),
+        "GPU models round differently: replicas on different models diverge.",
+        ("export CUDA_DEVICE_ORDER=PCI_BUS_ID CUDA_VISIBLE_DEVICES=0,1  # of one model, as nvidia-smi numbers",),
     )
 
 
@@ -48,8 +48,8 @@ def _reported(rows: list[dict[str, str]] | str) -> list[Check]:
 
 def _errors(rows: Sequence[dict[str, str]]) -> Check:
     name = "GPU memory errors"
-    why = "An uncorrected error is a wrong number; without ECC nobody counts them."
-    remedy = ("nvidia-smi -q -d ECC,ROW_REMAPPER  # which GPU; take it out of service if they go on",)
+    why = "An uncorrected error is a wrong number. Without ECC, errors are not counted."
+    remedy = ("nvidia-smi -q -d ECC,ROW_REMAPPER  # names the GPU; take it out of service if the errors continue",)
     corrected, uncorrected = (
         {row["index"]: int(row[f"ecc.errors.{kind}.volatile.total"]) for row in rows if _is_number(row, kind)}
         for kind in ("corrected", "uncorrected")
@@ -68,12 +68,12 @@ def _errors(rows: Sequence[dict[str, str]]) -> Check:
 
 
 def _is_number(row: dict[str, str], kind: str) -> bool:
-    return row[f"ecc.errors.{kind}.volatile.total"].isdecimal()  # otherwise `[N/A]`
+    return row[f"ecc.errors.{kind}.volatile.total"].isdecimal()  # `[N/A]` if unknown
 
 
 def _counts(by_index: dict[str, int]) -> str:
-    struck = {index: count for index, count in by_index.items() if count}
-    return ", ".join(f"{count} on GPU {index}" for index, count in struck.items()) or "0"
+    affected = {index: count for index, count in by_index.items() if count}
+    return ", ".join(f"{count} on GPU {index}" for index, count in affected.items()) or "0"
 
 
 def _mig(rows: Sequence[dict[str, str]]) -> Check:
@@ -84,7 +84,7 @@ def _mig(rows: Sequence[dict[str, str]]) -> Check:
         "MIG",
         "warn",
         f"on for GPU {', '.join(sliced)}",
-        "Libraries choose kernels by the number of multiprocessors: slices of other sizes, and whole GPUs, may round "
-        "differently.",
-        ("nvidia-smi -L  # give every replica a slice of one size",),
+        "Libraries choose kernels by the number of multiprocessors: slices of different sizes, and whole GPUs, may "
+        "round differently.",
+        ("nvidia-smi -L  # use slices of one size for all replicas",),
     )

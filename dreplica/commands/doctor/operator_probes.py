@@ -1,4 +1,4 @@
-"""Whether strict mode stops at the operators that PyTorch documents as nondeterministic: each is run once, small."""
+"""Probes of strict mode: run each operator that PyTorch documents as nondeterministic once, on small inputs."""
 
 import warnings
 from collections.abc import Callable, Mapping
@@ -10,17 +10,17 @@ from torch.nn import functional as F
 from dreplica.diagnosis.decision.nondeterministic_ops import DOCUMENTED
 
 _REFUSES = "deterministic"
-"""In what torch raises when deterministic algorithms are required and there is none."""
+"""Text in the error that torch raises if an operator has no deterministic algorithm."""
 
 
 def run_probes(device: torch.device) -> dict[str, str]:
-    """Operator to `raises` (strict mode stops at it), `runs`, or what else went wrong. Strict mode must be on."""
+    """Return operator to `raises` (in strict mode), `runs`, or another error. Strict mode must be on."""
     torch.manual_seed(0)
     return {operator: _outcome(probe, device) for operator, probe in PROBES.items()}
 
 
 def unstopped(outcomes: Mapping[str, str], device_type: str) -> list[str]:
-    """Operators that are documented to raise in strict mode on such a device, and ran."""
+    """Return the operators that are documented to raise in strict mode on this device type, but ran."""
     return [
         operator
         for operator, outcome in outcomes.items()
@@ -118,4 +118,4 @@ PROBES: Mapping[str, Callable[[torch.device], Tensor]] = {
     "aten._embedding_bag_backward": _bag,
     "aten.grid_sampler_2d_backward": _grid,
 }
-"""Operator, as `DOCUMENTED` names it, to what calls it on a device; its backward pass is run where there is one."""
+"""Operator, as named in `DOCUMENTED`, to a function that calls it on a device. Backward passes are run, too."""

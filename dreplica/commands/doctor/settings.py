@@ -1,4 +1,4 @@
-"""Flags and variables, as the environment leaves them to a process that sets none by itself."""
+"""Checks of the flags and variables of a process that sets none of them."""
 
 import os
 from collections.abc import Mapping, Sequence
@@ -9,18 +9,18 @@ import torch
 from dreplica.commands.doctor.check import Check
 from dreplica.environment.determinism import DETERMINISTIC_WORKSPACES, environment_at_start
 
-_LOOP = "dreplica sets it; a loop of your own has to."
+_LOOP = "dreplica sets it; a custom training loop must set it."
 _SET_BY_TORCH = {"TORCHINDUCTOR_CACHE_DIR"}
 _AUTOTUNE = ("TORCHINDUCTOR_MAX_AUTOTUNE", "TORCHINDUCTOR_COORDINATE_DESCENT_TUNING", "TORCHINDUCTOR_BENCHMARK_FUSION")
 
 
 def check_settings(manifest: Mapping[str, Any], gpu: bool, cuda_started: bool) -> list[Check]:
-    """Judges what a process of this environment begins with.
+    """Check the settings that a process gets from this environment.
 
     Args:
-        manifest: `collect_manifest`, before any flag was set.
-        gpu: whether torch sees one.
-        cuda_started: whether this process had started CUDA before the doctor came.
+        manifest: The manifest from before any flag was set.
+        gpu: True if torch sees a GPU.
+        cuda_started: True if CUDA had been started before the doctor ran.
     """
     numerics = manifest["numerics"]
     return [
@@ -48,16 +48,16 @@ def _versions(manifest: Mapping[str, Any]) -> Check:
 def _algorithms(numerics: Mapping[str, Any]) -> Check:
     name = "deterministic algorithms"
     benchmark = numerics["cudnn_benchmark"]
-    stands = "not required"
+    state = "not required"
     if numerics["deterministic_algorithms"]:
-        stands = "only warned about" if numerics["deterministic_warn_only"] else "required"
-    if stands == "required" and not benchmark:
+        state = "only warned about" if numerics["deterministic_warn_only"] else "required"
+    if state == "required" and not benchmark:
         return Check(name, "ok", "required from the start")
     return Check(
         name,
         "warn",
-        f"{stands} by default, cuDNN {'times' if benchmark else 'does not time'} its algorithms",
-        f"Operators may add in any order, and cuDNN may use algorithms that do. {_LOOP}",
+        f"{state} by default, cuDNN {'times' if benchmark else 'does not time'} its algorithms",
+        f"Operators may add in any order, and cuDNN may choose algorithms that do. {_LOOP}",
         ("torch.use_deterministic_algorithms(True); torch.backends.cudnn.benchmark = False",),
     )
 
@@ -79,7 +79,7 @@ def _float32(numerics: Mapping[str, Any], gpu: bool) -> Check:
         "warn",
         seen,
         "Reduced precision repeats bit for bit on one model of GPU and differs on another, and from the CPU. "
-        "dreplica turns TF32 off unless determinism.tf32 is true; a loop of your own has to.",
+        "dreplica turns TF32 off unless determinism.tf32 is true; a custom training loop must turn it off.",
         ("torch.backends.cudnn.allow_tf32 = False; torch.backends.cuda.matmul.allow_tf32 = False",),
     )
 
@@ -97,7 +97,7 @@ def _cublas(gpu: bool, cuda_started: bool) -> Check:
             return Check(name, "ok", "not set; torch sees no GPU, so it changes nothing", why)
         return Check(name, "warn", "not set", f"{why} {_LOOP}", remedy)
     if present not in DETERMINISTIC_WORKSPACES:
-        seen = f"{present}, with which cuBLAS is not deterministic; dreplica leaves a variable that is set as it is"
+        seen = f"{present}, with which cuBLAS is not deterministic; dreplica does not overwrite a variable that is set"
         return Check(name, "bad" if gpu else "warn", seen, why, remedy)
     if cuda_started and name not in environment_at_start():
         return Check(name, "bad", f"{present}, set from within a process that has started CUDA", why, remedy)
@@ -105,7 +105,7 @@ def _cublas(gpu: bool, cuda_started: bool) -> Check:
 
 
 def check_hashes(hashes: Sequence[int]) -> Check:
-    """`hashes`: of one string, each taken in a fresh process."""
+    """Check the hashes of one string, each computed in a new process."""
     name = "PYTHONHASHSEED"
     present = os.environ.get(name, "not set")
     if len(set(hashes)) == 1:
@@ -114,9 +114,9 @@ def check_hashes(hashes: Sequence[int]) -> Check:
         name,
         "warn",
         f"{present}; a string has {len(set(hashes))} hashes in {len(hashes)} processes",
-        "A set of strings is iterated in another order in every process: classes or files numbered in that order get "
-        "other numbers. dreplica's own code does not depend on it; yours may.",
-        (f"export {name}=0", "sorted(names)  # in the code, rather than a set's own order"),
+        "A set of strings has a different order in every process: classes or files numbered in that order get "
+        "different numbers. dreplica does not depend on it; your code may.",
+        (f"export {name}=0", "sorted(names)  # in the code, instead of the order of a set"),
     )
 
 
@@ -130,7 +130,9 @@ def _libraries(variables: Mapping[str, Any]) -> Check:
     if not present:
         return Check(name, "ok", f"none of {', '.join(variables)} is set", why)
     seen = ", ".join(f"{key}={value}" for key, value in present.items())
-    return Check(name, "warn", seen, why, (f"unset {' '.join(present)}  # or set them alike on every machine",))
+    return Check(
+        name, "warn", seen, why, (f"unset {' '.join(present)}  # or set them to the same values on every machine",)
+    )
 
 
 def _inductor() -> Check:
@@ -148,7 +150,7 @@ def _inductor() -> Check:
         seen,
         "Kernels are chosen by timing them, and two processes may choose differently. Deterministic algorithms turn "
         f"that off. {_LOOP}",
-        (f"unset {' '.join(tuned)}", "export TORCHINDUCTOR_DETERMINISTIC=1  # or: keep them, and let nothing be timed"),
+        (f"unset {' '.join(tuned)}", "export TORCHINDUCTOR_DETERMINISTIC=1  # or keep them, and time nothing"),
     )
 
 
@@ -161,6 +163,6 @@ def _launch_blocking(gpu: bool) -> Check:
         name,
         "warn",
         present,
-        "Kernels run one after another: slower, and a race between streams that shows otherwise does not show.",
+        "Kernels run one after another, which is slower and hides races between streams.",
         (f"unset {name}",),
     )

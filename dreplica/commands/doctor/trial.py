@@ -1,6 +1,6 @@
-"""One of the doctor's processes: trains a small network in strict mode, twice on each device, and prints every digest.
+"""One of the doctor's processes: train a small network in strict mode, twice on each device, and print every digest.
 
-A line of JSON for the trial and one for joining the other processes, behind `MARK`; what fails is said in them.
+It prints one line of JSON for the training and one for the rendezvous, each after `MARK`. Errors are part of them.
 """
 
 import json
@@ -21,14 +21,14 @@ from dreplica.state.fingerprint.fingerprint import fingerprint
 
 JOIN_SECONDS = 30.0
 MARK = "dreplica-doctor: "
-"""Begins its lines: what Python imports at its start may print, too."""
+"""Prefix of these lines, since modules that Python imports at its start may print, too."""
 _STEPS = 2
 
 
 def main() -> None:
-    """Runs this process of the trial, and ends it."""
+    """Run this process, and exit it on an error."""
     output = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # what libraries print must not get between the lines
+    os.dup2(2, 1)  # so that the output of libraries does not mix with the lines
     threads = torch.get_num_threads()
     config = DeterminismConfig()
     set_environment(config)
@@ -41,7 +41,7 @@ def main() -> None:
     }
     if env_rank() == 0:
         found["probes"] = {name: run_probes(torch.device(name)) for name in names[: 2 if len(names) > 1 else 1]}
-        if not threads_follow_the_load():  # with several it may hang then, and with one there is nothing to compare
+        if not threads_follow_the_load():  # with OMP_DYNAMIC, several threads may hang
             torch.set_num_threads(threads)
             found["threads"] = train(torch.device("cpu"))
             torch.set_num_threads(config.threads)
@@ -53,11 +53,15 @@ def main() -> None:
         traceback.print_exc()
         _print(output, {"joined": None, "error": str(error) or type(error).__name__})
         sys.stderr.flush()
-        os._exit(1)  # as open_world asks for: a normal end would wait for the others
+        os._exit(1)  # as `open_world` requires: a normal exit waits for the other process
 
 
 def train(device: torch.device) -> dict[str, str]:
-    """Place (step, stage and tensor, in causal order) to digest, of a few steps from a fixed seed on fixed data."""
+    """Train a few steps from a fixed seed on fixed data.
+
+    Returns:
+        Place (step, stage and tensor, in causal order) to digest.
+    """
     torch.manual_seed(0)
     model = nn.Sequential(
         nn.Conv2d(3, 16, 3),
@@ -93,11 +97,11 @@ def train(device: torch.device) -> dict[str, str]:
 
 
 def _try_device(device: torch.device) -> dict[str, Any]:
-    """Digests of two runs, or `error`."""
+    """Return the digests of two runs on a device, or an `error`."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
     try:
         return {"name": name, "runs": [train(device), train(device)]}
-    except RuntimeError as error:  # strict mode's own among them
+    except RuntimeError as error:  # errors of strict mode included
         return {"name": name, "error": str(error).splitlines()[0]}
 
 

@@ -14,6 +14,8 @@ from dreplica.commands.main import main
 from dreplica.errors import ExitCode
 from tests.harness import REPOSITORY
 
+pytestmark = pytest.mark.process
+
 _KEYS = {"name", "status", "seen", "why", "remedy"}
 
 
@@ -34,33 +36,33 @@ def test_strict_mode_holds_here(capsys: pytest.CaptureFixture[str]) -> None:
     assert code == (ExitCode.AGREED if found["strict_holds"] else ExitCode.FAILED)
 
 
-def test_an_environment_in_which_nothing_repeats(
+def test_doctor_reports_a_broken_environment(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """What every Python process imports talks, and turns seeding off; gloo is told to use a device that is not."""
+    """A sitecustomize module prints and disables seeding, and gloo gets a device that does not exist."""
     (tmp_path / "sitecustomize.py").write_text(
         "print('hello', flush=True)\nimport torch\ntorch.manual_seed = lambda seed: None\n"
     )
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")]))
     monkeypatch.setenv("GLOO_SOCKET_IFNAME", "nosuch0")
-    monkeypatch.setenv("OMP_DYNAMIC", "true")  # with which a backward pass on several threads may hang
+    monkeypatch.setenv("OMP_DYNAMIC", "true")  # a backward pass on several threads may hang with it
     monkeypatch.setenv("OMP_NUM_THREADS", "2")
     assert main(["doctor"]) == ExitCode.FAILED
     lines = capsys.readouterr().out.splitlines()
-    assert any(line.startswith("bad      self-test on cpu") and "part at step 1, buffers" in line for line in lines)
+    assert any(line.startswith("bad      self-test on cpu") and "diverge at step 1, buffers" in line for line in lines)
     assert any(line.startswith("bad      gloo") and "nosuch0" in line for line in lines)
-    assert lines[-1].startswith("strict mode would not hold on this machine: ")
+    assert lines[-1].startswith("strict mode does not hold on this machine: ")
 
 
-def test_processes_that_do_not_even_start(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_examine_reports_processes_that_fail_to_start(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "executable", "/bin/false")
     found = examine()
     assert not found.strict_holds
-    assert found.checks[-1].seen == "a process of the trial failed: it ended with 1 and said nothing"
+    assert found.checks[-1].seen == "a process failed: exit code 1, without output"
 
 
 @pytest.mark.parametrize(("status", "code"), [("ok", 0), ("warn", 0), ("unknown", 0), ("bad", 1)])
-def test_only_what_is_bad_counts(
+def test_exit_code_depends_only_on_bad(
     status: str, code: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     check = Check("a thing", status, "a [value]", "a reason", ("a remedy [x]",))  # type: ignore[arg-type]

@@ -1,4 +1,4 @@
-"""What nvidia-smi reports, and what torch sees. The program is a script here that prints what the real one does."""
+"""Checks of GPUs, with a script in place of nvidia-smi that prints what the real one prints."""
 
 from pathlib import Path
 
@@ -7,6 +7,8 @@ import torch
 
 from dreplica.commands.doctor.check import Check
 from dreplica.commands.doctor.gpus import check_gpus
+
+pytestmark = pytest.mark.process
 
 _FINE = "0, NVIDIA H100 80GB HBM3, 550.54.15, Disabled, Enabled, 0, 0"
 _CORRECTED = "1, NVIDIA H100 80GB HBM3, 550.54.15, Disabled, Enabled, 4, 0"
@@ -57,7 +59,7 @@ def test_mixed_models(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     assert (mixed.status, mixed.seen) == ("warn", "2 x H100, 1 x A100")
 
 
-def test_no_gpu_at_all(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_machine_without_gpu_is_ok(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     (check,) = check_gpus()
@@ -65,13 +67,13 @@ def test_no_gpu_at_all(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     assert "replicas run on the CPU" in check.seen
 
 
-def test_a_gpu_that_torch_does_not_see(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_gpu_that_torch_does_not_see_is_reported(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     found = _check(monkeypatch, tmp_path, [], [_FINE])
     assert found["GPUs"].status == "warn"
     assert "550.54.15" in found["GPUs"].seen
 
 
-def test_nvidia_smi_that_fails_leaves_it_unknown(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_failing_nvidia_smi_gives_unknown(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     said = "Failed to initialize NVML: Driver/library version mismatch"
     found = _check(monkeypatch, tmp_path, ["H100"], [said], code=18)
     assert found["GPU memory errors"].status == found["MIG"].status == "unknown"

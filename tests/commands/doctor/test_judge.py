@@ -15,31 +15,31 @@ def _trials(*devices: tuple[str, str]) -> list[dict[str, Any]]:
     return [copy.deepcopy(found), copy.deepcopy(found)]
 
 
-def test_all_agree() -> None:
+def test_judge_devices_that_agree() -> None:
     (check,) = judge_devices(_trials(("cpu", "CPU")))
     assert check.status == "ok"
     assert check.seen == "4 runs in 2 processes agree in all of 3 digests"
 
 
-def test_a_process_that_parts_from_itself() -> None:
+def test_judge_process_that_diverges_from_itself() -> None:
     trials = _trials(("cpu", "CPU"))
     trials[1]["cpu"]["runs"][1] |= {"step 1, output, logits": "xx", "step 1, weights, 0.weight": "yy"}
     (check,) = judge_devices(trials)
     assert check.status == "bad"
-    assert check.seen == "two runs in one process part at step 1, output, logits"
+    assert check.seen == "two runs in one process diverge at step 1, output, logits"
 
 
-def test_processes_that_part() -> None:
+def test_judge_processes_that_diverge() -> None:
     trials = _trials(("cpu", "CPU"))
     for run in trials[1]["cpu"]["runs"]:
         run["step 1, weights, 0.weight"] = "yy"
     (check,) = judge_devices(trials)
     assert check.status == "bad"
-    assert check.seen == "two processes part at step 1, weights, 0.weight"
+    assert check.seen == "two processes diverge at step 1, weights, 0.weight"
 
 
 @pytest.mark.parametrize(("names", "status"), [(("H100", "H100"), "bad"), (("H100", "A100"), None)])
-def test_two_gpus_that_part(names: tuple[str, str], status: str | None) -> None:
+def test_judge_gpus_that_diverge(names: tuple[str, str], status: str | None) -> None:
     trials = _trials(("cpu", "CPU"), ("cuda:0", names[0]), ("cuda:1", names[1]))
     for trial in trials:
         for run in trial["cuda:1"]["runs"]:
@@ -50,7 +50,7 @@ def test_two_gpus_that_part(names: tuple[str, str], status: str | None) -> None:
     assert (against and against.status) == status
 
 
-def test_what_strict_mode_raises_is_said() -> None:
+def test_judge_reports_error_of_strict_mode() -> None:
     trials = _trials(("cpu", "CPU"), ("cuda:0", "H100"))
     trials[0]["cuda:0"] = {"name": "H100", "error": "set CUBLAS_WORKSPACE_CONFIG=:4096:8"}
     cpu, gpu = judge_devices(trials)
@@ -60,14 +60,14 @@ def test_what_strict_mode_raises_is_said() -> None:
 
 
 @pytest.mark.parametrize("flag", STRICT_FLAGS)
-def test_a_flag_that_does_not_stay(flag: str) -> None:
+def test_judge_flag_that_does_not_stay(flag: str) -> None:
     assert judge_flags([STRICT_FLAGS, STRICT_FLAGS]).status == "ok"
     check = judge_flags([STRICT_FLAGS, {**STRICT_FLAGS, flag: "other"}])
     assert check.status == "bad"
     assert check.seen == f"{flag} is other instead of {STRICT_FLAGS[flag]}"
 
 
-def test_operators() -> None:
+def test_judge_probes() -> None:
     outcomes = {"aten.max_unpool2d": "raises", "aten.cumsum": "runs"}
     (check,) = judge_probes({"cpu": outcomes})
     assert check.status == "ok"
@@ -88,5 +88,5 @@ def test_operators() -> None:
         ([{"joined": [0, 1]}, {"joined": [0]}], "bad"),
     ],
 )
-def test_joining(joined: list[dict[str, Any]], status: str) -> None:
+def test_judge_joining(joined: list[dict[str, Any]], status: str) -> None:
     assert judge_joining(joined).status == status

@@ -36,25 +36,25 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
     return monkeypatch
 
 
-def test_threads_that_torchrun_would_change(machine: pytest.MonkeyPatch) -> None:
+def test_threads_changed_by_torchrun_warn(machine: pytest.MonkeyPatch) -> None:
     check = check_threads("step 1, gradients, 0.weight")
     assert check.status == "warn"
     assert "8 by default on 8 CPUs, and 1 under torchrun" in check.seen
-    assert "8 and 1 part at step 1, gradients, 0.weight" in check.why
+    assert "8 threads and 1 thread diverge at step 1, gradients, 0.weight" in check.why
     assert "export OMP_NUM_THREADS=1" in check.remedy
 
 
-def test_threads_that_are_fixed(machine: pytest.MonkeyPatch) -> None:
+def test_fixed_threads_are_ok(machine: pytest.MonkeyPatch) -> None:
     machine.setenv("OMP_NUM_THREADS", "8")
     assert check_threads().status == "ok"
 
 
-def test_one_thread_is_one_everywhere(machine: pytest.MonkeyPatch) -> None:
+def test_single_thread_is_ok(machine: pytest.MonkeyPatch) -> None:
     machine.setattr(torch, "get_num_threads", lambda: 1)
     assert check_threads().status == "ok"
 
 
-def test_more_threads_than_a_cgroup_grants(machine: pytest.MonkeyPatch) -> None:
+def test_threads_beyond_cgroup_limit_warn(machine: pytest.MonkeyPatch) -> None:
     machine.setenv("OMP_NUM_THREADS", "8")
     machine.setattr("dreplica.commands.doctor.machine.cpu_limit", lambda: 2.5)
     check = check_threads()
@@ -63,7 +63,7 @@ def test_more_threads_than_a_cgroup_grants(machine: pytest.MonkeyPatch) -> None:
     assert "export OMP_NUM_THREADS=2" in check.remedy
 
 
-def test_threads_that_follow_the_load(machine: pytest.MonkeyPatch) -> None:
+def test_dynamic_threads_warn(machine: pytest.MonkeyPatch) -> None:
     machine.setenv("OMP_NUM_THREADS", "8")
     machine.setenv("OMP_DYNAMIC", "TRUE")
     check = check_threads()
@@ -106,7 +106,7 @@ def test_open_files(limits: Any, status: str, remedy: tuple[str, ...], monkeypat
     assert (check.status, check.remedy) == (status, remedy)
 
 
-def test_a_limit_that_a_process_cannot_raise(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_hard_limit_on_open_files(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(resource, "getrlimit", lambda _: (512, 1024))
     (remedy,) = check_descriptors().remedy
     assert remedy.startswith("docker run --ulimit")

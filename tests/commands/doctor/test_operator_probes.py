@@ -32,7 +32,7 @@ def _strict() -> Iterator[None]:
 
 
 @pytest.mark.parametrize("operator", PROBES)
-def test_a_probe_calls_its_operator(operator: str) -> None:
+def test_probe_calls_its_operator(operator: str) -> None:
     assert operator in DOCUMENTED
     with _Called() as called:
         output = PROBES[operator](_CPU)
@@ -42,12 +42,12 @@ def test_a_probe_calls_its_operator(operator: str) -> None:
 
 
 @pytest.mark.usefixtures("_strict")
-def test_strict_mode_stops_on_the_cpu() -> None:
+def test_probes_in_strict_mode_on_cpu() -> None:
     outcomes = run_probes(_CPU)
     assert {name for name, outcome in outcomes.items() if outcome == "raises"} == {"aten.max_unpool2d", "aten.put_"}
     assert set(outcomes.values()) == {"raises", "runs"}
     assert unstopped(outcomes, "cpu") == []
 
 
-def test_without_strict_mode_nothing_stops() -> None:
+def test_probes_without_strict_mode_run() -> None:
     assert unstopped(run_probes(_CPU), "cpu") == ["aten.max_unpool2d"]

@@ -27,7 +27,7 @@ def _plain(monkeypatch: pytest.MonkeyPatch) -> None:
             monkeypatch.delenv(name)
 
 
-def test_versions_are_those_in_use() -> None:
+def test_versions_are_reported() -> None:
     seen = _found()["versions"].seen
     assert f"torch {torch.__version__}" in seen
     assert torch.backends.cpu.get_cpu_capability() in seen
@@ -53,7 +53,7 @@ def test_cublas(value: str | None, gpu: bool, cuda_started: bool, status: str, m
     assert bool(check.remedy) == (status != "ok")
 
 
-def test_a_variable_that_was_there_at_the_start_is_not_late(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_workspace_set_at_process_start_is_ok(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     monkeypatch.setattr("dreplica.commands.doctor.settings.environment_at_start", lambda: set(os.environ))
     assert _found(True, True)["CUBLAS_WORKSPACE_CONFIG"].status == "ok"
@@ -75,7 +75,7 @@ def test_deterministic_algorithms(flags: dict[str, Any], status: str, words: str
     assert words in check.seen
 
 
-def test_reduced_precision_matters_where_it_is_used() -> None:
+def test_reduced_precision_warns_only_if_used() -> None:
     full = {name: "ieee" for name in numerics_flags() if name.endswith("_fp32_precision")}
     tf32 = full | {"cuda_matmul_fp32_precision": "tf32"}
     assert _found(**full)["float32 precision"].status == "ok"
@@ -105,7 +105,7 @@ def test_variables(name: str, value: str, check: str, status: str, monkeypatch: 
     assert (f"unset {name}" in " ".join(found.remedy)) == (status != "ok")
 
 
-def test_nothing_is_tuned_where_inductor_is_deterministic(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_deterministic_inductor_is_not_tuned(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TORCHINDUCTOR_MAX_AUTOTUNE", "1")
     monkeypatch.setenv("TORCHINDUCTOR_DETERMINISTIC", "1")
     assert _found()["torch.compile"].status == "ok"
