@@ -82,7 +82,7 @@ def test_repeatable_operator_does_not_differ() -> None:
 
 
 def test_unexpected_varying_operator_is_wrong() -> None:
-    """On the CPU no operator of the table varies, so random numbers stand in for one."""
+    """On the CPU no operator of the table varies, so random numbers serve as an example."""
     row = row_of(lambda device, size: lambda: torch.rand(2))
     assert (row.differs, row.found, row.is_wrong) == ("yes", "aten.rand.default", True)
     page = as_markdown([row], "Title.")
