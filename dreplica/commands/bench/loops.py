@@ -1,14 +1,13 @@
 """Three loops, and the time that each of them takes for a step.
 
-They take the same steps in alternating rounds: (a) a bare PyTorch loop, (b) this trainer without checks, (c)
-this trainer with every stage compared at every step. Ratios are taken within a round, so that a machine whose speed
-drifts moves both sides alike; the median over the rounds is what to quote, with its confidence interval: on a machine
-that is shared with others, hundreds of steps may not tell a ratio of 1.01 from one of 1.02. What the checks of (c) keep
-the process busy for, waiting for other replicas included, is timed by itself, too, which tells.
+The loops take the same steps in alternating rounds: (a) a bare PyTorch loop, (b) this trainer without checks, (c) this
+trainer with every stage compared at every step. Ratios are taken within a round, so that drift in the machine's speed
+affects both sides alike. Quote the median over the rounds with its confidence interval: on a shared machine, hundreds
+of steps may not distinguish a ratio of 1.01 from one of 1.02. The time that (c) spends in its checks, waiting for other
+replicas included, is also measured alone, which is more precise.
 
-The snapshot that (c) keeps is taken once and held throughout, so that the three loops find the process's heap in the
-same state: memory that a former round had freed would spare the next one its page faults (measured: 2 % of a step).
-What a snapshot costs is timed by itself.
+The snapshot of (c) is taken once and kept, so that the three loops run with the same heap. Memory freed by one round
+would save the next one its page faults (measured: 2 % of a step). The cost of a snapshot is timed separately.
 """
 
 import itertools
@@ -90,7 +89,7 @@ class Bench:
         return Measured(seconds, self.bytes_per_step, float(snapshot_seconds), shares, memory)
 
     def snapshot_memory(self) -> int:
-        """Bytes of the GPU's memory that a snapshot takes; 0 on the CPU."""
+        """Return the GPU memory of a snapshot in bytes, 0 on the CPU."""
         if not self.on_gpu:
             return 0
         before = torch.cuda.memory_allocated(self.device)
@@ -100,7 +99,7 @@ class Bench:
         return taken
 
     def time_snapshot(self) -> float:
-        """Seconds for one snapshot, as every `agreement.snapshot_every` steps; median of five."""
+        """Return the median seconds of five snapshots."""
         seconds = []
         for _ in range(5):
             self.session.synchronize()
@@ -111,7 +110,7 @@ class Bench:
         return statistics.median(seconds)
 
     def time_steps(self, loop: Iterator[float], steps: int) -> tuple[float, float]:
-        """Seconds per step over `steps` steps, after a first one that starts the loader; and those in checks."""
+        """Return seconds per step and seconds in checks per step, after a first step that starts the loader."""
         checks_before = next(loop)
         self.session.synchronize()
         started = time.perf_counter()
@@ -123,11 +122,11 @@ class Bench:
         return seconds, (checks - checks_before) / steps
 
     def loop(self, name: str, steps: int) -> Iterator[float]:
-        """Loop a, b or c; yields the seconds in checks so far after each of `steps` steps, then ends tidily."""
+        """Run loop a, b or c, and yield the seconds in checks so far after each of `steps` steps."""
         return self.bare(steps) if name == "a" else self.trainer(steps, every=int(name == "c"))
 
     def bare(self, steps: int) -> Iterator[float]:
-        """What one would write by hand."""
+        """Run a plain PyTorch loop."""
         replica, dataset, data = self.session.replica, self.session.data.train, self.config.data
         loader = DataLoader(
             at_epoch(uncached(dataset), 1),
@@ -171,7 +170,7 @@ class Bench:
 
     @property
     def on_gpu(self) -> bool:
-        """Whether kernels run behind the program's back."""
+        """True if the device is a GPU, whose kernels run asynchronously."""
         return self.device.type == "cuda"
 
 

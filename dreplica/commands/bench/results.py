@@ -1,4 +1,4 @@
-"""What a benchmark has found, for people."""
+"""Results of a benchmark and their terminal output."""
 
 import math
 import statistics
@@ -14,37 +14,46 @@ RATIOS = (("b", "a"), ("c", "b"), ("c", "a"))
 
 @dataclass(frozen=True)
 class Measured:
-    """What a benchmark has found."""
+    """The results of a benchmark."""
 
     seconds: dict[str, list[float]]
-    """Per loop, a time per step for each round: the slowest replica's."""
+    """Seconds per step of the slowest replica, per loop and round."""
     bytes_per_step: int
-    """Hashed by each replica for each step."""
+    """Bytes hashed by each replica for each step."""
     snapshot_seconds: float
-    """To take one snapshot: the slowest replica's median."""
+    """Median seconds of one snapshot, of the slowest replica."""
     checks: list[float] = field(default_factory=list)
-    """Per round, the time that loop (c) spends in its checks over that of the rest of the step: the largest of all
-    replicas'. Not for a GPU, since it is in the checks that the process waits for the step itself."""
+    """Time that loop (c) spends in checks divided by that of the rest of the step, per round, of the slowest replica.
+
+    Not meaningful on a GPU, where the process waits for the step itself during the checks."""
     memory: "Memory | None" = None
-    """Of the GPU; None on the CPU."""
+    """Memory of the GPU, None on the CPU."""
 
     def ratios(self, one: str, other: str) -> list[float]:
-        """Time of loop `one` over that of loop `other`, round by round."""
+        """Return the time of loop `one` divided by that of loop `other`, per round."""
         return [a / b for a, b in zip(self.seconds[one], self.seconds[other], strict=True)]
 
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes of device memory: the largest of all replicas'."""
+    """Device memory in bytes, of the replica that uses most."""
 
     checks: int
-    """By which the peak of the loop with checks exceeds that of the loop without."""
+    """Peak memory of the loop with checks minus that of the loop without."""
     snapshot: int
-    """That one snapshot takes."""
+    """Memory of one snapshot."""
 
 
 def print_measured(console: Console, measured: Measured, num_replicas: int, steps: int, snapshot_every: int) -> None:
-    """The times per step, their ratios, and what a snapshot costs."""
+    """Print the times per step, their ratios and the cost of a snapshot.
+
+    Args:
+        console: The console to print to.
+        measured: The results.
+        num_replicas: Number of replicas.
+        steps: Number of timed steps of each loop in a round.
+        snapshot_every: Steps between snapshots in the config, 0 for none.
+    """
     rounds = len(measured.seconds["c"])
     table = Table(title=f"{num_replicas} replicas, {rounds} alternating rounds of {steps} steps", title_justify="left")
     for column in ("loop", "ms per step: median", "min", "max"):
@@ -62,7 +71,7 @@ def print_measured(console: Console, measured: Measured, num_replicas: int, step
     if measured.memory is None:
         low, high = median_interval(measured.checks)
         console.print(
-            f"the checks by themselves: {statistics.median(measured.checks):.2%} of the rest of the step  "
+            f"the checks alone: {statistics.median(measured.checks):.2%} of the rest of the step  "
             f"(95 %: {low:.2%} to {high:.2%})",
             highlight=False,
         )
@@ -70,7 +79,7 @@ def print_measured(console: Console, measured: Measured, num_replicas: int, step
     if measured.memory is not None:
         checks, snapshot = (size / 1e6 for size in (measured.memory.checks, measured.memory.snapshot))
         console.print(
-            f"device memory that checks take: {checks:.1f} MB, and a snapshot {snapshot:.1f} MB", highlight=False
+            f"device memory of the checks: {checks:.1f} MB, and a snapshot {snapshot:.1f} MB", highlight=False
         )
     if snapshot_every:
         share = measured.snapshot_seconds / snapshot_every / statistics.median(measured.seconds["c"])
@@ -82,7 +91,7 @@ def print_measured(console: Console, measured: Measured, num_replicas: int, step
 
 
 def median_interval(values: Sequence[float]) -> tuple[float, float]:
-    """Of the median of what `values` are drawn from, an interval that holds it with at least 95 % confidence.
+    """Return a confidence interval of at least 95 % for the median of the distribution of `values`.
 
     Free of assumptions on how they are distributed: from the k-th smallest of n values to the k-th largest, the median
     is within with probability 1 - 2 P(B < k), B binomial of n and 1/2 (Conover, "Practical Nonparametric Statistics",
