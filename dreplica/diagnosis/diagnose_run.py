@@ -136,7 +136,7 @@ def close_replayer(verdict: Verdict, replayer: Repeats, channel: Channel) -> Ver
 
 
 def _approach(step: int, replayer: Replayer, channel: Channel) -> tuple[int, bool]:
-    """Bring every replica to just before `step`, or before an earlier step that some replica does not reproduce.
+    """Replay on every replica up to just before `step`, or before an earlier step that some replica does not reproduce.
 
     Returns:
         The step, and False if this replica is known not to reproduce it.

@@ -1,4 +1,4 @@
-"""A case: a config that produces one known disagreement, and what must be found, read off the file's header.
+"""Cases: configs that produce one known cause each, with the expected verdict in the file's header.
 
 The header is the comment at the top of the YAML file. Some of its lines are read by programs::
 
@@ -38,17 +38,21 @@ class Case:
     """One config of configs/cases."""
 
     name: str
-    """The file's, without `.yaml`."""
+    """Name of the file, without `.yaml`."""
     path: Path
     expected: Mapping[str, Any]
-    """`cause`, and what else must come out, by field."""
+    """The expected values by field, `cause` included."""
     num_replicas: int = 2
     module: str = "dreplica.worker"
-    """What torchrun starts once per replica."""
+    """The module that torchrun starts once per replica."""
 
 
 def find_cases(names: Sequence[str] = (), folder: Path = CASES_FOLDER) -> list[Case]:
-    """The cases of these names, in their order, or all of them by name. Raises UsageError for an unknown name."""
+    """Return the cases of these names, in their order, or all cases sorted by name.
+
+    Raises:
+        UsageError: For an unknown name, or a folder without cases.
+    """
     paths = {path.stem: path for path in sorted(folder.glob("*.yaml"))}
     if not paths:
         raise UsageError(f"there are no cases in {str(folder)!r}. Run from a checkout that has configs/cases.")
@@ -59,7 +63,11 @@ def find_cases(names: Sequence[str] = (), folder: Path = CASES_FOLDER) -> list[C
 
 
 def read_case(path: Path) -> Case:
-    """The case in a file. Raises UsageError for a header that cannot be read, naming file, line and remedy."""
+    """Read a case from its file.
+
+    Raises:
+        UsageError: For an invalid header. The message names the file, the line and the fix.
+    """
     given: dict[str, str] = {}
     for line in path.read_text(encoding="utf-8").splitlines():
         if not line.startswith("#"):
@@ -68,13 +76,15 @@ def read_case(path: Path) -> Case:
         if not colon or key not in _KEYS:
             continue
         if key in given:
-            raise UsageError(f"{path}: '# {key}:' stands twice in the header. Keep one.")
+            raise UsageError(f"{path}: '# {key}:' is in the header twice. Keep one.")
         given[key] = value.strip()
     if "Expected" not in given:
-        raise UsageError(f"{path}: the header lacks what must be found. Add a line '# Expected: none', say.")
+        raise UsageError(f"{path}: the header has no expected cause. Add a line such as '# Expected: none'.")
     replicas = given.get("Replicas", "2")
     if not replicas.isdecimal() or int(replicas) < 1:
-        raise UsageError(f"{path}: '# Replicas: {replicas}' is not a positive number. Write '# Replicas: 2', say.")
+        raise UsageError(
+            f"{path}: '# Replicas: {replicas}' expected a positive number. Write a line such as '# Replicas: 2'."
+        )
     expected = _read_expected(given["Expected"], path)
     return Case(path.stem, path, expected, int(replicas), given.get("Module", Case.module))
 
@@ -91,5 +101,7 @@ def _read_expected(text: str, path: Path) -> dict[str, Any]:
         expected[name] = yaml.safe_load(value)
     unread = _EXPECTED_FIELD.sub("", rest).strip()
     if unread:
-        raise UsageError(f"{path}: '# Expected: {text}': {unread!r} is not of the form field=value. Write step=3, say.")
+        raise UsageError(
+            f"{path}: '# Expected: {text}': {unread!r} is not of the form field=value. Write for example step=3."
+        )
     return expected

@@ -1,4 +1,4 @@
-"""Runs cases, each as a real job under torchrun, and compares what is found with what must be."""
+"""Runs cases, each as a job under torchrun, and compares the verdicts with the expected ones."""
 
 import json
 import time
@@ -19,7 +19,7 @@ from dreplica.distributed.signals import signals_as_interrupts
 from dreplica.errors import ExitCode
 
 _PLACE = ("step", "stage", "tensor", "operator", "suspects")
-"""What the table shows of a verdict besides its cause."""
+"""Fields of a verdict that the table shows in addition to its cause."""
 _TAIL_LINES = 15
 _WIDE = 140
 """Columns of a terminal on which the place of each finding fits into the table, too."""
@@ -27,7 +27,7 @@ _WIDE = 140
 
 @dataclass(frozen=True)
 class Result:
-    """What came of one case."""
+    """The result of one case."""
 
     case: Case
     found: Mapping[str, Any]
@@ -38,11 +38,11 @@ class Result:
 
     @property
     def mismatches(self) -> list[str]:
-        """The expected fields that came out otherwise."""
+        """Names of the expected fields whose values differ."""
         return [name for name, value in self.case.expected.items() if self.found.get(name) != value]
 
     def as_dict(self) -> dict[str, Any]:
-        """JSON values."""
+        """Return the result as JSON values."""
         return {
             "case": self.case.name,
             "replicas": self.case.num_replicas,
@@ -58,11 +58,19 @@ class Result:
 def run_cases(
     names: Sequence[str], as_json: bool = False, keep: Path | None = None, timeout: float = 120.0
 ) -> ExitCode:
-    """Runs the cases of these names, or all, and prints a table; `as_json`: a list of results to stdout instead.
+    """Run cases and print a table of their results.
 
-    Run folders and what the runs print go to `keep`, otherwise to a temporary folder. A case that takes longer than
-    `timeout` seconds is ended and counts as failed. Returns `FAILED` unless all come out as expected. Raises UsageError
-    for an unknown name, and for a `keep` that cannot be used.
+    Args:
+        names: The cases to run; all of them if empty.
+        as_json: Print a list of results to stdout instead of the table.
+        keep: Folder for run folders and logs. By default, a temporary one.
+        timeout: Seconds after which a case is ended and counts as failed.
+
+    Returns:
+        `AGREED` if all results are as expected, otherwise `FAILED`.
+
+    Raises:
+        UsageError: For an unknown name, or a `keep` that cannot be used.
     """
     cases = find_cases(names)
     progress = Console(stderr=True)
@@ -81,7 +89,13 @@ def run_cases(
 
 
 def run_case(case: Case, root: Path, timeout: float = 120.0) -> Result:
-    """Runs one case in processes of its own; its run folder goes into `root`."""
+    """Run one case as a job.
+
+    Args:
+        case: The case to run.
+        root: Folder for the case's run folder and log.
+        timeout: Seconds after which the case is ended.
+    """
     started = time.monotonic()
     output, ended = _launch(case, root, timeout)
     seconds = time.monotonic() - started
@@ -103,7 +117,7 @@ def run_case(case: Case, root: Path, timeout: float = 120.0) -> Result:
 
 
 def _launch(case: Case, root: Path, timeout: float) -> tuple[str, bool]:
-    """What the run printed, and whether it ended by itself in time."""
+    """Return the output of the run, and True if it ended in time."""
     arguments = [f"--config={case.path}", f"--run.root={root}", f"--run.name={case.name}", "--run.resume=never"]
     root.mkdir(parents=True, exist_ok=True)
     ended = run_in_background(case.module, arguments, case.num_replicas, root / f"{case.name}.log", timeout)
@@ -172,7 +186,7 @@ def _print(results: Sequence[Result], console: Console) -> None:
 
 
 def _where(result: Result) -> str:
-    """Step, stage and so on as far as the verdict has them, and what was observed."""
+    """Spell the location in the verdict, and the observed fields."""
     names = [*_PLACE, *(name for name in result.case.expected if name in _OBSERVE)]
     present = {name: result.found.get(name) for name in names}
     return " ".join(f"{name}={value}" for name, value in present.items() if value not in (None, []))

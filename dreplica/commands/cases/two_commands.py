@@ -12,7 +12,7 @@ from dreplica.worker import main as work
 
 
 def main() -> NoReturn:
-    """Runs one replica, with its own command line."""
+    """Run one replica with its own command line."""
     if env_rank() == 1:
         sys.argv.append("--train.epochs=2")
     work()

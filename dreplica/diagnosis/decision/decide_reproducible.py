@@ -176,7 +176,7 @@ def _others_agree(suspects: Sequence[int], groups: list[list[int]]) -> bool:
 def _different_batches(
     witnesses: Sequence[Witness], evidence: list[Evidence], suspects: list[int], groups: list[list[int]]
 ) -> Decision | None:
-    """Name samples that differ when loaded alone; None if there are none, so that the batch was changed afterwards."""
+    """Find samples that differ when loaded alone. None means that the batch was changed after loading."""
     rows = [witness.sample_digests for witness in witnesses]
     positions = [i for i, column in enumerate(zip(*rows, strict=False)) if len(set(column)) > 1]
     if not positions:

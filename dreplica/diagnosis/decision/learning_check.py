@@ -1,4 +1,4 @@
-"""The check that weights change: none of them may stay the same over an epoch, whatever the buffers do."""
+"""The check that weights change: some of them must change over an epoch, whether or not buffers do."""
 
 import torch
 

@@ -1,10 +1,10 @@
-"""What PyTorch documents about operators that give different results for the same inputs, and what governs them.
+"""Operators that PyTorch documents as nondeterministic, and the settings that govern them.
 
 Sources: the documentation of `torch.use_deterministic_algorithms` (2.11 to 2.15; where releases differ, the entry says
 so), PyTorch's notes on reproducibility (https://docs.pytorch.org/docs/stable/notes/randomness.html), the warnings in
 the documentation of `torch.nn.LSTM`, `torch.kthvalue`, `index_reduce_` and scaled dot product attention, and NVIDIA's
 on cuBLAS (https://docs.nvidia.com/cuda/cublas/#results-reproducibility). The documentation names Python functions; the
-tables here name the operators that those dispatch to, as they stand in a trace.
+tables here name the operators that those dispatch to, as a trace names them.
 """
 
 from collections.abc import Iterable, Mapping

@@ -1,4 +1,4 @@
-"""Which of the declared differences can have parted replicas at a place, and whether they divide them as it does."""
+"""The declared settings that can explain a divergence, and their match with the groups of replicas."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -20,8 +20,8 @@ _CHANGES_AN_OPERATOR = {
     "model.channels_last",
     "replica.factory",
 }
-"""What can change an operator's result though its inputs, as digests see them, and its other arguments are the same:
-how numbers are rounded, how tensors lie in memory, and code of the user's own."""
+"""Sections and keys that can change an operator's result for equal inputs and arguments: rounding, memory layout, and
+user code."""
 
 _READ_AFTER_BACKWARD = {"optim", "schedule", "train.grad_clip"}
 _READ_UNTIL_BACKWARD = {"data", "criterion"}
@@ -30,10 +30,19 @@ _READ_UNTIL_BACKWARD = {"data", "criterion"}
 def settings_behind(
     overrides: Overrides, witnesses: Sequence[Witness], place: OpDifference | None, stage: str | None
 ) -> dict[int, dict[str, Any]]:
-    """Those declared settings that can have parted replicas at `place`, which first shows in `stage`.
+    """Select the declared settings that can explain a divergence.
 
-    Replica id to dotted key to value. Where replicas began the step alike, the optimizer's settings act after the
-    backward pass only, and those of the data before it.
+    If replicas began the step in the same state, settings of the optimizer act after the backward pass only, and those
+    of the data before it.
+
+    Args:
+        overrides: The config's declared differences.
+        witnesses: The observations of each replica, by replica id.
+        place: The operator at which replicas diverge, if one is found.
+        stage: The first stage that differs.
+
+    Returns:
+        Replica id to dotted key to value.
     """
     found: dict[int, dict[str, Any]] = {}
     for replica_id, partial in overrides.items():
@@ -45,7 +54,7 @@ def settings_behind(
 
 
 def divides_as(values: Sequence[str], groups: Sequence[Sequence[int]]) -> bool:
-    """Whether replicas with equal values are in one class, and not all replicas have the same value."""
+    """Return True if replicas with equal values are always in the same group."""
     group_of = {replica_id: number for number, ids in enumerate(groups) for replica_id in ids}
     numbers: dict[str, set[int]] = {}
     for replica_id, value in enumerate(values):
@@ -54,7 +63,7 @@ def divides_as(values: Sequence[str], groups: Sequence[Sequence[int]]) -> bool:
 
 
 def overridden(settings: Mapping[int, Any], groups: Sequence[Sequence[int]]) -> list[int]:
-    """The groups of which every replica declares a difference: one that agrees with an unchanged one is no suspect."""
+    """Return the replicas of those groups in which every replica declares a difference."""
     return sorted(r for ids in groups if all(r in settings for r in ids) for r in ids)
 
 
@@ -70,5 +79,5 @@ def _can_part(key: str, witnesses: Sequence[Witness], place: OpDifference | None
 
 
 def _is_one_of(key: str, names: set[str]) -> bool:
-    """Whether the dotted key, or its section as a whole, is among `names`."""
+    """Return True if the dotted key or its whole section is in `names`."""
     return key in names or key.partition(".")[0] in names

@@ -1,4 +1,4 @@
-"""Did every tensor that a step read or left behind come from somewhere?
+"""Provenance: the origin of every tensor that a step read or left behind.
 
 What an operator reads must be what the step began with or what an earlier operator wrote. On a replica where it is not,
 memory was changed behind the operators' backs: that replica is at fault, even where there is no majority to say so.
@@ -23,13 +23,13 @@ class Contents:
     """Digests of tensors' contents alone, as operator records have them."""
 
     before: frozenset[bytes]
-    """Of everything the step began with: parameters, buffers, optimizer state, batch."""
+    """Digests of everything the step began with: parameters, buffers, optimizer state, batch."""
     after: Mapping[str, Mapping[str, bytes]]
-    """Stage to name to digest, of what it left behind: weights, buffers, gradients, optimizer."""
+    """Digests of what the step left behind: stage (weights, buffers, gradients, optimizer) to name to digest."""
 
 
 def contents_before(replica: Parts, batch: Batch) -> frozenset[bytes]:
-    """Digests of everything that a step on `batch` begins with."""
+    """Digest everything that a step on `batch` begins with."""
     stages = contents_after(replica)
     held = {digest for name, stage in stages.items() if name != "gradients" for digest in stage.values()}
     criterion = [*replica.criterion.parameters(), *replica.criterion.buffers()]
@@ -37,7 +37,7 @@ def contents_before(replica: Parts, batch: Batch) -> frozenset[bytes]:
 
 
 def contents_after(replica: Parts) -> dict[str, dict[str, bytes]]:
-    """Digests of the replica's state, by stage and name."""
+    """Digest the replica's state, by stage and name."""
     weights = named_weights(replica.model)
     return {
         "weights": {name: digest_tensor("", tensor) for name, tensor in weights.items()},
@@ -50,7 +50,7 @@ def contents_after(replica: Parts) -> dict[str, dict[str, bytes]]:
 
 
 def optimizer_tensors(replica: Parts) -> dict[str, Tensor]:
-    """The tensors of the stage `optimizer`, as it names them: state, and parameters that are not the model's."""
+    """Return the tensors of the stage `optimizer` by name: state, and parameters that are not the model's."""
     own = {id(parameter) for parameter in replica.model.parameters()}
     tensors: dict[str, Tensor] = {}
     for own_name, optimizer in replica.optimizers.items():
@@ -64,21 +64,45 @@ def optimizer_tensors(replica: Parts) -> dict[str, Tensor]:
 
 
 def reads_unaccounted(records: Sequence[OpRecord], contents: Contents, index: int) -> list[int]:
-    """Positions of the tensor arguments of operator `index` that are neither the step's own nor an earlier result."""
+    """Find inputs of an operator that are neither contents the step began with nor an earlier result.
+
+    Args:
+        records: The operators of the step.
+        contents: Digests of the tensors that the step began and ended with.
+        index: Position of the operator.
+
+    Returns:
+        Positions among the operator's tensor arguments.
+    """
     known = _known(records[:index], contents)
     return [number for number, digest in enumerate(_split(records[index].inputs)) if digest not in known]
 
 
 def left_unaccounted(records: Sequence[OpRecord], contents: Contents, stage: str) -> list[str]:
-    """Names of the tensors of `stage` that were left with contents no operator wrote."""
+    """Find tensors that a step left with contents that no operator wrote.
+
+    Args:
+        records: The operators of the step.
+        contents: Digests of the tensors that the step began and ended with.
+        stage: The stage to look at.
+
+    Returns:
+        Names of the tensors.
+    """
     known = _known(records, contents)
     return [name for name, digest in contents.after.get(stage, {}).items() if digest not in known]
 
 
 def last_writer(records: Sequence[OpRecord], index: int, changed: bytes) -> int | None:
-    """The operator that wrote what operator `index` reads where `changed`, another record of its inputs, differs.
+    """Find the operator that wrote the contents that another operator reads.
 
-    None if it was not written in this step.
+    Args:
+        records: The operators of the step.
+        index: Position of the reading operator.
+        changed: Another record of its inputs; the first input that differs counts.
+
+    Returns:
+        Position of the writing operator, or None if the contents were not written in this step.
     """
     for sound, other in zip(_split(records[index].inputs), _split(changed), strict=False):
         if sound != other:
@@ -87,7 +111,7 @@ def last_writer(records: Sequence[OpRecord], index: int, changed: bytes) -> int 
 
 
 def _trace_back(records: Sequence[OpRecord], contents: bytes) -> int | None:
-    """The last of `records` that wrote `contents`, or what a view of it shows as `contents`."""
+    """Find the last operator that wrote the contents, or contents of which a view shows them."""
     for number in reversed(range(len(records))):
         if records[number].shows:
             viewed, *shown = _split(records[number].shows)
@@ -98,7 +122,7 @@ def _trace_back(records: Sequence[OpRecord], contents: bytes) -> int | None:
 
 
 def differing_inputs(records: Sequence[Sequence[OpRecord]], index: int) -> set[int]:
-    """Positions of the tensor arguments of operator `index` that are not the same in all of `records`."""
+    """Return the positions of an operator's tensor arguments that differ between the replicas' records."""
     columns = zip(*(_split(row[index].inputs) for row in records if index < len(row)), strict=False)
     return {position for position, column in enumerate(columns) if len(set(column)) > 1}
 

@@ -1,4 +1,4 @@
-"""Two tensors that should be the same, compared element by element."""
+"""Comparison of two tensors that should be equal, element by element."""
 
 import math
 from dataclasses import dataclass
@@ -31,7 +31,7 @@ class Difference:
     """Bits that differ, over all elements."""
     looks_like_bit_flips: bool
     """Whether few bits differ (at most 8 in all) and lie too far up for rounding to reach: in the upper half of the
-    mantissa, the exponent or the sign. A flip further down cannot be told from rounding. Of an integer, one bit
+    mantissa, the exponent or the sign. A lower flip cannot be distinguished from rounding. Of an integer, one bit
     beyond the lowest 8; never of bool."""
 
     def __str__(self) -> str:
@@ -46,9 +46,17 @@ class Difference:
 
 
 def compare_elements(one: Tensor, other: Tensor) -> Difference | None:
-    """How `one` differs from `other` (same shape and dtype, on the CPU), bit by bit; None if it does not.
+    """Compare two tensors bit by bit.
 
-    Sparse tensors are compared as what they stand for. Raises ValueError for different shapes or dtypes.
+    Args:
+        one: A tensor on the CPU. A sparse tensor is compared as its dense equivalent.
+        other: A tensor of the same shape and dtype, on the CPU.
+
+    Returns:
+        How the tensors differ, or None if all bits are equal.
+
+    Raises:
+        ValueError: For different shapes or dtypes.
     """
     if one.shape != other.shape or one.dtype != other.dtype:
         raise ValueError(
@@ -94,7 +102,7 @@ def _flat(tensor: Tensor) -> Tensor:
 
 
 def _parts(flat: Tensor) -> Tensor:
-    """Real and imaginary parts in turn."""
+    """Return real and imaginary parts in turn."""
     return torch.view_as_real(flat).reshape(-1) if flat.dtype.is_complex else flat
 
 
@@ -109,7 +117,7 @@ def _max_ulp(one: Tensor, other: Tensor) -> int | None:
 
 
 def _ordinal(values: Tensor) -> Tensor:
-    """int64, increasing with the value by 1 per representable number; both zeros are 0.
+    """Map each float to an int64 that increases by 1 per representable number. Both zeros are 0.
 
     Floats of one sign are ordered as their bits are; turning the negatives' around orders them all.
     """
@@ -121,7 +129,7 @@ def _ordinal(values: Tensor) -> Tensor:
 
 
 def _largest_distance(one: Tensor, other: Tensor) -> int:
-    # Two int64 may lie further apart than int64 reaches; unsigned arithmetic, which wraps around, has the room.
+    # Two int64 may lie further apart than int64 reaches; unsigned arithmetic, which wraps around, holds the difference.
     high, low = torch.maximum(one, other).numpy(), torch.minimum(one, other).numpy()
     return int((high.astype(numpy.uint64) - low.astype(numpy.uint64)).max())
 
@@ -134,7 +142,7 @@ def _max_absolute(one: Tensor, other: Tensor) -> float | None:
     if one.dtype.is_floating_point:
         return float((one.double() - other.double()).abs().max())
     if one.dtype is torch.uint64:
-        # int64 has no room for its upper half; the difference stays what it is when both are moved down.
+        # int64 cannot hold its upper half. Moving both values down keeps their difference.
         one, other = (tensor.view(torch.int64) ^ torch.iinfo(torch.int64).min for tensor in (one, other))
     return float(_largest_distance(one.to(torch.int64), other.to(torch.int64)))
 

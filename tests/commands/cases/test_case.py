@@ -74,14 +74,14 @@ def test_header_defaults(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("header", "message"),
     [
-        ("# What: no expectation.\n", "header lacks what must be found"),
-        ("run: {}\n# Expected: none\n", "header lacks what must be found"),
+        ("# What: no expectation.\n", "header has no expected cause"),
+        ("run: {}\n# Expected: none\n", "header has no expected cause"),
         ("# Expected: optimiser-not-bound\n", "Did you mean 'optimizer-not-bound'"),
         ("# Expected: none stp=0\n", "Did you mean 'step'"),
         ("# Expected: none step 0\n", "'step 0' is not of the form"),
-        ("# Expected: none\n# Expected: none\n", "stands twice"),
-        ("# Expected: none\n# Replicas: two\n", "'# Replicas: two' is not a positive number"),
-        ("# Expected: none\n# Replicas: 0\n", "'# Replicas: 0' is not a positive number"),
+        ("# Expected: none\n# Expected: none\n", "is in the header twice"),
+        ("# Expected: none\n# Replicas: two\n", "'# Replicas: two' expected a positive number"),
+        ("# Expected: none\n# Replicas: 0\n", "'# Replicas: 0' expected a positive number"),
     ],
 )
 def test_unusable_headers_are_named(tmp_path: Path, header: str, message: str) -> None:

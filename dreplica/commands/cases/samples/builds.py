@@ -1,4 +1,4 @@
-"""Ways to build a replica, most of them wrong; for `replica.factory`.
+"""Ways to build a replica, most of them wrong, for `replica.factory`.
 
 Each takes (config, num_classes, device), builds `model.factory` and `optim` of the config under the replica's seed, and
 differs from the others in one thing.
@@ -23,28 +23,52 @@ if TYPE_CHECKING:
 
 
 def deepcopied_optimizer(config: "RunConfig", num_classes: int, device: torch.device) -> Replica:
-    """Copies model and optimizer, each by itself: the copied optimizer's parameters belong to neither model."""
+    """Copy model and optimizer separately: the copied optimizer holds neither model's parameters.
+
+    Args:
+        config: The run's config.
+        num_classes: Number of outputs of the model.
+        device: The device to build on.
+    """
     original = _model(config, num_classes, device)
     optimizer = build_optimizer(config.optim, original)
     return _replica(config, copy.deepcopy(original), copy.deepcopy(optimizer))
 
 
 def deepcopied_model(config: "RunConfig", num_classes: int, device: torch.device) -> Replica:
-    """Copies the model only: the optimizer goes on training the original."""
+    """Copy the model only, so that the optimizer still trains the original.
+
+    Args:
+        config: The run's config.
+        num_classes: Number of outputs of the model.
+        device: The device to build on.
+    """
     original = _model(config, num_classes, device)
     optimizer = build_optimizer(config.optim, original)
     return _replica(config, copy.deepcopy(original), optimizer)
 
 
 def deepcopied_together(config: "RunConfig", num_classes: int, device: torch.device) -> Replica:
-    """Copies both in one call, which is right: the copy of the optimizer holds the copy of the model's parameters."""
+    """Copy both in one call, which is right: the copied optimizer holds the copied model.
+
+    Args:
+        config: The run's config.
+        num_classes: Number of outputs of the model.
+        device: The device to build on.
+    """
     original = _model(config, num_classes, device)
     optimizer = build_optimizer(config.optim, original)
     return _replica(config, *copy.deepcopy((original, optimizer)))
 
 
 def head_replaced_late(config: "RunConfig", num_classes: int, device: torch.device) -> Replica:
-    """Makes the optimizer before the head is replaced: it holds the old head, and nobody trains the new one."""
+    """Create the optimizer before the head is replaced, so that no optimizer trains the new head.
+
+    Args:
+        config: The run's config.
+        num_classes: Number of outputs of the model.
+        device: The device to build on.
+    """
     model = _model(config, 1000, device)
     optimizer = build_optimizer(config.optim, model)
     _replace_head(model, num_classes)
@@ -52,13 +76,25 @@ def head_replaced_late(config: "RunConfig", num_classes: int, device: torch.devi
 
 
 def head_left_out(config: "RunConfig", num_classes: int, device: torch.device) -> Replica:
-    """Gives the optimizer every layer but the head."""
+    """Pass every layer except the head to the optimizer.
+
+    Args:
+        config: The run's config.
+        num_classes: Number of outputs of the model.
+        device: The device to build on.
+    """
     model = _model(config, num_classes, device)
     return _replica(config, model, build_optimizer(config.optim, model[:-1]))
 
 
 def deepcopied_scheduler(config: "RunConfig", num_classes: int, device: torch.device) -> Replica:
-    """Copies the scheduler: the copy drives a copy of the optimizer, and the real one's learning rate never changes."""
+    """Copy the scheduler, which then drives a copy of the optimizer.
+
+    Args:
+        config: The run's config.
+        num_classes: Number of outputs of the model.
+        device: The device to build on.
+    """
     model = _model(config, num_classes, device)
     optimizer = build_optimizer(config.optim, model)
     scheduler = copy.deepcopy(StepLR(optimizer, step_size=1, gamma=0.1))
@@ -66,14 +102,26 @@ def deepcopied_scheduler(config: "RunConfig", num_classes: int, device: torch.de
 
 
 def shared_storage(config: "RunConfig", num_classes: int, device: torch.device) -> Replica:
-    """Starts BatchNorm's bias from the convolution's without copying it: two parameters, one memory."""
+    """Initialize BatchNorm's bias from the convolution's without copying it: two parameters, one memory.
+
+    Args:
+        config: The run's config.
+        num_classes: Number of outputs of the model.
+        device: The device to build on.
+    """
     model = _model(config, num_classes, device)
     model[1].bias = nn.Parameter(model.get_parameter("0.bias").detach())
     return _replica(config, model, build_optimizer(config.optim, model))
 
 
 def unseeded_head(config: "RunConfig", num_classes: int, device: torch.device) -> Replica:
-    """Seeds torch from the operating system before the head is drawn, "to be on the safe side"."""
+    """Seed torch from the operating system before the head is drawn.
+
+    Args:
+        config: The run's config.
+        num_classes: Number of outputs of the model.
+        device: The device to build on.
+    """
     model = _model(config, num_classes, device)
     torch.seed()
     _replace_head(model, num_classes)
@@ -81,7 +129,13 @@ def unseeded_head(config: "RunConfig", num_classes: int, device: torch.device) -
 
 
 def one_seed_for_two_builds(config: "RunConfig", num_classes: int, device: torch.device) -> Replica:
-    """Replica 1 builds a twin first, under the same seed: its own model gets the numbers that come after."""
+    """Build another model first on replica 1, under the same seed, so that the model gets later numbers.
+
+    Args:
+        config: The run's config.
+        num_classes: Number of outputs of the model.
+        device: The device to build on.
+    """
     if env_rank() == 1:
         _model(config, num_classes, device)
     model = _model(config, num_classes, device)
@@ -89,7 +143,13 @@ def one_seed_for_two_builds(config: "RunConfig", num_classes: int, device: torch
 
 
 def seed_for_each_build(config: "RunConfig", num_classes: int, device: torch.device) -> Replica:
-    """As `one_seed_for_two_builds`, but seeds before each build, which is right."""
+    """Seed before each of two builds, which is right.
+
+    Args:
+        config: The run's config.
+        num_classes: Number of outputs of the model.
+        device: The device to build on.
+    """
     seed = torch.initial_seed()
     if env_rank() == 1:
         _model(config, num_classes, device)
@@ -99,7 +159,13 @@ def seed_for_each_build(config: "RunConfig", num_classes: int, device: torch.dev
 
 
 def extra_layer(config: "RunConfig", num_classes: int, device: torch.device) -> Replica:
-    """Replica 1 draws a layer that it throws away, after the model: equal weights, but dropout's masks will differ."""
+    """Draw an unused layer after the model on replica 1: weights agree, but dropout masks differ.
+
+    Args:
+        config: The run's config.
+        num_classes: Number of outputs of the model.
+        device: The device to build on.
+    """
     model = _model(config, num_classes, device)
     if env_rank() == 1:
         nn.Linear(4, 4)
@@ -107,7 +173,13 @@ def extra_layer(config: "RunConfig", num_classes: int, device: torch.device) -> 
 
 
 def probed_loader(config: "RunConfig", num_classes: int, device: torch.device) -> Replica:
-    """Replica 1 looks at a batch first. A DataLoader draws a base seed from the global generator, unshuffled or not."""
+    """Read a batch first on replica 1: a DataLoader draws from the global generator, shuffled or not.
+
+    Args:
+        config: The run's config.
+        num_classes: Number of outputs of the model.
+        device: The device to build on.
+    """
     if env_rank() == 1:
         next(iter(DataLoader(torch.zeros(4, 3))))  # type: ignore[arg-type]  # a tensor serves as a data set
     model = _model(config, num_classes, device)

@@ -1,4 +1,4 @@
-"""Small data sets, one sound and the others each with a trap; for `data.name`."""
+"""Small datasets, one correct and the others each with a fault, for `data.name`."""
 
 import numpy
 import torch
@@ -12,12 +12,12 @@ Sets = tuple[TensorImages, TensorImages, int]
 
 
 def tiny_images(config: DataConfig) -> Sets:
-    """Nothing wrong: five classes of noisy 8x8 images, 80 to train on, 40 to validate on."""
+    """Return five classes of noisy 8x8 images, 80 to train on and 40 to validate on."""
     return _noisy_images(80, 40, 8)
 
 
 def altered_file(config: DataConfig) -> Sets:
-    """One pixel of one training image is another on replica 1, as in a file that was copied badly to one node.
+    """Change one pixel of one training image on replica 1, as in a corrupted copy of a file.
 
     Number and shapes of the images are the same everywhere, so a count of files finds nothing.
     """
@@ -37,7 +37,7 @@ class _NoisyFromGlobal(TensorImages):
 
 
 def noise_from_global_generator(config: DataConfig) -> Sets:
-    """Augmentation draws from the generator of whatever process loads the sample.
+    """Augment samples from the generator of the process that loads them.
 
     So what a sample looks like depends on the number of loader workers, and on which of them gets it when.
     """
@@ -46,7 +46,7 @@ def noise_from_global_generator(config: DataConfig) -> Sets:
 
 
 def threads_changed(config: DataConfig) -> Sets:
-    """Sets the number of threads on replica 1 while loading, as libraries for images do when they are imported."""
+    """Set the number of threads on replica 1 while loading, as image libraries do on import."""
     if env_rank() == 1:
         torch.set_num_threads(2)
     return tiny_images(config)

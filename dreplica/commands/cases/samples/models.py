@@ -1,4 +1,4 @@
-"""Small models, one sound and the others each with a trap in its forward pass; for `model.factory`."""
+"""Small models, one correct and the others each with a fault in its forward pass, for `model.factory`."""
 
 import time
 
@@ -11,7 +11,7 @@ from dreplica.distributed.process_group import env_rank
 
 
 def tiny_cnn(num_classes: int) -> nn.Sequential:
-    """Nothing wrong: convolution, BatchNorm, dropout and a head, for images (3, 8, 8)."""
+    """Return convolution, BatchNorm, dropout and a head, for images of shape (3, 8, 8)."""
     return nn.Sequential(
         nn.Conv2d(3, 8, 3, padding=1),
         nn.BatchNorm2d(8),
@@ -23,7 +23,7 @@ def tiny_cnn(num_classes: int) -> nn.Sequential:
 
 
 class _Wrapped(nn.Module):
-    """`tiny_cnn` inside a model whose forward pass does something else, too."""
+    """`tiny_cnn` inside a model whose forward pass does something more."""
 
     def __init__(self, num_classes: int) -> None:
         super().__init__()
@@ -35,15 +35,15 @@ class _Wrapped(nn.Module):
 
 
 class RacySum(nn.Module):
-    """Pools (N, C, H, W) to (N, C) with an operator that adds in order of arrival."""
+    """A module that pools (N, C, H, W) to (N, C) with an operator that adds in order of arrival."""
 
     def forward(self, images: Tensor) -> Tensor:
-        """The sum over height and width."""
+        """Return the sum over height and width."""
         return racy_sum(images)
 
 
 def racy_pooling(num_classes: int) -> nn.Module:
-    """Pools with a non-deterministic operator: no seed helps, and no two runs are the same."""
+    """Pool with a nondeterministic operator: results differ between runs, whatever the seed."""
     return nn.Sequential(
         nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(), RacySum(), nn.Linear(8, num_classes)
     )
@@ -56,7 +56,7 @@ class _DetachedLogits(_Wrapped):
 
 
 def detached_logits(num_classes: int) -> nn.Module:
-    """Cuts the graph at the logits: backward() succeeds, no gradient arrives, nothing learns.
+    """Cut the graph at the logits: backward() succeeds, but no parameter gets a gradient.
 
     BatchNorm's statistics move all the same, as they do in every training-mode forward pass, so the state_dict changes
     from step to step and looks alive.
@@ -71,7 +71,7 @@ class _BranchesByRank(_Wrapped):
 
 
 def branches_by_rank(num_classes: int) -> nn.Module:
-    """An `if` on the rank in the forward pass: replica 1 runs one operator more than the others."""
+    """Branch on the rank in the forward pass: replica 1 runs one more operator than the others."""
     return _BranchesByRank(num_classes)
 
 
@@ -82,7 +82,7 @@ class _StaysInTraining(_Wrapped):
 
 
 def stays_in_training(num_classes: int) -> nn.Module:
-    """On replica 1, eval() does nothing: it is evaluated with batch statistics and dropout.
+    """Ignore eval() on replica 1, which is then evaluated with batch statistics and dropout.
 
     Weights and buffers agree when the evaluation begins; the predictions do not.
     """
@@ -102,12 +102,12 @@ class _Fails(_Wrapped):
 
 
 def fails_on_third_step(num_classes: int) -> nn.Module:
-    """Replica 1 raises in the forward pass of its third training step; the others are left waiting for it."""
+    """Raise an exception in the third training step of replica 1, for which the others wait."""
     return _Fails(num_classes)
 
 
 def own_random_weights(num_classes: int) -> nn.Module:
-    """Draws a layer's weights from a NumPy generator of its own, which nobody seeded.
+    """Draw a layer's weights from a separate NumPy generator, which is not seeded.
 
     The global generators are seeded and equal on all replicas before and after, and have no part in it.
     """
@@ -123,7 +123,7 @@ class BatchSums(nn.Module):
     """Sums over a whole batch, each over enough values for the CPU to divide it among its threads."""
 
     num_values = 2**17
-    """At least; torch sums up to 32768 values on one thread."""
+    """Lowest number of values in a sum. torch sums up to 32768 values on one thread."""
 
     def __init__(self, num_sums: int) -> None:
         super().__init__()
@@ -152,7 +152,7 @@ def scaled_by_sums(num_classes: int) -> nn.Module:
 
 
 def flag_changed(num_classes: int) -> nn.Module:
-    """Sets a numerics flag on replica 1 while building, as a library that is imported on one node may."""
+    """Set a numerics flag on replica 1 while building, as a library imported on one node may."""
     if env_rank() == 1:
         torch.set_float32_matmul_precision("medium")
     return tiny_cnn(num_classes)
@@ -165,7 +165,7 @@ class _ReseedsEveryStep(_Wrapped):
 
 
 def reseeds_every_step(num_classes: int) -> nn.Module:
-    """Seeds torch in every forward pass, "so that runs reproduce": whatever draws from it afterwards is frozen.
+    """Seed torch in every forward pass, which repeats all draws after it.
 
     Dropout's mask is the same in every step, and a sampler over the global generator would draw one order for ever.
     """
@@ -178,5 +178,5 @@ class _WarmsUpByTheClock(_Wrapped):
 
 
 def warms_up_by_the_clock(num_classes: int) -> nn.Module:
-    """Multiplies its output by a factor that depends on the time: every operator is sound, the number given is not."""
+    """Multiply the output by a factor that depends on the time: the operators are correct, the number is not."""
     return _WarmsUpByTheClock(num_classes)

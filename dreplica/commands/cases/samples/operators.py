@@ -1,4 +1,4 @@
-"""An operator that is not deterministic on a CPU, as atomic additions are not on a GPU."""
+"""An operator that is nondeterministic on a CPU, as atomic additions are on a GPU."""
 
 import threading
 import time
@@ -11,10 +11,16 @@ _NUM_THREADS = 8
 
 @torch.library.custom_op("cases::racy_sum", mutates_args=())
 def racy_sum(images: Tensor) -> Tensor:
-    """Sums `images` (N, C, H, W), float32, over height and width; returns (N, C).
+    """Sum images over height and width, in a varying order.
 
-    Threads add their share of the positions into one buffer, whoever comes first: float addition is not associative, so
-    the result depends on the order of arrival and differs in its last bits from one call to the next.
+    Each thread adds its share of the positions into one buffer. Float addition is not associative, so the result
+    depends on the order of arrival and differs in its last bits from one call to the next.
+
+    Args:
+        images: float32, shape (N, C, H, W).
+
+    Returns:
+        The sums, shape (N, C).
     """
     positions = images.detach().flatten(2).unbind(2)
     total = images.new_zeros(images.shape[:2])
