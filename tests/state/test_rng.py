@@ -152,7 +152,7 @@ def test_unseeded_process_draws() -> None:
     assert one[1] == other[1] == "67280421310721"
 
 
-@pytest.mark.parametrize("num_workers", [0, 2])
+@pytest.mark.parametrize("num_workers", [0, pytest.param(2, marks=pytest.mark.process)])
 def test_data_loading_leaves_global_generators_unchanged(num_workers: int) -> None:
     train, _, _ = tiny_images(None)  # type: ignore[arg-type]
     seed_generators(5)
