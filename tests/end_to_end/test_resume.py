@@ -45,7 +45,7 @@ def facts(job: Job) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("arguments", CONFIGS.values(), ids=CONFIGS.keys())
-def test_a_run_that_goes_on_is_one_that_was_never_interrupted(arguments: tuple[str, ...], tmp_path: Path) -> None:
+def test_resumed_run_equals_uninterrupted(arguments: tuple[str, ...], tmp_path: Path) -> None:
     job = [*SMALL, *arguments]
     stopped = run_job(*job, STOP, root=tmp_path)
     assert stopped.exitcodes == {0: 4, 1: 4}, stopped.output
@@ -69,7 +69,7 @@ def test_a_run_that_goes_on_is_one_that_was_never_interrupted(arguments: tuple[s
 
 
 @pytest.mark.parametrize(("every", "number"), [(1, "SIGTERM"), (100, "SIGUSR2"), (0, "SIGINT")])
-def test_one_replica_that_is_told_to_stop_stops_all_at_the_same_step(
+def test_stop_request_stops_all_at_same_step(
     every: int, number: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """However seldom states are compared."""
@@ -81,7 +81,7 @@ def test_one_replica_that_is_told_to_stop_stops_all_at_the_same_step(
     assert [path.name for path in list_checkpoints(stopped.folder / "checkpoints")] == ["step_000004"]
 
 
-def test_with_workers_augmentation_and_sample_weights(tmp_path: Path) -> None:
+def test_resume_with_workers_augmentation_and_weights(tmp_path: Path) -> None:
     root = make_folder(tmp_path / "images")
     job = [*JOB, *AUGMENTED, f"--data.root={root}", "--data.num_workers=2"]
     stopped = run_job(*job, "--run.stop_after=6", root=tmp_path / "runs")
@@ -92,7 +92,7 @@ def test_with_workers_augmentation_and_sample_weights(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("num_replicas", [1, 3])
-def test_any_number_of_replicas_that_agree_may_go_on(num_replicas: int, tmp_path: Path) -> None:
+def test_resume_with_any_number_of_replicas(num_replicas: int, tmp_path: Path) -> None:
     assert run_job(*SMALL, STOP, root=tmp_path).exitcodes == {0: 4, 1: 4}
     resumed = run_job(*SMALL, root=tmp_path, num_replicas=num_replicas)
     assert resumed.returncode == 0, resumed.output
@@ -101,7 +101,7 @@ def test_any_number_of_replicas_that_agree_may_go_on(num_replicas: int, tmp_path
     assert len(resumed.report["fingerprints"]) == num_replicas
 
 
-def test_independent_replicas_do_not_go_on_in_another_number(tmp_path: Path) -> None:
+def test_independent_replicas_resume_in_same_number(tmp_path: Path) -> None:
     run_job(*SMALL, "--seed.model=distinct", STOP, root=tmp_path)
     resumed = run_job(*SMALL, "--seed.model=distinct", root=tmp_path, num_replicas=3)
     assert resumed.exitcodes == {0: 2, 1: 2, 2: 2}
@@ -111,9 +111,7 @@ def test_independent_replicas_do_not_go_on_in_another_number(tmp_path: Path) -> 
 
 
 @pytest.mark.cluster
-def test_torchrun_starts_a_killed_group_again_and_the_trace_has_no_gap(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_torchrun_restart_leaves_no_gap_in_trace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Killed before the first checkpoint, and then between two."""
     factory = "--model.factory=tests.end_to_end.interrupted:Killed"
     job = [*SMALL, factory, "--checkpoint.every_steps=3", "--checkpoint.keep=1"]
@@ -148,9 +146,7 @@ def leave_half(place: Path) -> None:
         (leave_half, "file-missing", "state.json is missing"),
     ],
 )
-def test_a_damaged_checkpoint_is_skipped_and_the_one_before_is_as_good(
-    damage: Callable[[Path], None], code: str, words: str, tmp_path: Path
-) -> None:
+def test_damaged_checkpoint_is_skipped(damage: Callable[[Path], None], code: str, words: str, tmp_path: Path) -> None:
     stopped = run_job(*SMALL, STOP, root=tmp_path)
     newest, before = list_checkpoints(stopped.folder / "checkpoints")
     damage(newest)
@@ -164,7 +160,7 @@ def test_a_damaged_checkpoint_is_skipped_and_the_one_before_is_as_good(
     assert facts(resumed) == facts(run_job(*SMALL))
 
 
-def test_without_a_whole_checkpoint_there_is_an_error_and_nothing_is_lost(tmp_path: Path) -> None:
+def test_resume_without_valid_checkpoint_is_error(tmp_path: Path) -> None:
     stopped = run_job(*SMALL, STOP, root=tmp_path)
     for place in list_checkpoints(stopped.folder / "checkpoints"):
         flip_one_bit(place)
@@ -187,7 +183,7 @@ def test_without_a_whole_checkpoint_there_is_an_error_and_nothing_is_lost(tmp_pa
         (("--inject=[{replica: 0, step: 9, target: weights}]",), "its config differs: inject"),
     ],
 )
-def test_another_config_is_another_run(arguments: tuple[str, ...], words: str, tmp_path: Path) -> None:
+def test_resume_with_other_config_starts_new_run(arguments: tuple[str, ...], words: str, tmp_path: Path) -> None:
     stopped = run_job(*SMALL, STOP, root=tmp_path)
     before = stopped.trace
     job = run_job(*SMALL, *arguments, root=tmp_path)
@@ -196,7 +192,7 @@ def test_another_config_is_another_run(arguments: tuple[str, ...], words: str, t
     assert len((tmp_path / "job-2" / "trace.jsonl").read_text().splitlines()) > 8
 
 
-def test_a_run_that_came_to_its_end_is_not_gone_on_with(tmp_path: Path) -> None:
+def test_finished_run_is_not_resumed(tmp_path: Path) -> None:
     first = run_job(*SMALL, root=tmp_path)
     before = first.trace
     second = run_job(*SMALL, root=tmp_path)
@@ -205,7 +201,7 @@ def test_a_run_that_came_to_its_end_is_not_gone_on_with(tmp_path: Path) -> None:
     assert first.trace == before == (tmp_path / "job-2" / "trace.jsonl").read_text().splitlines()
 
 
-def test_a_folder_that_another_run_writes_to_is_left_alone(tmp_path: Path) -> None:
+def test_folder_of_running_job_is_not_resumed(tmp_path: Path) -> None:
     stopped = run_job(*SMALL, STOP, root=tmp_path)
     before = stopped.trace
     lock = FolderLock(stopped.folder)
@@ -217,7 +213,7 @@ def test_a_folder_that_another_run_writes_to_is_left_alone(tmp_path: Path) -> No
     assert (tmp_path / "job-2" / "report.json").exists()
 
 
-def test_what_comes_out_otherwise_than_it_was_recorded_is_told(tmp_path: Path) -> None:
+def test_resumed_steps_are_checked_against_trace(tmp_path: Path) -> None:
     stopped = run_job(*SMALL, STOP, root=tmp_path)
     newest, _ = list_checkpoints(stopped.folder / "checkpoints")
     shutil.rmtree(newest)
@@ -233,7 +229,7 @@ def test_what_comes_out_otherwise_than_it_was_recorded_is_told(tmp_path: Path) -
     assert (verdict["cause"], verdict["step"], verdict["stage"]) == ("unexplained", 7, "weights")
 
 
-def test_lines_that_were_cut_off_in_mid_write_are_written_again(tmp_path: Path) -> None:
+def test_truncated_lines_are_rewritten(tmp_path: Path) -> None:
     stopped = run_job(*SMALL, STOP, root=tmp_path)
     newest, _ = list_checkpoints(stopped.folder / "checkpoints")
     shutil.rmtree(newest)
@@ -245,7 +241,7 @@ def test_lines_that_were_cut_off_in_mid_write_are_written_again(tmp_path: Path) 
     assert facts(resumed) == facts(run_job(*SMALL))
 
 
-def test_checkpoints_that_cannot_be_written_are_told_and_training_goes_on(tmp_path: Path) -> None:
+def test_failed_checkpoints_are_warnings(tmp_path: Path) -> None:
     stopped = run_job(*SMALL, "--run.stop_after=2", root=tmp_path)
     shutil.rmtree(stopped.folder / "checkpoints")
     (stopped.folder / "checkpoints").write_text("in the way")
@@ -258,9 +254,7 @@ def test_checkpoints_that_cannot_be_written_are_told_and_training_goes_on(tmp_pa
     assert again.exitcodes == {0: 4, 1: 4}
 
 
-def test_an_attempt_that_ends_before_its_first_step_leaves_the_interrupted_run_as_it_was(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_attempt_without_steps_keeps_interrupted_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     job = (*SMALL, "--model.factory=tests.end_to_end.interrupted:other_threads")
     stopped = run_job(*job, STOP, root=tmp_path)
     before = stopped.report
@@ -275,7 +269,7 @@ def test_an_attempt_that_ends_before_its_first_step_leaves_the_interrupted_run_a
     assert run_job(*job, root=tmp_path).report["run"]["resumed_from"] == 7
 
 
-def test_a_divergence_that_comes_back_is_not_gone_on_with(tmp_path: Path) -> None:
+def test_recurring_divergence_is_not_resumed(tmp_path: Path) -> None:
     job = (*SMALL, "--overrides={1: {optim: {lr: 0.02}}}", "--checkpoint.every_steps=1")
     assert run_job(*job, root=tmp_path).exitcodes == {0: 3, 1: 3}
     again = run_job(*job, root=tmp_path)
@@ -283,7 +277,7 @@ def test_a_divergence_that_comes_back_is_not_gone_on_with(tmp_path: Path) -> Non
     assert (tmp_path / "job-2" / "report.json").exists()
 
 
-def test_a_stop_counts_as_saved_if_its_own_checkpoint_is_there(tmp_path: Path) -> None:
+def test_stop_needs_its_own_checkpoint(tmp_path: Path) -> None:
     factory = "--model.factory=tests.end_to_end.interrupted:full_once"
     stopped = run_job(*SMALL, factory, STOP, "--checkpoint.every_steps=3", root=tmp_path)
     assert stopped.exitcodes == {0: 4, 1: 4}, stopped.output
@@ -293,7 +287,7 @@ def test_a_stop_counts_as_saved_if_its_own_checkpoint_is_there(tmp_path: Path) -
     assert warning.startswith("cannot write the checkpoint at step 3: OSError: ")
 
 
-def test_the_good_checkpoint_stays_until_there_is_a_newer_good_one(tmp_path: Path) -> None:
+def test_good_checkpoint_is_kept_until_newer_one(tmp_path: Path) -> None:
     """Though one is kept, a newer one lies there, which is damaged, and the next cannot be written."""
     job = (*SMALL, "--model.factory=tests.end_to_end.interrupted:full_once", "--checkpoint.every_steps=2")
     stopped = run_job(*job, STOP, root=tmp_path)
@@ -308,7 +302,7 @@ def test_the_good_checkpoint_stays_until_there_is_a_newer_good_one(tmp_path: Pat
     assert [path.name for path in list_checkpoints(stopped.folder / "checkpoints")] == ["step_000010"]
 
 
-def test_independent_replicas_keep_the_newest_that_all_of_them_have(tmp_path: Path) -> None:
+def test_independent_replicas_keep_newest_common_checkpoint(tmp_path: Path) -> None:
     factory = "--model.factory=tests.end_to_end.interrupted:full_on_replica_1"
     job = (*SMALL, factory, "--seed.model=distinct", "--checkpoint.every_steps=2", "--checkpoint.keep=1")
     failed = run_job(*job, STOP, root=tmp_path)
@@ -317,7 +311,7 @@ def test_independent_replicas_keep_the_newest_that_all_of_them_have(tmp_path: Pa
     assert resumed.report["run"]["resumed_from"] == 2, resumed.output
 
 
-def test_a_record_that_has_lost_lines_is_told(tmp_path: Path) -> None:
+def test_trace_with_lost_lines_is_warning(tmp_path: Path) -> None:
     stopped = run_job(*SMALL, STOP, root=tmp_path)
     before = stopped.trace
     (stopped.folder / "trace.jsonl").write_text("\n".join(before[:5]) + "\n")
@@ -330,7 +324,7 @@ def test_a_record_that_has_lost_lines_is_told(tmp_path: Path) -> None:
     assert resumed.trace == [*before[:5], *run_job(*SMALL).trace[len(before) :]]
 
 
-def test_other_data_are_another_run(tmp_path: Path) -> None:
+def test_resume_with_other_data_starts_new_run(tmp_path: Path) -> None:
     root = make_folder(tmp_path / "images")
     job = [*JOB, f"--data.root={root}"]
     stopped = run_job(*job, "--run.stop_after=2", root=tmp_path / "runs")

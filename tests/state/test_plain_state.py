@@ -1,4 +1,4 @@
-"""State in plain Python is put back exactly: values, generators, bindings and the identity of what holds them."""
+"""Exact restoration of attributes: values, generators, bindings and the identity of containers."""
 
 import random
 import threading
@@ -30,7 +30,7 @@ def bytes_of(tensor: Tensor) -> bytes:
     ("before", "after"),
     [(None, 1), (True, False), (3, 4), (0.1, 0.2), (1j, 2j), ("a", "b"), (b"a", b"b"), ((1, 2), (1, 3))],
 )
-def test_a_value_is_bound_again(before: Any, after: Any) -> None:
+def test_restore_rebinds_value(before: Any, after: Any) -> None:
     owner = Owner(value=before)
     state = PlainState([owner])
     owner.value = after
@@ -38,7 +38,7 @@ def test_a_value_is_bound_again(before: Any, after: Any) -> None:
     assert owner.value is before
 
 
-def test_attributes_added_since_go_and_removed_ones_return_in_their_order() -> None:
+def test_restore_removes_new_and_returns_old_attributes() -> None:
     owner = Owner(a=1, b=2, c=3)
     state = PlainState([owner])
     del owner.b
@@ -64,7 +64,7 @@ CONTAINERS: list[tuple[Any, Callable[[Any], Any]]] = [
 
 @pytest.mark.parametrize(("held", "change"), CONTAINERS)
 @pytest.mark.parametrize("rebound", [False, True])
-def test_containers_are_put_back_in_place(held: Any, change: Callable[[Any], Any], rebound: bool) -> None:
+def test_restore_containers_in_place(held: Any, change: Callable[[Any], Any], rebound: bool) -> None:
     owner = Owner(held=held)
     before = repr(held)
     state = PlainState([owner])
@@ -78,7 +78,7 @@ def test_containers_are_put_back_in_place(held: Any, change: Callable[[Any], Any
         assert repr(held) == before
 
 
-def test_what_is_held_twice_or_holds_itself_stays_so() -> None:
+def test_restore_keeps_shared_and_cyclic_references() -> None:
     shared: list[Any] = [1]
     shared.append(shared)
     owner = Owner(one=shared, other={"shared": shared})
@@ -96,7 +96,7 @@ def test_what_is_held_twice_or_holds_itself_stays_so() -> None:
     [random.Random(1), numpy.random.default_rng(1), numpy.random.RandomState(1), torch.Generator().manual_seed(1)],
     ids=lambda generator: type(generator).__name__,
 )
-def test_generators_draw_the_same_again(generator: Any) -> None:
+def test_restore_generators(generator: Any) -> None:
     draws: dict[type, Callable[[Any], Any]] = {
         random.Random: lambda g: [g.gauss(0, 1), g.random()],
         numpy.random.Generator: lambda g: g.standard_normal(3).tolist(),
@@ -128,7 +128,7 @@ def test_generators_draw_the_same_again(generator: Any) -> None:
     ids=str,
 )
 @pytest.mark.parametrize("how", ["in place", "rebound", "elsewhere", "resized"])
-def test_tensors_are_put_back_where_they_were(tensor: Tensor, how: str) -> None:
+def test_restore_tensors_in_same_memory(tensor: Tensor, how: str) -> None:
     tensor = tensor.detach().requires_grad_(tensor.requires_grad)
     before, memory, stride = bytes_of(tensor), tensor.data_ptr(), tensor.stride()
     owner = Owner(tensor=tensor, view=tensor.detach()[:1])
@@ -152,7 +152,7 @@ def test_tensors_are_put_back_where_they_were(tensor: Tensor, how: str) -> None:
             assert owner.view.data_ptr() == memory
 
 
-def test_a_frozen_tensor_is_trainable_again() -> None:
+def test_restore_requires_grad() -> None:
     owner = Owner(tensor=torch.ones(2, requires_grad=True))
     state = PlainState([owner])
     owner.tensor.requires_grad_(False)
@@ -160,7 +160,7 @@ def test_a_frozen_tensor_is_trainable_again() -> None:
     assert owner.tensor.requires_grad
 
 
-def test_sparse_tensors_are_put_back() -> None:
+def test_restore_sparse_tensors() -> None:
     owner = Owner(tensor=torch.eye(3).to_sparse())
     state = PlainState([owner])
     owner.tensor.copy_(torch.ones(3, 3).to_sparse())
@@ -168,7 +168,7 @@ def test_sparse_tensors_are_put_back() -> None:
     assert owner.tensor.to_dense().equal(torch.eye(3))
 
 
-def test_a_tensor_that_autograd_made_comes_back_without_its_graph() -> None:
+def test_restore_autograd_result_without_graph() -> None:
     weight = torch.ones(2, requires_grad=True)
     made = weight * 2
     owner = Owner(hidden=made, pair=(made, [made]), view=None)
@@ -182,7 +182,7 @@ def test_a_tensor_that_autograd_made_comes_back_without_its_graph() -> None:
         owner.hidden.zero_()
 
 
-def test_arrays_are_put_back_in_place() -> None:
+def test_restore_arrays_in_place() -> None:
     array, constant = numpy.arange(3.0), numpy.arange(2)
     constant.flags.writeable = False
     owner = Owner(array=array, constant=constant)
@@ -195,7 +195,7 @@ def test_arrays_are_put_back_in_place() -> None:
     assert array.tolist() == [0.0, 1.0, 2.0]
 
 
-def test_what_cannot_be_copied_is_left_alone() -> None:
+def test_unsupported_types_are_not_copied() -> None:
     lock, parameter, module = threading.Lock(), nn.Parameter(torch.ones(2)), nn.Linear(2, 2)
     with torch.inference_mode():
         made_in_inference = torch.ones(2)
@@ -231,7 +231,7 @@ def test_what_cannot_be_copied_is_left_alone() -> None:
     assert not module.weight.any()
 
 
-def test_only_what_was_asked_for_is_entered_and_only_what_is_small_is_copied() -> None:
+def test_enter_and_max_bytes_limit_copies() -> None:
     inner = Owner(count=1)
     owner = Owner(inner=inner, small=torch.zeros(2), large=torch.zeros(100), array=numpy.zeros(100))
     alone, entering = (
@@ -247,7 +247,7 @@ def test_only_what_was_asked_for_is_entered_and_only_what_is_small_is_copied() -
     assert inner.count == 1
 
 
-def test_deep_nesting_is_no_obstacle() -> None:
+def test_deep_nesting_is_supported() -> None:
     nested: list[Any] = []
     innermost = nested
     for _ in range(10000):

@@ -1,4 +1,4 @@
-"""A snapshot restored is the state it was taken from, byte for byte."""
+"""A restored snapshot equals the state it was taken from, byte for byte."""
 
 import copy
 import random
@@ -83,7 +83,7 @@ def test_restored_state_is_byte_identical(make_optimizer: Any, steps_before: int
     assert replica.steps_done == steps_before
 
 
-def test_a_snapshot_can_be_restored_more_than_once() -> None:
+def test_snapshot_can_be_restored_twice() -> None:
     replica = make_replica(OPTIMIZERS[1])
     training_step(replica, make_batch(0), TrainConfig())
     snapshot = take_snapshot(replica)
@@ -95,7 +95,7 @@ def test_a_snapshot_can_be_restored_more_than_once() -> None:
     assert results[0] == results[1]
 
 
-def test_state_of_another_dtype_than_its_parameter_is_kept() -> None:
+def test_snapshot_keeps_dtype_of_optimizer_state() -> None:
     """load_state_dict would cast it."""
     replica = make_replica(OPTIMIZERS[0], torch.bfloat16)
     training_step(replica, make_batch(0, torch.bfloat16), TrainConfig())
@@ -117,7 +117,7 @@ def test_taking_a_snapshot_changes_nothing() -> None:
 
 
 class Growing(nn.Module):
-    """Buffers that come, go and change their size in the forward pass."""
+    """Buffers that the forward pass adds, removes and resizes."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -134,7 +134,7 @@ class Growing(nn.Module):
         return self.linear(x)
 
 
-def test_buffers_that_a_forward_pass_has_added_removed_or_resized_are_as_before() -> None:
+def test_snapshot_restores_changed_buffers() -> None:
     model = Growing()
     replica = Replica(model, nn.CrossEntropyLoss(), torch.optim.SGD(model.parameters(), lr=0.1), None)
     sized = model.sized
@@ -154,7 +154,7 @@ def test_buffers_that_a_forward_pass_has_added_removed_or_resized_are_as_before(
 
 
 class Stateful(nn.Module):
-    """State in attributes that no state_dict knows."""
+    """State in attributes that no state_dict contains."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -172,7 +172,7 @@ class Stateful(nn.Module):
 
 
 class Counting(torch.optim.SGD):
-    """Steps that become smaller, by a count that begins in the class."""
+    """Optimizer whose learning rate decreases by a count that is a class attribute at first."""
 
     count = 0
 
@@ -185,7 +185,7 @@ class Counting(torch.optim.SGD):
 
 
 class Loss(nn.Module):
-    """With a weight of its own, and a count."""
+    """Criterion with a parameter and a counter."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -208,7 +208,7 @@ def step_by_hand(replica: Replica) -> None:
     training_step(replica, Batch(torch.arange(3), torch.rand(3, 2), torch.tensor([0, 1, 1])), TrainConfig())
 
 
-def state_beside(replica: Replica) -> list[Any]:
+def attribute_state(replica: Replica) -> list[Any]:
     model, criterion, optimizer = replica.model, replica.criterion, replica.optimizer
     gradients = [criterion.scale.grad, model.linear.weight.grad]
     tensors = [*model.seen, model.mask, model.kept, criterion.scale, model.linear.weight]
@@ -224,11 +224,14 @@ def state_beside(replica: Replica) -> list[Any]:
 
 
 @pytest.mark.parametrize("steps_before", [0, 2])
-def test_state_in_attributes_is_as_before_and_the_steps_after_it_come_out_alike(steps_before: int) -> None:
+def test_snapshot_restores_attributes(steps_before: int) -> None:
     replica = stateful_replica()
     for _ in range(steps_before):
         step_by_hand(replica)
-    before, held = state_beside(replica), (replica.model.seen, replica.optimizer.state, replica.optimizer.param_groups)
+    before, held = (
+        attribute_state(replica),
+        (replica.model.seen, replica.optimizer.state, replica.optimizer.param_groups),
+    )
     snapshot = take_snapshot(replica)
     ends = []
     for _ in range(2):
@@ -237,17 +240,17 @@ def test_state_in_attributes_is_as_before_and_the_steps_after_it_come_out_alike(
             step_by_hand(replica)
         replica.model.extra = nn.Linear(2, 2)
         replica.optimizer.add_param_group({"params": [torch.zeros(1, requires_grad=True)]})
-        ends.append([*state_beside(replica), *optimizer_stage(replica.model, replica.optimizer).entries().items()])
+        ends.append([*attribute_state(replica), *optimizer_stage(replica.model, replica.optimizer).entries().items()])
         replica.optimizer.state = {}
         restore_snapshot(replica, snapshot)
-        assert state_beside(replica) == before
+        assert attribute_state(replica) == before
         assert held[0] is replica.model.seen
         assert held[1] is replica.optimizer.state
         assert held[2] is replica.optimizer.param_groups
     assert ends[0] == ends[1]
 
 
-def test_a_snapshot_finds_tensors_by_stage_and_name() -> None:
+def test_snapshot_finds_tensors_by_stage_and_name() -> None:
     replica = stateful_replica()
     step_by_hand(replica)
     snapshot = take_snapshot(replica)
@@ -272,7 +275,7 @@ def test_a_snapshot_finds_tensors_by_stage_and_name() -> None:
     assert snapshot.find("weights", "nothing") is None
 
 
-def test_an_optimizer_within_an_optimizer_is_restored() -> None:
+def test_snapshot_restores_wrapped_optimizer() -> None:
     model = nn.Linear(2, 2)
     inner = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
     outer = torch.optim.SGD(model.parameters(), lr=0.0)
@@ -288,7 +291,7 @@ def test_an_optimizer_within_an_optimizer_is_restored() -> None:
     assert optimizer_stage(model, inner) == before
 
 
-def test_a_hook_that_removes_itself_is_there_again() -> None:
+def test_snapshot_restores_hooks() -> None:
     replica = make_replica(OPTIMIZERS[0])
     calls = []
 
@@ -306,8 +309,8 @@ def test_a_hook_that_removes_itself_is_there_again() -> None:
 
 
 @pytest.mark.parametrize("steps_before", [0, 2])
-def test_a_scaler_is_restored_without_reading_its_tensors(steps_before: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """To read them off a GPU is to wait for it, and so does a scaler's `state_dict`."""
+def test_snapshot_restores_scaler_without_sync(steps_before: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Reading its tensors synchronizes with the GPU, as its `state_dict` does."""
     replica = make_replica(OPTIMIZERS[0])
     scaler = replica.scaler = torch.amp.GradScaler("cpu", init_scale=16.0, growth_interval=1)
     for seed in range(steps_before):

@@ -69,7 +69,7 @@ def surroundings(replica: Replica) -> tuple[Any, ...]:
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
-def test_everything_is_left_as_it_was(num_workers: int) -> None:
+def test_evaluate_keeps_state(num_workers: int) -> None:
     replica = make_replica()
     replica.model.inner[1].eval()  # a frozen BatchNorm stays frozen
     before = surroundings(replica)
@@ -78,14 +78,14 @@ def test_everything_is_left_as_it_was(num_workers: int) -> None:
     assert [module.training for module in replica.model.inner] == [True, False, True, True, True, True]
 
 
-def test_it_runs_in_eval_mode_without_gradients() -> None:
+def test_evaluate_in_eval_mode_without_gradients() -> None:
     replica = make_replica()
     evaluation = run(replica)
     assert replica.model.seen == [(False, False, False, 16), (False, False, False, 16), (False, False, False, 5)]
     assert not evaluation.logits.requires_grad
 
 
-def test_predictions_stand_in_the_data_sets_order_whatever_the_workers() -> None:
+def test_predictions_are_in_data_set_order() -> None:
     replica = make_replica()
     data = validation()
     evaluation = run(replica)
@@ -98,7 +98,7 @@ def test_predictions_stand_in_the_data_sets_order_whatever_the_workers() -> None
 
 
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
-def test_counts_are_integers_and_the_loss_is_the_mean_over_samples(reduction: str) -> None:
+def test_tally_counts_integers_and_mean_loss(reduction: str) -> None:
     replica = make_replica(nn.CrossEntropyLoss(reduction=reduction))
     evaluation = run(replica)
     tally = evaluation.tally
@@ -113,11 +113,11 @@ def test_counts_are_integers_and_the_loss_is_the_mean_over_samples(reduction: st
     assert tally.loss != pytest.approx(unweighted, rel=1e-6), "a smaller last batch must weigh less"
 
 
-def test_mixed_precision_evaluates_as_it_trains() -> None:
+def test_evaluate_with_mixed_precision() -> None:
     assert run(make_replica(), amp="bf16").logits.dtype == torch.bfloat16
 
 
-def test_a_tally_adds_up() -> None:
+def test_tally_adds_batches() -> None:
     tally = Tally.zero(CPU)
     tally.add(torch.tensor(2.0), torch.eye(3), torch.tensor([0, 1, 0]))
     tally.add(torch.tensor(6.0), torch.eye(3)[:1], torch.tensor([0]))
@@ -136,7 +136,7 @@ class _LastOfAll(LateHasher):
         return super().start(stages)
 
 
-def test_digests_of_batches_are_the_hashers_and_waited_for_at_the_end() -> None:
+def test_evaluate_reads_digests_at_end() -> None:
     hasher = _LastOfAll()
     replica = make_replica()
     evaluation = evaluate(replica, validation(), IndexSampler(Channel(), 0), CPU, 16, 0, TrainConfig(), hasher=hasher)

@@ -15,7 +15,7 @@ from tests.fixtures import SMALL
 from tests.harness import run_job
 
 
-def test_what_goes_by_belongs_to_the_phase_that_ends() -> None:
+def test_phase_timer_adds_to_ended_phase() -> None:
     started = time.perf_counter()
     timer = PhaseTimer()
     time.sleep(0.02)
@@ -30,7 +30,7 @@ def test_what_goes_by_belongs_to_the_phase_that_ends() -> None:
     assert timer.seconds["evaluation"] == 0.0
 
 
-def test_a_step_tells_its_phases_in_order() -> None:
+def test_step_ends_phases_in_order() -> None:
     model = nn.Linear(3, 5)
     replica = Replica(model, nn.CrossEntropyLoss(), torch.optim.SGD(model.parameters(), lr=0.1), None)
     batch = Batch(torch.arange(4), torch.randn(4, 3), torch.arange(4))
@@ -42,7 +42,7 @@ def test_a_step_tells_its_phases_in_order() -> None:
     assert laps == ["forward", "backward", "forward", "backward", "optimizer"]
 
 
-def test_every_epoch_of_a_job_has_the_seconds_of_every_replica() -> None:
+def test_epoch_has_timing_of_every_replica() -> None:
     job = run_job(*SMALL)
     rows = [json.loads(line) for line in (job.folder / "metrics.jsonl").read_text().splitlines()]
     assert len(rows) == 2, job.output

@@ -59,7 +59,7 @@ def draw() -> random.Random:
 
 @pytest.mark.parametrize("bits", [1, 2, 7])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_exactly_so_many_bits_differ(dtype: torch.dtype, bits: int) -> None:
+def test_flip_bits_flips_exact_count(dtype: torch.dtype, bits: int) -> None:
     for number in range(20):
         tensor = make(dtype)
         before = bits_of(tensor)
@@ -68,7 +68,7 @@ def test_exactly_so_many_bits_differ(dtype: torch.dtype, bits: int) -> None:
         assert tensor.dtype is dtype
 
 
-def test_every_bit_of_a_float_can_be_hit() -> None:
+def test_flip_bits_reaches_every_bit() -> None:
     hit = 0
     for number in range(600):
         tensor = torch.zeros(1, dtype=torch.float32)
@@ -77,7 +77,7 @@ def test_every_bit_of_a_float_can_be_hit() -> None:
     assert hit == 2**32 - 1
 
 
-def test_every_bit_at_once_is_the_complement() -> None:
+def test_flip_bits_all_is_complement() -> None:
     for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.int64, torch.int32, torch.uint8):
         tensor = make(dtype, (2,))
         before, width = bits_of(tensor), 16 * tensor.element_size()
@@ -85,7 +85,7 @@ def test_every_bit_at_once_is_the_complement() -> None:
         assert bits_of(tensor) ^ before == 2**width - 1
 
 
-def test_a_bool_stays_a_bool() -> None:
+def test_flip_bits_keeps_bools_valid() -> None:
     tensor = make(torch.bool, (50,))
     expected = ~tensor
     flip_bits(tensor, 50, draw())
@@ -95,7 +95,7 @@ def test_a_bool_stays_a_bool() -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("view", ["transposed", "strided", "expanded from a row", "0-dim"])
-def test_any_memory_layout(dtype: torch.dtype, view: str) -> None:
+def test_flip_bits_in_any_memory_layout(dtype: torch.dtype, view: str) -> None:
     whole = make(dtype, (6, 8))
     tensor = {
         "transposed": whole.t(),
@@ -110,7 +110,7 @@ def test_any_memory_layout(dtype: torch.dtype, view: str) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_the_same_draw_twice_restores_it(dtype: torch.dtype) -> None:
+def test_flip_bits_twice_restores(dtype: torch.dtype) -> None:
     tensor = make(dtype)
     before = bits_of(tensor)
     flip_bits(tensor, 5, draw())
@@ -119,7 +119,7 @@ def test_the_same_draw_twice_restores_it(dtype: torch.dtype) -> None:
     assert bits_of(tensor) == before
 
 
-def test_autograd_and_tracers_do_not_notice() -> None:
+def test_flip_bits_is_unseen_by_autograd_and_tracers() -> None:
     weight = nn.Parameter(torch.ones(3))
     loss = (weight * weight).sum()
     version, state = weight._version, torch.get_rng_state()
@@ -193,7 +193,7 @@ def flipped(one: dict[str, int], other: dict[str, int]) -> dict[str, int]:
         ("batch", "inputs"),
     ],
 )
-def test_one_tensor_of_the_target_is_struck_at_its_step_and_not_before(target: str, kind: str, bits: int) -> None:
+def test_fault_changes_one_tensor_at_its_step(target: str, kind: str, bits: int) -> None:
     sound = run()
     struck = run({"replica": 1, "step": 3, "target": target, "bits": bits})
     assert struck[:2] == sound[:2]
@@ -203,13 +203,13 @@ def test_one_tensor_of_the_target_is_struck_at_its_step_and_not_before(target: s
         assert [other for other in STATE if sound[2][other] != struck[2][other]] == [kind]
 
 
-def test_the_named_tensor_is_struck() -> None:
+def test_fault_changes_named_tensor() -> None:
     sound = run()
     struck = run({"replica": 1, "step": 2, "target": "weights", "tensor": "1.bias", "bits": 3})
     assert flipped(sound[1]["weights"], struck[1]["weights"]) == {"1.bias": 3}
 
 
-def test_an_activation_of_the_named_module_is_struck_in_the_forward_pass() -> None:
+def test_fault_in_named_activation() -> None:
     sound = run()
     struck = run({"replica": 1, "step": 2, "target": "activation", "tensor": "5", "bits": 4})
     assert flipped(sound[1]["output"], struck[1]["output"]) == {"logits": 4}
@@ -217,12 +217,12 @@ def test_an_activation_of_the_named_module_is_struck_in_the_forward_pass() -> No
     assert sound[1]["gradients"] != struck[1]["gradients"]
 
 
-def test_other_replicas_are_left_alone() -> None:
+def test_fault_leaves_other_replicas() -> None:
     fault = {"replica": 1, "step": 2, "target": "weights"}
     assert run(fault, replica_id=0) == run()
 
 
-def test_a_fault_that_strikes_once_is_spent_and_a_repeated_one_is_not() -> None:
+def test_only_repeated_fault_recurs() -> None:
     """Also in replays, which count steps anew."""
     for repeat in (False, True):
         replica = make_replica()
@@ -241,7 +241,7 @@ def test_a_fault_that_strikes_once_is_spent_and_a_repeated_one_is_not() -> None:
         assert counts == ([0, 1, 1, 1] if repeat else [0, 1, 0, 0])
 
 
-def test_two_faults_at_one_step_both_strike() -> None:
+def test_two_faults_at_one_step() -> None:
     sound = run()
     faults = [{"replica": 1, "step": 2, "target": target} for target in ("weights", "rng")]
     struck = run(*faults)
@@ -249,7 +249,7 @@ def test_two_faults_at_one_step_both_strike() -> None:
     assert len(flipped(sound[1]["rng"], struck[1]["rng"])) == 1
 
 
-def test_evaluation_is_not_struck() -> None:
+def test_fault_spares_evaluation() -> None:
     replica = make_replica()
     fault = FaultConfig(replica=1, step=1, target="activation", tensor="5", repeat=True)
     injector = Injector([fault], 1, replica)
@@ -263,7 +263,7 @@ def test_evaluation_is_not_struck() -> None:
         assert bits_of(replica.model(inputs)) == bits_of(logits)
 
 
-def test_close_takes_the_hooks_away() -> None:
+def test_close_removes_hooks() -> None:
     targets = ("weights", "gradients", "buffers", "optimizer", "batch", "activation", "rng")
     faults = [{"replica": 1, "step": 1, "target": target, "repeat": True} for target in targets]
     replica = make_replica()
@@ -279,13 +279,13 @@ def test_close_takes_the_hooks_away() -> None:
         ({"target": "activation", "tensor": "7"}, ["activation", "7"]),
     ],
 )
-def test_a_name_that_does_not_exist_is_the_users_mistake(fault: dict[str, Any], words: list[str]) -> None:
+def test_unknown_tensor_is_usage_error(fault: dict[str, Any], words: list[str]) -> None:
     with pytest.raises(UsageError) as raised:
         run({"replica": 1, "step": 1, **fault})
     assert all(word in str(raised.value) for word in words)
 
 
-def test_there_may_be_nothing_to_strike() -> None:
+def test_empty_target_is_usage_error() -> None:
     seed_generators(0)
     model = nn.Sequential(nn.Flatten(), nn.Linear(192, 5))
     replica = Replica(model, nn.CrossEntropyLoss(), torch.optim.SGD(model.parameters(), lr=0.1))
@@ -299,7 +299,7 @@ def test_there_may_be_nothing_to_strike() -> None:
     injector.close()
 
 
-def test_a_fault_that_never_strikes_is_known() -> None:
+def test_not_injected_lists_pending_faults() -> None:
     replica = make_replica()
     struck, late = (FaultConfig(replica=1, step=step, target="weights", repeat=True) for step in (2, 99))
     injector = Injector([struck, late], 1, replica)
@@ -310,7 +310,7 @@ def test_a_fault_that_never_strikes_is_known() -> None:
     injector.close()
 
 
-def test_the_first_tensor_of_a_nested_activation_is_struck() -> None:
+def test_fault_in_nested_activation() -> None:
     """As of an LSTM, which returns (output, (hidden, cell))."""
     model = nn.LSTM(4, 3)
     body = nn.Sequential(model)
@@ -328,7 +328,7 @@ def test_the_first_tensor_of_a_nested_activation_is_struck() -> None:
 
 @pytest.mark.parametrize("num_samples", [2, 3, 5, 64, 80, 81])
 @pytest.mark.parametrize("bits", [1, 3, 8])
-def test_a_struck_index_is_another_one_of_the_data_set(num_samples: int, bits: int) -> None:
+def test_fault_in_index_stays_in_data_set(num_samples: int, bits: int) -> None:
     replica = make_replica()
     for seed in range(40):
         indices = torch.from_numpy(numpy.random.default_rng(seed).permutation(num_samples))
@@ -344,7 +344,7 @@ def test_a_struck_index_is_another_one_of_the_data_set(num_samples: int, bits: i
         assert (received != indices).sum() == 1  # spent
 
 
-def test_faulty_coordinator_strikes_the_batch_of_its_step_and_no_other() -> None:
+def test_faulty_coordinator_changes_one_batch() -> None:
     replica, channel = make_replica(), Channel()
     fault = FaultConfig(replica=0, step=8, target="indices")
     faulty = FaultyCoordinator(channel, 5, Injector([fault], 0, replica))

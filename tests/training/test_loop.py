@@ -88,21 +88,21 @@ def numbers(events: Sequence[Any]) -> list[Any]:
     return [(event.epoch, event.step, event.train, event.val) for event in events if isinstance(event, EpochDone)]
 
 
-def test_the_scheduler_steps_once_an_epoch_after_its_last_step() -> None:
+def test_scheduler_steps_after_epoch() -> None:
     _, _, replica, rates = alone(config())
     assert rates == [1.0] * STEPS + [0.5] * STEPS + [0.25] * STEPS
     assert replica.optimizer.param_groups[0]["lr"] == 0.125
     assert replica.scheduler.last_epoch == 3
 
 
-def test_a_scheduler_per_step_steps_after_each_step_of_the_optimizer() -> None:
+def test_scheduler_steps_after_optimizer() -> None:
     _, _, replica, rates = alone(config(schedule={"per": "step"}))
     assert rates == [0.5**step for step in range(1, 3 * STEPS + 1)], "as each step leaves them"
     assert replica.scheduler.last_epoch == 3 * STEPS
 
 
 @pytest.mark.parametrize(("max_steps", "epochs", "last_epoch"), [(7, 2, 1), (5, 1, 1), (3, 1, 0), (99, 3, 3)])
-def test_max_steps_stops_in_mid_epoch_and_still_evaluates(max_steps: int, epochs: int, last_epoch: int) -> None:
+def test_max_steps_ends_epoch_and_evaluates(max_steps: int, epochs: int, last_epoch: int) -> None:
     events, lines, replica, _ = alone(config(train={"max_steps": max_steps}))
     steps = [event for event in events if isinstance(event, StepDone)]
     taken = min(max_steps, 3 * STEPS)
@@ -115,7 +115,7 @@ def test_max_steps_stops_in_mid_epoch_and_still_evaluates(max_steps: int, epochs
     assert max(line["step"] for line in lines[1:]) == taken
 
 
-def test_a_stop_request_ends_in_mid_epoch_after_the_same_step_everywhere() -> None:
+def test_stop_request_stops_all_after_same_step() -> None:
     events, _, replica, _ = alone(config(), stop_after=6)
     assert isinstance(events[-1], Stopped)
     # Compared one step later: the request is seen with the comparison of the step after it.
@@ -124,7 +124,7 @@ def test_a_stop_request_ends_in_mid_epoch_after_the_same_step_everywhere() -> No
     assert replica.scheduler.last_epoch == 1
 
 
-def test_the_same_trace_twice_and_another_for_another_seed() -> None:
+def test_trace_depends_on_seed_only() -> None:
     events, lines, _, _ = alone(config())
     again, lines_again, _, _ = alone(config())
     assert digests(lines_again) == digests(lines)
@@ -140,7 +140,7 @@ def run_body(world: World, sections: dict[str, Any]) -> Any:
     return digests(lines) if world.is_coordinator else None, numbers(events)
 
 
-def test_any_number_of_replicas_leaves_the_same_digests() -> None:
+def test_digests_do_not_depend_on_num_replicas() -> None:
     sections = {"train": {"epochs": 2}}
     with open_world(timeout=30) as world:
         expected, (one, two) = run_body(world, sections)

@@ -19,7 +19,7 @@ CPU = torch.device("cpu")
 
 
 @given(st.integers(1, 60), st.integers(1, 20), st.integers(1, 8), st.none() | st.integers(1, 8))
-def test_it_is_the_smallest_chunk_of_the_batches_that_are_taken(
+def test_smallest_part_of_taken_batches(
     num_samples: int, batch_size: int, accumulate: int, max_steps: int | None
 ) -> None:
     batches = torch.arange(num_samples).split(batch_size)[:max_steps]
@@ -59,7 +59,7 @@ def check(model: nn.Module, num_samples: int, **sections: Any) -> None:
         (9, {"data": {"batch_size": 4}, "train": {"max_steps": 3}}),
     ],
 )
-def test_a_pass_of_one_sample_that_would_fail_is_refused(
+def test_single_sample_batch_is_usage_error(
     make: Callable[[], nn.Module], num_samples: int, sections: dict[str, Any]
 ) -> None:
     seed_generators(1)
@@ -85,9 +85,7 @@ def test_a_pass_of_one_sample_that_would_fail_is_refused(
         (fails, 8, {"data": {"batch_size": 4}, "train": {"accumulate": 2}}),
     ],
 )
-def test_what_would_run_is_left_alone(
-    make: Callable[[], nn.Module], num_samples: int, sections: dict[str, Any]
-) -> None:
+def test_valid_batch_sizes_pass(make: Callable[[], nn.Module], num_samples: int, sections: dict[str, Any]) -> None:
     model = make().train()
     buffers = [buffer.numpy().tobytes() for buffer in model.buffers()]
     images = TensorImages(torch.randn(num_samples, 3, 2, 2), torch.zeros(num_samples, dtype=torch.int64))
@@ -97,7 +95,7 @@ def test_what_would_run_is_left_alone(
     assert [buffer.numpy().tobytes() for buffer in model.buffers()] == buffers
 
 
-def test_a_batch_norm_in_eval_mode_does_not_count() -> None:
+def test_batch_norm_in_eval_mode_passes() -> None:
     model = fails().train()
     model[2].eval()
     check(model, 9, data={"batch_size": 4})

@@ -30,7 +30,7 @@ def images(size: int) -> list[Any]:
 @pytest.mark.parametrize(
     ("name", "takes", "refuses"), [("vit_b_32", 224, 256), ("maxvit_t", 224, 64), ("squeezenet1_1", 32, 8)]
 )
-def test_the_size_that_a_model_takes(name: str, takes: int, refuses: int) -> None:
+def test_check_image_size_rejects_other_sizes(name: str, takes: int, refuses: int) -> None:
     config = RunConfig.model_validate({"model": {"name": name}})
     with torch.device("meta"):
         model = torchvision.models.get_model(name)
@@ -43,7 +43,7 @@ def test_the_size_that_a_model_takes(name: str, takes: int, refuses: int) -> Non
             check_image_size(model, dataset, config)
 
 
-def test_neither_the_model_nor_the_generators_are_changed() -> None:
+def test_check_image_size_changes_nothing() -> None:
     config = RunConfig.model_validate({"model": {"name": "mobilenet_v3_small"}})  # batch norm, and dropout
     model = torchvision.models.get_model(config.model.name).train()
     state = {name: tensor.numpy().tobytes() for name, tensor in model.state_dict().items()}
@@ -53,12 +53,12 @@ def test_neither_the_model_nor_the_generators_are_changed() -> None:
     assert {name: tensor.numpy().tobytes() for name, tensor in model.state_dict().items()} == state
 
 
-def test_a_data_set_that_does_not_tell_its_shape_is_not_asked() -> None:
+def test_check_image_size_skips_unknown_shape() -> None:
     config = RunConfig.model_validate({"model": {"name": "vit_b_32"}})
     check_image_size(torch.nn.Linear(2, 2), [(torch.zeros(3), 0)], config)  # type: ignore[arg-type]
 
 
-def test_a_run_ends_with_one_message() -> None:
+def test_wrong_image_size_ends_with_one_message() -> None:
     job = run_job(*SMALL, "--model.factory=null", "--model.name=squeezenet1_1")
     assert job.exitcodes == {0: 2, 1: 2}, job.output
     (message,) = messages(job.output)

@@ -33,7 +33,7 @@ def measure(world: World) -> Spread:
     return measure_spread(evaluation(world.replica_id), world.channel)
 
 
-def test_three_replicas() -> None:
+def test_spread_of_three_replicas() -> None:
     first, *others = run_replicas(measure, 3)
     assert others == [first, first]
     assert first.n == 3
@@ -57,7 +57,7 @@ def measure_wider(world: World) -> Spread:
     return measure_spread(own, world.channel)
 
 
-def test_replicas_with_other_numbers_of_classes_are_compared_where_they_can_be() -> None:
+def test_spread_with_different_class_counts() -> None:
     first, *others = run_replicas(measure_wider, 3)
     assert others == [first, first]
     # Predictions 0121, 0013, 0220.
@@ -67,6 +67,6 @@ def test_replicas_with_other_numbers_of_classes_are_compared_where_they_can_be()
     assert first.accuracy_mean == pytest.approx(7 / 12)
 
 
-def test_one_replica_has_no_deviation() -> None:
+def test_spread_of_one_replica() -> None:
     spread = measure_spread(evaluation(1), Channel())
     assert spread == Spread(1, 0.25, None, [[0.0]], 0.25)

@@ -62,7 +62,7 @@ def everything(replica: Replica) -> list[bytes | None]:
     return bytes_of(*tensors)
 
 
-def test_steps_equal_a_textbook_loop_byte_for_byte() -> None:
+def test_step_equals_textbook_loop() -> None:
     data = batches([16, 16, 5])
     replica = make_replica()
     outputs = [training_step(replica, batch, config()) for batch in data]
@@ -83,7 +83,7 @@ def test_steps_equal_a_textbook_loop_byte_for_byte() -> None:
 
 
 @pytest.mark.parametrize("max_norm", [0.01, 1e6])
-def test_clipping_equals_torchs(max_norm: float) -> None:
+def test_clipping_equals_torch(max_norm: float) -> None:
     (batch,) = batches([16])
     replica = make_replica()
     training_step(replica, batch, config(grad_clip=max_norm))
@@ -109,7 +109,7 @@ CRITERIA = {
 
 @pytest.mark.parametrize("criterion", CRITERIA.values(), ids=CRITERIA.keys())
 @pytest.mark.parametrize(("size", "parts"), [(16, 4), (16, 3), (5, 4), (7, 2)])
-def test_accumulating_parts_is_one_step_up_to_rounding(criterion: nn.Module, size: int, parts: int) -> None:
+def test_accumulation_equals_one_step_up_to_rounding(criterion: nn.Module, size: int, parts: int) -> None:
     (batch,) = batches([size])
     whole, split = (make_replica(without_batch_norm(), criterion) for _ in "12")
     one = training_step(whole, batch, config())
@@ -123,7 +123,7 @@ def test_accumulating_parts_is_one_step_up_to_rounding(criterion: nn.Module, siz
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 5, 6, 7, 9])
-def test_more_parts_than_divide_the_batch_are_no_error(size: int) -> None:
+def test_accumulation_with_uneven_parts(size: int) -> None:
     (batch,) = batches([size])
     forwards = []
     replica = make_replica(without_batch_norm())
@@ -134,7 +134,7 @@ def test_more_parts_than_divide_the_batch_are_no_error(size: int) -> None:
     assert output.logits.shape == (size, NUM_CLASSES)
 
 
-def test_a_sum_is_the_mean_times_the_samples() -> None:
+def test_sum_reduction_is_mean_times_samples() -> None:
     (batch,) = batches([8])
     mean, total = make_replica(without_batch_norm()), make_replica(without_batch_norm(), CRITERIA["sum"])
     mean_out, sum_out = (training_step(replica, batch, config()) for replica in (mean, total))
@@ -146,7 +146,7 @@ def test_a_sum_is_the_mean_times_the_samples() -> None:
     assert tallies[0].accuracy == tallies[1].accuracy
 
 
-def test_bf16_autocast_reaches_the_forward_pass_alone() -> None:
+def test_bf16_autocast_covers_forward_only() -> None:
     (batch,) = batches([16])
     replica = make_replica()
     output = training_step(replica, batch, config(amp="bf16"))
@@ -167,7 +167,7 @@ def fp16_replica() -> Replica:
 
 
 @pytest.mark.parametrize("clip", [None, 0.01])
-def test_fp16_scales_the_loss_and_unscales_the_gradients(clip: float | None) -> None:
+def test_fp16_scales_loss_and_unscales_gradients(clip: float | None) -> None:
     (batch,) = batches([16])
     replica = fp16_replica()
     before = copy.deepcopy(replica.model)
@@ -187,7 +187,7 @@ def test_fp16_scales_the_loss_and_unscales_the_gradients(clip: float | None) -> 
     torch.testing.assert_close(gradients, expected, rtol=1e-2, atol=1e-4)
 
 
-def test_an_fp16_overflow_skips_the_step_and_shows_in_the_state() -> None:
+def test_fp16_overflow_skips_step() -> None:
     (batch,) = batches([16])
     replica = fp16_replica()
 
@@ -207,7 +207,7 @@ def test_an_fp16_overflow_skips_the_step_and_shows_in_the_state() -> None:
 
 
 @pytest.mark.parametrize("logits", [None, {"logits": torch.zeros(4, 5)}, torch.zeros(3, 5), torch.zeros(())])
-def test_what_are_no_logits(logits: Any) -> None:
+def test_model_without_logits_is_usage_error(logits: Any) -> None:
     class Gives(nn.Linear):
         def forward(self, _inputs: Tensor) -> Any:
             return logits

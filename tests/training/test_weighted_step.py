@@ -47,7 +47,7 @@ some_weights = st.lists(st.floats(0.125, 4, width=32), min_size=NUM, max_size=NU
 @pytest.mark.parametrize("criterion", CRITERIA, ids=str)
 @settings(max_examples=15, deadline=None)
 @given(weights=some_weights, accumulate=st.integers(1, 8))
-def test_weights_are_repetitions_and_parts_make_up_the_whole(criterion: Any, weights: Tensor, accumulate: int) -> None:
+def test_weights_equal_repeated_samples(criterion: Any, weights: Tensor, accumulate: int) -> None:
     loss, grad = gradient(criterion, batch(weights))
     in_parts = gradient(criterion, batch(weights), accumulate)
     torch.testing.assert_close((loss, grad), in_parts)
@@ -63,7 +63,7 @@ def test_weights_are_repetitions_and_parts_make_up_the_whole(criterion: Any, wei
 
 
 @given(some_weights)
-def test_it_is_the_weighted_mean(weights: Tensor) -> None:
+def test_weighted_loss_is_weighted_mean(weights: Tensor) -> None:
     of = batch(weights.double())
     logits = of.inputs[:, :CLASSES]
     losses = nn.functional.cross_entropy(logits, of.labels, reduction="none")
@@ -71,7 +71,7 @@ def test_it_is_the_weighted_mean(weights: Tensor) -> None:
     torch.testing.assert_close(found, (weights * losses).sum() / weights.sum(), check_dtype=False)
 
 
-def test_the_criterion_is_left_as_it_was_and_other_shapes_are_averaged() -> None:
+def test_weighted_loss_keeps_criterion() -> None:
     criterion = nn.MSELoss()
     logits, targets = torch.arange(12.0).view(4, 3), torch.zeros(4, 3)
     weights = torch.tensor([1.0, 0.0, 2.0, 1.0])
@@ -81,7 +81,7 @@ def test_the_criterion_is_left_as_it_was_and_other_shapes_are_averaged() -> None
 
 
 @pytest.mark.parametrize("accumulate", [1, 3])
-def test_a_batch_of_weight_0_changes_nothing(accumulate: int) -> None:
+def test_batch_of_weight_zero_changes_nothing(accumulate: int) -> None:
     loss, grad = gradient(nn.CrossEntropyLoss(), batch(torch.zeros(NUM)), accumulate)
     assert loss == 0
     assert not grad.any()
@@ -91,7 +91,7 @@ class Own(nn.Module):
     """A criterion without a reduction."""
 
 
-def test_which_criteria_can_be_weighted() -> None:
+def test_criterion_without_reduction_is_usage_error() -> None:
     weights = torch.ones(3)
     for criterion in (nn.CrossEntropyLoss(), nn.NLLLoss(reduction="sum")):
         check_criterion_weighs(criterion, weights)

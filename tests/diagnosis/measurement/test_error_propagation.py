@@ -1,4 +1,4 @@
-"""The path of a difference: how far apart results are, operator by operator."""
+"""Measurement of a difference, operator by operator."""
 
 import math
 
@@ -16,29 +16,28 @@ from dreplica.distributed.channel import Channel
 from tests.diagnosis.replay.test_replay_run import indices_of, load, train, with_momentum
 from tests.fixtures import SMALL
 from tests.harness import run_job
-from tests.messages import texts
 
 
 def record(name: str, outputs: bytes, phase: str = "forward") -> OpRecord:
     return OpRecord(f"aten.{name}.default", "", phase, b"in", outputs, "")
 
 
-def test_operators_that_differ_are_followed_to_the_end_of_their_phase() -> None:
+def test_differing_operators_end_with_their_phase() -> None:
     one = [record(name, b"x") for name in "abcd"] + [record("e", b"x", "backward")]
     other = [record(name, b"y" if name in "bd" else b"x") for name in "abcd"] + [record("e", b"y", "backward")]
     assert path._differing(one, other, 1) == [1, 3]
-    assert path._differing(one, [*other[:2], record("z", b"x"), *other[3:]], 1) == [1], "from there on, another course"
+    assert path._differing(one, [*other[:2], record("z", b"x"), *other[3:]], 1) == [1], "the runs differ from there on"
 
 
 @pytest.mark.parametrize("count", [1, 5, 6, 7, 100])
-def test_of_many_operators_evenly_spaced_ones_are_compared(count: int) -> None:
+def test_evenly_keeps_first_and_last(count: int) -> None:
     chosen = path.evenly(range(10, 10 + count), 6)
     assert len(chosen) == min(count, 6)
     assert (chosen[0], chosen[-1]) == (10, 9 + count)
     assert chosen == sorted(set(chosen))
 
 
-def test_the_distance_of_results_is_the_largest_over_all_of_them() -> None:
+def test_distance_is_maximum_over_results() -> None:
     one = torch.tensor([1.0, 2.0, -4.0])
     other = one.clone()
     for _ in range(3):
@@ -57,7 +56,7 @@ def test_the_distance_of_results_is_the_largest_over_all_of_them() -> None:
     assert path._distance([(one, 3)], [(one * math.nan, 3)])["max_ulp"] is None
 
 
-def test_of_a_large_result_evenly_spaced_elements_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_output_sampler_keeps_evenly_spaced_elements(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("dreplica.diagnosis.tracing.output_sampler._MOST_ELEMENTS", 10)
     model = nn.Sequential(nn.Linear(3, 5), nn.ReLU())
     inputs = torch.randn(7, 3)
@@ -72,7 +71,7 @@ def test_of_a_large_result_evenly_spaced_elements_are_kept(monkeypatch: pytest.M
     assert sample.numpy().tobytes() == expected.flatten()[::4].detach().numpy().tobytes()
 
 
-def test_a_replica_that_differs_from_itself_is_compared_with_itself() -> None:
+def test_path_compares_replica_with_itself() -> None:
     job = run_job("--config=configs/cases/racy_sum.yaml")
     verdict, found = job.report["verdict"], job.report["divergence"]["path"]
     assert verdict["cause"] == "nondeterministic-operator", job.output
@@ -82,12 +81,12 @@ def test_a_replica_that_differs_from_itself_is_compared_with_itself() -> None:
     assert max(row["max_ulp"] for row in found["operators"]) > 0
 
 
-def test_without_an_operator_there_is_no_path() -> None:
+def test_path_is_empty_without_operator() -> None:
     replayer = train(with_momentum).replayer(load)
     assert measure_path(Decision("transient-fault", [0], []), [[]], [], replayer, indices_of(3), Channel()) == {}
 
 
-def test_a_declared_difference_is_followed_from_its_operator_to_the_loss() -> None:
+def test_path_leads_from_operator_to_loss() -> None:
     job = run_job(*SMALL, "--overrides.1.determinism.onednn=false")
     verdict, found = job.report["verdict"], job.report["divergence"]
     operators = found["path"]["operators"]
@@ -96,12 +95,13 @@ def test_a_declared_difference_is_followed_from_its_operator_to_the_loss() -> No
     assert operators[-2]["operator"] == "aten.nll_loss_forward.default"
     assert {row["phase"] for row in operators} == {"forward"}
     assert all(row["num_differing"] > 0 and row["max_ulp"] > 0 for row in operators)
-    (line,) = [line for line in texts(verdict["evidence"]) if line.startswith("output 0: ")]
-    told = f"{operators[0]['num_differing']} of {operators[0]['num_elements']} elements differ"
-    assert f"{told}, at most {operators[0]['max_ulp']} ULP apart" in line
+    (line,) = [line for line in verdict["evidence"] if line["code"] == "output-differs"]
+    assert (line["data"]["output"], line["data"]["max_ulp"]) == (0, operators[0]["max_ulp"])
+    counts = f"{operators[0]['num_differing']} of {operators[0]['num_elements']} elements differ"
+    assert f"{counts}, at most {operators[0]['max_ulp']} ULP apart" in line["text"]
     assert found["stage_groups"]["batch"] == [[0, 1]]
     assert found["stage_groups"]["buffers"] == [[0], [1]]
 
 
-def test_a_path_leaves_the_verdict_its_documented_fields() -> None:
+def test_verdict_has_no_path_fields() -> None:
     assert not {"path", "stage_groups"} & set(Verdict(False, "none", "").as_dict())

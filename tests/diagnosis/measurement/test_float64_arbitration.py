@@ -1,4 +1,4 @@
-"""arbitrate: another order of summation is possible, a high bit flipped is not."""
+"""Arbitration in float64: another order of summation is possible, a flipped high bit is not."""
 
 import math
 from collections.abc import Callable
@@ -11,7 +11,6 @@ from torch.nn import functional as F
 from dreplica.diagnosis.measurement import float64_arbitration as arbitrate_module
 from dreplica.diagnosis.measurement.float64_arbitration import Arbitration, arbitrate
 from dreplica.diagnosis.tracing.op_tracer import Captured, OpTracer
-from tests.messages import codes, texts
 
 SIZES = {torch.float32: torch.int32, torch.bfloat16: torch.int16, torch.float16: torch.int16}
 DTYPES = [torch.float32, torch.bfloat16]
@@ -22,7 +21,7 @@ def random(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Te
 
 
 def capture(function: str, run: Callable[[], object]) -> Captured:
-    """The first call of `function` while `run` runs."""
+    """Capture the first call of `function` in `run`."""
     with OpTracer() as tracer:
         run()
     number = next(i for i, record in enumerate(tracer.records) if record.name == function)
@@ -36,14 +35,14 @@ def capture(function: str, run: Callable[[], object]) -> Captured:
 def judge(captured: Captured, *sides: list[Tensor]) -> list[bool]:
     arbitration = arbitrate(captured, sides, range(len(sides)))
     assert isinstance(arbitration, Arbitration)
-    words = ["within" if possible else "outside" for possible in arbitration.possible]
-    for replica_id, (word, line) in enumerate(zip(words, texts(arbitration.evidence), strict=True)):
-        assert f"replica {replica_id}'s result is {word} rounding error" in line
+    codes = [f"float64-{'within' if possible else 'outside'}" for possible in arbitration.possible]
+    assert [line.code for line in arbitration.evidence] == codes
+    assert [line.data["replica"] for line in arbitration.evidence] == list(range(len(sides)))
     return arbitration.possible
 
 
 def flip(outputs: list[Tensor], bit: int, which: int = 0) -> list[Tensor]:
-    """The outputs with one bit flipped in an element of ordinary size; `bit` counts from the sign, 0, downwards."""
+    """Flip one bit in an element of median size; `bit` counts down from the sign bit, 0."""
     copies = [output.clone(memory_format=torch.contiguous_format) for output in outputs]
     target = copies[which].reshape(-1)
     index = int((target.abs() - target.abs().float().median()).abs().argmin())
@@ -59,7 +58,7 @@ def exponent_bits(dtype: torch.dtype) -> int:
 
 
 def in_parts(multiply: Callable[[Tensor, Tensor], Tensor], a: Tensor, b: Tensor, dim_a: int, dim_b: int) -> Tensor:
-    """The product summed in another order: in three parts, each over terms in another order."""
+    """Sum the product in another order: in three parts with shuffled terms."""
     order = torch.randperm(a.shape[dim_a], generator=torch.Generator().manual_seed(3))
     parts = [
         multiply(a.index_select(dim_a, part).float(), b.index_select(dim_b, part).float())
@@ -72,13 +71,13 @@ def check(captured: Captured, other_order: list[Tensor]) -> None:
     dtype = other_order[0].dtype
     assert [tensor.shape for tensor in captured.outputs] == [tensor.shape for tensor in other_order]
     assert judge(captured, captured.outputs, other_order) == [True, True]
-    struck = []
+    corrupted = []
     for which in range(len(other_order)):
-        struck += [flip(captured.outputs, bit, which) for bit in range(exponent_bits(dtype) + 3)]
+        corrupted += [flip(captured.outputs, bit, which) for bit in range(exponent_bits(dtype) + 3)]
         for value in (math.nan, math.inf, -math.inf):
-            struck.append([output.clone() for output in captured.outputs])
-            struck[-1][which].reshape(-1)[0] = value
-    assert judge(captured, *struck, other_order) == [False] * len(struck) + [True]
+            corrupted.append([output.clone() for output in captured.outputs])
+            corrupted[-1][which].reshape(-1)[0] = value
+    assert judge(captured, *corrupted, other_order) == [False] * len(corrupted) + [True]
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -131,7 +130,7 @@ def test_reductions(dtype: torch.dtype, reduce: Callable[..., Tensor]) -> None:
         assert judged.evidence[0].data["ratio"] > 0
 
 
-def test_sums_of_integers_are_exact() -> None:
+def test_arbitrate_integer_sums_exactly() -> None:
     a = torch.arange(100)
     captured = capture("aten.sum.default", lambda: a.sum())
     assert judge(captured, captured.outputs, [torch.tensor(4951)]) == [True, False]
@@ -156,7 +155,7 @@ def test_convolution(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("bias", "input_grad"), [(True, True), (False, True), (True, False)])
 def test_convolution_backward(dtype: torch.dtype, bias: bool, input_grad: bool) -> None:
-    """Gradients that are not asked for are None: the others still meet their own reference."""
+    """Gradients that are not requested are None; the others are compared with their own reference."""
     inputs, weight, shift = convolve(dtype, bias, input_grad)
     given = random(4, 6, 9, 9, dtype=dtype, seed=4)
 
@@ -179,8 +178,8 @@ def test_convolution_backward(dtype: torch.dtype, bias: bool, input_grad: bool) 
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
-def test_inputs_that_are_not_finite(value: float) -> None:
-    """Where such an input reaches, any result is possible; where it does not, results are still judged."""
+def test_arbitrate_nonfinite_inputs(value: float) -> None:
+    """Any result is possible where such an input contributes. Other results are still judged."""
     a, b = random(4, 50), random(50, 3, seed=1)
     a[0, 0] = value
     captured = capture("aten.mm.default", lambda: a @ b)
@@ -190,20 +189,20 @@ def test_inputs_that_are_not_finite(value: float) -> None:
     assert judge(captured, captured.outputs, [elsewhere], [nowhere]) == [True, False, True]
 
 
-def test_overflow_is_possible() -> None:
+def test_arbitrate_accepts_overflow() -> None:
     a = torch.full((2, 4), 1e20)
     captured = capture("aten.mm.default", lambda: a @ a.t())
     assert captured.outputs[0].isinf().all()
     assert judge(captured, captured.outputs) == [True]
 
 
-def test_empty_results() -> None:
+def test_arbitrate_empty_results() -> None:
     captured = capture("aten.mm.default", lambda: torch.zeros(0, 4) @ torch.zeros(4, 3))
     assert judge(captured, captured.outputs) == [True]
 
 
-def test_settings_that_round_more_on_a_gpu() -> None:
-    """What TensorFloat-32 gives is possible if it is allowed, and only then, and only on a GPU."""
+def test_arbitrate_tf32_only_where_allowed() -> None:
+    """TensorFloat-32 results are possible only if it is allowed, and only on a GPU."""
     a, b = random(8, 64), random(64, 8, seed=1)
     captured = capture("aten.mm.default", lambda: a @ b)
     tf32 = [((a * (1 + 2.0**-12)) @ b)]  # a systematic error as large as that of rounding to 10 bits of mantissa
@@ -218,7 +217,7 @@ def test_settings_that_round_more_on_a_gpu() -> None:
         torch.backends.cuda.matmul.allow_tf32 = False
 
 
-def test_operators_without_a_bound() -> None:
+def test_arbitrate_unknown_operator_is_none() -> None:
     x = random(4, 4)
     captured = capture("aten.exp.default", lambda: x.exp())
     assert arbitrate(captured, [captured.outputs], [0]) is None
@@ -237,7 +236,7 @@ EXACT = {
 
 @pytest.mark.parametrize("dtype", [*DTYPES, torch.float64])
 @pytest.mark.parametrize("function", EXACT)
-def test_what_does_not_round_has_one_possible_result(function: str, dtype: torch.dtype) -> None:
+def test_arbitrate_exact_operators_have_one_result(function: str, dtype: torch.dtype) -> None:
     x = random(6, 7, dtype=dtype)
     x[0, 0], x[0, 1] = math.nan, -math.inf
     captured = capture(function, lambda: EXACT[function](x))
@@ -246,9 +245,9 @@ def test_what_does_not_round_has_one_possible_result(function: str, dtype: torch
     arbitration = arbitrate(captured, [[sound], [torch.nextafter(sound, target)]], [0, 1])
     assert arbitration is not None
     assert arbitration.possible == [True, False]
-    assert codes(arbitration.evidence) == ["float64-equal", "float64-unequal"]
+    assert [line.code for line in arbitration.evidence] == ["float64-equal", "float64-unequal"]
     assert arbitration.evidence[1].data["replica"] == 1
-    assert judge_again(captured, sound), "an operator that writes in place has not changed what is kept"
+    assert judge_again(captured, sound), "an in-place operator must not change the captured inputs"
 
 
 def judge_again(captured: Captured, sound: Tensor) -> bool:
@@ -257,7 +256,7 @@ def judge_again(captured: Captured, sound: Tensor) -> bool:
     return arbitration.possible == [True]
 
 
-def test_products_in_place() -> None:
+def test_arbitrate_in_place_products() -> None:
     x = random(30, 40)
     captured = capture("aten.mul_.Tensor", lambda: x.clone().mul_(0.3))
     assert judge(captured, captured.outputs, flip(captured.outputs, 3)) == [True, False]
@@ -268,7 +267,7 @@ def test_products_in_place() -> None:
     assert judge(counted, counted.outputs, [torch.tensor(43)]) == [True, False]
 
 
-def test_sparse_tensors_count_as_what_they_stand_for() -> None:
+def test_arbitrate_sparse_tensors_as_dense() -> None:
     a, b = random(4, 4).relu(), random(4, 4, seed=1)
     sparse = a.to_sparse()
     captured = Captured([sparse, b], [a @ b], "aten.mm.default", ((sparse, b), {}))
@@ -278,7 +277,7 @@ def test_sparse_tensors_count_as_what_they_stand_for() -> None:
     assert judge(captured, [total], [total * 2]) == [True, False]
 
 
-def test_a_precision_that_onednn_was_allowed_is_possible() -> None:
+def test_arbitrate_accepts_allowed_onednn_precision() -> None:
     a, b = random(8, 64), random(64, 8, seed=1)
     captured = capture("aten.mm.default", lambda: a @ b)
     rounded = [a.bfloat16().float() @ b.bfloat16().float()]
@@ -292,7 +291,7 @@ def test_a_precision_that_onednn_was_allowed_is_possible() -> None:
         matmul.fp32_precision = "none"
 
 
-def test_the_newer_flags_of_precision_do_not_get_in_the_way() -> None:
+def test_arbitrate_reads_new_precision_flags() -> None:
     matmul = torch.backends.cuda.matmul
     before = matmul.fp32_precision
     a, b = random(8, 64), random(64, 8, seed=1)
@@ -305,7 +304,7 @@ def test_the_newer_flags_of_precision_do_not_get_in_the_way() -> None:
         matmul.fp32_precision = before
 
 
-def test_a_judge_that_is_wrong_in_float64_is_not_to_be_trusted(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_arbitrate_distrusts_wrong_float64(monkeypatch: pytest.MonkeyPatch) -> None:
     bias, a, b = random(12, seed=2), random(20, 300), random(300, 12, seed=1)
     runs = {
         "aten.mm.default": lambda: a @ b,

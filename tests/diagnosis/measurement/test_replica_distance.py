@@ -1,4 +1,4 @@
-"""How far replicas are apart, against numbers worked out by hand."""
+"""Distances between replicas, against hand-computed values."""
 
 import math
 from typing import Any
@@ -64,7 +64,7 @@ def measured(world: World, change: str) -> Any:
     return measure_distance(replica, world.channel)
 
 
-def test_distances_by_hand() -> None:
+def test_distance_matches_hand_computed_values() -> None:
     rows = run_replicas(measured, 3, "steps")
     assert rows[0] == rows[1] == rows[2]
     row = rows[0]
@@ -76,7 +76,7 @@ def test_distances_by_hand() -> None:
     assert row["optimizer"] == {"max_ulp": [0, 0, 0], "l2": [0.0, 0.0, 0.0]}
 
 
-def test_the_norm_is_over_all_tensors_of_a_stage() -> None:
+def test_distance_norm_is_over_whole_stage() -> None:
     row = run_replicas(measured, 2, "three and four")[0]
     assert row["weights"]["l2"] == [0.0, 5.0]
     assert row["optimizer"]["l2"] == [0.0, math.sqrt(8.0)]  # two momenta, 2 apart each
@@ -84,7 +84,7 @@ def test_the_norm_is_over_all_tensors_of_a_stage() -> None:
 
 
 class Unusual(Few):
-    """Of dtypes and layouts that are not sent every day, and a loss that is trained, too."""
+    """Buffers of unusual dtypes and layouts."""
 
     def __init__(self, replica_id: int) -> None:
         super().__init__()
@@ -102,38 +102,38 @@ def measured_unusual(world: World) -> Any:
     return measure_distance(Replica(model, criterion, optimizer), world.channel)
 
 
-def test_tensors_of_any_dtype_and_layout_have_a_distance() -> None:
+def test_distance_of_any_dtype_and_layout() -> None:
     row = run_replicas(measured_unusual, 2)[0]
     assert row["buffers"]["l2"] == [0.0, math.hypot(1.0, 2.0)]
     assert row["weights"]["l2"] == [0.0, 0.0]
     assert row["optimizer"]["l2"] == [0.0, math.sqrt(75.0)]
 
 
-def test_the_sign_of_zero_is_no_distance() -> None:
+def test_distance_ignores_sign_of_zero() -> None:
     row = run_replicas(measured, 2, "sign of zero")[0]
     assert row["weights"] == {"max_ulp": [0, 0], "l2": [0.0, 0.0]}
 
 
-def test_a_nan_has_no_distance() -> None:
+def test_distance_of_nan_is_none() -> None:
     row = run_replicas(measured, 2, "nan")[0]
     assert row["weights"]["max_ulp"] == [0, None]
     assert row["weights"]["l2"][0] == 0.0
     assert math.isnan(row["weights"]["l2"][1])
 
 
-def test_other_tensors_have_no_distance() -> None:
+def test_distance_of_other_tensors_is_empty() -> None:
     assert run_replicas(measured, 2, "shape") == [{}, {}]
 
 
 @pytest.mark.parametrize(
     ("momentum", "stages"), [(0.9, {"weights", "buffers", "optimizer"}), (0.0, {"weights", "buffers"})]
 )
-def test_alone_and_without_state(momentum: float, stages: set[str]) -> None:
+def test_distance_of_one_replica_is_zero(momentum: float, stages: set[str]) -> None:
     row = measure_distance(make_replica(momentum), Channel())
     assert row == {stage: {"max_ulp": [0], "l2": [0.0]} for stage in stages}
 
 
-def test_measuring_changes_nothing() -> None:
+def test_measure_distance_keeps_weights() -> None:
     replica = make_replica()
     before = [tensor.detach().numpy().tobytes() for tensor in replica.model.parameters()]
     measure_distance(replica, Channel())

@@ -1,4 +1,4 @@
-"""A build run again tells what it draws that nobody seeded, and where two builds part."""
+"""Repeated builds: unseeded draws, and the operator at which builds diverge."""
 
 import random
 import re
@@ -18,18 +18,9 @@ from dreplica.state.replica import Replica
 from dreplica.state.rng import get_rng_state, set_rng_state
 from dreplica.state.stages import rng_stage
 from tests.fixtures import tiny_model
-from tests.messages import codes, data_of, text_of
 
-BEFORE = Evidence.of("no-majority", num_replicas=3)
-FOUND = Verdict(
-    False,
-    "unexplained",
-    "parted",
-    step=0,
-    stage="weights",
-    groups=[[0, 2], [1]],
-    evidence=[BEFORE],
-)
+BEFORE = Evidence("text", "before")
+FOUND = Verdict(False, "unexplained", "diverged", step=0, stage="weights", groups=[[0, 2], [1]], evidence=[BEFORE])
 
 
 @pytest.fixture(autouse=True)
@@ -40,7 +31,7 @@ def _restore_generators():
 
 
 class Gathered(Channel):
-    """All replicas' answers, given beforehand."""
+    """Channel whose `gather` returns prepared rows."""
 
     def __init__(self, rows: list[Any]) -> None:
         super().__init__()
@@ -77,14 +68,14 @@ def entropy_in_a_buffer() -> Replica:
 
 
 def drawn_in_vain() -> Replica:
-    """Weights and buffers come out the same, the generators do not."""
+    """Weights and buffers are the same in each build, generator states differ."""
     for _ in range(random.SystemRandom().randrange(2, 1000)):
         random.random()
     return sound()
 
 
 def through_numpys_memory() -> Replica:
-    """No operator shows it."""
+    """No operator records the write."""
     replica = sound()
     replica.model[5].bias.detach().numpy()[:] = numpy.random.default_rng().normal(size=5)
     return replica
@@ -101,13 +92,11 @@ def through_numpys_memory() -> Replica:
         (through_numpys_memory, False),
     ],
 )
-def test_a_build_that_depends_on_its_seed_alone_is_reproducible(
-    build: Callable[[], Replica], reproducible: bool
-) -> None:
+def test_rebuild_reproducible_if_seeded(build: Callable[[], Replica], reproducible: bool) -> None:
     assert rebuild(build, 42).reproducible is reproducible
 
 
-def test_the_generators_are_put_back_also_after_a_failure() -> None:
+def test_rebuild_restores_generators() -> None:
     before = rng_stage()
     rebuild(one_more_draw, 42)
     assert rng_stage() == before
@@ -121,7 +110,7 @@ def test_the_generators_are_put_back_also_after_a_failure() -> None:
     assert rng_stage() == before
 
 
-def test_the_seed_counts() -> None:
+def test_rebuild_depends_on_seed() -> None:
     one, same, other = rebuild(sound, 1), rebuild(sound, 1), rebuild(sound, 2)
     assert [record.outputs for record in one.records] == [record.outputs for record in same.records]
     assert [record.outputs for record in one.records] != [record.outputs for record in other.records]
@@ -132,32 +121,29 @@ def explained(*builds: Callable[[], Replica], found: Verdict = FOUND) -> Verdict
     return explain_build(found, rows[0], Gathered(rows))
 
 
-def test_explain_build_names_the_differing_draw() -> None:
+def test_explain_build_names_diverging_draw() -> None:
     verdict = explained(sound, one_more_draw, sound)
-    assert verdict.cause == "unexplained", "what draws more is said, what it means is not decided here"
+    assert verdict.cause == "unexplained", "the draw is named, and the cause is decided elsewhere"
     assert verdict.phase == "build"
     assert verdict.operator == "aten.rand.default"
-    assert verdict.evidence[0].code == "no-majority"
-    assert "rebuild-reproduces" in codes(verdict.evidence)
-    line = text_of(verdict.evidence, "rebuild-diverges")
-    assert "on replica 0" in line
-    assert "aten.rand.default at" in line
-    assert "test_rebuild.py" in line
-    assert "on replica 1" in line
+    before, reproduces, diverges = verdict.evidence
+    assert (before, reproduces.code, diverges.code) == (BEFORE, "rebuild-reproduces", "rebuild-diverges")
+    assert diverges.data["one"].endswith(" on replica 0")
+    assert re.search(r"^aten\.rand\.default at \S+test_rebuild\.py:\d+ on replica 1$", diverges.data["other"])
 
 
-def test_a_build_that_does_not_reproduce_itself_is_not_seeded() -> None:
+def test_explain_build_not_seeded() -> None:
     for number, builds in enumerate([(numpys_own, sound, sound), (sound, numpys_own, sound)]):
         verdict = explained(*builds)
         assert verdict.cause == "build-not-seeded"
-        assert data_of(verdict.evidence, "rebuild-varies") == {"replicas": [number]}
-        line = text_of(verdict.evidence, "rebuild-diverges")
-        assert re.search(r"operator \d+: \S+ at \S+ in one build, \S+ at \S+ in the next", line)
-        assert "seed-own-generator" in codes(verdict.remedy)
+        _, varies, diverges = verdict.evidence
+        assert (varies.code, varies.data) == ("rebuild-varies", {"replicas": [number]})
+        assert re.search(r"operator \d+: \S+ at \S+ in one build, \S+ at \S+ in the next", diverges.text)
+        assert "seed-own-generator" in [remedy.code for remedy in verdict.remedy]
         assert verdict.phase == "build"
 
 
-def test_a_difference_that_no_operator_shows_is_said_to_be_outside_of_them() -> None:
+def test_explain_build_difference_outside_operators() -> None:
     verdict = explained(sound, through_numpys_memory, sound)
     assert verdict.cause == "build-not-seeded"
     assert verdict.evidence[-1].code == "rebuild-operators-agree"
@@ -168,11 +154,11 @@ def test_a_difference_that_no_operator_shows_is_said_to_be_outside_of_them() -> 
     assert verdict.evidence[-1].code == "rebuild-operators-agree"
 
 
-def test_a_build_that_goes_on_longer_parts_at_the_others_end() -> None:
+def test_explain_build_of_different_length() -> None:
     def longer() -> Replica:
         replica = sound()
         replica.model.register_buffer("more", torch.ones(1).neg())
         return replica
 
     verdict = explained(sound, longer, sound)
-    assert "no further operator" in verdict.evidence[-1].text
+    assert verdict.evidence[-1].data["one"] == "no further operator on replica 0"

@@ -1,4 +1,4 @@
-"""Whole jobs whose models, losses or data hold state beside what is compared: replays come out as the steps did."""
+"""Whole jobs whose models, criteria or data have state that is not compared: replays equal the original steps."""
 
 from typing import Any
 
@@ -23,7 +23,7 @@ def verdict_of(*arguments: str) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("name", ["by_the_count", *MODELS, "with_center_loss"])
-def test_a_flipped_weight_is_found_across_an_evaluation(name: str) -> None:
+def test_flipped_weight_is_found_across_evaluation(name: str) -> None:
     verdict = verdict_of(part(name), FLIPPED.format(8))
     assert (verdict["cause"], verdict["suspects"], verdict["step"]) == ("transient-fault", [1], 8)
     assert verdict["stage"] == "weights"
@@ -33,17 +33,17 @@ def test_a_flipped_weight_is_found_across_an_evaluation(name: str) -> None:
     ("name", "stage", "operator"),
     [("once_on_replica_1", "output", "aten.mul.Tensor"), ("resized_on_replica_1", "buffers", "aten.zeros.default")],
 )
-def test_code_that_one_replica_runs_once_is_found_and_no_fault(name: str, stage: str, operator: str) -> None:
+def test_code_run_once_is_no_fault(name: str, stage: str, operator: str) -> None:
     verdict = verdict_of(part(name))
     assert (verdict["cause"], verdict["suspects"], verdict["stage"]) == ("structure-differs", [1], stage)
     assert verdict["operator"] == operator
 
 
-def test_a_loss_with_weights_to_learn_may_be_in_the_optimizer() -> None:
+def test_criterion_parameters_in_optimizer() -> None:
     assert verdict_of(part("with_center_loss"))["cause"] == "none"
 
 
-def test_a_buffer_of_shared_memory_can_be_broadcast() -> None:
+def test_broadcast_of_unusual_buffers() -> None:
     assert verdict_of(part("expanded"), "--model.init=broadcast")["cause"] == "none"
     assert verdict_of(part("odd_dtypes"), "--model.init=broadcast")["cause"] == "none"
 
@@ -51,7 +51,7 @@ def test_a_buffer_of_shared_memory_can_be_broadcast() -> None:
 @pytest.mark.parametrize(
     "argument", [*map(part, (*MODELS, "with_center_loss")), "--data.name=tests.diagnosis.replay.stateful:restless"]
 )
-def test_going_on_after_a_difference_ends_as_if_it_had_not_been_looked_into(argument: str) -> None:
+def test_diagnosis_does_not_change_training(argument: str) -> None:
     arguments = (*SMALL, argument, FLIPPED.format(3), "--agreement.on_divergence=continue")
     probed, unprobed = (run_job(*arguments, f"--agreement.snapshot_every={every}", num_replicas=2) for every in (50, 0))
     assert len(probed.report["verdict"]["evidence"]) > len(unprobed.report["verdict"]["evidence"]), probed.output

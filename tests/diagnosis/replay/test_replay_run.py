@@ -149,7 +149,7 @@ def everything(replica: Replica) -> dict[str, Any]:
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("every", [50, 2])
-def test_close_puts_back_every_byte(kind: Callable[[nn.Module], Replica], every: int) -> None:
+def test_close_restores_every_byte(kind: Callable[[nn.Module], Replica], every: int) -> None:
     trained = train(kind, every)
     replica = trained.replica
     replica.model.eval()
@@ -171,7 +171,7 @@ def test_close_puts_back_every_byte(kind: Callable[[nn.Module], Replica], every:
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("step", [1, 3, NUM_STEPS])
-def test_replays_come_to_what_was_compared(kind: Callable[[nn.Module], Replica], step: int) -> None:
+def test_replay_equals_original_step(kind: Callable[[nn.Module], Replica], step: int) -> None:
     trained = train(kind)
     replayer = trained.replayer()
     assert replayer.approach(step) is None
@@ -184,7 +184,7 @@ def test_replays_come_to_what_was_compared(kind: Callable[[nn.Module], Replica],
     replayer.close()
 
 
-def test_training_goes_on_after_a_replay_as_if_it_had_not_been() -> None:
+def test_training_after_replay_is_unchanged() -> None:
     ends = []
     for replayed in (False, True):
         trained = train(with_adamw)
@@ -200,7 +200,7 @@ def test_training_goes_on_after_a_replay_as_if_it_had_not_been() -> None:
 
 
 @pytest.mark.parametrize("wrong_at", [1, 3])
-def test_approach_reports_the_first_step_that_does_not_come_out_as_compared(wrong_at: int) -> None:
+def test_approach_reports_first_differing_step(wrong_at: int) -> None:
     trained = train(with_momentum)
     entries = trained.history.entries
     for number, entry in enumerate(entries):
@@ -212,7 +212,7 @@ def test_approach_reports_the_first_step_that_does_not_come_out_as_compared(wron
     replayer.close()
 
 
-def test_approach_reports_a_step_that_draws_from_elsewhere() -> None:
+def test_approach_reports_step_with_foreign_draw() -> None:
     """Data that comes out otherwise each time: the words are right, the replay is not."""
     trained = train(with_momentum)
     entropy = random.SystemRandom()
@@ -227,7 +227,7 @@ def test_approach_reports_a_step_that_draws_from_elsewhere() -> None:
     replayer.close()
 
 
-def test_a_step_that_was_not_compared_is_passed_over() -> None:
+def test_approach_skips_steps_not_compared() -> None:
     trained = train(with_momentum, compared=lambda step: step == NUM_STEPS)
     replayer = trained.replayer()
     assert replayer.approach(NUM_STEPS) is None
@@ -235,7 +235,7 @@ def test_a_step_that_was_not_compared_is_passed_over() -> None:
     replayer.close()
 
 
-def test_what_is_there_now_is_compared_with_the_replay_only_while_it_is_there() -> None:
+def test_present_and_replayed_needs_current_step() -> None:
     trained = train(with_momentum)
     weight = trained.replica.model.body[5].weight
     with torch.no_grad():
@@ -273,7 +273,7 @@ class Moody(Noisy):
 
 
 @pytest.mark.parametrize("every", [50, 2])
-def test_evaluations_and_modes_are_followed(every: int) -> None:
+def test_approach_follows_evaluations_and_modes(every: int) -> None:
     seed_generators(3)
     replica = with_momentum(Moody())
     agreement = Agreement(replica.model, replica.optimizer)

@@ -49,7 +49,7 @@ def make() -> nn.Module:
     return nn.Sequential(Block(), Block())
 
 
-def test_operators_belong_to_the_innermost_module() -> None:
+def test_path_is_of_innermost_module() -> None:
     seen = places(make(), torch.randn(2, 4))
     assert where(seen, "addmm", False) == ["0.inner.0", "1.inner.0"]
     assert where(seen, "tanh", False) == ["0.inner.1", "1.inner.1"]
@@ -57,21 +57,21 @@ def test_operators_belong_to_the_innermost_module() -> None:
     assert where(seen, "sum", False)[-1] == ""
 
 
-def test_the_backward_pass_goes_the_same_way_back() -> None:
+def test_backward_paths_mirror_forward() -> None:
     seen = places(make(), torch.randn(2, 4, requires_grad=True))
     assert where(seen, "tanh_backward", True) == ["1.inner.1", "0.inner.1"]
     assert where(seen, "mm", True) == ["1.inner.0", "1.inner.0", "0.inner.0", "0.inner.0"]
     assert set(where(seen, "expand", True)) == {""}  # of the sum, outside
 
 
-def test_a_module_used_twice_has_one_path() -> None:
+def test_module_used_twice_has_one_path() -> None:
     block = Block()
     seen = places(nn.Sequential(block, nn.Tanh(), block), torch.randn(2, 4))
     assert where(seen, "addmm", False) == ["0.inner.0", "0.inner.0"]
     assert set(where(seen, "tanh_backward", True)) == {"0.inner.1", "1"}
 
 
-def test_without_a_model_paths_begin_beneath_the_module_called_first() -> None:
+def test_paths_without_model_are_relative() -> None:
     block = Block()
     holder = nn.ModuleDict({"block": block})
     assert where(places(block, torch.randn(2, 4), named=False), "tanh", False) == ["inner.1"]
@@ -82,7 +82,7 @@ def test_without_a_model_paths_begin_beneath_the_module_called_first() -> None:
 
 
 @pytest.mark.parametrize("kind", [ValueError, GeneratorExit])  # of the second kind torch tells no hook
-def test_a_module_left_by_an_exception_is_left(kind: type[BaseException]) -> None:
+def test_module_left_by_exception(kind: type[BaseException]) -> None:
     class Fails(nn.Module):
         def forward(self, inputs: Tensor) -> Tensor:
             raise kind
@@ -107,7 +107,7 @@ def test_a_module_left_by_an_exception_is_left(kind: type[BaseException]) -> Non
 
 
 @pytest.mark.parametrize("reentrant", [True, False])
-def test_recomputed_activations_are_part_of_the_backward_pass(reentrant: bool) -> None:
+def test_recomputed_activations_are_backward(reentrant: bool) -> None:
     class Checkpointed(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -122,7 +122,7 @@ def test_recomputed_activations_are_part_of_the_backward_pass(reentrant: bool) -
     assert where(seen, "tanh_backward", True) == ["block.inner.1"]
 
 
-def test_a_backward_pass_has_been_seen_until_the_next_forward() -> None:
+def test_backward_seen_until_next_forward() -> None:
     paths = ModulePaths(model := make())
     with paths, Seen(paths):
         loss = model(torch.randn(2, 4)).sum()
@@ -133,7 +133,7 @@ def test_a_backward_pass_has_been_seen_until_the_next_forward() -> None:
         assert not paths.backward_seen
 
 
-def test_a_compiled_model_has_no_paths() -> None:
+def test_compiled_model_has_no_paths() -> None:
     model = make()
     model[0].compile(backend="eager")
     before = len(torch_module._global_forward_hooks)
@@ -142,7 +142,7 @@ def test_a_compiled_model_has_no_paths() -> None:
         assert paths.current() == ""
 
 
-def test_no_hook_is_left_behind() -> None:
+def test_module_paths_removes_hooks() -> None:
     class Fails(nn.Module):
         def forward(self, inputs: Tensor) -> Tensor:
             raise ValueError(f"{len(torch_module._global_forward_hooks)} hooks")

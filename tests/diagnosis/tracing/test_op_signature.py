@@ -12,7 +12,7 @@ from dreplica.diagnosis.tracing.op_signature import signature_of, tensors_in
 aten = torch.ops.aten
 
 
-def test_in_place_operators_read_and_write_their_first_argument_once() -> None:
+def test_in_place_operators_read_and_write() -> None:
     signature = signature_of(aten.add_.Tensor)
     one, other = torch.ones(2), torch.ones(2)
     assert signature.name == "aten.add_.Tensor"
@@ -22,7 +22,7 @@ def test_in_place_operators_read_and_write_their_first_argument_once() -> None:
     assert not signature.draws
 
 
-def test_what_is_overwritten_is_not_read() -> None:
+def test_overwritten_arguments_are_not_inputs() -> None:
     into, source = torch.empty(2), torch.ones(2)
     assert same(signature_of(aten.copy_.default).inputs((into, source), {}), [source])
     assert same(signature_of(aten.copy_.default).outputs(into, (into, source), {}), [into])
@@ -30,21 +30,21 @@ def test_what_is_overwritten_is_not_read() -> None:
     assert same(signature_of(aten.mul_.Tensor).inputs((into, source), {}), [into, source])
 
 
-def test_an_out_argument_is_written_and_not_read() -> None:
+def test_out_argument_is_written_not_read() -> None:
     one, other, out = torch.ones(2), torch.ones(2), torch.empty(2)
     signature = signature_of(aten.add.out)
     assert same(signature.inputs((one, other), {"out": out}), [one, other])
     assert same(signature.outputs(out, (one, other), {"out": out}), [out])
 
 
-def test_lists_of_tensors_count_one_by_one() -> None:
+def test_tensor_lists_count_individually() -> None:
     group, others = [torch.ones(2), torch.ones(3)], [torch.ones(2), torch.ones(3)]
     signature = signature_of(aten._foreach_add_.List)
     assert same(signature.inputs((group, others), {}), [*group, *others])
     assert same(signature.outputs(None, (group, others), {}), group)
 
 
-def test_batch_norm_writes_its_statistics_although_the_schema_does_not_say_so() -> None:
+def test_batch_norm_statistics_are_outputs() -> None:
     signature = signature_of(aten.native_batch_norm.default)
     images, weight, bias = torch.randn(4, 2), torch.ones(2), torch.zeros(2)
     mean, variance = torch.zeros(2), torch.ones(2)
@@ -61,7 +61,7 @@ def test_batch_norm_writes_its_statistics_although_the_schema_does_not_say_so() 
     ("op", "recorded"),
     [(aten.empty.memory_format, False), (aten.empty_like.default, False), (aten.zeros.default, True)],
 )
-def test_memory_that_nobody_has_written_is_not_recorded(op: Any, recorded: bool) -> None:
+def test_uninitialized_results_are_not_recorded(op: Any, recorded: bool) -> None:
     assert signature_of(op).recorded is recorded
 
 
@@ -77,7 +77,7 @@ def test_memory_that_nobody_has_written_is_not_recorded(op: Any, recorded: bool)
         (aten.clone.default, False, False),
     ],
 )
-def test_views_compute_nothing(op: Any, is_view: bool, shows_part: bool) -> None:
+def test_views_are_marked(op: Any, is_view: bool, shows_part: bool) -> None:
     signature = signature_of(op)
     assert (signature.is_view, signature.shows_part) == (is_view, shows_part)
 
@@ -93,7 +93,7 @@ def test_views_compute_nothing(op: Any, is_view: bool, shows_part: bool) -> None
         (aten.sort.default, False),
     ],
 )
-def test_which_operators_draw(op: Any, draws: bool) -> None:
+def test_drawing_operators_are_marked(op: Any, draws: bool) -> None:
     assert signature_of(op).draws is draws
 
 
@@ -106,7 +106,7 @@ def test_scratch_results_are_left_out_by_position(op: Any, kept: list[int]) -> N
     assert same(signature_of(op).outputs(results, (), {}), [results[number] for number in kept])
 
 
-def test_every_operator_of_the_tables_exists() -> None:
+def test_tables_name_existing_operators() -> None:
     for packet, names in {**tables._SCRATCH_ARGUMENTS, **tables._UNDECLARED_WRITES}.items():
         op = getattr(aten, packet.removeprefix("aten."))
         arguments = {a.name for overload in op.overloads() for a in getattr(op, overload)._schema.arguments}
@@ -120,7 +120,7 @@ def test_every_operator_of_the_tables_exists() -> None:
         assert signature_of(getattr(getattr(aten, name.split(".")[1]), name.split(".")[2])).is_view
 
 
-def test_tensors_in_nested_arguments_come_in_order() -> None:
+def test_tensors_in_keeps_order() -> None:
     one, two, three = (torch.ones(1) * i for i in range(3))
     assert same(tensors_in([one, (2, "x", [two]), {"k": three}, None]), [one, two, three])
 

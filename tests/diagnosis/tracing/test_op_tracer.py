@@ -108,7 +108,7 @@ def test_modules_and_phases_of_nested_modules() -> None:
     assert {record.phase for record in tracer.records[-4:]} == {"optimizer"}
 
 
-def test_paths_are_those_of_the_model_however_it_is_called() -> None:
+def test_paths_are_relative_to_model() -> None:
     model = nn.ModuleDict({"trunk": nn.Linear(4, 4), "head": nn.Sequential(nn.ReLU(), nn.Linear(4, 5))})
 
     def run() -> None:
@@ -120,14 +120,14 @@ def test_paths_are_those_of_the_model_however_it_is_called() -> None:
     assert places(tracer, "aten.relu.") == [("head.0", "forward")]
 
 
-def test_without_a_model_paths_begin_beneath_the_first_module_called() -> None:
+def test_paths_without_model_are_relative() -> None:
     model = Net()
     with OpTracer() as tracer:
         model(images())
     assert places(tracer, "aten.convolution.")[1:] == [("body.0.conv", "forward"), ("body.1.conv", "forward")]
 
 
-def test_accumulating_a_gradient_belongs_to_its_parameters_module() -> None:
+def test_gradient_accumulation_has_parameters_module() -> None:
     model = nn.Sequential(nn.Linear(4, 4, bias=False), nn.Linear(4, 5))
     inputs = torch.randn(6, 4)
     trace(model, inputs=inputs)
@@ -153,7 +153,7 @@ def test_tied_weights() -> None:
     assert places(tracer, "aten.add") == [("table", "backward")]
 
 
-def test_a_module_called_twice() -> None:
+def test_module_called_twice() -> None:
     layer = nn.Linear(4, 4)
     model = nn.Sequential(layer, nn.Tanh(), layer, nn.Linear(4, 5))
     tracer = trace(model, inputs=torch.randn(6, 4))
@@ -161,7 +161,7 @@ def test_a_module_called_twice() -> None:
     assert [module for module, _ in places(tracer, "aten.tanh_backward")] == ["1"]
 
 
-def test_a_frozen_trunk_has_no_backward() -> None:
+def test_frozen_trunk_has_no_backward() -> None:
     model = Net()
     for module in (model.stem_with_a_long_name, model.body):
         module.requires_grad_(False)
@@ -170,7 +170,7 @@ def test_a_frozen_trunk_has_no_backward() -> None:
     assert {module for module, phase in places(tracer, "aten.") if phase == "backward"} == {"", "h"}
 
 
-def test_an_lstm_between_other_layers() -> None:
+def test_lstm_between_other_layers() -> None:
     class Tagger(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -203,7 +203,7 @@ class Doubling(nn.Module):
         return Double.apply(x)
 
 
-def test_a_custom_autograd_function() -> None:
+def test_custom_autograd_function() -> None:
     model = nn.Sequential(nn.Linear(4, 5), Doubling())
     tracer = trace(model, inputs=torch.randn(6, 4))
     assert places(tracer, "aten.mul.Tensor") == [("1", "forward"), ("1", "backward")]
@@ -232,7 +232,7 @@ def test_checkpointing(reentrant: bool) -> None:
     assert ("first", "backward") in places(tracer, "aten.mm")
 
 
-def test_everything_after_the_backward_pass_is_the_optimizers() -> None:
+def test_optimizer_phase_follows_backward() -> None:
     model = Net()
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.1, foreach=True)
 
@@ -250,7 +250,7 @@ def test_everything_after_the_backward_pass_is_the_optimizers() -> None:
     assert places(tracer, "aten.nll_loss_forward") == [("", "forward")] * 2
 
 
-def test_a_closure_runs_forward_and_backward_within_the_optimizer() -> None:
+def test_closure_has_forward_and_backward() -> None:
     model = nn.Linear(4, 5)
     optimizer = torch.optim.LBFGS(model.parameters(), max_iter=1)
     inputs = torch.randn(6, 4)
@@ -290,7 +290,7 @@ def test_autocast_and_grad_scaler(dtype: torch.dtype) -> None:
 # What a record holds
 
 
-def test_source_is_the_users_line() -> None:
+def test_source_is_user_code_line() -> None:
     tracer = trace(nn.Linear(4, 5), inputs=torch.randn(6, 4))
     record = first(tracer.records, "aten.addmm")
     file, _, line = record.source.rpartition(":")
@@ -298,7 +298,7 @@ def test_source_is_the_users_line() -> None:
     assert "F.cross_entropy(model(" in Path(file).read_text().splitlines()[int(line) - 1]
 
 
-def test_source_is_empty_where_the_training_step_calls() -> None:
+def test_source_is_empty_for_training_step() -> None:
     from dreplica.config.schema import TrainConfig
     from dreplica.data.loading.loader import Batch
     from dreplica.state.replica import Replica
@@ -314,7 +314,7 @@ def test_source_is_empty_where_the_training_step_calls() -> None:
     assert first(tracer.records, "aten.split").source == ""
 
 
-def test_batch_norms_statistics_are_outputs() -> None:
+def test_batch_norm_statistics_are_outputs() -> None:
     model = nn.BatchNorm2d(3)
     with OpTracer() as tracer:
         model(images())
@@ -324,7 +324,7 @@ def test_batch_norms_statistics_are_outputs() -> None:
     assert not any(digest in record.inputs for digest in statistics)
 
 
-def test_digests_of_what_goes_in_and_comes_out() -> None:
+def test_digests_of_inputs_and_outputs() -> None:
     a, b = torch.randn(3, 4), torch.randn(4, 2)
     with OpTracer() as tracer:
         c = a @ b
@@ -338,7 +338,7 @@ def test_digests_of_what_goes_in_and_comes_out() -> None:
     assert tracer.records[0].scalars == "2.5"
 
 
-def test_scalars_tell_calls_apart() -> None:
+def test_scalars_distinguish_calls() -> None:
     x = torch.ones(3)
     with OpTracer() as tracer:
         torch.add(x, x, alpha=2)
@@ -349,7 +349,7 @@ def test_scalars_tell_calls_apart() -> None:
 
 
 @pytest.mark.parametrize("split", [torch.chunk, torch.unbind])
-def test_views_into_several(split: Callable[..., tuple[Tensor, ...]]) -> None:
+def test_views_with_several_results(split: Callable[..., tuple[Tensor, ...]]) -> None:
     x = torch.randn(2, 3)
     with OpTracer() as tracer:
         parts = split(x, 2) if split is torch.chunk else split(x)
@@ -373,7 +373,7 @@ def test_records_hold_no_tensors() -> None:
 
 
 @pytest.mark.filterwarnings("ignore:.*reduce_op:FutureWarning")
-def test_the_model_itself_is_not_kept_alive_by_the_trace() -> None:
+def test_trace_does_not_keep_model_alive() -> None:
     with OpTracer() as tracer:
         nn.Linear(1000, 2)(torch.randn(1, 1000))
     gc.collect()
@@ -411,7 +411,7 @@ def test_tracing_changes_neither_results_nor_generators() -> None:
     assert outcomes[0] == outcomes[1]
 
 
-def test_nothing_is_left_behind() -> None:
+def test_tracer_removes_hooks() -> None:
     hooks = nn.modules.module
     model = Net()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
@@ -436,7 +436,7 @@ def test_identical_runs_have_identical_records() -> None:
     assert one == other
 
 
-def test_another_draw_shows_as_another_input() -> None:
+def test_draw_is_part_of_inputs() -> None:
     x = torch.ones(100)
     torch.manual_seed(0)
     with OpTracer() as tracer:
@@ -474,7 +474,7 @@ DRAWS: dict[str, Callable[[], object]] = {
 
 
 @pytest.mark.parametrize("draw", DRAWS.values(), ids=DRAWS.keys())
-def test_operators_that_draw_do_not_count_as_striking_the_generator(draw: Callable[[], object]) -> None:
+def test_drawing_operators_do_not_mark_generator(draw: Callable[[], object]) -> None:
     before = torch.get_rng_state()
     with OpTracer() as tracer:
         draw()
@@ -485,7 +485,7 @@ def test_operators_that_draw_do_not_count_as_striking_the_generator(draw: Callab
 
 
 @pytest.mark.parametrize("then", [lambda: None, lambda: torch.rand(3)], ids=["at the end", "before a draw"])
-def test_a_generator_changed_by_anything_else_is_struck(then: Callable[[], object]) -> None:
+def test_generator_changed_by_other_code(then: Callable[[], object]) -> None:
     with OpTracer() as tracer:
         torch.rand(3)
         state = torch.get_rng_state()
@@ -495,7 +495,7 @@ def test_a_generator_changed_by_anything_else_is_struck(then: Callable[[], objec
     assert tracer.generator_changed
 
 
-def test_memory_that_was_never_written_makes_no_difference() -> None:
+def test_uninitialized_memory_is_ignored() -> None:
     """The records of one program, run over memory filled with two different patterns, are the same."""
     script = """
 import pickle, sys, torch
@@ -544,7 +544,7 @@ sys.stdout.buffer.write(pickle.dumps(tracer.records))
     assert differing == []
 
 
-def test_the_tables_of_exceptions_name_what_exists() -> None:
+def test_exception_tables_name_existing_operators() -> None:
     tables = (op_signature._SCRATCH_ARGUMENTS, op_signature._UNDECLARED_WRITES)
     for packet, names in [item for table in tables for item in table.items()]:
         operator = getattr(torch.ops.aten, packet.removeprefix("aten.")).default
@@ -561,7 +561,7 @@ def test_the_tables_of_exceptions_name_what_exists() -> None:
         assert schema.arguments[0].alias_info.is_write, packet
 
 
-def test_reading_memory_that_was_never_written_does_show() -> None:
+def test_read_of_uninitialized_memory_is_recorded() -> None:
     """Not a false difference but a true one: the result depends on it."""
     one, other = torch.zeros(3), torch.ones(3)
     records = []
@@ -573,7 +573,7 @@ def test_reading_memory_that_was_never_written_does_show() -> None:
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")
-def test_tensors_without_bytes_of_their_own() -> None:
+def test_tensors_without_plain_memory() -> None:
     with OpTracer() as tracer:
         torch.ones(3, device="meta") * 2
         torch.quantize_per_tensor(torch.ones(3), 0.1, 0, torch.qint8).dequantize()
@@ -587,7 +587,7 @@ def test_tensors_without_bytes_of_their_own() -> None:
 # Capture
 
 
-def test_capture_keeps_one_operators_tensors() -> None:
+def test_capture_keeps_tensors_of_one_operator() -> None:
     torch.manual_seed(0)
     model = Net()
     snapshot = copy.deepcopy(model.state_dict())
@@ -612,7 +612,7 @@ def test_capture_keeps_one_operators_tensors() -> None:
         assert not alive & {tensor.data_ptr() for tensor in [*captured.inputs, *captured.outputs]}
 
 
-def test_capture_of_a_call_that_overwrites_its_argument_keeps_what_went_in() -> None:
+def test_capture_keeps_overwritten_inputs() -> None:
     x = torch.arange(3.0)
     with OpTracer(capture=0) as tracer:
         x.mul_(2)
@@ -627,7 +627,7 @@ def test_capture_of_a_call_that_overwrites_its_argument_keeps_what_went_in() -> 
 @pytest.mark.filterwarnings("error:Using `torch.compile")  # torch gives it where hooks are added to compiled modules
 @pytest.mark.parametrize("in_place", [False, True])
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
-def test_compiled_code_runs_compiled_while_it_is_traced(backend: str, in_place: bool) -> None:
+def test_compiled_code_stays_compiled(backend: str, in_place: bool) -> None:
     torch._dynamo.reset()
     runs = []
     compile_with = torch._dynamo.lookup_backend(backend)
@@ -666,7 +666,7 @@ def test_compiled_code_runs_compiled_while_it_is_traced(backend: str, in_place: 
     assert [record.name for record in other.records] == [record.name for record in tracer.records]
 
 
-def test_a_compiled_function_within_a_model_does_not_raise() -> None:
+def test_compiled_function_within_model() -> None:
     torch._dynamo.reset()
 
     class Partly(nn.Module):
@@ -683,7 +683,7 @@ def test_a_compiled_function_within_a_model_does_not_raise() -> None:
     assert places(tracer, "aten.tanh.") == [("", "forward")]
 
 
-def test_a_thread_without_frames_of_its_own() -> None:
+def test_source_in_thread_without_frames() -> None:
     """As autograd's are that run the backward pass of a GPU: they are no threads of Python's."""
     tracer = OpTracer()
     arguments = (tracer, torch.ops.aten.add.Tensor, (), (torch.ones(2), torch.ones(2)))
@@ -694,7 +694,7 @@ def test_a_thread_without_frames_of_its_own() -> None:
     assert [(record.name, record.source) for record in tracer.records] == [("aten.add.Tensor", "")]
 
 
-def test_a_draw_on_a_gpu_reads_that_gpus_generator(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_gpu_draw_uses_gpu_generator(monkeypatch: pytest.MonkeyPatch) -> None:
     """Also one that makes a new tensor there, and is given none."""
     state = torch.arange(16, dtype=torch.uint8)
     monkeypatch.setattr(torch.cuda, "get_rng_state", lambda: state)

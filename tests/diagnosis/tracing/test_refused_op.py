@@ -23,7 +23,7 @@ class Put(nn.Module):
         return values.put(torch.tensor([0, 0]), torch.ones(2))
 
 
-def test_the_operator_is_named_with_module_and_phase(strict: None) -> None:
+def test_find_refused_names_module_and_phase(strict: None) -> None:
     model = nn.Sequential(nn.Linear(4, 4), Put())
     with pytest.raises(RuntimeError) as raised:
         model(torch.ones(2, 4))
@@ -32,12 +32,12 @@ def test_the_operator_is_named_with_module_and_phase(strict: None) -> None:
     assert found == Raised("aten.put.default", "1", "forward")
 
 
-def test_a_step_that_runs_names_none(strict: None) -> None:
+def test_find_refused_without_refusal(strict: None) -> None:
     model = nn.Linear(4, 4)
     assert find_refused(lambda: model(torch.ones(2, 4)), None, model) is None
 
 
-def test_another_error_is_none_of_strict_modes(strict: None) -> None:
+def test_find_refused_reraises_other_errors(strict: None) -> None:
     model = nn.Linear(4, 4)
     with pytest.raises(RuntimeError, match="shapes cannot be multiplied") as raised:
         find_refused(lambda: model(torch.ones(2, 5)), None, model)

@@ -73,7 +73,7 @@ def good_steps(folder: Path, part: str | None) -> list[int]:
 
 @pytest.mark.parametrize("part", [None, "replica_0"])
 @pytest.mark.parametrize("damaged", [(), (5,), (5, 9)], ids=str)
-def test_between_any_two_operations(damaged: tuple[int, ...], part: str | None, tmp_path: Path) -> None:
+def test_crash_between_any_two_operations(damaged: tuple[int, ...], part: str | None, tmp_path: Path) -> None:
     """One checkpoint is kept, step 3's is good, and step 5's is written, damaged newer ones lying there or not."""
     before = tmp_path / "before"
     for step in (3, *damaged):
@@ -103,16 +103,14 @@ def test_between_any_two_operations(damaged: tuple[int, ...], part: str | None, 
     assert [path.name for path in list_checkpoints(folder)] == ["step_000005"]
 
 
-def test_a_checkpoint_that_cannot_be_used_takes_no_good_ones_place(tmp_path: Path) -> None:
+def test_unusable_checkpoint_replaces_no_good_one(tmp_path: Path) -> None:
     for step in (3, 5, 9):
         (tmp_path / f"step_{step:06}").mkdir()
     prune_checkpoints(tmp_path, 1, unusable={"step_000009"})
     assert [path.name for path in list_checkpoints(tmp_path)] == ["step_000005"]
 
 
-def test_records_and_folders_are_on_the_disk_before_what_refers_to_them(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_records_are_flushed_before_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     done: list[str] = []
     fsync, rename, mkdir = os.fsync, os.rename, os.mkdir
 

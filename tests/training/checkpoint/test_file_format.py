@@ -1,4 +1,4 @@
-"""Checkpoints on disk: whole or not at all, and nothing that is not as it was written is taken for one."""
+"""Checkpoint files: written atomically, and rejected if any byte differs from what was written."""
 
 import json
 import os
@@ -104,7 +104,7 @@ def state_of(replica: Replica) -> dict[str, Any]:
     }
 
 
-def test_what_is_saved_goes_on_in_another_replica_as_if_it_had_never_stopped(tmp_path: Path) -> None:
+def test_restored_replica_continues_identically(tmp_path: Path) -> None:
     replica = make()
     take_steps(replica, 3)
     save(replica, tmp_path / "step_000003")
@@ -122,7 +122,7 @@ def test_what_is_saved_goes_on_in_another_replica_as_if_it_had_never_stopped(tmp
     assert state_of(replica) == restored_run
 
 
-def test_the_weights_can_be_read_by_anyone(tmp_path: Path) -> None:
+def test_weights_are_plain_safetensors(tmp_path: Path) -> None:
     from safetensors.torch import load_file
 
     replica = make()
@@ -143,7 +143,7 @@ def flip_one_bit(path: Path) -> None:
 
 
 def flip_a_digit(path: Path) -> None:
-    """Of the position in the data: still good JSON."""
+    """Change a digit of the position in the data, which leaves valid JSON."""
     content = path.read_bytes()
     changed = content.replace(b'"num_batches": 3', b'"num_batches": 2')
     path.write_bytes(changed if changed != content else content + b"\0")
@@ -155,7 +155,7 @@ def not_json(path: Path) -> None:
 
 @pytest.mark.parametrize("name", [MODEL_FILE, OPTIMIZER_FILE, STATE_FILE])
 @pytest.mark.parametrize("damage", [truncate, flip_one_bit, flip_a_digit, not_json, Path.unlink])
-def test_a_damaged_file(damage: Callable[[Path], None], name: str, tmp_path: Path) -> None:
+def test_parse_rejects_damaged_file(damage: Callable[[Path], None], name: str, tmp_path: Path) -> None:
     place = saved(tmp_path)
     parse(read_files(place))
     damage(place / name)
@@ -171,7 +171,7 @@ class Bomb:
         return os.mkdir, (self.path,)
 
 
-def test_code_in_a_checkpoint_is_not_run(tmp_path: Path) -> None:
+def test_parse_executes_no_code(tmp_path: Path) -> None:
     place, mark = tmp_path / "step_000001", tmp_path / "mark"
     replica = make()
     contents = copy_state(replica, POSITION, {}, {}).contents()
@@ -187,7 +187,7 @@ def test_code_in_a_checkpoint_is_not_run(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("header", [b"", b"\xff" * 20, b"\x09\0\0\0\0\0\0\0{'a': 1}"])
-def test_a_foreign_file_with_a_digest_that_is_right(header: bytes, tmp_path: Path) -> None:
+def test_parse_rejects_foreign_file(header: bytes, tmp_path: Path) -> None:
     place = saved(tmp_path)
     files = read_files(place) | {MODEL_FILE: header}
     state = json.loads(files[STATE_FILE])
@@ -219,7 +219,7 @@ def other_groups() -> Replica:
 
 
 @pytest.mark.parametrize("build", [another_model, another_optimizer, other_groups])
-def test_a_checkpoint_of_something_else(build: Callable[[], Replica], tmp_path: Path) -> None:
+def test_restore_rejects_other_replica(build: Callable[[], Replica], tmp_path: Path) -> None:
     contents = parse(read_files(saved(tmp_path)))
     with pytest.raises(CheckpointError):
         restore_state(build(), contents, {})
@@ -253,7 +253,7 @@ def test_restore_names_the_tensor_that_differs(
     assert str(raised.value) == f"{tensor} in {stage} differs from its saved digest after the restore"
 
 
-def test_a_full_disk_leaves_what_was_there(tmp_path: Path) -> None:
+def test_full_disk_keeps_old_checkpoint(tmp_path: Path) -> None:
     replica = make()
     place = tmp_path / "step_000000"
     save(replica, place)
@@ -272,7 +272,7 @@ def test_a_full_disk_leaves_what_was_there(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("kept", [1, 2, 5])
-def test_the_newest_are_kept(kept: int, tmp_path: Path) -> None:
+def test_prune_keeps_newest(kept: int, tmp_path: Path) -> None:
     for step in (2, 10, 1_000_000, 999_999):
         (tmp_path / f"step_{step:06}").mkdir()
     (tmp_path / "notes").mkdir()
@@ -282,7 +282,7 @@ def test_the_newest_are_kept(kept: int, tmp_path: Path) -> None:
     assert (tmp_path / "notes").is_dir()
 
 
-def test_a_part_goes_without_the_others(tmp_path: Path) -> None:
+def test_prune_removes_one_part(tmp_path: Path) -> None:
     for step in (1, 2, 3):
         for part in ("replica_0", "replica_1"):
             (tmp_path / f"step_{step:06}" / part).mkdir(parents=True)
@@ -292,7 +292,7 @@ def test_a_part_goes_without_the_others(tmp_path: Path) -> None:
     assert [path.name for path in list_checkpoints(tmp_path)] == ["step_000003"]
 
 
-def test_what_a_killed_process_leaves_is_no_checkpoint_and_goes(tmp_path: Path) -> None:
+def test_remove_leftovers_of_killed_process(tmp_path: Path) -> None:
     place = saved(tmp_path)
     shutil.copytree(place, tmp_path / ".step_000004.17.tmp")
     shutil.copytree(place, tmp_path / "step_000005" / ".replica_0.17.tmp")
@@ -302,7 +302,7 @@ def test_what_a_killed_process_leaves_is_no_checkpoint_and_goes(tmp_path: Path) 
     parse(read_files(place))
 
 
-def test_training_goes_on_while_a_checkpoint_is_written_and_after_one_that_could_not_be(tmp_path: Path) -> None:
+def test_saver_writes_in_background_and_survives_errors(tmp_path: Path) -> None:
     replica = make()
     folder = tmp_path / "checkpoints"
     saver = Saver(folder, keep=1)
@@ -332,7 +332,7 @@ class Helper:
     pass
 
 
-def test_an_optimizer_that_keeps_what_is_only_code_to_a_reader_is_told_at_the_first_checkpoint(tmp_path: Path) -> None:
+def test_saver_reports_unloadable_optimizer_state(tmp_path: Path) -> None:
     replica = make()
     take_steps(replica, 1)
     replica.optimizer.state[next(iter(replica.model.parameters()))]["helper"] = Helper()
@@ -342,7 +342,7 @@ def test_an_optimizer_that_keeps_what_is_only_code_to_a_reader_is_told_at_the_fi
     assert "cannot load optimizer.pt" in saver.failures[0]
 
 
-def test_state_json_says_what_the_design_says(tmp_path: Path) -> None:
+def test_state_json_has_documented_fields(tmp_path: Path) -> None:
     state = json.loads((saved(tmp_path) / STATE_FILE).read_text())
     assert state["step"] == 3
     assert state.keys() >= {"schema", "step", "position", "rng", "digests", "files", "digest"}

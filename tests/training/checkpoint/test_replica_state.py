@@ -1,4 +1,4 @@
-"""Whatever a model, a loss or an optimizer keeps: what goes on from a checkpoint is what was never interrupted."""
+"""Restore of any state of model, criterion and optimizer: training continues as if it had not been interrupted."""
 
 import random
 from collections import Counter, deque
@@ -232,7 +232,7 @@ def through_disk(contents: Contents, folder: Path) -> Contents:
 
 
 @pytest.mark.parametrize("build", REPLICAS.values(), ids=REPLICAS.keys())
-def test_what_goes_on_is_what_was_never_interrupted(build: Callable[[], Replica], tmp_path: Path) -> None:
+def test_restored_replica_continues_identically(build: Callable[[], Replica], tmp_path: Path) -> None:
     seed_generators(1)
     replica = build()
     as_built = attributes_as_built(replica)
@@ -262,8 +262,8 @@ def test_restore_reads_checkpoints_without_nested_state(tmp_path: Path) -> None:
     assert not other.optimizer.halves[0].state
 
 
-def test_attributes_that_have_not_changed_are_the_restoring_replicas_own(tmp_path: Path) -> None:
-    """Replicas share one copy: what says where rank 0 runs is not for the others."""
+def test_unchanged_attributes_are_not_restored(tmp_path: Path) -> None:
+    """Replicas share one copy, so an attribute that says where rank 0 runs must not reach the others."""
     one, other = make(Counting)(), make(Counting)()
     one.model.place, other.model.place = "cuda:0", "cuda:1"  # type: ignore[assignment]
     as_built = attributes_as_built(one)
@@ -277,7 +277,7 @@ def test_attributes_that_have_not_changed_are_the_restoring_replicas_own(tmp_pat
     assert other.model._calls == 1
 
 
-def test_a_state_that_does_not_fit_leaves_nothing_behind_once_another_is_restored(tmp_path: Path) -> None:
+def test_failed_restore_leaves_no_attributes(tmp_path: Path) -> None:
     replica = make(Counting)()
     replica.model.phase = "warm-up"  # type: ignore[assignment]
     as_built = attributes_as_built(replica)
@@ -296,7 +296,7 @@ def test_a_state_that_does_not_fit_leaves_nothing_behind_once_another_is_restore
     assert (other.model.phase, other.model._calls) == ("warm-up", 0)
 
 
-def test_copies_are_what_their_originals_were() -> None:
+def test_portable_copies_convert_back() -> None:
     shared = torch.rand(2)
     value = {
         "a": [shared, (shared, numpy.float32(0.1), numpy.arange(6.0).reshape(2, 3))],
@@ -312,7 +312,7 @@ def test_copies_are_what_their_originals_were() -> None:
     assert not is_portable([Color.RED])
 
 
-def test_tensors_that_were_on_a_device_come_back_to_the_one_there_is() -> None:
+def test_device_tensors_return_to_present_device() -> None:
     tensor = torch.empty(3, device="meta")
     kept = Portable(lambda tensor: torch.zeros(3)).of([tensor, tensor, torch.zeros(2)])
     one, again, on_cpu = Originals(torch.device("meta")).of(kept)
