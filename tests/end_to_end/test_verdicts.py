@@ -7,7 +7,7 @@ import pytest
 
 from tests.fixtures import SMALL
 from tests.harness import Job, run_job
-from tests.messages import codes, commands, data_of, texts
+from tests.messages import codes, commands, data_of, text_of, texts
 
 FAULTY = "tests.end_to_end.faulty"
 SHORT = (*SMALL, "--train.epochs=1")
@@ -42,7 +42,7 @@ def digests_of(job: Job, stage: str) -> list[str]:
 # ---- the build
 
 
-def test_unseeded_builds_are_told_at_step_0_by_the_first_tensor() -> None:
+def test_unseeded_builds_diverge_at_step_0() -> None:
     job = run_job(*SHORT, "--seed.model=null")
     verdict = diverged(
         job,
@@ -61,7 +61,7 @@ def test_unseeded_builds_are_told_at_step_0_by_the_first_tensor() -> None:
     assert data_of(verdict["evidence"], "build-seeds-drawn")["seeds"] == seeds
 
 
-def test_unseeded_builds_agree_once_rank_0s_state_is_sent_to_all() -> None:
+def test_unseeded_builds_agree_after_broadcast() -> None:
     job = run_job(*SHORT, "--seed.model=null", "--model.init=broadcast")
     report = agreed(job)
     assert report["expect"] == "identical"
@@ -74,25 +74,26 @@ def test_unseeded_builds_agree_once_rank_0s_state_is_sent_to_all() -> None:
     ("factory", "cause"),
     [("one_more_draw_on_rank_1", "build-rng-differs"), ("reseeded_from_the_os", "build-not-seeded")],
 )
-def test_a_build_that_draws_otherwise(factory: str, cause: str) -> None:
+def test_build_that_draws_differently(factory: str, cause: str) -> None:
     job = run_job(*SHORT, f"--model.factory={FAULTY}:{factory}")
     diverged(job, cause, agreed=False, step=0, stage="weights", tensor="0.weight", groups=[[0], [1]], suspects=[])
 
 
 @pytest.mark.parametrize(
-    ("factory", "cause", "words"),
+    ("factory", "cause", "code"),
     [
         # Not drawn from the global generators, which are equal before and after: found by building again.
-        ("drawn_elsewhere", "build-not-seeded", "do not reproduce themselves"),
+        ("drawn_elsewhere", "build-not-seeded", "rebuild-varies"),
         # The same picture without a random number in it: no cause that speaks of seeds is true of it.
-        ("scaled_by_rank", "unexplained", "every replica reproduces itself"),
+        ("scaled_by_rank", "unexplained", "rebuild-reproduces"),
     ],
 )
-def test_builds_that_part_while_the_generators_agree(factory: str, cause: str, words: str) -> None:
+def test_build_diverges_with_equal_generators(factory: str, cause: str, code: str) -> None:
     job = run_job(*SHORT, f"--model.factory={FAULTY}:{factory}")
     verdict = diverged(job, cause, agreed=False, step=0, stage="weights", tensor="5.weight", module="5")
     assert "generators-equal-around-build" in codes(verdict["evidence"])
-    assert any(words in line and "faulty.py" in line for line in texts(verdict["evidence"]))
+    assert code in codes(verdict["evidence"])
+    assert "faulty.py" in text_of(verdict["evidence"], "rebuild-diverges")
 
 
 # ---- the wiring
@@ -117,9 +118,7 @@ def test_builds_that_part_while_the_generators_agree(factory: str, cause: str, w
         ),
     ],
 )
-def test_a_replica_whose_parts_do_not_belong_together(
-    factory: str, cause: str, fields: dict[str, Any], remedy: str
-) -> None:
+def test_wiring_fault_is_named(factory: str, cause: str, fields: dict[str, Any], remedy: str) -> None:
     job = run_job(*SHORT, f"--replica.factory={FAULTY}:{factory}")
     verdict = diverged(job, cause, step=0, **fields)
     assert any(remedy in line for line in (*texts(verdict["remedy"]), *commands(verdict["remedy"])))
@@ -128,7 +127,7 @@ def test_a_replica_whose_parts_do_not_belong_together(
 # ---- the data
 
 
-def test_a_fresh_data_order_each_run_is_still_the_same_on_all_replicas() -> None:
+def test_unseeded_data_order_agrees_between_replicas() -> None:
     jobs = [run_job(*SHORT, "--seed.data=null") for _ in range(2)]
     for job in jobs:
         agreed(job)
@@ -140,16 +139,16 @@ def test_a_fresh_data_order_each_run_is_still_the_same_on_all_replicas() -> None
     assert weights[0][1] != weights[1][1]
 
 
-def test_other_bytes_for_the_same_samples() -> None:
+def test_different_bytes_of_equal_samples() -> None:
     job = run_job(*SHORT, f"--data.name={FAULTY}:noisy_on_rank_1", "--data.batch_size=80")
     verdict = diverged(job, "batch-differs", agreed=False, step=1, stage="batch", tensor="inputs", groups=[[0], [1]])
-    assert "indices" not in str(texts(verdict["evidence"])[:2])
+    assert "indices" not in str(texts(verdict["evidence"])[1:3])
 
 
 # ---- training and evaluation
 
 
-def test_independent_replicas_report_their_spread() -> None:
+def test_independent_replicas_report_spread() -> None:
     job = run_job(*SHORT, "--seed.model=[1, 2]")
     report = agreed(job)
     assert report["expect"] == "independent"
@@ -165,7 +164,7 @@ def test_independent_replicas_report_their_spread() -> None:
     assert one["weights"] != two["weights"]
 
 
-def test_moving_buffers_are_not_learning() -> None:
+def test_changing_buffers_are_not_learning() -> None:
     job = run_job(*SHORT, "--optim.lr=0")
     verdict = diverged(job, "not-learning", step=5, epoch=1, stage="weights", suspects=[0, 1])
     assert data_of(verdict["evidence"], "parameters-unchanged")["buffers_changed"] is True
@@ -174,19 +173,19 @@ def test_moving_buffers_are_not_learning() -> None:
     assert len(set(digests_of(job, "weights"))) == 1
 
 
-def test_an_evaluation_that_differs_on_one_replica() -> None:
+def test_evaluation_differs_on_one_replica() -> None:
     job = run_job(*SHORT, f"--model.factory={FAULTY}:other_evaluation")
     diverged(job, "evaluation-differs", agreed=False, step=5, epoch=1, stage="predictions", groups=[[0], [1]])
 
 
-def test_other_labels_to_validate_on_are_other_data_though_predictions_agree() -> None:
+def test_different_validation_labels_are_different_data() -> None:
     job = run_job(*SHORT, f"--data.name={FAULTY}:other_labels_to_validate_on_rank_1")
     verdict = diverged(job, "batch-differs", step=5, stage="batch", tensor="validation batch 0", phase="evaluation")
     assert data_of(verdict["evidence"], "differing-stages") == {"stages": ["batch"]}
 
 
 @pytest.mark.parametrize("cause", ["declared-override", "build-rng-differs"])
-def test_a_build_that_differs_as_declared(cause: str) -> None:
+def test_build_differs_as_declared(cause: str) -> None:
     """A fault beside a declared difference that has nothing to do with the build is not laid to it."""
     declared = "--overrides.1.model.num_classes=7"
     if cause == "build-rng-differs":
@@ -195,14 +194,14 @@ def test_a_build_that_differs_as_declared(cause: str) -> None:
     diverged(job, cause, step=0, suspects=[1])
 
 
-def test_seeds_that_differ_on_purpose_are_not_called_an_override_to_remove() -> None:
+def test_different_seeds_have_their_own_remedy() -> None:
     verdict = diverged(
         run_job(*SHORT, "--seed.model=distinct", "--agreement.expect=identical"), "declared-override", step=0
     )
     assert verdict["remedy"][0]["command"] == "--seed.model 42"
 
 
-def test_losses_that_are_no_number_are_agreed_on_and_warned_of() -> None:
+def test_nan_losses_agree_with_a_warning() -> None:
     report = agreed(run_job(*SHORT, "--optim.lr=1e38", "--optim.momentum=0.9"))
     (warning,) = report["warnings"]
     assert "is not finite. Replicas agree, but do not learn." in warning
@@ -210,19 +209,19 @@ def test_losses_that_are_no_number_are_agreed_on_and_warned_of() -> None:
     assert None in (epoch["train"]["loss"][0]["value"], epoch["val"]["loss"][0]["value"])
 
 
-def test_without_comparisons_no_more_is_said_than_that_the_final_state_agrees() -> None:
+def test_without_comparisons_only_final_state_agrees() -> None:
     report = agreed(run_job(*SHORT, "--agreement.every=0"))
     assert report["verdict"]["summary"] == "2 replicas, 5 steps: only the final state compared: bit-identical"
     assert report["steps_checked"] == 0
 
 
-def test_an_interrupt_on_all_replicas_leaves_a_report() -> None:
+def test_interrupt_on_all_replicas_leaves_a_report() -> None:
     job = run_job(*SHORT, f"--model.factory={FAULTY}:interrupted")
     assert set(job.exitcodes.values()) == {1}
     assert "raised KeyboardInterrupt" in job.report["verdict"]["summary"]
 
 
-def test_a_schedule_per_step_is_replayed_with_its_step() -> None:
+def test_schedule_per_step_is_replayed() -> None:
     schedule = "--schedule={name: LinearLR, start_factor: 0.1, total_iters: 4, per: step}"
     flip = "--inject=[{replica: 1, step: 4, target: optimizer}]"
     job = run_job(*SHORT, "--optim={name: AdamW, lr: 1e-3}", schedule, flip, num_replicas=3)
