@@ -51,6 +51,7 @@ def test_certify_independent_replicas(tmp_path: Path) -> None:
     assert "3 steps resumed, 7 digests" in found.text, "indices and batch of each, and the evaluation's batch"
 
 
+@pytest.mark.process
 @pytest.mark.cluster
 def test_certify_command(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["certify-resume", "--at-step=7", "--replicas=1", *SMALL]) == ExitCode.AGREED
@@ -111,6 +112,7 @@ def test_judge_rejects_different_algorithms(tmp_path: Path) -> None:
     assert (found.passed, found.text) == (False, "digests of one/1 cannot be compared with those of two/1")
 
 
+@pytest.mark.process
 @pytest.mark.cluster
 def test_certify_rejects_step_beyond_the_run(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["certify-resume", "--at-step=10", "--replicas=1", *SMALL]) == ExitCode.UNUSABLE

@@ -64,6 +64,7 @@ def names(tmp_path: Path) -> Any:
     random.setstate(states[2])
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("cause", [cause for cause, examples in _PAGES.items() if examples])
 def test_examples_run(cause: str, names: dict[str, Any]) -> None:
     for example in _PAGES[cause]:

@@ -12,7 +12,7 @@ from dreplica.agreement.agreement import Agreement
 from dreplica.commands.bench.loops import Bench
 from dreplica.config.load import load_config
 from dreplica.config.schema import DataConfig, RunConfig, TrainConfig
-from dreplica.data.cache.device_cache import Store
+from dreplica.data.cache.device_cache import DeviceImageStore
 from dreplica.data.datasets import load_data
 from dreplica.data.loading.index_stream import IndexSampler
 from dreplica.data.samples import TensorImages
@@ -141,7 +141,7 @@ def _batches(config: RunConfig, dataset: Any) -> Any:
 
 
 def test_copies_to_the_device_are_asynchronous() -> None:
-    store = Store(64, 8, DEVICE)
+    store = DeviceImageStore(64, 8, DEVICE)
     # To get pinned memory, or to load a kernel, may wait the first time; both are kept.
     pinned = [torch.empty(1000, dtype=torch.int64).pin_memory() for _ in range(60)]
     store.images.index_select(0, to_device(torch.arange(8), DEVICE))

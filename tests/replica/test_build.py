@@ -138,6 +138,7 @@ def test_unknown_backend_error_suggests_the_nearest(argument: str, words: str) -
     assert words in str(caught.value)
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("setting", [True, "inductor"])
 def test_missing_compiler_is_reported_at_the_build(setting: bool | str) -> None:
     words = r"^model\.compile: .*'inductor'.* no working C\+\+ compiler.*g\+\+.*'aot_eager'"

@@ -68,6 +68,7 @@ def surroundings(replica: Replica) -> tuple[Any, ...]:
     )
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("num_workers", [0, 2])
 def test_evaluate_keeps_state(num_workers: int) -> None:
     replica = make_replica()
@@ -85,6 +86,7 @@ def test_evaluate_in_eval_mode_without_gradients() -> None:
     assert not evaluation.logits.requires_grad
 
 
+@pytest.mark.process
 def test_predictions_are_in_data_set_order() -> None:
     replica = make_replica()
     data = validation()

@@ -157,6 +157,7 @@ def test_new_memory_errors_are_reported() -> None:
     )
 
 
+@pytest.mark.process
 def test_ask_health_selects_card_by_uuid(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     rows = ["GPU-aa, 0, 1650, 00000000:1B:00.0, 40, 0, 0", "GPU-bb, 1, [N/A], 00000000:1C:00.0, 41, 7, [N/A]"]
     program = tmp_path / "nvidia-smi"

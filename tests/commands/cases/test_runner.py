@@ -15,6 +15,7 @@ from dreplica.commands.cases.case import Case, read_case
 from dreplica.commands.cases.runner import run_case
 
 
+@pytest.mark.process
 @pytest.mark.cluster
 def test_two_cases_as_expected(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     keep = tmp_path / "kept"
@@ -32,6 +33,7 @@ def test_two_cases_as_expected(tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert "is not empty. Use a new or empty folder." in capsys.readouterr().err
 
 
+@pytest.mark.process
 def test_a_case_that_comes_out_otherwise_fails(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -48,6 +50,7 @@ def test_a_case_that_comes_out_otherwise_fails(
     assert "1 of 1 case not as expected" in out
 
 
+@pytest.mark.process
 def test_a_run_without_a_report_is_a_mismatch_with_its_last_words(tmp_path: Path) -> None:
     path = tmp_path / "unusable.yaml"
     path.write_text("# Expected: none\nmodell: {}\n")
@@ -57,6 +60,7 @@ def test_a_run_without_a_report_is_a_mismatch_with_its_last_words(tmp_path: Path
     assert "Did you mean 'model'" in result.problem
 
 
+@pytest.mark.process
 @pytest.mark.cluster
 def test_a_run_that_does_not_end_is_ended(tmp_path: Path) -> None:
     path = tmp_path / "endless.yaml"

@@ -7,6 +7,8 @@ from typing import Any
 
 import yaml
 
+from dreplica.agreement.verdict.evidence import Evidence
+from dreplica.agreement.verdict.remedy import Remedy
 from dreplica.distributed.launch.background import Finished
 from dreplica.errors import ExitCode
 
@@ -75,7 +77,12 @@ class MadeUp:
 
     def verdict(self, operator: str) -> dict[str, Any]:
         place = {"step": 2, "stage": "output", "tensor": "logits", "module": "body", "phase": "forward"}
-        words = {"summary": f"{operator} it is", "evidence": [{"text": "seen"}], "remedy": [{"text": "fix it"}]}
+        evidence, remedy = Evidence("text", "seen"), Remedy("text", "fix it")
+        words = {
+            "summary": f"diverged at {operator}",
+            "evidence": [evidence.as_dict()],
+            "remedy": [remedy.as_dict()],
+        }
         return place | words | {"cause": "nondeterministic-operator", "operator": operator}
 
 

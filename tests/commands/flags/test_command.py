@@ -41,6 +41,7 @@ def test_keep_must_be_empty(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     assert "is not empty. Use a new or empty folder." in capsys.readouterr().err
 
 
+@pytest.mark.process
 @pytest.mark.cluster
 @pytest.mark.timeout(600)
 def test_flags_finds_needed_mode(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
@@ -56,6 +57,7 @@ def test_flags_finds_needed_mode(monkeypatch: pytest.MonkeyPatch, capsys: pytest
     assert found["everything_off"]["parted"]["between"] == "repetitions"
 
 
+@pytest.mark.process
 @pytest.mark.cluster
 def test_flags_names_a_failing_replica(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.chdir(REPOSITORY)

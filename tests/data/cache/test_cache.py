@@ -99,6 +99,7 @@ def assert_replays_read_files(cached: DataSets, plain: DataSets, tmp_path: Path)
     assert bytes_of(again) == bytes_of(reload_batch(at_epoch(plain.train, 2), torch.tensor([3, 5]), CPU))
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("augment", [None, "flip", "crop_flip", "resized_crop", "trivial"])
 @pytest.mark.parametrize("num_workers", [0, 1, 4])
 def test_memory_cache_gives_same_pixels_and_reads_once(

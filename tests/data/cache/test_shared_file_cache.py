@@ -133,6 +133,7 @@ def start_holding(path: Path) -> tuple[Any, Any]:
     return process, proceed
 
 
+@pytest.mark.process
 def test_items_of_other_processes_are_waited_for_last(file: Path) -> None:
     process, proceed = start_holding(file)
     made = []
@@ -149,6 +150,7 @@ def test_items_of_other_processes_are_waited_for_last(file: Path) -> None:
     process.join(10)
 
 
+@pytest.mark.process
 def test_item_of_a_killed_process_is_made_by_another(file: Path) -> None:
     process, _ = start_holding(file)
     os.kill(process.pid, signal.SIGKILL)
@@ -159,6 +161,7 @@ def test_item_of_a_killed_process_is_made_by_another(file: Path) -> None:
     assert fetch(open_cache(file), 2) == {8}
 
 
+@pytest.mark.process
 def test_wait_for_a_stopped_process_ends(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     process, _ = start_holding(file)
     os.kill(process.pid, signal.SIGSTOP)
@@ -172,6 +175,7 @@ def can_lock(path: Path) -> bool:
     return open_cache(path)._lock(0)
 
 
+@pytest.mark.process
 def test_failure_releases_the_lock(file: Path) -> None:
     own = open_cache(file)
     with pytest.raises(AssertionError, match="made"):

@@ -74,6 +74,7 @@ def test_pixels_do_not_depend_on_order_or_rng_state(
     assert pixels(images(name, seed), epoch, order[:5]) == {index: expected[index] for index in order[:5]}
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("name", [*NAMES, OWN])
 def test_pixels_do_not_depend_on_workers_or_threads(name: str) -> None:
     dataset = images(name, seed=3)

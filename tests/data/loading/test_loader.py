@@ -48,6 +48,7 @@ def load(dataset: Dataset[Any], num_workers: int, channel: Channel | None = None
     return [bytes_of(batch) for batch in load_batches(dataset, stream, CPU, num_workers, seed=0, epoch=epoch)]
 
 
+@pytest.mark.process
 def test_number_of_workers_does_not_change_the_batches() -> None:
     data = Numbers(30)
     batches = load(data, 0)
@@ -67,6 +68,7 @@ def test_batch_holds_the_samples_that_were_sent() -> None:
         assert batch.inputs[0].equal(data[int(batch.indices[0])][0])
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("num_workers", [0, 1])
 def test_batch_holds_the_weights_of_its_samples(num_workers: int) -> None:
     weights = torch.arange(10) / 8
@@ -95,6 +97,7 @@ def test_memory_format_applies_to_images_only() -> None:
     assert batch.inputs[2].equal(rows[2][0])
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("num_workers", [1, 2])
 def test_workers_do_not_read_past_the_sent_window(monkeypatch: pytest.MonkeyPatch, num_workers: int) -> None:
     # The smallest window that the loader accepts for this number of workers.
@@ -154,6 +157,7 @@ def test_closing_early_leaves_no_worker_behind() -> None:
     assert list(batches) == []
 
 
+@pytest.mark.process
 def test_worker_error_is_raised_with_code_and_text() -> None:
     for num_workers in (0, 2):
         with pytest.raises(

@@ -64,6 +64,7 @@ def test_all_replicas_skip_what_any_node_cannot_load(local: bool, tmp_path: Path
         assert f"({file})" in line
 
 
+@pytest.mark.process
 def test_remaining_samples_do_not_change(tmp_path: Path) -> None:
     sound = load(make_folder(tmp_path))
     spoil(tmp_path, sound.train.describe(2))  # type: ignore[attr-defined]
