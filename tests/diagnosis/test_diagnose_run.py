@@ -129,7 +129,7 @@ def without(stages: dict[str, Stage], stage: str, num_tensors: int = 1) -> dict[
 
 
 @pytest.mark.parametrize("step", [1, 3, NUM_STEPS])
-def test_what_does_not_come_back_is_transient_and_the_replica_is_left_as_found(step: int) -> None:
+def test_unreproduced_fault_is_transient_and_state_is_restored(step: int) -> None:
     trained = train(with_adamw)
     before = everything(trained.replica)
     verdict = diagnosed(trained, step, without(trained.stages[step], "weights"))
@@ -137,7 +137,7 @@ def test_what_does_not_come_back_is_transient_and_the_replica_is_left_as_found(s
     assert everything(trained.replica) == before
 
 
-def test_a_stage_that_came_out_otherwise_in_many_tensors_is_no_flip_of_bits() -> None:
+def test_many_changed_tensors_are_not_a_bit_flip() -> None:
     """Code that once scales all weights: all gradients had agreed, so that one fault would be in one tensor."""
     trained = train(with_adamw)
     verdict = diagnosed(trained, 3, without(trained.stages[3], "weights", 2))
@@ -158,7 +158,8 @@ def test_a_whole_tensor_written_once_is_no_flip_of_bits() -> None:
     assert "many-bits-changed" in codes(verdict.evidence)
 
 
-def test_a_tensor_of_another_shape_is_no_flip_of_bits_and_no_exception() -> None:
+def test_tensor_of_another_shape_is_not_a_bit_flip() -> None:
+    """A tensor of another shape is no bit flip, and raises no exception."""
     trained = train(with_momentum)
     norm = trained.replica.model.body[1]
     norm.running_mean = norm.running_mean[:7].clone()
@@ -185,7 +186,7 @@ def test_bits_that_are_still_there_are_compared_with_the_replay() -> None:
     assert "replica-elements-differ" not in codes(earlier.evidence)
 
 
-def test_a_failure_in_a_replay_is_evidence_and_leaves_the_replica_as_found() -> None:
+def test_replay_failure_is_evidence_and_state_is_restored() -> None:
     trained = train(with_momentum)
     before = everything(trained.replica)
 
@@ -200,7 +201,7 @@ def test_a_failure_in_a_replay_is_evidence_and_leaves_the_replica_as_found() -> 
     assert everything(trained.replica) == before
 
 
-def test_a_state_that_cannot_be_put_back_is_said_on_all_replicas() -> None:
+def test_failed_restore_is_reported_on_all_replicas() -> None:
     trained = train(with_momentum)
     replayer = trained.replayer(load)
 
@@ -229,7 +230,7 @@ def approached(world: World) -> tuple[int, bool]:
     return _approach(5, replayer, world.channel)
 
 
-def test_only_the_replica_that_stumbled_first_is_said_not_to_reproduce_itself() -> None:
+def test_only_first_unreproduced_replica_is_reported() -> None:
     assert run_replicas(approached, 3) == [(3, True), (3, False), (3, True)]
 
 
@@ -302,8 +303,9 @@ OFF: dict[str, Any] = {"deterministic_algorithms": False, "cudnn_deterministic":
         (persistent("mm", cause="unexplained", both_possible=True), OFF, "unexplained", [1]),
     ],
 )
-def test_no_hardware_is_blamed_for_what_an_operator_may_do_by_itself(
+def test_possibly_nondeterministic_operator_is_not_a_fault(
     found: Decision, numerics: dict[str, Any], cause: str, suspects: list[int]
 ) -> None:
+    """A result that an operator may vary alone is not blamed on the hardware."""
     decision = doubt_persistent(found, on_gpus(**numerics))
     assert (decision.cause, decision.suspects) == (cause, suspects)

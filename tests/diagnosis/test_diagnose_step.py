@@ -222,7 +222,7 @@ def _rounded(world: World) -> Verdict:
     return dreplica.diagnose(lambda batch: drifting(model(batch)).detach().round(), torch.ones(3, 2), model)
 
 
-def test_an_operator_that_varies_is_to_blame_though_what_the_step_returns_does_not() -> None:
+def test_varying_operator_is_named_though_outputs_agree() -> None:
     one, two = run_replicas(_rounded, 2)
     assert isinstance(one, Verdict), one
     assert one == two
@@ -254,7 +254,7 @@ def _faulty(world: World) -> dict[str, Verdict]:
     return verdicts
 
 
-def test_a_replica_is_blamed_where_a_run_in_float64_says_so_and_not_by_a_vote_alone() -> None:
+def test_replica_is_blamed_by_float64_not_by_vote_alone() -> None:
     one, *others = run_replicas(_faulty, 3)
     assert isinstance(one, dict), one
     assert [one, one] == others
@@ -288,7 +288,7 @@ def _clipped_gan(world: World) -> Verdict:
     return dreplica.diagnose(step, {"noise": torch.randn(8, 2), "real": torch.randn(8, 4)}, models, optimizers)
 
 
-def test_a_step_of_several_models_and_optimizers_is_followed_over_all_its_passes() -> None:
+def test_step_with_several_models_is_traced_in_all_passes() -> None:
     one, two = run_replicas(_clipped_gan, 2)
     assert isinstance(one, Verdict), one
     assert one == two
@@ -296,7 +296,7 @@ def test_a_step_of_several_models_and_optimizers_is_followed_over_all_its_passes
     assert one.phase == "optimizer"
 
 
-def test_one_replica_by_itself_may_disagree_with_itself() -> None:
+def test_single_replica_may_disagree_with_itself() -> None:
     verdict, untouched = ask(make())
     assert (verdict.cause, untouched) == ("none", True)
     verdict, untouched = ask(make(racy_sum))
@@ -318,7 +318,7 @@ class Losing(Channel):
         return super().gather(value)
 
 
-def test_everything_is_as_it_was_where_a_diagnosis_does_not_come_to_its_end() -> None:
+def test_interrupted_diagnosis_restores_state() -> None:
     loop = make()
     before = state_of(loop)
     moved = 0

@@ -102,7 +102,8 @@ def flip(kind: Kind, *arguments: str) -> Job:
 
 
 @pytest.mark.parametrize("name", ALL)
-def test_two_sound_replicas_agree_and_one_flipped_bit_is_found_without_touching_the_others(name: str) -> None:
+def test_sound_replicas_agree_and_flipped_bit_is_found(name: str) -> None:
+    """Two sound replicas agree; one flipped bit is found without changing the others."""
     kind = ALL[name]
     sound, flipped = run_job(*BASE, *kind.arguments), flip(kind)
     assert sound.returncode == 0, sound.output
@@ -116,7 +117,7 @@ def test_two_sound_replicas_agree_and_one_flipped_bit_is_found_without_touching_
 
 
 @pytest.mark.parametrize("name", ["compiled_in_place", "Noisy", "checkpointed", "Recurrent", "penalty_replica"])
-def test_looking_for_a_flipped_bit_changes_nothing_on_its_replica_either(name: str) -> None:
+def test_diagnosis_of_flipped_bit_changes_nothing_on_its_replica(name: str) -> None:
     kind = ALL[name]
     probed, unprobed = flip(kind), flip(kind, "--agreement.snapshot_every=0")
     assert found(unprobed, "stage", "tensor") == ("unexplained", 3, [1], "weights", kind.weight), unprobed.output

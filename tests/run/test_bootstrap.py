@@ -37,7 +37,7 @@ def run(*argv: str) -> tuple[ExitCode, list[Prepared]]:
     return start_replica(argv, conduct), seen
 
 
-def test_strict_mode_does_not_begin_on_a_gpu_that_may_not_be_deterministic(
+def test_strict_mode_refuses_gpu_that_may_be_nondeterministic(
     on_a: Callable[[str], None], capsys: pytest.CaptureFixture[str]
 ) -> None:
     on_a("cuda:0")

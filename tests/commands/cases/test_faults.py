@@ -65,7 +65,8 @@ def test_deepcopied_optimizer_updates_neither_model() -> None:
     assert trainable(original) != before
 
 
-def test_model_and_optimizer_copied_in_one_call_learn_by_themselves() -> None:
+def test_model_copied_with_its_optimizer_learns() -> None:
+    """A model and an optimizer copied in one call learn without the original."""
     original = models.tiny_cnn(5)
     optimizer = torch.optim.SGD(original.parameters(), lr=0.1)
     model, copied = copy.deepcopy((original, optimizer))
@@ -178,7 +179,7 @@ def test_eval_does_nothing_on_replica_1(rank: int, monkeypatch: pytest.MonkeyPat
     assert models.stays_in_training(5).eval().training is (rank == 1)
 
 
-def test_reseeding_model_freezes_what_draws_from_the_global_generator() -> None:
+def test_reseeding_model_freezes_global_random_draws() -> None:
     orders = []
     model = models.reseeds_every_step(5)
     for _ in range(2):

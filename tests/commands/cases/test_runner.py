@@ -51,7 +51,7 @@ def test_a_case_that_comes_out_otherwise_fails(
 
 
 @pytest.mark.process
-def test_a_run_without_a_report_is_a_mismatch_with_its_last_words(tmp_path: Path) -> None:
+def test_run_without_report_is_a_mismatch_with_its_output(tmp_path: Path) -> None:
     path = tmp_path / "unusable.yaml"
     path.write_text("# Expected: none\nmodell: {}\n")
     result = run_case(Case("unusable", path, {"cause": "none"}, num_replicas=1), tmp_path / "runs")

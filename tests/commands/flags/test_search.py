@@ -29,18 +29,21 @@ def search(
     return find_disabled(order.split(), agrees, again), tried, confirmed
 
 
-def test_a_job_that_needs_none_is_tried_without_all_of_them_and_once_more() -> None:
+def test_search_confirms_job_that_needs_no_flag() -> None:
+    """A job that needs no flag is tried without all of them, and once more to confirm."""
     found, tried, confirmed = search("a b c", lambda _: True)
     assert found == {"a", "b", "c"}
     assert tried == confirmed == [{"a", "b", "c"}]
 
 
-def test_of_two_of_which_either_will_do_the_more_expensive_is_disabled() -> None:
+def test_search_disables_more_expensive_of_two_sufficient_flags() -> None:
+    """Where either of two flags suffices, the more expensive one is disabled."""
     assert search("a b", lambda flags: flags != {"a", "b"})[0] == {"a"}
     assert search("b a", lambda flags: flags != {"a", "b"})[0] == {"b"}
 
 
-def test_one_that_is_needed_only_beside_another_is_tried_again_without_that() -> None:
+def test_search_retries_flag_needed_only_with_another() -> None:
+    """A flag that is needed only together with another is tried again without that one."""
     # cuBLAS without its workspace raises in strict mode, and is left alone in mode off.
     job = {frozenset({"mode"}): True, frozenset({"mode", "workspace"}): True}
     found, tried, _ = search("workspace other mode", lambda flags: job.get(flags, False))

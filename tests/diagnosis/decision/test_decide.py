@@ -47,7 +47,7 @@ def always(stages: dict[str, bytes], **changes: Any) -> Witness:
     return witness(original=stages, first=stages, second=stages, **changes)
 
 
-def test_a_fault_that_does_not_come_back_is_transient() -> None:
+def test_decide_unreproduced_fault_is_transient() -> None:
     for num_replicas in (2, 3, 4):
         witnesses = [witness() for _ in range(num_replicas)]
         witnesses[1] = witness(original=bad("weights"))
@@ -55,18 +55,18 @@ def test_a_fault_that_does_not_come_back_is_transient() -> None:
         assert (decision.cause, decision.suspects) == ("transient-fault", [1])
 
 
-def test_too_many_that_do_not_come_back_are_unexplained() -> None:
+def test_decide_too_many_unreproduced_faults_are_unexplained() -> None:
     decision = decide([witness(original=bad("weights")), witness(original=bad("rng")), witness()], {}, [])
     assert decision.cause == "unexplained"
     assert decide([witness(original=bad("weights")), witness(original=bad("rng"))], {}, []).cause == "unexplained"
 
 
-def test_a_batch_that_comes_out_otherwise_on_all_is_not_a_fault() -> None:
+def test_decide_batch_differing_on_all_is_batch_differs() -> None:
     decision = decide([witness(original=bad("batch")), witness(original=GOOD | {"batch": digest("other")})], {}, [])
     assert decision.cause == "batch-differs"
 
 
-def test_a_replica_that_differs_from_itself_has_a_nondeterministic_operator() -> None:
+def test_decide_self_divergence_in_operator_is_nondeterministic() -> None:
     other = replace(RELU, outputs=digest("relu again"))
     place = first_difference([CONV, RELU, SGD], [CONV, other, SGD])
     racy = witness(original=bad("output"), second=bad("output", "weights"), against_itself=place)
@@ -81,7 +81,7 @@ def test_a_batch_that_differs_from_itself_is_no_operator() -> None:
     assert decide(witnesses, {}, []).cause == "batch-differs"
 
 
-def test_a_replica_that_differs_from_itself_outside_of_operators_is_unexplained() -> None:
+def test_decide_self_divergence_without_operator_is_unexplained() -> None:
     assert decide([witness(), witness(second=bad("weights"))], {}, []).cause == "unexplained"
 
 
@@ -94,7 +94,8 @@ def rounding() -> Witness:
     return always(bad("output", "weights"), records=[conv, relu, sgd], contents=contents)
 
 
-def test_same_settings_and_another_result_each_time_is_a_persistent_fault() -> None:
+def test_decide_reproducible_wrong_result_is_persistent_fault() -> None:
+    """Equal settings and the same different result each time are a persistent fault."""
     decision = decide([witness(), rounding(), witness()], {}, [])
     assert (decision.cause, decision.suspects) == ("persistent-fault", [1])
     assert decision.operator is not None
@@ -114,7 +115,7 @@ def test_a_declared_difference_on_another_replica_does_not() -> None:
     assert (decision.cause, decision.suspects) == ("persistent-fault", [1])
 
 
-def test_a_declared_difference_does_not_hide_find_corruption() -> None:
+def test_override_does_not_hide_memory_corruption() -> None:
     """The operator read what nothing had written: no setting does that."""
     relu = replace(RELU, inputs=digest("flipped"), outputs=digest("relu'"))
     struck = always(bad("output"), records=[CONV, relu, replace(SGD, inputs=START + digest("relu'"))])
@@ -139,8 +140,8 @@ def test_a_custom_operator_is_not_called_a_fault() -> None:
     assert decide(witnesses, {}, []).cause == "unexplained"
 
 
-def test_other_numbers_in_a_call_are_unexplained_and_no_operators_fault() -> None:
-    """They may come from anywhere: a clock, the rank."""
+def test_decide_different_scalars_are_unexplained() -> None:
+    """Different scalar arguments may come from anywhere, such as a clock or the rank."""
     scaled = replace(CONV, scalars="2", outputs=digest("conv'"))
     decision = decide([witness(), always(bad("output"), records=[scaled, RELU, SGD])], {}, [])
     assert decision.cause == "unexplained"
@@ -151,7 +152,7 @@ def test_other_numbers_in_a_call_are_unexplained_and_no_operators_fault() -> Non
     assert str(remedy.data["operator"]).startswith(CONV.name)
 
 
-def test_what_the_comparison_knows_is_not_forgotten() -> None:
+def test_as_verdict_keeps_cause_of_the_comparison() -> None:
     """A frozen parameter, say: only some replicas have its gradient, and replays see but a call with another flag."""
     found = Verdict(False, "structure-differs", "parted", stage="gradients", remedy=[Remedy.of("one-thread")])
     seen = [Evidence.of("replays-agree")]
@@ -161,7 +162,7 @@ def test_what_the_comparison_knows_is_not_forgotten() -> None:
 
 
 @pytest.mark.parametrize(("name", "named"), [("aten.rand.generator", True), ("aten.rand.default", False)])
-def test_a_generator_of_ones_own_is_thought_of(name: str, named: bool) -> None:
+def test_decide_mentions_private_generator(name: str, named: bool) -> None:
     rand = OpRecord(name, "drop", "forward", digest("state"), digest("mask"), "")
     other = replace(rand, inputs=digest("state'"), outputs=digest("mask'"))
     decision = decide([witness(records=[rand, RELU]), always(bad("output"), records=[other, RELU])], {}, [])
@@ -172,7 +173,7 @@ def test_a_generator_of_ones_own_is_thought_of(name: str, named: bool) -> None:
 @pytest.mark.parametrize(
     ("tensor", "named"), [("group0.lr", True), ("critic.group1.eps", True), ("head.weight.exp_avg", False)]
 )
-def test_an_unexplained_setting_of_the_optimizer_is_to_be_looked_for_where_it_is_set(tensor: str, named: bool) -> None:
+def test_remedy_names_diverged_optimizer_setting(tensor: str, named: bool) -> None:
     found = Verdict(False, "unexplained", "parted", stage="optimizer", tensor=tensor)
     verdict = as_verdict(found, Decision("unexplained", [], []))
     assert ([item.data.get("setting") for item in verdict.remedy] == [tensor]) is named
@@ -189,7 +190,8 @@ def test_one_operator_more_is_another_structure_and_it_is_named() -> None:
     assert decision.operator.record == clamp
 
 
-def test_weights_that_no_operator_wrote_are_a_persistent_fault_even_between_two() -> None:
+def test_decide_unwritten_weights_of_two_are_persistent_fault() -> None:
+    """Weights that no operator wrote are a persistent fault, even between two replicas."""
     contents = Contents(frozenset({START}), {"weights": {"weight": digest("flipped")}})
     decision = decide([witness(), always(bad("weights"), contents=contents)], {}, [])
     assert (decision.cause, decision.suspects) == ("persistent-fault", [1])
@@ -211,17 +213,19 @@ def test_few_bits_of_a_generator_are_a_fault_many_are_not() -> None:
     assert decide([witness(), seeded_again, witness()], {}, []).cause == "unexplained"
 
 
-def test_a_generator_that_operators_alone_have_changed_was_not_struck() -> None:
+def test_decide_rng_changed_by_operators_is_not_corrupted() -> None:
     flipped = always(bad("rng"), generator=bytes(30) + b"\x05" + bytes(5025))
     assert decide([witness(), flipped, witness()], {}, []).cause == "unexplained"
 
 
-def test_generators_changed_outside_of_operators_on_all_replicas_were_not_struck() -> None:
+def test_decide_rng_changed_on_all_replicas_is_not_corrupted() -> None:
+    """Generators changed outside operators on all replicas are not corrupted."""
     one = always(GOOD, generator_changed=True)
     other = always(bad("rng"), generator=bytes(30) + b"\x05" + bytes(5025), generator_changed=True)
     assert decide([one, other], {}, []).cause == "unexplained"
 
 
-def test_replays_that_differ_from_what_happened_and_from_each_other_are_unexplained() -> None:
+def test_decide_inconsistent_replays_are_unexplained() -> None:
+    """Replays that differ from the original and between replicas leave the cause unexplained."""
     muddle = witness(original=bad("weights"), first=bad("rng"), second=bad("rng"))
     assert decide([witness(), muddle, witness()], {}, []).cause == "unexplained"

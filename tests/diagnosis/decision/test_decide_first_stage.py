@@ -29,7 +29,8 @@ def has_line(decision: Decision, text: str) -> bool:
 # ---- two things in one step
 
 
-def test_a_transient_fault_and_a_later_fault_that_comes_back_elsewhere() -> None:
+def test_first_stage_transient_fault_before_persistent_fault() -> None:
+    """A transient fault is the verdict where a persistent fault of another replica shows later."""
     contents = Contents(frozenset({START}), {"weights": {"weight": digest("flipped")}})
     struck = always(bad("weights"), contents=contents)
     decision = decide([witness(), witness(original=bad("batch", "output", "weights")), struck], {}, [])
@@ -38,14 +39,15 @@ def test_a_transient_fault_and_a_later_fault_that_comes_back_elsewhere() -> None
     assert has_line(decision, "replays also differ between replicas, first in weights")
 
 
-def test_a_fault_that_comes_back_and_a_later_transient_one_elsewhere() -> None:
+def test_first_stage_persistent_fault_before_transient_fault() -> None:
+    """A persistent fault is the verdict where a transient fault of another replica shows later."""
     decision = decide([witness(), witness(original=bad("weights")), rounding()], {}, [])
     assert (decision.cause, decision.suspects) == ("persistent-fault", [2])
     assert decision.groups == [[0, 1], [2]]
     assert has_line(decision, "replica 1's replays also differ from the original, first in weights")
 
 
-def test_a_fault_that_comes_back_beside_another_that_shows_later() -> None:
+def test_first_stage_persistent_fault_before_another() -> None:
     contents = Contents(frozenset({START}), {"weights": {"weight": digest("flipped")}})
     decision = decide([witness(), always(bad("weights"), contents=contents), rounding()], {}, [])
     assert (decision.cause, decision.suspects) == ("persistent-fault", [2])
@@ -56,14 +58,14 @@ def test_a_fault_that_comes_back_beside_another_that_shows_later() -> None:
 
 
 @pytest.mark.parametrize("struck", [1, 2])
-def test_a_transient_fault_beside_an_override_that_shows_later(struck: int) -> None:
+def test_first_stage_transient_fault_before_override(struck: int) -> None:
     witnesses = [witness(), slower(), witness()]
     witnesses[struck] = replace(witnesses[struck], original=bad("output", "gradients", "optimizer", "weights"))
     decision = decide(witnesses, {1: LR}, [])
     assert (decision.cause, decision.suspects) == ("transient-fault", [struck])
 
 
-def test_an_override_beside_a_fault_of_another_replica_that_shows_later() -> None:
+def test_first_stage_override_before_fault_of_other_replica() -> None:
     rng = bytes(30) + b"\x05" + bytes(5025)
     struck = always(bad("rng"), generator=rng, generator_changed=True)
     decision = decide([witness(), slower(), struck], {1: LR}, [])
@@ -71,7 +73,8 @@ def test_an_override_beside_a_fault_of_another_replica_that_shows_later() -> Non
     assert has_line(decision, "in rng, the replicas split into more groups")
 
 
-def test_replays_that_differ_only_later_do_not_make_the_first_difference_irreproducible() -> None:
+def test_first_stage_reproducible_though_later_stage_varies() -> None:
+    """Replays that vary only in a later stage still reproduce the first difference."""
     again = replace(SGD, outputs=digest("weight again"))
     place = first_difference([CONV, RELU, SGD], [CONV, RELU, again])
     racy = witness(second=bad("weights"), against_itself=place)
@@ -79,7 +82,8 @@ def test_replays_that_differ_only_later_do_not_make_the_first_difference_irrepro
     assert (decision.cause, decision.suspects) == ("persistent-fault", [1])
 
 
-def test_replays_that_bring_a_difference_that_there_was_not_are_no_replays() -> None:
+def test_first_stage_new_difference_invalidates_replays() -> None:
+    """Replays with a difference that the original did not have are no evidence."""
     astray = always(bad("output"), records=rounding().records)
     astray = replace(astray, first=bad("output", "rng"), second=bad("output", "rng"))
     decision = decide([witness(), astray, witness()], {}, [])
@@ -89,8 +93,8 @@ def test_replays_that_bring_a_difference_that_there_was_not_are_no_replays() -> 
 # ---- the operator that has to do with it
 
 
-def test_an_operator_that_leads_to_nothing_is_not_blamed_for_the_weights() -> None:
-    """One logs a mean of its own; the weights part in the optimizer's call."""
+def test_first_stage_ignores_operator_without_effect_on_weights() -> None:
+    """One logs a mean of its generator's; the weights diverge in the optimizer's call."""
     other = replace(LOGGED, outputs=digest("another mean"))
     records = [CONV, LOGGED, RELU, SGD]
     slow = always(bad("weights"), records=[CONV, other, RELU, replace(SGD, outputs=digest("weight'"))])
@@ -99,7 +103,8 @@ def test_an_operator_that_leads_to_nothing_is_not_blamed_for_the_weights() -> No
     assert decision.operator.record == SGD
 
 
-def test_an_operator_more_that_leads_to_nothing_is_not_the_structure_that_parts_weights() -> None:
+def test_first_stage_ignores_extra_operator_without_effect() -> None:
+    """An additional operator without effect on the weights is not the structure difference."""
     contents = Contents(frozenset({START}), {"weights": {"weight": digest("flipped")}})
     struck = always(bad("weights"), records=[CONV, LOGGED, RELU, SGD], contents=contents)
     decision = decide([witness(), struck, witness()], {}, [])
@@ -116,7 +121,7 @@ def test_what_an_operator_gave_does_not_explain_a_generator() -> None:
     assert decision.operator is None
 
 
-def test_a_racy_operator_that_has_nothing_to_do_with_it_is_not_named() -> None:
+def test_first_stage_ignores_unrelated_racy_operator() -> None:
     place = first_difference([CONV, RELU], [CONV, replace(RELU, outputs=digest("again"))])
     racy = witness(second=bad("weights"), against_itself=place)
     decision = decide([racy, witness(original=bad("weights")), witness()], {}, [])
@@ -141,7 +146,7 @@ def test_difference_behind_skips_what_shows_elsewhere() -> None:
 # ---- the sides
 
 
-def test_of_two_structures_the_suspects_is_named_with_its_source() -> None:
+def test_structure_of_suspect_is_named_with_its_source() -> None:
     mine = replace(RELU, name="aten.gelu.default", source="model.py:12")
     odd = always(bad("output"), records=[CONV, mine, SGD])
     for witnesses, suspect in (([witness(), odd, witness()], 1), ([odd, witness(), witness()], 0)):
@@ -152,7 +157,7 @@ def test_of_two_structures_the_suspects_is_named_with_its_source() -> None:
         assert has_line(decision, f"aten.gelu.default in relu (forward) at model.py:12 on replica {suspect}")
 
 
-def test_three_results_of_which_two_share_a_structure_have_no_one_cause() -> None:
+def test_three_results_of_two_structures_have_no_single_cause() -> None:
     """One replica has a declared precision, and casts; another computes wrongly. Three structures are no such thing."""
     casting = [always(GOOD | {"output": digest(f"{n} casts")}, records=[LOGGED] * n + [CONV, RELU]) for n in (1, 2)]
     witnesses = [witness(records=[CONV, RELU]), casting[0], rounding()]
@@ -161,7 +166,7 @@ def test_three_results_of_which_two_share_a_structure_have_no_one_cause() -> Non
     assert decide([witnesses[0], *casting], {}, []).cause == "structure-differs"
 
 
-def test_where_no_replica_reproduces_itself_the_vote_is_all_there_is() -> None:
+def test_suspect_is_minority_if_no_replica_reproduces_itself() -> None:
     sides = [witness(second=bad("output")) for _ in range(3)]
     sides[2] = replace(sides[2], original=bad("output"))
     assert decide(sides, {}, []).suspects == [2]
@@ -178,7 +183,8 @@ def test_where_no_replica_reproduces_itself_the_vote_is_all_there_is() -> None:
     "override",
     [LR, {"schedule": {"gamma": 0.5}}, {"criterion": {"label_smoothing": 0.1}}, {"train": {"grad_clip": 1.0}}],
 )
-def test_what_rounds_otherwise_is_not_laid_to_a_setting_that_is_only_a_number(override: dict[str, Any]) -> None:
+def test_rounding_is_not_explained_by_numeric_setting(override: dict[str, Any]) -> None:
+    """A rounding difference is not attributed to a setting that is only a number."""
     decision = decide([witness(), rounding(), witness()], {1: override}, [])
     assert (decision.cause, decision.suspects) == ("persistent-fault", [1])
     assert not has_line(decision, "the same on all replicas")
@@ -201,7 +207,8 @@ def test_what_rounds_otherwise_may_be_declared(override: dict[str, Any]) -> None
     assert (decision.cause, decision.suspects) == ("declared-override", [1])
 
 
-def test_an_optimizers_setting_explains_what_the_optimizer_does_and_no_forward_pass() -> None:
+def test_optimizer_setting_explains_only_the_optimizer_stage() -> None:
+    """An optimizer setting explains a difference in its call, and none in a forward pass."""
     decision = decide([witness(), slower(), witness()], {1: LR}, [])
     assert (decision.cause, decision.suspects) == ("declared-override", [1])
     longer = [CONV, RELU, replace(RELU, name="aten.clamp.default", module="head"), SGD]
@@ -215,7 +222,8 @@ def test_a_setting_that_no_replay_reads_explains_nothing(override: dict[str, Any
     assert (decision.cause, decision.suspects) == ("unexplained", [1])
 
 
-def test_a_setting_may_have_acted_in_a_step_before_that_was_not_compared() -> None:
+def test_setting_may_explain_difference_of_uncompared_step() -> None:
+    """A setting may have taken effect in an earlier step that was not compared."""
     reads = replace(CONV, inputs=digest("other weight"), outputs=digest("conv'"))
     contents = Contents(frozenset({digest("other weight")}), {})
     decision = decide([witness(), always(bad("output"), records=[reads], contents=contents)], {1: LR}, [])

@@ -72,7 +72,7 @@ def test_a_cause_is_named_where_nothing_else_can_have_been_it(given: AgainstRefe
     assert given.account().cause == cause
 
 
-def test_a_manifest_field_that_follows_from_a_setting_counts_once() -> None:
+def test_manifest_field_implied_by_setting_counts_once() -> None:
     both = [("determinism.threads", 1, 2)], [("numerics.threads", 1, 2)]
     assert against(1, "output", *both).account().cause == "config-differs"
     assert against(1, "output", [], both[1]).account().cause == "environment-differs"

@@ -57,7 +57,8 @@ def test_an_override_of_one_and_the_difference_of_another(
     assert (decision.cause, decision.suspects) == (cause, suspects)
 
 
-def test_an_override_shared_by_a_class_and_by_one_outside_of_it_explains_nothing() -> None:
+def test_override_shared_across_groups_explains_nothing() -> None:
+    """An override shared by a group and by a replica outside it explains nothing."""
     decision = decided(witness(), rounding(), witness(), overrides={1: THREADS, 2: THREADS})
     assert (decision.cause, decision.suspects) == ("persistent-fault", [1])
 
@@ -66,18 +67,20 @@ def test_an_empty_override_declares_nothing() -> None:
     assert decided(witness(), rounding(), witness(), overrides={1: {}}).cause == "persistent-fault"
 
 
-def test_a_declared_difference_and_a_transient_fault_at_once_are_unexplained() -> None:
+def test_override_with_transient_fault_is_unexplained() -> None:
+    """A declared difference and a transient fault in the same stage are unexplained."""
     both = replace(rounding(), original=bad("weights", "output"))
     decision = decided(witness(), both, witness(), overrides={1: THREADS})
     assert (decision.cause, decision.suspects) == ("unexplained", [1])
 
 
-def test_a_declared_difference_that_changes_nothing_does_not_hide_a_transient_fault() -> None:
+def test_override_without_effect_does_not_hide_transient_fault() -> None:
     decision = decided(witness(), witness(original=bad("weights")), witness(), overrides={1: THREADS})
     assert (decision.cause, decision.suspects) == ("transient-fault", [1])
 
 
-def test_two_of_four_with_the_override_divide_as_it_does_three_do_not() -> None:
+def test_override_must_divide_replicas_as_the_groups_do() -> None:
+    """An override on two of four replicas explains two groups of two; on one or three it does not."""
     pairs = [witness(), witness(), rounding(), rounding()]
     decision = decided(*pairs, overrides={2: THREADS, 3: THREADS})
     assert (decision.cause, decision.suspects) == ("declared-override", [2, 3])
@@ -85,7 +88,8 @@ def test_two_of_four_with_the_override_divide_as_it_does_three_do_not() -> None:
     assert decided(*pairs, overrides={1: THREADS, 2: THREADS, 3: THREADS}).cause != "declared-override"
 
 
-def test_of_two_declared_differences_the_one_that_changes_nothing_is_no_suspect() -> None:
+def test_override_without_effect_is_not_suspected() -> None:
+    """Of two declared differences, only the one with an effect makes a suspect."""
     decision = decided(witness(), witness(), rounding(), overrides={1: THREADS, 2: ONEDNN})
     assert (decision.cause, decision.suspects) == ("declared-override", [2])
 
@@ -96,7 +100,8 @@ def test_a_number_of_workers_explains_no_operator() -> None:
     assert (decision.cause, decision.suspects) == ("persistent-fault", [1])
 
 
-def test_a_declared_difference_beside_another_one_is_not_a_fault() -> None:
+def test_override_with_undeclared_difference_is_unexplained() -> None:
+    """A declared difference of one replica and an undeclared one of another are not a fault."""
     decision = decided(witness(), rounding(), rounding("''"), overrides={1: THREADS})
     assert decision.cause == "unexplained"
 
@@ -104,7 +109,8 @@ def test_a_declared_difference_beside_another_one_is_not_a_fault() -> None:
 # ---- environment-differs
 
 
-def test_other_hardware_that_is_everywhere_or_divides_otherwise_explains_nothing() -> None:
+def test_hardware_must_divide_replicas_as_the_groups_do() -> None:
+    """Different hardware explains only groups that it divides in the same way."""
     pairs = [witness(), witness(), rounding(), rounding()]
     assert decided(*pairs, differences=[cards("A", "A", "B", "B")]).cause == "environment-differs"
     assert decided(*pairs, differences=[cards("A", "B", "A", "B")]).cause == "persistent-fault"
@@ -112,7 +118,7 @@ def test_other_hardware_that_is_everywhere_or_divides_otherwise_explains_nothing
     assert decided(*pairs, differences=[cards("A", "B", "C", "D")]).cause == "environment-differs"
 
 
-def test_other_hardware_does_not_explain_find_corruption() -> None:
+def test_hardware_does_not_explain_memory_corruption() -> None:
     contents = Contents(frozenset({START}), {"weights": {"weight": digest("flipped")}})
     struck = always(bad("weights"), contents=contents)
     decision = decided(witness(), struck, differences=[cards("A", "B")])
@@ -138,14 +144,14 @@ def test_the_evidence_does_not_call_the_same_what_differs() -> None:
 # ---- persistent-fault
 
 
-def test_without_a_majority_nobody_is_suspected_of_what_an_operator_gave() -> None:
+def test_operator_difference_without_majority_has_no_suspect() -> None:
     for count in (1, 2):
         decision = decided(*[witness()] * count, *[rounding()] * count)
         assert (decision.cause, decision.suspects) == ("persistent-fault", [])
         assert decision.sides == (0, count), "left to arbitration"
 
 
-def test_what_comes_from_nowhere_on_all_replicas_is_code_and_not_memory() -> None:
+def test_unwritten_inputs_on_all_replicas_are_not_corruption() -> None:
     """NumPy in the forward pass: no operator has written what the next one reads, on any replica."""
     relus = [replace(RELU, inputs=digest(f"numpy {rank}"), outputs=digest(f"relu {rank}")) for rank in range(3)]
     sides = [
@@ -155,7 +161,7 @@ def test_what_comes_from_nowhere_on_all_replicas_is_code_and_not_memory() -> Non
     assert (decision.cause, decision.suspects) == ("unexplained", [])
 
 
-def test_weights_that_no_operator_wrote_on_all_replicas_are_not_memory() -> None:
+def test_unwritten_weights_on_all_replicas_are_not_corruption() -> None:
     sides = []
     for rank in range(3):
         contents = Contents(frozenset({START}), {"weights": {"weight": digest(f"hook {rank}")}})
@@ -163,7 +169,7 @@ def test_weights_that_no_operator_wrote_on_all_replicas_are_not_memory() -> None
     assert decided(*sides).cause == "unexplained"
 
 
-def test_used_indices_that_were_not_sent_are_a_fault_also_between_two() -> None:
+def test_changed_indices_are_a_fault_between_two_replicas() -> None:
     struck = always(bad("indices", "batch"), indices_intact=False, sample_digests=[digest("a"), digest("b")])
     decision = decided(witness(), struck)
     assert (decision.cause, decision.suspects) == ("persistent-fault", [1])
@@ -178,7 +184,7 @@ def test_a_batch_changed_after_loading_is_not_other_data() -> None:
     assert decision.operator is None, "no operator had written it"
 
 
-def test_a_custom_operator_with_the_same_settings_is_unexplained_with_a_majority_too() -> None:
+def test_custom_operator_is_unexplained_despite_majority() -> None:
     other = replace(MINE, outputs=digest("conv'"))
     sides = [witness(records=[MINE]), always(bad("output"), records=[other]), witness(records=[MINE])]
     decision = decided(*sides)
@@ -188,7 +194,7 @@ def test_a_custom_operator_with_the_same_settings_is_unexplained_with_a_majority
 # ---- transient-fault
 
 
-def test_a_difference_that_is_gone_everywhere_is_nobodys() -> None:
+def test_difference_gone_in_all_replays_has_no_suspect() -> None:
     """What happened is what the replays give, on all: then they cannot have parted."""
     decision = decided(witness(), witness(), witness())
     assert (decision.cause, decision.suspects) == ("unexplained", [])
@@ -204,12 +210,14 @@ def test_two_of_five_moved_are_two_faults_and_three_are_too_many() -> None:
     assert (decision.cause, decision.suspects) == ("unexplained", [0, 1, 2])
 
 
-def test_all_that_moved_the_same_way_are_not_outvoted_by_the_one_that_did_not() -> None:
+def test_same_change_on_most_replicas_is_unexplained() -> None:
+    """Replicas with the same change are not outvoted by the one that replays as it ran."""
     moved = [witness(original=bad("weights"))] * 2
     assert decided(*moved, witness()).cause == "unexplained"
 
 
-def test_random_samples_of_workers_are_not_a_fault_of_memory_fixed_ones_are() -> None:
+def test_only_random_samples_of_workers_excuse_the_batch() -> None:
+    """A batch that no replay reproduces is a fault, except for random samples of workers."""
     original = bad("batch", "output")
     workers = witness(original=original, loaded_by_workers=True, samples_are_random=True)
     assert decided(witness(), workers, witness()).cause == "batch-differs"
@@ -224,7 +232,7 @@ def test_workers_do_not_excuse_weights() -> None:
     assert (decision.cause, decision.suspects) == ("transient-fault", [1])
 
 
-def test_a_custom_operator_may_have_raced_though_its_replays_agree() -> None:
+def test_custom_operator_may_race_though_replays_agree() -> None:
     sides = [witness(records=[MINE]) for _ in range(3)]
     sides[1] = witness(original=bad("output"), records=[MINE])
     assert decided(*sides).cause == "unexplained"
@@ -233,7 +241,7 @@ def test_a_custom_operator_may_have_raced_though_its_replays_agree() -> None:
 # ---- batch-differs
 
 
-def test_batches_that_agreed_do_not_differ_though_no_replay_reproduces_them() -> None:
+def test_agreed_batches_do_not_differ_if_not_reproduced() -> None:
     """Random samples of workers: `original` agrees on the batch, and parts at the weights of replica 1."""
     drawn = GOOD | {"batch": digest("drawn"), "output": digest("drawn")}
     struck = drawn | {"weights": digest("flipped")}
@@ -241,13 +249,13 @@ def test_batches_that_agreed_do_not_differ_though_no_replay_reproduces_them() ->
     assert decided(*sides).cause != "batch-differs"
 
 
-def test_batches_that_agreed_do_not_differ_though_each_replay_draws_others() -> None:
+def test_agreed_batches_do_not_differ_if_replays_draw_others() -> None:
     again = bad("batch", "output", "weights")
     sides = [witness(second=again), witness(second=again, original=bad("weights")), witness(second=again)]
     assert decided(*sides).cause != "batch-differs"
 
 
-def test_samples_that_differ_in_workers_and_in_replays_are_other_data() -> None:
+def test_samples_diverging_in_run_and_replays_are_batch_differs() -> None:
     """By the process that loads, say: each load gives every replica something else, for the same indices."""
     sides = []
     for rank in range(3):
@@ -259,21 +267,21 @@ def test_samples_that_differ_in_workers_and_in_replays_are_other_data() -> None:
 # ---- nondeterministic-operator, structure-differs
 
 
-def test_an_operator_that_only_reads_otherwise_is_not_the_nondeterministic_one() -> None:
+def test_operator_with_different_inputs_is_not_nondeterministic() -> None:
     other = replace(RELU, inputs=digest("other"), outputs=digest("other"))
     place = first_difference([CONV, RELU], [CONV, other])
     decision = decided(witness(), witness(second=bad("output"), against_itself=place))
     assert (decision.cause, decision.suspects) == ("unexplained", [1])
 
 
-def test_an_operator_called_with_other_numbers_is_not_nondeterministic() -> None:
+def test_operator_with_different_scalars_is_deterministic() -> None:
     other = replace(RELU, scalars="0.3", outputs=digest("other"))
     place = first_difference([CONV, RELU], [CONV, other])
     decision = decided(witness(), witness(second=bad("output"), against_itself=place))
     assert (decision.cause, decision.suspects) == ("unexplained", [1])
 
 
-def test_an_operator_that_differs_from_itself_explains_only_the_stages_it_makes() -> None:
+def test_nondeterministic_operator_explains_only_its_stages() -> None:
     place = first_difference([CONV, RELU], [CONV, replace(RELU, outputs=digest("again"))])
     racy = witness(second=bad("output"), against_itself=place)
     decision = decided(racy, witness(original=bad("output")), witness())
@@ -282,7 +290,7 @@ def test_an_operator_that_differs_from_itself_explains_only_the_stages_it_makes(
     assert decision.cause == "unexplained", "a forward pass that raced would show before the weights"
 
 
-def test_a_path_that_every_replica_takes_by_chance_is_no_other_structure() -> None:
+def test_random_path_on_all_replicas_is_not_structure_differs() -> None:
     """Stochastic depth by a generator of its own: replays differ in structure, on all; the step itself did not."""
     place = first_difference([CONV, RELU, SGD], [CONV, SGD])
     sides = [witness(second=bad("output"), against_itself=place) for _ in range(3)]
@@ -290,7 +298,7 @@ def test_a_path_that_every_replica_takes_by_chance_is_no_other_structure() -> No
     assert decided(*sides).cause == "unexplained"
 
 
-def test_the_evidence_does_not_say_that_replays_differ_which_agree() -> None:
+def test_evidence_does_not_claim_equal_replays_vary() -> None:
     """An earlier step did not come out as compared; this one was replayed twice alike."""
     decision = decided(witness(), witness(unreproduced=2))
     assert decision.cause == "unexplained"

@@ -67,19 +67,19 @@ def test_a_warm_up_from_zero_is_not_a_failure_to_learn() -> None:
         ("data.name", "flipped_at_random"),
     ],
 )
-def test_a_flipped_weight_is_a_transient_fault_all_the_same(kind: str, name: str) -> None:
+def test_flipped_weight_is_a_transient_fault(kind: str, name: str) -> None:
     verdict = verdict_of(run(kind, name, FLIPPED_WEIGHT))
     assert (verdict["cause"], verdict["suspects"], verdict["step"]) == ("transient-fault", [1], 3)
     assert verdict["stage"] == "weights"
 
 
-def test_a_transient_fault_on_a_replica_with_an_override_is_not_the_overrides() -> None:
+def test_transient_fault_is_not_blamed_on_override() -> None:
     """oneDNN is told to stay on, as it is everywhere."""
     verdict = verdict_of(run_job(*SHORT, "--overrides.1.determinism.onednn=true", FLIPPED_WEIGHT, num_replicas=3))
     assert (verdict["cause"], verdict["suspects"]) == ("transient-fault", [1])
 
 
-def test_a_fault_that_no_replay_can_show_is_unexplained() -> None:
+def test_fault_without_reproducible_replay_is_unexplained() -> None:
     """The data set's own generator has moved on: samples come out otherwise each time, on all replicas."""
     verdict = verdict_of(run("data.name", "noise_of_its_own", FLIPPED_WEIGHT))
     assert (verdict["cause"], verdict["step"], verdict["stage"]) == ("unexplained", 3, "weights")
@@ -93,7 +93,7 @@ def test_a_fault_that_no_replay_can_show_is_unexplained() -> None:
         ("{replica: 2, step: 3, target: weights}, {replica: 3, step: 3, target: weights}", 4, [2, 3], None),
     ],
 )
-def test_faults_on_half_of_the_replicas_at_once_are_too_many_for_one(
+def test_faults_on_half_of_the_replicas_are_unexplained(
     faults: str, num_replicas: int, suspects: list[int], groups: list[list[int]] | None
 ) -> None:
     verdict = verdict_of(run_job(*SHORT, f"--inject=[{faults}]", num_replicas=num_replicas))
@@ -147,7 +147,7 @@ def test_code_that_depends_on_the_rank_is_not_a_fault(kind: str, name: str) -> N
     assert verdict["cause"] in {"unexplained", "environment-differs", "structure-differs"}
 
 
-def test_a_precision_set_by_the_newer_flags_on_one_replica_is_the_environment() -> None:
+def test_fp32_precision_flag_of_one_replica_is_environment() -> None:
     verdict = verdict_of(run("model.factory", "bf16_convolutions_on_replica_1"))
     if verdict["agreed"]:  # a processor that has no such convolutions
         return
@@ -155,7 +155,8 @@ def test_a_precision_set_by_the_newer_flags_on_one_replica_is_the_environment() 
     assert any("onednn_conv_fp32_precision" in line for line in texts(verdict["evidence"]))
 
 
-def test_a_flag_that_a_forward_pass_has_changed_is_told_where_it_cannot_be_proved() -> None:
+def test_flag_changed_by_forward_is_reported_if_unproven() -> None:
+    """A flag changed by a forward pass is reported where it cannot be proved to be the cause."""
     verdict = verdict_of(run("model.factory", "flag_in_fourth_forward"))
     if verdict["agreed"]:  # a processor on which oneDNN rounds as the other kernels do
         return
@@ -163,34 +164,34 @@ def test_a_flag_that_a_forward_pass_has_changed_is_told_where_it_cannot_be_prove
     assert data_of(verdict["evidence"], "later-difference")["field"] == "numerics.onednn"
 
 
-def test_the_sign_of_a_zero_in_the_build_is_found_and_not_laid_to_the_seed() -> None:
+def test_sign_of_zero_in_build_is_not_blamed_on_the_seed() -> None:
     verdict = verdict_of(run("model.factory", "negative_zero_on_replica_1"))
     assert (verdict["cause"], verdict["step"], verdict["tensor"]) == ("unexplained", 0, "1.bias")
     assert verdict["suspects"] == [1]
 
 
-def test_one_more_draw_is_not_laid_to_a_seeding_that_is_the_same_everywhere() -> None:
+def test_extra_draw_is_not_blamed_on_equal_seeding() -> None:
     assert verdict_of(run("model.factory", "reseeded_alike_then_one_more_draw"))["cause"] == "build-rng-differs"
 
 
 # ---- operators, data and settings
 
 
-def test_an_operator_that_is_racy_only_in_its_backward_pass_is_named_there() -> None:
+def test_racy_backward_operator_is_named_in_backward() -> None:
     verdict = verdict_of(run("model.factory", "racy_backward_model"))
     assert (verdict["cause"], verdict["phase"]) == ("nondeterministic-operator", "backward")
     assert verdict["operator"] == "tests_diagnosis.racy_backward.default"
     assert verdict["stage"] == "gradients"
 
 
-def test_a_branch_that_depends_on_struck_data_is_not_another_structure() -> None:
+def test_branch_on_corrupted_data_is_not_structure_differs() -> None:
     fault = "--inject=[{replica: 2, step: 3, target: activation, tensor: body.5, bits: 8, repeat: true}]"
     verdict = verdict_of(run("model.factory", "data_dependent_branch", fault))
     assert (verdict["cause"], verdict["suspects"], verdict["step"]) == ("persistent-fault", [2], 3)
 
 
 @pytest.mark.parametrize("name", ["by_process", "by_chance"])
-def test_samples_that_depend_on_the_process_or_on_chance_are_a_matter_of_the_data(name: str) -> None:
+def test_samples_by_process_or_chance_are_batch_differs(name: str) -> None:
     verdict = verdict_of(run("data.name", name))
     assert (verdict["cause"], verdict["step"], verdict["stage"]) == ("batch-differs", 1, "batch")
 
@@ -201,7 +202,8 @@ def test_two_of_four_that_declare_a_difference_are_both_named() -> None:
     assert (verdict["cause"], verdict["suspects"]) == ("declared-override", [2, 3])
 
 
-def test_of_a_declared_difference_and_a_fault_the_first_is_the_verdict_and_the_other_is_told() -> None:
+def test_verdict_is_first_of_override_and_fault() -> None:
+    """Of a declared difference and a fault, the first is the verdict and the other is evidence."""
     fault = "--inject=[{replica: 2, step: 1, target: weights, repeat: true}]"
     verdict = verdict_of(run_job(*SHORT, "--overrides.1.determinism.onednn=false", fault, num_replicas=3))
     if verdict["stage"] == "weights":  # on a processor on which oneDNN rounds as the other kernels do
@@ -216,26 +218,27 @@ SLOWER = "--overrides.1.optim.lr=0.2"
 
 @pytest.mark.parametrize("replica", [1, 2])
 @pytest.mark.parametrize(("repeat", "cause"), [(False, "transient-fault"), (True, "persistent-fault")])
-def test_a_fault_in_the_forward_pass_is_not_laid_to_the_learning_rate(replica: int, repeat: bool, cause: str) -> None:
+def test_forward_fault_is_not_blamed_on_learning_rate(replica: int, repeat: bool, cause: str) -> None:
     fault = f"--inject=[{{replica: {replica}, step: 1, target: activation, tensor: '0', bits: 8, repeat: {repeat}}}]"
     verdict = verdict_of(run_job(*SHORT, SLOWER, fault.lower(), num_replicas=3))
     assert (verdict["cause"], verdict["suspects"]) == (cause, [replica])
 
 
-def test_a_processor_that_computes_wrongly_is_not_laid_to_the_learning_rate() -> None:
+def test_faulty_processor_is_not_blamed_on_learning_rate() -> None:
     verdict = verdict_of(run("model.factory", "wrong_relu_on_replica_1", SLOWER))
     assert (verdict["cause"], verdict["suspects"]) == ("persistent-fault", [1])
     assert verdict["operator"] == "aten.relu.default"
 
 
 @pytest.mark.parametrize("replica", [0, 1])
-def test_between_two_what_does_not_round_tells_who_computes_wrongly(replica: int) -> None:
+def test_exact_operator_identifies_faulty_replica_of_two(replica: int) -> None:
+    """Between two replicas, an operator that does not round identifies the faulty one."""
     verdict = verdict_of(run("model.factory", f"wrong_relu_on_replica_{replica}", num_replicas=2))
     assert (verdict["cause"], verdict["suspects"]) == ("persistent-fault", [replica])
 
 
 @pytest.mark.parametrize(("num_replicas", "cause", "suspects"), [(2, "unexplained", []), (3, "persistent-fault", [0])])
-def test_a_processor_that_is_wrong_in_float64_too_cannot_turn_the_blame_around(
+def test_suspect_with_faulty_float64_is_decided_by_vote(
     num_replicas: int, cause: str, suspects: list[int]
 ) -> None:
     """Each side takes itself to be right: then the vote decides, if there is one."""
@@ -249,7 +252,7 @@ def test_a_processor_that_is_wrong_in_float64_too_cannot_turn_the_blame_around(
 @pytest.mark.parametrize(
     ("replicas", "num_replicas", "suspects"), [("0", 2, [0]), ("0", 3, [0]), ("0_and_1", 3, [0, 1])]
 )
-def test_where_numpy_knows_better_a_processor_that_is_wrong_in_float64_is_not_heard(
+def test_numpy_reference_overrules_faulty_float64(
     replicas: str, num_replicas: int, suspects: list[int]
 ) -> None:
     name = f"relu_wrong_in_any_precision_on_replica_{replicas}"
@@ -258,7 +261,7 @@ def test_where_numpy_knows_better_a_processor_that_is_wrong_in_float64_is_not_he
     assert data_of(verdict["evidence"], "float64-not-trusted") == {"replica": 0}
 
 
-def test_two_of_three_that_compute_wrongly_in_the_same_way_are_the_suspects() -> None:
+def test_suspects_are_two_of_three_with_the_same_wrong_result() -> None:
     verdict = verdict_of(run("model.factory", "wrong_addmm_on_replica_0_and_1"))
     assert (verdict["cause"], verdict["suspects"]) == ("persistent-fault", [0, 1])
     assert verdict["groups"] == [[0, 1], [2]]

@@ -38,7 +38,7 @@ def test_nothing_is_struck_where_everything_was_written() -> None:
     assert find_corruption(found(witness(), other, [1]), [witness(), other, witness()], "output") is None
 
 
-def test_reading_what_nobody_wrote_names_the_replica_and_the_writer() -> None:
+def test_unwritten_input_names_the_replica_and_last_writer() -> None:
     struck = reads(digest("flipped"))
     decision = find_corruption(found(witness(), struck, [1]), [witness(), struck, witness()], "output")
     assert decision is not None
@@ -50,7 +50,7 @@ def test_reading_what_nobody_wrote_names_the_replica_and_the_writer() -> None:
     assert "aten.convolution.default" in text_of(decision.evidence, "memory-writer")
 
 
-def test_between_two_the_struck_one_is_the_suspect() -> None:
+def test_suspect_of_two_is_the_corrupted_replica() -> None:
     struck = reads(digest("flipped"))
     for witnesses, suspect in (([witness(), struck], 1), ([struck, witness()], 0)):
         one = replace(found(*witnesses, []), groups=[[0], [1]])
@@ -59,7 +59,7 @@ def test_between_two_the_struck_one_is_the_suspect() -> None:
         assert decision.suspects == [suspect]
 
 
-def test_struck_images_were_written_by_no_operator() -> None:
+def test_corrupted_images_were_written_by_no_operator() -> None:
     conv = replace(CONV, inputs=digest("struck"), outputs=digest("conv'"))
     struck = always(bad("batch"), records=[conv])
     decision = find_corruption(found(witness(), struck, [1]), [witness(), struck, witness()], "batch")
@@ -96,7 +96,7 @@ def test_what_all_have_in_common_is_no_fault() -> None:
     assert find_corruption(found(rows[0], rows[1], []), rows, "weights") is None
 
 
-def test_two_of_four_may_be_struck_but_not_most_replicas() -> None:
+def test_two_of_four_may_be_corrupted_but_not_most_replicas() -> None:
     """What most replicas do is what the code does; it is the one without that is another."""
     struck = always(bad("weights"), contents=FLIPPED_WEIGHTS)
     decision = find_corruption(found(witness(), struck, []), [struck, struck, witness(), witness()], "weights")
@@ -107,7 +107,7 @@ def test_two_of_four_may_be_struck_but_not_most_replicas() -> None:
     assert find_corruption(found(witness(), read, []), [read, witness(), read], "output") is None
 
 
-def test_what_no_operator_wrote_but_is_the_same_everywhere_was_not_struck() -> None:
+def test_unwritten_but_equal_contents_are_not_corrupted() -> None:
     """A hook through NumPy on all replicas, alike; on one of them another weight is struck beside it."""
     hooked = Contents(frozenset({START}), {"weights": {"bias": digest("hook"), "weight": digest("weight")}})
     flipped = Contents(frozenset({START}), {"weights": {"bias": digest("hook"), "weight": digest("flipped")}})

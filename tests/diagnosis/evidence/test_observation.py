@@ -18,7 +18,7 @@ def test_equal_records_have_no_difference() -> None:
     assert first_difference([], []) is None
 
 
-def test_where_it_was_called_from_and_what_a_view_shows_do_not_count() -> None:
+def test_first_difference_ignores_source_and_view_contents() -> None:
     assert first_difference([A], [replace(A, source="model.py:3", shows=b"other")]) is None
 
 
@@ -60,7 +60,7 @@ def test_name_module_and_phase_make_the_structure() -> None:
         assert not place.same_structure
 
 
-def test_an_operator_that_one_side_has_more_is_named_whichever_side() -> None:
+def test_first_difference_names_extra_operator_of_either_side() -> None:
     for one, other in (([A, B, C], [A, B, D, C]), ([A, B, D, C], [A, B, C])):
         place = first_difference(one, other)
         assert place is not None

@@ -100,7 +100,7 @@ def test_what_was_changed_behind_the_operators_backs_is_named(stage: str, name: 
         assert left_unaccounted(records, contents, other) == []
 
 
-def test_an_operator_that_reads_find_corruption_is_the_first_of_which_something_is_unaccounted() -> None:
+def test_operator_reading_corruption_is_first_unaccounted() -> None:
     replica = make_replica()
     replica.model[0].register_forward_hook(lambda _m, _a, output: flip_bits(output, 1, random.Random(0)))
     sound, _ = traced_step(make_replica(), 1)
@@ -136,7 +136,7 @@ def test_the_criterions_tensors_and_the_batch_are_the_steps_own() -> None:
     assert after["gradients"]["5.bias"] not in contents_before(replica, batch)  # gradients are zeroed first
 
 
-def test_the_optimizers_tensors_are_named_as_its_stage_names_them() -> None:
+def test_optimizer_tensors_have_the_names_of_the_stage() -> None:
     model, criterion = nn.Linear(2, 2), nn.PReLU(2)
     optimizer = torch.optim.SGD([*model.parameters(), *criterion.parameters()], lr=0.1, momentum=0.9)
     for parameter in [*model.parameters(), *criterion.parameters()]:
