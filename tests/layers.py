@@ -1,8 +1,8 @@
 """The layer of a test, from what it calls: `unit`, `process` or `job`.
 
 A test starts processes or jobs through functions of the harness or of the standard library. `layer_of` follows the
-names that a test, its fixtures and its helpers use, so no test needs to be marked by hand. A `unit` test that starts a
-process all the same fails (see `conftest.py`).
+names that a test, its fixtures and its helpers use, so no test needs to be marked by hand. A `unit` test that
+nevertheless starts a process fails (see `conftest.py`).
 """
 
 from collections.abc import Callable, Iterator

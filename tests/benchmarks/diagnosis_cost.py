@@ -55,12 +55,12 @@ def time_verdict(world: World, config: RunConfig, data: DataSets, step: int) -> 
         for _ in train(replica, data, coordinator, agreement, config, world, CPU, StopRequest(), history):
             pass
     except Divergence as divergence:
-        parted = time.perf_counter()
+        diverged = time.perf_counter()
         facts = RunFacts(num_replicas=world.num_replicas)
         explainer = Explainer(config, 42, CPU, replica, data, coordinator, injector, world.channel, facts)
         verdict = explainer.explain(divergence.verdict, agreement, history)
         assert verdict.step == step
-        return (parted - started) / agreement.steps_done, time.perf_counter() - parted, verdict.cause
+        return (diverged - started) / agreement.steps_done, time.perf_counter() - diverged, verdict.cause
     finally:
         injector.close()
     raise AssertionError("the fault was not found")

@@ -1,10 +1,10 @@
-"""Flips random bits in random places and checks every verdict; prints a confusion matrix.
+"""Flip random bits in random places, check every verdict and print a confusion matrix.
 
     torchrun --standalone --nproc_per_node=3 -m tests.benchmarks.fault_campaign --faults 300 --clean-steps 2000
 
 Each trial trains a small model for a few steps with one fault. The verdict must name its very step, its stage, the
-tensor that was struck (of a repeated fault in an activation, the module that wrote it), the replica, and whether it was
-struck once or again and again. A fault is masked if it leaves no trace in any state (a flipped activation bit that the
+corrupted tensor (of a repeated fault in an activation, the module that wrote it), the replica, and whether the fault
+was injected once or repeatedly. A fault is masked if it leaves no trace in any state (a flipped activation bit that the
 next operator drops), which is checked against a clean run. Any other outcome is a failure, and makes the exit code 1.
 """
 
@@ -38,7 +38,7 @@ from dreplica.training.loop import train
 
 TARGETS = ("weights", "gradients", "buffers", "optimizer", "batch", "indices", "activation", "rng")
 STAGES_OF = {target: (target,) for target in TARGETS} | {"activation": ("buffers", "output", "gradients")}
-"""Where a fault comes to light, by its target."""
+"""Stages in which a fault may first be visible, by its target."""
 UNNAMED = ("batch", "indices", "rng")
 WRITTEN_BY = {"3": "2"}
 """In the small model: flattening gives a view of what the ReLU wrote."""
@@ -54,16 +54,16 @@ SETTINGS = {
 
 @dataclass(frozen=True)
 class Trial:
-    """What came of one run."""
+    """The result of one run."""
 
     verdict: Verdict | None
     fingerprints: list[dict[str, str]]
-    """Of all replicas' final state, where the run went to its end."""
+    """Fingerprints of all replicas' final state, if the run completed."""
     replica: Replica
 
 
 def run_once(world: World, config: RunConfig, data: DataSets, faults: list[FaultConfig], device: torch.device) -> Trial:
-    """Builds, trains and, where replicas part, diagnoses. A collective."""
+    """Build, train and, if replicas diverge, diagnose (collective)."""
     seed_generators(42)
     replica = build_replica(config, data.num_classes, device)
     injector = Injector(faults, world.replica_id, replica)
@@ -83,7 +83,7 @@ def run_once(world: World, config: RunConfig, data: DataSets, faults: list[Fault
 
 
 def draw_fault(draw: random.Random, num_replicas: int, number: int) -> FaultConfig:
-    """Targets, one-time and repeated faults in turn; everything else at random."""
+    """Draw a fault: targets, one-time and repeated faults in turn, everything else at random."""
     return FaultConfig(
         replica=draw.randrange(num_replicas),
         step=draw.randint(1, STEPS),
@@ -95,14 +95,14 @@ def draw_fault(draw: random.Random, num_replicas: int, number: int) -> FaultConf
 
 
 def judge(fault: FaultConfig, tensor: str | None, trial: Trial, clean: Trial) -> str:
-    """What was found, or, in capitals, how it is wrong. `tensor`: what was struck, where it has a name."""
+    """Return the outcome, in capitals if wrong. `tensor` is the name of the corrupted tensor, if any."""
     verdict = trial.verdict
     if verdict is None:
         same = all(row == clean.fingerprints[0] for row in trial.fingerprints)
         return "masked" if same and fault.target == "activation" else "MISSED"
     later = verdict.step is not None and verdict.step > fault.step
     if verdict.step != fault.step and not (later and fault.target == "activation" and fault.repeat):
-        return "WRONG STEP"  # the first strikes at an activation may be masked
+        return "WRONG STEP"  # the first faults of an activation may be masked
     if verdict.stage not in STAGES_OF[fault.target]:
         return "WRONG STAGE"
     if fault.target != "activation" and tensor is not None and verdict.tensor != tensor:

@@ -1,11 +1,11 @@
-"""Kills random replicas at random moments, starts the job again each time, and compares what it comes to.
+"""Kill random replicas at random moments, restart the job each time, and compare its result.
 
     python -m tests.benchmarks.kill_campaign --kills 30
 
 A job that saves every few steps is killed with SIGKILL, one replica or all, at a random moment or while a checkpoint is
-being written; the survivors end by themselves; the same command goes on. After every few kills a job is left to end,
+being written; the survivors end without help; the same command resumes. After every few kills a job is left to end,
 and its trace, results and final digests must be those of a job that was never interrupted. Prints what was killed when,
-and from where the run went on; the exit code is 1 if any job came to something else.
+and from where the run resumed; the exit code is 1 if the result of any job differs.
 """
 
 import argparse
@@ -84,7 +84,7 @@ def finish(root: Path) -> None:
 
 
 def outcome(root: Path) -> dict[str, Any]:
-    """What the job came to."""
+    """Return the results of the job."""
     folder = root / "job"
     report = json.loads((folder / "report.json").read_text())
     return {

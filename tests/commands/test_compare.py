@@ -26,7 +26,7 @@ RUNS = {
     "stopped": (1, ("--run.stop_after=7",)),
     "independent": (2, ("--seed.model=distinct",)),
     "other": (2, ("--seed.model=distinct", "--optim.lr=0.5")),
-    "parted": (2, ("--inject=[{replica: 0, step: 8, target: weights}]", "--agreement.on_divergence=continue")),
+    "diverged": (2, ("--inject=[{replica: 0, step: 8, target: weights}]", "--agreement.on_divergence=continue")),
 }
 
 
@@ -37,7 +37,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name, (num_replicas, arguments) in RUNS.items():
         arguments = (*SMALL, "--agreement.record=tensors", f"--run.name={name}", *arguments)
         job = run_job(*arguments, root=root, num_replicas=num_replicas)
-        assert job.returncode == 0 or name in ("stopped", "parted"), job.output
+        assert job.returncode == 0 or name in ("stopped", "diverged"), job.output
     return root
 
 
@@ -120,7 +120,7 @@ def test_incomplete_last_line_is_ignored(runs: Path, tmp_path: Path, capsys: pyt
 
 
 def test_run_whose_replicas_diverged_is_noted(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    code, found = compare_json(capsys, runs / "one", runs / "parted")
+    code, found = compare_json(capsys, runs / "one", runs / "diverged")
     assert code == ExitCode.DIVERGED
     first = found["first_difference"]
     assert (first["step"], first["stage"]) == (8, "weights"), "the flipped bit is replica 0's"

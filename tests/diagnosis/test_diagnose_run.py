@@ -45,7 +45,7 @@ def _restore_generators():
 
 
 def finding(step: int | None = 3, stage: str = "weights") -> Verdict:
-    return Verdict(False, "unexplained", "parted", step=step, stage=stage, tensor="body.5.weight", groups=[[0]])
+    return Verdict(False, "unexplained", "diverged", step=step, stage=stage, tensor="body.5.weight", groups=[[0]])
 
 
 # ---- what can be replayed
@@ -68,7 +68,7 @@ def test_without_snapshots_nothing_can_be_replayed() -> None:
     assert not can_replay(finding(), History(trained.replica, 50))
 
 
-# ---- samples by themselves
+# ---- samples without a model
 
 
 class Augmented(TensorImages):
@@ -123,9 +123,9 @@ def diagnosed(trained: Trained, step: int, original: dict[str, Stage], load: Any
 
 
 def without(stages: dict[str, Stage], stage: str, num_tensors: int = 1) -> dict[str, Stage]:
-    """As they would have been, had the first `num_tensors` of that stage come out otherwise."""
-    struck = bytes(16 * num_tensors) + stages[stage].digests[16 * num_tensors :]
-    return {**stages, stage: Stage(stages[stage].names, struck)}
+    """Return the stages as if the first `num_tensors` tensors of `stage` had differed."""
+    changed = bytes(16 * num_tensors) + stages[stage].digests[16 * num_tensors :]
+    return {**stages, stage: Stage(stages[stage].names, changed)}
 
 
 @pytest.mark.parametrize("step", [1, 3, NUM_STEPS])
@@ -138,7 +138,7 @@ def test_unreproduced_fault_is_transient_and_state_is_restored(step: int) -> Non
 
 
 def test_many_changed_tensors_are_not_a_bit_flip() -> None:
-    """Code that once scales all weights: all gradients had agreed, so that one fault would be in one tensor."""
+    """Code scales all weights once. All gradients had agreed, so one fault would be in one tensor."""
     trained = train(with_adamw)
     verdict = diagnosed(trained, 3, without(trained.stages[3], "weights", 2))
     assert verdict.cause == "transient-fault"
@@ -216,7 +216,7 @@ def test_failed_restore_is_reported_on_all_replicas() -> None:
 
 
 class Stumbling:
-    """Stands for a replayer: on the way to step 5, replica 1 stumbles at step 3, and replica 2 at step 4."""
+    """A simulated replayer: before step 5, replica 1 fails to reproduce step 3, and replica 2 step 4."""
 
     def __init__(self, replica_id: int) -> None:
         self.stumbles = {1: 3, 2: 4}.get(replica_id)
@@ -249,20 +249,20 @@ def test_an_earlier_step_that_does_not_reproduce_is_said() -> None:
 
 
 def test_an_earlier_step_may_not_be_reached_the_second_time() -> None:
-    """Step 2 comes out otherwise on the first way, step 1 on the second: a verdict, not an exception."""
+    """Step 2 differs in the first replay and step 1 in the second: a verdict, not an exception."""
     trained = train(with_momentum)
     seen: list[int] = []
 
     def other(indices: Tensor, entry: StepEntry) -> Batch:
         seen.append(entry.step)
         batch = load(indices, entry)
-        struck = (entry.step == 2 and seen.count(2) == 1) or (entry.step == 1 and seen.count(1) == 2)
-        return Batch(batch.indices, batch.inputs + 1.0 if struck else batch.inputs, batch.labels)
+        changed = (entry.step == 2 and seen.count(2) == 1) or (entry.step == 1 and seen.count(1) == 2)
+        return Batch(batch.indices, batch.inputs + 1.0 if changed else batch.inputs, batch.labels)
 
     assert diagnosed(trained, 4, trained.stages[4], other).cause in {"unexplained", "batch-differs"}
 
 
-# ---- what an operator does by itself, and no hardware
+# ---- nondeterminism of an operator, not of the hardware
 
 
 def on_gpus(**numerics: Any) -> RunFacts:

@@ -1,4 +1,4 @@
-"""`dreplica.diagnose` on steps of one's own: the operator, or an honest `unexplained`, and everything as it was."""
+"""`dreplica.diagnose` on custom steps names the operator or returns `unexplained`, and restores all state."""
 
 import itertools
 import random
@@ -74,13 +74,13 @@ def talking(maps: Tensor) -> Tensor:
 
 @dataclass
 class Loop:
-    """A model, what trains it, and a step of one's own."""
+    """A model, its optimizer, and a custom training step."""
 
     model: Net
     optimizer: torch.optim.Optimizer
     batch: Any
     weight: Tensor
-    """Of the classes, known to nobody but the step."""
+    """Class weights, which only the step uses."""
 
     def step(self, batch: Any) -> tuple[Tensor, Tensor]:
         inputs, labels = batch
@@ -101,7 +101,7 @@ def make(after: Callable[[Tensor], Tensor] = mean, size: int = 8) -> Loop:
 
 
 def ask(loop: Loop, **arguments: Any) -> tuple[Verdict, bool]:
-    """The verdict, and whether everything is as it was."""
+    """Return the verdict, and True if the state is unchanged."""
     before = state_of(loop)
     verdict = dreplica.diagnose(loop.step, loop.batch, loop.model, loop.optimizer, **arguments)
     return verdict, state_of(loop) == before
@@ -145,13 +145,13 @@ def _all_loops(world: World) -> dict[str, tuple[Verdict, bool]]:
         loop.model.head.bias.data[2] += 1.0
         loop.optimizer.param_groups[0]["lr"] = 0.5
         torch.rand(3)
-    parted = Verdict(False, "unexplained", "parted", step=7, epoch=2, stage="weights", tensor="head.bias")
-    found["parted"] = ask(loop)
-    found["parted, and asked why"] = ask(loop, found=parted.with_(groups=[[0], [1]]))
+    diverged = Verdict(False, "unexplained", "diverged", step=7, epoch=2, stage="weights", tensor="head.bias")
+    found["diverged"] = ask(loop)
+    found["diverged, and explained"] = ask(loop, found=diverged.with_(groups=[[0], [1]]))
 
     loop = make(only_on_one)
-    found["if, and parted before"] = ask(loop, found=parted.with_(stage="batch", tensor="inputs", groups=[[0], [1]]))
-    found["if, and asked why"] = ask(loop, found=parted.with_(stage="output", tensor="loss", groups=[[0], [1]]))
+    found["if, diverged before"] = ask(loop, found=diverged.with_(stage="batch", tensor="inputs", groups=[[0], [1]]))
+    found["if, explained"] = ask(loop, found=diverged.with_(stage="output", tensor="loss", groups=[[0], [1]]))
 
     loop = make()
     if one:
@@ -178,10 +178,10 @@ EXPECTED: dict[str, tuple[str, str | None, str | None]] = {
     "talking": ("unexplained", None, None),
     "weight of classes": ("unexplained", "output", "aten.nll_loss_forward.default"),
     "batch": ("batch-differs", "batch", None),
-    "parted": ("none", None, None),
-    "parted, and asked why": ("unexplained", "weights", None),
-    "if, and parted before": ("unexplained", "output", "aten.mul.Tensor"),
-    "if, and asked why": ("structure-differs", "output", "aten.mul.Tensor"),
+    "diverged": ("none", None, None),
+    "diverged, and explained": ("unexplained", "weights", None),
+    "if, diverged before": ("unexplained", "output", "aten.mul.Tensor"),
+    "if, explained": ("structure-differs", "output", "aten.mul.Tensor"),
     "other tensors": ("structure-differs", "optimizer", None),
     "raises": ("unexplained", None, None),
     "threads": ("environment-differs", "gradients", "aten.convolution_backward.default"),
@@ -201,7 +201,7 @@ def test_own_steps() -> None:
     assert racy.suspects == [0, 1]
     found = {name: (verdict.cause, verdict.stage, verdict.operator) for name, (verdict, _) in one.items()}
     assert found == EXPECTED
-    assert (one["parted, and asked why"][0].step, one["parted, and asked why"][0].epoch) == (7, 2)
+    assert (one["diverged, and explained"][0].step, one["diverged, and explained"][0].epoch) == (7, 2)
     lines = texts(one["if"][0].evidence)
     assert any("aten.mul.Tensor (forward) at " in line and Path(__file__).name in line for line in lines), lines
     lines = texts(one["threads"][0].evidence)
@@ -399,8 +399,8 @@ def test_faults_in_a_compiled_loop() -> None:
     one, two = run_replicas(_compiled, 2)
     assert isinstance(one, list), one
     assert one == two
-    parted, asked, other_line = one
-    assert (parted.step, parted.stage, parted.tensor) == (2, "weights", "head.weight")
+    diverged, asked, other_line = one
+    assert (diverged.step, diverged.stage, diverged.tensor) == (2, "weights", "head.weight")
     assert asked.cause == "unexplained"
     assert asked.evidence[-1].code == "step-agrees"
     assert (other_line.cause, other_line.stage, other_line.operator) == (

@@ -61,7 +61,7 @@ def reseeded_from_the_os(num_classes: int) -> nn.Module:
 
 
 def drawn_elsewhere(num_classes: int) -> nn.Module:
-    """Weights from a generator of its own, unseeded; the global ones are left alone."""
+    """Initialize weights from a private, unseeded generator; the global generators are unchanged."""
     model = tiny_model(num_classes)
     noise = numpy.random.default_rng().standard_normal(model[5].weight.shape)
     with torch.no_grad():

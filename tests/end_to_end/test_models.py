@@ -1,7 +1,7 @@
-"""Models of every kind: two that are sound agree to the end, and what is injected into one is found, and nothing else.
+"""Models of every kind: sound replicas agree to the end, and a fault injected into one is found, and nothing else.
 
-A model's jobs are three: nothing wrong; one flipped bit, found and gone on from, after which the replicas that were not
-struck are what they are where nothing is wrong; a module that is struck at every step.
+Each model has three jobs: one without a fault; one that continues after a flipped bit, in which the other replicas end
+in the same state as without it; and one with a module corrupted at every step.
 """
 
 import json
@@ -26,23 +26,23 @@ STEPS = 4
 
 @dataclass(frozen=True)
 class Kind:
-    """A model, and where it is struck."""
+    """A model, and where faults are injected."""
 
     arguments: tuple[str, ...]
     module: str
     """A module whose whole output counts."""
     weight: str
     stage: str = "output"
-    """Where it first shows that the module was struck."""
+    """Stage in which the corrupted module is first visible."""
     phase: str = "forward"
 
 
-def factory(name: str, *struck: str, **more: str) -> Kind:
-    return Kind((f"--model.factory={ZOO}:{name}",), *struck, **more)
+def factory(name: str, *places: str, **more: str) -> Kind:
+    return Kind((f"--model.factory={ZOO}:{name}",), *places, **more)
 
 
-def replica(name: str, *struck: str) -> Kind:
-    return Kind((f"--replica.factory={ZOO}:{name}",), *struck)
+def replica(name: str, *places: str) -> Kind:
+    return Kind((f"--replica.factory={ZOO}:{name}",), *places)
 
 
 TINY = "--model.factory=tests.fixtures:tiny_model"
@@ -61,7 +61,7 @@ PLAIN = {
     "no_batch_norm": factory("no_batch_norm", "0", "1.weight"),
     "frozen_trunk": factory("frozen_trunk", "5", "0.weight"),
     "checkpointed": factory("checkpointed", "block.0", "block.1.bias", stage="buffers"),
-    # The re-entrant form computes without gradients first: the module is struck when it runs again, in the backward.
+    # The re-entrant form computes without gradients first: the module is corrupted when it runs again, in the backward.
     "checkpointed_reentrant": factory(
         "checkpointed_reentrant", "block.0", "block.1.bias", stage="buffers", phase="backward"
     ),
@@ -96,7 +96,7 @@ def digests_of(job: Job, stage: str) -> list[str]:
 
 
 def flip(kind: Kind, *arguments: str) -> Job:
-    """One bit on replica 1 of three at step 3; they go on."""
+    """Run a job that continues after one bit is flipped on replica 1 of three at step 3."""
     fault = f"--inject=[{{replica: 1, step: 3, target: weights, tensor: {kind.weight!r}}}]"
     return run_job(*BASE, *kind.arguments, fault, "--agreement.on_divergence=continue", *arguments, num_replicas=3)
 
@@ -125,7 +125,7 @@ def test_diagnosis_of_flipped_bit_changes_nothing_on_its_replica(name: str) -> N
         assert probed.report[key] == unprobed.report[key]
 
 
-def strike(kind: Kind, module: str | None = None) -> Job:
+def corrupt(kind: Kind, module: str | None = None) -> Job:
     module = module or kind.module
     fault = f"--inject=[{{replica: 2, step: 3, target: activation, tensor: {module!r}, bits: 8, repeat: true}}]"
     return run_job(*BASE, *kind.arguments, fault, num_replicas=3)
@@ -134,7 +134,7 @@ def strike(kind: Kind, module: str | None = None) -> Job:
 @pytest.mark.parametrize("name", PLAIN | VIEW)
 def test_a_module_that_computes_wrongly_is_named(name: str) -> None:
     kind = ALL[name]
-    job = strike(kind)
+    job = corrupt(kind)
     # Of a model of which a part is compiled, module paths are not known: see ModulePaths.
     module = "" if name == "compiled_part" else kind.module
     expected = ("persistent-fault", 3, [2], kind.stage, module, kind.phase)
@@ -148,7 +148,7 @@ def test_a_module_that_computes_wrongly_is_named(name: str) -> None:
 )
 def test_a_module_that_computes_wrongly_inside_compiled_code(name: str) -> None:
     """Its operator is named, without a path."""
-    job = strike(COMPILED[name])
+    job = corrupt(COMPILED[name])
     expected = ("persistent-fault", 3, [2], "buffers", "aten.convolution.default")
     assert found(job, "stage", "operator") == expected, job.output
 
@@ -158,7 +158,7 @@ def test_a_module_that_computes_wrongly_inside_compiled_code(name: str) -> None:
     ["embed", "project"],
 )
 def test_a_module_whose_output_is_read_through_views_is_named(module: str) -> None:
-    job = strike(PLAIN["Attention"], module)
+    job = corrupt(PLAIN["Attention"], module)
     assert found(job, "module") == ("persistent-fault", 3, [2], module), job.output
 
 

@@ -1,6 +1,6 @@
 """`overrides` as a tool: two settings in lock-step, and where the one first rounds otherwise than the other.
 
-Whether two settings round alike depends on the processor, so each test finds it out by itself: a bare loop takes the
+Whether two settings round alike depends on the processor, so each test measures it: a bare loop takes the
 same steps under both settings, and what it sees is what the job must say.
 """
 
@@ -160,7 +160,7 @@ def test_first_differing_operator_and_distance_are_named(setting: str) -> None:
 
 
 STRUCTURE = [
-    # Each with operators of its own, of which the first is told; and not blamed on the model or the hardware.
+    # Each setting adds operators. The first is reported, and neither the model nor the hardware is blamed.
     ("{train: {amp: bf16}}", "aten._to_copy.default", "forward"),
     ("{optim: {name: AdamW, foreach: true}}", "", "optimizer"),
     ("{train: {grad_clip: 1e-3}}", "aten._foreach_norm.Scalar", "optimizer"),
@@ -218,7 +218,7 @@ def test_fault_is_not_blamed_on_a_harmless_override() -> None:
     assert (verdict["cause"], verdict["step"], verdict["suspects"]) == ("transient-fault", 3, [0]), job.output
 
 
-# ---- going on
+# ---- continuing after a divergence
 
 
 def distances(job: Job) -> list[dict[str, Any]]:

@@ -25,13 +25,13 @@ CONFIGS = {
     "fp16 with a scaler": ("--train.amp=fp16",),
     "nothing compared": ("--agreement.every=0",),
     "compared now and then": ("--agreement.every=3",),
-    "an order of its own": ("--seed.data=null",),
+    "random data order": ("--seed.data=null",),
     "independent": ("--seed.model=distinct",),
 }
 
 
 def facts(job: Job) -> dict[str, Any]:
-    """What two runs that came to the same have in common."""
+    """Return what two runs with equal results have in common."""
     report = job.report
     metrics = [json.loads(line) for line in (job.folder / "metrics.jsonl").read_text().splitlines()]
     return {

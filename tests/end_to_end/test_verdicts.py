@@ -186,7 +186,7 @@ def test_different_validation_labels_are_different_data() -> None:
 
 @pytest.mark.parametrize("cause", ["declared-override", "build-rng-differs"])
 def test_build_differs_as_declared(cause: str) -> None:
-    """A fault beside a declared difference that has nothing to do with the build is not laid to it."""
+    """A declared difference that does not affect the build is not blamed for a fault."""
     declared = "--overrides.1.model.num_classes=7"
     if cause == "build-rng-differs":
         declared = f"--model.factory={FAULTY}:one_more_draw_on_rank_1"

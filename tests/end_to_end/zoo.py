@@ -17,7 +17,7 @@ from tests.fixtures import tiny_model
 
 
 def _body(*after: nn.Module) -> nn.Sequential:
-    """A convolution, group norm (no buffers) and whatever comes `after`, on 4 channels."""
+    """A convolution, group norm (no buffers) and the modules `after`, on 4 channels."""
     return nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.GroupNorm(2, 4), nn.ReLU(), *after)
 
 
@@ -254,7 +254,7 @@ class UsedTwice(nn.Module):
 
 
 class SharedModules(nn.Module):
-    """A module list in which one module stands twice, and a module that is reached by two names."""
+    """A module list that contains one module twice, and a module that has two names."""
 
     def __init__(self, num_classes: int) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""Where the time goes: measured around the phases as they are."""
+"""Times are measured around the phases of a step without changing them."""
 
 import json
 import time

@@ -1,4 +1,4 @@
-"""An injected fault flips exactly the bits it says, where and when it says, and nobody notices."""
+"""An injected fault flips exactly the configured bits, in the configured place and step, without side effects."""
 
 import random
 from collections.abc import Sequence
@@ -195,26 +195,26 @@ def flipped(one: dict[str, int], other: dict[str, int]) -> dict[str, int]:
 )
 def test_fault_changes_one_tensor_at_its_step(target: str, kind: str, bits: int) -> None:
     sound = run()
-    struck = run({"replica": 1, "step": 3, "target": target, "bits": bits})
-    assert struck[:2] == sound[:2]
-    differing = flipped(sound[2][kind], struck[2][kind])
+    injected = run({"replica": 1, "step": 3, "target": target, "bits": bits})
+    assert injected[:2] == sound[:2]
+    differing = flipped(sound[2][kind], injected[2][kind])
     assert list(differing.values()) == [bits]
-    if kind in {"weights", "buffers", "optimizer", "rng"}:  # struck at the end of the step: all the rest is untouched
-        assert [other for other in STATE if sound[2][other] != struck[2][other]] == [kind]
+    if kind in {"weights", "buffers", "optimizer", "rng"}:  # injected at the end of the step: all the rest is untouched
+        assert [other for other in STATE if sound[2][other] != injected[2][other]] == [kind]
 
 
 def test_fault_changes_named_tensor() -> None:
     sound = run()
-    struck = run({"replica": 1, "step": 2, "target": "weights", "tensor": "1.bias", "bits": 3})
-    assert flipped(sound[1]["weights"], struck[1]["weights"]) == {"1.bias": 3}
+    injected = run({"replica": 1, "step": 2, "target": "weights", "tensor": "1.bias", "bits": 3})
+    assert flipped(sound[1]["weights"], injected[1]["weights"]) == {"1.bias": 3}
 
 
 def test_fault_in_named_activation() -> None:
     sound = run()
-    struck = run({"replica": 1, "step": 2, "target": "activation", "tensor": "5", "bits": 4})
-    assert flipped(sound[1]["output"], struck[1]["output"]) == {"logits": 4}
-    assert sound[1]["buffers"] == struck[1]["buffers"]
-    assert sound[1]["gradients"] != struck[1]["gradients"]
+    injected = run({"replica": 1, "step": 2, "target": "activation", "tensor": "5", "bits": 4})
+    assert flipped(sound[1]["output"], injected[1]["output"]) == {"logits": 4}
+    assert sound[1]["buffers"] == injected[1]["buffers"]
+    assert sound[1]["gradients"] != injected[1]["gradients"]
 
 
 def test_fault_leaves_other_replicas() -> None:
@@ -244,9 +244,9 @@ def test_only_repeated_fault_recurs() -> None:
 def test_two_faults_at_one_step() -> None:
     sound = run()
     faults = [{"replica": 1, "step": 2, "target": target} for target in ("weights", "rng")]
-    struck = run(*faults)
-    assert len(flipped(sound[1]["weights"], struck[1]["weights"])) == 1
-    assert len(flipped(sound[1]["rng"], struck[1]["rng"])) == 1
+    injected = run(*faults)
+    assert len(flipped(sound[1]["weights"], injected[1]["weights"])) == 1
+    assert len(flipped(sound[1]["rng"], injected[1]["rng"])) == 1
 
 
 def test_fault_spares_evaluation() -> None:
@@ -301,9 +301,9 @@ def test_empty_target_is_usage_error() -> None:
 
 def test_not_injected_lists_pending_faults() -> None:
     replica = make_replica()
-    struck, late = (FaultConfig(replica=1, step=step, target="weights", repeat=True) for step in (2, 99))
-    injector = Injector([struck, late], 1, replica)
-    assert injector.not_injected == [struck, late]
+    injected, late = (FaultConfig(replica=1, step=step, target="weights", repeat=True) for step in (2, 99))
+    injector = Injector([injected, late], 1, replica)
+    assert injector.not_injected == [injected, late]
     for step in (1, 2, 3):
         step_and_look(replica, step)
     assert injector.not_injected == [late]
@@ -318,9 +318,9 @@ def test_fault_in_nested_activation() -> None:
     x = torch.ones(2, 1, 4)
     sound = body(x)[0]
     injector = Injector([FaultConfig(replica=0, step=1, target="activation", tensor="0", bits=2)], 0, replica)
-    struck = body(x)[0]
+    injected = body(x)[0]
     injector.close()
-    assert (bits_of(sound) ^ bits_of(struck)).bit_count() == 2
+    assert (bits_of(sound) ^ bits_of(injected)).bit_count() == 2
 
 
 # ---- indices

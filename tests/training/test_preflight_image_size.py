@@ -1,4 +1,4 @@
-"""A model that refuses images of the data set's size is told before the first step."""
+"""A model that refuses images of the data set's size is reported before the first step."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""Where replicas part first, from what each of them compared."""
+"""Find where replicas first diverge, from what each of them compared."""
 
 from collections.abc import Sequence
 

@@ -15,11 +15,11 @@ from tests import fixtures
 
 
 class _FailingOnce(nn.Module):
-    """At the third training step after the second build."""
+    """A module that fails at the third training step after the second build."""
 
     builds = 0
     steps = 0
-    """Since the newest build. Of the class, so that no replay puts it back."""
+    """Steps since the newest build. A class attribute, so that no replay restores it."""
 
     def __init__(self, num_classes: int) -> None:
         super().__init__()

@@ -103,7 +103,7 @@ def look_around(burn_in: BurnIn, done: PassDone) -> None:
 
 
 open_files: list[int] = []
-"""After each pass, in a process of its own."""
+"""After each pass, in a separate process."""
 
 
 def test_sound_cards_agree_until_time_is_over(tmp_path: Path) -> None:

@@ -82,7 +82,7 @@ def test_deepcopied_scheduler_drives_a_copy() -> None:
     scheduler = copy.deepcopy(torch.optim.lr_scheduler.StepLR(optimizer, step_size=1))
     assert scheduler.optimizer is not optimizer
     scheduler.optimizer.step()
-    with warnings.catch_warnings(action="ignore"):  # torch misses a step of the copy, which nobody asked for
+    with warnings.catch_warnings(action="ignore"):  # torch misses a step of the copy, which no code asked for
         scheduler.step()
     assert optimizer.param_groups[0]["lr"] == 0.1
     assert scheduler.optimizer.param_groups[0]["lr"] == pytest.approx(0.01)

@@ -1,4 +1,4 @@
-"""What follows from the trials, for each way in which they may come out."""
+"""Check the conclusion from the trials, for each of their possible outcomes."""
 
 import copy
 from typing import Any

@@ -21,7 +21,7 @@ def options_in(arguments: Sequence[str]) -> dict[str, str]:
 
 
 class MadeUp:
-    """Stands in for `run_in_background`.
+    """A substitute for `run_in_background`.
 
     Args:
         device: on which the job would run.

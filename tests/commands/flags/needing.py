@@ -18,7 +18,7 @@ _ALIVE: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 
 @torch.library.custom_op("needing::noise", mutates_args=())
 def noise(values: Tensor) -> Tensor:
-    """Adds noise of its own unless deterministic algorithms are asked for, which take longer."""
+    """Add unseeded noise unless deterministic algorithms are enabled, which take longer."""
     if torch.are_deterministic_algorithms_enabled():
         time.sleep(_PAUSE)
         return values.clone()
@@ -31,17 +31,17 @@ noise.register_autograd(lambda _ctx, gradient: gradient, setup_context=lambda ct
 
 
 class Noise(nn.Module):
-    """Switched off by `torch.use_deterministic_algorithms`."""
+    """A module whose noise `torch.use_deterministic_algorithms` disables."""
 
     def forward(self, values: Tensor) -> Tensor:
         return noise(values)
 
 
 class Unwritten(nn.Module):
-    """Reads memory that nobody has written to; to fill it makes that the same each time.
+    """A module that reads uninitialized memory. Filling new memory makes it reproducible.
 
-    What stands there is made certain: the number of calls so far, in all repetitions, which no two of them share and
-    all replicas do.
+    The contents are made certain: the number of calls so far in all repetitions, which differs between repetitions
+    and agrees between replicas.
     """
 
     def forward(self, values: Tensor) -> Tensor:
@@ -53,7 +53,7 @@ class Unwritten(nn.Module):
 
 
 class Unpooled(nn.Module):
-    """Has no deterministic implementation, and strict mode raises."""
+    """A module without a deterministic implementation, for which strict mode raises."""
 
     def forward(self, values: Tensor) -> Tensor:
         pooled, positions = nn.functional.max_pool2d(values, 2, return_indices=True)
@@ -61,14 +61,14 @@ class Unpooled(nn.Module):
 
 
 class UnpooledInEvaluation(Unpooled):
-    """The same, outside of training steps."""
+    """The same module, in evaluation only."""
 
     def forward(self, values: Tensor) -> Tensor:
         return values if self.training else super().forward(values)
 
 
 class OnReplica1(nn.Module):
-    """Does there what else nobody does."""
+    """A wrapper that runs its module on replica 1 only."""
 
     def __init__(self, fails: nn.Module) -> None:
         super().__init__()
@@ -79,17 +79,17 @@ class OnReplica1(nn.Module):
 
 
 class TooLarge(nn.Module):
-    """Runs out of memory."""
+    """A module that runs out of memory."""
 
     def forward(self, values: Tensor) -> Tensor:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has 1 GiB.")
 
 
 def alone(num_classes: int) -> nn.Module:
-    """Needs none, and room: the one before it must be gone."""
+    """Build a model that needs no flag, but memory: the model before it must be gone."""
     assert not _ALIVE
     model = tiny_model(num_classes)
-    model.around = [model]  # not gone by itself
+    model.around = [model]  # a reference cycle: only the garbage collector frees it
     _ALIVE.add(model)
     return model
 

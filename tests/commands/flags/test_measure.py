@@ -62,9 +62,9 @@ def test_starts_are_compared_with_each_other(make: Callable[..., Measurements]) 
     assert not measurements.try_out(OFF, 2), "the third"
     assert len(measurements.of(OFF)) == 3, "and then no more"
     assert not measurements.agrees(OFF)
-    parted = measurements.first_divergent(OFF)
-    assert parted is not None
-    assert describe(parted) == "starts diverge at step 4 (weights)"
+    divergent = measurements.first_divergent(OFF)
+    assert divergent is not None
+    assert describe(divergent) == "starts diverge at step 4 (weights)"
     assert measurements.same_numbers(OFF, STRICT) is None
 
 

@@ -1,4 +1,4 @@
-"""Which flags can be given up together, on jobs that are made up."""
+"""Search for the flags that can be disabled together, on simulated jobs."""
 
 from collections.abc import Callable, Iterable
 
@@ -14,7 +14,7 @@ Asked = list[frozenset[str]]
 def search(
     order: str, job: Callable[[frozenset[str]], bool], confirms: Callable[[frozenset[str]], bool] = lambda _: True
 ) -> tuple[frozenset[str], Asked, Asked]:
-    """What is given up, and the sets that were tried and tried once more."""
+    """Return the disabled flags, the sets that were tried and those tried once more."""
     tried: Asked = []
     confirmed: Asked = []
 

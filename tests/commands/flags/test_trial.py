@@ -50,7 +50,7 @@ def test_trial_without_flags_agrees(tmp_path: Path) -> None:
     found = conduct(tmp_path, "alone", WITHOUT_MODE, 2, over_with_the_job)
     seconds = found.pop("seconds_per_step")
     assert found == {"device": "cpu", "steps": 6, "verdict": None, "between": None}
-    assert [len(row) for row in seconds] == [3, 3], "its own, and strict mode beside it"
+    assert [len(row) for row in seconds] == [3, 3], "those of the trial, and those of strict mode measured with it"
     assert all(value > 0 for row in seconds for value in row)
     lines = [json.loads(line) for line in (tmp_path / "trace.jsonl").read_text().splitlines()[1:]]
     assert [line["step"] for line in lines if "predictions" not in line["digests"]][-1] == 6

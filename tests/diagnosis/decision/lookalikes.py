@@ -40,7 +40,7 @@ class GlobalPythonAndNumpy(Counting):
 
 
 class StochasticDepth(Counting):
-    """Skips an operator at random, by a generator of its own, seeded alike on all replicas."""
+    """A model that skips an operator at random, by a private generator seeded equally on all replicas."""
 
     def __init__(self, num_classes: int) -> None:
         super().__init__(num_classes)
@@ -113,7 +113,7 @@ class ForkedGenerator(Counting):
 
 
 class OneMoreDrawOnce(Counting):
-    """After its third forward, replica 1 draws a number that nobody uses, as a logger of sample images does."""
+    """After its third forward, replica 1 draws an unused number, as a logger of sample images does."""
 
     def forward(self, images: Tensor) -> Tensor:
         logits = super().forward(images)

@@ -56,7 +56,7 @@ SAME = (42, 42, b"before", b"after")
         ({"builds": builds((42, 7, b"a", b"b"), (42, 7, b"a", b"c"))}, "build-rng-differs"),
         ({"builds": builds(SAME, (42, 42, b"before", b"other"))}, "build-rng-differs"),
         ({"builds": builds(SAME, (42, 42, b"other", b"after"))}, "build-rng-differs"),
-        # Neither: equal generators before and after, whatever else the build did.
+        # Neither: equal generators before and after, regardless of the rest of the build.
         ({"builds": builds(SAME, SAME)}, "unexplained"),
         ({"builds": builds((42, 7, b"a", b"b"), (42, 7, b"a", b"b"))}, "unexplained"),
     ],
@@ -136,7 +136,7 @@ def test_operator_is_explained_with_the_suspects_settings() -> None:
     assert texts(other.evidence[1:]) == [SEEN.text, "replica 1 runs on NVIDIA H200, GPU-1, cuda:0 of host a"]
 
 
-# ---- verdicts of their own
+# ---- verdicts without replays
 
 
 @pytest.mark.parametrize(
@@ -193,9 +193,9 @@ def test_replica_lost_names_replica_and_step() -> None:
     assert (verdict.cause, verdict.step, verdict.suspects) == ("replica-lost", 5, [2])
     assert "replica 2 was lost in step 5: no response" in verdict.summary
     assert data_of(verdict.evidence, "loss-noticed") == {"error": "connection closed"}
-    nobody = replica_lost([], None, "no answer")
-    assert (nobody.step, nobody.suspects) == (None, [])
-    assert "before the first step" in nobody.summary
+    unknown = replica_lost([], None, "no answer")
+    assert (unknown.step, unknown.suspects) == (None, [])
+    assert "before the first step" in unknown.summary
 
 
 def test_not_learning_is_compatible_with_agreement() -> None:

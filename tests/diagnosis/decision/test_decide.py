@@ -43,7 +43,7 @@ def bad(*stages: str) -> dict[str, bytes]:
 
 
 def always(stages: dict[str, bytes], **changes: Any) -> Witness:
-    """A replica that comes to the same state each time."""
+    """Return a replica that results in the same state each time."""
     return witness(original=stages, first=stages, second=stages, **changes)
 
 
@@ -86,7 +86,7 @@ def test_decide_self_divergence_without_operator_is_unexplained() -> None:
 
 
 def rounding() -> Witness:
-    """A replica whose convolution gives something else for the same inputs, each time."""
+    """Return a replica whose convolution has a different output for equal inputs, each time."""
     conv = replace(CONV, outputs=digest("conv'"))
     relu = replace(RELU, inputs=digest("conv'"), outputs=digest("relu'"))
     sgd = replace(SGD, inputs=START + digest("relu'"), outputs=digest("weight'"))
@@ -118,8 +118,8 @@ def test_a_declared_difference_on_another_replica_does_not() -> None:
 def test_override_does_not_hide_memory_corruption() -> None:
     """The operator read what nothing had written: no setting does that."""
     relu = replace(RELU, inputs=digest("flipped"), outputs=digest("relu'"))
-    struck = always(bad("output"), records=[CONV, relu, replace(SGD, inputs=START + digest("relu'"))])
-    decision = decide([witness(), struck], {1: {"determinism": {"threads": 2}}}, [])
+    corrupted = always(bad("output"), records=[CONV, relu, replace(SGD, inputs=START + digest("relu'"))])
+    decision = decide([witness(), corrupted], {1: {"determinism": {"threads": 2}}}, [])
     assert (decision.cause, decision.suspects) == ("persistent-fault", [1])
 
 
@@ -146,15 +146,15 @@ def test_decide_different_scalars_are_unexplained() -> None:
     decision = decide([witness(), always(bad("output"), records=[scaled, RELU, SGD])], {}, [])
     assert decision.cause == "unexplained"
     assert "operator-scalars-differ" in codes(decision.evidence)
-    verdict = as_verdict(Verdict(False, "unexplained", "parted", stage="output"), decision)
+    verdict = as_verdict(Verdict(False, "unexplained", "diverged", stage="output"), decision)
     (remedy,) = verdict.remedy
     assert remedy.code == "make-input-equal"
     assert str(remedy.data["operator"]).startswith(CONV.name)
 
 
 def test_as_verdict_keeps_cause_of_the_comparison() -> None:
-    """A frozen parameter, say: only some replicas have its gradient, and replays see but a call with another flag."""
-    found = Verdict(False, "structure-differs", "parted", stage="gradients", remedy=[Remedy.of("one-thread")])
+    """With a frozen parameter, only some replicas have a gradient; replays show only a call with another flag."""
+    found = Verdict(False, "structure-differs", "diverged", stage="gradients", remedy=[Remedy.of("one-thread")])
     seen = [Evidence.of("replays-agree")]
     verdict = as_verdict(found, Decision("unexplained", [], seen))
     assert (verdict.cause, verdict.evidence, codes(verdict.remedy)) == ("structure-differs", seen, ["one-thread"])
@@ -174,7 +174,7 @@ def test_decide_mentions_private_generator(name: str, named: bool) -> None:
     ("tensor", "named"), [("group0.lr", True), ("critic.group1.eps", True), ("head.weight.exp_avg", False)]
 )
 def test_remedy_names_diverged_optimizer_setting(tensor: str, named: bool) -> None:
-    found = Verdict(False, "unexplained", "parted", stage="optimizer", tensor=tensor)
+    found = Verdict(False, "unexplained", "diverged", stage="optimizer", tensor=tensor)
     verdict = as_verdict(found, Decision("unexplained", [], []))
     assert ([item.data.get("setting") for item in verdict.remedy] == [tensor]) is named
     declared = as_verdict(found, Decision("declared-override", [], []))
@@ -198,15 +198,15 @@ def test_decide_unwritten_weights_of_two_are_persistent_fault() -> None:
 
 
 def test_other_data_on_one_replica_is_not_a_fault() -> None:
-    struck = always(bad("batch", "output"), sample_digests=[digest("a"), digest("x")])
-    decision = decide([witness(), struck, witness()], {}, [])
+    corrupted = always(bad("batch", "output"), sample_digests=[digest("a"), digest("x")])
+    decision = decide([witness(), corrupted, witness()], {}, [])
     assert (decision.cause, decision.suspects, decision.positions) == ("batch-differs", [1], [1])
 
 
 def test_few_bits_of_a_generator_are_a_fault_many_are_not() -> None:
     flipped = bytes(30) + b"\x05" + bytes(5025)
-    struck = always(bad("rng"), generator=flipped, generator_changed=True)
-    for witnesses in ([witness(), struck, witness()], [witness(), struck]):
+    corrupted = always(bad("rng"), generator=flipped, generator_changed=True)
+    for witnesses in ([witness(), corrupted, witness()], [witness(), corrupted]):
         decision = decide(witnesses, {}, [])
         assert (decision.cause, decision.suspects) == ("persistent-fault", [1])
     seeded_again = always(bad("rng"), generator=bytes([0b01010101]) * 5056, generator_changed=True)

@@ -1,4 +1,4 @@
-"""The decision tree looks for the cause of what parted first; what else happened in the step is told beside it."""
+"""The decision tree finds the cause of the first difference and reports other differences in the step as evidence."""
 
 from dataclasses import replace
 from typing import Any
@@ -32,8 +32,8 @@ def has_line(decision: Decision, text: str) -> bool:
 def test_first_stage_transient_fault_before_persistent_fault() -> None:
     """A transient fault is the verdict where a persistent fault of another replica shows later."""
     contents = Contents(frozenset({START}), {"weights": {"weight": digest("flipped")}})
-    struck = always(bad("weights"), contents=contents)
-    decision = decide([witness(), witness(original=bad("batch", "output", "weights")), struck], {}, [])
+    corrupted = always(bad("weights"), contents=contents)
+    decision = decide([witness(), witness(original=bad("batch", "output", "weights")), corrupted], {}, [])
     assert (decision.cause, decision.suspects) == ("transient-fault", [1])
     assert decision.groups == [[0, 2], [1]]
     assert has_line(decision, "replays also differ between replicas, first in weights")
@@ -57,18 +57,18 @@ def test_first_stage_persistent_fault_before_another() -> None:
     assert has_line(decision, "later in the step, in weights, the replicas split into more groups")
 
 
-@pytest.mark.parametrize("struck", [1, 2])
-def test_first_stage_transient_fault_before_override(struck: int) -> None:
+@pytest.mark.parametrize("corrupted", [1, 2])
+def test_first_stage_transient_fault_before_override(corrupted: int) -> None:
     witnesses = [witness(), slower(), witness()]
-    witnesses[struck] = replace(witnesses[struck], original=bad("output", "gradients", "optimizer", "weights"))
+    witnesses[corrupted] = replace(witnesses[corrupted], original=bad("output", "gradients", "optimizer", "weights"))
     decision = decide(witnesses, {1: LR}, [])
-    assert (decision.cause, decision.suspects) == ("transient-fault", [struck])
+    assert (decision.cause, decision.suspects) == ("transient-fault", [corrupted])
 
 
 def test_first_stage_override_before_fault_of_other_replica() -> None:
     rng = bytes(30) + b"\x05" + bytes(5025)
-    struck = always(bad("rng"), generator=rng, generator_changed=True)
-    decision = decide([witness(), slower(), struck], {1: LR}, [])
+    corrupted = always(bad("rng"), generator=rng, generator_changed=True)
+    decision = decide([witness(), slower(), corrupted], {1: LR}, [])
     assert (decision.cause, decision.suspects) == ("declared-override", [1])
     assert has_line(decision, "in rng, the replicas split into more groups")
 
@@ -94,7 +94,7 @@ def test_first_stage_new_difference_invalidates_replays() -> None:
 
 
 def test_first_stage_ignores_operator_without_effect_on_weights() -> None:
-    """One logs a mean of its generator's; the weights diverge in the optimizer's call."""
+    """One replica logs an additional mean; the weights diverge in the optimizer's call."""
     other = replace(LOGGED, outputs=digest("another mean"))
     records = [CONV, LOGGED, RELU, SGD]
     slow = always(bad("weights"), records=[CONV, other, RELU, replace(SGD, outputs=digest("weight'"))])
@@ -106,8 +106,8 @@ def test_first_stage_ignores_operator_without_effect_on_weights() -> None:
 def test_first_stage_ignores_extra_operator_without_effect() -> None:
     """An additional operator without effect on the weights is not the structure difference."""
     contents = Contents(frozenset({START}), {"weights": {"weight": digest("flipped")}})
-    struck = always(bad("weights"), records=[CONV, LOGGED, RELU, SGD], contents=contents)
-    decision = decide([witness(), struck, witness()], {}, [])
+    corrupted = always(bad("weights"), records=[CONV, LOGGED, RELU, SGD], contents=contents)
+    decision = decide([witness(), corrupted, witness()], {}, [])
     assert (decision.cause, decision.suspects) == ("persistent-fault", [1])
     assert decision.operator is None
     assert has_line(decision, "is the first that differs, but does not affect weights")
@@ -158,7 +158,7 @@ def test_structure_of_suspect_is_named_with_its_source() -> None:
 
 
 def test_three_results_of_two_structures_have_no_single_cause() -> None:
-    """One replica has a declared precision, and casts; another computes wrongly. Three structures are no such thing."""
+    """One replica casts, as declared, and another computes wrongly: three results of two structures."""
     casting = [always(GOOD | {"output": digest(f"{n} casts")}, records=[LOGGED] * n + [CONV, RELU]) for n in (1, 2)]
     witnesses = [witness(records=[CONV, RELU]), casting[0], rounding()]
     decision = decide(witnesses, {1: {"train": {"amp": "bf16"}}}, [])

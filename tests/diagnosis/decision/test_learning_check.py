@@ -1,4 +1,4 @@
-"""Whether anything learns is told by the trainable weights alone."""
+"""The learning check depends only on the trainable weights."""
 
 import pytest
 import torch

@@ -20,7 +20,7 @@ MINE = OpRecord("mine.op.default", "", "forward", START, digest("conv"), "")
 
 
 def rounding(mark: str = "'") -> Witness:
-    """A replica whose convolution gives something of its own for the same inputs, each time."""
+    """Return a replica whose convolution has a different output for equal inputs, each time."""
     conv = replace(CONV, outputs=digest(f"conv{mark}"))
     relu = replace(RELU, inputs=digest(f"conv{mark}"), outputs=digest(f"relu{mark}"))
     sgd = replace(SGD, inputs=START + digest(f"relu{mark}"), outputs=digest(f"weight{mark}"))
@@ -95,7 +95,7 @@ def test_override_without_effect_is_not_suspected() -> None:
 
 
 def test_a_number_of_workers_explains_no_operator() -> None:
-    """Replays load in the training process, whatever data.num_workers says, and reproduce the difference."""
+    """Replays load in the training process regardless of data.num_workers, and reproduce the difference."""
     decision = decided(witness(), rounding(), witness(), overrides={1: {"data": {"num_workers": 2}}})
     assert (decision.cause, decision.suspects) == ("persistent-fault", [1])
 
@@ -120,8 +120,8 @@ def test_hardware_must_divide_replicas_as_the_groups_do() -> None:
 
 def test_hardware_does_not_explain_memory_corruption() -> None:
     contents = Contents(frozenset({START}), {"weights": {"weight": digest("flipped")}})
-    struck = always(bad("weights"), contents=contents)
-    decision = decided(witness(), struck, differences=[cards("A", "B")])
+    corrupted = always(bad("weights"), contents=contents)
+    decision = decided(witness(), corrupted, differences=[cards("A", "B")])
     assert (decision.cause, decision.suspects) == ("persistent-fault", [1])
 
 
@@ -170,16 +170,16 @@ def test_unwritten_weights_on_all_replicas_are_not_corruption() -> None:
 
 
 def test_changed_indices_are_a_fault_between_two_replicas() -> None:
-    struck = always(bad("indices", "batch"), indices_intact=False, sample_digests=[digest("a"), digest("b")])
-    decision = decided(witness(), struck)
+    corrupted = always(bad("indices", "batch"), indices_intact=False, sample_digests=[digest("a"), digest("b")])
+    decision = decided(witness(), corrupted)
     assert (decision.cause, decision.suspects) == ("persistent-fault", [1])
     assert "indices-changed" in codes(decision.evidence)
 
 
 def test_a_batch_changed_after_loading_is_not_other_data() -> None:
-    conv = replace(CONV, inputs=digest("struck"), outputs=digest("conv'"))
-    struck = always(bad("batch", "output"), records=[conv])
-    decision = decided(witness(records=[CONV]), struck, witness(records=[CONV]))
+    conv = replace(CONV, inputs=digest("corrupted"), outputs=digest("conv'"))
+    corrupted = always(bad("batch", "output"), records=[conv])
+    decision = decided(witness(records=[CONV]), corrupted, witness(records=[CONV]))
     assert (decision.cause, decision.suspects) == ("persistent-fault", [1])
     assert decision.operator is None, "no operator had written it"
 
@@ -195,7 +195,7 @@ def test_custom_operator_is_unexplained_despite_majority() -> None:
 
 
 def test_difference_gone_in_all_replays_has_no_suspect() -> None:
-    """What happened is what the replays give, on all: then they cannot have parted."""
+    """All replays reproduce the original on all replicas, which then cannot have diverged."""
     decision = decided(witness(), witness(), witness())
     assert (decision.cause, decision.suspects) == ("unexplained", [])
 
@@ -227,8 +227,8 @@ def test_only_random_samples_of_workers_excuse_the_batch() -> None:
 
 
 def test_workers_do_not_excuse_weights() -> None:
-    struck = witness(original=bad("weights"), loaded_by_workers=True, samples_are_random=True)
-    decision = decided(witness(), struck, witness())
+    corrupted = witness(original=bad("weights"), loaded_by_workers=True, samples_are_random=True)
+    decision = decided(witness(), corrupted, witness())
     assert (decision.cause, decision.suspects) == ("transient-fault", [1])
 
 
@@ -242,10 +242,10 @@ def test_custom_operator_may_race_though_replays_agree() -> None:
 
 
 def test_agreed_batches_do_not_differ_if_not_reproduced() -> None:
-    """Random samples of workers: `original` agrees on the batch, and parts at the weights of replica 1."""
+    """Random samples of workers: `original` agrees on the batch and diverges in the weights of replica 1."""
     drawn = GOOD | {"batch": digest("drawn"), "output": digest("drawn")}
-    struck = drawn | {"weights": digest("flipped")}
-    sides = [witness(original=drawn), witness(original=struck), witness(original=drawn)]
+    corrupted = drawn | {"weights": digest("flipped")}
+    sides = [witness(original=drawn), witness(original=corrupted), witness(original=drawn)]
     assert decided(*sides).cause != "batch-differs"
 
 
@@ -256,7 +256,7 @@ def test_agreed_batches_do_not_differ_if_replays_draw_others() -> None:
 
 
 def test_samples_diverging_in_run_and_replays_are_batch_differs() -> None:
-    """By the process that loads, say: each load gives every replica something else, for the same indices."""
+    """Each load gives every replica other samples for the same indices, for example by the loading process."""
     sides = []
     for rank in range(3):
         loaded, again = (GOOD | {"batch": digest(f"{when} {rank}")} for when in ("loaded", "again"))
@@ -291,7 +291,7 @@ def test_nondeterministic_operator_explains_only_its_stages() -> None:
 
 
 def test_random_path_on_all_replicas_is_not_structure_differs() -> None:
-    """Stochastic depth by a generator of its own: replays differ in structure, on all; the step itself did not."""
+    """Stochastic depth by a private generator: replays differ in structure on all replicas; the step did not."""
     place = first_difference([CONV, RELU, SGD], [CONV, SGD])
     sides = [witness(second=bad("output"), against_itself=place) for _ in range(3)]
     sides[1] = replace(sides[1], original=bad("weights"))
@@ -299,7 +299,7 @@ def test_random_path_on_all_replicas_is_not_structure_differs() -> None:
 
 
 def test_evidence_does_not_claim_equal_replays_vary() -> None:
-    """An earlier step did not come out as compared; this one was replayed twice alike."""
+    """An earlier step was not reproduced; both replays of this step agree."""
     decision = decided(witness(), witness(unreproduced=2))
     assert decision.cause == "unexplained"
     assert "replays-vary" not in codes(decision.evidence)

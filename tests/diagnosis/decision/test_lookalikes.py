@@ -51,7 +51,7 @@ def test_a_warm_up_from_zero_is_not_a_failure_to_learn() -> None:
     assert verdict_of(job)["cause"] == "none"
 
 
-# ---- a transient fault, whatever else is unusual
+# ---- a transient fault, in unusual models and data
 
 
 @pytest.mark.parametrize(
@@ -74,13 +74,13 @@ def test_flipped_weight_is_a_transient_fault(kind: str, name: str) -> None:
 
 
 def test_transient_fault_is_not_blamed_on_override() -> None:
-    """oneDNN is told to stay on, as it is everywhere."""
+    """The override enables oneDNN, which is enabled on all replicas."""
     verdict = verdict_of(run_job(*SHORT, "--overrides.1.determinism.onednn=true", FLIPPED_WEIGHT, num_replicas=3))
     assert (verdict["cause"], verdict["suspects"]) == ("transient-fault", [1])
 
 
 def test_fault_without_reproducible_replay_is_unexplained() -> None:
-    """The data set's own generator has moved on: samples come out otherwise each time, on all replicas."""
+    """The data set's private generator has advanced: samples differ each time, on all replicas."""
     verdict = verdict_of(run("data.name", "noise_of_its_own", FLIPPED_WEIGHT))
     assert (verdict["cause"], verdict["step"], verdict["stage"]) == ("unexplained", 3, "weights")
     assert verdict["groups"] == [[0, 2], [1]]
@@ -238,9 +238,7 @@ def test_exact_operator_identifies_faulty_replica_of_two(replica: int) -> None:
 
 
 @pytest.mark.parametrize(("num_replicas", "cause", "suspects"), [(2, "unexplained", []), (3, "persistent-fault", [0])])
-def test_suspect_with_faulty_float64_is_decided_by_vote(
-    num_replicas: int, cause: str, suspects: list[int]
-) -> None:
+def test_suspect_with_faulty_float64_is_decided_by_vote(num_replicas: int, cause: str, suspects: list[int]) -> None:
     """Each side takes itself to be right: then the vote decides, if there is one."""
     verdict = verdict_of(
         run("model.factory", "hardtanh_wrong_in_any_precision_on_replica_0", num_replicas=num_replicas)
@@ -252,9 +250,7 @@ def test_suspect_with_faulty_float64_is_decided_by_vote(
 @pytest.mark.parametrize(
     ("replicas", "num_replicas", "suspects"), [("0", 2, [0]), ("0", 3, [0]), ("0_and_1", 3, [0, 1])]
 )
-def test_numpy_reference_overrules_faulty_float64(
-    replicas: str, num_replicas: int, suspects: list[int]
-) -> None:
+def test_numpy_reference_overrules_faulty_float64(replicas: str, num_replicas: int, suspects: list[int]) -> None:
     name = f"relu_wrong_in_any_precision_on_replica_{replicas}"
     verdict = verdict_of(run("model.factory", name, num_replicas=num_replicas))
     assert (verdict["cause"], verdict["suspects"]) == ("persistent-fault", suspects)
@@ -268,7 +264,7 @@ def test_suspects_are_two_of_three_with_the_same_wrong_result() -> None:
 
 
 def test_an_override_that_changes_nothing_explains_nothing() -> None:
-    """The weights are struck at step 3, which is not compared: step 5's operators begin with other weights."""
+    """The weights are corrupted at step 3, which is not compared: step 5 starts from different weights."""
     fault = "--inject=[{replica: 1, step: 3, target: weights, bits: 8, repeat: true}]"
     arguments = ("--agreement.every=5", "--overrides.1.determinism.onednn=true", fault)
     verdict = verdict_of(run_job(*SHORT, *arguments, num_replicas=3))

@@ -131,7 +131,7 @@ def test_convolutions_depend_on_cudnn_settings(operator: str) -> None:
     assert commands(both.remedy) == ["--determinism.cudnn_deterministic true", "--determinism.cudnn_benchmark false"]
     assert "cudnn_benchmark was True" in both.text
     assert commands(explain(operator, cudnn_benchmark=True).remedy) == ["--determinism.cudnn_benchmark false"]
-    # Deterministic algorithms ask cuDNN for deterministic ones, whatever its own flag says.
+    # Deterministic algorithms select deterministic cuDNN kernels regardless of cuDNN's flag.
     assert settings_in(explain(operator, cudnn_deterministic=False)) == []
     tf32 = explain(operator, cudnn_benchmark=True, cudnn_tf32=True)
     assert tf32.remedy[-1].command == "--determinism.tf32 false"

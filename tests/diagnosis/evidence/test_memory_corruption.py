@@ -1,4 +1,4 @@
-"""Memory that changed behind the operators' backs is told from code that works past them."""
+"""Memory changed outside operators is distinguished from code that bypasses the dispatcher."""
 
 from dataclasses import replace
 
@@ -39,8 +39,8 @@ def test_nothing_is_struck_where_everything_was_written() -> None:
 
 
 def test_unwritten_input_names_the_replica_and_last_writer() -> None:
-    struck = reads(digest("flipped"))
-    decision = find_corruption(found(witness(), struck, [1]), [witness(), struck, witness()], "output")
+    corrupted = reads(digest("flipped"))
+    decision = find_corruption(found(witness(), corrupted, [1]), [witness(), corrupted, witness()], "output")
     assert decision is not None
     assert (decision.cause, decision.suspects) == ("persistent-fault", [1])
     assert decision.operator is not None
@@ -51,8 +51,8 @@ def test_unwritten_input_names_the_replica_and_last_writer() -> None:
 
 
 def test_suspect_of_two_is_the_corrupted_replica() -> None:
-    struck = reads(digest("flipped"))
-    for witnesses, suspect in (([witness(), struck], 1), ([struck, witness()], 0)):
+    corrupted = reads(digest("flipped"))
+    for witnesses, suspect in (([witness(), corrupted], 1), ([corrupted, witness()], 0)):
         one = replace(found(*witnesses, []), groups=[[0], [1]])
         decision = find_corruption(one, witnesses, "output")
         assert decision is not None
@@ -60,16 +60,16 @@ def test_suspect_of_two_is_the_corrupted_replica() -> None:
 
 
 def test_corrupted_images_were_written_by_no_operator() -> None:
-    conv = replace(CONV, inputs=digest("struck"), outputs=digest("conv'"))
-    struck = always(bad("batch"), records=[conv])
-    decision = find_corruption(found(witness(), struck, [1]), [witness(), struck, witness()], "batch")
+    conv = replace(CONV, inputs=digest("corrupted"), outputs=digest("conv'"))
+    corrupted = always(bad("batch"), records=[conv])
+    decision = find_corruption(found(witness(), corrupted, [1]), [witness(), corrupted, witness()], "batch")
     assert decision is not None
     assert decision.cause == "persistent-fault"
     assert decision.operator is None
 
 
 def test_what_a_view_shows_of_known_contents_is_known() -> None:
-    """And of unknown contents is not: a view of struck memory accounts for nothing."""
+    """A view of known contents is known; a view of corrupted memory is not."""
     for viewed, cause in ((digest("conv"), None), (digest("nowhere"), "persistent-fault")):
         view = OpRecord("aten.t.default", "", "forward", b"[(2, 3)]", b"[(3, 2)]", "", shows=viewed + digest("turned"))
         sound = witness(records=[CONV, view, replace(RELU, inputs=digest("turned, sound"))])
@@ -80,13 +80,13 @@ def test_what_a_view_shows_of_known_contents_is_known() -> None:
 
 
 def test_what_was_left_counts_by_stage() -> None:
-    struck = always(bad("weights"), contents=FLIPPED_WEIGHTS)
-    rows = [witness(), struck, witness()]
-    decision = find_corruption(found(witness(), struck, [1]), rows, "weights")
+    corrupted = always(bad("weights"), contents=FLIPPED_WEIGHTS)
+    rows = [witness(), corrupted, witness()]
+    decision = find_corruption(found(witness(), corrupted, [1]), rows, "weights")
     assert decision is not None
     assert data_of(decision.evidence, "memory-changed") == {"replica": 1, "names": ["weight"], "stage": "weights"}
-    assert find_corruption(found(witness(), struck, [1]), rows, "buffers") is None
-    assert find_corruption(found(witness(), struck, [1]), rows, None) is None
+    assert find_corruption(found(witness(), corrupted, [1]), rows, "buffers") is None
+    assert find_corruption(found(witness(), corrupted, [1]), rows, None) is None
 
 
 def test_what_all_have_in_common_is_no_fault() -> None:
@@ -97,18 +97,18 @@ def test_what_all_have_in_common_is_no_fault() -> None:
 
 
 def test_two_of_four_may_be_corrupted_but_not_most_replicas() -> None:
-    """What most replicas do is what the code does; it is the one without that is another."""
-    struck = always(bad("weights"), contents=FLIPPED_WEIGHTS)
-    decision = find_corruption(found(witness(), struck, []), [struck, struck, witness(), witness()], "weights")
+    """What most replicas do is what the code does; the minority deviates."""
+    corrupted = always(bad("weights"), contents=FLIPPED_WEIGHTS)
+    decision = find_corruption(found(witness(), corrupted, []), [corrupted, corrupted, witness(), witness()], "weights")
     assert decision is not None
     assert decision.suspects == [0, 1]
-    assert find_corruption(found(witness(), struck, []), [struck, struck, witness()], "weights") is None
+    assert find_corruption(found(witness(), corrupted, []), [corrupted, corrupted, witness()], "weights") is None
     read = reads(digest("flipped"))
     assert find_corruption(found(witness(), read, []), [read, witness(), read], "output") is None
 
 
 def test_unwritten_but_equal_contents_are_not_corrupted() -> None:
-    """A hook through NumPy on all replicas, alike; on one of them another weight is struck beside it."""
+    """All replicas have the same hook through NumPy; on one of them another weight is corrupted."""
     hooked = Contents(frozenset({START}), {"weights": {"bias": digest("hook"), "weight": digest("weight")}})
     flipped = Contents(frozenset({START}), {"weights": {"bias": digest("hook"), "weight": digest("flipped")}})
     rows = [witness(contents=hooked), always(bad("weights"), contents=flipped), witness(contents=hooked)]

@@ -105,11 +105,11 @@ def test_operator_reading_corruption_is_first_unaccounted() -> None:
     replica.model[0].register_forward_hook(lambda _m, _a, output: flip_bits(output, 1, random.Random(0)))
     sound, _ = traced_step(make_replica(), 1)
     records, contents = traced_step(replica, 1)
-    struck = next(i for i, (a, b) in enumerate(zip(sound, records, strict=True)) if a.inputs != b.inputs)
-    assert records[struck].name == "aten.native_batch_norm.default"
-    assert reads_unaccounted(records, contents, struck) == [0]
-    assert unaccounted(records, contents)[0] == struck
-    writer = last_writer(sound, struck, records[struck].inputs)
+    corrupted = next(i for i, (a, b) in enumerate(zip(sound, records, strict=True)) if a.inputs != b.inputs)
+    assert records[corrupted].name == "aten.native_batch_norm.default"
+    assert reads_unaccounted(records, contents, corrupted) == [0]
+    assert unaccounted(records, contents)[0] == corrupted
+    writer = last_writer(sound, corrupted, records[corrupted].inputs)
     assert writer is not None
     assert str(sound[writer]) == "aten.convolution.default in 0 (forward)"
 

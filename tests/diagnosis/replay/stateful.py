@@ -60,7 +60,7 @@ class ByTheCount(Counting):
 
 
 class OwnGenerators(Counting):
-    """Draws from generators of its own, seeded alike, and follows its logits in a tensor that is no buffer."""
+    """A model that draws from private, equally seeded generators and tracks its logits outside its buffers."""
 
     def __init__(self, num_classes: int) -> None:
         super().__init__(num_classes)

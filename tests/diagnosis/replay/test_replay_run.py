@@ -1,4 +1,4 @@
-"""A replay leaves the replica byte for byte as it was found, and comes to the word that was compared."""
+"""A replay leaves the replica byte for byte unchanged, and reproduces the digest that was compared."""
 
 import random
 from collections.abc import Callable
@@ -116,7 +116,7 @@ def train(kind: Callable[[nn.Module], Replica], every: int = 50, compared: Calla
 
 
 def frozen(value: Any) -> Any:
-    """Bytes of every tensor in nested state; everything else as it is."""
+    """Return nested state with tensors as bytes and everything else unchanged."""
     if isinstance(value, Tensor):
         return str(value.dtype), tuple(value.shape), value.detach().contiguous().numpy().tobytes()
     if isinstance(value, dict):
@@ -213,7 +213,7 @@ def test_approach_reports_first_differing_step(wrong_at: int) -> None:
 
 
 def test_approach_reports_step_with_foreign_draw() -> None:
-    """Data that comes out otherwise each time: the words are right, the replay is not."""
+    """The data differs each time: the recorded digests are right, the replay is not."""
     trained = train(with_momentum)
     entropy = random.SystemRandom()
 

@@ -29,7 +29,7 @@ OPERATIONS = ("fsync", "rename", "mkdir", "rmdir", "unlink")
 
 
 class Crashed(BaseException):
-    """Caught by nobody, as SIGKILL is not."""
+    """An exception that no handler catches, as SIGKILL."""
 
 
 def copied(step: int) -> StateCopy:

@@ -38,7 +38,7 @@ POSITION = Position(2, 3, 17, 0.1 + 0.2, 24)
 
 
 class Stateful(nn.Module):
-    """State of every kind: tied weights, buffers that are not saved, a counter, a generator of its own."""
+    """State of every kind: tied weights, buffers that are not saved, a counter, a private generator."""
 
     def __init__(self) -> None:
         super().__init__()
