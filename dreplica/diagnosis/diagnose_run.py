@@ -230,7 +230,7 @@ def _examine_samples(dataset: Dataset[Any], indices: Tensor) -> dict[str, Any]:
 
 
 def digest_samples(dataset: Dataset[Any], indices: Tensor, seed: int = 0) -> list[bytes]:
-    """Digest each sample, loaded alone, after seeding the global generators.
+    """Compute the digest of each sample, loaded alone, after seeding the global generators.
 
     Args:
         dataset: The dataset to load from.

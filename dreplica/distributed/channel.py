@@ -157,7 +157,7 @@ class Channel:
 
 
 def gloo_channel(timeout: float = 300.0) -> Channel:
-    """Open a channel over a new gloo group, apart from the user's collectives.
+    """Open a channel over a new gloo group, separate from the user's collectives.
 
     Args:
         timeout: Longest wait for the other replicas, in seconds.

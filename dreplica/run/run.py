@@ -115,12 +115,12 @@ class Run:
         except Divergence as divergence:
             return self.explain(divergence.verdict)
 
-    def open_record(self, anew: bool = False) -> None:
+    def open_record(self, new_folder: bool = False) -> None:
         """Open the run folder.
 
         It is opened only when there is something to record, so that an unusable run leaves nothing behind.
         """
-        self.recorder.open(self.facts.manifests, anew)
+        self.recorder.open(self.facts.manifests, new_folder)
         faults = (f"fault injection: {fault}" for fault in self.config.inject)
         self.report.warnings += [*self.session.warnings, *faults]
         skipped = self.session.skipped
@@ -266,7 +266,7 @@ class Run:
     def conclude(self, verdict: Verdict) -> ExitCode:
         """Write the report with the verdict, and return the exit code."""
         if self.recorder.report is None:
-            self.open_record(anew=True)
+            self.open_record(new_folder=True)
         self.recorder.conclude(verdict, self.steps_checked)
         if verdict.cause == "none":
             return self.stopped_with or ExitCode.AGREED

@@ -130,7 +130,13 @@ class Injector:
 
 
 class FaultyCoordinator(IndexSampler):
-    """A coordinator that injects faults into the indices that its replica has received."""
+    """A coordinator that injects faults into the indices that its replica has received.
+
+    Args:
+        channel: The channel between all replicas.
+        seed: The seed of the order of samples.
+        injector: Injects the faults of this replica.
+    """
 
     def __init__(self, channel: Channel, seed: int, injector: Injector) -> None:
         super().__init__(channel, seed)

@@ -51,7 +51,7 @@ EVIDENCE: Mapping[str, str] = {
     "reference-may-act": "differences between the two runs that can act on {stage}: {fields}",
     "reference-assumed-sound": "this assumes that the reference itself is sound",
     "reference-acted-before": "but the earlier compared steps agree, and these differences act on them too",
-    "reference-ambiguous": "one side's replays cannot tell which of these is the cause",
+    "reference-ambiguous": "one side's replays do not show which of these is the cause",
     "reference-neither": "the replays of replicas {replicas} match neither the original step nor the reference",
     "reference-matches-replay": (
         "the replays match the reference: the original result of replicas {replicas} is not reproduced"
@@ -213,7 +213,7 @@ EVIDENCE: Mapping[str, str] = {
     "output-differs": "output {output}: {difference}",
     "outputs-equal-when-repeated": "the operator was run once more and gave the same result on both sides",
     "float64-failed": "the operator could not be run in float64: {error}",
-    "float64-no-bound": "no bound on this operator's rounding error is known: float64 cannot tell which side is wrong",
+    "float64-no-bound": "this operator's rounding error has no known bound: float64 does not show which side is wrong",
     "float64-not-trusted": ("replica {replica} is not trusted: torch's float64 result there differs from NumPy's"),
     "float64-disagrees": "the two sides' float64 runs of the operator do not agree on which side is wrong",
     "float64-within": (
@@ -244,7 +244,7 @@ EVIDENCE: Mapping[str, str] = {
         "taken twice from one state, the step gives the same result on every replica: the divergence has another cause"
     ),
     "vote-only": (
-        "only the majority tells which side is wrong, and the tensors of some replicas may have another memory layout"
+        "only the majority shows which side is wrong, and the tensors of some replicas may have another memory layout"
     ),
     "stage-not-explained": "but the replicas had diverged in {stage}, which this does not explain",
 }

@@ -31,7 +31,7 @@ class Result:
 
     case: Case
     found: Mapping[str, Any]
-    """The verdict of report.json, and what was observed besides; empty if there is no report."""
+    """The verdict of report.json and further observations. Empty if there is no report."""
     seconds: float
     problem: str
     """Why there is no report, with the end of what the run printed; empty if there is one."""
@@ -186,7 +186,7 @@ def _print(results: Sequence[Result], console: Console) -> None:
 
 
 def _where(result: Result) -> str:
-    """Spell the location in the verdict, and the observed fields."""
+    """Return the location in the verdict and the observed fields as one line."""
     names = [*_PLACE, *(name for name in result.case.expected if name in _OBSERVE)]
     present = {name: result.found.get(name) for name in names}
     return " ".join(f"{name}={value}" for name, value in present.items() if value not in (None, []))

@@ -118,9 +118,9 @@ def judge_joining(joined: Sequence[Mapping[str, Any]]) -> Check:
     """Check that the processes reach each other, from what each gathered over gloo (`joined`) or its `error`."""
     name = "gloo"
     why = "Replicas exchange indices and digests over it."
-    everyone = list(range(len(joined)))
+    all_ranks = list(range(len(joined)))
     errors = list(dict.fromkeys(row["error"] for row in joined if row.get("error")))
-    if errors or any(row.get("joined") != everyone for row in joined):
+    if errors or any(row.get("joined") != all_ranks for row in joined):
         remedy = ("export GLOO_SOCKET_IFNAME=lo  # for one machine; for several, the interface that connects them",)
         return Check(name, "bad", "; ".join(errors) or "processes do not reach each other", why, remedy)
     return Check(name, "ok", f"{len(joined)} processes on this machine reach each other", why)

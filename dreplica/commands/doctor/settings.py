@@ -123,8 +123,8 @@ def check_hashes(hashes: Sequence[int]) -> Check:
 def _libraries(variables: Mapping[str, Any]) -> Check:
     name = "library variables"
     why = (
-        "These change how cuBLAS, MKL and oneDNN round, whatever torch's flags say. Replicas compare them before the "
-        "first step."
+        "These change how cuBLAS, MKL and oneDNN round, independently of torch's flags. Replicas compare them before "
+        "the first step."
     )
     present = {key: value for key, value in variables.items() if value is not None}
     if not present:

@@ -76,7 +76,7 @@ def _job(settings: Sequence[str], num_replicas: int) -> RunConfig:
     for key, value in (("overrides", config.overrides), ("inject", config.inject)):
         if value:
             raise UsageError(
-                f"{key}: {value} makes replicas differ, whatever the flags are. Remove it with --{key} "
+                f"{key}: {value} makes replicas differ with any flags. Remove it with --{key} "
                 + ("{}" if key == "overrides" else "[]"),
                 code="replicas-differ",
                 key=key,

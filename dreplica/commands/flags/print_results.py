@@ -81,7 +81,7 @@ def _cells(row: Row) -> list[str]:
 
 
 def _say_more(say: Callable[[str], None], found: Study, off: Row) -> None:
-    """What does not fit into the table."""
+    """Print the details that do not fit into the table."""
     for name, row in [*found.flags.items(), ("all of them", off)]:
         if row.divergent is not None:
             say(f"{name} off: {describe(row.divergent)}")

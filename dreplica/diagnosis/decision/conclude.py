@@ -33,7 +33,7 @@ class BuildFacts:
 
 @dataclass
 class RunFacts:
-    """The known facts of a run, apart from the comparison itself."""
+    """The known facts of a run, except the comparison itself."""
 
     num_replicas: int
     """Number of replicas in the run."""
@@ -196,7 +196,7 @@ def replica_lost(lost: Sequence[Lost], step: int | None, noticed: str) -> Verdic
     """Return the verdict on replicas that ended, failed or stopped responding.
 
     Args:
-        lost: The lost replicas, as far as they are known.
+        lost: The replicas that are known to be lost.
         step: The last completed step, or None before the first one.
         noticed: The error that the surviving replica observed.
     """

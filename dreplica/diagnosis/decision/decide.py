@@ -45,19 +45,19 @@ def decide(
     irreproducible = [r for r in replicas if _differs_from_itself(witnesses[r], last)]
     if irreproducible:
         return _not_reproducible(witnesses, irreproducible, stage, last)
-    moved = _moved(witnesses, last)
+    unreproduced = _not_reproduced(witnesses, last)
     if _every_batch_differs(witnesses):
         return _other_batches(witnesses)
     if _replays_diverge_more(witnesses):
-        decision = _mixed(witnesses, _moved(witnesses, None), stage)
+        decision = _mixed(witnesses, _not_reproduced(witnesses, None), stage)
     elif len({up_to(witness.first, last) for witness in witnesses}) == 1:
-        decision = _transient(witnesses, moved, stage)
-    elif moved:
-        decision = _mixed(witnesses, moved, stage)
+        decision = _transient(witnesses, unreproduced, stage)
+    elif unreproduced:
+        decision = _mixed(witnesses, unreproduced, stage)
     else:
         groups = split_into_groups([witness.original.get(stage or "", b"") for witness in witnesses])
         decision = decide_deterministic(witnesses, groups, stage, overrides, differences)
-    return replace(decision, evidence=[*decision.evidence, *_later(witnesses, moved, stage)])
+    return replace(decision, evidence=[*decision.evidence, *_later(witnesses, unreproduced, stage)])
 
 
 def decide_alone(witnesses: Sequence[Witness], recorded: Mapping[str, bytes]) -> Decision | None:
@@ -68,7 +68,7 @@ def decide_alone(witnesses: Sequence[Witness], recorded: Mapping[str, bytes]) ->
         recorded: The recorded digests: stage to 16 bytes.
 
     Returns:
-        The cause, or None if this run reproduces itself, so that the cause is not to be found on this side.
+        The cause, or None if this run reproduces itself, in which case this side does not contain the cause.
     """
     common = [stage for stage in STAGES if stage in recorded and stage in witnesses[0].original]
     stage = next(stage for stage in common if recorded[stage] != witnesses[0].original[stage])
@@ -76,22 +76,22 @@ def decide_alone(witnesses: Sequence[Witness], recorded: Mapping[str, bytes]) ->
     irreproducible = [r for r, row in enumerate(witnesses) if _differs_from_itself(row, last)]
     if irreproducible:
         return _not_reproducible(witnesses, irreproducible, stage, last)
-    moved = _moved(witnesses, stage)
-    if not moved:
+    unreproduced = _not_reproduced(witnesses, stage)
+    if not unreproduced:
         return None
     names = common[: common.index(stage) + 1]
     if any(row.first.get(name) != recorded[name] for row in witnesses for name in names):
-        return Decision("unexplained", [], [Evidence.of("reference-neither", replicas=moved)])
-    evidence = [Evidence.of("reference-matches-replay", replicas=moved)]
+        return Decision("unexplained", [], [Evidence.of("reference-neither", replicas=unreproduced)])
+    evidence = [Evidence.of("reference-matches-replay", replicas=unreproduced)]
     if len(witnesses) > 1:
         return Decision("unexplained", [], [*evidence, Evidence.of("reference-on-all-replicas")])
-    doubts = [*_other_draws(witnesses, moved, stage), *_foreign_operators(witnesses, stage)]
+    doubts = [*_other_draws(witnesses, unreproduced, stage), *_foreign_operators(witnesses, stage)]
     if witnesses[0].loaded_by_workers and witnesses[0].samples_are_random:
         doubts.append(Evidence.of("samples-random-in-workers"))
-    return Decision("unexplained" if doubts else "transient-fault", moved, [*evidence, *doubts])
+    return Decision("unexplained" if doubts else "transient-fault", unreproduced, [*evidence, *doubts])
 
 
-def _moved(witnesses: Sequence[Witness], last: str | None) -> list[int]:
+def _not_reproduced(witnesses: Sequence[Witness], last: str | None) -> list[int]:
     """Return the replicas whose first replay differs from the original step, up to the stage `last`."""
     return [r for r, row in enumerate(witnesses) if up_to(row.original, last) != up_to(row.first, last)]
 
@@ -104,24 +104,24 @@ def _replays_diverge_more(witnesses: Sequence[Witness]) -> bool:
     )
 
 
-def _mixed(witnesses: Sequence[Witness], moved: list[int], stage: str | None) -> Decision:
+def _mixed(witnesses: Sequence[Witness], unreproduced: list[int], stage: str | None) -> Decision:
     """Decide where replays differ both from each other and from the original step."""
-    evidence = [Evidence.of("replays-and-originals-differ", replicas=moved)]
+    evidence = [Evidence.of("replays-and-originals-differ", replicas=unreproduced)]
     original = split_into_groups([witness.original.get(stage or "", b"") for witness in witnesses])
     found = Decision("unexplained", suspects_of(original), evidence, groups=original)
     again = split_into_groups([up_to(row.first, stage) for row in witnesses])
     return with_operator(found, witnesses, again, stage) if len(again) > 1 else found
 
 
-def _later(witnesses: Sequence[Witness], moved: Sequence[int], stage: str | None) -> list[Evidence]:
+def _later(witnesses: Sequence[Witness], unreproduced: Sequence[int], stage: str | None) -> list[Evidence]:
     """Return differences after `stage`, in the same step, that do not follow from those in it."""
     evidence = []
     for replica_id, witness in enumerate(witnesses):
         after = first_stage([witness.original, witness.first])
-        if after is not None and replica_id not in moved:
+        if after is not None and replica_id not in unreproduced:
             evidence.append(Evidence.of("later-replay-differs", replica=replica_id, stage=after))
     between = first_stage([witness.first for witness in witnesses])
-    if moved and between is not None and between != stage:
+    if unreproduced and between is not None and between != stage:
         evidence.append(Evidence.of("later-replicas-differ", stage=between))
     groups = split_into_groups([up_to(witness.original, stage) for witness in witnesses])
     for after in STAGES[STAGES.index(stage) + 1 :] if stage is not None else ():
@@ -178,31 +178,31 @@ def _not_reproducible(
     return Decision(cause, suspects, evidence, place, replica_against_itself=replica_id)
 
 
-def _transient(witnesses: Sequence[Witness], moved: list[int], stage: str | None) -> Decision:
+def _transient(witnesses: Sequence[Witness], unreproduced: list[int], stage: str | None) -> Decision:
     """Decide where all replays agree, so that the divergence is not reproduced."""
     evidence = [Evidence.of("replays-agree")]
-    if _drawn_in_workers(witnesses, moved):
+    if _drawn_in_workers(witnesses, unreproduced):
         evidence.append(Evidence.of("samples-random-in-workers"))
         groups = split_into_groups([witness.original["batch"] for witness in witnesses])
-        return Decision("batch-differs", suspects_of(groups) or moved, evidence, groups=groups)
-    anywhere = _moved(witnesses, None)
-    if not moved or 2 * len(anywhere) >= max(len(witnesses), 3):
+        return Decision("batch-differs", suspects_of(groups) or unreproduced, evidence, groups=groups)
+    anywhere = _not_reproduced(witnesses, None)
+    if not unreproduced or 2 * len(anywhere) >= max(len(witnesses), 3):
         evidence.append(Evidence.of("originals-differ-widely", replicas=anywhere))
         return Decision("unexplained", anywhere, evidence)
-    evidence.append(Evidence.of("original-differs", replicas=moved))
-    everyone = [r for r in range(len(witnesses)) if r not in moved]
-    found = Decision("transient-fault", moved, evidence, groups=[everyone, *([r] for r in moved)])
-    doubts = [*_other_draws(witnesses, moved, stage), *_foreign_operators(witnesses, stage)]
+    evidence.append(Evidence.of("original-differs", replicas=unreproduced))
+    reproduced = [r for r in range(len(witnesses)) if r not in unreproduced]
+    found = Decision("transient-fault", unreproduced, evidence, groups=[reproduced, *([r] for r in unreproduced)])
+    doubts = [*_other_draws(witnesses, unreproduced, stage), *_foreign_operators(witnesses, stage)]
     return replace(found, cause="unexplained", evidence=[*evidence, *doubts]) if doubts else found
 
 
-def _other_draws(witnesses: Sequence[Witness], moved: Sequence[int], stage: str | None) -> list[Evidence]:
+def _other_draws(witnesses: Sequence[Witness], unreproduced: Sequence[int], stage: str | None) -> list[Evidence]:
     """Return evidence for each generator that was drawn from differently, rather than had a few bits flipped."""
     if stage != "rng":
         return []
     return [
         Evidence.of("generator-drawn-differently", replica=r)
-        for r in moved
+        for r in unreproduced
         if witnesses[r].original_generator and not flipped_bits(witnesses[r].original_generator, witnesses[r].generator)
     ]
 
@@ -231,11 +231,11 @@ def _other_batches(witnesses: Sequence[Witness]) -> Decision:
     return Decision("batch-differs", suspects_of(groups), [Evidence.of("batch-never-reproduced")], groups=groups)
 
 
-def _drawn_in_workers(witnesses: Sequence[Witness], moved: Sequence[int]) -> bool:
+def _drawn_in_workers(witnesses: Sequence[Witness], unreproduced: Sequence[int]) -> bool:
     """Return True if a batch that differs was drawn by worker processes, whose generators a replay does not have."""
-    if not moved or len({witness.original.get("batch") for witness in witnesses}) == 1:
+    if not unreproduced or len({witness.original.get("batch") for witness in witnesses}) == 1:
         return False
-    return any(witnesses[r].loaded_by_workers and witnesses[r].samples_are_random for r in moved)
+    return any(witnesses[r].loaded_by_workers and witnesses[r].samples_are_random for r in unreproduced)
 
 
 def _differs_from_itself(witness: Witness, last: str | None) -> bool:

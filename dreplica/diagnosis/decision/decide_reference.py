@@ -72,7 +72,7 @@ _ENVIRONMENT_ACTS = (
 class AgainstReference:
     """A difference from a reference, with the differences between the two runs' configs and environments."""
 
-    apart: ReferenceDifference
+    difference: ReferenceDifference
     """Where the runs diverge, with what the reference recorded there."""
     config: Sequence[RunDifference]
     """Config keys that differ; `one` is the reference's value."""
@@ -111,7 +111,7 @@ class AgainstReference:
         Returns:
             The cause with its evidence.
         """
-        recorded = {stage: bytes.fromhex(digest) for stage, digest in self.apart.recorded.items()}
+        recorded = {stage: bytes.fromhex(digest) for stage, digest in self.difference.recorded.items()}
         decision = decide_alone(witnesses, recorded)
         if decision is not None:
             return decision
@@ -140,7 +140,7 @@ class AgainstReference:
         Returns:
             The cause with its evidence.
         """
-        place = self.apart.place
+        place = self.difference.place
         stage, is_build = place.stage, place.step == 0
         must = [item for item in self.config if self._must_show(item)]
         if must:
@@ -162,7 +162,7 @@ class AgainstReference:
         if not settings and not environment:
             return _named(unexplained, Evidence.of("reference-nothing-acts", stage=stage))
         line = Evidence.of("reference-may-act", stage=stage, fields=_names([*settings, *environment]))
-        if not self.apart.is_first:
+        if not self.difference.is_first:
             return _named(unexplained, line, Evidence.of("reference-acted-before"))
         if settings and environment:
             return _named(unexplained, line, Evidence.of("reference-ambiguous"))
@@ -179,31 +179,31 @@ class AgainstReference:
         return [Remedy.of("set-as-in-reference", settings={item.field: item.one}) for item in decisive]
 
     def _must_show(self, item: RunDifference) -> bool:
-        place, key = self.apart.place, _own_key(item.field)
+        place, key = self.difference.place, _own_key(item.field)
         if key == "inject":
             faults = [*(item.one or []), *(item.other or [])]
             return any((fault["replica"], fault["step"]) == (0, place.step) for fault in faults)
         if place.step == 0:
             return key in _SHOWS_IN_BUILD and place.stage in _BUILT
         stages = () if key in _SHOWS_NOWHERE else _SHOWS_IN.get(key, _SHOWS_IN.get(key.partition(".")[0], ()))
-        return self.apart.is_first and place.phase is None and place.stage in stages
+        return self.difference.is_first and place.phase is None and place.stage in stages
 
     @property
     def _came_from_before(self) -> bool:
         """True if the difference may have been made in an earlier step, none of which was compared."""
-        place = self.apart.place
+        place = self.difference.place
         computed = place.stage not in ("indices", "batch")
-        return self.apart.is_first and computed and (place.step > 1 or place.phase is not None)
+        return self.difference.is_first and computed and (place.step > 1 or place.phase is not None)
 
     def _reaches(self, stages: Collection[str]) -> bool:
         """Return True if a difference in these stages may show in the stage where the runs first diverge."""
-        return self.apart.place.stage in stages or (self._came_from_before and bool(stages))
+        return self.difference.place.stage in stages or (self._came_from_before and bool(stages))
 
     def _may_act(self, field: str) -> bool:
         """Return True if a manifest field may change the stage and does not merely follow from a setting."""
         if {_own_key(item.field) for item in self.config} & set(follows_from(field)):
             return False
-        names = _ENVIRONMENT_ACTS_ON.get(self.apart.place.stage or "", _ENVIRONMENT_ACTS)
+        names = _ENVIRONMENT_ACTS_ON.get(self.difference.place.stage or "", _ENVIRONMENT_ACTS)
         if self._came_from_before:
             names = (*names, *_ENVIRONMENT_ACTS_ON["batch"])
         return any(field == name or (name.endswith(".") and field.startswith(name)) for name in names)

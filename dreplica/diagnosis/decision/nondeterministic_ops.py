@@ -20,7 +20,7 @@ Governs = Literal["switches", "switches-if-strict", "raises", "switches-or-raise
 and strict raises; that depends on the release or on the arguments; cuDNN's two flags; cuBLAS's workspace; that, or for
 sparse matrices the mode; both for cuDNN's recurrent layers, whose documentation names other workspaces."""
 
-_ATOMICS = "adds with atomics, in whatever order its threads arrive"
+_ATOMICS = "adds with atomics, in the order in which its threads arrive"
 _LAST_WRITER = "leaves it to chance which of several writes to one place is the last"
 _CUDNN_WORKSPACES = (":16:8", ":4096:2")
 _CUBLAS_WORKSPACES = (":4096:8", ":16:8")

@@ -29,7 +29,7 @@ class Contents:
 
 
 def contents_before(replica: Parts, batch: Batch) -> frozenset[bytes]:
-    """Digest everything that a step on `batch` begins with."""
+    """Compute the digests of everything that a step on `batch` begins with."""
     stages = contents_after(replica)
     held = {digest for name, stage in stages.items() if name != "gradients" for digest in stage.values()}
     criterion = [*replica.criterion.parameters(), *replica.criterion.buffers()]
@@ -37,7 +37,7 @@ def contents_before(replica: Parts, batch: Batch) -> frozenset[bytes]:
 
 
 def contents_after(replica: Parts) -> dict[str, dict[str, bytes]]:
-    """Digest the replica's state, by stage and name."""
+    """Compute the digests of the replica's state, by stage and name."""
     weights = named_weights(replica.model)
     return {
         "weights": {name: digest_tensor("", tensor) for name, tensor in weights.items()},

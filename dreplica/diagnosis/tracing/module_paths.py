@@ -1,9 +1,9 @@
 """Lookup of the module that an operator belongs to, in forward and backward passes.
 
-`torch.utils.module_tracker.ModuleTracker` keeps a set of the entered modules, from which the innermost one cannot be
-told, and in the backward pass it needs gradients to flow through every input and output of a module. Here the backward
-pass is looked up instead. Autograd numbers its nodes in the order in which the forward pass creates them, so a node
-belongs to the module that was running when the counter had the node's number.
+`torch.utils.module_tracker.ModuleTracker` keeps a set of the entered modules, which does not show which one is
+innermost, and in the backward pass it needs gradients to flow through every input and output of a module. Here the
+backward pass is looked up instead. Autograd numbers its nodes in the order in which the forward pass creates them, so a
+node belongs to the module that was running when the counter had the node's number.
 """
 
 import threading

@@ -87,13 +87,13 @@ class Recorder:
         assert self.report is not None, "call open() first"
         return Path(self.report.run.folder)
 
-    def open(self, manifests: Sequence[Mapping[str, Any]], anew: bool = False) -> None:
+    def open(self, manifests: Sequence[Mapping[str, Any]], new_folder: bool = False) -> None:
         """Create the run folder with config and manifests, or open that of an interrupted run.
 
         Args:
             manifests: Manifest of each replica. Empty if the run ends before they are known.
-            anew: True to create a new folder in any case. A run that ends before its first step must not write into
-                the folder of another run.
+            new_folder: True to create a new folder in any case. A run that ends before its first step must not write
+                into the folder of another run.
 
         Raises:
             SharedUsageError: The folder cannot be created.
@@ -101,7 +101,7 @@ class Recorder:
         Note:
             Collective: call on every rank.
         """
-        find = partial(self._find_or_make_folder, anew, manifests[0]["data"] if manifests else None)
+        find = partial(self._find_or_make_folder, new_folder, manifests[0]["data"] if manifests else None)
         own = self._world.together(find if self._world.is_coordinator else lambda: None)
         folder, self.resumes = self._world.channel.gather(own)[0]
         self._begin(folder, manifests)
@@ -127,8 +127,8 @@ class Recorder:
         if missing:
             self.report.warnings.append(f"epochs {missing} are missing in metrics.jsonl and in this report")
 
-    def _find_or_make_folder(self, anew: bool, data_digest: str | None) -> tuple[Path, bool]:
-        may_resume = self._config.resume == "auto" and not anew
+    def _find_or_make_folder(self, new_folder: bool, data_digest: str | None) -> tuple[Path, bool]:
+        may_resume = self._config.resume == "auto" and not new_folder
         newest = newest_run_folder(self._config.root, self._name) if may_resume else None
         if newest is not None:
             try:

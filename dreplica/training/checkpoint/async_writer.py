@@ -62,7 +62,7 @@ class Saver:
             self._thread = None
 
     def prune(self) -> None:
-        """Remove the checkpoints that are not to be kept."""
+        """Remove the checkpoints beyond the number to keep."""
         try:
             prune_checkpoints(self._folder, self._keep, self._part, self.unusable)
         except OSError as error:

@@ -95,7 +95,7 @@ def test_strict_mode_makes_index_add_deterministic() -> None:
     found = explain("aten.index_add_.default", deterministic_algorithms=False)
     assert found == Explanation(
         True,
-        "aten.index_add_.default on CUDA adds with atomics, in whatever order its threads arrive; on this replica "
+        "aten.index_add_.default on CUDA adds with atomics, in the order in which its threads arrive; on this replica "
         "deterministic_algorithms was False, deterministic_warn_only was False, so no deterministic algorithm was "
         "requested.",
         [Remedy.of("strict-mode")],

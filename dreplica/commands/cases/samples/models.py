@@ -43,7 +43,7 @@ class RacySum(nn.Module):
 
 
 def racy_pooling(num_classes: int) -> nn.Module:
-    """Pool with a nondeterministic operator: results differ between runs, whatever the seed."""
+    """Return a model that pools with a nondeterministic operator: no seed makes runs equal."""
     return nn.Sequential(
         nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(), RacySum(), nn.Linear(8, num_classes)
     )
@@ -56,10 +56,10 @@ class _DetachedLogits(_Wrapped):
 
 
 def detached_logits(num_classes: int) -> nn.Module:
-    """Cut the graph at the logits: backward() succeeds, but no parameter gets a gradient.
+    """Return a model with detached logits: backward() succeeds, but no parameter gets a gradient.
 
-    BatchNorm's statistics move all the same, as they do in every training-mode forward pass, so the state_dict changes
-    from step to step and looks alive.
+    BatchNorm's statistics change nevertheless, as in every training-mode forward pass, so the state_dict changes from
+    step to step although nothing is learned.
     """
     return _DetachedLogits(num_classes)
 
@@ -71,7 +71,7 @@ class _BranchesByRank(_Wrapped):
 
 
 def branches_by_rank(num_classes: int) -> nn.Module:
-    """Branch on the rank in the forward pass: replica 1 runs one more operator than the others."""
+    """Return a model whose forward pass runs one more operator on replica 1, in a branch on the rank."""
     return _BranchesByRank(num_classes)
 
 
@@ -82,7 +82,7 @@ class _StaysInTraining(_Wrapped):
 
 
 def stays_in_training(num_classes: int) -> nn.Module:
-    """Ignore eval() on replica 1, which is then evaluated with batch statistics and dropout.
+    """Return a model that ignores eval() on replica 1, so that BatchNorm and dropout stay active.
 
     Weights and buffers agree when the evaluation begins; the predictions do not.
     """
@@ -102,12 +102,12 @@ class _Fails(_Wrapped):
 
 
 def fails_on_third_step(num_classes: int) -> nn.Module:
-    """Raise an exception in the third training step of replica 1, for which the others wait."""
+    """Return a model that raises an exception in the third training step of replica 1."""
     return _Fails(num_classes)
 
 
 def own_random_weights(num_classes: int) -> nn.Module:
-    """Draw a layer's weights from a separate NumPy generator, which is not seeded.
+    """Return a model with a layer whose weights come from an unseeded NumPy generator.
 
     The global generators are seeded and equal on all replicas before and after, and have no part in it.
     """
@@ -147,12 +147,12 @@ class _ScaledBySums(_Wrapped):
 
 
 def scaled_by_sums(num_classes: int) -> nn.Module:
-    """Scale the logits by sums over the batch, whose order of addition depends on the number of threads."""
+    """Return a model whose logits are scaled by sums that depend on the number of threads."""
     return _ScaledBySums(num_classes)
 
 
 def flag_changed(num_classes: int) -> nn.Module:
-    """Set a numerics flag on replica 1 while building, as a library imported on one node may."""
+    """Return a model, after setting a numerics flag on replica 1, as an imported library may."""
     if env_rank() == 1:
         torch.set_float32_matmul_precision("medium")
     return tiny_cnn(num_classes)
@@ -165,7 +165,7 @@ class _ReseedsEveryStep(_Wrapped):
 
 
 def reseeds_every_step(num_classes: int) -> nn.Module:
-    """Seed torch in every forward pass, which repeats all draws after it.
+    """Return a model that seeds torch in every forward pass, which repeats all later draws.
 
     Dropout's mask is the same in every step, and a sampler over the global generator would draw one order for ever.
     """
@@ -178,5 +178,5 @@ class _WarmsUpByTheClock(_Wrapped):
 
 
 def warms_up_by_the_clock(num_classes: int) -> nn.Module:
-    """Multiply the output by a factor that depends on the time: the operators are correct, the number is not."""
+    """Return a model that multiplies its output by a factor that depends on the time of day."""
     return _WarmsUpByTheClock(num_classes)
