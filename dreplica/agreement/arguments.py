@@ -16,13 +16,13 @@ class InternalArguments(TypedDict, total=False):
     """Arguments of `Agreement` that only the trainer and the tests use."""
 
     trace: TraceWriter | None
-    """Where checked steps are recorded. Its algorithm must be that of `hasher`."""
+    """The trace in which checked steps are recorded. Its algorithm must be that of `hasher`."""
     reference: Reference | None
     """On rank 0, a recorded run to compare with. A difference raises `ReferenceDiffers`."""
     channel: Channel | None
     """The control channel between all replicas. By default a new gloo group."""
     hasher: Hasher | None
-    """What computes the fingerprints, of the same kind on all replicas. By default negotiated between replicas."""
+    """The hasher for the fingerprints, of the same kind on all replicas. By default negotiated between them."""
     stoppable: bool
     """Exchange the stop flag at every step, also at steps that are not compared."""
 

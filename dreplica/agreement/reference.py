@@ -24,11 +24,11 @@ class ReferenceDifference:
     reference: str
     """Path of the reference, as given."""
     place: Place
-    """Where the runs differ. The reference is replica 1 of it."""
+    """The place of the difference. The reference counts as replica 1."""
     recorded: dict[str, str]
-    """What the reference has recorded there: stage to 32 hex digits."""
+    """The digests that the reference recorded at this place: stage to 32 hex digits."""
     is_first: bool
-    """True if no training step before it has been compared."""
+    """True if no earlier training step has been compared."""
 
 
 class Reference:

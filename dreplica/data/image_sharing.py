@@ -31,7 +31,7 @@ _MEMORY_FILES = "/dev/shm"
 
 @dataclass(frozen=True)
 class BatchRing:
-    """A ring buffer of the batches that the replicas of a node are loading, as many as replicas can be apart.
+    """A ring buffer of the batches that the replicas of a node are loading, sized for the largest lag between them.
 
     A replica that is too late for a batch, or has received other samples than the others, decodes alone.
     """

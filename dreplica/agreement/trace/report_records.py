@@ -66,7 +66,7 @@ class ReferenceCoverage(Record):
 
 
 class Coverage(Record):
-    """What a run compared, and what it did not."""
+    """The coverage of a run: the state that it compared, and the state that it did not."""
 
     steps_compared: Count
     ranks: Count

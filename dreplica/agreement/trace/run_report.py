@@ -52,7 +52,7 @@ class RunReport(Record):
     replicas: list[ReplicaInfo] = Field(default_factory=list)
     steps_checked: Count = 0
     coverage: Coverage | None = None
-    """What was compared. None in reports of schema 1."""
+    """The coverage of the run. None in reports of schema 1."""
     verdict: Verdict | None = None
     divergence: DivergenceRecord | None = None
     epochs: list[EpochRecord] = Field(default_factory=list)

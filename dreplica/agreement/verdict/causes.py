@@ -12,9 +12,9 @@ class Cause:
     code: str
     """Stable identifier, which is also the name of the cause's page."""
     explanation: str
-    """One sentence."""
+    """The cause in one sentence."""
     remedy: tuple[Remedy, ...] = ()
-    """What to do about it where the verdict knows nothing more specific."""
+    """The default remedies, for a verdict that has no more specific ones."""
 
 
 def _cause(code: str, explanation: str, *remedies: str) -> Cause:

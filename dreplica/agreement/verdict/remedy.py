@@ -17,7 +17,7 @@ class Remedy:
     code: str
     """Stable identifier for programs: a key of `REMEDIES`."""
     text: str
-    """What to do, or what the command does, rendered from `data`."""
+    """The instruction, or an explanation of the command, rendered from `data`."""
     command: str | None = None
     """A line to paste: settings of the trainer, a shell command or code. None where there is none."""
     data: Mapping[str, Any] = field(default_factory=dict)

@@ -10,7 +10,7 @@ class RemedyTemplate:
     """The templates of one remedy."""
 
     text: str
-    """What to do, or what the command does."""
+    """The instruction, or an explanation of the command."""
     command: str | None = None
     """A line to paste. None where there is none, and for settings."""
     settings: Mapping[str, Any] = field(default_factory=dict)

@@ -20,7 +20,7 @@ class Verdict:
     cause: str
     """The code of the cause: a key of `CAUSES`, `none` where nothing is wrong."""
     summary: str
-    """One line: what diverged and where, or what was compared."""
+    """One line for people, which says what diverged and where, or what was compared."""
     step: int | None = None
     """The training step at which replicas diverged; 0 is the build."""
     epoch: int | None = None
@@ -42,7 +42,7 @@ class Verdict:
     evidence: list[Evidence] = field(default_factory=list)
     """The observations that the cause rests on."""
     remedy: list[Remedy] = field(default_factory=list)
-    """What to do about the cause."""
+    """The actions to take against the cause."""
     stage_groups: dict[str, list[list[int]]] = field(default_factory=dict)
     """Groups of every stage compared at that step, in causal order."""
     path: dict[str, Any] = field(default_factory=dict)

@@ -34,7 +34,7 @@ class Result:
     """The verdict of report.json and further observations. Empty if there is no report."""
     seconds: float
     problem: str
-    """Why there is no report, with the end of what the run printed; empty if there is one."""
+    """The reason why there is no report, with the end of the run's output. Empty if there is a report."""
 
     @property
     def mismatches(self) -> list[str]:

@@ -73,13 +73,13 @@ class AgainstReference:
     """A difference from a reference, with the differences between the two runs' configs and environments."""
 
     difference: ReferenceDifference
-    """Where the runs diverge, with what the reference recorded there."""
+    """The place where the runs diverge, with the digests that the reference recorded there."""
     config: Sequence[RunDifference]
     """Config keys that differ; `one` is the reference's value."""
     manifest: Sequence[RunDifference]
     """Manifest fields that differ; `one` is the reference's value."""
     unseeded: frozenset[str]
-    """Those of `seed.model` and `seed.data` that are null in this run."""
+    """The keys among `seed.model` and `seed.data` that are null in this run."""
 
     def evidence(self) -> list[Evidence]:
         """Return one line for each difference between the runs that may matter."""

@@ -16,9 +16,17 @@ import torch
 from dreplica.agreement.verdict.remedy import Remedy
 
 Governs = Literal["switches", "switches-if-strict", "raises", "switches-or-raises", "cudnn", "cublas", "bmm", "rnn"]
-"""What makes an operator deterministic: modes strict and warn choose another algorithm; only strict does; none does,
-and strict raises; that depends on the release or on the arguments; cuDNN's two flags; cuBLAS's workspace; that, or for
-sparse matrices the mode; both for cuDNN's recurrent layers, whose documentation names other workspaces."""
+"""The setting that makes an operator deterministic.
+
+- `switches`: the modes strict and warn choose another algorithm.
+- `switches-if-strict`: only the mode strict chooses another algorithm.
+- `raises`: no setting does, and the mode strict raises an error.
+- `switches-or-raises`: one of these, depending on the release or on the arguments.
+- `cudnn`: the flags `cudnn_deterministic` and `cudnn_benchmark`.
+- `cublas`: the cuBLAS workspace.
+- `bmm`: the cuBLAS workspace for dense matrices, the mode for sparse ones.
+- `rnn`: the cuBLAS workspace, with the values that the documentation of cuDNN's recurrent layers names.
+"""
 
 _ATOMICS = "adds with atomics, in the order in which its threads arrive"
 _LAST_WRITER = "leaves it to chance which of several writes to one place is the last"
@@ -28,24 +36,24 @@ _CUBLAS_WORKSPACES = (":4096:8", ":16:8")
 
 @dataclass(frozen=True)
 class Documented:
-    """What is documented of one operator."""
+    """The documentation of one nondeterministic operator."""
 
     governs: Governs
     why: str
-    """A predicate: what it does that is not reproducible."""
+    """A predicate that describes the nondeterministic behavior, such as "adds with atomics"."""
     devices: tuple[str, ...] = ("cuda",)
     instead: str = ""
-    """What to use in its place, where no setting makes it deterministic."""
+    """A replacement for an operator that no setting makes deterministic."""
 
 
 @dataclass(frozen=True)
 class Explanation:
-    """Why an operator may give different results for the same inputs."""
+    """The reason why an operator may give different results for the same inputs."""
 
     known: bool
-    """Whether that is documented, for this device."""
+    """True if the operator is documented as nondeterministic on this device."""
     text: str
-    """One or two sentences."""
+    """The explanation in one or two sentences."""
     remedy: list[Remedy]
     """Settings to change and other things to do."""
 

@@ -30,9 +30,9 @@ class Difference:
     differing_bits: int
     """Bits that differ, over all elements."""
     looks_like_bit_flips: bool
-    """Whether few bits differ (at most 8 in all) and lie too far up for rounding to reach: in the upper half of the
-    mantissa, the exponent or the sign. A lower flip cannot be distinguished from rounding. Of an integer, one bit
-    beyond the lowest 8; never of bool."""
+    """True if at most 8 bits differ in all, and only bits that rounding does not reach: the upper half of the mantissa,
+    the exponent or the sign. A flip of a lower bit cannot be distinguished from rounding. For integers, True if one bit
+    above the lowest 8 differs. Never True for bool."""
 
     def __str__(self) -> str:
         ulp = "" if self.max_ulp is None else f", at most {self.max_ulp} ULP apart"

@@ -50,7 +50,7 @@ class SkippedCheckpoint:
 
 @dataclass(frozen=True)
 class Start:
-    """Where a run begins or resumes."""
+    """The position at which a run begins or resumes."""
 
     position: Position = field(default_factory=Position)
     """Position in the data."""

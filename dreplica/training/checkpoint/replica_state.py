@@ -182,7 +182,7 @@ def _restore(replica: Replica, contents: Contents, as_built: AsBuilt) -> None:
             tensor.copy_(tensors_of[root][name])
     for other, state in zip(walk.others, saved["others"], strict=True):
         other.load_state_dict(originals.of(state))
-    # Earlier versions saved no optimizers but those that are attributes of the replica's optimizer.
+    # Earlier versions saved only the optimizers that are attributes of the replica's optimizer.
     saved_paths = [path for path in saved["attributes"] if path not in saved["buffers"]]
     optimizers = {path: walk.optimizers[path] for path in saved_paths}
     parameters = list(_numbers(optimizers))
