@@ -157,7 +157,10 @@ def test_interrupted_certificate_leaves_no_process(number: signal.Signals, tmp_p
         assert process.poll() is None
         time.sleep(0.1)
     process.send_signal(number)
-    assert process.communicate(timeout=60)[1] == "error: interrupted\n"
+    try:
+        assert process.communicate(timeout=60)[1] == "error: interrupted\n"
+    finally:
+        process.kill()
     assert process.returncode == 1
     lines = [Path(entry.path, "cmdline") for entry in os.scandir("/proc") if entry.name.isdigit()]
     assert not [path for path in lines if path.exists() and str(tmp_path).encode() in path.read_bytes()]

@@ -14,13 +14,10 @@ NUMBERS = [signal.SIGTERM, signal.SIGINT, signal.SIGUSR2, signal.SIGHUP]
 
 @pytest.fixture(autouse=True)
 def _check_handlers_restored() -> Iterator[None]:
-    original = {number: signal.getsignal(number) for number in NUMBERS}
-    if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:  # as under nohup
-        signal.signal(signal.SIGHUP, signal.SIG_DFL)
     before = {number: signal.getsignal(number) for number in NUMBERS}
     yield
     after = {number: signal.getsignal(number) for number in NUMBERS}
-    for number, handler in original.items():
+    for number, handler in before.items():
         signal.signal(number, handler)
     assert after == before
 
