@@ -153,7 +153,7 @@ def _run_case(case: Case, row: Row, device: torch.device, repeats: int) -> Row:
         return replace(row, is_wrong=remains is not None, helps="" if remains is None else f"no: {remains} differs")
     explanation = explain_operator(found, device.type, flags)
     settings = [remedy for remedy in explanation.remedy if remedy.settings]
-    row = replace(row, remedy=explanation.remedy[0].command or explanation.remedy[0].text)
+    row = replace(row, remedy=explanation.remedy[0])
     row = replace(row, is_wrong=found not in _names(case) or not explanation.known)
     if row.raises == "yes" or not settings:
         return replace(row, helps="no setting helps: strict mode raises there")

@@ -248,7 +248,8 @@ def test_failed_checkpoints_are_warnings(tmp_path: Path) -> None:
     job = run_job(*SMALL, root=tmp_path)
     assert job.returncode == 0, job.output
     warnings = [line for line in job.report["warnings"] if "cannot write the checkpoint" in line]
-    assert [line.split(" could")[0] for line in warnings] == ["the checkpoint at step 5", "the checkpoint at step 10"]
+    steps = [line.split(":")[0] for line in warnings]
+    assert steps == ["cannot write the checkpoint at step 5", "cannot write the checkpoint at step 10"]
     assert (stopped.folder / "checkpoints").read_text() == "in the way"
     again = run_job(*SMALL, "--run.stop_after=2", "--run.name=other", root=tmp_path)
     assert again.exitcodes == {0: 4, 1: 4}

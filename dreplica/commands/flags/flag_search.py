@@ -137,7 +137,7 @@ def investigate(measurements: Measurements, own: DeterminismConfig, num_replicas
     alone = {flag.name: Variant(closed({flag.name})) for flag in flags}
     off = Variant(closed(alone))
     options, not_measured = options_on(device, own, cpus // num_replicas)
-    measurements.measure(dict.fromkeys([STRICT, *alone.values(), off, *options]), rounds, beside=[STRICT])
+    measurements.measure(dict.fromkeys([STRICT, *alone.values(), off, *options]), rounds, alongside=[STRICT])
     if not measurements.agrees(STRICT):
         return Study(num_replicas, device, steps, row(STRICT))
 
@@ -152,7 +152,7 @@ def investigate(measurements: Measurements, own: DeterminismConfig, num_replicas
     def confirmed(disabled: frozenset[str]) -> bool:
         variant = Variant(disabled)
         elsewhere = [other for other in (STRICT, off) if other.process != variant.process]
-        measurements.measure([*elsewhere, variant], rounds, beside=[STRICT, off])
+        measurements.measure([*elsewhere, variant], rounds, alongside=[STRICT, off])
         return measurements.agrees(variant)
 
     order = [flag.name for flag in sorted(flags, key=cost)]

@@ -102,17 +102,17 @@ class Measurements:
         """Return the first start that did not agree, or None."""
         return next((outcome for outcome in self.of(variant) if not outcome.agrees), None)
 
-    def measure(self, variants: Iterable[Variant], rounds: int, beside: Sequence[Variant]) -> None:
+    def measure(self, variants: Iterable[Variant], rounds: int, alongside: Sequence[Variant]) -> None:
         """Start the job once per round with each setting, in a different order each time.
 
         Args:
             variants: The settings.
             rounds: Number of rounds.
-            beside: Settings to time in each start, in addition to the variant.
+            alongside: Settings to time in each start, in addition to the variant.
         """
         order = list(variants)
         for _ in range(rounds):
-            self._rounds.append({variant: self.start(variant, beside) for variant in order})
+            self._rounds.append({variant: self.start(variant, alongside) for variant in order})
             order = [*order[1:], order[0]]
 
     def try_out(self, variant: Variant, times: int) -> bool:
@@ -138,12 +138,12 @@ class Measurements:
             return None
         return _divergence_between(self.of(other)[0].folder, self.of(variant)[0].folder) is None
 
-    def start(self, variant: Variant, beside: Sequence[Variant] = ()) -> Outcome:
+    def start(self, variant: Variant, alongside: Sequence[Variant] = ()) -> Outcome:
         """Start the job once, unless the setting cannot start.
 
         Args:
             variant: The setting.
-            beside: Other settings to time in the same process, if they can share one.
+            alongside: Other settings to time in the same process, if they can share one.
 
         Returns:
             The outcome.
@@ -161,7 +161,7 @@ class Measurements:
         folder.mkdir(parents=True)
         config = self._config.model_copy(update={"determinism": variant.section(self._config.determinism)})
         (folder / "config.yaml").write_text(config.to_yaml(), encoding="utf-8")
-        others = [other for other in beside if other != variant and other.process == variant.process]
+        others = [other for other in alongside if other != variant and other.process == variant.process]
         sections = [other.section(self._config.determinism).model_dump() for other in others]
         arguments = [f"--config={folder / 'config.yaml'}", f"--folder={folder}", f"--steps={self._steps}"]
         arguments.append(f"--others={json.dumps(sections)}")

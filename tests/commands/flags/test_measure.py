@@ -33,7 +33,7 @@ def make(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Measu
 def test_compatible_settings_are_timed_in_one_process(make: Callable[..., Measurements]) -> None:
     job = MadeUp("cuda", lambda *_: None, lambda section: 3.0 if section["mode"] == "strict" else 2.0)
     measurements = make(job)
-    measurements.measure([STRICT, OFF], rounds=2, beside=[STRICT])
+    measurements.measure([STRICT, OFF], rounds=2, alongside=[STRICT])
     assert measurements.ratios(OFF, STRICT) == [pytest.approx(2 / 3)] * 6, "three in each of two starts"
     assert measurements.ratios(STRICT, OFF) == [pytest.approx(3 / 2)] * 6
     assert [section["mode"] for section in job.sections] == ["strict", "off", "off", "strict"], (
@@ -45,7 +45,7 @@ def test_compatible_settings_are_timed_in_one_process(make: Callable[..., Measur
 def test_settings_kept_by_a_library_are_timed_apart(make: Callable[..., Measurements], other: Variant) -> None:
     times = iter([4.0, 3.0, 3.0, 5.0])  # strict, without; without, strict
     measurements = make(MadeUp("cuda", lambda *_: None, lambda _: next(times)))
-    measurements.measure([STRICT, other], rounds=2, beside=[STRICT])
+    measurements.measure([STRICT, other], rounds=2, alongside=[STRICT])
     assert measurements.ratios(other, STRICT) == [pytest.approx(3 / 4), pytest.approx(3 / 5)]
 
 
@@ -70,7 +70,7 @@ def test_starts_are_compared_with_each_other(make: Callable[..., Measurements]) 
 
 def test_same_numbers_compares_with_strict_mode(make: Callable[..., Measurements]) -> None:
     measurements = make(MadeUp("cpu", lambda *_: None))
-    measurements.measure([STRICT, OFF], rounds=1, beside=[])
+    measurements.measure([STRICT, OFF], rounds=1, alongside=[])
     assert measurements.same_numbers(OFF, STRICT) is True
     write_trace(measurements.of(OFF)[0].folder, "b", steps=4)
     assert measurements.same_numbers(OFF, STRICT) is False
@@ -109,7 +109,7 @@ def test_describe_error_in_the_build(tmp_path: Path) -> None:
 def test_unusable_setting_is_not_started(make: Callable[..., Measurements]) -> None:
     job = MadeUp("cuda", lambda *_: None)
     measurements, refused = make(job), Variant(frozenset({"cublas_workspace_config"}))
-    measurements.measure([refused], rounds=2, beside=[STRICT])
+    measurements.measure([refused], rounds=2, alongside=[STRICT])
     assert (job.sections, measurements.num_starts(refused), measurements.agrees(refused)) == ([], 0, False)
     assert describe(measurements.of(refused)[0]).startswith("strict mode does not start without CUBLAS_WORKSPACE_CON")
 
