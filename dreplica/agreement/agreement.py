@@ -76,6 +76,7 @@ class Agreement:
         bytes_per_step: Bytes of tensors that this replica hashed in the newest compared step; 0 before the first.
         bytes_hashed: Bytes of tensors that this replica hashed in total.
         stages_compared: Number of stages compared, summed over all comparisons.
+        stages_seen: Names of the stages that were compared at least once.
         agreed_until: The newest step at which all replicas are known to have agreed; -1 before the build's comparison.
         last_digest: Combined digest of what this replica compared last; None after a step that is not compared.
         diverged_stages: Digests of this replica's stages at the first difference.
@@ -99,6 +100,7 @@ class Agreement:
         check_arguments(expect, on_divergence, lag, every, internal)
         self.steps_done = self._steps_before = steps_done
         self.steps_checked = self.stages_compared = 0
+        self.stages_seen: set[str] = set()
         self.bytes_per_step = self.bytes_hashed = 0
         self.agreed_until = -1
         self.last_digest: protocol.CombinedDigest | None = None
@@ -244,6 +246,7 @@ class Agreement:
         outcome, stages = compared.outcome, compared.stages
         is_same = outcome.agreed and not outcome.differs_from_reference
         self.stages_compared += len(stages)
+        self.stages_seen.update(stages)
         self._stop = self._stop or outcome.stop
         if stages and compared.phase is None:
             self._last_checked = compared.step

@@ -267,7 +267,7 @@ class Run:
         """Write the report with the verdict, and return the exit code."""
         if self.recorder.report is None:
             self.open_record(new_folder=True)
-        self.recorder.conclude(verdict, self.steps_checked)
+        self.recorder.conclude(verdict, self.steps_checked, self.stages_seen)
         if verdict.cause == "none":
             return self.stopped_with or ExitCode.AGREED
         return ExitCode.DIVERGED
@@ -278,6 +278,13 @@ class Run:
         if self.agreement is None or self.config.agreement.every == 0:
             return 0
         return self.agreement.steps_checked
+
+    @property
+    def stages_seen(self) -> set[str] | None:
+        """Stages compared at least once, or None where only a part of the run is known."""
+        if self.config.agreement.every == 0 or self.start.step > 0:
+            return None
+        return set() if self.agreement is None else self.agreement.stages_seen
 
     def conclude_failed(self, error: BaseException) -> list[Lost]:
         """Write the report after this replica failed or, on `ReplicaLost`, another one.
@@ -291,5 +298,6 @@ class Run:
             get_error_handler().record_exception(error)
         lost = find_lost_replicas(self.world.monitor, error)
         steps_done = None if self.agreement is None else self.agreement.steps_done
-        self.recorder.conclude_without(lost, error, self.facts.manifests, steps_done, self.steps_checked)
+        seen = self.stages_seen
+        self.recorder.conclude_without(lost, error, self.facts.manifests, steps_done, self.steps_checked, seen)
         return lost

@@ -1,11 +1,18 @@
 """Describe what a run compared, and what it did not."""
 
+from collections.abc import Collection
+
 from dreplica.agreement.trace.report_records import Coverage, NotCompared, ReferenceCoverage
 from dreplica.state.fingerprint.stage import INDEPENDENT_STAGES, STAGES
 
 
 def describe_coverage(
-    num_replicas: int, expect: str, every: int, steps_compared: int, reference: ReferenceCoverage | None = None
+    num_replicas: int,
+    expect: str,
+    every: int,
+    steps_compared: int,
+    reference: ReferenceCoverage | None = None,
+    stages_seen: Collection[str] | None = None,
 ) -> Coverage:
     """Return what a run of the trainer compared.
 
@@ -15,6 +22,7 @@ def describe_coverage(
         every: Interval of comparisons in steps, as in `agreement.every`.
         steps_compared: Number of steps compared between replicas.
         reference: Comparison with a recorded run, if there was one.
+        stages_seen: Stages compared at least once, or None if that is not known.
     """
     stages = list(STAGES if expect == "identical" else INDEPENDENT_STAGES)
     missing: list[NotCompared] = []
@@ -34,6 +42,10 @@ def describe_coverage(
         stages = []
     elif every == 0:
         stages = ["buffers", "optimizer", "weights", "rng"]
+    if stages_seen is not None and (absent := [stage for stage in stages if stage not in stages_seen]):
+        stages = [stage for stage in stages if stage in stages_seen]
+        text = f"not reached, or empty: {', '.join(absent)}"
+        missing.append(NotCompared(code="not-seen", text=text))
     return Coverage(
         steps_compared=steps_compared if num_replicas > 1 else 0,
         ranks=num_replicas,

@@ -4,7 +4,7 @@ import json
 import logging
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -207,18 +207,19 @@ class Recorder:
         if self._world.is_coordinator:
             log.warning(self.report.warnings[-1])
 
-    def conclude(self, verdict: Verdict, steps_checked: int) -> None:
+    def conclude(self, verdict: Verdict, steps_checked: int, stages_seen: Collection[str] | None = None) -> None:
         """Write the report on rank 0.
 
         Args:
             verdict: The verdict on the run.
             steps_checked: Number of steps compared between replicas.
+            stages_seen: Stages compared at least once, or None if that is not known.
 
         Note:
             Collective: call on every rank. All ranks wait for rank 0, since the launcher ends the other processes when
             the first one ends.
         """
-        self._complete(verdict, steps_checked)
+        self._complete(verdict, steps_checked, stages_seen)
         if self._world.is_coordinator:
             self._write()
         self._world.channel.gather(None)
@@ -230,6 +231,7 @@ class Recorder:
         manifests: Sequence[Mapping[str, Any]],
         steps_done: int | None,
         steps_checked: int,
+        stages_seen: Collection[str] | None = None,
     ) -> None:
         """Write the report after a failure, on one surviving replica and without communication.
 
@@ -241,6 +243,7 @@ class Recorder:
             manifests: Manifest of each replica. Empty if they are not known yet.
             steps_done: Number of steps that this replica has taken, or None before training.
             steps_checked: Number of steps compared between replicas.
+            stages_seen: Stages compared at least once, or None if that is not known.
         """
         if not is_reporter(lost, self._world.replica_id, self._world.num_replicas):
             return
@@ -260,7 +263,7 @@ class Recorder:
                 log.error("%s; the report cannot be written: %s", verdict.summary, problem)
                 return
             self._write_inputs(manifests)
-        self._complete(verdict, steps_checked)
+        self._complete(verdict, steps_checked, stages_seen)
         self._write()
 
     def close(self) -> None:
@@ -268,13 +271,13 @@ class Recorder:
         if self._lock is not None and not self._lock.taken:
             self._lock.release()
 
-    def _complete(self, verdict: Verdict, steps_checked: int) -> None:
+    def _complete(self, verdict: Verdict, steps_checked: int, stages_seen: Collection[str] | None) -> None:
         assert self.report is not None
         self.report.conclude(verdict)
         self.report.run.seconds = round(time.monotonic() - self._started, 1)
         self.report.steps_checked = steps_checked
         self.report.coverage = describe_coverage(
-            self._world.num_replicas, self._expect, self._every, steps_checked, self.reference()
+            self._world.num_replicas, self._expect, self._every, steps_checked, self.reference(), stages_seen
         )
 
     def _write(self) -> None:

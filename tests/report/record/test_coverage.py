@@ -31,3 +31,11 @@ def test_coverage_counts_a_reference_as_second_copy() -> None:
     for steps in (0, 10):
         reference = ReferenceCoverage(run="runs/a", steps=steps)
         assert describe_coverage(1, "identical", 1, 10, reference).has_second_copy == bool(steps)
+
+
+def test_coverage_names_stages_that_were_not_reached() -> None:
+    coverage = describe_coverage(2, "identical", 1, 1, None, {"indices", "batch", "weights", "rng"})
+    assert coverage.stages == ["indices", "batch", "weights", "rng"]
+    (missing,) = coverage.not_compared
+    assert missing.code == "not-seen"
+    assert missing.text == "not reached, or empty: buffers, output, gradients, optimizer, predictions"
