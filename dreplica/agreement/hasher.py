@@ -188,10 +188,18 @@ def common_hasher(devices: Iterable[torch.device], channel: Channel) -> tuple[Ha
         for each replica the algorithm that its devices support.
 
     Raises:
-        KernelError: As `hasher_for` does.
+        KernelError: On all replicas, if the kernel of any computes wrong digests.
     """
-    own = hasher_for(devices)
-    algorithms = channel.gather(own.algorithm)
+    own, failure = Hasher(), None
+    try:
+        own = hasher_for(devices)
+    except KernelError as error:  # raised after the collective, on all replicas
+        failure = str(error)
+    rows = channel.gather((own.algorithm, failure))
+    failures = [f"replica {rank}: {text}" for rank, (_, text) in enumerate(rows) if text is not None]
+    if failures:
+        raise KernelError("; ".join(failures))
+    algorithms = [algorithm for algorithm, _ in rows]
     return own if len(set(algorithms)) == 1 else Hasher(), algorithms
 
 

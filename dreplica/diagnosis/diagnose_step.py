@@ -28,6 +28,7 @@ from dreplica.distributed.channel import Channel, gloo_channel
 from dreplica.distributed.process_group import World
 from dreplica.environment.device import Device
 from dreplica.environment.manifest import Difference, collect_manifest, compare_manifests
+from dreplica.errors import UsageError
 from dreplica.state.stages import STAGES, Optimizers, Stage
 
 _COLLECTIVES = ("c10d.", "_c10d_functional.")
@@ -78,14 +79,15 @@ def diagnose(
         `unexplained` if `found` cannot be reproduced or the observations do not explain it.
 
     Raises:
-        ValueError: If the model is wrapped in DistributedDataParallel.
+        UsageError: If the model is wrapped in DistributedDataParallel.
         ReplicaLost: If another replica ended, failed or stopped responding.
     """
     subject = Subject(model, optimizer, others)
     if subject.is_ddp:
-        raise ValueError(
+        raise UsageError(
             "model is wrapped in DistributedDataParallel, whose backward pass waits for other ranks. Pass "
-            "model.module, a step that calls it, and the same batch on all ranks, which must then get the same result."
+            "model.module, a step that calls it, and the same batch on all ranks, which must then get the same result.",
+            code="ddp-model",
         )
     channel = channel or gloo_channel()
     facts, differing = _environment(subject, channel)

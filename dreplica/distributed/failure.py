@@ -45,11 +45,21 @@ def describe_exception(error: BaseException) -> str:
     return str(Failure.from_exception(error))
 
 
-def _as_json(value: Any) -> Any:
-    if value is None or isinstance(value, bool | int | float | str):
+_MAX_DEPTH = 8
+_MAX_CHARACTERS = 2000
+
+
+def _as_json(value: Any, depth: int = 0) -> Any:
+    """Reduce a value to JSON values of bounded size. YAML aliases can make a value contain itself."""
+    if value is None or isinstance(value, bool | int | float):
         return value
-    if isinstance(value, Mapping):
-        return {str(key): _as_json(item) for key, item in value.items()}
-    if isinstance(value, list | tuple | set | frozenset):
-        return [_as_json(item) for item in value]
-    return str(value)
+    if depth < _MAX_DEPTH and isinstance(value, DreplicaError):
+        return {"text": str(value), "code": value.code, "fields": _as_json(value.fields, depth + 1)}
+    if depth < _MAX_DEPTH and isinstance(value, Mapping):
+        return {str(key): _as_json(item, depth + 1) for key, item in value.items()}
+    if depth < _MAX_DEPTH and isinstance(value, list | tuple | set | frozenset):
+        return [_as_json(item, depth + 1) for item in value]
+    try:
+        return str(value)[:_MAX_CHARACTERS]
+    except Exception:  # a user's object may not be printable
+        return f"<{type(value).__name__}>"

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from dreplica.agreement import hasher as hashing
-from dreplica.agreement.hasher import Hasher, KernelError, hasher_for
+from dreplica.agreement.hasher import Hasher, KernelError, common_hasher, hasher_for
+from dreplica.distributed.channel import Channel
 from dreplica.state.fingerprint import gpu as device_module
 from dreplica.state.fingerprint import multilinear
 from dreplica.state.fingerprint.fingerprint import ALGORITHM, digest_tensor, header
@@ -238,3 +239,15 @@ def test_copy_to_cpu_in_every_step_warns_once(caplog: pytest.LogCaptureFixture) 
         with pytest.raises(TypeError, match="with memory"):
             Hasher().start({"s": [("t", elsewhere)]})
     assert caplog.messages == ["fingerprints of meta tensors are computed on a copy in CPU memory, which is slow"]
+
+
+class _FailingOnSecond(Channel):
+    """A channel between two replicas, of which the other one has a faulty kernel."""
+
+    def gather(self, value: Any) -> list[Any]:
+        return [value, ("xxh3-128", "wrong digests on cuda:1")]
+
+
+def test_faulty_kernel_of_another_replica_is_raised_here() -> None:
+    with pytest.raises(KernelError, match="replica 1: wrong digests on cuda:1"):
+        common_hasher([], _FailingOnSecond())

@@ -22,3 +22,18 @@ def test_failure_of_another_exception_has_no_code() -> None:
 def test_describe_exception_omits_an_empty_message() -> None:
     assert describe_exception(ArithmeticError("it fell")) == "ArithmeticError: it fell"
     assert describe_exception(KeyboardInterrupt()) == "KeyboardInterrupt"
+
+
+def test_failure_of_a_value_that_contains_itself_is_finite() -> None:
+    value: dict[str, object] = {"lr": 0.1}
+    value["again"] = value
+    failure = Failure.from_exception(UsageError("optim: invalid", key="optim", value=value))
+    assert failure.fields["value"]["lr"] == 0.1
+    assert len(json.dumps(failure.as_dict())) < 5000
+
+
+def test_failure_bounds_texts_and_keeps_nested_errors() -> None:
+    nested = UsageError("inner", code="inner-code", key="a")
+    failure = Failure.from_exception(UsageError("outer", errors=[nested], model="x" * 10**6))
+    assert failure.fields["errors"] == [{"text": "inner", "code": "inner-code", "fields": {"key": "a"}}]
+    assert len(failure.fields["model"]) == 2000

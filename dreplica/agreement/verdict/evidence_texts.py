@@ -86,6 +86,7 @@ EVIDENCE: Mapping[str, str] = {
     # Lost replicas and replicas that do not learn.
     "replica-lost": "replica {replica}: {reason}",
     "loss-noticed": "observed by a surviving replica: {error}",
+    "raised-error": "raised on this replica: {error}",
     "parameters-unchanged": "0 of {num_trainable} trainable parameters changed; buffers {buffers}",
     "gradients-missing": "gradients: {num_none} are None, {num_zero} are all zero, of {num_parameters}",
     "learning-rates": "learning rates: {before} at first, {after} after the epoch",
@@ -154,7 +155,7 @@ EVIDENCE: Mapping[str, str] = {
     ),
     "operator-documented": "{explanation}",
     "operator-may-race": (
-        "{operators} ran in this step and is not deterministic with these settings: this may have been a race"
+        "not deterministic with these settings, and ran in this step: {operators}. This may have been a race"
     ),
     "operator-may-vary": (
         "{operator} is not deterministic with these settings: this may be the cause although no replica's replay varies"
@@ -163,7 +164,7 @@ EVIDENCE: Mapping[str, str] = {
         "each process keeps the cuDNN algorithm that it measured as the fastest, and the replicas chose different ones"
     ),
     "operator-foreign": (
-        "{operators} ran in this step and is not an operator of torch: it is unknown whether it is deterministic"
+        "not an operator of torch, and ran in this step: {operators}. It is unknown whether it is deterministic"
     ),
     "generator-drawn-differently": (
         "replica {replica}'s generators were drawn from differently in the original step: the states of torch's "

@@ -35,9 +35,7 @@ REMEDIES: Mapping[str, RemedyTemplate] = {
         "declare a numerics flag that is meant to differ", settings={"overrides": "{1: {determinism: {threads: 2}}}"}
     ),
     "remove-override": RemedyTemplate("remove the override, or set it for all replicas"),
-    "install-same-versions": RemedyTemplate(
-        "install the same versions on every node", "pip install -r requirements.txt"
-    ),
+    "install-same-versions": RemedyTemplate("install the same versions on every node"),
     "use-same-hardware": RemedyTemplate("run all replicas on the same model of GPU or CPU"),
     "set-fields-alike": RemedyTemplate(
         "set the same {fields} on all replicas: the job's code, an imported library or an environment variable may set "

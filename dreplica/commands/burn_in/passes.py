@@ -65,7 +65,7 @@ class Pass:
         report = self.run.recorder.report
         verdict = None if report is None else report.verdict  # a verdict reached before the loss is kept
         kept = report is not None and self.run.recorder.folder.exists()
-        return self._done(verdict or replica_lost(lost, None, str(noticed)), kept)
+        return self._done(verdict or replica_lost(lost, None, noticed), kept)
 
     def _done(self, verdict: Verdict, kept: bool) -> PassDone:
         run = self.run

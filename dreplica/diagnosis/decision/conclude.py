@@ -9,7 +9,8 @@ from dreplica.agreement.verdict.evidence import Evidence
 from dreplica.agreement.verdict.remedy import Remedy
 from dreplica.agreement.verdict.verdict import Verdict, split_into_groups, suspects_of
 from dreplica.diagnosis.decision.nondeterministic_ops import explain_operator
-from dreplica.distributed.liveness import Lost
+from dreplica.distributed.failure import describe_exception
+from dreplica.distributed.liveness import Lost, ReplicaLost
 from dreplica.environment.manifest import Difference, card_of, spell_device
 from dreplica.replica.wiring import WiringError
 
@@ -83,7 +84,7 @@ def agreed(facts: RunFacts, steps: int, independent: bool, compared: bool) -> Ve
     groups = (
         [[replica_id] for replica_id in range(facts.num_replicas)] if independent else [list(range(facts.num_replicas))]
     )
-    return Verdict(True, "none", f"{replicas}, {steps} steps: {what}", groups=groups)
+    return Verdict(True, "none", f"{replicas}, {steps} step{'s' * (steps != 1)}: {what}", groups=groups)
 
 
 def results_differ(epoch: int, what: str, values: Sequence[float]) -> Verdict:
@@ -192,13 +193,13 @@ def environment_differs(differences: Sequence[Difference], groups: list[list[int
     return _with_remedy(verdict)
 
 
-def replica_lost(lost: Sequence[Lost], step: int | None, noticed: str) -> Verdict:
+def replica_lost(lost: Sequence[Lost], step: int | None, noticed: BaseException) -> Verdict:
     """Return the verdict on replicas that ended, failed or stopped responding.
 
     Args:
         lost: The replicas that are known to be lost.
         step: The last completed step, or None before the first one.
-        noticed: The error that the surviving replica observed.
+        noticed: The exception that ended the run on the replica that reports.
     """
     evidence = [
         Evidence.of(
@@ -217,14 +218,22 @@ def replica_lost(lost: Sequence[Lost], step: int | None, noticed: str) -> Verdic
     verdict = Verdict(
         False,
         "replica-lost",
-        f"replica {names} was lost {when}{first}",
+        f"{'replicas' if len(lost) > 1 else 'replica'} {names} {'were' if len(lost) > 1 else 'was'} lost {when}{first}",
         step=None if step is None else step + 1,
         suspects=[item.replica_id for item in lost],
-        evidence=[*evidence, Evidence.of("loss-noticed", error=noticed)],
+        evidence=[*evidence, _noticed(noticed)],
     )
     if lost and all(item.raised for item in lost):
-        verdict = verdict.with_(remedy=[Remedy.of("fix-exception", replica=names, error=lost[0].failure)])
+        remedies = [Remedy.of("fix-exception", replica=item.replica_id, error=item.failure) for item in lost]
+        verdict = verdict.with_(remedy=remedies)
     return _with_remedy(verdict)
+
+
+def _noticed(error: BaseException) -> Evidence:
+    """Return how this replica learned of the loss: from another one's silence, or as the one that failed."""
+    if isinstance(error, ReplicaLost):
+        return Evidence.of("loss-noticed", error=str(error))
+    return Evidence.of("raised-error", error=describe_exception(error))
 
 
 def not_learning(step: int, epoch: int, replica_ids: list[int], evidence: list[Evidence]) -> Verdict:

@@ -255,7 +255,7 @@ class Recorder:
         if steps_done is not None:
             # This replica noticed the loss in its newest step: the comparison of the step before never completed.
             steps_done = min(known, default=max(steps_done - 1, 0))
-        verdict = replica_lost(lost, steps_done, str(error))
+        verdict = replica_lost(lost, steps_done, error)
         if self.report is None:
             try:
                 self._begin(self._make_folder(), manifests)

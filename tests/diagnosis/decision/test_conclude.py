@@ -20,7 +20,7 @@ from dreplica.diagnosis.decision.conclude import (
     replica_lost,
     wiring_fault,
 )
-from dreplica.distributed.liveness import Lost
+from dreplica.distributed.liveness import Lost, ReplicaLost
 from dreplica.environment.manifest import Difference
 from dreplica.replica.wiring import WiringError
 from tests.messages import codes, commands, data_of, texts
@@ -189,11 +189,12 @@ def test_differing_flags_have_their_own_remedy() -> None:
 
 
 def test_replica_lost_names_replica_and_step() -> None:
-    verdict = replica_lost([Lost(2)], 4, "connection closed")
+    verdict = replica_lost([Lost(2)], 4, ReplicaLost("connection closed"))
     assert (verdict.cause, verdict.step, verdict.suspects) == ("replica-lost", 5, [2])
     assert "replica 2 was lost in step 5: no response" in verdict.summary
     assert data_of(verdict.evidence, "loss-noticed") == {"error": "connection closed"}
-    unknown = replica_lost([], None, "no answer")
+    unknown = replica_lost([], None, KeyError("x"))
+    assert data_of(unknown.evidence, "raised-error") == {"error": "KeyError: 'x'"}
     assert (unknown.step, unknown.suspects) == (None, [])
     assert "before the first step" in unknown.summary
 
