@@ -6,7 +6,7 @@ from typing import Any, TypedDict, get_type_hints
 from dreplica.agreement.hasher import Hasher
 from dreplica.agreement.reference import Reference
 from dreplica.agreement.trace.writer import TraceWriter
-from dreplica.config.messages import nearest
+from dreplica.config.messages import closest, nearest
 from dreplica.distributed.channel import Channel
 from dreplica.errors import UsageError
 from dreplica.state.fingerprint.stage import INDEPENDENT_STAGES, STAGES
@@ -68,8 +68,8 @@ def _check_choice(name: str, value: Any, choices: Sequence[Any]) -> None:
     """Raise `UsageError` unless `value` is one of `choices`, of which there are at least two."""
     if value not in choices:
         *first, last = map(repr, choices)
-        hint = nearest(value, choices) if isinstance(value, str) and isinstance(choices[0], str) else ""
-        hint = f" {hint}" if hint.startswith("Did") else ""
+        match = closest(value, choices) if isinstance(value, str) and isinstance(choices[0], str) else None
+        hint = "" if match is None else f" Did you mean {match!r}?"
         raise invalid_argument(name, value, f"{name} must be {', '.join(first)} or {last}, got {value!r}.{hint}")
 
 

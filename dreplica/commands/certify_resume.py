@@ -8,7 +8,7 @@ from pathlib import Path
 from rich.console import Console
 
 from dreplica.agreement.trace.reader import Key, Trace
-from dreplica.agreement.trace.run_report import RunReport
+from dreplica.agreement.trace.run_report import ReportError, RunReport
 from dreplica.commands.scratch_folder import fresh_folder
 from dreplica.distributed.launch.background import Finished, run_in_background
 from dreplica.distributed.signals import signals_as_interrupts
@@ -104,7 +104,13 @@ def judge(straight: Path, interrupted: Path, at_step: int, error: UsageError | N
     """
     if error is not None:
         return Certificate(False, str(error))
-    one, other = RunReport.read(straight), RunReport.read(interrupted)
+    try:
+        folder = straight
+        one = RunReport.read(folder)
+        folder = interrupted
+        other = RunReport.read(folder)
+    except ReportError as unreadable:
+        return Certificate(False, f"{folder.name}: {unreadable}")
     for skipped in other.run.skipped_checkpoints:
         text = f"skipped checkpoint {skipped.name}: {skipped.reason} (replica {skipped.replica})"
         return Certificate(False, text)

@@ -12,7 +12,7 @@ EXPLAINED = sorted(CAUSES.keys() - {"none"})
 
 
 def explain_cause(name: str, folder: Path = CAUSES_FOLDER) -> ExitCode:
-    """Print the page of a cause to standard output.
+    """Print the page of a cause to standard output, or for `none` its one sentence.
 
     Args:
         name: Code of the cause, as verdicts name it: `batch-differs`.
@@ -24,6 +24,9 @@ def explain_cause(name: str, folder: Path = CAUSES_FOLDER) -> ExitCode:
     Raises:
         UsageError: If there is no such cause, with the nearest name, or its page is missing.
     """
+    if name == "none":
+        print(CAUSES[name].explanation)
+        return ExitCode.AGREED
     if name not in EXPLAINED:
         raise UsageError(
             f"unknown cause {name!r}. {nearest(name, EXPLAINED)} Run dreplica explain --help for all causes.",

@@ -10,7 +10,6 @@ import sys
 import textwrap
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from types import FrameType
 from typing import NoReturn
 
@@ -21,13 +20,14 @@ from dreplica.commands.options import (
     add_node_options,
     add_training_command,
     check_settings,
+    path_argument,
     positive_int,
     read_nodes,
     suggest_option,
 )
 from dreplica.config.messages import config_error, nearest
 from dreplica.config.paths import CAUSES_FOLDER
-from dreplica.errors import ExitCode, UsageError
+from dreplica.errors import DreplicaError, ExitCode, UsageError
 
 _INTERRUPTED = "error: interrupted"
 _SETTINGS = "[--config FILE] [--section.key VALUE ...]"
@@ -59,13 +59,13 @@ def _run(argv: list[str]) -> int:
             raise UsageError(f"unknown command {argv[0]!r}. {hint}", code="unknown-command", value=argv[0])
         known, settings = parser.parse_known_args(argv)
         if known.command is None:
-            parser.error(f"unrecognized arguments: {' '.join(settings)}")
+            _refuse(parser, settings)
         code = _run_command(commands.choices[known.command], known, settings)
         sys.stdout.flush()
         return code
-    except UsageError as error:
+    except DreplicaError as error:
         print(f"error: {error}", file=sys.stderr)
-        return ExitCode.UNUSABLE
+        return ExitCode.UNUSABLE if isinstance(error, UsageError) else ExitCode.FAILED
     except BrokenPipeError:  # the reader has closed the pipe, as `head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return ExitCode.FAILED
@@ -74,13 +74,18 @@ def _run(argv: list[str]) -> int:
 def _run_command(command: argparse.ArgumentParser, known: argparse.Namespace, settings: Sequence[str]) -> int:
     if not known.takes_settings:
         if settings:
-            hints = [hint for token in settings if (hint := suggest_option(token, command))]
-            command.error(". ".join([f"unrecognized arguments: {' '.join(settings)}", *hints]))
+            _refuse(command, settings)
     elif known.help is not None:
         return _print_help(command, known.help)
     else:
         check_settings(settings, command)
     return known.handler(known, settings)
+
+
+def _refuse(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> NoReturn:
+    """Exit with an error about arguments that do not exist, with hints for mistyped options."""
+    hints = [hint for token in arguments if (hint := suggest_option(token, parser))]
+    parser.error(". ".join([f"unrecognized arguments: {' '.join(arguments)}", *hints]))
 
 
 def _print_help(command: argparse.ArgumentParser, section: str) -> ExitCode:
@@ -120,14 +125,16 @@ def _add_training_commands(commands: Commands) -> None:
     flags.add_argument("--steps", type=positive_int, default=20, help="training steps per start (default: 20)")
     flags.add_argument("--rounds", type=positive_int, default=2, help="starts per setting (default: 2)")
     flags.add_argument("--json", action="store_true", help="print the results as JSON")
-    flags.add_argument("--keep", type=Path, metavar="FOLDER", help="keep the traces and output of all starts here")
+    flags.add_argument(
+        "--keep", type=path_argument, metavar="FOLDER", help="keep the traces and output of all starts here"
+    )
     text = "seconds after which a start is killed (default: 1800)"
     flags.add_argument("--timeout", type=positive_int, default=1800, help=text)
 
     text = "prove that an interrupted and resumed run equals an uninterrupted one, or name what was not restored"
     certify = add_training_command(commands, "certify-resume", text, _certify)
     certify.add_argument("--at-step", type=positive_int, metavar="K", help="interrupt after this step (required)")
-    certify.add_argument("--keep", type=Path, metavar="FOLDER", help="keep the run folders here")
+    certify.add_argument("--keep", type=path_argument, metavar="FOLDER", help="keep the run folders here")
 
 
 def _train(known: argparse.Namespace, settings: Sequence[str]) -> int:
@@ -190,20 +197,20 @@ def _add_plain_commands(commands: Commands) -> None:
     text = "cases to run, such as clean or flipped_weight (default: all)"
     cases.add_argument("names", nargs="*", metavar="NAME", help=text)
     cases.add_argument("--json", action="store_true", help="print the results as JSON")
-    cases.add_argument("--keep", type=Path, metavar="FOLDER", help="keep the run folders here")
+    cases.add_argument("--keep", type=path_argument, metavar="FOLDER", help="keep the run folders here")
     text = "seconds after which a case is killed (default: 120)"
     cases.add_argument("--timeout", type=positive_int, default=120, help=text)
 
     text = "compare two recorded runs, and name the first step, stage and tensor that differ"
     compare = add_command(commands, "compare", text, _compare)
-    compare.add_argument("runs", nargs=2, type=Path, metavar="RUN", help="run folder, or trace.jsonl")
+    compare.add_argument("runs", nargs=2, type=path_argument, metavar="RUN", help="run folder, or trace.jsonl")
     compare.add_argument("--json", action="store_true", help="print the results as JSON")
     text = "exit with 0 if one run is shorter and equal to the beginning of the other"
     compare.add_argument("--prefix", action="store_true", help=text)
 
     text = "write report.html from what a run has recorded, also while it runs or after it crashed"
     report = add_command(commands, "report", text, _report)
-    report.add_argument("run", type=Path, metavar="RUN", help="run folder")
+    report.add_argument("run", type=path_argument, metavar="RUN", help="run folder")
 
     explain = add_command(commands, "explain", "explain a cause that a verdict names, and how to fix it", _explain)
     explain.add_argument("cause", metavar="CAUSE", help="name of the cause, such as batch-differs")

@@ -2,9 +2,11 @@
 
 import argparse
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias
 
 from dreplica.config.messages import COMMAND_LINE, closest, config_error, invalid_value
+from dreplica.errors import UsageError
 
 if TYPE_CHECKING:
     from dreplica.distributed.launch.launcher import Nodes
@@ -14,6 +16,7 @@ Handler = Callable[[argparse.Namespace, Sequence[str]], int]
 """Function that runs a command: takes the parsed options and the remaining settings, returns the exit code."""
 
 _NODE_OPTIONS = ("--nodes", "--node-rank", "--head")
+_MAX_PORT = 65535
 
 
 def add_command(commands: Commands, name: str, text: str, handler: Handler) -> argparse.ArgumentParser:
@@ -59,7 +62,7 @@ def _add(commands: Commands, name: str, text: str, handler: Handler, takes_setti
 
 def add_node_options(command: argparse.ArgumentParser) -> None:
     """Add the options of a command that can run on several nodes."""
-    command.add_argument("--nodes", type=positive_int, default=1, metavar="N", help="number of nodes (default: 1)")
+    command.add_argument("--nodes", type=positive_int, default=None, metavar="N", help="number of nodes (default: 1)")
     command.add_argument("--node-rank", type=int, default=None, metavar="K", help="rank of this node, from 0")
     text = "address of node 0 at which the nodes rendezvous"
     command.add_argument("--head", default=None, metavar="HOST:PORT", help=text)
@@ -73,7 +76,13 @@ def read_nodes(known: argparse.Namespace) -> "Nodes | None":
     """
     from dreplica.distributed.launch.launcher import Nodes
 
-    if known.nodes == 1:
+    if known.nodes is None:
+        for option, value in (("--node-rank", known.node_rank), ("--head", known.head)):
+            if value is not None:
+                fix = f"For example: --nodes 2 --node-rank 0 --head node0:29500. Omit {option} to run on one node."
+                raise config_error("missing-value", "--nodes", f"required with {option}", fix)
+        return None
+    if known.nodes == 1 and known.node_rank in (None, 0):
         return None
     last = known.nodes - 1
     example = f"For example: --nodes {known.nodes} --node-rank 0 --head node0:29500."
@@ -82,14 +91,27 @@ def read_nodes(known: argparse.Namespace) -> "Nodes | None":
         raise config_error("missing-value", "--node-rank", f"required with --nodes {known.nodes}", fix)
     if not 0 <= known.node_rank <= last:
         fix = f"Pass a different value on each node. {example}"
-        raise invalid_value("--node-rank", known.node_rank, f"a value from 0 to {last}", fix)
+        expected = f"a value from 0 to {last}" if last else "0 with --nodes 1"
+        raise invalid_value("--node-rank", known.node_rank, expected, fix)
     host, _, port = (known.head or "").rpartition(":")
     if known.head is None:
         fix = f"Pass an address of node 0 that all nodes reach. {example}"
         raise config_error("missing-value", "--head", f"required with --nodes {known.nodes}", fix)
-    if not host or not port.isdigit():
-        raise invalid_value("--head", known.head, "HOST:PORT, an address of node 0 that all nodes reach", example)
+    if not host or not _is_port(port):
+        expected = f"HOST:PORT, an address of node 0 that all nodes reach, with a port from 1 to {_MAX_PORT}"
+        raise invalid_value("--head", known.head, expected, example)
     return Nodes(known.nodes, known.node_rank, known.head)
+
+
+def _is_port(text: str) -> bool:
+    return text.isdecimal() and len(text) <= len(str(_MAX_PORT)) and 0 < int(text) <= _MAX_PORT
+
+
+def path_argument(text: str) -> Path:
+    """Convert the value of an option to a path, which must not be empty."""
+    if not text:
+        raise argparse.ArgumentTypeError("the path is empty")
+    return Path(text)
 
 
 def positive_int(text: str) -> int:
@@ -113,7 +135,8 @@ def suggest_option(token: str, command: argparse.ArgumentParser) -> str:
 def check_settings(settings: Sequence[str], command: argparse.ArgumentParser) -> None:
     """Check that no setting is a mistyped option of the command, as in `--replica 3`.
 
-    All other settings are checked by the processes that load the config.
+    An empty `--config`, or an option for several nodes where the command runs on one, is an error too. All other
+    settings are checked by the processes that load the config.
 
     Raises:
         UsageError: One is.
@@ -122,11 +145,23 @@ def check_settings(settings: Sequence[str], command: argparse.ArgumentParser) ->
         option, equals, value = token.partition("=")
         if not option.startswith("--") or "." in option:
             continue
+        if option in _NODE_OPTIONS:
+            name = command.prog.rpartition(" ")[2]
+            problem, fix = f"{name} runs on one node", f"Remove {option}."
+            raise config_error("unknown-option", option, problem, fix, source=COMMAND_LINE)
         if not equals:
+            if option == "--config" and settings[index + 1 : index + 2] == [""]:
+                raise _empty_config()
             value = settings[index + 1] if index + 1 < len(settings) else ""
+        elif option == "--config" and not value:
+            raise _empty_config()
         if value.startswith(("{", "[")) or value in {"null", "~"}:
             continue  # a whole section as YAML
         match = closest(option, option_names(command), cutoff=0.85)
         if match is not None:
             hint = f"Did you mean {match}?"
             raise config_error("unknown-option", option, "unknown option", hint, source=COMMAND_LINE)
+
+
+def _empty_config() -> UsageError:
+    return config_error("empty-path", "--config", "the path is empty", "Name a YAML file.", source=COMMAND_LINE)

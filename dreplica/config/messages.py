@@ -64,19 +64,23 @@ def join_errors(errors: list[UsageError]) -> UsageError:
 
 
 def closest(word: str, valid: Iterable[str], cutoff: float = 0.6) -> str | None:
-    """Return the name that `word` most likely misspells.
+    """Return the name that `word` most likely misspells or abbreviates.
 
     Args:
         word: What was given.
         valid: Names that are valid.
-        cutoff: Smallest similarity that counts, from 0 to 1.
+        cutoff: Smallest similarity that counts, from 0 to 1. An abbreviation always counts.
 
     Returns:
-        The closest name, or None if none is similar enough.
+        The only name that begins with `word`, or else the closest name, or None if none is similar enough.
     """
     folded: dict[str, str] = {}
     for name in sorted(valid):
         folded.setdefault(name.lower(), name)
+    if word:
+        extended = [name for name in folded if name.startswith(word.lower())]
+        if len(extended) == 1:
+            return folded[extended[0]]
     close = difflib.get_close_matches(word.lower(), folded, n=5, cutoff=cutoff)
     # difflib finds Adma closer to Adamax than to Adam: a swap costs it twice, an addition nothing.
     best = max(close, key=lambda name: _similarity(word.lower(), name), default=None)

@@ -95,6 +95,7 @@ def load_yaml(text: str, source: str) -> Any:
         mark = getattr(error, "problem_mark", None)
         if mark is not None:
             line, column = mark.line, mark.column
+    problem = problem.replace("'<stream end>'", "end of file")
     position = "" if line is None or column is None else f" line {line + 1}, column {column + 1}:"
     raise UsageError(
         f"{source}:{position} invalid YAML: {problem}.", code="invalid-yaml", source=source, problem=problem

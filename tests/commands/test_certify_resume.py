@@ -112,6 +112,16 @@ def test_judge_rejects_different_algorithms(tmp_path: Path) -> None:
     assert (found.passed, found.text) == (False, "digests of one/1 cannot be compared with those of two/1")
 
 
+def test_judge_rejects_unreadable_report(tmp_path: Path) -> None:
+    for name in ("straight", "interrupted"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "straight" / "report.json").write_text(json.dumps({"schema": 2, "run": {"resumed_from": 1}}))
+    (tmp_path / "interrupted" / "report.json").write_text("{")
+    found = judge(tmp_path / "straight", tmp_path / "interrupted", 1)
+    assert not found.passed
+    assert found.text.startswith("interrupted: report.json cannot be read: ")
+
+
 @pytest.mark.process
 @pytest.mark.cluster
 def test_certify_rejects_step_beyond_the_run(capsys: pytest.CaptureFixture[str]) -> None:

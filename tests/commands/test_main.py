@@ -10,7 +10,9 @@ from pathlib import Path
 import pytest
 
 import dreplica
+from dreplica.agreement.trace.run_report import ReportError
 from dreplica.commands.main import main
+from dreplica.errors import DreplicaError, UsageError
 from tests.harness import REPOSITORY, environment
 
 
@@ -65,6 +67,25 @@ def test_unknown_option_error_suggests_nearest(capsys: pytest.CaptureFixture[str
         main(["doctor", "--jsn"])
     assert ended.value.code == 2
     assert "error: unrecognized arguments: --jsn. Did you mean --json?" in capsys.readouterr().err
+
+
+def test_mistyped_global_option_suggests_nearest(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["--verson"])
+    assert ended.value.code == 2
+    assert "error: unrecognized arguments: --verson. Did you mean --version?" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("kind", "code"), [(UsageError, 2), (ReportError, 1)])
+def test_main_prints_errors_without_traceback(
+    kind: type[DreplicaError], code: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(_cause: str) -> int:
+        raise kind("some text")
+
+    monkeypatch.setattr("dreplica.commands.explain.explain_cause", fail)
+    assert main(["explain", "none"]) == code
+    assert capsys.readouterr().err == "error: some text\n"
 
 
 @pytest.mark.parametrize(

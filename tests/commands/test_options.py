@@ -1,8 +1,17 @@
 """Options that several commands share: nodes, and hints for mistyped options."""
 
+import argparse
+
 import pytest
 
 from dreplica.commands.main import main
+from dreplica.commands.options import read_nodes
+from dreplica.errors import UsageError
+
+
+@pytest.fixture(autouse=True)
+def _launch_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("dreplica.distributed.launch.launcher.launch", lambda *_: 0)
 
 
 @pytest.mark.parametrize(
@@ -12,6 +21,11 @@ from dreplica.commands.main import main
         (["--nodes=2", "--node-rank=2", "--head=a:1"], "--node-rank: expected a value from 0 to 1, got 2."),
         (["--nodes=2", "--node-rank=1"], "--head: required with --nodes 2."),
         (["--nodes=2", "--node-rank=1", "--head=a"], "--head: expected HOST:PORT, an address of node 0"),
+        (["--nodes=2", "--node-rank=1", "--head=a:0"], "--head: expected HOST:PORT, an address of node 0"),
+        (["--nodes=2", "--node-rank=1", "--head=a:99999"], "--head: expected HOST:PORT, an address of node 0"),
+        (["--nodes=2", "--node-rank=1", "--head=a:²"], "--head: expected HOST:PORT, an address of node 0"),
+        (["--node-rank=1"], "--nodes: required with --node-rank."),
+        (["--head=a:1"], "--nodes: required with --head."),
     ],
 )
 def test_read_nodes_refuses_incomplete_options(
@@ -51,6 +65,33 @@ def test_check_settings_accepts_whole_sections(monkeypatch: pytest.MonkeyPatch) 
     settings = ["--replica={factory: null}", "--replica", "null", "--model", "{name: resnet18}", "--optim.lr", "1"]
     assert main(["train", *settings]) == 0
     assert given == settings
+
+
+@pytest.mark.parametrize("option", ["--nodes", "--node-rank", "--head"])
+def test_check_settings_refuses_node_options(option: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["bench", option, "2"]) == 2
+    assert capsys.readouterr().err == f"error: command line: {option}: bench runs on one node. Remove {option}.\n"
+
+
+@pytest.mark.parametrize("arguments", [["--config", ""], ["--config="]])
+def test_check_settings_refuses_empty_config(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["train", *arguments]) == 2
+    assert capsys.readouterr().err == "error: command line: --config: the path is empty. Name a YAML file.\n"
+
+
+def test_read_nodes_accepts_explicit_single_node() -> None:
+    given = argparse.Namespace(nodes=1, node_rank=0, head="node0:29500")
+    assert read_nodes(given) is None  # as launch/node.sh passes them on one node
+    with pytest.raises(UsageError, match="--node-rank: expected 0 with --nodes 1, got 1"):
+        read_nodes(argparse.Namespace(nodes=1, node_rank=1, head="node0:29500"))
+
+
+@pytest.mark.parametrize("command", [["report", ""], ["compare", "", "b"], ["cases", "--keep", ""]])
+def test_path_argument_refuses_empty(command: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(command)
+    assert ended.value.code == 2
+    assert ": the path is empty\n" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("value", ["0", "-1", "two", "1.5", "²"])

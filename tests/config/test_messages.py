@@ -72,6 +72,13 @@ def test_closest_respects_cutoff() -> None:
     assert closest("model", ["nodes"], cutoff=0.85) is None
 
 
+def test_closest_prefers_unique_prefix() -> None:
+    assert closest("batch", ["batch-differs", "build-not-seeded", "bath"]) == "batch-differs"
+    assert closest("Adam", ["Adam", "Adamax"]) == "Adam"
+    assert closest("b", ["bench", "burn-in"]) is None
+    assert closest("--at", ["--at-step", "--keep"], cutoff=0.85) == "--at-step"
+
+
 def test_nearest_suggests_or_lists() -> None:
     assert nearest("b", ["abc", "xyz"]) == "Choose one of: abc, xyz."
     assert nearest("abd", ["abc", "xyz"]) == "Did you mean 'abc'?"

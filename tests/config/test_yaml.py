@@ -25,3 +25,10 @@ def test_load_yaml_error_names_source_and_position() -> None:
         load_yaml("a: 1\na: 2", "some.yaml")
     assert str(caught.value) == "some.yaml: line 2, column 1: invalid YAML: duplicate key 'a'."
     assert (caught.value.code, caught.value.fields["source"]) == ("invalid-yaml", "some.yaml")
+
+
+def test_load_yaml_error_names_end_of_file() -> None:
+    with pytest.raises(UsageError) as caught:
+        load_yaml("a: [1", "some.yaml")
+    assert "stream end" not in str(caught.value)
+    assert str(caught.value).endswith("but got end of file.")

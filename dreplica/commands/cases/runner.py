@@ -103,10 +103,9 @@ def run_case(case: Case, root: Path, timeout: float = 120.0) -> Result:
     try:
         report = RunReport.read(folder)
     except ReportError as error:
-        if error.code != "no-report":
-            raise
         tail = "\n".join(output.splitlines()[-_TAIL_LINES:])
-        reason = "it ended without a report" if ended else f"it did not end within {timeout:.0f} seconds"
+        reason = "it ended without a report" if error.code == "no-report" else str(error)
+        reason = reason if ended else f"it did not end within {timeout:.0f} seconds"
         return Result(case, {}, seconds, f"{reason}:\n{tail}")
     if not ended:
         return Result(case, {}, seconds, f"it wrote a report but did not end within {timeout:.0f} seconds")

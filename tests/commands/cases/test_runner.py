@@ -108,3 +108,13 @@ def test_orders_are_read_from_the_trace(tmp_path: Path) -> None:
     assert runner._OBSERVE["orders"]({}, tmp_path) == "distinct"
     write("a", "b", "a")
     assert runner._OBSERVE["orders"]({}, tmp_path) == "repeated"
+
+
+def test_unreadable_report_is_a_mismatch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "some").mkdir()
+    (tmp_path / "some" / "report.json").write_text("{")
+    monkeypatch.setattr(runner, "_launch", lambda *_: ("last line", True))
+    result = run_case(Case("some", tmp_path / "some.yaml", {"cause": "none"}, num_replicas=1), tmp_path)
+    assert result.mismatches == ["cause"]
+    assert result.problem.startswith("report.json cannot be read: ")
+    assert result.problem.endswith(":\nlast line")
