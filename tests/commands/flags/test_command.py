@@ -22,7 +22,10 @@ from tests.harness import REPOSITORY, environment
     [
         (("--modell={}",), "Did you mean 'model'"),
         (("--seed.model=distinct",), "seed.model: expected one seed for all replicas, got 'distinct'"),
-        (("--overrides={1: {optim: {lr: 1}}}",), "overrides: {1: {'optim': {'lr': 1}}} makes replicas differ,"),
+        (
+            ("--overrides={1: {optim: {lr: 1}}}",),
+            "overrides: {1: {'optim': {'lr': 1}}} makes replicas differ with any flags.",
+        ),
         (("--inject=[{replica: 0, step: 1, target: weights}]",), "Remove it with --inject []"),
     ],
 )

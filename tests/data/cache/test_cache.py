@@ -117,6 +117,7 @@ def test_memory_cache_gives_same_pixels_and_reads_once(
     assert_replays_read_files(cached, prepared(root, augment=augment), tmp_path)
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("augment", [None, "flip", "crop_flip"])
 @pytest.mark.parametrize("num_workers", [0, 1, 4])
