@@ -28,6 +28,7 @@ from dreplica.commands.options import (
 from dreplica.config.messages import config_error, nearest
 from dreplica.config.paths import CAUSES_FOLDER
 from dreplica.errors import DreplicaError, ExitCode, UsageError
+from dreplica.state.fingerprint.stage import STAGES
 
 _INTERRUPTED = "error: interrupted"
 _SETTINGS = "[--config FILE] [--section.key VALUE ...]"
@@ -212,10 +213,13 @@ def _add_plain_commands(commands: Commands) -> None:
     report = add_command(commands, "report", text, _report)
     report.add_argument("run", type=path_argument, metavar="RUN", help="run folder")
 
-    explain = add_command(commands, "explain", "explain a cause that a verdict names, and how to fix it", _explain)
-    explain.add_argument("cause", metavar="CAUSE", help="name of the cause, such as batch-differs")
+    text = "explain a cause that a verdict names, or a stage in which two runs first differ, and how to fix it"
+    explain = add_command(commands, "explain", text, _explain)
+    text = "name of the cause, such as batch-differs, or of the stage, such as batch"
+    explain.add_argument("name", metavar="CAUSE|STAGE", help=text)
     causes = ", ".join(sorted(path.stem for path in CAUSES_FOLDER.glob("*.md")))
-    explain.epilog = textwrap.fill(f"Causes: {causes}.", break_on_hyphens=False)
+    lists = (f"Causes: {causes}.", f"Stages: {', '.join(('build', *STAGES))}.")
+    explain.epilog = "\n\n".join(textwrap.fill(text, break_on_hyphens=False) for text in lists)
     explain.formatter_class = argparse.RawDescriptionHelpFormatter
 
     text = "look for settings of this machine that break determinism (exit code 1 if there is one)"
@@ -251,9 +255,9 @@ def _report(known: argparse.Namespace, _settings: Sequence[str]) -> int:
 
 def _explain(known: argparse.Namespace, _settings: Sequence[str]) -> int:
     with _importing():
-        from dreplica.commands.explain import explain_cause
+        from dreplica.commands.explain import explain
 
-    return explain_cause(known.cause)
+    return explain(known.name)
 
 
 def _doctor(known: argparse.Namespace, _settings: Sequence[str]) -> int:

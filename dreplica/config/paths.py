@@ -9,22 +9,25 @@ IMPORT_ROOT = PACKAGE_ROOT.parent
 """Folder that must be on `sys.path` for `import dreplica` to find this package."""
 
 
-def shipped_folder(name: str, in_checkout: str) -> Path:
-    """Return a folder of files that ship with dreplica.
+def shipped_path(name: str, in_checkout: str) -> Path:
+    """Return a file, or a folder of files, that ships with dreplica.
 
     Args:
-        name: Name of the folder in an installed package, in which the wheel puts it.
-        in_checkout: Path of the folder in a checkout of the repository.
+        name: Its name in an installed package, in which the wheel puts it.
+        in_checkout: Its path in a checkout of the repository.
     """
     packaged = PACKAGE_ROOT / name
-    return packaged if packaged.is_dir() else IMPORT_ROOT / in_checkout
+    return packaged if packaged.exists() else IMPORT_ROOT / in_checkout
 
 
-CONFIGS_FOLDER = shipped_folder("configs", "configs")
+CONFIGS_FOLDER = shipped_path("configs", "configs")
 """Folder of the configs that ship with dreplica. The cases are in `cases/`."""
 
-CAUSES_FOLDER = shipped_folder("causes", "docs/causes")
+CAUSES_FOLDER = shipped_path("causes", "docs/causes")
 """Folder with a page for each cause, `<cause>.md`."""
+
+STAGES_PAGE = shipped_path("two_runs_differ.md", "docs/two_runs_differ.md")
+"""Page with a section for each stage in which two runs may first differ."""
 
 
 def packaged_configs() -> dict[str, Path]:

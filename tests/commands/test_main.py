@@ -83,7 +83,7 @@ def test_main_prints_errors_without_traceback(
     def fail(_cause: str) -> int:
         raise kind("some text")
 
-    monkeypatch.setattr("dreplica.commands.explain.explain_cause", fail)
+    monkeypatch.setattr("dreplica.commands.explain.explain", fail)
     assert main(["explain", "none"]) == code
     assert capsys.readouterr().err == "error: some text\n"
 
@@ -111,10 +111,12 @@ def test_explain_is_registered(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["explain", "batch-differs"]) == 0
     assert "# batch-differs" in capsys.readouterr().out
     assert main(["explain", "batch-difers"]) == 2
-    assert "unknown cause 'batch-difers'. Did you mean 'batch-differs'?" in capsys.readouterr().err
+    assert "unknown cause or stage 'batch-difers'. Did you mean 'batch-differs'?" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         main(["explain", "--help"])
-    assert "storage-shared, structure-differs" in " ".join(capsys.readouterr().out.split())
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "storage-shared, structure-differs" in printed
+    assert "Stages: build, indices, batch, buffers," in printed
 
 
 @pytest.mark.parametrize(

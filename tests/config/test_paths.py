@@ -64,13 +64,15 @@ def test_load_config_suggests_packaged_config(tmp_path: Path, monkeypatch: pytes
     assert "cases/clean" in caught.value.fields["expected"]
 
 
-def test_shipped_folder_prefers_installed_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A wheel has the folders in the package, and a checkout has them next to it."""
+def test_shipped_path_prefers_installed_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A wheel has folders and files in the package, and a checkout has them next to it."""
     package = tmp_path / "dreplica"
     (package / "configs").mkdir(parents=True)
     monkeypatch.setattr(paths, "PACKAGE_ROOT", package)
     monkeypatch.setattr(paths, "IMPORT_ROOT", tmp_path)
-    assert paths.shipped_folder("configs", "configs") == package / "configs"
+    assert paths.shipped_path("configs", "configs") == package / "configs"
     shutil.rmtree(package / "configs")
-    assert paths.shipped_folder("configs", "configs") == tmp_path / "configs"
-    assert paths.shipped_folder("causes", "docs/causes") == tmp_path / "docs" / "causes"
+    assert paths.shipped_path("configs", "configs") == tmp_path / "configs"
+    assert paths.shipped_path("causes", "docs/causes") == tmp_path / "docs" / "causes"
+    (package / "two_runs_differ.md").write_text("# My two runs differ")
+    assert paths.shipped_path("two_runs_differ.md", "docs/two_runs_differ.md") == package / "two_runs_differ.md"
