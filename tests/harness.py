@@ -164,6 +164,13 @@ class Job:
         """Lines of trace.jsonl."""
         return (self.folder / "trace.jsonl").read_text().splitlines()
 
+    @property
+    def trace_rows(self) -> list[dict[str, Any]]:
+        """Lines of trace.jsonl as JSON values, without the header."""
+        from tests.trace_rows import read_rows
+
+        return read_rows(self.folder)[1:]
+
 
 def torchrun(*arguments: str, num_replicas: int = 2, root: Path | None = None, timeout: float = 120.0) -> Job:
     """Run train.py under torchrun, as the run `job`.

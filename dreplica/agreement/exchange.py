@@ -112,7 +112,8 @@ class Exchange:
         outcome = protocol.read(self._channel, done.posted or self._post(done))
         stages = done.observation.stages
         if stages and done.recorded:
-            self._trace.step(done.step, done.epoch, outcome.agreed, stages)
+            is_evaluation = done.phase is not None
+            self._trace.step(done.step, done.epoch, outcome.agreed, stages, is_evaluation=is_evaluation)
         if not outcome.agreed or outcome.differs_from_reference:
             self._reference = None
         return Compared(done.step, done.epoch, done.phase, done.recorded, stages, outcome, done.own_difference)

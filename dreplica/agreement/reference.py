@@ -1,10 +1,11 @@
 """A recorded run that a running one is compared with, step by step."""
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from dreplica.agreement.trace.comparison import find_differing_stages, place_of
+from dreplica.agreement.trace.line_format import GENERATOR_NAMES, Line
 from dreplica.agreement.trace.reader import Trace
 from dreplica.agreement.verdict.evidence import Evidence
 from dreplica.agreement.verdict.location import Place, count_differing_entries, module_of
@@ -29,6 +30,10 @@ class ReferenceDifference:
     """The digests that the reference recorded at this place: stage to 32 hex digits."""
     is_first: bool
     """True if no earlier training step has been compared."""
+    drawn: Mapping[str, bool] = field(default_factory=dict)
+    """Generators that only one of the runs has drawn from, and True if that is this run."""
+    damaged: str | None = None
+    """What is wrong with the reference's digests of tensors, if they are damaged."""
 
 
 class Reference:
@@ -39,9 +44,11 @@ class Reference:
     Args:
         path: Path of the run folder or of the trace file.
         algorithm: The algorithm of this run's digests.
+        resumed: True if this run resumed, so that it does not know which generators were drawn from before.
+        coordinate: Where ranks hold shards, the coordinate to compare. None otherwise.
 
     Raises:
-        UsageError: If there is no trace, or if its digests are of another algorithm than this run's.
+        UsageError: If there is no trace, if it is damaged, or if its digests are of another algorithm than this run's.
 
     Attributes:
         trace: The recorded trace, already read once from start to end.
@@ -49,9 +56,17 @@ class Reference:
         only_samples: True if only `indices` and `batch` were compared so far, and no state of any replica.
     """
 
-    def __init__(self, path: Path, algorithm: str = ALGORITHM) -> None:
+    def __init__(
+        self,
+        path: Path,
+        algorithm: str = ALGORITHM,
+        *,
+        resumed: bool = False,
+        coordinate: tuple[int, ...] | None = None,
+    ) -> None:
         self.trace = Trace(path)
         self._name = str(path)
+        self._resumed = resumed
         if self.trace.algorithm != algorithm:
             raise UsageError(
                 f"{str(self.trace.path)!r} has digests of algorithm {self.trace.algorithm!r}, but this run computes "
@@ -65,17 +80,20 @@ class Reference:
         self.trace.read_through()
         self.num_compared = 0
         self.only_samples = True
-        self._lines = self.trace.lines()
+        self._lines = (line for line in self.trace.lines() if line.coordinate == coordinate)
         self._line = next(self._lines, None)
         self._has_begun = False
 
-    def compare(self, step: int, is_evaluation: bool, stages: Mapping[str, Stage]) -> ReferenceDifference | None:
+    def compare(
+        self, step: int, is_evaluation: bool, stages: Mapping[str, Stage], not_drawn: Collection[str] = ()
+    ) -> ReferenceDifference | None:
         """Compare a checked step with the recorded one. Call it for the steps in order.
 
         Args:
             step: The training step.
             is_evaluation: True for the evaluation that follows the step.
             stages: This run's digests.
+            not_drawn: Of the generators "python" and "numpy", those that this run has not drawn from.
 
         Returns:
             The difference, or None if there is none or the reference has not recorded this step.
@@ -87,13 +105,34 @@ class Reference:
                 recorded = self.trace.digests(line)
                 own = {name: stage.digest.hex() for name, stage in stages.items()}
                 differing_stages = find_differing_stages(own, recorded)
+                one_sided = sorted(set(not_drawn) ^ set(line.not_drawn))
+                is_uncertain = self._resumed or self.trace.is_uncertain(line)
+                if differing_stages == ["rng"] and one_sided and is_uncertain:
+                    differing_stages = []
+                    del own["rng"]
                 if differing_stages:
-                    place = place_of(key, differing_stages, stages, self.trace.tensors(line))
-                    return ReferenceDifference(self._name, place, recorded, is_first=not self._has_begun)
+                    return self._difference(line, stages, differing_stages, one_sided)
                 self.num_compared += bool(own.keys() & recorded.keys())
                 self.only_samples = self.only_samples and own.keys() & recorded.keys() <= set(INDEPENDENT_STAGES)
                 self._has_begun = step > 0
         return None
+
+    def _difference(
+        self, line: Line, stages: Mapping[str, Stage], differing_stages: list[str], one_sided: list[str]
+    ) -> ReferenceDifference:
+        damaged: str | None = None
+        try:
+            tensors = self.trace.tensors(line)
+        except UsageError as error:  # the stage differs nevertheless, and the other ranks wait for this one
+            tensors, damaged = None, str(error)
+        return ReferenceDifference(
+            self._name,
+            place_of(line.key, differing_stages, stages, tensors),
+            self.trace.digests(line),
+            is_first=not self._has_begun,
+            drawn={name: name in line.not_drawn for name in one_sided if "rng" in differing_stages},
+            damaged=damaged,
+        )
 
 
 class ReferenceDiffers(Divergence):
@@ -123,15 +162,21 @@ def describe_difference(difference: ReferenceDifference, epoch: int | None, num_
     place = difference.place
     assert place.stage is not None
     evidence = [Evidence.of("differing-stages", stages=place.differing_stages)]
+    sides = ("here", "in the reference")
     if place.num_entries:
-        sides = ("here", "in the reference")
         evidence.insert(0, count_differing_entries(place))
         evidence += [
             Evidence.of("entry-one-sided", entry=name, side=sides[ids[0]])
             for name, ids in list(place.only_on.items())[:_MOST_NAMED]
         ]
+    elif difference.damaged is not None:
+        evidence.append(Evidence.of("tensors-damaged", problem=difference.damaged))
     else:
         evidence.append(Evidence.of("tensor-not-recorded"))
+    evidence += [
+        Evidence.of("generator-drawn-one-sided", generator=GENERATOR_NAMES[name], side=sides[not here])
+        for name, here in difference.drawn.items()
+    ]
     return Verdict(
         agreed=False,
         cause="unexplained",

@@ -1,6 +1,5 @@
 """A small training loop that passes everything to `Agreement`, with faults injected on request."""
 
-import json
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -17,6 +16,7 @@ from dreplica.agreement.trace.writer import TraceWriter
 from dreplica.agreement.verdict.verdict import Divergence, Verdict
 from dreplica.distributed.process_group import World
 from tests.state.fingerprint.late import LateHasher
+from tests.trace_rows import read_rows
 
 
 @dataclass(frozen=True)
@@ -168,7 +168,7 @@ def train(world: World, job: Job) -> Result:
             verdict = divergence.verdict
         else:
             verdict = agreement.divergence
-    lines = [] if path is None else [json.loads(line) for line in path.read_text().splitlines()]
+    lines = [] if path is None else read_rows(path)
     if agreement is None:
         return Result(verdict, raised, -1, 0, stops, lines)
     return Result(verdict, raised, agreement.steps_done, agreement.steps_checked, stops, lines)

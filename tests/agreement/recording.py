@@ -9,6 +9,7 @@ import torch
 from dreplica.agreement.trace.reader import TENSORS_NAME, TRACE_NAME
 from dreplica.agreement.trace.tensor_digests import TensorRecord
 from dreplica.agreement.trace.writer import TraceWriter
+from dreplica.state.fingerprint.fingerprint import ALGORITHM
 from dreplica.state.stages import Stage, tensors_stage
 
 Change = tuple[int, str, str]
@@ -40,15 +41,17 @@ def record(
     tensors: bool = False,
     evaluated: Iterable[int] = (),
     epochs: Mapping[int, int] | None = None,
+    algorithm: str = ALGORITHM,
 ) -> Path:
     """Write or extend the trace of a run folder, and return the folder."""
     folder.mkdir(exist_ok=True)
     with contextlib.ExitStack() as stack:
         tensors_file = TensorRecord(folder / TENSORS_NAME) if tensors else None
-        trace = stack.enter_context(TraceWriter(folder / TRACE_NAME, num_replicas, num_lines, tensors_file))
+        path = folder / TRACE_NAME
+        trace = stack.enter_context(TraceWriter(path, num_replicas, num_lines, tensors_file, algorithm))
         for step in steps:
             epoch = (epochs or {}).get(step)
             trace.step(step, epoch, agreed, stages_of(step, changes, names))
             if step in evaluated:
-                trace.step(step, epoch, agreed, stages_of(step, changes, ["predictions"]))
+                trace.step(step, epoch, agreed, stages_of(step, changes, ["predictions"]), is_evaluation=True)
     return folder

@@ -1,6 +1,5 @@
 """`Agreement` in custom loops: other structures, lost replicas, all optimizers, no process group."""
 
-import json
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -21,6 +20,7 @@ from dreplica.distributed.process_group import World
 from dreplica.state.stages import optimizer_stage
 from tests.agreement.bodies import seed_everything, tiny_model
 from tests.harness import run_replicas
+from tests.trace_rows import read_rows
 
 # Different structure
 
@@ -159,7 +159,7 @@ def test_evaluation_compares_state_first(tmp_path: Path) -> None:
         agreement.step()
         agreement.evaluation({"logits": torch.ones(1)}, batch={"validation batch 0": b"digest"})
         assert agreement.agreed_until == 1
-    lines = [json.loads(line) for line in (tmp_path / "trace.jsonl").read_text().splitlines()[1:]]
+    lines = read_rows(tmp_path)[1:]
     assert [(line["step"], list(line["digests"])) for line in lines] == [
         (0, ["buffers", "weights", "rng"]),
         (1, ["buffers", "weights", "rng"]),

@@ -91,10 +91,12 @@ def test_judge_difference_before_interruption(step: int, stage: str, words: str,
         report = {"schema": 2, "run": {"resumed_from": 7}}
         (tmp_path / name / "report.json").write_text(json.dumps(report))
         other = name == "interrupted"
-        rows = [{"step": number, "epoch": 1, "agreed": True, "digests": {"weights": "a"}} for number in range(1, 9)]
-        rows.insert(7, {"step": 7, "epoch": 1, "agreed": True, "digests": {"predictions": "a"}})
+        rows = [
+            {"step": number, "epoch": 1, "agreed": True, "digests": {"weights": "a" * 32}} for number in range(1, 9)
+        ]
+        rows.insert(7, {"step": 7, "epoch": 1, "agreed": True, "digests": {"predictions": "a" * 32}})
         for row in rows:
-            row["digests"] |= {key: "b" for key in row["digests"] if (row["step"], key) == (step, stage) and other}
+            row["digests"] |= {key: "b" * 32 for key in row["digests"] if (row["step"], key) == (step, stage) and other}
         (tmp_path / name / "trace.jsonl").write_text("\n".join(map(json.dumps, [header, *rows])) + "\n")
     found = judge(tmp_path / "straight", tmp_path / "interrupted", 7)
     assert not found.passed

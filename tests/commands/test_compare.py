@@ -15,6 +15,7 @@ from dreplica.commands.main import main
 from dreplica.errors import ExitCode
 from tests.fixtures import SMALL
 from tests.harness import REPOSITORY, environment, run_job
+from tests.trace_rows import read_rows, write_rows
 
 pytestmark = pytest.mark.xdist_group("compare")
 
@@ -76,7 +77,7 @@ def test_different_thread_count_is_located(runs: Path, capsys: pytest.CaptureFix
     code, found = compare_json(capsys, runs / "one", runs / "threads")
     assert (code, found["outcome"]) == (ExitCode.DIVERGED, "differ")
     first = found["first_difference"]
-    stages = [json.loads((runs / name / "trace.jsonl").read_text().splitlines()[2]) for name in ("one", "threads")]
+    stages = [read_rows(runs / name)[2] for name in ("one", "threads")]
     assert [row["step"] for row in stages] == [1, 1]
     names = list(stages[0]["digests"])
     differing = [name for name in names if stages[0]["digests"][name] != stages[1]["digests"][name]]
@@ -167,9 +168,11 @@ def test_corrupted_files_are_reported(runs: Path, tmp_path: Path, capsys: pytest
     header, *lines = (folder / "trace.jsonl").read_bytes().splitlines(keepends=True)
     spoiled = {
         b'{"algorithm": "xxh3-128/1", "torch": "2", "replicas": Infinity}\n': "does not begin with the header",
-        header
-        + b'{"step": 0, "epoch": null, "agreed": true, "digests": {"rng": "\xff"}}\n': "no digests in the line of",
-        header + lines[0].replace(b'"step": 0', b'"step": ' + b"1" * 5000): "has an invalid line 2",
+        header + b'[0,null,0,128,"\xff"]\n': "is damaged at line 2",
+        header + lines[0].replace(b"[0,", b"[" + b"1" * 5000 + b","): "is damaged at line 2",
+        header + lines[1]: "is damaged at line 2",
+        header + lines[0] + lines[0]: "is damaged at line 3",
+        header.replace(b"128", b"129"): "is damaged at line 1",
     }
     for content, words in spoiled.items():
         (folder / "trace.jsonl").write_bytes(content)
@@ -191,8 +194,8 @@ def test_traces_without_run_folder(runs: Path, tmp_path: Path, capsys: pytest.Ca
 
 def test_unusable_traces_are_reported(runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     shutil.copytree(runs / "again", tmp_path / "run")
-    path = tmp_path / "run" / "trace.jsonl"
-    path.write_text(path.read_text().replace("xxh3-128/1", "xxh3-128/0"))
+    header, *rows = read_rows(tmp_path / "run")
+    write_rows(tmp_path / "run", [header | {"algorithm": "xxh3-128/0"}, *rows])
     for other, words in ((tmp_path / "nowhere", "does not exist"), (tmp_path / "run", "cannot be compared")):
         assert main(["compare", str(runs / "one"), str(other)]) == ExitCode.UNUSABLE
         (line,) = capsys.readouterr().err.splitlines()

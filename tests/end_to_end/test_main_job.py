@@ -1,7 +1,5 @@
 """The main job, started by torchrun."""
 
-import json
-
 from tests.fixtures import SMALL
 from tests.harness import run_job, torchrun
 
@@ -25,8 +23,7 @@ def test_main_job_agrees_and_writes_the_run_folder() -> None:
     assert one["weights"] == two["weights"]
     names = {path.name for path in job.folder.iterdir()}
     assert names >= {"config.yaml", "manifest.json", "metrics.jsonl", "trace.jsonl", "report.json"}
-    steps = [json.loads(line) for line in job.trace[1:]]
-    assert [line["step"] for line in steps if "weights" in line["digests"]] == list(range(11))
+    assert [line["step"] for line in job.trace_rows if "weights" in line["digests"]] == list(range(11))
 
 
 def test_one_replica_is_recorded_not_agreed() -> None:

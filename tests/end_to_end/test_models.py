@@ -4,7 +4,6 @@ Each model has three jobs: one without a fault; one that continues after a flipp
 in the same state as without it; and one with a module corrupted at every step.
 """
 
-import json
 from dataclasses import dataclass
 from typing import Any
 
@@ -92,7 +91,7 @@ def found(job: Job, *fields: str) -> tuple[Any, ...]:
 
 
 def digests_of(job: Job, stage: str) -> list[str]:
-    return [line["digests"][stage] for line in map(json.loads, job.trace[1:]) if stage in line["digests"]]
+    return [line["digests"][stage] for line in job.trace_rows if stage in line["digests"]]
 
 
 def flip(kind: Kind, *arguments: str) -> Job:

@@ -1,6 +1,5 @@
 """Whole jobs compared with a recorded run while they train."""
 
-import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ from tests.end_to_end.test_bad_input import messages
 from tests.fixtures import SMALL
 from tests.harness import Job, run_job
 from tests.messages import codes, commands, texts
+from tests.trace_rows import read_rows, write_rows
 
 pytestmark = pytest.mark.xdist_group("reference")
 
@@ -31,11 +31,10 @@ def run(reference: Path, *arguments: str, num_replicas: int = 1, **keywords: Any
 def change(reference: Path, folder: Path, step: int, stage: str) -> Path:
     """Copy the reference and change one digest, as a run with a fault would."""
     shutil.copytree(reference, folder)
-    lines = (folder / "trace.jsonl").read_text().splitlines()
-    rows = [json.loads(line) for line in lines]
+    rows = read_rows(folder)
     (row,) = (row for row in rows[1:] if row["step"] == step and stage in row["digests"])
     row["digests"][stage] = "0" * 32
-    (folder / "trace.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write_rows(folder, rows)
     return folder
 
 
@@ -68,7 +67,7 @@ def test_different_setting_stops_all_replicas(num_replicas: int, reference: Path
     assert commands(verdict["remedy"]) == ["--optim.lr 0.05"]
     assert "differs from the reference (config): optim.lr: 0.05 there, 0.02 here" in texts(verdict["evidence"])
     assert "reference: optim.lr was 0.05, and is 0.02 in this run" in job.output, "logged at the start"
-    assert [json.loads(line)["step"] for line in job.trace[1:]] == [0, 1]
+    assert [row["step"] for row in job.trace_rows] == [0, 1]
 
 
 def test_different_thread_count_is_proved_by_replay(reference: Path) -> None:
@@ -201,8 +200,8 @@ def test_unusable_reference_ends_the_run_at_the_start(
 ) -> None:
     old = tmp_path / "old"
     shutil.copytree(reference, old)
-    path = old / "trace.jsonl"
-    path.write_text(path.read_text().replace("xxh3-128/1", "xxh3-128/0"))
+    header, *rows = read_rows(old)
+    write_rows(old, [header | {"algorithm": "xxh3-128/0"}, *rows])
     job = run(reference, *(argument.format(old=old) for argument in arguments), num_replicas=2, root=tmp_path)
     assert job.exitcodes == {0: 2, 1: 2}
     (message,) = messages(job.output)

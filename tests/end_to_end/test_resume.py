@@ -16,6 +16,7 @@ from tests.end_to_end.test_bad_input import messages
 from tests.end_to_end.test_image_folder import AUGMENTED, JOB
 from tests.fixtures import SMALL
 from tests.harness import REPOSITORY, Job, environment, run_job, torchrun_command
+from tests.trace_rows import read_rows, write_rows
 
 STOP = "--run.stop_after=7"
 """Of 10 steps, in the middle of the second epoch."""
@@ -56,12 +57,13 @@ def test_resumed_run_equals_uninterrupted(arguments: tuple[str, ...], tmp_path: 
     assert [path.name for path in tmp_path.iterdir()] == ["job"]
     assert resumed.report["run"]["resumed_from"] == 7
     if "--seed.data=null" in arguments:
-        assert len({line.split('"indices": "')[1][:32] for line in resumed.trace[2:] if '"indices"' in line}) == 10
+        digests = [row["digests"] for row in resumed.trace_rows]
+        assert len({row["indices"] for row in digests if "indices" in row}) == 10
         return
     expected = run_job(*job)
     if any(argument.startswith("--agreement.every") for argument in arguments):
         # Before a checkpoint the state is compared in any case, which is a line, and a step checked, more.
-        assert [line for line in resumed.trace if line in expected.trace] == expected.trace
+        assert [row for row in resumed.trace_rows if row in expected.trace_rows] == expected.trace_rows
         assert resumed.report["fingerprints"] == expected.report["fingerprints"]
         assert resumed.report["epochs"] == expected.report["epochs"]
         return
@@ -217,12 +219,10 @@ def test_resumed_steps_are_checked_against_trace(tmp_path: Path) -> None:
     stopped = run_job(*SMALL, STOP, root=tmp_path)
     newest, _ = list_checkpoints(stopped.folder / "checkpoints")
     shutil.rmtree(newest)
-    path = stopped.folder / "trace.jsonl"
-    *lines, last = path.read_text().splitlines()
-    row = json.loads(last)
-    assert row["step"] == 7
-    row["digests"]["weights"] = "0" * 32
-    path.write_text("\n".join([*lines, json.dumps(row)]) + "\n")
+    rows = read_rows(stopped.folder)
+    assert rows[-1]["step"] == 7
+    rows[-1]["digests"]["weights"] = "0" * 32
+    write_rows(stopped.folder, rows)
     resumed = run_job(*SMALL, root=tmp_path)
     verdict = resumed.report["verdict"]
     assert resumed.exitcodes == {0: 3, 1: 3}
@@ -236,7 +236,7 @@ def test_truncated_lines_are_rewritten(tmp_path: Path) -> None:
     (stopped.folder / "report.json").unlink()
     for name in ("trace.jsonl", "metrics.jsonl"):
         with (stopped.folder / name).open("a") as file:
-            file.write('{"step": 8, "ep')
+            file.write('[8,1,0,255,"ep')
     resumed = run_job(*SMALL, root=tmp_path)
     assert facts(resumed) == facts(run_job(*SMALL))
 
@@ -322,7 +322,8 @@ def test_trace_with_lost_lines_is_warning(tmp_path: Path) -> None:
     warnings = "\n".join(resumed.report["warnings"])
     assert "epochs [1] are missing in metrics.jsonl and in this report" in warnings
     assert f"trace.jsonl lacks its last {len(before) - 5} lines: it has a gap" in warnings
-    assert resumed.trace == [*before[:5], *run_job(*SMALL).trace[len(before) :]]
+    expected = run_job(*SMALL).trace_rows
+    assert resumed.trace_rows == [*expected[:4], *expected[len(before) - 1 :]]
 
 
 def test_resume_with_other_data_starts_new_run(tmp_path: Path) -> None:

@@ -1,6 +1,5 @@
 """Whole jobs with one known fault each: the verdict names it, with place, suspects, evidence and remedy."""
 
-import json
 from typing import Any
 
 import pytest
@@ -36,7 +35,7 @@ def agreed(job: Job) -> dict[str, Any]:
 
 
 def digests_of(job: Job, stage: str) -> list[str]:
-    return [line["digests"][stage] for line in map(json.loads, job.trace[1:]) if stage in line["digests"]]
+    return [line["digests"][stage] for line in job.trace_rows if stage in line["digests"]]
 
 
 # ---- the build

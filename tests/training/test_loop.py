@@ -1,6 +1,5 @@
 """The loop: when the scheduler steps, when it stops, and the same trace again for any number of replicas."""
 
-import json
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -24,6 +23,7 @@ from dreplica.training.events import EpochDone, StepDone, Stopped
 from dreplica.training.history import History
 from dreplica.training.loop import train
 from tests.harness import run_replicas
+from tests.trace_rows import read_rows
 
 CPU = torch.device("cpu")
 STEPS = 5
@@ -71,7 +71,7 @@ def run(
                     rates.append(replica.optimizer.param_groups[0]["lr"])
                     if event.step == stop_after:
                         request.signal_name = "SIGTERM"
-        lines = [json.loads(line) for line in path.read_text().splitlines()]
+        lines = read_rows(path)
     return events, lines, replica, rates
 
 

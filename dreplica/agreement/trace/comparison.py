@@ -1,22 +1,14 @@
 """Comparison of two recorded traces, step by step, for the first step, stage and tensor that differ."""
 
-import os
-import re
-from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
-from dreplica.agreement.trace.reader import Line, Start, Trace
+from dreplica.agreement.trace.line_format import Line
+from dreplica.agreement.trace.reader import Trace
 from dreplica.agreement.verdict.location import Place, first_difference
 from dreplica.errors import UsageError
 from dreplica.state.fingerprint.stage import INDEPENDENT_STAGES, STAGES, Stage
-
-_BLOCK_BYTES = 2**20
-_HEX_DIGITS = b"0123456789abcdef"
-_NAMES = {stage: stage.encode().translate(None, _HEX_DIGITS) for stage in STAGES}
-_STEP = re.compile(rb'"step": (\d+)')
-_KIND = re.compile(rb'\{"stp": , "poh": (null)?, "gr": tru, "igsts": \{("\w+": ""(, )?)*\}\}')
-"""A line on which replicas agreed, with all hex digits removed (the letters a to f of keys included)."""
 
 
 @dataclass
@@ -37,6 +29,11 @@ class Comparison:
     """Stage to its number of equal digests."""
     num_alone: list[int] = field(default_factory=lambda: [0, 0])
     """Number of lines that only the first and only the second trace has, up to the end of the shorter one."""
+    num_unknown: int = 0
+    """Number of equal lines in which `rng` was not compared, since a run that resumed does not know whether a generator
+    was drawn from before."""
+    not_drawn: tuple[tuple[str, ...], tuple[str, ...]] = ((), ())
+    """For each run, the generators that were not drawn from up to the first difference."""
     epochs_differ_at: int | None = None
     """The first equal step that the two runs assign to different epochs, or None."""
 
@@ -62,7 +59,7 @@ def compare_traces(one: Trace, other: Trace) -> Comparison:
     """Compare two traces, reading both to the end line by line.
 
     Raises:
-        UsageError: If their digests are of different algorithms, or a line is not one of a trace.
+        UsageError: If their digests are of different algorithms, or a line is damaged.
     """
     if one.algorithm != other.algorithm:
         raise UsageError(
@@ -72,14 +69,13 @@ def compare_traces(one: Trace, other: Trace) -> Comparison:
             code="algorithms-differ",
             algorithms=[one.algorithm, other.algorithm],
         )
-    found = Comparison()
-    found = _compare(one, other, _same_beginning(one, other, found), found)
+    found = _compare(one, other)
     if one.first_repeated is not None or other.first_repeated is not None:
-        found = _compare(one, other, Start(), Comparison())  # now only the newest line of repeated steps counts
+        found = _compare(one, other)  # now only the newest line of repeated steps counts
     return found
 
 
-def find_differing_stages(line: Mapping[str, str], other: Mapping[str, str]) -> list[str]:
+def find_differing_stages(line: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
     """Return the stages that both lines have and that differ, in causal order."""
     return [stage for stage in STAGES if stage in line and stage in other and line[stage] != other[stage]]
 
@@ -109,21 +105,33 @@ def place_of(
     return first_difference([step, step], rows, [phase, phase])
 
 
-def _compare(one: Trace, other: Trace, start: Start, found: Comparison) -> Comparison:
-    ours, theirs = one.lines(start), other.lines(start)
-    kinds: dict[bytes, list[str]] = {}
+def is_undrawn_difference(line: Line, other: Line) -> bool:
+    """Return True if two lines differ only in generators that one of the runs did not draw from.
+
+    The stage `rng` holds a constant in place of such a generator. A run that resumed does not know what was drawn from
+    before, so for such a run this is not a difference.
+    """
+    differing_stages = find_differing_stages(line.by_stage(), other.by_stage())
+    return line.order == other.order and differing_stages == ["rng"] and line.not_drawn != other.not_drawn
+
+
+def _compare(one: Trace, other: Trace) -> Comparison:
+    found = Comparison()
+    ours, theirs = one.lines(), other.lines()
     for here, there in _in_step(ours, theirs, found):
-        if here.digests == there.digests:
-            kind = here.digests.translate(None, _HEX_DIGITS)
-            if kind not in kinds:
-                kinds[kind] = _stages_of(kind)
-            common = kinds[kind]
+        if here.digests == there.digests and here.stages == there.stages:
+            common: Iterable[str] = here.stages
         else:
-            row, other_row = one.digests(here), other.digests(there)
+            row, other_row = here.by_stage(), there.by_stage()
             differing_stages = find_differing_stages(row, other_row)
+            if is_undrawn_difference(here, there) and (one.is_uncertain(here) or other.is_uncertain(there)):
+                differing_stages = []
+                row.pop("rng")
+                found.num_unknown += 1
             if differing_stages:
                 found.place = place_of(here.key, differing_stages, one.tensors(here), other.tensors(there))
                 found.epoch, found.agreed = here.epoch, (here.agreed, there.agreed)
+                found.not_drawn = here.not_drawn, there.not_drawn
                 break
             common = [stage for stage in STAGES if stage in row and stage in other_row]
         if common:  # otherwise they have recorded different stages of this step
@@ -136,48 +144,14 @@ def _compare(one: Trace, other: Trace, start: Start, found: Comparison) -> Compa
     return found
 
 
-def _same_beginning(one: Trace, other: Trace, found: Comparison) -> Start:
-    """Count the lines at the beginning that are equal in all bytes, a block at a time, and return where they end.
-
-    Stops before lines that need a closer look: replicas that diverged, repeated steps, other formatting.
-    """
-    start = Start()
-    with one.path.open("rb") as file, other.path.open("rb") as other_file:
-        for each in (file, other_file):
-            each.readline()
-        while True:
-            block = file.read(_BLOCK_BYTES)
-            if not block or block != other_file.read(_BLOCK_BYTES):
-                return start
-            whole = block[: block.rfind(b"\n") + 1]
-            steps = [start.step, *map(int, _STEP.findall(whole))]
-            kinds = Counter(whole.translate(None, _HEX_DIGITS).splitlines())
-            usual = all(_KIND.fullmatch(kind) for kind in kinds)
-            if not (kinds and usual) or len(steps) != kinds.total() + 1 or steps != sorted(steps):
-                return start
-            for kind, count in kinds.items():
-                for stage in _stages_of(kind):
-                    found.num_same[stage] += count
-            found.num_steps += len(set(steps) - {start.step, 0})
-            found.last_step = steps[-1]
-            start = Start(start.num_bytes + len(whole), start.num_lines + kinds.total(), steps[-1])
-            for each in (file, other_file):
-                each.seek(len(whole) - len(block), os.SEEK_CUR)
-
-
-def _stages_of(kind: bytes) -> list[str]:
-    """Return the stages of a line whose hex digits were removed, which leaves their names distinct."""
-    return [stage for stage, name in _NAMES.items() if b'"%s": ""' % name in kind]
-
-
 def _in_step(ours: Iterator[Line], theirs: Iterator[Line], found: Comparison) -> Iterator[tuple[Line, Line]]:
     """Yield the lines of steps that both have recorded, and count in `found` those that only one has."""
     here, there = next(ours, None), next(theirs, None)
     while here is not None and there is not None:
-        if here.key == there.key:
+        if here.order == there.order:
             yield here, there
             here, there = next(ours, None), next(theirs, None)
-        elif here.key < there.key:
+        elif here.order < there.order:
             found.num_alone[0] += 1
             here = next(ours, None)
         else:

@@ -3,17 +3,29 @@
 Nothing in it depends on time or place, so two runs that computed the same have the same trace, line for line.
 """
 
-import json
+import os
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import BinaryIO
 
 import torch
 
+from dreplica.agreement.trace.comparison import is_undrawn_difference
+from dreplica.agreement.trace.line_format import (
+    GENERATORS,
+    LONGEST_HEADER,
+    Header,
+    Line,
+    content_of,
+    encode_content,
+    parse_header,
+    read_lines,
+    seal,
+    unusable,
+)
 from dreplica.agreement.trace.tensor_digests import TensorRecord
-from dreplica.errors import UsageError
 from dreplica.state.fingerprint.fingerprint import ALGORITHM
 from dreplica.state.stages import STAGES, Stage
 
@@ -22,23 +34,25 @@ class TraceWriter:
     """Writer of a trace, which flushes each line.
 
     An interrupted run resumes from a checkpoint, before its newest recorded step. Repeated steps are compared with the
-    recorded lines and are not written again if they are equal.
+    recorded lines and are not written again if they are equal. A trace of an older format is continued in that format.
 
     Args:
         path: Path of the file to append to, or None to write nothing.
         num_replicas: Number of replicas, for the header.
-        num_lines: Number of existing lines to keep. The steps of later lines are repeated.
+        num_lines: Number of existing lines to keep, the header included. The steps of later lines are repeated.
         tensors: Where the digests of individual tensors are recorded, or None.
         algorithm: Name of the hash functions of the digests, for the header.
+        axes: Names of the axes of coordinates, for the header. Empty unless ranks hold shards.
 
     Raises:
-        UsageError: If the existing digests are of another algorithm.
+        UsageError: If the existing file is damaged, is not a trace, or has digests of another algorithm.
 
     Attributes:
         algorithm: Name of the hash functions of the digests.
         num_lines: Number of lines of the steps done so far.
         num_missing: Number of lines among the first `num_lines` that the file lacks.
         not_reproduced: The first repeated step that differs from its record, with the stage, or None.
+        not_drawn: Of the generators "python" and "numpy", those that were not drawn from according to the kept lines.
     """
 
     def __init__(
@@ -48,25 +62,38 @@ class TraceWriter:
         num_lines: int = 0,
         tensors: TensorRecord | None = None,
         algorithm: str = ALGORITHM,
+        axes: Sequence[str] = (),
     ) -> None:
         self.algorithm = algorithm
         self.num_lines, self.num_missing = num_lines, 0
         self.not_reproduced: tuple[int, str] | None = None
-        self._recorded: deque[str] = deque()
-        self._file = None
+        self.not_drawn: tuple[str, ...] = GENERATORS
+        self._axes = tuple(axes)
+        self._header = Header(algorithm, str(torch.__version__), num_replicas, axes=self._axes)
+        self._last_check = self._header.seed
+        self._resumed = num_lines > 0
+        self._recorded: deque[tuple[bytes, Line]] = deque()
+        self._file: BinaryIO | None = None
         self._tensors = tensors
         if path is not None:
-            _check_algorithm(path, algorithm)
-            self._recorded, self.num_lines = _recorded_after(path, num_lines)
-            self.num_missing = num_lines - self.num_lines
-            self._file = path.open("a", encoding="utf-8")
-        if self.num_lines == 0 and self._recorded:
-            self._recorded.popleft()  # the header
-            self.num_lines = 1
-        elif self.num_lines == 0:
-            self._write({"algorithm": algorithm, "torch": str(torch.__version__), "replicas": num_replicas})
+            has_header = path.exists() and self._read_existing(path, num_lines)
+            self._file = path.open("ab")
+            if not has_header:
+                self.num_lines, self.num_missing = 1, num_lines
+                self._file.write(self._header.encode())
+                self._file.flush()
 
-    def step(self, step: int, epoch: int | None, agreed: bool, stages: Mapping[str, Stage]) -> None:
+    def step(
+        self,
+        step: int,
+        epoch: int | None,
+        agreed: bool,
+        stages: Mapping[str, Stage],
+        *,
+        is_evaluation: bool = False,
+        coordinate: tuple[int, ...] | None = None,
+        not_drawn: Collection[str] = (),
+    ) -> None:
         """Record a checked step.
 
         Args:
@@ -74,9 +101,22 @@ class TraceWriter:
             epoch: The epoch, from 1, or None.
             agreed: True if all replicas agreed.
             stages: This replica's digests.
+            is_evaluation: True for the evaluation that follows the step.
+            coordinate: The coordinate of the shard, an integer for each of the axes, or None. A step with several
+                coordinates is recorded once for each of them, in ascending order.
+            not_drawn: Of the generators "python" and "numpy", those that were not drawn from since the run began.
         """
-        digests = {name: stage.digest.hex() for name, stage in stages.items()}
-        is_new = self._write({"step": step, "epoch": epoch, "agreed": agreed, "digests": digests})
+        is_new = self._write(
+            Line(
+                (step, is_evaluation),
+                epoch,
+                agreed,
+                tuple(stages),
+                b"".join(stage.digest for stage in stages.values()),
+                tuple(name for name in GENERATORS if name in not_drawn),
+                coordinate,
+            )
+        )
         if self._tensors is not None and (is_new or step >= self._tensors.last_step):
             self._tensors.step(step, stages)
 
@@ -93,72 +133,78 @@ class TraceWriter:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
         self.close()
 
-    def _write(self, line: dict[str, Any]) -> bool:
+    def _write(self, line: Line) -> bool:
         """Write a line, and return False if it was recorded before."""
         if self._file is None:
             return False
         self.num_lines += 1
+        content = encode_content(self._header, line)
         if self._recorded:
-            recorded = self._recorded.popleft()
-            if recorded == json.dumps(line):
+            recorded, recorded_line = self._recorded.popleft()
+            if recorded == content or (self._resumed and is_undrawn_difference(line, recorded_line)):
                 return False
-            self.not_reproduced = self.not_reproduced or (line["step"], _first_difference(json.loads(recorded), line))
+            self.not_reproduced = self.not_reproduced or (line.key[0], _first_difference(recorded_line, line))
             self._recorded.clear()
-        self._file.write(json.dumps(line) + "\n")
+        whole, self._last_check = seal(self._header, content, self._last_check)
+        self._file.write(whole)
         self._file.flush()
         return True
 
+    def _read_existing(self, path: Path, num_lines: int) -> bool:
+        """Read the lines that the file has, and return False if it has no header.
 
-def _check_algorithm(path: Path, algorithm: str) -> None:
-    try:
+        The file is truncated at a last line that is incomplete or, after a power failure, was never written.
+
+        Raises:
+            UsageError: As the class does.
+        """
         with path.open("rb") as file:
-            recorded = json.loads(file.readline())["algorithm"]
-    except (FileNotFoundError, ValueError, LookupError, TypeError):
-        return  # no complete header: nothing to resume from
-    if recorded != algorithm:
-        raise UsageError(
-            f"{str(path)!r} has digests of algorithm {recorded!r}, but this run computes {algorithm!r}, so they cannot "
-            "be compared. Resume on the same kind of device, or start a new run with --run.resume never.",
-            code="algorithms-differ",
-            path=str(path),
-            recorded=recorded,
-            computed=algorithm,
-        )
+            raw = file.readline(LONGEST_HEADER)
+            if not raw.endswith(b"\n") and len(raw) < LONGEST_HEADER:
+                os.truncate(path, 0)
+                return False
+            self._header = parse_header(raw, path)
+            _check_header(self._header, self.algorithm, self._axes, path)
+            self._last_check, end, self.num_lines = self._header.seed, len(raw), 1
+            num_lines, diverged = max(num_lines, 1), False
+            for each in read_lines(file, self._header, path):
+                if each is None:
+                    os.truncate(path, end)
+                    break
+                raw, line, self._last_check = each
+                end += len(raw)
+                diverged = diverged or not line.agreed  # a fault need not occur again, so stop comparing there
+                if self.num_lines < num_lines:
+                    self.num_lines += 1
+                    self.not_drawn = line.not_drawn
+                elif not diverged:
+                    self._recorded.append((content_of(self._header, raw), line))
+            self.num_missing = num_lines - self.num_lines
+        return True
 
 
-def _recorded_after(path: Path, num_lines: int) -> tuple[deque[str], int]:
-    """Return the lines after the first `num_lines`, and how many of those first lines exist.
-
-    The file is truncated at the first line that is incomplete or not one of a trace (after a power failure, the file
-    may end in zeros).
-    """
-    recorded: deque[str] = deque()
-    whole, found, diverged = 0, 0, False
-    if not path.exists():
-        return recorded, 0
-    with path.open("rb+") as file:
-        for number, line in enumerate(file):
-            if not line.endswith(b"\n") or (number >= num_lines and not _is_row(line)):
-                break
-            whole += len(line)
-            found += number < num_lines
-            diverged = diverged or b'"agreed": false' in line  # a fault need not occur again, so stop comparing there
-            if number >= num_lines and not diverged:
-                recorded.append(line.decode().rstrip("\n"))
-        file.truncate(whole)
-    return recorded, found
+def _check_header(header: Header, algorithm: str, axes: Sequence[str], path: Path) -> None:
+    """Raise UsageError if a run cannot append to a trace with this header."""
+    recorded: Sequence[str] | str
+    for what, recorded, computed in (("algorithm", header.algorithm, algorithm), ("axes", header.axes, tuple(axes))):
+        if recorded != computed:
+            raise unusable(
+                path,
+                f"has digests of {what} {recorded!r}, but this run computes {computed!r}, so they cannot be compared",
+                "Resume on the same kind of device, or start a new run with --run.resume never.",
+                code=f"{what}-differ" if what == "axes" else "algorithms-differ",
+                recorded=recorded,
+                computed=computed,
+            )
+    if missing := [stage for stage in STAGES if stage not in header.stages]:
+        what = f"has no place for the stages {', '.join(missing)}, since an older release began it"
+        raise unusable(path, what, "Start a new run with --run.resume never.", code="older-trace")
 
 
-def _is_row(line: bytes) -> bool:
-    try:
-        row = json.loads(line)
-    except ValueError:
-        return False
-    return isinstance(row, dict) and ("algorithm" in row or ("step" in row and isinstance(row.get("digests"), dict)))
-
-
-def _first_difference(one: dict[str, Any], other: dict[str, Any]) -> str:
-    if one["step"] != other["step"]:
+def _first_difference(recorded: Line, line: Line) -> str:
+    """Return the first stage in which a line differs from its record, or what else differs."""
+    if recorded.order != line.order:
         return "step"
-    stages = (stage for stage in STAGES if one["digests"].get(stage) != other["digests"].get(stage))
+    one, other = recorded.by_stage(), line.by_stage()
+    stages = (stage for stage in STAGES if one.get(stage) != other.get(stage))
     return next(stages, "agreed")

@@ -36,6 +36,8 @@ EVIDENCE: Mapping[str, str] = {
     "tensor-not-recorded": (
         "the reference has no digests per tensor: record it with --agreement.record tensors to name the tensor"
     ),
+    "tensors-damaged": "the tensor is unknown: {problem}",
+    "generator-drawn-one-sided": "{generator}'s generator was drawn from only {side}",
     "trace-differs": "the replicas agree with each other, but the trace has another digest of {stage} at step {step}",
     "reference-field-differs": "differs from the reference ({kind}): {field}: {there} there, {here} here",
     "reference-not-replayed": "this step was not replayed: it is unknown whether this run reproduces itself",

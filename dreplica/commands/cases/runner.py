@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from dreplica.agreement.trace.reader import Trace
 from dreplica.agreement.trace.run_report import ReportError, RunReport
 from dreplica.commands.cases.case import Case, find_cases
 from dreplica.commands.scratch_folder import fresh_folder
@@ -142,8 +143,8 @@ def _weights(report: RunReport, _folder: Path) -> str | None:
 
 
 def _orders(_report: RunReport, folder: Path) -> str:
-    lines = [json.loads(line) for line in (folder / "trace.jsonl").read_text(encoding="utf-8").splitlines()[1:]]
-    digests = [line["digests"]["indices"] for line in lines if "indices" in line["digests"]]
+    trace = Trace(folder)
+    digests = [digest for line in trace.lines() if (digest := trace.digests(line).get("indices")) is not None]
     return "distinct" if len(set(digests)) == len(digests) else "repeated"
 
 

@@ -3,9 +3,9 @@
 Another program may have written or changed these files, so the page validates them.
 """
 
-from typing import Annotated, Any
+from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 
 from dreplica.agreement.trace.report_records import Amount, Count
 from dreplica.agreement.trace.run_report import describe
@@ -36,19 +36,7 @@ class _Manifest(_Shape):
     device: dict[str, Any] | None = None
 
 
-class _Header(_Shape):
-    replicas: Annotated[int, Field(gt=0)] = 1
-
-
-class _Step(_Shape):
-    step: Count
-    epoch: Count | None
-    agreed: bool
-
-
-CONFIG, EPOCH, MANIFESTS, HEADER, STEP = (
-    TypeAdapter[Any](shape) for shape in (_Config, _Epoch, list[_Manifest], _Header, _Step)
-)
+CONFIG, EPOCH, MANIFESTS = (TypeAdapter[Any](shape) for shape in (_Config, _Epoch, list[_Manifest]))
 
 
 def check(value: Any, shape: TypeAdapter[Any]) -> Any:

@@ -43,7 +43,7 @@ class RunFiles:
         for rows in (self.report.replicas if self.report else [], self.manifests):
             if rows:
                 return len(rows)
-        return int(self.trace.header.get("replicas", 1))
+        return self.trace.num_replicas or 1
 
     @property
     def name(self) -> str:
@@ -80,6 +80,8 @@ def read_run(folder: Path) -> RunFiles:
         trace = read_trace(folder / "trace.jsonl")
     except OSError as error:
         problems.append(f"trace.jsonl cannot be read: {error}")
+    if trace.problem is not None:
+        problems.append(trace.problem)
     if report is not None and _has_resumed(report, trace):
         problems.append(f"{REPORT_NAME} is of an earlier attempt: the run has resumed since and has not ended")
         report = None

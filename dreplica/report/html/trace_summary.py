@@ -1,21 +1,16 @@
 """Summarize `trace.jsonl` in a fixed number of cells: steps compared and steps that differ.
 
-The file is read as a stream, in constant memory, up to the last complete line. A run in progress still appends to it,
-and a crash leaves a partial line.
+The file is read as a stream, in constant memory, up to the last complete line or the first damaged one. A run in
+progress still appends to it, and a crash leaves a partial line.
 """
 
-import json
-import re
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
-from dreplica.report.html import file_schemas as shapes
+from dreplica.agreement.trace.reader import Trace
+from dreplica.errors import UsageError
 
 MOST_CELLS = 160
-
-_LINE = re.compile(rb'\{"step": (\d{1,18}), "epoch": (\d{1,18}|null), "agreed": (true|false), .*\}\n')
-"""A line as the trace writes it. The digests, most of the line, are not parsed."""
 
 
 @dataclass
@@ -34,7 +29,8 @@ class Cell:
 class TraceSummary:
     """The summary of a trace for the page."""
 
-    header: dict[str, Any] = field(default_factory=dict)
+    num_replicas: int | None = None
+    """The number of replicas. None if there is no header."""
     cells: list[Cell] = field(default_factory=list)
     build_agreed: bool | None = None
     """True if replicas agreed at step 0. None if step 0 is not recorded."""
@@ -45,6 +41,8 @@ class TraceSummary:
     num_differing: int = 0
     cut: bool = False
     """True if the lines after some line cannot be read, for example after a partial line."""
+    problem: str | None = None
+    """What is wrong with the file, if it is damaged."""
 
 
 def read_trace(path: Path, most_cells: int = MOST_CELLS) -> TraceSummary:
@@ -59,15 +57,11 @@ def read_trace(path: Path, most_cells: int = MOST_CELLS) -> TraceSummary:
         return summary
     strip = _Strip(most_cells)
     previous: tuple[int, bool] | None = None
-    with path.open("rb") as file:
-        for number, line in enumerate(file):
-            row = _header(line, summary) if number == 0 else _parse(line)
-            if row is None:
-                summary.cut = True
-                break
-            if number == 0:
-                continue
-            step, epoch, agreed = row
+    try:
+        trace = Trace(path)
+        summary.num_replicas = trace.num_replicas
+        for line in trace.lines():
+            (step, _), epoch, agreed = line.key, line.epoch, line.agreed
             summary.last_step, summary.last_epoch = step, epoch if epoch is not None else summary.last_epoch
             if not agreed and summary.first_differing is None:
                 summary.first_differing = step
@@ -79,31 +73,13 @@ def read_trace(path: Path, most_cells: int = MOST_CELLS) -> TraceSummary:
             counted = previous is not None and previous[0] == step and not previous[1]
             strip.add(step, compared=int(step > strip.last), differing=int(not agreed and not counted))
             previous = step, agreed and not counted
+        summary.cut = trace.is_cut_off
+    except UsageError as error:
+        summary.cut, summary.problem = True, str(error)
     summary.cells = strip.cells()
     summary.num_compared = sum(cell.compared for cell in summary.cells)
     summary.num_differing = sum(cell.differing for cell in summary.cells)
     return summary
-
-
-def _header(line: bytes, summary: TraceSummary) -> tuple[int, None, bool] | None:
-    try:
-        summary.header = shapes.check(json.loads(line), shapes.HEADER)
-    except (ValueError, RecursionError):
-        return None
-    return 0, None, True
-
-
-def _parse(line: bytes) -> tuple[int, int | None, bool] | None:
-    """Return step, epoch and agreement of a line, or None if it is not a complete line."""
-    found = _LINE.fullmatch(line)
-    if found is not None:
-        step, epoch, agreed = found.groups()
-        return int(step), None if epoch == b"null" else int(epoch), agreed == b"true"
-    try:
-        row = shapes.check(json.loads(line), shapes.STEP)
-        return row["step"], row["epoch"], row["agreed"]
-    except (ValueError, RecursionError):
-        return None
 
 
 class _Strip:

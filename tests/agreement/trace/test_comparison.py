@@ -2,12 +2,14 @@
 
 import json
 import tracemalloc
+from functools import partial
 from pathlib import Path
 
 import pytest
 
-from dreplica.agreement.trace import comparison
+from dreplica.agreement.trace import writer
 from dreplica.agreement.trace.comparison import Comparison, compare_traces
+from dreplica.agreement.trace.line_format import Header
 from dreplica.agreement.trace.reader import TRACE_NAME, Trace
 from dreplica.errors import UsageError
 from tests.agreement.recording import record
@@ -22,13 +24,13 @@ def append(folder: Path, text: str) -> None:
         file.write(text)
 
 
-@pytest.fixture(params=["in blocks", "line by line"])
-def same_beginning(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Use blocks of a few lines, and blocks shorter than a line, so that each line is parsed."""
-    monkeypatch.setattr(comparison, "_BLOCK_BYTES", 700 if request.param == "in blocks" else 10)
+@pytest.fixture(params=[1, 2])
+def each_format(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Record traces of format 1, and of format 2."""
+    monkeypatch.setattr(writer, "Header", partial(Header, format=request.param))
 
 
-@pytest.mark.usefixtures("same_beginning")
+@pytest.mark.usefixtures("each_format")
 def test_equal_traces_have_no_difference(tmp_path: Path) -> None:
     one, other = (record(tmp_path / name, range(40), evaluated=[20, 39]) for name in ("one", "other"))
     found = compare(one, other)
@@ -38,7 +40,7 @@ def test_equal_traces_have_no_difference(tmp_path: Path) -> None:
     assert found.num_digests == 82
 
 
-@pytest.mark.usefixtures("same_beginning")
+@pytest.mark.usefixtures("each_format")
 @pytest.mark.parametrize("step", [0, 1, 17, 39])
 @pytest.mark.parametrize("tensors", [False, True])
 def test_first_difference_has_step_stage_and_tensor(step: int, tensors: bool, tmp_path: Path) -> None:
@@ -59,7 +61,7 @@ def test_tensor_is_unknown_if_only_one_side_recorded_it(tmp_path: Path) -> None:
     assert (place.step, place.stage, place.tensor) == (2, "weights", None)
 
 
-@pytest.mark.usefixtures("same_beginning")
+@pytest.mark.usefixtures("each_format")
 def test_evaluation_comes_after_its_step(tmp_path: Path) -> None:
     one = record(tmp_path / "one", range(6), evaluated=[3, 5])
     other = record(tmp_path / "other", range(6), (3, "predictions", "two"), (4, "batch", "one"), evaluated=[3, 5])
@@ -68,7 +70,7 @@ def test_evaluation_comes_after_its_step(tmp_path: Path) -> None:
     assert (place.step, place.stage, place.phase) == (3, "predictions", "evaluation")
 
 
-@pytest.mark.usefixtures("same_beginning")
+@pytest.mark.usefixtures("each_format")
 def test_shorter_trace_is_compared_to_its_end(tmp_path: Path) -> None:
     traces = [
         Trace(record(tmp_path / "one", range(30))),
@@ -79,8 +81,8 @@ def test_shorter_trace_is_compared_to_its_end(tmp_path: Path) -> None:
     assert [trace.last_key for trace in traces] == [(29, False), (19, False)]
 
 
-@pytest.mark.usefixtures("same_beginning")
-@pytest.mark.parametrize("cut", [1, 30, 100])
+@pytest.mark.usefixtures("each_format")
+@pytest.mark.parametrize("cut", [1, 30, 60])
 def test_truncated_line_is_skipped(cut: int, tmp_path: Path) -> None:
     one, other = (record(tmp_path / name, range(10)) for name in ("one", "other"))
     path = other / TRACE_NAME
@@ -93,7 +95,7 @@ def test_truncated_line_is_skipped(cut: int, tmp_path: Path) -> None:
     assert (again.place, again.last_step) == (None, 8)
 
 
-@pytest.mark.usefixtures("same_beginning")
+@pytest.mark.usefixtures("each_format")
 def test_only_steps_in_both_traces_are_compared(tmp_path: Path) -> None:
     one = record(tmp_path / "one", range(13))
     every_third = record(tmp_path / "other", range(0, 13, 3), (4, "weights", "one"))
@@ -106,7 +108,7 @@ def test_only_steps_in_both_traces_are_compared(tmp_path: Path) -> None:
     assert compare(one, record(tmp_path / "none", range(13), names=["rng"])).num_digests == 0
 
 
-@pytest.mark.usefixtures("same_beginning")
+@pytest.mark.usefixtures("each_format")
 def test_epochs_and_number_of_replicas_are_not_compared(tmp_path: Path) -> None:
     one = record(tmp_path / "one", range(9), epochs=dict.fromkeys(range(9), 1))
     other = record(tmp_path / "other", range(9), epochs=dict.fromkeys(range(5, 9), 2), num_replicas=3)
@@ -114,7 +116,7 @@ def test_epochs_and_number_of_replicas_are_not_compared(tmp_path: Path) -> None:
     assert (found.place, found.num_steps, found.epochs_differ_at) == (None, 8, 0)
 
 
-@pytest.mark.usefixtures("same_beginning")
+@pytest.mark.usefixtures("each_format")
 def test_newest_line_of_a_repeated_step_counts(tmp_path: Path) -> None:
     """A run whose replicas diverged at step 5 and that resumed from step 4."""
     good = record(tmp_path / "good", range(9))
@@ -130,7 +132,7 @@ def test_newest_line_of_a_repeated_step_counts(tmp_path: Path) -> None:
     assert (trace.first_repeated, trace.diverged_at) == (5, None)
 
 
-@pytest.mark.usefixtures("same_beginning")
+@pytest.mark.usefixtures("each_format")
 def test_steps_repeated_in_both_count_once(tmp_path: Path) -> None:
     one, other = (record(tmp_path / name, range(7)) for name in ("one", "other"))
     for folder in (one, other):
@@ -150,7 +152,8 @@ def test_divergence_within_a_run_is_reported(tmp_path: Path) -> None:
     assert (found.place.step, found.agreed, trace.diverged_at) == (4, (True, False), 4)
 
 
-def test_lines_with_other_spacing_are_read(tmp_path: Path) -> None:
+def test_lines_with_other_spacing_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(writer, "Header", partial(Header, format=1))
     one, other = record(tmp_path / "one", range(6), evaluated=[3]), tmp_path / "other.jsonl"
     rows = [json.loads(line) for line in (one / TRACE_NAME).read_text().splitlines()]
     other.write_text("".join(json.dumps(row, separators=(",", ":")) + "\n" for row in rows))
@@ -163,11 +166,11 @@ def test_lines_with_other_spacing_are_read(tmp_path: Path) -> None:
 
 
 def test_different_algorithms_are_not_compared(tmp_path: Path) -> None:
-    one, other = (record(tmp_path / name, range(3)) for name in ("one", "other"))
-    path = other / TRACE_NAME
-    path.write_text(path.read_text().replace("xxh3-128/1", "sha256/1"))
-    with pytest.raises(UsageError, match=r"'xxh3-128/1'.* of 'sha256/1'"):
+    one = record(tmp_path / "one", range(3))
+    other = record(tmp_path / "other", range(3), algorithm="sha256/1")
+    with pytest.raises(UsageError, match=r"'xxh3-128/1'.* of 'sha256/1'") as error:
         compare(one, other)
+    assert error.value.code == "algorithms-differ"
     assert compare(other, other).num_steps == 2
 
 
@@ -177,8 +180,8 @@ def test_different_algorithms_are_not_compared(tmp_path: Path) -> None:
         (None, "does not exist"),
         ("", "does not begin with the header"),
         ("[1]\n", "does not begin with the header"),
-        ('{"algorithm": "xxh3-128/1", "torch": "2", "replicas": 2}\n{"step": 1}\n', "has an invalid line 2"),
-        ('{"algorithm": "xxh3-128/1", "torch": "2", "replicas": 2}\n\0\0\n', "has an invalid line 2"),
+        ('{"algorithm": "xxh3-128/1", "torch": "2", "replicas": 2}\n{"step": 1}\n', "is damaged at line 2"),
+        ('{"algorithm": "xxh3-128/1", "torch": "2", "replicas": 2}\n\0\0\n3\n', "is damaged at line 2"),
     ],
 )
 def test_invalid_trace_is_rejected(content: str | None, words: str, tmp_path: Path) -> None:
@@ -191,7 +194,8 @@ def test_invalid_trace_is_rejected(content: str | None, words: str, tmp_path: Pa
         compare(tmp_path, tmp_path)
 
 
-def test_duplicate_line_is_a_repeated_step(tmp_path: Path) -> None:
+def test_duplicate_line_is_a_repeated_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(writer, "Header", partial(Header, format=1))
     one = record(tmp_path / "one", range(5))
     other = record(tmp_path / "other", range(5))
     append(other, (other / TRACE_NAME).read_text().splitlines()[-1] + "\n")
@@ -199,11 +203,10 @@ def test_duplicate_line_is_a_repeated_step(tmp_path: Path) -> None:
     assert (found.place, found.num_steps) == (None, 4)
 
 
-def test_memory_does_not_grow_with_the_trace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(comparison, "_BLOCK_BYTES", 2**14)
+def test_memory_does_not_grow_with_the_trace(tmp_path: Path) -> None:
     one, other = tmp_path / "one.jsonl", tmp_path / "other.jsonl"
     header = '{"algorithm": "xxh3-128/1", "torch": "2.15.0", "replicas": 2}\n'
-    for path, epoch in ((one, 1), (other, 2)):  # the slow way, line by line
+    for path, epoch in ((one, 1), (other, 2)):
         rows = (
             f'{{"step": {step}, "epoch": {epoch}, "agreed": true, "digests": {{"weights": "{step:032x}"}}}}\n'
             for step in range(5_000)

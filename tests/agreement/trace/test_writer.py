@@ -8,10 +8,11 @@ import pytest
 import torch
 
 from dreplica.agreement.agreement import Agreement
+from dreplica.agreement.trace.reader import Trace
 from dreplica.agreement.trace.writer import TraceWriter
 from dreplica.errors import UsageError
 from dreplica.state.fingerprint.fingerprint import ALGORITHM
-from dreplica.state.stages import tensors_stage
+from dreplica.state.stages import STAGES, tensors_stage
 from tests.agreement.bodies import Job, train_all
 from tests.harness import run_replicas
 
@@ -40,21 +41,35 @@ def test_lag_does_not_change_what_is_recorded(traces: dict[str, list[list[str]]]
     assert traces["now"] == traces["later"]
 
 
-def test_writer_lines(traces: dict[str, list[list[str]]]) -> None:
-    header, *steps = (json.loads(line) for line in traces["now"][0])
-    assert header == {"algorithm": ALGORITHM, "torch": torch.__version__, "replicas": 2}
-    assert [line["step"] for line in steps] == [0, 1, 2, 2, 3, 4]
-    assert all(set(line) == {"step", "epoch", "agreed", "digests"} and line["agreed"] is True for line in steps)
-    assert [line["epoch"] for line in steps] == [None, 1, 1, 1, 1, 1]
-    state = ["buffers", "output", "gradients", "optimizer", "weights", "rng"]
-    assert list(steps[0]["digests"]) == ["buffers", "weights", "rng"]
-    assert list(steps[1]["digests"]) == ["indices", "batch", *state]
-    assert list(steps[3]["digests"]) == ["predictions"]
-    for line in steps:
-        for digest in line["digests"].values():
-            assert len(bytes.fromhex(digest)) == 16
+def test_writer_lines(traces: dict[str, list[list[str]]], tmp_path: Path) -> None:
+    header, *rows = (json.loads(line) for line in traces["now"][0])
+    assert header.pop("check")
+    assert header == {
+        "format": 2,
+        "algorithm": ALGORITHM,
+        "torch": torch.__version__,
+        "replicas": 2,
+        "stages": list(STAGES),
+    }
+    assert [row[:4] for row in rows] == [
+        [0, None, 0, 0b011000100],
+        [1, 1, 0, 0b011111111],
+        [2, 1, 0, 0b011111111],
+        [2, 1, 2, 0b100000000],
+        [3, 1, 0, 0b011111111],
+        [4, 1, 0, 0b011111111],
+    ]
+    (tmp_path / "trace.jsonl").write_text("\n".join([*traces["now"][0], ""]))
+    steps = list(Trace(tmp_path).lines())
+    assert [line.key for line in steps] == [(0, False), (1, False), (2, False), (2, True), (3, False), (4, False)]
+    assert [line.epoch for line in steps] == [None, 1, 1, 1, 1, 1]
+    assert all(line.agreed for line in steps)
+    state = ("buffers", "output", "gradients", "optimizer", "weights", "rng")
+    assert steps[0].stages == ("buffers", "weights", "rng")
+    assert steps[1].stages == ("indices", "batch", *state)
+    assert steps[3].stages == ("predictions",)
     for stage in ("weights", "gradients", "optimizer", "rng", "batch"):
-        assert len({line["digests"][stage] for line in steps if len(line["digests"]) == 8}) == 4, stage
+        assert len({line.by_stage()[stage] for line in steps if len(line.stages) == 8}) == 4, stage
 
 
 def test_other_seed_has_other_trace(traces: dict[str, list[list[str]]]) -> None:
@@ -71,7 +86,11 @@ def test_writer_flushes_each_line(tmp_path: Path) -> None:
             trace.step(step, None, True, {"weights": tensors_stage({"w": torch.ones(1)})})
             lines = path.read_text().splitlines()
             assert len(lines) == 1 + step
-            assert json.loads(lines[-1])["step"] == step
+            assert json.loads(lines[-1])[0] == step
+
+
+def steps_in(path: Path) -> list[int]:
+    return [line.key[0] for line in Trace(path).lines()]
 
 
 def record(path: Path, steps: range, value: float = 1.0, num_lines: int = 0, agreed: bool = True) -> TraceWriter:
@@ -87,8 +106,7 @@ def test_resumed_run_does_not_write_equal_lines_twice(num_lines: int, tmp_path: 
     assert record(path, range(1, 6)).num_lines == 6
     again = record(path, range(max(num_lines, 1), 9), num_lines=num_lines)
     assert (again.num_lines, again.not_reproduced) == (9, None)
-    steps = [json.loads(line).get("step") for line in path.read_text().splitlines()]
-    assert steps == [None, *range(1, 9)]
+    assert steps_in(path) == [*range(1, 9)]
 
 
 def test_resumed_run_reports_and_appends_differing_lines(tmp_path: Path) -> None:
@@ -96,8 +114,7 @@ def test_resumed_run_reports_and_appends_differing_lines(tmp_path: Path) -> None
     record(path, range(1, 6))
     again = record(path, range(3, 8), value=2.0, num_lines=3)
     assert again.not_reproduced == (3, "weights")
-    steps = [json.loads(line).get("step") for line in path.read_text().splitlines()]
-    assert steps == [None, 1, 2, 3, 4, 5, 3, 4, 5, 6, 7]
+    assert steps_in(path) == [1, 2, 3, 4, 5, 3, 4, 5, 6, 7]
 
 
 def test_resumed_run_ignores_lines_after_divergence(tmp_path: Path) -> None:
@@ -128,14 +145,45 @@ def test_agreement_rejects_writer_of_other_algorithm(tmp_path: Path) -> None:
         Agreement(torch.nn.Linear(2, 2), trace=trace)
 
 
-@pytest.mark.parametrize("tail", [b'{"step": 3, "ep', b"\0" * 40 + b"\n", b"\xff\n", b"3\n", b'{"step": 3}\n'])
-def test_writer_removes_invalid_tail(tail: bytes, tmp_path: Path) -> None:
+@pytest.mark.parametrize("tail", [b'[3,1,0,6,"aWf', b"\0" * 40, b"\0" * 40 + b"\n", b"\0\n\0\n\n"])
+@pytest.mark.parametrize("num_lines", [0, 3])
+def test_writer_removes_unwritten_tail(tail: bytes, num_lines: int, tmp_path: Path) -> None:
     path = tmp_path / "trace.jsonl"
     record(path, range(1, 4))
     whole = path.read_bytes()
     path.write_bytes(b"".join(whole.splitlines(keepends=True)[:3]) + tail)
-    assert record(path, range(3, 4), num_lines=3).num_missing == 0
-    assert path.read_bytes() == whole
+    again = record(path, range(max(num_lines, 1), 4), num_lines=num_lines)
+    assert (again.num_missing, again.not_reproduced, path.read_bytes()) == (0, None, whole)
+
+
+@pytest.mark.parametrize("tail", [b"\xff\n", b"3\n", b'{"step": 3}\n', b"[]\n", b"\0\n3", b"[" * 9999 + b"\n"])
+def test_writer_refuses_damaged_line(tail: bytes, tmp_path: Path) -> None:
+    path = tmp_path / "trace.jsonl"
+    record(path, range(1, 4))
+    damaged = path.read_bytes() + tail
+    path.write_bytes(damaged)
+    for num_lines in (0, 3, 9):
+        with pytest.raises(UsageError, match=r"is damaged at line 5, .* keep only the 4 lines before it") as error:
+            record(path, range(3, 4), num_lines=num_lines)
+        assert (error.value.code, error.value.fields) == ("damaged-trace", {"path": str(path), "line": 5})
+    assert path.read_bytes() == damaged
+
+
+@pytest.mark.parametrize("content", ["no trace\n", "{}\n", "[1]\n", "\n", "x" * 200_000])
+def test_writer_keeps_file_that_is_no_trace(content: str, tmp_path: Path) -> None:
+    path = tmp_path / "trace.jsonl"
+    path.write_text(content)
+    with pytest.raises(UsageError, match="does not begin with the header of a trace"):
+        TraceWriter(path, 1)
+    assert path.read_text() == content
+
+
+@pytest.mark.parametrize("content", [b"", b'{"format": 2, "algo', b"\0" * 4096])
+def test_writer_begins_again_after_cut_header(content: bytes, tmp_path: Path) -> None:
+    path = tmp_path / "trace.jsonl"
+    path.write_bytes(content)
+    again = record(path, range(1, 4), num_lines=3)
+    assert (again.num_missing, again.num_lines, steps_in(path)) == (3, 4, [1, 2, 3])
 
 
 def test_writer_counts_missing_lines(tmp_path: Path) -> None:

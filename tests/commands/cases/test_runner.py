@@ -9,10 +9,12 @@ import pytest
 
 from dreplica.agreement.trace.report_records import EpochRecord
 from dreplica.agreement.trace.run_report import RunReport
+from dreplica.agreement.trace.writer import TraceWriter
 from dreplica.commands import main as cli
 from dreplica.commands.cases import runner
 from dreplica.commands.cases.case import Case, read_case
 from dreplica.commands.cases.runner import run_case
+from dreplica.state.fingerprint.stage import Stage
 
 
 @pytest.mark.process
@@ -101,8 +103,10 @@ def test_observations(accuracies: list, weights: list, expected: tuple) -> None:
 
 def test_orders_are_read_from_the_trace(tmp_path: Path) -> None:
     def write(*digests: str) -> None:
-        lines = [{"algorithm": "x"}, {"step": 0, "digests": {}}, *({"digests": {"indices": d}} for d in digests)]
-        (tmp_path / "trace.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+        with TraceWriter(tmp_path / "trace.jsonl", 1) as trace:
+            trace.step(0, None, True, {})
+            for step, value in enumerate(digests, start=1):
+                trace.step(step, 1, True, {"indices": Stage(("indices",), value.encode() * 16)})
 
     write("a", "b")
     assert runner._OBSERVE["orders"]({}, tmp_path) == "distinct"

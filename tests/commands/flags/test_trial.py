@@ -18,6 +18,7 @@ from dreplica.run.bootstrap import prepare
 from dreplica.run.session import Session
 from tests.fixtures import SMALL
 from tests.harness import run_replicas
+from tests.trace_rows import read_rows
 
 WITHOUT_MODE = Variant(closed({"mode"}))
 WITHOUT_FILLING = Variant(closed({"fill_uninitialized_memory"}))
@@ -52,7 +53,7 @@ def test_trial_without_flags_agrees(tmp_path: Path) -> None:
     assert found == {"device": "cpu", "steps": 6, "verdict": None, "between": None}
     assert [len(row) for row in seconds] == [3, 3], "those of the trial, and those of strict mode measured with it"
     assert all(value > 0 for row in seconds for value in row)
-    lines = [json.loads(line) for line in (tmp_path / "trace.jsonl").read_text().splitlines()[1:]]
+    lines = read_rows(tmp_path)[1:]
     assert [line["step"] for line in lines if "predictions" not in line["digests"]][-1] == 6
     assert "weights" in lines[-1]["digests"]
 

@@ -19,6 +19,7 @@ from dreplica.report.html.run_files import read_run
 from tests.fixtures import SMALL, tiny_model
 from tests.harness import run_job
 from tests.report.page import Text
+from tests.trace_rows import read_rows, write_rows
 
 pytestmark = pytest.mark.xdist_group("report")  # one worker makes the runs
 
@@ -79,14 +80,15 @@ def test_report_command_refuses_other_folder(tmp_path: Path, capsys: pytest.Capt
 
 def test_page_of_run_in_progress_shows_last_step(folder: Path) -> None:
     (folder / "report.json").unlink()
-    lines = (folder / "trace.jsonl").read_text().replace('"agreed": false', '"agreed": true').splitlines(keepends=True)
-    (folder / "trace.jsonl").write_text("".join(lines[:9]) + lines[9][:50])
-    rows = (folder / "metrics.jsonl").read_text().splitlines(keepends=True)
-    (folder / "metrics.jsonl").write_text(rows[0] + rows[1][:-1])
+    rows = read_rows(folder)
+    write_rows(folder, [rows[0], *(row | {"agreed": True} for row in rows[1:9])])
+    with (folder / "trace.jsonl").open("a") as file:
+        file.write("[9,1,0,25")
+    metrics = (folder / "metrics.jsonl").read_text().splitlines(keepends=True)
+    (folder / "metrics.jsonl").write_text(metrics[0] + metrics[1][:-1])
     text = text_of(folder)
     assert "Still running, or ended without a report." in text
-    last = json.loads(lines[8])
-    assert f"Last step recorded: {last['step']} of epoch {last['epoch']}." in text
+    assert f"Last step recorded: {rows[8]['step']} of epoch {rows[8]['epoch']}." in text
     assert "replicas agree in all of them" in text
     assert len(read_run(folder).epochs) == 1, "the second line is incomplete"
 
@@ -178,12 +180,14 @@ def test_largest_float64_distance_is_shown(folder: Path) -> None:
     assert "1.8e+19 ULP" in text_of(folder)
 
 
-def test_trace_ends_at_invalid_step_number(folder: Path) -> None:
+def test_trace_ends_at_damaged_line(folder: Path) -> None:
     header, *lines = (folder / "trace.jsonl").read_text().splitlines(keepends=True)
-    for step in ("-5", "1" * 5000, "1e400", "null"):
-        (folder / "trace.jsonl").write_text(header + lines[0] + lines[1].replace('"step": 1', f'"step": {step}'))
-        summary = read_run(folder).trace
-        assert (summary.last_step, summary.cut) == (0, True)
+    for step in ("-5", "1" * 5000, "1e400", "null", "2"):
+        (folder / "trace.jsonl").write_text(header + lines[0] + lines[1].replace("[1,", f"[{step},"))
+        run = read_run(folder)
+        assert (run.trace.last_step, run.trace.cut) == (0, True)
+        (problem,) = (each for each in run.problems if "trace.jsonl" in each)
+        assert "is damaged at line 3" in problem
 
 
 def test_resumed_run_does_not_show_earlier_report(folder: Path) -> None:

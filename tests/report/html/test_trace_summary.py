@@ -25,7 +25,7 @@ def test_missing_trace_and_trace_without_steps(tmp_path: Path) -> None:
     assert read_trace(tmp_path / "trace.jsonl").cells == []
     summary = read_trace(traced(tmp_path, line(0, epoch=None)))
     assert (summary.cells, summary.build_agreed, summary.last_step) == ([], True, 0)
-    assert summary.header["replicas"] == 2
+    assert summary.num_replicas == 2
 
 
 @pytest.mark.parametrize("steps", [1, 7, 8, 9, 16, 17, 100])
