@@ -26,9 +26,11 @@ def _train() -> ExitCode:
 def _print_help(argv: list[str]) -> ExitCode:
     """Print the help text, on rank 0 only."""
     from dreplica.config.help import format_help, help_topic
+    from dreplica.distributed.launch_environment import detect_launch
 
-    is_first = os.environ.get("RANK", "0") == "0"
+    is_first = True
     try:
+        is_first = detect_launch(os.environ).rank == 0
         text = format_help("train.py", help_topic(argv) or "")
     except UsageError as error:
         if is_first:

@@ -206,7 +206,11 @@ def run_job(*arguments: str, num_replicas: int = 2, root: Path | None = None, ti
 
 
 def run_workers(
-    arguments: Sequence[Sequence[str]], root: Path, rank_0_holds_store: bool = False, timeout: float = 120.0
+    arguments: Sequence[Sequence[str]],
+    root: Path,
+    rank_0_holds_store: bool = False,
+    timeout: float = 120.0,
+    launched: Sequence[Mapping[str, str]] | None = None,
 ) -> Job:
     """Run a job as `run_job` does, with separate arguments for each worker.
 
@@ -216,8 +220,10 @@ def run_workers(
         rank_0_holds_store: True to let rank 0 serve the rendezvous store, as without torchrun. Otherwise this process
             serves it, which outlives the workers.
         timeout: Seconds until the workers are killed and the test fails.
+        launched: As for `start_workers`.
     """
-    processes, _store, outputs = start_workers([_arguments(root, own) for own in arguments], rank_0_holds_store)
+    argvs = [_arguments(root, own) for own in arguments]
+    processes, _store, outputs = start_workers(argvs, rank_0_holds_store, launched)
     end = time.monotonic() + timeout
     for process in processes:
         process.join(max(0.0, end - time.monotonic()))
@@ -234,27 +240,36 @@ def run_workers(
 
 
 def start_workers(
-    argvs: Sequence[Sequence[str]], rank_0_holds_store: bool = False
+    argvs: Sequence[Sequence[str]],
+    rank_0_holds_store: bool = False,
+    launched: Sequence[Mapping[str, str]] | None = None,
 ) -> tuple[list[Any], dist.Store | None, Path]:
     """Start workers without waiting for their end.
+
+    Args:
+        argvs: Arguments of each worker, by rank.
+        rank_0_holds_store: As for `run_workers`.
+        launched: Variables that a launcher other than torchrun sets for each worker, instead of those of torchrun.
 
     Returns:
         The processes, the rendezvous store, which must live as long as they do, and the folder of their output.
     """
     store = None if rank_0_holds_store else dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    port = _free_port() if store is None else store.port
+    port = free_port() if store is None else store.port
     outputs = Path(tempfile.mkdtemp(prefix="dreplica-output-"))
     processes = []
     for rank, argv in enumerate(argvs):
-        variables = environment() | _rank_environment(rank, len(argvs), port)
-        if rank_0_holds_store:
+        own = _rank_environment(rank, len(argvs), port) if launched is None else launched[rank]
+        variables = environment() | own
+        if rank_0_holds_store and launched is None:
             del variables["TORCHELASTIC_USE_AGENT_STORE"]
         processes.append(_CONTEXT.Process(target=_work, args=(argv, rank, outputs, variables)))
         processes[-1].start()
     return processes, store, outputs
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """Return a port that is not in use."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         return free.getsockname()[1]

@@ -15,8 +15,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from dreplica.distributed.launch_environment import check_alone
 from dreplica.distributed.liveness import LivenessMonitor, ReplicaLost
-from dreplica.errors import UsageError
 
 _NAP_SECONDS = (0.00002, 0.002)
 
@@ -167,19 +167,14 @@ def gloo_channel(timeout: float = 300.0) -> Channel:
         A channel of all ranks, or of this process alone where there is no process group.
 
     Raises:
-        UsageError: If a launcher started several processes but there is no process group.
+        UsageError: If a launcher (torchrun, srun, mpirun) started several processes but there is no process group.
 
     Note:
         Collective: call on every rank.
     """
     group: dist.ProcessGroup | None = None
-    launched = os.environ.get("WORLD_SIZE", "1")
-    if not dist.is_initialized() and launched != "1":
-        raise UsageError(
-            f"WORLD_SIZE is {launched} but there is no process group, so nothing would be compared. Call "
-            'torch.distributed.init_process_group("gloo") first, or unset WORLD_SIZE for a single process.',
-            code="no-process-group",
-        )
+    if not dist.is_initialized():
+        check_alone(os.environ)
     if dist.is_initialized():
         group = cast(dist.ProcessGroup, dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout)))
     return Channel(group, timeout=timeout)

@@ -13,6 +13,7 @@ import torch.distributed as dist
 
 from dreplica.distributed.channel import Channel
 from dreplica.distributed.failure import Failure
+from dreplica.distributed.launch_environment import detect_launch
 from dreplica.distributed.liveness import LivenessMonitor, ReplicaLost
 from dreplica.distributed.rendezvous import store_for_this_start
 from dreplica.distributed.signals import exit_after_signal
@@ -81,12 +82,12 @@ def _shared_error(failed: dict[int, Failure], num_replicas: int) -> SharedUsageE
 
 def env_rank() -> int:
     """Return the global rank that the launcher set, or 0 without a launcher."""
-    return int(os.environ.get("RANK", "0"))
+    return detect_launch(os.environ).rank
 
 
 def env_num_replicas() -> int:
     """Return the number of replicas that the launcher set, or 1 without a launcher."""
-    return int(os.environ.get("WORLD_SIZE", "1")) if "RANK" in os.environ else 1
+    return detect_launch(os.environ).size
 
 
 @contextmanager

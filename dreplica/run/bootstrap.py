@@ -11,6 +11,7 @@ from typing import NoReturn
 from dreplica.config.load import load_config
 from dreplica.config.schema import RunConfig
 from dreplica.distributed.launch.error_record import write_error
+from dreplica.distributed.launch_environment import detect_launch
 from dreplica.distributed.log_setup import set_up_logging
 from dreplica.distributed.process_group import World, env_num_replicas, env_rank, open_world
 from dreplica.distributed.signals import StopRequest, stop_signals
@@ -50,7 +51,15 @@ def start_replica(argv: Sequence[str], conduct: Callable[[Prepared, World, StopR
     Returns:
         The exit code of this process.
     """
-    set_up_logging(env_rank())
+    try:
+        launch = detect_launch(os.environ)
+        if not launch.is_alone:
+            launch.require_address()
+    except UsageError as error:
+        return _refuse_launch(error)
+    if not launch.is_alone:
+        os.environ |= launch.variables()  # srun and mpirun set others, which neither torch nor the user's code reads
+    set_up_logging(launch.rank)
     prepared: Prepared | UsageError
     try:
         prepared = prepare(argv)
@@ -62,6 +71,13 @@ def start_replica(argv: Sequence[str], conduct: Callable[[Prepared, World, StopR
             return conduct(world.together(partial(_unless_unusable, prepared)), world, stop_request)
         except UsageError as error:
             return exit_unusable(error, world)
+
+
+def _refuse_launch(error: UsageError) -> ExitCode:
+    """Report variables of the launch that are unusable, which each process does: none can reach the others."""
+    print(f"error: {error}", file=sys.stderr, flush=True)
+    write_error(error)
+    return ExitCode.UNUSABLE
 
 
 def exit_unusable(error: UsageError, world: World) -> ExitCode:

@@ -249,6 +249,7 @@ def test_finish_warns_if_nothing_was_compared(caplog: pytest.LogCaptureFixture) 
 
 
 def test_processes_without_process_group_are_rejected(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RANK", "1")
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(ValueError, match=r"WORLD_SIZE is 2 but there is no process group.*init_process_group"):
         Agreement(nn.Linear(2, 2))

@@ -63,7 +63,9 @@ def test_usage_error_outside_together_is_reported() -> None:
 
 def test_world_without_a_launcher_is_one_replica(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("RANK", raising=False)
-    monkeypatch.setenv("WORLD_SIZE", "4")  # left over from something else
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    monkeypatch.setenv("SLURM_PROCID", "0")  # a batch script, which Slurm runs once
+    monkeypatch.setenv("SLURM_NTASKS", "4")
     assert (env_rank(), env_num_replicas()) == (0, 1)
     with open_world(timeout=1) as world:
         assert (world.replica_id, world.num_replicas, world.is_coordinator) == (0, 1, True)
