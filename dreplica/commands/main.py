@@ -20,6 +20,7 @@ from dreplica.commands.options import (
     add_node_options,
     add_training_command,
     check_settings,
+    check_single_launch,
     path_argument,
     positive_int,
     read_nodes,
@@ -80,6 +81,7 @@ def _run_command(command: argparse.ArgumentParser, known: argparse.Namespace, se
         return _print_help(command, known.help)
     else:
         check_settings(settings, command)
+        check_single_launch(command, getattr(known, "nodes", None))
     return known.handler(known, settings)
 
 
@@ -142,7 +144,7 @@ def _train(known: argparse.Namespace, settings: Sequence[str]) -> int:
     with _importing():
         from dreplica.distributed.launch.launcher import launch  # configures torchrun's logging when imported
 
-    return launch("dreplica.worker", settings, known.replicas, read_nodes(known))
+    return launch("dreplica.worker", settings, known.replicas, read_nodes(known, settings))
 
 
 def _burn_in(known: argparse.Namespace, settings: Sequence[str]) -> int:
@@ -152,7 +154,7 @@ def _burn_in(known: argparse.Namespace, settings: Sequence[str]) -> int:
     if known.duration is None:
         raise config_error("missing-value", "--for", "a duration is required", "For example: --for 30m.")
     parse_duration(known.duration)
-    nodes = read_nodes(known)
+    nodes = read_nodes(known, settings)
 
     with _importing():
         import torch

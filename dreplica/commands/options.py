@@ -1,11 +1,13 @@
 """Parsers and options that several commands share."""
 
 import argparse
+import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias
 
 from dreplica.config.messages import COMMAND_LINE, closest, config_error, invalid_value
+from dreplica.distributed.launch_environment import MAX_PORT, detect_launch, is_port
 from dreplica.errors import UsageError
 
 if TYPE_CHECKING:
@@ -16,7 +18,6 @@ Handler = Callable[[argparse.Namespace, Sequence[str]], int]
 """Function that runs a command: takes the parsed options and the remaining settings, returns the exit code."""
 
 _NODE_OPTIONS = ("--nodes", "--node-rank", "--head")
-_MAX_PORT = 65535
 
 
 def add_command(commands: Commands, name: str, text: str, handler: Handler) -> argparse.ArgumentParser:
@@ -68,12 +69,17 @@ def add_node_options(command: argparse.ArgumentParser) -> None:
     command.add_argument("--head", default=None, metavar="HOST:PORT", help=text)
 
 
-def read_nodes(known: argparse.Namespace) -> "Nodes | None":
+def read_nodes(known: argparse.Namespace, settings: Sequence[str] = ()) -> "Nodes | None":
     """Return the nodes that the options of `add_node_options` ask for, or None for one node.
+
+    Args:
+        known: The options.
+        settings: The settings of the run, of which `world.timeout` limits the wait for the other nodes.
 
     Raises:
         UsageError: An option is missing or invalid.
     """
+    from dreplica.config.load import world_timeout
     from dreplica.distributed.launch.launcher import Nodes
 
     if known.nodes is None:
@@ -97,14 +103,38 @@ def read_nodes(known: argparse.Namespace) -> "Nodes | None":
     if known.head is None:
         fix = f"Pass an address of node 0 that all nodes reach. {example}"
         raise config_error("missing-value", "--head", f"required with --nodes {known.nodes}", fix)
-    if not host or not _is_port(port):
-        expected = f"HOST:PORT, an address of node 0 that all nodes reach, with a port from 1 to {_MAX_PORT}"
+    if not host or not is_port(port):
+        expected = f"HOST:PORT, an address of node 0 that all nodes reach, with a port from 1 to {MAX_PORT}"
         raise invalid_value("--head", known.head, expected, example)
-    return Nodes(known.nodes, known.node_rank, known.head)
+    return Nodes(known.nodes, known.node_rank, known.head, world_timeout(settings))
 
 
-def _is_port(text: str) -> bool:
-    return text.isdecimal() and len(text) <= len(str(_MAX_PORT)) and 0 < int(text) <= _MAX_PORT
+def check_single_launch(command: argparse.ArgumentParser, nodes: int | None) -> None:
+    """Check that srun, mpirun or a batch system did not start this command several times without `--nodes`.
+
+    Each command would start a run of its own, all with the same name.
+
+    Args:
+        command: The command.
+        nodes: The value of `--nodes`, if given.
+
+    Raises:
+        UsageError: One did.
+    """
+    launch = detect_launch(os.environ)
+    if launch.is_alone or nodes is not None:
+        return
+    name = command.prog
+    if "--nodes" in option_names(command):
+        head = f"{launch.host or 'HOST'}:{launch.port or 29500}"
+        fix = f"Add `--nodes {launch.size} --node-rank {launch.rank} --head {head}` with a different rank on each node"
+    else:
+        fix = "Start it once"
+    text = (
+        f"{launch.origin}, so that this is one of {launch.size} runs of `{name}`, independent of the others. {fix}, or "
+        f"unset {launch.rank_variable}{' and WORLD_SIZE' if launch.rank_variable == 'RANK' else ''} to run it alone."
+    )
+    raise UsageError(text, code="several-launches", size=launch.size, launcher=launch.launcher)
 
 
 def path_argument(text: str) -> Path:

@@ -10,7 +10,7 @@ from pydantic import ValidationError
 from dreplica.config.messages import COMMAND_LINE, closest, config_error, invalid_value, locate
 from dreplica.config.overrides import merge
 from dreplica.config.paths import CONFIGS_FOLDER, find_config, packaged_configs, packaged_name
-from dreplica.config.schema import RunConfig
+from dreplica.config.schema import RunConfig, WorldConfig
 from dreplica.config.validation import describe_errors
 from dreplica.config.yaml import load_yaml, read_yaml
 from dreplica.errors import UsageError
@@ -46,6 +46,26 @@ def load_config(argv: Sequence[str], num_replicas: int) -> RunConfig:
     except UsageError as error:
         raise locate(error, _source(error.fields["key"], given, path)) from None
     return config
+
+
+def world_timeout(argv: Sequence[str]) -> float:
+    """Return `world.timeout` without checking the rest of the config, which may import the user's code.
+
+    Args:
+        argv: As for `load_config`.
+
+    Returns:
+        The timeout in seconds, or its default where it or the config is invalid, which `load_config` reports.
+    """
+    try:
+        given = _split_arguments(argv)
+        section = read_yaml(_config_path(given.get("config"))).get("world")
+        section = load_yaml(given["world"], "") if "world" in given else section
+        own = load_yaml(given["world.timeout"], "") if "world.timeout" in given else None
+        values = {} if own is None else {"timeout": own}
+        return WorldConfig.model_validate((section or {}) | values).timeout
+    except (UsageError, ValidationError, TypeError):
+        return WorldConfig().timeout
 
 
 def _config_path(name: str | None) -> Path:

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from dreplica.config.messages import config_error, invalid_value
 from dreplica.errors import UsageError
 
-_MAX_PORT = 65535
+MAX_PORT = 65535
 
 
 @dataclass(frozen=True)
@@ -189,7 +189,7 @@ def check_alone(variables: Mapping[str, str]) -> None:
 
 def is_port(text: str) -> bool:
     """Return True if `text` is the number of a port that can be connected to."""
-    return text.isascii() and text.isdecimal() and len(text) <= len(str(_MAX_PORT)) and 0 < int(text) <= _MAX_PORT
+    return text.isascii() and text.isdecimal() and len(text) <= len(str(MAX_PORT)) and 0 < int(text) <= MAX_PORT
 
 
 def _from_rank(values: Mapping[str, str], size: int | None, started: Launch | None) -> Launch:
@@ -306,7 +306,7 @@ def _with_address(launch: Launch, values: Mapping[str, str]) -> Launch:
     port = values.get("MASTER_PORT")
     if port is not None and not is_port(port):
         fix = "Set it to a free port on the host of rank 0, such as 29500."
-        raise invalid_value("MASTER_PORT", port, f"a port from 1 to {_MAX_PORT}", fix)
+        raise invalid_value("MASTER_PORT", port, f"a port from 1 to {MAX_PORT}", fix)
     return replace(launch, host=values.get("MASTER_ADDR"), port=None if port is None else int(port))
 
 

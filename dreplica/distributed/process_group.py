@@ -1,6 +1,5 @@
 """The process group of a run, and errors that all replicas raise together."""
 
-import logging
 import os
 import socket
 from collections.abc import Callable, Iterator
@@ -13,18 +12,19 @@ import torch.distributed as dist
 
 from dreplica.distributed.channel import Channel
 from dreplica.distributed.failure import Failure
-from dreplica.distributed.launch_environment import detect_launch
-from dreplica.distributed.liveness import LivenessMonitor, ReplicaLost
-from dreplica.distributed.rendezvous import store_for_this_start
+from dreplica.distributed.launch_environment import Launch, detect_launch
+from dreplica.distributed.liveness import LivenessMonitor, Lost, ReplicaLost, find_lost_replicas, is_reporter
+from dreplica.distributed.rendezvous import rendezvous
 from dreplica.distributed.signals import exit_after_signal
+from dreplica.distributed.store import Endpoint, NotArrived
+from dreplica.distributed.wait import Wait, WaitTimeout
 from dreplica.errors import SharedUsageError, UsageError
 
-log = logging.getLogger(__name__)
 T = TypeVar("T")
 
-_RENDEZVOUS_SECONDS = 600.0
 _STOP_GRACE_SECONDS = 15.0
 """Seconds that a replica still waits for the others at rendezvous after a signal to stop, so that all stop alike."""
+_GLOO_SECONDS = 60.0
 _LAST_SECONDS = 30.0
 """Seconds until a surviving process is ended after another replica was lost."""
 
@@ -99,31 +99,28 @@ def open_world(timeout: float) -> Iterator[World]:
     the lost replica never sends, and so would a normal exit of the interpreter. End the process with `os._exit`.
 
     Args:
-        timeout: Seconds until a replica that does not respond counts as lost.
+        timeout: Seconds until a replica that does not arrive or respond counts as lost.
 
     Yields:
         The world, of one process without a launcher.
+
+    Raises:
+        UsageError: The variables of the launch or the address of the rendezvous cannot be used.
+        ReplicaLost: Replicas did not arrive in time, or cannot be connected. It has the field `reports`, True on the
+            rank that reports it.
     """
-    replica_id, num_replicas, host = env_rank(), env_num_replicas(), socket.gethostname()
-    if num_replicas == 1:
-        yield World(0, 1, Channel(), None, host)
+    launch, host_name = detect_launch(os.environ), socket.gethostname()
+    if launch.is_alone:
+        yield World(0, 1, Channel(), None, host_name)
         return
+    serves = launch.rank == 0 and not _launcher_holds_store()
     with exit_after_signal(_STOP_GRACE_SECONDS):
-        shared, _, _ = next(dist.rendezvous("env://", timeout=timedelta(seconds=_RENDEZVOUS_SECONDS)))
-        store = store_for_this_start(shared, replica_id, num_replicas)
-    holds_store = replica_id == 0 and not _launcher_holds_store()
-    monitor = LivenessMonitor(store, replica_id, num_replicas, holds_store, last_seconds=_LAST_SECONDS)
+        store = _rendezvous(launch, timeout, serves)
+    monitor = LivenessMonitor(store, launch.rank, launch.size, serves, last_seconds=_LAST_SECONDS)
     try:
-        # The channel limits its waits itself, so gloo's timeout only has to be longer.
         with exit_after_signal(_STOP_GRACE_SECONDS):
-            dist.init_process_group(
-                "gloo",
-                store=dist.PrefixStore("gloo", store),
-                rank=replica_id,
-                world_size=num_replicas,
-                timeout=timedelta(seconds=timeout + 60),
-            )
-        yield World(replica_id, num_replicas, Channel(None, monitor, timeout), monitor, host)
+            _connect(store, launch, timeout, monitor)
+        yield World(launch.rank, launch.size, Channel(None, monitor, timeout), monitor, host_name)
     except (SharedUsageError, ReplicaLost) as error:
         # Nothing to report: either all replicas raise it, or another replica was lost.
         monitor.close()
@@ -136,6 +133,61 @@ def open_world(timeout: float) -> Iterator[World]:
         raise
     monitor.close()
     dist.destroy_process_group()
+
+
+def _rendezvous(launch: Launch, timeout: float, serves: bool) -> dist.Store:
+    """Wait until all replicas have arrived, and return a store for this start.
+
+    Raises:
+        UsageError: The launch cannot be used.
+        ReplicaLost: Replicas did not arrive in time. It has the field `reports`, True on the rank that reports it.
+    """
+    try:
+        return rendezvous(Endpoint(*launch.require_address()), launch.rank, launch.size, timeout, serves)
+    except NotArrived as error:
+        lost = [Lost(rank) for rank in error.ranks]
+        raise ReplicaLost(str(error), code="not-arrived", lost=lost, reports=error.reports) from error
+
+
+def _connect(store: dist.Store, launch: Launch, timeout: float, monitor: LivenessMonitor) -> None:
+    """Initialize the process group, which connects each replica to all others.
+
+    Raises:
+        ReplicaLost: They cannot be connected. It has the field `reports`, True on the rank that reports it.
+    """
+    wait = Wait(timeout)
+    wait.start("all ranks to connect to each other")
+
+    def connect() -> None:
+        dist.init_process_group(
+            "gloo",
+            store=dist.PrefixStore("gloo", store),
+            rank=launch.rank,
+            world_size=launch.size,
+            # The channel limits its waits itself, so gloo's timeout only has to be longer.
+            timeout=timedelta(seconds=timeout + _GLOO_SECONDS),
+        )
+
+    monitor.waiting = True
+    try:
+        wait.run(connect, monitor.alarm.is_set)
+    except (RuntimeError, WaitTimeout) as error:
+        failed = ReplicaLost(code="connection-lost", error=str(error).partition("\n")[0])
+        lost = find_lost_replicas(monitor, failed)
+        raise _not_connected(failed, lost, launch) from error
+    monitor.waiting = False
+
+
+def _not_connected(error: ReplicaLost, lost: list[Lost], launch: Launch) -> ReplicaLost:
+    if lost:
+        text = "; ".join(f"replica {item.replica_id}: {item.reason}" for item in lost)
+    else:
+        text = (
+            f"the replicas cannot connect to each other ({error.fields['error']}). Set GLOO_SOCKET_IFNAME to the "
+            "network interface that connects their hosts (`ip -brief addr` lists them)."
+        )
+    reports = is_reporter(lost, launch.rank, launch.size)
+    return ReplicaLost(text, code="connection-lost", lost=lost, reports=reports, error=error.fields["error"])
 
 
 def _launcher_holds_store() -> bool:

@@ -12,6 +12,7 @@ from dreplica.config.load import load_config
 from dreplica.config.schema import RunConfig
 from dreplica.distributed.launch.error_record import write_error
 from dreplica.distributed.launch_environment import detect_launch
+from dreplica.distributed.liveness import ReplicaLost, exit_code_of, find_lost_replicas, is_reporter
 from dreplica.distributed.log_setup import set_up_logging
 from dreplica.distributed.process_group import World, env_num_replicas, env_rank, open_world
 from dreplica.distributed.signals import StopRequest, stop_signals
@@ -56,7 +57,8 @@ def start_replica(argv: Sequence[str], conduct: Callable[[Prepared, World, StopR
         if not launch.is_alone:
             launch.require_address()
     except UsageError as error:
-        return _refuse_launch(error)
+        _report_unusable(error)  # on each process: none can reach the others
+        return ExitCode.UNUSABLE
     if not launch.is_alone:
         os.environ |= launch.variables()  # srun and mpirun set others, which neither torch nor the user's code reads
     set_up_logging(launch.rank)
@@ -66,18 +68,38 @@ def start_replica(argv: Sequence[str], conduct: Callable[[Prepared, World, StopR
     except UsageError as error:
         prepared = error  # raised after the rendezvous, so that all replicas end
     timeout = _DEFAULT_TIMEOUT if isinstance(prepared, UsageError) else prepared.config.world.timeout
-    with open_world(timeout) as world, stop_signals() as stop_request:
-        try:
-            return conduct(world.together(partial(_unless_unusable, prepared)), world, stop_request)
-        except UsageError as error:
-            return exit_unusable(error, world)
+    try:
+        with open_world(timeout) as world, stop_signals() as stop_request:
+            try:
+                return conduct(_share(prepared, world), world, stop_request)
+            except UsageError as error:
+                return exit_unusable(error, world)
+    except UsageError as error:  # of the rendezvous
+        if launch.rank == 0 or not isinstance(error, SharedUsageError):
+            _report_unusable(error)
+        return ExitCode.UNUSABLE
+    except ReplicaLost as error:
+        if "reports" not in error.fields:
+            raise
+        if error.fields["reports"]:
+            print(f"error: {error}", file=sys.stderr, flush=True)
+        exit_now(exit_code_of(error.lost))
 
 
-def _refuse_launch(error: UsageError) -> ExitCode:
-    """Report variables of the launch that are unusable, which each process does: none can reach the others."""
-    print(f"error: {error}", file=sys.stderr, flush=True)
-    write_error(error)
-    return ExitCode.UNUSABLE
+def _share(prepared: Prepared | UsageError, world: World) -> Prepared:
+    """Return what was prepared, if that succeeded on all replicas.
+
+    Raises:
+        SharedUsageError: A config or an environment is unusable.
+        ReplicaLost: Another replica was lost meanwhile. It has the field `reports`.
+    """
+    try:
+        return world.together(partial(_unless_unusable, prepared))
+    except ReplicaLost as error:
+        lost = find_lost_replicas(world.monitor, error)
+        text = "; ".join(f"replica {item.replica_id}: {item.reason}" for item in lost) or str(error)
+        reports = is_reporter(lost, world.replica_id, world.num_replicas)
+        raise ReplicaLost(text, code=error.code, lost=lost, reports=reports) from error
 
 
 def exit_unusable(error: UsageError, world: World) -> ExitCode:
@@ -92,14 +114,18 @@ def exit_unusable(error: UsageError, world: World) -> ExitCode:
     """
     shared = isinstance(error, SharedUsageError)
     if world.is_coordinator if shared or world.monitor is None else world.monitor.report_failure(error, unusable=True):
-        print(f"error: {error}", file=sys.stderr, flush=True)
-        write_error(error)
+        _report_unusable(error)
     if shared:
         # Wait until it is printed: the launcher terminates the other replicas when the first one exits.
         world.channel.gather(None)
     elif world.monitor is not None:
         exit_now(ExitCode.UNUSABLE)
     return ExitCode.UNUSABLE
+
+
+def _report_unusable(error: UsageError) -> None:
+    print(f"error: {error}", file=sys.stderr, flush=True)
+    write_error(error)
 
 
 def exit_now(code: ExitCode) -> NoReturn:

@@ -10,6 +10,8 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.run import get_args_parser, run
 
 from dreplica.distributed.launch import exit_codes
+from dreplica.distributed.rendezvous import rendezvous
+from dreplica.distributed.store import Endpoint
 from dreplica.errors import ExitCode
 
 _SIGNALS = "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR2"
@@ -26,6 +28,14 @@ class Nodes:
     """Rank of this node: 0 on the node at `head`."""
     head: str
     """Address of node 0 for the rendezvous, as `host:port`."""
+    timeout: float = 300.0
+    """Longest wait for the other nodes, in seconds."""
+
+    @property
+    def endpoint(self) -> Endpoint:
+        """The address of node 0."""
+        host, _, port = self.head.rpartition(":")
+        return Endpoint(host.removeprefix("[").removesuffix("]"), int(port), "node", "--head", "--head")
 
 
 def launch(module: str, arguments: Sequence[str], num_replicas: int, nodes: Nodes | None = None) -> ExitCode:
@@ -42,7 +52,14 @@ def launch(module: str, arguments: Sequence[str], num_replicas: int, nodes: Node
 
     Returns:
         The exit code of the run.
+
+    Raises:
+        UsageError: The address of node 0 cannot be used.
+        NotArrived: Other nodes did not arrive in time.
     """
+    store = None  # kept until the end, since torchrun uses its server
+    if nodes is not None:
+        store = rendezvous(nodes.endpoint, nodes.node_rank, nodes.num_nodes, nodes.timeout, serves=nodes.node_rank == 0)
     # The workers have reported the error; the launcher's summary would bury it under a traceback.
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
     logging.getLogger("torch.distributed.run").setLevel(logging.ERROR)
@@ -61,6 +78,7 @@ def launch(module: str, arguments: Sequence[str], num_replicas: int, nodes: Node
                     print(f"replica {rank} was terminated by {failure.signal_name()}", file=sys.stderr)
             codes = {failure.exitcode for failure in error.failures.values()} | set(reported_codes().values())
             return _most_informative(codes)
+    del store
     return ExitCode.AGREED
 
 
@@ -68,8 +86,7 @@ def _rendezvous_options(nodes: Nodes | None) -> list[str]:
     if nodes is None:
         return ["--standalone"]
     # Static, so that a node keeps its ranks over restarts: rank 0, which writes the run folder, stays on node 0.
-    host, _, port = nodes.head.rpartition(":")
-    address = [f"--master-addr={host}", f"--master-port={port}"]
+    address = [f"--master-addr={nodes.endpoint.host}", f"--master-port={nodes.endpoint.port}"]
     return ["--rdzv-backend=static", f"--nnodes={nodes.num_nodes}", f"--node-rank={nodes.node_rank}", *address]
 
 
