@@ -201,7 +201,7 @@ def _follow(store: dist.Store, rank: int, size: int, wait: Wait, unit: str) -> s
         prefix = f"dreplica/{start}"
         if start != joined:
             joined, nap = start, _FIRST_NAP
-            store.append(f"{prefix}/roll", f"{rank} {size} {own} {place}\n")
+            store.append(f"{prefix}/roll", f"{rank} {size} {own} {place}\n")  # type: ignore[attr-defined]  # no stub
             wait.start(f"{unit} 0, which waits for all {size} {unit}s", _QUIET_SECONDS, _ANSWER_SECONDS)
         if joined and store.check([f"{prefix}/answer"]):
             answer = json.loads(store.get(f"{prefix}/answer"))

@@ -8,6 +8,7 @@ import socket
 import time
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Any
 
 import torch.distributed as dist
 
@@ -35,7 +36,7 @@ class NotArrived(DreplicaError):
 
     default_code = "not-arrived"
 
-    def __init__(self, text: str, *, ranks: list[int], reports: bool = True, **fields: object) -> None:
+    def __init__(self, text: str, *, ranks: list[int], reports: bool = True, **fields: Any) -> None:
         super().__init__(text, ranks=ranks, **fields)
         self.ranks = ranks
         self.reports = reports
