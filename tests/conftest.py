@@ -26,7 +26,8 @@ _started: list[str] = []
 
 
 def _record_started(event: str, arguments: tuple[object, ...]) -> None:
-    if event in PROCESS_EVENTS:
+    # git, which a manifest asks for the commit, is over within milliseconds.
+    if event in PROCESS_EVENTS and not str(arguments[:1] and arguments[0]).endswith("git"):
         _started.append(f"{event}{arguments[:2]}")
 
 

@@ -15,6 +15,7 @@ from dreplica.agreement.trace.run_metadata import (
     RecordedRun,
     RunDifference,
     config_differences,
+    fold_distributions,
     manifest_differences,
     read_run,
     show,
@@ -54,7 +55,8 @@ class RunPair:
         if runs[0].config is not None and runs[1].config is not None:
             self.config = config_differences(runs[0].config, runs[1].config)
         if runs[0].manifests is not None and runs[1].manifests is not None:
-            self.manifest = manifest_differences(runs[0].manifests, runs[1].manifests)
+            configured = self.config is not None
+            self.manifest = manifest_differences(runs[0].manifests, runs[1].manifests, configured)
         self.found = compare_traces(*self.traces)
         if self.found.place is None and not self.found.num_digests:
             raise UsageError(
@@ -182,7 +184,7 @@ def _print(console: Console, pair: RunPair) -> None:
         if items is None:
             console.print(f"{title}: not compared")
         elif items:
-            console.print(_table(title, pair.names, items))
+            console.print(_table(title, pair.names, fold_distributions(items)))
         else:
             console.print(f"{title}: the same")
     for note in pair.notes:

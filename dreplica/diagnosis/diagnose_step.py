@@ -27,7 +27,7 @@ from dreplica.distributed.attempt import AttemptFailed, attempt
 from dreplica.distributed.channel import Channel, gloo_channel
 from dreplica.distributed.process_group import World
 from dreplica.environment.device import Device
-from dreplica.environment.manifest import Difference, collect_manifest, compare_manifests
+from dreplica.environment.manifest import Difference, collect_manifest, compare_manifests, gather_manifests
 from dreplica.errors import UsageError
 from dreplica.state.stages import STAGES, Optimizers, Stage
 
@@ -223,7 +223,7 @@ def _environment(subject: Subject, channel: Channel) -> tuple[RunFacts, list[Dif
     """Gather what each replica runs on, and the manifest fields that differ. Collective."""
     tensor = next(subject.model.parameters(), torch.empty(0))
     world = World(channel.rank, channel.size, channel, None, socket.gethostname())
-    manifests = channel.gather(collect_manifest(world, Device(tensor.device), None, ""))
+    manifests = gather_manifests(collect_manifest(world, Device(tensor.device), None, ""), channel)
     differing = compare_manifests(manifests, {})
     allowed = [difference for difference in differing if difference.allowed]
     return RunFacts(channel.size, differences=allowed, manifests=manifests), differing

@@ -1,25 +1,17 @@
 """Manifest of each replica's environment, exchanged and compared before the first step."""
 
-import ctypes
-import importlib.metadata
-import os
-import platform
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cache
-from pathlib import Path
 from typing import Any
 
-import numpy
-import torch
 import xxhash
 
-from dreplica import __version__
-from dreplica.config.paths import PACKAGE_ROOT
+from dreplica.distributed.channel import Channel
 from dreplica.distributed.process_group import World
-from dreplica.environment.determinism import numerics_flags
 from dreplica.environment.device import Device
+from dreplica.environment.distributions import runs_kernels
+from dreplica.environment.facts import collect_environment, describe_device
+from dreplica.environment.variables import STRICT, variable_may_round
 
 # Fields that may differ between replicas without an error. A difference is recorded as a possible cause.
 _MAY_DIFFER = {
@@ -33,7 +25,11 @@ _MAY_DIFFER = {
     "device.shared",
     "seed",
 }
+_MAY_DIFFER_BELOW = ("argv", "script", "commit", "distributions")
+"""Fields, with those below them, that may differ, too: evidence where replicas diverge, and no reason to stop them."""
 _MAY_ROUND = {"cpu.model", "device.name", "device.capability", "device.driver"}
+_MOST_DISTRIBUTIONS = 8
+"""Number of distributions whose versions are named where more differ between replicas."""
 # Config keys that decide a field: a replica with one of the keys in its `overrides` may differ in the field.
 _FOLLOWS_FROM = {
     "numerics.deterministic_algorithms": ("determinism.mode",),
@@ -57,23 +53,6 @@ _FOLLOWS_FROM = {
     "device.cuda": ("world.device",),
     "device.cudnn": ("world.device",),
 }
-# Environment variables that change rounding in the libraries below torch, regardless of torch's flags.
-_VARIABLES = (
-    "ATEN_CPU_CAPABILITY",
-    "CUBLASLT_WORKSPACE_SIZE",
-    "DISABLE_ADDMM_CUDA_LT",
-    "DNNL_MAX_CPU_ISA",
-    "MKL_CBWR",
-    "MKL_ENABLE_INSTRUCTIONS",
-    "NVIDIA_TF32_OVERRIDE",
-    "OMP_DYNAMIC",
-    "ONEDNN_MAX_CPU_ISA",
-    "TORCH_ALLOW_TF32_CUBLAS_OVERRIDE",
-    "TORCH_BLAS_PREFER_CUBLASLT",
-    "TORCH_CUBLASLT_UNIFIED_WORKSPACE",
-    "TORCH_CUDNN_USE_HEURISTIC_MODE_B",
-    "TORCH_CUDNN_V8_API_DISABLED",
-)
 
 
 @dataclass(frozen=True)
@@ -90,7 +69,10 @@ class Difference:
     @property
     def may_round(self) -> bool:
         """True if sound hardware that differs in the field may round differently."""
-        return self.field in _MAY_ROUND
+        section, _, name = self.field.partition(".")
+        if section == "variables":
+            return variable_may_round(name)
+        return self.field in _MAY_ROUND or runs_kernels(self.field)
 
     def __str__(self) -> str:
         groups: dict[str, list[int]] = {}
@@ -117,19 +99,9 @@ def collect_manifest(
     Returns:
         JSON values by field.
     """
-    return {
-        "host": world.host,
-        "seed": seed,
-        "code": source_digest(),
-        "python": platform.python_version(),
-        "packages": {name: _version(name) for name in ("dreplica", "torch", "torchvision", "numpy", "pillow")},
-        "cpu": {"capability": torch.backends.cpu.get_cpu_capability(), "model": _cpu_model()},
-        "device": _describe_device(device),
-        "numerics": numerics_flags(),
-        "variables": {name: os.environ.get(name) for name in _VARIABLES},
-        "data": data_digest,
-        "weights": weights_digest,
-    }
+    row = collect_environment(device.device, seed)
+    row |= {"host": world.host, "device": describe_device(device.device, device.shared)}
+    return row | {"data": data_digest, "weights": weights_digest}
 
 
 def compare_values(rows: Sequence[Mapping[str, Any]]) -> list[Difference]:
@@ -152,11 +124,64 @@ def compare_manifests(
         manifests: The manifest of each replica.
         declared: The config's `overrides` by replica id, which allow differences in the fields that they decide.
     """
-    return [replace(item, allowed=_is_allowed(item, declared)) for item in compare_values(manifests)]
+    found = [replace(item, allowed=_is_allowed(item, declared)) for item in compare_values(manifests)]
+    named = {item.field.removeprefix("packages.") for item in found if item.field.startswith("packages.")}
+    found = [item for item in found if item.field.removeprefix("distributions.") not in named]
+    return _without_long_tail(found)
+
+
+def gather_manifests(own: Mapping[str, Any], channel: Channel) -> list[dict[str, Any]]:
+    """Exchange manifests, of which each replica sends only what differs from that of rank 0.
+
+    Args:
+        own: The manifest of this replica.
+        channel: The control channel between all replicas.
+
+    Returns:
+        The manifest of each replica, in the order of ranks.
+
+    Note:
+        Collective: call on every rank.
+    """
+    first = channel.gather(own if channel.rank == 0 else None)[0]
+    return [unpack_manifest(first, changes) for changes in channel.gather(pack_manifest(first, own))]
+
+
+def pack_manifest(first: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the difference of one manifest from another, from which `unpack_manifest` restores it."""
+    changed = {key: value for key, value in other.items() if key not in first or first[key] != value}
+    nested = {
+        key: pack_manifest(first[key], changed.pop(key))
+        for key, value in list(changed.items())
+        if isinstance(value, Mapping) and isinstance(first.get(key), Mapping)
+    }
+    return {"changed": changed, "nested": nested, "missing": [key for key in first if key not in other]}
+
+
+def unpack_manifest(first: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the manifest whose difference from `first` is given."""
+    row = {key: value for key, value in first.items() if key not in changes["missing"]}
+    row |= {key: unpack_manifest(first[key], inner) for key, inner in changes["nested"].items()}
+    return row | changes["changed"]
+
+
+def _without_long_tail(found: Sequence[Difference]) -> list[Difference]:
+    """Replace all but a few differing distributions with one difference that counts them."""
+    rows = [item for item in found if item.field.startswith("distributions.")]
+    # What torch may run comes first.
+    tail = sorted(rows, key=lambda item: not item.may_round)[_MOST_DISTRIBUTIONS:]
+    if len(tail) < 2:
+        return list(found)
+    texts = [repr([item.values[r] for item in tail]) for r in range(len(tail[0].values))]
+    values = tuple(f"{len(tail)} more, digest {xxhash.xxh3_64_hexdigest(text.encode())}" for text in texts)
+    return [*(item for item in found if item not in tail), Difference("distributions", values, allowed=True)]
 
 
 def _is_allowed(difference: Difference, declared: Mapping[int, Mapping[str, Any]]) -> bool:
-    if difference.field in _MAY_DIFFER:
+    section, _, name = difference.field.partition(".")
+    if difference.field in _MAY_DIFFER or section in _MAY_DIFFER_BELOW:
+        return True
+    if section == "variables" and name not in STRICT:
         return True
     keys = {tuple(key.split(".")) for key in _FOLLOWS_FROM.get(difference.field, ())}
     undeclared = [
@@ -189,78 +214,6 @@ def card_of(manifest: Mapping[str, Any]) -> str | None:
     if device["type"] != "cuda":
         return None
     return f"{'MIG' if ' MIG ' in device['name'] else 'GPU'}-{device['uuid']}"
-
-
-@cache
-def source_digest() -> str:
-    """Return a digest of dreplica's source files, as 32 hexadecimal digits."""
-    digest = xxhash.xxh3_128()
-    for path in sorted(PACKAGE_ROOT.rglob("*.py")):
-        digest.update(str(path.relative_to(PACKAGE_ROOT)).encode() + b"\0" + path.read_bytes() + b"\0")
-    return digest.hexdigest()
-
-
-def _describe_device(device: Device) -> dict[str, Any]:
-    if device.device.type != "cuda":
-        return {"type": device.device.type, "name": device.device.type}
-    properties = torch.cuda.get_device_properties(device.device)
-    return {
-        "type": "cuda",
-        "index": device.device.index,
-        "name": properties.name,
-        "uuid": str(properties.uuid),
-        "capability": f"{properties.major}.{properties.minor}",
-        "shared": device.shared,
-        "driver": _driver_version(),
-        "cuda": torch.version.cuda,
-        "cudnn": torch.backends.cudnn.version(),
-    }
-
-
-def _version(package: str) -> str | None:
-    if package == "dreplica":
-        return __version__
-    if package == "torch":
-        return str(torch.__version__)
-    if package == "numpy":
-        return numpy.__version__
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
-
-
-@cache
-def _driver_version() -> str | None:
-    try:
-        text = Path("/proc/driver/nvidia/version").read_text(encoding="utf-8", errors="replace")
-    except OSError:
-        return _driver_version_by_nvml()  # not visible in some containers
-    found = re.search(r"\d+\.\d+(\.\d+)?", text)
-    return found and found.group()
-
-
-def _driver_version_by_nvml() -> str | None:
-    # https://docs.nvidia.com/deploy/nvml-api/group__nvmlSystemQueries.html
-    try:
-        nvml = ctypes.CDLL("libnvidia-ml.so.1")
-    except OSError:
-        return None
-    version = ctypes.create_string_buffer(80)
-    if nvml.nvmlInit_v2() != 0:
-        return None
-    failed = nvml.nvmlSystemGetDriverVersion(version, ctypes.c_uint(len(version)))
-    nvml.nvmlShutdown()
-    return None if failed else version.value.decode()
-
-
-@cache
-def _cpu_model() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
-    except OSError:
-        return platform.processor()
-    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), "")
 
 
 def _flatten(value: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

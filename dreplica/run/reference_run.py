@@ -13,6 +13,7 @@ from dreplica.agreement.trace.report_records import ReferenceCoverage
 from dreplica.agreement.trace.run_metadata import (
     RunDifference,
     config_differences,
+    fold_distributions,
     manifest_differences,
     read_run,
     show,
@@ -144,7 +145,8 @@ class ReferenceRun:
         recorded = read_run(trace.path.parent)
         own, own_rows = yaml.safe_load(self._config.to_yaml()), json.loads(json.dumps(manifests))
         config = config_differences(recorded.config, own) if recorded.config is not None else []
-        manifest = manifest_differences(recorded.manifests, own_rows) if recorded.manifests is not None else []
+        configured = recorded.config is not None
+        manifest = manifest_differences(recorded.manifests or [], own_rows, configured) if recorded.manifests else []
         lines = [f"reference: {line}" for line in recorded.problems]
         if trace.is_cut_off:
             lines.append(
@@ -156,7 +158,7 @@ class ReferenceRun:
             )
         lines += [
             f"reference: {item.field} was {show(item.one)}, and is {show(item.other)} in this run"
-            for item in (*config, *manifest)
+            for item in (*config, *fold_distributions(manifest))
             if item.matters
         ]
         return config, manifest, lines

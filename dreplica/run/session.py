@@ -20,7 +20,7 @@ from dreplica.diagnosis.decision import conclude as diagnosis
 from dreplica.diagnosis.decision.conclude import BuildFacts, RunFacts
 from dreplica.distributed.process_group import World
 from dreplica.distributed.signals import StopRequest
-from dreplica.environment.manifest import collect_manifest, compare_manifests, compare_values
+from dreplica.environment.manifest import collect_manifest, compare_manifests, compare_values, gather_manifests
 from dreplica.replica.build import broadcast_state, build_replica, weights_digest
 from dreplica.replica.wiring import WiringError, check_wiring
 from dreplica.run.bootstrap import Prepared
@@ -159,7 +159,7 @@ class Session:
     def preflight(self, weights: str | None = None) -> None:
         """Exchange manifests and raise Concluded (`environment-differs`) if values that must match differ."""
         own = collect_manifest(self.world, self._bound, self.seed, self.data.digest, weights)
-        self.facts.manifests = self.channel.gather(own)
+        self.facts.manifests = gather_manifests(own, self.channel)
         self.facts.differences = compare_manifests(self.facts.manifests, self.facts.overrides)
         wrong = [difference for difference in self.facts.differences if not difference.allowed]
         if wrong:

@@ -1,29 +1,29 @@
 """Manifests: recorded, compared, with differences allowed only where an override declares them."""
 
 import copy
-import ctypes
 import json
-import shutil
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from dreplica.config.paths import PACKAGE_ROOT
 from dreplica.config.schema import DeterminismConfig
 from dreplica.distributed.channel import Channel
 from dreplica.distributed.process_group import World
 from dreplica.environment import manifest as manifest_module
 from dreplica.environment.device import Device
+from dreplica.environment.facts import collect_environment
 from dreplica.environment.manifest import (
+    Difference,
     card_of,
     collect_manifest,
     compare_manifests,
     compare_values,
-    source_digest,
+    gather_manifests,
+    pack_manifest,
     spell_device,
+    unpack_manifest,
 )
 
 WORLD = World(0, 1, Channel(), None, "a-host")
@@ -31,7 +31,8 @@ WORLD = World(0, 1, Channel(), None, "a-host")
 
 @pytest.fixture
 def manifest() -> dict[str, Any]:
-    return collect_manifest(WORLD, Device(torch.device("cpu")), 42, "0" * 32)
+    row = collect_manifest(WORLD, Device(torch.device("cpu")), 42, "0" * 32)
+    return row | {"commit": {"sha": "a" * 40, "dirty": True, "diff": "b" * 32}}
 
 
 def changed(manifest: Mapping[str, Any], field: str, value: Any) -> dict[str, Any]:
@@ -77,7 +78,13 @@ def test_forbidden_difference_names_ranks_and_values(manifest: dict[str, Any], f
     assert str(difference) == f"{field}: {difference.values[0]!r} on replicas 0, 2; {value!r} on replica 1"
 
 
-@pytest.mark.parametrize("field", ["host", "cpu.model", "device.name", "seed"])
+@pytest.mark.parametrize(
+    "field",
+    [
+        *("host", "cpu.model", "device.name", "seed", "argv", "script", "commit.sha", "commit.diff"),
+        *("distributions.rich", "distributions.scipy", "variables.PYTHONHASHSEED", "variables.NCCL_ALGO"),
+    ],
+)
 def test_allowed_difference_is_recorded(manifest: dict[str, Any], field: str) -> None:
     (difference,) = compare_manifests([manifest, changed(manifest, field, "other")], {})
     assert (difference.field, difference.allowed) == (field, True)
@@ -149,21 +156,6 @@ def test_compare_values_is_recursive() -> None:
     assert [difference.field for difference in compare_values([one, two])] == ["optim.betas", "overrides.1.train.amp"]
 
 
-def test_source_digest_covers_every_file(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    copied = tmp_path / "elsewhere" / "dreplica"
-    shutil.copytree(PACKAGE_ROOT, copied, ignore=shutil.ignore_patterns("__pycache__"))
-    monkeypatch.setattr(manifest_module, "PACKAGE_ROOT", copied)
-    first = source_digest.__wrapped__()
-    assert len(first) == 32
-    assert source_digest.__wrapped__() == first
-    file = copied / "training" / "step.py"
-    file.write_text(file.read_text() + "#")
-    second = source_digest.__wrapped__()
-    assert second != first
-    file.rename(file.with_name("steps.py"))
-    assert source_digest.__wrapped__() not in {first, second}
-
-
 GPU = {"type": "cuda", "index": 1, "name": "NVIDIA H200", "uuid": "2f3c-7a", "capability": "9.0", "shared": False}
 GPU |= {"driver": "570.1", "cuda": "13.2", "cudnn": 91000}
 
@@ -201,32 +193,81 @@ def test_card_is_named_as_in_nvidia_smi(manifest: dict[str, Any]) -> None:
     assert card_of(slice_) == "MIG-2f3c-7a"
 
 
-class _Nvml:
-    """A fake of NVIDIA's management library."""
-
-    def __init__(self, _: str, starts: int = 0) -> None:
-        self.starts = starts
-
-    def nvmlInit_v2(self) -> int:
-        return self.starts
-
-    def nvmlSystemGetDriverVersion(self, buffer: Any, _: Any) -> int:
-        buffer.value = b"570.86.15"
-        return 0
-
-    def nvmlShutdown(self) -> int:
-        return 0
+def test_recorded_environment_is_that_of_the_library(manifest: dict[str, Any]) -> None:
+    row = collect_environment(torch.device("cpu"), 42)
+    assert set(manifest) == {*row, "data", "weights"}
+    assert {key for key in row if key != "commit" and row[key] != manifest[key]} == {"host"}
 
 
-def _not_found(*_: Any, **__: Any) -> Any:
-    raise FileNotFoundError
+@pytest.mark.parametrize(
+    ("field", "may_round"),
+    [
+        ("variables.GLIBC_TUNABLES", True),
+        ("variables.PYTHONHASHSEED", False),
+        ("variables.CUDA_VISIBLE_DEVICES", False),
+        ("distributions.nvidia-cudnn-cu13", True),
+        ("distributions.mkl", True),
+        ("distributions.rich", False),
+        ("commit.sha", False),
+        ("argv", False),
+        ("cpu.model", True),
+    ],
+)
+def test_difference_may_round_where_kernels_may_differ(field: str, may_round: bool) -> None:
+    assert Difference(field, ("a", "b"), allowed=True).may_round == may_round
 
 
-def test_driver_version_falls_back_to_nvml(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Path, "read_text", _not_found)
-    monkeypatch.setattr(ctypes, "CDLL", _Nvml)
-    assert manifest_module._driver_version.__wrapped__() == "570.86.15"
-    monkeypatch.setattr(ctypes, "CDLL", lambda name: _Nvml(name, starts=999))
-    assert manifest_module._driver_version.__wrapped__() is None
-    monkeypatch.setattr(ctypes, "CDLL", _not_found)
-    assert manifest_module._driver_version.__wrapped__() is None
+def test_package_is_not_listed_as_distribution_too(manifest: dict[str, Any]) -> None:
+    other = changed(changed(manifest, "packages.numpy", "1.0"), "distributions.numpy", "1.0")
+    (difference,) = compare_manifests([manifest, other], {})
+    assert (difference.field, difference.allowed) == ("packages.numpy", False)
+
+
+def test_many_distributions_are_counted(manifest: dict[str, Any]) -> None:
+    versions = {f"package-{i:02}": "1.0" for i in range(40)} | {"nvidia-nccl-cu13": "1.0"}
+    rows = [{**manifest, "distributions": versions | {"package-39": text}} for text in ("2.0", "1.0", "2.0")]
+    assert [item.field for item in compare_manifests(rows, {})] == ["distributions.package-39"]
+    other = {**manifest, "distributions": dict.fromkeys(versions, "2.0")}
+    rows = [{**manifest, "distributions": versions}, other, other]
+    found = compare_manifests(rows, {})
+    assert len(found) == 9
+    assert "distributions.nvidia-nccl-cu13" in [item.field for item in found]
+    assert (found[-1].field, found[-1].allowed) == ("distributions", True)
+    assert found[-1].values[0] != found[-1].values[1] == found[-1].values[2]
+    assert found[-1].values[0].startswith("33 more, digest ")
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        {},
+        {"a": 1, "b": {"c": 2, "d": [1, 2]}, "e": None},
+        {"a": 2, "b": {"c": 2, "d": [1]}, "e": None},
+        {"a": None, "b": {"c": {"x": 1}}, "f": {"g": 1}},
+        {"a": {"x": 1}, "b": None, "e": {"y": {}}},
+    ],
+)
+def test_packed_manifest_is_restored(other: dict[str, Any]) -> None:
+    first = {"a": 1, "b": {"c": 2, "d": [1, 2]}, "e": None}
+    packed = json.loads(json.dumps(pack_manifest(first, other)))
+    assert unpack_manifest(first, packed) == other
+
+
+class _TwoRanks(Channel):
+    """A channel that plays the part of rank 1, and keeps what it sends."""
+
+    def __init__(self, first: dict[str, Any]) -> None:
+        super().__init__()
+        self.rank, self.size, self.first = 1, 2, first
+        self.sent: list[Any] = []
+
+    def gather(self, value: Any) -> list[Any]:
+        self.sent.append(value)
+        return [self.first if len(self.sent) == 1 else pack_manifest(self.first, self.first), value]
+
+
+def test_gather_sends_only_what_differs(manifest: dict[str, Any]) -> None:
+    own = changed(manifest, "host", "b-host")
+    channel = _TwoRanks(manifest)
+    assert gather_manifests(own, channel) == [manifest, own]
+    assert len(json.dumps(channel.sent)) < 200

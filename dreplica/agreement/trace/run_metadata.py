@@ -1,6 +1,7 @@
 """Read what a run folder holds in addition to the trace, and compare config and manifest of two runs."""
 
 import json
+import shlex
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,11 +10,17 @@ from typing import Any
 import yaml
 
 from dreplica.agreement.trace.run_report import ReportError, RunReport
+from dreplica.environment.distributions import runs_kernels
+from dreplica.environment.variables import HARMLESS
 
 _CHANGES_NOTHING = {"run", "checkpoint", "agreement", "world.timeout", "train.epochs", "train.max_steps"}
 """Config sections and keys that no digest depends on: names, what is compared and saved, and the length of the run."""
 _NAMES_A_MACHINE = {"host", "device.index", "device.uuid", "device.shared"}
 """Manifest fields that identify one of several equal machines or devices."""
+_STARTS_THE_SCRIPT = {"argv", "script"}
+"""Manifest fields that are left out beside a config, which has all that they determine in the trainer."""
+_EACH_VERSION_HAS_OTHERS = ("cpu.", "numerics.", "packages.", "variables.")
+"""Sections in which a field that only one of two manifests has may be one that the other's dreplica did not record."""
 
 
 @dataclass(frozen=True)
@@ -100,22 +107,74 @@ def config_differences(one: Mapping[str, Any], other: Mapping[str, Any]) -> list
     ]
 
 
-def manifest_differences(one: Sequence[Mapping[str, Any]], other: Sequence[Mapping[str, Any]]) -> list[RunDifference]:
+def manifest_differences(
+    one: Sequence[Mapping[str, Any]], other: Sequence[Mapping[str, Any]], configured: bool = False
+) -> list[RunDifference]:
     """Return the fields in which the manifests of two runs differ.
 
     A field's value is the one that all replicas of a run have, or a list if they have different ones. The number of
-    replicas makes no difference.
+    replicas makes no difference. Fields that one of the runs did not record are left out.
 
     Args:
         one: The manifests of the first run's replicas.
         other: The manifests of the second run's replicas.
+        configured: True if both runs have a config, so that script and arguments are not compared.
     """
     here, there = _values(one), _values(other)
-    return [
-        RunDifference(field, here.get(field), there.get(field), matters=field not in _NAMES_A_MACHINE)
-        for field in [*here, *(field for field in there if field not in here)]
-        if here.get(field) != there.get(field)
-    ]
+    sections = [{field.partition(".")[0] for field in values} for values in (here, there)]
+    recorded = sections[0] & sections[1] - (_STARTS_THE_SCRIPT if configured else set())
+    both_list_variables = "distributions" in recorded
+    found = []
+    for field in dict.fromkeys([*here, *there]):
+        if field.partition(".")[0] not in recorded or here.get(field) == there.get(field):
+            continue
+        lists_all = both_list_variables and field.startswith("variables.")
+        in_both = field in here and field in there
+        if in_both or lists_all or not field.startswith(_EACH_VERSION_HAS_OTHERS):
+            found.append(_difference(field, here.get(field), there.get(field)))
+    named = {item.field.removeprefix("packages.") for item in found if item.field.startswith("packages.")}
+    return [item for item in found if item.field.removeprefix("distributions.") not in named]
+
+
+def fold_distributions(items: Sequence[RunDifference], most: int = 10) -> list[RunDifference]:
+    """Return differences for a reader, in which one item counts the distributions beyond `most`.
+
+    Args:
+        items: The differences between two manifests.
+        most: Number of distributions that are named. Those with kernels that torch may run come first.
+    """
+    rows = [item for item in items if item.field.startswith("distributions.")]
+    tail = sorted(rows, key=lambda item: not runs_kernels(item.field))[most:]
+    if len(tail) < 2:
+        return list(items)
+    count = RunDifference("distributions", *2 * (f"{len(tail)} more that differ",), matters=True)
+    return [*(item for item in items if item not in tail), count]
+
+
+def _difference(field: str, one: Any, other: Any) -> RunDifference:
+    matters = field not in _NAMES_A_MACHINE and field.removeprefix("variables.") not in HARMLESS
+    if field == "commit":
+        matters = one is not None and other is not None
+    if field == "argv" and isinstance(one, list) and isinstance(other, list):
+        is_moved = one[1:] == other[1:] and _file_name(one) == _file_name(other)
+        return RunDifference(field, *_differing_arguments(one, other), matters=matters and not is_moved)
+    return RunDifference(field, one, other, matters)
+
+
+def _differing_arguments(one: Sequence[Any], other: Sequence[Any]) -> tuple[str, str]:
+    """Return the arguments of each side without those that both begin or end with, as a shell has them."""
+    one, other = [str(item) for item in one], [str(item) for item in other]
+    shorter = min(len(one), len(other))
+    start = next((i for i in range(shorter) if one[i] != other[i]), shorter)
+    rest = shorter - start
+    end = next((i for i in range(rest) if one[-1 - i] != other[-1 - i]), rest)
+    if start and one[start - 1].startswith("-"):
+        start -= 1  # the name of the option whose value differs
+    return shlex.join(one[start : len(one) - end]), shlex.join(other[start : len(other) - end])
+
+
+def _file_name(argv: Sequence[Any]) -> str:
+    return Path(str(argv[0])).name if argv else ""
 
 
 def show(value: Any) -> str:
@@ -125,12 +184,22 @@ def show(value: Any) -> str:
 
 
 def _values(manifests: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    rows = [dict(_leaves(manifest)) for manifest in manifests]
+    rows = [dict(_leaves({**manifest, **_commit_text(manifest)})) for manifest in manifests]
     values: dict[str, Any] = {}
     for field in dict.fromkeys(field for row in rows for field in row if field != "replica"):
         column = [row.get(field) for row in rows]
         values[field] = column[0] if all(value == column[0] for value in column) else column
     return values
+
+
+def _commit_text(manifest: Mapping[str, Any]) -> dict[str, str]:
+    """Return the field `commit` as one text: the start of the hash, and that of the changes to tracked files."""
+    commit = manifest.get("commit")
+    if not isinstance(commit, Mapping):
+        return {}
+    diff = commit.get("diff")
+    changes = "" if commit.get("dirty") is False else f", with changes {str(diff)[:12] if diff else '(unknown)'}"
+    return {"commit": f"{str(commit.get('sha'))[:12]}{changes}"}
 
 
 def _leaves(value: Mapping[Any, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -8,6 +8,7 @@ import torch
 
 from dreplica.commands.doctor.check import Check
 from dreplica.environment.determinism import DETERMINISTIC_WORKSPACES, environment_at_start
+from dreplica.environment.variables import STRICT
 
 _LOOP = "dreplica sets it; a custom training loop must set it."
 _SET_BY_TORCH = {"TORCHINDUCTOR_CACHE_DIR"}
@@ -126,9 +127,9 @@ def _libraries(variables: Mapping[str, Any]) -> Check:
         "These change how cuBLAS, MKL and oneDNN round, independently of torch's flags. Replicas compare them before "
         "the first step."
     )
-    present = {key: value for key, value in variables.items() if value is not None}
+    present = {key: variables[key] for key in STRICT if variables[key] is not None}
     if not present:
-        return Check(name, "ok", f"none of {', '.join(variables)} is set", why)
+        return Check(name, "ok", f"none of {', '.join(STRICT)} is set", why)
     seen = ", ".join(f"{key}={value}" for key, value in present.items())
     return Check(
         name, "warn", seen, why, (f"unset {' '.join(present)}  # or set them to the same values on every machine",)

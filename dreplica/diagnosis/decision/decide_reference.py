@@ -11,13 +11,14 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from dreplica.agreement.reference import ReferenceDifference
-from dreplica.agreement.trace.run_metadata import RunDifference, show
+from dreplica.agreement.trace.run_metadata import RunDifference, fold_distributions, show
 from dreplica.agreement.verdict.evidence import Evidence
 from dreplica.agreement.verdict.remedy import Remedy
 from dreplica.diagnosis.decision.decide import decide_alone
 from dreplica.diagnosis.evidence.observation import Decision, Witness
 from dreplica.environment.determinism import CHANGEABLE, numerics_as
 from dreplica.environment.manifest import follows_from
+from dreplica.environment.variables import STRICT, variable_may_round
 from dreplica.state.fingerprint.stage import STAGES
 
 _BUILT = ("weights", "buffers", "rng")
@@ -63,7 +64,7 @@ _ENVIRONMENT_ACTS = (
     "cpu.",
     "device.",
     "numerics.",
-    "variables.",
+    *(f"variables.{name}" for name in STRICT),
 )
 """Manifest fields, or their prefixes, that may change a stage that `_ENVIRONMENT_ACTS_ON` does not list."""
 
@@ -83,7 +84,7 @@ class AgainstReference:
 
     def evidence(self) -> list[Evidence]:
         """Return one line for each difference between the runs that may matter."""
-        named = (("config", self.config), ("manifest", self.manifest))
+        named = (("config", self.config), ("manifest", fold_distributions(self.manifest)))
         return [
             Evidence.of(
                 "reference-field-differs",
@@ -159,6 +160,10 @@ class AgainstReference:
         environment = [item for item in manifest if self._may_act(item.field)]
         causes = {"indices": "indices-differ", "batch": "batch-differs", "predictions": "evaluation-differs"}
         unexplained = causes.get(stage or "", "unexplained")
+        vague = [item for item in manifest if _might_act(item.field) and stage != "indices"]
+        if not settings and not environment and vague:
+            line = Evidence.of("reference-may-act", stage=stage, fields=_names(fold_distributions(vague)))
+            return _named(unexplained, line, Evidence.of("reference-ambiguous"))
         if not settings and not environment:
             return _named(unexplained, Evidence.of("reference-nothing-acts", stage=stage))
         line = Evidence.of("reference-may-act", stage=stage, fields=_names([*settings, *environment]))
@@ -207,6 +212,12 @@ class AgainstReference:
         if self._came_from_before:
             names = (*names, *_ENVIRONMENT_ACTS_ON["batch"])
         return any(field == name or (name.endswith(".") and field.startswith(name)) for name in names)
+
+
+def _might_act(field: str) -> bool:
+    """Return True if a manifest field can act on some code, without evidence that it acts on this step."""
+    section, _, name = field.partition(".")
+    return section in ("commit", "distributions") or (section == "variables" and variable_may_round(name))
 
 
 def _named(cause: str, *evidence: Evidence) -> Decision:

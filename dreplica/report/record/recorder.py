@@ -14,6 +14,7 @@ from rich.console import Console
 
 from dreplica.agreement.trace.json_file import write_json
 from dreplica.agreement.trace.report_records import EpochRecord, ReferenceCoverage, ReplicaInfo, RunInfo
+from dreplica.agreement.trace.run_metadata import fold_distributions, manifest_differences
 from dreplica.agreement.trace.run_report import REPORT_NAME, RunReport
 from dreplica.agreement.verdict.verdict import Verdict
 from dreplica.config.schema import ReportConfig, RunFolderConfig
@@ -21,7 +22,7 @@ from dreplica.diagnosis.decision.conclude import replica_lost
 from dreplica.distributed.failure import describe_exception
 from dreplica.distributed.liveness import Lost, is_reporter
 from dreplica.distributed.process_group import World
-from dreplica.environment.manifest import card_of, compare_values
+from dreplica.environment.manifest import card_of
 from dreplica.errors import UsageError
 from dreplica.report.html.render import FILE_NAME, write_report
 from dreplica.report.record.coverage import describe_coverage
@@ -159,11 +160,14 @@ class Recorder:
         except (OSError, ValueError, LookupError) as error:
             log.warning("manifest.json of %s cannot be read: %s", self.folder, error)
             return
+        if not isinstance(before, dict):
+            log.warning("manifest.json of %s is not the file of a run", self.folder)
+            return
         now = json.loads(json.dumps({"replica": 0, **manifests[0]}))
-        for difference in compare_values([before, now]):
-            one, other = difference.values
-            self.report.warnings.append(f"{difference.field} was {one!r} before the interruption, and is {other!r} now")
-            log.warning(self.report.warnings[-1])
+        for item in fold_distributions(manifest_differences([before], [now], configured=True)):
+            line = f"{item.field} was {item.one!r} before the interruption, and is {item.other!r} now"
+            self.report.warnings.append(line)
+            log.warning(line)
 
     def _begin(self, folder: Path, manifests: Sequence[Mapping[str, Any]]) -> None:
         replicas = [ReplicaInfo(replica=replica_id) for replica_id in range(self._world.num_replicas)]

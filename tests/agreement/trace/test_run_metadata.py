@@ -6,7 +6,13 @@ from typing import Any
 
 import pytest
 
-from dreplica.agreement.trace.run_metadata import RunDifference, config_differences, manifest_differences, read_run
+from dreplica.agreement.trace.run_metadata import (
+    RunDifference,
+    config_differences,
+    fold_distributions,
+    manifest_differences,
+    read_run,
+)
 from dreplica.agreement.verdict.verdict import Verdict
 from dreplica.config.schema import RunConfig
 
@@ -74,3 +80,104 @@ def test_read_run_lists_unreadable_files(content: str, tmp_path: Path) -> None:
     first, second = run.problems
     assert first.startswith("config.yaml ")
     assert second == "there is no manifest.json"
+
+
+def row(**changes: Any) -> list[dict[str, Any]]:
+    """Return the manifest of a run from a custom loop, with one replica."""
+    manifest: dict[str, Any] = {
+        "host": "a",
+        "argv": ["train.py", "--lr", "0.1", "--amp"],
+        "script": "1" * 32,
+        "commit": {"sha": "a" * 40, "dirty": False, "diff": None},
+        "packages": {"numpy": "2.1.0"},
+        "numerics": {"threads": 1},
+        "variables": {"MKL_CBWR": None},
+        "distributions": {"numpy": "2.1.0", "scipy": "1.0"},
+    }
+    return [{"replica": 0, **manifest, **changes}]
+
+
+DIRTY = {"sha": "a" * 40, "dirty": True, "diff": "b" * 32}
+
+
+@pytest.mark.parametrize(
+    ("changes", "text", "matters"),
+    [
+        ({"host": "b"}, 'host: "a" and "b"', False),
+        ({"distributions": {"numpy": "2.1.0", "scipy": "1.1"}}, 'distributions.scipy: "1.0" and "1.1"', True),
+        ({"distributions": {"numpy": "2.1.0"}}, 'distributions.scipy: "1.0" and null', True),
+        ({"variables": {"MKL_CBWR": "AVX2"}}, 'variables.MKL_CBWR: null and "AVX2"', True),
+        ({"variables": {"MKL_CBWR": None, "A": "1"}}, 'variables.A: null and "1"', True),
+        (
+            {"variables": {"MKL_CBWR": None, "CUDA_VISIBLE_DEVICES": "1"}},
+            'variables.CUDA_VISIBLE_DEVICES: null and "1"',
+            False,
+        ),
+        (
+            {"commit": {"sha": "c" * 40, "dirty": False, "diff": None}},
+            'commit: "aaaaaaaaaaaa" and "cccccccccccc"',
+            True,
+        ),
+        ({"commit": DIRTY}, 'commit: "aaaaaaaaaaaa" and "aaaaaaaaaaaa, with changes bbbbbbbbbbbb"', True),
+        (
+            {"commit": {**DIRTY, "dirty": None, "diff": None}},
+            'commit: "aaaaaaaaaaaa" and "aaaaaaaaaaaa, with changes (unknown)"',
+            True,
+        ),
+        ({"commit": None}, 'commit: "aaaaaaaaaaaa" and null', False),
+        ({"script": None}, f'script: "{"1" * 32}" and null', True),
+        ({"argv": ["train.py", "--lr", "0.2", "--amp"]}, 'argv: "--lr 0.1" and "--lr 0.2"', True),
+        ({"argv": ["train.py", "--lr", "0.1"]}, 'argv: "--amp" and ""', True),
+        ({"argv": ["/x/train.py", "--lr", "0.1", "--amp"]}, 'argv: "train.py" and "/x/train.py"', False),
+        ({"argv": []}, 'argv: "train.py --lr 0.1 --amp" and ""', True),
+    ],
+)
+def test_difference_of_two_custom_loops(changes: dict[str, Any], text: str, matters: bool) -> None:
+    (found,) = manifest_differences(row(), row(**changes))
+    assert (str(found), found.matters) == (text, matters)
+    assert manifest_differences(row(**changes), row(**changes)) == []
+
+
+def test_arguments_are_left_out_beside_a_config() -> None:
+    other = row(host="b", argv=["train.py", "--run.name", "b"], script="2" * 32)
+    assert [item.field for item in manifest_differences(row(), other, configured=True)] == ["host"]
+
+
+def test_fields_of_one_version_are_not_compared() -> None:
+    """A manifest of an earlier version has no script, and no row for a variable or flag that is new."""
+    (old,) = row()
+    for field in ("argv", "script", "commit", "distributions"):
+        del old[field]
+    old["variables"] = {}
+    old["numerics"] = {"threads": 1, "no_longer_recorded": True}
+    new = row(numerics={"threads": 1, "new": 1})
+    assert manifest_differences([old], new) == manifest_differences(new, [old]) == []
+    assert [item.field for item in manifest_differences([{**old, "host": "b"}], new)] == ["host"]
+
+
+def test_package_is_compared_once() -> None:
+    other = row(packages={"numpy": "1.26.4"}, distributions={"numpy": "1.26.4", "scipy": "1.0"})
+    assert [str(item) for item in manifest_differences(row(), other)] == ['packages.numpy: "2.1.0" and "1.26.4"']
+
+
+def test_replicas_of_different_commits_are_listed() -> None:
+    two = [*row(), *row(commit=DIRTY)]
+    (found,) = manifest_differences(row(), two)
+    assert found.other == ["aaaaaaaaaaaa", "aaaaaaaaaaaa, with changes bbbbbbbbbbbb"]
+
+
+@pytest.mark.parametrize("damaged", [{"commit": "x"}, {"commit": {}}, {"argv": "x"}, {"argv": [1]}, {"variables": 3}])
+def test_damaged_manifest_is_compared_nevertheless(damaged: dict[str, Any]) -> None:
+    assert manifest_differences(row(), row(**damaged))
+
+
+def test_many_distributions_are_folded() -> None:
+    names = [f"package-{i:02}" for i in range(30)] + ["triton"]
+    one, other = (row(distributions=dict.fromkeys(names, version)) for version in ("1", "2"))
+    items = manifest_differences(one, [{**other[0], "host": "b"}])
+    assert len(items) == 32
+    folded = fold_distributions(items)
+    assert [item.field for item in folded][::11] == ["host", "distributions"]
+    assert "distributions.triton" in [item.field for item in folded]
+    assert str(folded[-1]) == 'distributions: "21 more that differ" and "21 more that differ"'
+    assert fold_distributions(items[:12]) == items[:12]
