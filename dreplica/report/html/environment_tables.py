@@ -1,5 +1,6 @@
 """Tables of the replicas and of their environment."""
 
+import shlex
 from collections.abc import Mapping
 from typing import Any
 
@@ -50,10 +51,23 @@ def environment_table(run: RunFiles) -> Table | None:
 
 
 def manifest_table(run: RunFiles) -> Table | None:
-    """Return all manifest fields of replica 0."""
+    """Return the manifest fields of replica 0, without variables that are not set and without distributions."""
     if not run.manifests:
         return None
-    return Table(["field", "replica 0"], [[name, str(value)] for name, value in _flat(run.manifests[0])])
+    manifest = {key: value for key, value in run.manifests[0].items() if key != "distributions"}
+    if isinstance(argv := manifest.get("argv"), list):
+        manifest["argv"] = shlex.join(map(str, argv))
+    if isinstance(variables := manifest.get("variables"), dict):
+        manifest["variables"] = {name: value for name, value in variables.items() if value is not None}
+    return Table(["field", "replica 0"], [[name, str(value)] for name, value in _flat(manifest)])
+
+
+def distributions_table(run: RunFiles) -> Table | None:
+    """Return the installed distributions of replica 0 and their versions, or None if they are not recorded."""
+    found = run.manifests[0].get("distributions") if run.manifests else None
+    if not found or not isinstance(found, dict):
+        return None
+    return Table(["distribution", "version"], [[str(name), str(version)] for name, version in found.items()])
 
 
 def _flat(value: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:

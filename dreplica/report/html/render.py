@@ -87,6 +87,7 @@ def render(run: RunFiles) -> str:
         replicas=tables.replicas_table(run),
         environment=tables.environment_table(run),
         manifest=tables.manifest_table(run),
+        distributions=tables.distributions_table(run),
         on_gpu=any((row.get("device") or {}).get("type") == "cuda" for row in run.manifests),
         group_name=sections.group_name,
         style=Markup((_TEMPLATES / "report.css").read_text(encoding="utf-8")),

@@ -180,6 +180,32 @@ def test_largest_float64_distance_is_shown(folder: Path) -> None:
     assert "1.8e+19 ULP" in text_of(folder)
 
 
+def test_environment_is_folded(folder: Path) -> None:
+    rows = json.loads((folder / "manifest.json").read_text())
+    names = [f"package-{i:02}" for i in range(40)]
+    for row, version in zip(rows, ("1.0", "2.0"), strict=True):
+        row["argv"] = ["train.py", "--name", "a b"]
+        row["distributions"] = dict.fromkeys(names, version)
+        row["variables"] = {"MKL_CBWR": None, "NCCL_ALGO": "Ring"}
+    (folder / "manifest.json").write_text(json.dumps(rows))
+    page = text_of(folder)
+    assert "train.py --name 'a b'" in page
+    assert "40 installed distributions" in page
+    assert "variables.NCCL_ALGO" in page
+    assert "variables.MKL_CBWR" not in page
+    assert "distributions.package-07" in page
+    assert "distributions.package-08" not in page
+    assert "32 more, digest" in page
+
+
+@pytest.mark.parametrize("value", [None, 3, [], {}, {"a": None}, [["x"]], {"sha": 1}])
+def test_environment_of_any_type_is_shown(folder: Path, value: Any) -> None:
+    rows = json.loads((folder / "manifest.json").read_text())
+    rows[0] |= dict.fromkeys(("argv", "script", "commit", "distributions", "variables", "packages"), value)
+    (folder / "manifest.json").write_text(json.dumps(rows))
+    assert "All manifest fields" in text_of(folder)
+
+
 def test_trace_ends_at_damaged_line(folder: Path) -> None:
     header, *lines = (folder / "trace.jsonl").read_text().splitlines(keepends=True)
     for step in ("-5", "1" * 5000, "1e400", "null", "2"):
