@@ -12,13 +12,18 @@ export CONFIG="${CONFIG:-configs/digits.yaml}"
 export RUN_NAME="${RUN_NAME:-cluster}"
 export RUN_ROOT="${RUN_ROOT:-runs}"
 export SETTINGS="${SETTINGS:-}"
+export DEVICE="${DEVICE:-}"
 export STOP_SECONDS="${STOP_SECONDS:-120}"
 
 first=${hosts[0]##*@}
 export HEAD="${HEAD:-$first:29500}"
 
 on_node() {
-    ssh -o BatchMode=yes -o ServerAliveInterval=15 "${hosts[$1]}" "bash -c $(printf %q "$2")"
+    exec ssh -o BatchMode=yes -o ServerAliveInterval=15 "${hosts[$1]}" "bash -c $(printf %q "$2")"
+}
+
+run_node() {
+    on_node "$@"
 }
 
 . launch/hosts.bash

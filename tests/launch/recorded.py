@@ -25,7 +25,7 @@ class Calls:
 
     def environment(self, path: str) -> dict[str, str]:
         """Return the variables that put the command first on `path`."""
-        self.folder.mkdir()
+        self.folder.mkdir(exist_ok=True)
         program = self.folder / "dreplica"
         program.write_text(_PROGRAM.format(python=sys.executable, folder=str(self.folder), code=self.code))
         program.chmod(0o755)
@@ -38,3 +38,9 @@ class Calls:
             (command, *arguments), seen = json.loads(path.read_text())
             calls.append({"command": command, **dict(zip(arguments[::2], arguments[1::2], strict=True)), **seen})
         return sorted(calls, key=lambda call: int(call["--node-rank"]))
+
+    def read_arguments(self) -> list[str]:
+        """Return the arguments of the only call."""
+        (path,) = self.folder.glob("call-*.json")
+        arguments: list[str] = json.loads(path.read_text())[0]
+        return arguments
