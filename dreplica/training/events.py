@@ -86,6 +86,8 @@ class EpochDone:
     """Training samples per second on each replica."""
     timing: dict[str, list[float]] = field(default_factory=dict)
     """Seconds that each replica spent in each phase."""
+    lr: list[list[float]] = field(default_factory=list)
+    """Learning rates of each replica's parameter groups at the end of the epoch, equal ones once."""
 
     def as_dict(self) -> dict[str, Any]:
         """Return the epoch's entry in `report.json`."""

@@ -122,6 +122,7 @@ def train(
         trained = time.perf_counter()
         timer.lap("loading")
         position = position_after(epoch, number, tally)
+        rates = learning_rates(replica.optimizer)  # before the schedule sets those of the next epoch
         if number == len(stream):  # not if max_steps cut the epoch short
             replica.advance_scheduler("epoch")
             history.epoch_end(epoch)
@@ -135,7 +136,7 @@ def train(
         timer.lap("checks")
         images_per_second = (tally.count - count_before) / (trained - started)
         step = agreement.steps_done
-        yield _gather_epoch(step, epoch, tally, evaluation, started, images_per_second, position, world, timer)
+        yield _gather_epoch(step, epoch, tally, evaluation, started, images_per_second, position, world, timer, rates)
         if any(world.channel.gather(bool(stop_request))):  # requested during the evaluation
             yield Stopped(agreement.steps_done, epoch, position)
             break
@@ -154,9 +155,10 @@ def _gather_epoch(
     position: Position,
     world: World,
     timer: PhaseTimer,
+    rates: list[float],
 ) -> EpochDone:
-    own = (tally.accuracy, tally.loss, evaluation.tally.accuracy, evaluation.tally.loss, images_per_second)
-    train_accuracy, train_loss, val_accuracy, val_loss, throughput, *seconds = (
+    own = (tally.accuracy, tally.loss, evaluation.tally.accuracy, evaluation.tally.loss, images_per_second, rates)
+    train_accuracy, train_loss, val_accuracy, val_loss, throughput, lr, *seconds = (
         list(row) for row in zip(*world.channel.gather((*own, *timer.seconds.values())), strict=True)
     )
     return EpochDone(
@@ -170,4 +172,10 @@ def _gather_epoch(
         position=position,
         throughput=throughput,
         timing=dict(zip(timer.seconds, seconds, strict=True)),
+        lr=lr,
     )
+
+
+def learning_rates(optimizer: torch.optim.Optimizer) -> list[float]:
+    """Return the learning rates of an optimizer's parameter groups in their order, equal ones once."""
+    return list(dict.fromkeys(float(group["lr"]) for group in optimizer.param_groups if "lr" in group))

@@ -220,6 +220,11 @@ REMEDIES: Mapping[str, RemedyTemplate] = {
     "fix-exception": RemedyTemplate(
         "fix this error of replica {replica}, whose traceback is in the log above: {error}"
     ),
+    "resume": RemedyTemplate("run the same command again{where}: it resumes from the checkpoint of step {step}"),
+    "resume-with-auto": RemedyTemplate(
+        "run the command again{where} with --run.resume auto: it resumes from the checkpoint of step {step}"
+    ),
+    "start-over": RemedyTemplate("run the same command again{where}: it starts over, since it has no checkpoint"),
     # Unexplained.
     "compare-every-step": RemedyTemplate(
         "so that the step can be replayed from a recent snapshot",

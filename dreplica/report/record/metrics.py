@@ -16,6 +16,7 @@ def append_metrics(path: Path, done: EpochDone) -> None:
     """Append the line of an epoch to `metrics.jsonl`."""
     line = {"step": done.step, **done.as_dict(), "seconds": round(done.seconds, 3)}
     line["images_per_second"] = round(done.images_per_second, 1)
+    line["lr"] = done.lr
     line["throughput"] = [round(value, 1) for value in done.throughput]
     line["timing"] = {phase: [round(value, 6) for value in values] for phase, values in done.timing.items()}
     with path.open("a", encoding="utf-8") as file:

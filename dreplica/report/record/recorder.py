@@ -1,6 +1,5 @@
 """Record a run: its folder during the run, its report however it ends."""
 
-import json
 import logging
 import math
 import time
@@ -14,7 +13,6 @@ from rich.console import Console
 
 from dreplica.agreement.trace.json_file import write_json
 from dreplica.agreement.trace.report_records import EpochRecord, ReferenceCoverage, ReplicaInfo, RunInfo
-from dreplica.agreement.trace.run_metadata import fold_distributions, manifest_differences
 from dreplica.agreement.trace.run_report import REPORT_NAME, RunReport
 from dreplica.agreement.verdict.verdict import Verdict
 from dreplica.config.schema import ReportConfig, RunFolderConfig
@@ -25,11 +23,13 @@ from dreplica.distributed.process_group import World
 from dreplica.environment.manifest import card_of
 from dreplica.errors import UsageError
 from dreplica.report.html.render import FILE_NAME, write_report
+from dreplica.report.record.closing_report import print_report
 from dreplica.report.record.coverage import describe_coverage
 from dreplica.report.record.metrics import METRICS_NAME, append_metrics, read_metrics
-from dreplica.report.record.resumable import Completed, NotResumable, check_resumable
+from dreplica.report.record.resumable import Completed, NotResumable, check_resumable, manifest_changes
+from dreplica.report.record.resume_remedy import resume_remedy
 from dreplica.report.record.run_folder import FolderLock, create_run_folder, newest_run_folder
-from dreplica.report.record.terminal import print_report
+from dreplica.report.record.run_log import LOG_NAME, RunLog
 from dreplica.report.record.trackers import Trackers
 from dreplica.training.evaluate import Evaluation
 from dreplica.training.events import EpochDone
@@ -73,6 +73,7 @@ class Recorder:
         """This replica's predictions of the last epoch."""
         self._every = every
         self._lock: FolderLock | None = None
+        self._log: RunLog | None = None
         self._trackers_config = trackers
         self._trackers: Trackers | None = None
         self._recorded_epochs = 0
@@ -144,28 +145,20 @@ class Recorder:
                 log.warning("run.resume: starting a new run instead of resuming %s: %s", newest, reason)
             if self._lock is not None and not self._lock.taken:
                 self._lock.release()
-        folder = self._make_folder()
+        folder = create_run_folder(self._config.root, self._name)
         self._lock = FolderLock(folder)
         return folder, False
-
-    def _make_folder(self) -> Path:
-        return create_run_folder(self._config.root, self._name)
 
     def _compare_manifests(self, manifests: Sequence[Mapping[str, Any]]) -> None:
         """Warn if the interrupted run had another environment, which can change results."""
         assert self.report is not None
         log.info("run folder: %s", self.folder)
         try:
-            before = json.loads((self.folder / "manifest.json").read_text(encoding="utf-8"))[0]
+            changes = manifest_changes(self.folder, manifests[0])
         except (OSError, ValueError, LookupError) as error:
             log.warning("manifest.json of %s cannot be read: %s", self.folder, error)
             return
-        if not isinstance(before, dict):
-            log.warning("manifest.json of %s is not the file of a run", self.folder)
-            return
-        now = json.loads(json.dumps({"replica": 0, **manifests[0]}))
-        for item in fold_distributions(manifest_differences([before], [now], configured=True)):
-            line = f"{item.field} was {item.one!r} before the interruption, and is {item.other!r} now"
+        for line in changes:
             self.report.warnings.append(line)
             log.warning(line)
 
@@ -175,11 +168,20 @@ class Recorder:
             row.host, row.device, row.seed = manifest["host"], manifest["device"]["name"], manifest["seed"]
         run = RunInfo(name=self._name, folder=str(folder))
         self.report = RunReport(run=run, expect=self._expect, replicas=replicas)
+        if self._world.is_coordinator:
+            self._log = self._open_log()
         cards = [(manifest["host"], card) for manifest in manifests if (card := card_of(manifest)) is not None]
         if len(set(cards)) < len(cards):
             self.report.warnings.append("replicas share a GPU: a fault of that GPU can affect all of them equally")
             if self._world.is_coordinator:
                 log.warning(self.report.warnings[-1])
+
+    def _open_log(self) -> RunLog | None:
+        try:
+            return RunLog(self.folder)
+        except OSError as error:
+            log.warning("%s cannot be written: %s", self.folder / LOG_NAME, error)
+            return None
 
     def _write_inputs(self, manifests: Sequence[Mapping[str, Any]]) -> None:
         assert self.report is not None
@@ -262,16 +264,20 @@ class Recorder:
         verdict = replica_lost(lost, steps_done, error)
         if self.report is None:
             try:
-                self._begin(self._make_folder(), manifests)
+                self._begin(create_run_folder(self._config.root, self._name), manifests)
             except UsageError as problem:
                 log.error("%s; the report cannot be written: %s", verdict.summary, problem)
                 return
             self._write_inputs(manifests)
+        if not all(item.code == "unusable" for item in lost):
+            verdict = verdict.with_(remedy=[*verdict.remedy, resume_remedy(self.folder, self._config.resume)])
         self._complete(verdict, steps_checked, stages_seen)
         self._write()
 
     def close(self) -> None:
         """Release the run folder, for a process that continues with another run."""
+        if self._log is not None:
+            self._log.close()
         if self._lock is not None and not self._lock.taken:
             self._lock.release()
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import yaml
 
+from dreplica.agreement.trace.run_metadata import fold_distributions, manifest_differences
 from dreplica.agreement.trace.run_report import ReportError, RunReport
 from dreplica.environment.manifest import compare_values
 from dreplica.training.checkpoint.file_format import list_checkpoints
@@ -80,6 +81,26 @@ def _check_end(report: RunReport) -> None:
         raise Completed("it completed")
     if report.verdict.cause not in _MACHINE_FAULTS:
         raise NotResumable(f"it ended with the cause {report.verdict.cause}")
+
+
+def manifest_changes(folder: Path, manifest: Mapping[str, Any]) -> list[str]:
+    """Return a line for each value in which the environment of an interrupted run differs from the current one.
+
+    Args:
+        folder: The run folder.
+        manifest: The current manifest of rank 0.
+
+    Raises:
+        OSError, ValueError, LookupError: The recorded manifest cannot be read.
+    """
+    before = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))[0]
+    if not isinstance(before, dict):
+        raise ValueError("it is not the file of a run")
+    now = json.loads(json.dumps({"replica": 0, **manifest}))
+    return [
+        f"{item.field} was {item.one!r} before the interruption, and is {item.other!r} now"
+        for item in fold_distributions(manifest_differences([before], [now], configured=True))
+    ]
 
 
 def _decisive(config: Any) -> dict[str, Any]:

@@ -1,25 +1,26 @@
-"""Terminal output: a progress bar, plain lines in a log file, and the closing report."""
+"""Terminal output during a run: a progress bar on a terminal, plain lines elsewhere, and a line for each epoch."""
 
 import io
 import logging
+import math
 import os
 import sys
 import time
 from collections.abc import Sequence
-from pathlib import Path
 
 from rich.console import Console
-from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from rich.table import Table
 
-from dreplica.agreement.trace.run_report import RunReport
+from dreplica.distributed.log_setup import ON_STDOUT
 from dreplica.training.events import EpochDone, StepDone
 
 log = logging.getLogger(__name__)
 
 _SECONDS_BETWEEN_LINES = 10.0
 _REFRESH_SECONDS = 0.2
+
+EPOCH_HEADER = "epoch  train loss    accuracy    val loss    accuracy       lr images/s    time"
+"""Column titles of the epoch lines. Images per second are those of rank 0's training."""
 
 
 class Screen(Console):
@@ -51,6 +52,7 @@ class ProgressDisplay:
         self._enabled = enabled
         self._expect, self._num_cached = expect, num_cached
         self._first_epoch: int | None = None
+        self._has_header = False
         self._last_shown = time.monotonic()
         self._progress: Progress | None = None
         if enabled and console.is_terminal:
@@ -87,18 +89,18 @@ class ProgressDisplay:
             log.info("epoch %d  step %d of %d  %s", done.epoch, done.step_in_epoch, done.steps_in_epoch, state)
 
     def epoch(self, done: EpochDone) -> None:
-        """Show one line for an epoch, with the accuracies of every replica."""
+        """Show one line for an epoch, below a header line for the first one."""
         if not self._enabled:
             return
         self._last_shown = time.monotonic()
-        line = (
-            f"epoch {done.epoch:>3}  train {_join(done.train['accuracy'])}  val {_join(done.val['accuracy'])}  "
-            f"{done.seconds:.1f} s  {done.images_per_second:.0f} images/s per replica"
-        )
-        if self._progress is not None:
-            self._progress.console.print(line, highlight=False)
-        else:
-            log.info(line)
+        lines = [epoch_line(done)] if self._has_header else [EPOCH_HEADER, epoch_line(done)]
+        self._has_header = True
+        for line in lines:
+            if self._progress is not None:
+                self._progress.console.print(line, highlight=False)
+                log.info(line, extra=ON_STDOUT)
+            else:
+                log.info(line)
 
     def close(self) -> None:
         """Remove the progress bar."""
@@ -106,78 +108,32 @@ class ProgressDisplay:
             self._progress.stop()
 
 
-def print_report(console: Console, report: RunReport) -> None:
-    """Print the replicas, the epochs, the spread of independent replicas, the warnings and the verdict."""
-    console.print(_replicas_table(report))
-    if len(report.epochs) > 1:
-        console.print(_epochs_table(report))
-    if report.spread is not None:
-        spread = report.spread
-        deviation = "" if spread.accuracy_std is None else f" ± {spread.accuracy_std:.4f} (standard deviation)"
-        console.print(
-            f"spread over n = {spread.n}: validation accuracy {spread.accuracy_mean:.4f}{deviation}, "
-            f"ensemble {spread.ensemble_accuracy:.4f}",
-            highlight=False,
-        )
-        pairs = [spread.disagreement[i][j] for i in range(spread.n) for j in range(i)]
-        if pairs:
-            console.print(
-                f"predictions differ on {min(pairs):.2%} to {max(pairs):.2%} of samples, by pair of replicas",
-                highlight=False,
-            )
-    for warning in report.warnings:
-        console.print(f"[yellow]warning:[/yellow] {escape(warning)}", highlight=False)
-    _print_verdict(console, report)
+def epoch_line(done: EpochDone) -> str:
+    """Return the line of an epoch, 79 columns wide, as `EPOCH_HEADER` names them."""
+    columns = (done.train["loss"], done.train["accuracy"], done.val["loss"], done.val["accuracy"])
+    values = "".join(f"{replica_values(column):>12}" for column in columns)
+    rates = sorted({rate for own in done.lr for rate in own})
+    lr = "-".join(f"{rate:.3g}" for rate in dict.fromkeys(rates[:1] + rates[-1:]))
+    return f"{done.epoch:>5}{values}{lr:>9}{done.images_per_second:>9.0f}{_duration(done.seconds):>8}"
 
 
-def _replicas_table(report: RunReport) -> Table:
-    table = Table(title=f"{escape(report.run.name)}: replicas", title_justify="left")
-    for column in ("replica", "host", "device", "seed", "train accuracy", "val accuracy", "weights"):
-        table.add_column(column, justify="right" if "accuracy" in column else "left")
-    last = report.epochs[-1] if report.epochs else None
-    train, val = ([], []) if last is None else (last.values("train", "accuracy"), last.values("val", "accuracy"))
-    for index, replica in enumerate(report.replicas):
-        table.add_row(
-            str(index),
-            *("" if fact is None else escape(str(fact)) for fact in (replica.host, replica.device, replica.seed)),
-            *(_number(values[index]) if last else "" for values in (train, val)),
-            report.fingerprints[index].digests["weights"][:12] if report.fingerprints else "",
-        )
-    return table
+def replica_values(given: Sequence[float | None]) -> str:
+    """Return the value that all replicas have, those of two replicas, or the range of more."""
+    values = [math.nan if value is None else value for value in given]
+    if len(set(values)) == 1 or all(map(math.isnan, values)):
+        return _number(values[0], 4)
+    if len(values) == 2:
+        return "/".join(_number(value, 3) for value in values)
+    if any(map(math.isnan, values)):
+        return "nan"
+    return f"{_number(min(values), 3)}-{_number(max(values), 3)}"
 
 
-def _epochs_table(report: RunReport) -> Table:
-    table = Table(title="epochs", title_justify="left")
-    columns = {"train loss": "loss", "train accuracy": "accuracy", "val loss": "loss", "val accuracy": "accuracy"}
-    for column in ("epoch", *columns, "seconds"):
-        table.add_column(column, justify="right")
-    for record in report.epochs:
-        cells = (_join(record.values(name.split()[0], metric)) for name, metric in columns.items())
-        seconds = "" if record.seconds is None else f"{record.seconds:.1f}"
-        table.add_row(str(record.epoch), *cells, seconds)
-    return table
+def _number(value: float, decimals: int) -> str:
+    return f"{value:.{decimals}f}" if abs(value) < 100 else f"{value:.3g}"
 
 
-def _print_verdict(console: Console, report: RunReport) -> None:
-    verdict = report.verdict
-    if verdict is None:
-        return
-    good = verdict.cause == "none"
-    recorded = good and report.coverage is not None and not report.coverage.has_second_copy
-    word = ("RECORDED" if recorded else "AGREED") if good else "VERDICT"
-    console.print(
-        f"[bold {'green' if good else 'red'}]{word}[/] {escape(verdict.summary)}", highlight=False, soft_wrap=True
-    )
-    for label, text in verdict.details():
-        console.print(f"  {label}: {escape(text)}", highlight=False, soft_wrap=True)
-    path = Path(report.run.folder) / "report.html"
-    console.print(f"report: {escape(str(path))}", highlight=False, soft_wrap=True)
-
-
-def _join(values: Sequence[float | None]) -> str:
-    """Return the value that all replicas have, or each replica's value."""
-    return "/".join(map(_number, values[:1] if len(set(values)) == 1 else values))
-
-
-def _number(value: float | None) -> str:
-    return "nan" if value is None else f"{value:.4f}"
+def _duration(seconds: float) -> str:
+    if seconds < 1000:
+        return f"{seconds:.1f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 60000 else f"{seconds / 3600:.1f} h"

@@ -1,6 +1,7 @@
 """Write results to experiment trackers, TensorBoard and Weights & Biases, on rank 0."""
 
 import logging
+import math
 import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -96,6 +97,9 @@ def _scalars(done: EpochDone) -> dict[str, float]:
     columns = {f"train/{key}": values for key, values in done.train.items()}
     columns |= {f"val/{key}": values for key, values in done.val.items()}
     columns["images_per_second"] = done.throughput
+    for group in range(max(map(len, done.lr), default=0)):
+        name = "lr" if group == 0 else f"lr_{group + 1}"
+        columns[name] = [rates[group] if group < len(rates) else math.nan for rates in done.lr]
     return {
         f"{name}/replica_{replica_id}": value for name, row in columns.items() for replica_id, value in enumerate(row)
     }
