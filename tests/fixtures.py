@@ -16,6 +16,17 @@ SMALL = (
 """Arguments of a job that trains in about a second."""
 
 
+def merged(*arguments: str) -> list[str]:
+    """Return arguments of which a later one replaces an earlier one with the same key.
+
+    A `--replica.factory` also replaces `--model.factory`, which the functions of the tests do not read.
+    """
+    given = {token.split("=", 1)[0]: token for token in arguments}
+    if "--replica.factory" in given:
+        given.pop("--model.factory", None)
+    return list(given.values())
+
+
 def tiny_images(config: DataConfig) -> tuple[TensorImages, TensorImages, int]:
     """Return 80 training and 40 validation images of five classes, 8x8 pixels each."""
     generator = torch.Generator().manual_seed(0)
@@ -35,3 +46,8 @@ def tiny_model(num_classes: int) -> nn.Module:
         nn.Dropout(0.1),
         nn.Linear(8 * 8 * 8, num_classes),
     )
+
+
+def as_it_is(image: torch.Tensor) -> torch.Tensor:
+    """Return an image without a change, as an augmentation."""
+    return image

@@ -20,6 +20,8 @@ from typing import Any
 
 import torch.distributed as dist
 
+from tests.fixtures import merged
+
 REPOSITORY = Path(__file__).parents[1]
 
 
@@ -300,8 +302,7 @@ def torchrun_command(*arguments: str, root: Path, num_replicas: int = 2) -> list
 
 
 def _arguments(root: Path, arguments: Sequence[str]) -> list[str]:
-    given = {token.split("=", 1)[0]: token for token in (f"--run.root={root}", "--run.name=job", *arguments)}
-    return list(given.values())
+    return merged(f"--run.root={root}", "--run.name=job", *arguments)
 
 
 def _exitcodes(stderr: str) -> dict[int, int]:

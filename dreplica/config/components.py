@@ -80,7 +80,7 @@ def build_scheduler(config: ScheduleComponent, optimizer: torch.optim.Optimizer)
     if config.name is None:
         if config.arguments:
             raise config_error(
-                "ignored-key",
+                "ignored-setting",
                 f"schedule.{next(iter(config.arguments))}",
                 "this argument has no effect because schedule.name is null",
                 "Set schedule.name, such as StepLR.",

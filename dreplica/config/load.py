@@ -7,10 +7,11 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from dreplica.config.messages import COMMAND_LINE, closest, config_error, invalid_value, locate
+from dreplica.config.ignored import dotted_keys, find_ignored, keep_given
+from dreplica.config.messages import COMMAND_LINE, closest, config_error, invalid_value, join_errors, locate
 from dreplica.config.overrides import merge
 from dreplica.config.paths import CONFIGS_FOLDER, find_config, packaged_configs, packaged_name
-from dreplica.config.schema import RunConfig, WorldConfig
+from dreplica.config.schema import WHOLE_CONFIG, RunConfig, WorldConfig
 from dreplica.config.validation import describe_errors
 from dreplica.config.yaml import load_yaml, read_yaml
 from dreplica.errors import UsageError
@@ -45,6 +46,13 @@ def load_config(argv: Sequence[str], num_replicas: int) -> RunConfig:
         config.check_replicas(num_replicas)
     except UsageError as error:
         raise locate(error, _source(error.fields["key"], given, path)) from None
+    chosen = values if _is_users_own(path) else partial
+    keep_given(config, dotted_keys(chosen))
+    ignored = find_ignored(config, dotted_keys(chosen))
+    for replica_id, own in (chosen.get("overrides") or {}).items():
+        ignored += find_ignored(config.for_replica(replica_id), dotted_keys(own or {}), f"overrides.{replica_id}.")
+    if ignored:
+        raise join_errors([locate(error, _source(error.fields["key"], given, path)) for error in ignored])
     return config
 
 
@@ -59,13 +67,23 @@ def world_timeout(argv: Sequence[str]) -> float:
     """
     try:
         given = _split_arguments(argv)
-        section = read_yaml(_config_path(given.get("config"))).get("world")
+        path = _config_path(given.get("config"))
+        section = read_yaml(path).get("world") if path.is_file() else None  # a pipe can be read only once
         section = load_yaml(given["world"], "") if "world" in given else section
         own = load_yaml(given["world.timeout"], "") if "world.timeout" in given else None
         values = {} if own is None else {"timeout": own}
         return WorldConfig.model_validate((section or {}) | values).timeout
     except (UsageError, ValidationError, TypeError):
         return WorldConfig().timeout
+
+
+def _is_users_own(path: Path) -> bool:
+    """Return True for a file that a user wrote, rather than one that ships with dreplica or lists all settings."""
+    if not path.is_file():
+        return True  # a pipe, which can be read only once
+    if path.resolve() in [packaged.resolve() for packaged in packaged_configs().values()]:
+        return False
+    return not path.read_text(encoding="utf-8").startswith(WHOLE_CONFIG)
 
 
 def _config_path(name: str | None) -> Path:

@@ -27,7 +27,7 @@ def merge(base: Mapping[str, Any], partial: Mapping[str, Any]) -> dict[str, Any]
 
 
 def check_override(prefix: str, base: BaseModel, own: BaseModel) -> None:
-    """Check that one replica's config differs from the base only where it may, and that each difference matters.
+    """Check that one replica's config differs from the base only where it may.
 
     Args:
         prefix: Dotted key of the override, such as `overrides.1`.
@@ -35,7 +35,7 @@ def check_override(prefix: str, base: BaseModel, own: BaseModel) -> None:
         own: The config with this replica's overrides.
 
     Raises:
-        UsageError: A shared key (`Lockstep`) differs, or a difference would be ignored.
+        UsageError: A shared key (`Lockstep`) differs.
     """
     for section, field in type(base).model_fields.items():
         for name, item in getattr(field.annotation, "model_fields", {}).items():
@@ -49,12 +49,3 @@ def check_override(prefix: str, base: BaseModel, own: BaseModel) -> None:
                     value=value,
                     expected=shared,
                 )
-    model: Any = getattr(own, "model")  # noqa: B009 (declared in the schema, which imports this module)
-    if model.name != getattr(base, "model").name and model.factory is not None:  # noqa: B009
-        raise config_error(
-            "ignored-key",
-            f"{prefix}.model.name",
-            f"{model.name!r} has no effect because model.factory is {model.factory!r}",
-            f"Set {prefix}.model.factory to null or to another function.",
-            value=model.name,
-        )

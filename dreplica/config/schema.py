@@ -14,9 +14,13 @@ import yaml
 from pydantic import ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from dreplica.config.base import Lockstep, Section
+from dreplica.config.ignored import dotted_keys, keep_given
 from dreplica.config.messages import config_error, nearest
 from dreplica.config.overrides import check_override, merge
 from dreplica.config.validation import describe_errors
+
+WHOLE_CONFIG = "# Every setting of a run, defaults included.\n"
+"""First line of a config that lists all settings, of which none counts as chosen by a user."""
 
 
 class WorldConfig(Section):
@@ -417,10 +421,22 @@ class RunConfig(Section):
         if not partial:
             return self
         try:
-            return RunConfig.model_validate(merge(self.model_dump(exclude={"overrides"}), partial))
+            own = RunConfig.model_validate(merge(self.model_dump(exclude={"overrides"}), partial))
         except ValidationError as error:
             prefix = f"overrides.{replica_id}."
             raise describe_errors(error.errors(), RunConfig, lambda _: "", prefix) from None
+        keep_given(own, self.given | dotted_keys(partial))
+        return own
+
+    @property
+    def given(self) -> set[str]:
+        """The dotted keys of sections that a user has chosen, such as `model.name`."""
+        return {
+            f"{name}.{key}"
+            for name, section in self
+            if isinstance(section, Section)
+            for key in section.model_fields_set
+        }
 
     def declared_differences(self) -> dict[int, dict[str, Any]]:
         """Return what the overrides change.
@@ -466,4 +482,4 @@ class RunConfig(Section):
 
     def to_yaml(self) -> str:
         """Return the whole config as YAML, defaults included, as the run folder keeps it."""
-        return yaml.safe_dump(self.model_dump(), sort_keys=False)
+        return WHOLE_CONFIG + yaml.safe_dump(self.model_dump(), sort_keys=False)

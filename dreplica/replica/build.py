@@ -1,17 +1,14 @@
 """Building one replica from scratch, under its own seed."""
 
 import hashlib
-import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import torch
 import torchvision
 import xxhash
 from torch import nn
-from torch.nn.parameter import is_lazy
 
 from dreplica.config.components import (
     build_criterion,
@@ -22,9 +19,11 @@ from dreplica.config.components import (
 )
 from dreplica.config.imports import call_function
 from dreplica.config.messages import nearest
+from dreplica.config.reads import Reads
 from dreplica.config.schema import ModelConfig, RunConfig
 from dreplica.distributed.channel import Channel
 from dreplica.errors import UsageError
+from dreplica.replica.factory_checks import check_factory, check_initialized, check_read, factory_error
 from dreplica.replica.pretrained import load_pretrained
 from dreplica.replica.published import builder_arguments, cache_path, find_published, is_file
 from dreplica.state.replica import Replica
@@ -50,9 +49,11 @@ def build_replica(config: RunConfig, num_classes: int, device: torch.device) -> 
     """
     num_outputs = _num_outputs(config, num_classes)
     if config.replica.factory is not None:
-        replica = call_function("replica.factory", config.replica.factory, config, num_outputs, device)
-        _check_factory(config.replica.factory, replica, device)
-        return replica
+        reads = Reads()
+        replica = call_function("replica.factory", config.replica.factory, reads.of(config), num_outputs, device)
+        checked = check_factory(config.replica.factory, replica, device)
+        check_read(config, reads)
+        return checked
     model = build_model(config.model, num_outputs)
     criterion = build_criterion(config.criterion)
     check_criterion(criterion, num_outputs)
@@ -107,8 +108,8 @@ _ARGUMENTS = {name: {"aux_logits": False, "init_weights": True} for name in ("go
 def _build_from_factory(config: ModelConfig, factory: str, num_classes: int) -> nn.Module:
     model = call_function("model.factory", factory, num_classes=num_classes)
     if not isinstance(model, nn.Module):
-        raise _factory_error("model.factory", f"{factory!r} returned {type(model).__name__}. Return an nn.Module.")
-    _check_initialized("model.factory", model)
+        raise factory_error("model.factory", f"{factory!r} returned {type(model).__name__}. Return an nn.Module.")
+    check_initialized("model.factory", model)
     if config.weights is not None:
         if not is_file(config.weights):
             raise UsageError(
@@ -209,70 +210,6 @@ def _num_outputs(config: RunConfig, num_classes: int) -> int:
             num_classes=num_classes,
         )
     return wanted or num_classes
-
-
-def _check_factory(path: str, replica: object, device: torch.device) -> None:
-    """Raise UsageError if the trainer cannot train what a `replica.factory` returned."""
-    key = "replica.factory"
-    if not isinstance(replica, Replica):
-        raise _factory_error(
-            key,
-            f"{path!r} returned {type(replica).__name__}. "
-            "Return dreplica.Replica(model=, criterion=, optimizer=, scheduler=).",
-        )
-    for name, kind, hint in _PARTS:
-        part = getattr(replica, name)
-        if not isinstance(part, kind):
-            found = "a function" if inspect.isfunction(part) else "None" if part is None else type(part).__name__
-            raise _factory_error(key, f"the {name} that {path!r} returned is {found}. {hint}", part=name)
-    check_optimizer(key, replica.optimizer, device)
-    _check_initialized(key, replica.model)
-    scheduler = replica.scheduler
-    if scheduler is not None and not (hasattr(scheduler, "step") and hasattr(scheduler, "state_dict")):
-        raise _factory_error(
-            key,
-            f"the scheduler that {path!r} returned is {type(scheduler).__name__}, which has no step or no state_dict. "
-            "Return a scheduler of torch.optim.lr_scheduler, or None.",
-            part="scheduler",
-        )
-    if replica.scheduler_per not in ("epoch", "step"):
-        raise _factory_error(
-            key,
-            f"the replica that {path!r} returned has scheduler_per={replica.scheduler_per!r}. "
-            "Set it to 'epoch' or 'step'.",
-            part="scheduler_per",
-        )
-    if isinstance(scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau):
-        raise _factory_error(
-            key,
-            f"the scheduler that {path!r} returned is a ReduceLROnPlateau, which waits for a metric, but the trainer "
-            "steps schedulers without one. Use another, for instance CosineAnnealingLR.",
-            part="scheduler",
-        )
-
-
-_PARTS: tuple[tuple[str, type, str], ...] = (
-    ("model", nn.Module, "Return an nn.Module."),
-    ("criterion", nn.Module, "Return an nn.Module, for instance torch.nn.CrossEntropyLoss(): it may hold state, too."),
-    ("optimizer", torch.optim.Optimizer, "Return an optimizer of torch.optim over the model's parameters."),
-)
-"""Attribute, required type and hint of each part that a `replica.factory` must return."""
-
-
-def _check_initialized(key: str, model: nn.Module) -> None:
-    """Raise UsageError for lazy parameters: they have no values to compare yet and would draw later."""
-    lazy = [name for name, tensor in [*model.named_parameters(), *model.named_buffers()] if is_lazy(tensor)]
-    if lazy:
-        raise _factory_error(
-            key,
-            f"{lazy[0]!r} of the model is not initialized yet (a lazy module). Run a dummy batch through the model in "
-            "your function, before creating its optimizer.",
-            tensor=lazy[0],
-        )
-
-
-def _factory_error(key: str, problem: str, **fields: Any) -> UsageError:
-    return UsageError(f"{key}: {problem}", code="bad-factory", key=key, **fields)
 
 
 @contextmanager

@@ -123,7 +123,9 @@ class ReferenceRun:
         if not self._config.agreement.every:
             raise UsageError(
                 f"run.reference: {self._config.run.reference!r} cannot be compared with agreement.every 0, which "
-                "checks no step. Set --agreement.every 1, or remove run.reference."
+                "checks no step. Set --agreement.every 1, or remove run.reference.",
+                code="ignored-setting",
+                key="run.reference",
             )
         try:
             return Reference(Path(self._config.run.reference), self._algorithm)

@@ -26,14 +26,7 @@ def test_check_override_accepts_own_keys() -> None:
     check_override("overrides.1", RunConfig(), RunConfig.model_validate({"train": {"accumulate": 2}}))
 
 
-@pytest.mark.parametrize(
-    ("values", "code", "key"),
-    [
-        ({"train": {"epochs": 2}}, "shared-key", "overrides.1.train.epochs"),
-        ({"model": {"name": "resnet34", "factory": "m:f"}}, "ignored-key", "overrides.1.model.name"),
-    ],
-)
-def test_check_override_refuses(values: dict[str, dict[str, object]], code: str, key: str) -> None:
+def test_check_override_refuses_shared_key() -> None:
     with pytest.raises(UsageError) as caught:
-        check_override("overrides.1", RunConfig(), RunConfig.model_validate(values))
-    assert (caught.value.code, caught.value.fields["key"]) == (code, key)
+        check_override("overrides.1", RunConfig(), RunConfig.model_validate({"train": {"epochs": 2}}))
+    assert (caught.value.code, caught.value.fields["key"]) == ("shared-key", "overrides.1.train.epochs")

@@ -94,9 +94,9 @@ INVALID_FILES = {
     ),
     "override of a name that a factory replaces": (
         "model: {factory: 'm:f'}\noverrides: {1: {model: {name: resnet34}}}",
-        "ignored-key",
+        "ignored-setting",
         "overrides.1.model.name",
-        "'resnet34' has no effect because model.factory is 'm:f'. Set overrides.1.model.factory to null",
+        "'resnet34' has no effect because model.factory is 'm:f'. Remove it, or set model.factory to null.",
     ),
     "faults in an override": (
         "overrides: {1: {inject: [{replica: 1, step: 1, target: weights}]}}",

@@ -6,7 +6,7 @@ import pytest
 
 from dreplica.errors import ExitCode
 from dreplica.run.run import run_worker
-from tests.fixtures import SMALL
+from tests.fixtures import SMALL, merged
 from tests.harness import Job, run_job, run_workers, torchrun
 
 
@@ -145,8 +145,8 @@ def test_single_replica_refuses_invalid_input(
     monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
     file, root = tmp_path / "file", tmp_path / "runs"
     file.touch()
-    given = {token.split("=", 1)[0]: token for token in (*SMALL, f"--run.root={root}", *arguments)}
-    code = run_worker([token.format(file=file) if "{file}" in token else token for token in given.values()])
+    given = merged(*SMALL, f"--run.root={root}", *arguments)
+    code = run_worker([token.format(file=file) if "{file}" in token else token for token in given])
     captured = capfd.readouterr()
     (message,) = messages(captured.err)
     assert [part for part in parts if part.format(file=file) not in message] == [], message

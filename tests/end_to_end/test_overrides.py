@@ -20,6 +20,7 @@ from dreplica.distributed.process_group import World
 from dreplica.environment.determinism import apply_determinism
 from dreplica.replica.build import build_replica
 from dreplica.state.rng import seed_generators
+from tests.fixtures import merged
 from tests.harness import Job, run_job, run_replicas
 from tests.messages import codes, data_of, text_of, texts
 
@@ -46,8 +47,7 @@ class Steps:
 
 def bare_steps(world: World, arguments: tuple[str, ...]) -> Steps:
     """Trains as this replica's config says, without the trainer."""
-    given = {token.split("=", 1)[0]: token for token in arguments}
-    config = load_config(list(given.values()), world.num_replicas).for_replica(world.replica_id)
+    config = load_config(merged(*arguments), world.num_replicas).for_replica(world.replica_id)
     apply_determinism(config.determinism)
     data = load_data(config.data)
     seed_generators(config.seed.model)

@@ -30,7 +30,7 @@ from dreplica.training.events import StepDone
 from dreplica.training.history import History
 from dreplica.training.loop import train
 from dreplica.training.step import make_scaler, training_step
-from tests.fixtures import SMALL, tiny_images
+from tests.fixtures import SMALL, merged, tiny_images
 
 pytestmark = [
     pytest.mark.gpu,
@@ -58,8 +58,7 @@ def waiting_is_allowed_again() -> Iterator[None]:
 
 
 def configured(*arguments: str) -> RunConfig:
-    given = {token.split("=", 1)[0]: token for token in (*SMALL, "--data.batch_size=8", *arguments)}
-    return load_config([*given.values()], 1)
+    return load_config(merged(*SMALL, "--data.batch_size=8", *arguments), 1)
 
 
 def built(config: RunConfig) -> Replica:

@@ -111,8 +111,11 @@ class Record:
 
     def settings(self, done: PassDone) -> str:
         """Return the settings with which `dreplica train` repeats the pass."""
-        seeds = (f"--seed.{key} {value}" for key, value in done.seed.items())
-        return " ".join([f"--config {shlex.quote(str(self.folder / CONFIG_NAME))}", *seeds])
+        seeds = dict(done.seed)
+        if self._job.data.augment is None:
+            seeds.pop("augment", None)  # without augmentation it would be refused as a setting without effect
+        settings = [f"--seed.{key} {value}" for key, value in seeds.items()]
+        return " ".join([f"--config {shlex.quote(str(self.folder / CONFIG_NAME))}", *settings])
 
     def again(self, done: PassDone, cards: Sequence[Card]) -> str:
         """Return the command that repeats the pass alone."""

@@ -11,6 +11,7 @@ from dreplica.config.schema import DataConfig
 from dreplica.data.images.augment import make_augmentation
 from dreplica.data.images.images import ImageFiles, Images
 from dreplica.data.samples import DataSets, digest_files
+from dreplica.data.sources.image_settings import check_no_source_settings
 from dreplica.data.sources.sample_weights import make_weights
 from dreplica.data.sources.split import split_indices
 from dreplica.distributed.process_group import env_rank
@@ -59,6 +60,7 @@ def load_image_folder(config: DataConfig, augment_seed: int) -> DataSets:
         val_files, val_labels = _list(root, "val", _validation_classes(root, classes))
         source, val_source = ImageFiles(root, files, labels), ImageFiles(root, val_files, val_labels)
         train_positions, val_positions = list(range(len(files))), list(range(len(val_files)))
+        check_no_source_settings(config, f"{str(root)!r} has the validation images in val/")
     else:
         names = {name.lower() for name in folders}
         if names & _TRAINING_NAMES and names <= _TRAINING_NAMES | _VALIDATION_NAMES:

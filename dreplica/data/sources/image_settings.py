@@ -1,7 +1,13 @@
-"""A check of the settings that apply only to images of bytes."""
+"""Checks of the settings that apply only to some data."""
 
+from collections.abc import Iterable
+
+from dreplica.config.ignored import ignored_setting
 from dreplica.config.schema import DataConfig
 from dreplica.errors import UsageError
+
+SOURCE_SETTINGS = ("root", "val_fraction", "split_seed")
+"""Keys of the section `data` that only the source of the data uses."""
 
 
 def check_no_image_settings(config: DataConfig, reason: str) -> None:
@@ -16,3 +22,18 @@ def check_no_image_settings(config: DataConfig, reason: str) -> None:
                 key=f"data.{key}",
                 value=value,
             )
+
+
+def check_no_source_settings(
+    config: DataConfig, reason: str, keys: Iterable[str] = ("val_fraction", "split_seed")
+) -> None:
+    """Raise UsageError if the user has set keys of the section that this source does not use.
+
+    Args:
+        config: The section `data`.
+        reason: Why they are not used.
+        keys: The keys that are not used.
+    """
+    given = [f"data.{key}" for key in keys if key in config.model_fields_set and getattr(config, key) is not None]
+    if given:
+        raise ignored_setting(given, reason, "Remove it." if len(given) == 1 else "Remove them.")

@@ -15,6 +15,7 @@ from dreplica.config.schema import DataConfig
 from dreplica.data.images.augment import make_augmentation
 from dreplica.data.images.images import Images
 from dreplica.data.samples import IMAGENET_MEAN, IMAGENET_STD, DataSets
+from dreplica.data.sources.image_settings import check_no_source_settings
 from dreplica.data.sources.sample_weights import make_weights
 from dreplica.data.sources.split import split_indices
 from dreplica.distributed.once_per_node import once_per_node
@@ -112,6 +113,7 @@ def load_torchvision_set(config: DataConfig, augment_seed: int) -> DataSets:
         train, val = split_indices(len(sources[0]), config.val_fraction, config.split_seed)
         positions = [train.tolist(), val.tolist()]
     else:
+        check_no_source_settings(config, f"data.name is {config.name!r}, which has a validation set")
         positions = [list(range(len(source))) for source in sources]
     size = config.image_size or known.size
     augmentation = make_augmentation(config, size)

@@ -12,11 +12,12 @@ from torch.utils.data import Dataset, IterableDataset
 
 from dreplica.config.imports import call_function
 from dreplica.config.messages import show
+from dreplica.config.reads import Reads
 from dreplica.config.schema import DataConfig
 from dreplica.data.images.augment import make_augmentation
 from dreplica.data.images.images import Images
 from dreplica.data.samples import DataSets, Sample, load_sample
-from dreplica.data.sources.image_settings import check_no_image_settings
+from dreplica.data.sources.image_settings import SOURCE_SETTINGS, check_no_image_settings, check_no_source_settings
 from dreplica.data.sources.sample_weights import make_weights
 from dreplica.errors import UsageError
 
@@ -59,7 +60,11 @@ def load_from_function(config: DataConfig, augment_seed: int) -> DataSets:
     Raises:
         UsageError: If the function cannot be called, or its result cannot be trained on.
     """
-    result = call_function("data.name", config.name, config)
+    reads = Reads()
+    result = call_function("data.name", config.name, reads.of(config))
+    check_no_source_settings(
+        config, f"data.name is {config.name!r}, which does not read it", reads.unread(SOURCE_SETTINGS)
+    )
     if not isinstance(result, Sequence) or len(result) != 3:
         raise _bad_factory(
             config,

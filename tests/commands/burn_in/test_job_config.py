@@ -25,7 +25,7 @@ def test_job_compares_all_and_saves_nothing() -> None:
 
 
 def test_pass_config_can_be_loaded(tmp_path: Path) -> None:
-    job = job_of(config("--overrides={1: {optim: {lr: 0.5}}}"))
+    job = job_of(config("--overrides={1: {optim: {lr: 0.5}}}", "--data.augment=tests.fixtures:as_it_is"))
     (tmp_path / "config.yaml").write_text(job.to_yaml())
     third = pass_of(job, 3, tmp_path)
     seeds = [f"--seed.{key}={value}" for key, value in third.seed.model_dump().items()]

@@ -16,7 +16,7 @@ from dreplica.distributed.signals import StopRequest
 from dreplica.errors import ExitCode, UsageError
 from dreplica.run.bootstrap import prepare
 from dreplica.run.session import Session
-from tests.fixtures import SMALL
+from tests.fixtures import SMALL, merged
 from tests.harness import run_replicas
 from tests.trace_rows import read_rows
 
@@ -28,13 +28,14 @@ def start(world: World, folder: Path, model: str, variant: Variant, stopped: boo
     if world.num_replicas == 1:
         os.environ.pop("RANK", None)
     section = variant.section(DeterminismConfig()).model_dump()
-    arguments = {token.split("=")[0]: token for token in (*SMALL, f"--determinism={json.dumps(section)}", *settings)}
-    if model:
-        arguments["--model.factory"] = f"--model.factory=tests.commands.flags.needing:{model}"
+    if section["mode"] == "off":
+        del section["cublas_workspace_config"]
+    factory = [f"--model.factory=tests.commands.flags.needing:{model}"] if model else []
+    arguments = merged(*SMALL, f"--determinism={json.dumps(section)}", *settings, *factory)
     stop = StopRequest()
     stop.signal_name = "SIGTERM" if stopped else None
     others = [STRICT.section(DeterminismConfig())]
-    session = Session(prepare(list(arguments.values())), world, stop)
+    session = Session(prepare(arguments), world, stop)
     return Trial(session, 6, others, folder).conduct()
 
 
