@@ -12,18 +12,23 @@ SMALL = (
     "--data.batch_size=16",
     "--train.epochs=2",
     "--schedule={}",
+    "--optim.lr=0.05",
 )
 """Arguments of a job that trains in about a second."""
 
 
 def merged(*arguments: str) -> list[str]:
-    """Return arguments of which a later one replaces an earlier one with the same key.
+    """Return arguments of which a later one replaces an earlier one with the same key, or with a key of its section.
 
-    A `--replica.factory` also replaces `--model.factory`, which the functions of the tests do not read.
+    A `--replica.factory` also replaces `--model.factory` and `--optim.lr`, which the tests' functions do not read.
     """
-    given = {token.split("=", 1)[0]: token for token in arguments}
-    if "--replica.factory" in given:
-        given.pop("--model.factory", None)
+    given: dict[str, str] = {}
+    for token in arguments:
+        key = token.split("=", 1)[0]
+        replaced = ("--model.factory", "--optim.lr") if key == "--replica.factory" else ()
+        for other in [other for other in given if other in replaced or other.startswith(f"{key}.")]:
+            del given[other]
+        given[key] = token
     return list(given.values())
 
 

@@ -46,7 +46,7 @@ class Reads:
 
         base = type(section)
         recording = type(base.__name__, (base,), {"__getattribute__": get, "__module__": base.__module__})
-        copy = object.__new__(recording)
+        copy: SectionT = object.__new__(recording)
         own = {name: self.of(value, f"{prefix}{name}.") for name, value in nested.items()}
         object.__setattr__(copy, "__dict__", section.__dict__ | own)
         for name in ("__pydantic_extra__", "__pydantic_fields_set__", "__pydantic_private__"):

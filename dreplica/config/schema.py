@@ -274,7 +274,7 @@ class DeterminismConfig(Section):
     """What happens at an operator without a deterministic implementation. `strict`: an error. `warn`: a warning. `off`:
     nothing."""
     threads: int = Field(1, ge=1, le=1024)
-    """Threads per CPU operator. Results can differ in rounding with the number of threads, so it does not depend on the
+    """Threads per CPU operator. Results can differ in rounding with the number of threads, so the default is 1 on every
     machine."""
     cudnn_benchmark: bool = False
     """Let cuDNN time its algorithms and choose the fastest. Two replicas may choose differently."""

@@ -498,7 +498,6 @@ def test_ssh_stops_on_a_signal_and_resumes(tmp_path: Path) -> None:
     num_steps = json.loads((tmp_path / "job" / "report.json").read_text())["run"]["stopped_after"]
     newest = list_checkpoints(tmp_path / "job" / "checkpoints")[0]
     assert newest.name == f"step_{num_steps:06d}"
-    resumed = run_job(
-        *SMALL[:3], SMALL[4], f"--train.max_steps={num_steps + 3}", "--train.epochs=100000", root=tmp_path
-    )
+    longer = (f"--train.max_steps={num_steps + 3}", "--train.epochs=100000")
+    resumed = run_job(*SMALL, *longer, root=tmp_path)
     assert resumed.report["run"]["resumed_from"] == num_steps, resumed.output

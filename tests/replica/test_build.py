@@ -297,7 +297,8 @@ def test_bad_factory_result_is_a_usage_error(section: str, function: str, words:
 
 
 def test_replica_factory_is_called_with_the_config() -> None:
-    replica = build_replica(config(replica={"factory": f"{__name__}:plain_replica"}, optim={"lr": 0.7}), 5, CPU)
+    sections = {"replica": {"factory": f"{__name__}:plain_replica"}, "optim": {"lr": 0.7}, "model": {}}
+    replica = build_replica(config(**sections), 5, CPU)
     assert replica.optimizer.param_groups[0]["lr"] == 0.7
 
 

@@ -16,7 +16,7 @@ from dreplica.environment.device import Device
 from dreplica.errors import UsageError
 from dreplica.run.bootstrap import Prepared
 from dreplica.run.session import Session
-from tests.fixtures import SMALL
+from tests.fixtures import SMALL, merged
 from tests.harness import run_replicas
 
 OVER_AFTER_AN_EPOCH = (
@@ -28,7 +28,7 @@ OVER_AFTER_AN_EPOCH = (
 
 
 def session(world: World, *settings: str) -> Session:
-    config = load_config([*SMALL, *settings], world.num_replicas)
+    config = load_config(merged(*SMALL, *settings), world.num_replicas)
     return Session(Prepared(config, config, Device(torch.device("cpu"))), world, StopRequest())
 
 

@@ -8,11 +8,11 @@ from dreplica.commands.burn_in.job_config import check_job, job_of, pass_of, pas
 from dreplica.config.load import load_config
 from dreplica.config.schema import RunConfig, SeedConfig
 from dreplica.errors import UsageError
-from tests.fixtures import SMALL
+from tests.fixtures import SMALL, merged
 
 
 def config(*arguments: str) -> RunConfig:
-    return load_config([*SMALL, *arguments], num_replicas=2)
+    return load_config(merged(*SMALL, *arguments), num_replicas=2)
 
 
 def test_job_compares_all_and_saves_nothing() -> None:

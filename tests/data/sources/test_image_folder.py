@@ -72,6 +72,18 @@ def test_train_and_val_folders_without_hidden_files(tmp_path: Path) -> None:
     assert [data.val[index][1] for index in range(2)] == [1, 1]
 
 
+@pytest.mark.parametrize("key", ["val_fraction", "split_seed"])
+def test_split_settings_beside_validation_images_are_an_error(key: str, tmp_path: Path) -> None:
+    for part in ("train", "val"):
+        make_folder(tmp_path / part)
+    load(tmp_path)
+    with pytest.raises(
+        UsageError, match=rf"^data.{key}: this setting has no effect because .* has .* in val/"
+    ) as caught:
+        load(tmp_path, **{key: 0.5 if key == "val_fraction" else 3})
+    assert caught.value.code == "ignored-setting"
+
+
 def test_files_with_other_suffixes_are_warned_about(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     root = make_folder(tmp_path, 2)
     load(root, val_fraction=0.5)

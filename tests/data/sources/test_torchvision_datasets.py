@@ -166,6 +166,16 @@ def test_archive_in_place_needs_no_network(tmp_path: Path) -> None:
     assert len(load(tmp_path).train) == 5 * NUM  # type: ignore[arg-type]
 
 
+def test_split_settings_beside_a_validation_set_are_an_error(tmp_path: Path) -> None:
+    point_to("http://127.0.0.1:9")
+    (tmp_path / "cifar-10-python.tar.gz").write_bytes(ARCHIVE)
+    with pytest.raises(
+        UsageError, match=r"^data.val_fraction: this and data.split_seed have no effect because"
+    ) as caught:
+        load(tmp_path, val_fraction=0.5, split_seed=1)
+    assert caught.value.code == "ignored-setting"
+
+
 def test_offline_error_says_which_archive_to_put_where(tmp_path: Path) -> None:
     messages = run_replicas(load_cifar10, 2, tmp_path / "data", "http://127.0.0.1:9")
     for message in messages:

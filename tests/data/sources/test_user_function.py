@@ -172,3 +172,23 @@ def test_size_is_that_of_the_first_readable_image() -> None:
 def test_data_from_a_user_function() -> None:
     data = load_data(config(name="tests.fixtures:tiny_images"))
     assert (len(data.train), len(data.val), data.num_classes) == (80, 40, 5)  # type: ignore[arg-type]
+
+
+def reads_root(config: DataConfig) -> Any:
+    assert config.root is not None
+    return tiny_images(config)
+
+
+@pytest.mark.parametrize(("function", "unread"), [("tiny", ["root", "split_seed"]), ("reads_root", ["split_seed"])])
+def test_setting_that_the_function_does_not_read_is_an_error(function: str, unread: list[str]) -> None:
+    name = f"{__name__}:{function}" if function == "reads_root" else "tests.fixtures:tiny_images"
+    with pytest.raises(UsageError) as caught:
+        load_data(config(name=name, root="folder", split_seed=3, batch_size=4))
+    fields = caught.value.fields
+    assert caught.value.code == "ignored-setting"
+    assert [fields["key"], *fields["others"]] == [f"data.{key}" for key in unread]
+    assert f"data.name is '{name}', which does not read" in fields["reason"]
+
+
+def test_setting_that_the_function_reads_is_accepted() -> None:
+    load_data(config(name=f"{__name__}:reads_root", root="folder", batch_size=4, num_workers=2))
