@@ -8,16 +8,13 @@ Settings that a user's function may read (`replica.factory`, `data.name`) are ch
 `dreplica.config.reads`. Settings that depend on the data are checked where the data are loaded.
 """
 
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from dreplica.config.base import Section
 from dreplica.config.messages import config_error, show
+from dreplica.config.schema import RunConfig
 from dreplica.errors import UsageError
-
-if TYPE_CHECKING:
-    from dreplica.config.schema import RunConfig
 
 CODE = "ignored-setting"
 _UNNAMED_TARGETS = ("batch", "indices", "rng")
@@ -29,7 +26,7 @@ class Rule:
 
     keys: tuple[str, ...]
     """The dotted keys that have no effect."""
-    reason: Callable[["RunConfig"], str | None]
+    reason: Callable[[RunConfig], str | None]
     """Returns why they have none, such as `data.augment is null`, or None if they have an effect."""
     fix: str
     """What to do about it, as whole sentences."""
@@ -41,7 +38,7 @@ def _is(key: str, value: Any, applies: bool, more: str = "") -> str | None:
     return f"{key} is {show(value)}{more}" if applies else None
 
 
-def _independent(config: "RunConfig") -> str | None:
+def _independent(config: RunConfig) -> str | None:
     if config.agreement.expect == "independent":
         return "agreement.expect is 'independent'"
     seed = config.seed.model
@@ -49,7 +46,7 @@ def _independent(config: "RunConfig") -> str | None:
     return _is("seed.model", seed, config.agreement.expect == "auto" and distinct, ", so states may differ")
 
 
-def _stops_later(config: "RunConfig") -> str | None:
+def _stops_later(config: RunConfig) -> str | None:
     stop, last = config.run.stop_after, config.train.max_steps
     return _is("train.max_steps", last, stop is not None and last is not None and stop >= last, ", the last step")
 
@@ -133,7 +130,7 @@ RULES: tuple[Rule, ...] = (
 """Every rule that depends on the config alone, except those of faults (`_of_faults`)."""
 
 
-def find_ignored(config: "RunConfig", chosen: Collection[str], prefix: str = "") -> list[UsageError]:
+def find_ignored(config: RunConfig, chosen: Collection[str], prefix: str = "") -> list[UsageError]:
     """Return an error for each setting that was chosen and has no effect.
 
     Args:
@@ -143,28 +140,6 @@ def find_ignored(config: "RunConfig", chosen: Collection[str], prefix: str = "")
     """
     found = [error for rule in RULES for error in _of_rule(rule, config, chosen, prefix)]
     return [*found, *(_of_faults(config) if "inject" in chosen else ())]
-
-
-def dotted_keys(values: Mapping[str, Any]) -> set[str]:
-    """Return the keys of a partial config: those of each section as `section.key`, and `inject` and `overrides`."""
-    keys: set[str] = set()
-    for name, value in values.items():
-        is_section = isinstance(value, Mapping) and name != "overrides"
-        keys |= {f"{name}.{key}" for key in value} if is_section else {name}
-    return keys
-
-
-def keep_given(config: "RunConfig", chosen: Iterable[str]) -> None:
-    """Make `model_fields_set` of each section hold only the keys that were chosen.
-
-    What is checked later, when the data are loaded and the replica is built, reads it.
-    """
-    kept = set(chosen)
-    for name in type(config).model_fields:
-        section = getattr(config, name)
-        if isinstance(section, Section):
-            given = section.model_fields_set
-            given.intersection_update([key for key in given if f"{name}.{key}" in kept])
 
 
 def ignored_setting(keys: Iterable[str], reason: str, fix: str) -> UsageError:
@@ -182,7 +157,7 @@ def ignored_setting(keys: Iterable[str], reason: str, fix: str) -> UsageError:
     return config_error(CODE, first, problem, fix, reason=reason, others=others)
 
 
-def _of_rule(rule: Rule, config: "RunConfig", chosen: Collection[str], prefix: str) -> Iterator[UsageError]:
+def _of_rule(rule: Rule, config: RunConfig, chosen: Collection[str], prefix: str) -> Iterator[UsageError]:
     reason = rule.reason(config)
     if reason is None:
         return
@@ -194,7 +169,7 @@ def _of_rule(rule: Rule, config: "RunConfig", chosen: Collection[str], prefix: s
             yield config_error(CODE, prefix + dotted, problem, rule.fix, value=value, reason=reason)
 
 
-def _of_faults(config: "RunConfig") -> Iterator[UsageError]:
+def _of_faults(config: RunConfig) -> Iterator[UsageError]:
     """Yield an error for each fault that is not injected or not found, and for each unused key of a fault."""
     last = config.train.max_steps
     if config.inject and config.agreement.every == 0:

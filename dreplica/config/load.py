@@ -7,7 +7,8 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from dreplica.config.ignored import dotted_keys, find_ignored, keep_given
+from dreplica.config.given import dotted_keys, keep_given
+from dreplica.config.ignored import find_ignored
 from dreplica.config.messages import COMMAND_LINE, closest, config_error, invalid_value, join_errors, locate
 from dreplica.config.overrides import merge
 from dreplica.config.paths import CONFIGS_FOLDER, find_config, packaged_configs, packaged_name

@@ -14,7 +14,7 @@ import yaml
 from pydantic import ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from dreplica.config.base import Lockstep, Section
-from dreplica.config.ignored import dotted_keys, keep_given
+from dreplica.config.given import dotted_keys, given_keys, keep_given
 from dreplica.config.messages import config_error, nearest
 from dreplica.config.overrides import check_override, merge
 from dreplica.config.validation import describe_errors
@@ -431,12 +431,7 @@ class RunConfig(Section):
     @property
     def given(self) -> set[str]:
         """The dotted keys of sections that a user has chosen, such as `model.name`."""
-        return {
-            f"{name}.{key}"
-            for name, section in self
-            if isinstance(section, Section)
-            for key in section.model_fields_set
-        }
+        return given_keys(self)
 
     def declared_differences(self) -> dict[int, dict[str, Any]]:
         """Return what the overrides change.
