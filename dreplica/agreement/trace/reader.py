@@ -162,7 +162,9 @@ class Trace:
         Raises:
             UsageError: If they were recorded, and the record is damaged.
         """
-        return find_stages(self.path.with_name(TENSORS_NAME), line.key[0], self.digests(line))
+        step = line.key[0]
+        recorded = (self.digests(each) for each in self._parsed() if each.key[0] == step)
+        return find_stages(self.path.with_name(TENSORS_NAME), step, self.digests(line), recorded)
 
     def _parsed(self) -> Iterator[Line]:
         """Yield the complete lines in the order of the file."""
