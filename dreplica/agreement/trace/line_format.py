@@ -2,7 +2,7 @@
 
 Format 2 begins with a header, a JSON object:
 
-    {"format": 2, "algorithm": "xxh3-128/1", "torch": "2.14.1", "replicas": 2, "stages": ["indices", ...], "check": ...}
+    {"format":2,"algorithm":"xxh3-128/1","torch":"2.14.1","replicas":2,"stages":["indices",...],"check":"..."}
 
 Each further line is a row, a JSON array without spaces:
 
@@ -50,6 +50,7 @@ GENERATOR_NAMES = {"python": "Python", "numpy": "NumPy"}
 GENERATORS = tuple(GENERATOR_NAMES)
 
 _DIVERGED, _EVALUATION, _NOT_DRAWN = 1, 2, (4, 8)
+_HEADER_CHECK = b',"check":"'
 _END = b'"]\n'
 _CHECK_LENGTH = 11
 _ROW_END = _CHECK_LENGTH + len(_END)
@@ -112,8 +113,8 @@ class Header:
         row = {"format": self.format, **row, "stages": self.stages}
         if self.axes:
             row["axes"] = self.axes
-        content = json.dumps(row)[:-1].encode()
-        return b'%s, "check": "%s"}\n' % (content, _check(b"", content))
+        content = json.dumps(row, separators=(",", ":"))[:-1].encode()
+        return b'%s%s%s"}\n' % (content, _HEADER_CHECK, _check(b"", content))
 
     @cached_property
     def seed(self) -> bytes:
@@ -134,8 +135,8 @@ def parse_header(raw: bytes, path: Path) -> Header:
         UsageError: If the line is not the header of a trace, is damaged, or has a newer format.
     """
     # A single changed bit leaves one of the two in place.
-    is_checked = raw.startswith(b'{"format":') or b', "check": "' in raw
-    content, _, end = raw.rpartition(b', "check": "')
+    is_checked = raw.startswith(b'{"format":') or _HEADER_CHECK in raw
+    content, _, end = raw.rpartition(_HEADER_CHECK)
     if is_checked and end != _check(b"", content) + b'"}\n':
         raise damaged_line(path, 1)
     try:
