@@ -170,8 +170,10 @@ def _read_trace(folder: Path) -> dict[Key, Mapping[str, str]]:
     try:
         trace = Trace(folder)
         return {line.key: trace.digests(line) for line in trace.lines()}
-    except UsageError:  # the run ended before it recorded a step
-        return {}
+    except UsageError as error:
+        if error.code == "damaged-trace":
+            raise
+        return {}  # the run ended before it recorded a step
 
 
 def _run(root: Path, name: str, arguments: Sequence[str], num_replicas: int) -> Finished:

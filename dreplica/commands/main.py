@@ -245,13 +245,19 @@ def _compare(known: argparse.Namespace, _settings: Sequence[str]) -> int:
 
 def _report(known: argparse.Namespace, _settings: Sequence[str]) -> int:
     with _importing():
+        from dreplica.agreement.trace.run_report import ReportError, RunReport
         from dreplica.report.html.render import write_report
 
     try:
         print(write_report(known.run))
+        RunReport.read_valid_parts(known.run)
     except OSError as error:
         print(f"error: cannot write the report: {error}", file=sys.stderr)
         return ExitCode.FAILED
+    except ReportError as error:
+        if error.code != "no-report":
+            print(f"error: {error}. The page shows the other files of {str(known.run)!r}.", file=sys.stderr)
+            return ExitCode.UNUSABLE
     return ExitCode.AGREED
 
 

@@ -1,6 +1,6 @@
 """Comparison of two recorded traces, step by step, for the first step, stage and tensor that differ."""
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -25,8 +25,8 @@ class Comparison:
     """Number of equal steps that both traces have, without the build."""
     last_step: int = -1
     """The newest equal step, 0 for the build, or -1 if there is none."""
-    num_same: dict[str, int] = field(default_factory=lambda: dict.fromkeys(STAGES, 0))
-    """Stage to its number of equal digests."""
+    num_lines: dict[tuple[str, ...], int] = field(default_factory=dict)
+    """The number of lines that are equal in exactly these stages."""
     num_alone: list[int] = field(default_factory=lambda: [0, 0])
     """Number of lines that only the first and only the second trace has, up to the end of the shorter one."""
     num_unknown: int = 0
@@ -38,6 +38,11 @@ class Comparison:
     """The first equal step that the two runs assign to different epochs, or None."""
 
     @property
+    def num_same(self) -> dict[str, int]:
+        """Stage to its number of equal digests."""
+        return {stage: sum(count for names, count in self.num_lines.items() if stage in names) for stage in STAGES}
+
+    @property
     def num_digests(self) -> int:
         """Number of equal digests."""
         return sum(self.num_same.values())
@@ -47,10 +52,9 @@ class Comparison:
         """True if the equal digests are of `indices` and `batch` only."""
         return all(stage in INDEPENDENT_STAGES for stage, count in self.num_same.items() if count)
 
-    def count(self, step: int, stages: Iterable[str]) -> None:
-        """Count a step that is equal in these stages."""
-        for stage in stages:
-            self.num_same[stage] += 1
+    def count(self, step: int, stages: tuple[str, ...]) -> None:
+        """Count a line that is equal in these stages."""
+        self.num_lines[stages] = self.num_lines.get(stages, 0) + 1
         self.num_steps += step > max(self.last_step, 0)
         self.last_step = step
 
@@ -120,7 +124,7 @@ def _compare(one: Trace, other: Trace) -> Comparison:
     ours, theirs = one.lines(), other.lines()
     for here, there in _in_step(ours, theirs, found):
         if here.digests == there.digests and here.stages == there.stages:
-            common: Iterable[str] = here.stages
+            common = here.stages
         else:
             row, other_row = here.by_stage(), there.by_stage()
             differing_stages = find_differing_stages(row, other_row)
@@ -133,7 +137,7 @@ def _compare(one: Trace, other: Trace) -> Comparison:
                 found.epoch, found.agreed = here.epoch, (here.agreed, there.agreed)
                 found.not_drawn = here.not_drawn, there.not_drawn
                 break
-            common = [stage for stage in STAGES if stage in row and stage in other_row]
+            common = tuple(stage for stage in STAGES if stage in row and stage in other_row)
         if common:  # otherwise they have recorded different stages of this step
             found.count(here.key[0], common)
         if here.epoch != there.epoch and found.epochs_differ_at is None:

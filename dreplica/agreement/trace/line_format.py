@@ -29,6 +29,7 @@ Format 1, which is still read and appended to, has a header without `format`, an
 """
 
 import json
+import re
 from binascii import a2b_base64, b2a_base64
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -50,6 +51,19 @@ GENERATOR_NAMES = {"python": "Python", "numpy": "NumPy"}
 GENERATORS = tuple(GENERATOR_NAMES)
 
 _DIVERGED, _EVALUATION, _NOT_DRAWN = 1, 2, (4, 8)
+_FLAGS = tuple(
+    (
+        bool(flags & _EVALUATION),
+        not flags & _DIVERGED,
+        tuple(name for bit, name in zip(_NOT_DRAWN, GENERATORS, strict=True) if flags & bit),
+    )
+    for flags in range(16)
+)
+"""What each sum of flags means: evaluation, agreed, and the generators that were not drawn from."""
+_ROW = re.compile(
+    rb'\[(\d{1,18}),(\d{1,18}|null),(\d\d?),(\d{1,9})(?:,\[(-?\d{1,18}(?:,-?\d{1,18})*)\])?,"([A-Za-z0-9+/]*)'
+)
+"""A row up to its check digest."""
 _HEADER_CHECK = b',"check":"'
 _END = b'"]\n'
 _CHECK_LENGTH = 11
@@ -174,7 +188,7 @@ def encode_content(header: Header, line: Line) -> bytes:
     by_stage = line.by_stage()
     mask = sum(1 << i for i, name in enumerate(header.stages) if name in by_stage)
     content = b"".join(by_stage[name] for name in header.stages if name in by_stage)
-    row = [step, line.epoch, flags, mask, *([line.coordinate] if line.coordinate is not None else [])]
+    row = [step, line.epoch, flags, mask, *([line.coordinate] if line.coordinate else [])]
     return b'%s,"%s' % (json.dumps(row, separators=(",", ":"))[:-1].encode(), _base64(content))
 
 
@@ -266,15 +280,19 @@ def _parse_2(raw: bytes, before: bytes, names: tuple[str, ...]) -> tuple[Line, b
     check = raw[-_ROW_END : -len(_END)]
     if check != _check(before, raw[:-_ROW_END]) or not raw.endswith(_END):
         raise ValueError("the check digest does not match")
-    step, epoch, flags, mask, *coordinate, text = json.loads(raw)
+    found = _ROW.fullmatch(raw, 0, len(raw) - _ROW_END)
+    if found is None:
+        raise ValueError("not a row")
+    step, epoch, flags, mask, coordinate, text = found.groups()
+    is_evaluation, agreed, not_drawn = _FLAGS[int(flags)]
     line = Line(
-        (step, bool(flags & _EVALUATION)),
-        epoch,
-        not flags & _DIVERGED,
+        (int(step), is_evaluation),
+        None if epoch == b"null" else int(epoch),
+        agreed,
         _stages(names, mask),
-        a2b_base64(text[:-_CHECK_LENGTH] + "=="),
-        _not_drawn(flags),
-        tuple(coordinate[0]) if coordinate else None,
+        a2b_base64(text + b"=="),
+        not_drawn,
+        None if coordinate is None else tuple(map(int, coordinate.split(b","))),
     )
     if len(line.digests) != 16 * len(line.stages):
         raise ValueError("another number of digests than of stages")
@@ -300,13 +318,8 @@ def _is_count(value: Any) -> bool:
 
 
 @lru_cache
-def _stages(names: tuple[str, ...], mask: int) -> tuple[str, ...]:
-    return tuple(name for i, name in enumerate(names) if mask >> i & 1)
-
-
-@lru_cache
-def _not_drawn(flags: int) -> tuple[str, ...]:
-    return tuple(name for bit, name in zip(_NOT_DRAWN, GENERATORS, strict=True) if flags & bit)
+def _stages(names: tuple[str, ...], mask: bytes) -> tuple[str, ...]:
+    return tuple(name for i, name in enumerate(names) if int(mask) >> i & 1)
 
 
 def _check(before: bytes, content: bytes) -> bytes:

@@ -90,14 +90,14 @@ class Trace:
             order = line.order
             if order <= last:
                 again.append((number, order))
+                newest = max(newest, last[:2])
             last = order
-            newest = max(newest, line.key)
             if self._again and any(at > number and first <= order for at, first in self._again):
                 continue
             if not line.agreed and diverged_at is None:
                 diverged_at = line.key[0]
             yield line
-        self.last_key, self.diverged_at, self._again = newest, diverged_at, again
+        self.last_key, self.diverged_at, self._again = max(newest, last[:2]), diverged_at, again
 
     def read_through(self) -> None:
         """Read all lines, to set the attributes that are known only then."""

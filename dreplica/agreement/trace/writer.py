@@ -114,7 +114,7 @@ class TraceWriter:
                 tuple(stages),
                 b"".join(stage.digest for stage in stages.values()),
                 tuple(name for name in GENERATORS if name in not_drawn),
-                coordinate,
+                coordinate or None,
             )
         )
         if self._tensors is not None and (is_new or step >= self._tensors.last_step):

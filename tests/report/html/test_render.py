@@ -139,6 +139,18 @@ def test_damaged_file_is_named_and_rest_is_shown(folder: Path, name: str) -> Non
     assert "10 steps compared" in text
 
 
+@pytest.mark.parametrize("content", ["{", "[]", '{"schema": 9}', '{"schema": "2"}', "\0\0", "[" * 99_999])
+def test_report_command_refuses_unusable_report(content: str, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (folder / "report.json").write_text(content)
+    (folder / "report.html").unlink(missing_ok=True)
+    assert cli.main(["report", str(folder)]) == 2
+    printed = capsys.readouterr()
+    (line,) = printed.err.splitlines()
+    assert line.startswith("error: report.json ")
+    assert "The page shows the other files of" in line
+    assert "10 steps compared" in Text((folder / "report.html").read_text()).text
+
+
 INVALID = [
     ("report.json", ["verdict"], 3, "verdict: Input should be"),
     ("report.json", ["verdict", "groups"], [[0], 1], "verdict.groups.1: Input should be"),
