@@ -12,6 +12,7 @@ from rich.table import Table
 from dreplica.agreement.trace.comparison import Comparison, compare_traces
 from dreplica.agreement.trace.reader import Trace
 from dreplica.agreement.trace.run_metadata import (
+    NO_CONFIG,
     RecordedRun,
     RunDifference,
     config_differences,
@@ -37,6 +38,7 @@ class RunPair:
         outcome: `identical`, `differ`, `prefix` (the same up to the end of the shorter run) or `samples` (the same
             samples, with no state recorded, neither per step nor at the end).
         config: The differences between the configs. None if a run has no readable config.
+        of_custom_loops: True if both runs were recorded by custom training loops, which have no config.
         manifest: The differences between the manifests. None if a run has no readable manifest.
         sooner: Index of the run that ends first.
         final: Stage to the replicas whose final states differ. None unless the outcome depends on the final states.
@@ -57,6 +59,7 @@ class RunPair:
         if runs[0].manifests is not None and runs[1].manifests is not None:
             configured = self.config is not None
             self.manifest = manifest_differences(runs[0].manifests, runs[1].manifests, configured)
+        self.of_custom_loops = all(run.is_of_custom_loop for run in runs)
         self.found = compare_traces(*self.traces)
         if self.found.place is None and not self.found.num_digests:
             raise UsageError(
@@ -141,6 +144,8 @@ class RunPair:
         ]
         if parts:
             return " and ".join(parts)
+        if self.of_custom_loops:
+            return "no difference in the manifest explains it"
         if self.config is None or self.manifest is None:
             return "how the runs differ is not recorded"
         return "no difference in config or manifest explains it"
@@ -181,6 +186,8 @@ def compare_runs(one: Path, other: Path, as_json: bool = False, prefix: bool = F
 
 def _print(console: Console, pair: RunPair) -> None:
     for title, items in (("config", pair.config), ("manifest", pair.manifest)):
+        if title == "config" and pair.of_custom_loops:
+            continue
         if items is None:
             console.print(f"{title}: not compared")
         elif items:
@@ -205,6 +212,8 @@ def _print(console: Console, pair: RunPair) -> None:
     console.print(f"  where: {escape(line)}", soft_wrap=True)
     for line in _evidence(pair.found, place):
         console.print(f"  evidence: {escape(line)}", soft_wrap=True)
+    section = "build" if place.step == 0 and place.phase is None else place.stage
+    console.print(f"  explain: dreplica explain {section}")
 
 
 def _differ_at_the_end(one: RecordedRun, other: RecordedRun) -> dict[str, list[int]] | None:
@@ -258,8 +267,9 @@ def _notes(
     found: Comparison,
 ) -> list[str]:
     notes = []
+    of_custom_loops = all(run.is_of_custom_loop for run in runs)
     for name, trace, run, alone in zip(names, traces, runs, found.num_alone, strict=True):
-        notes += [f"{name}: {line}" for line in run.problems]
+        notes += [f"{name}: {line}" for line in run.problems if not (of_custom_loops and line == NO_CONFIG)]
         if trace.is_cut_off:
             notes.append(f"{name}: the last line is incomplete and was ignored; the last step is {trace.last_key[0]}")
         if trace.first_repeated is not None:

@@ -192,6 +192,36 @@ def test_traces_without_run_folder(runs: Path, tmp_path: Path, capsys: pytest.Ca
     assert f"{tmp_path / 'some.jsonl'}: there is no config.yaml" in found["notes"]
 
 
+def test_runs_of_custom_loops_have_no_config(runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A missing config is not remarked on, and the last line says what explains the stage."""
+    folders = [Path(shutil.copytree(runs / name, tmp_path / name)) for name in ("one", "seed")]
+    for folder in folders:
+        (folder / "config.yaml").unlink()
+        rows = json.loads((folder / "manifest.json").read_text())
+        rows = [{**row, "argv": ["loop.py", "--out", str(folder)]} for row in rows]
+        (folder / "manifest.json").write_text(json.dumps(rows))
+    code, found = compare_json(capsys, *folders)
+    assert (code, found["config"], found["manifest"]) == (ExitCode.DIVERGED, None, [])
+    assert found["notes"] == ["2 and 1 replicas"]
+    assert found["summary"].endswith("; no difference in the manifest explains it")
+    _, output = compare(capsys, *folders)
+    assert "config" not in output
+    assert output.splitlines()[-1] == "  explain: dreplica explain indices"
+
+
+def test_difference_at_step_0_is_explained_as_build(
+    runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(runs / "again", tmp_path / "run")
+    header, build, *rows = read_rows(tmp_path / "run")
+    digests = build["digests"] | {"weights": "0" * 32}
+    write_rows(tmp_path / "run", [header, build | {"digests": digests}, *rows])
+    (tmp_path / "run" / "tensors.bin").unlink()
+    code, output = compare(capsys, runs / "one", tmp_path / "run")
+    assert code == ExitCode.DIVERGED
+    assert output.splitlines()[-1] == "  explain: dreplica explain build"
+
+
 def test_unusable_traces_are_reported(runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     shutil.copytree(runs / "again", tmp_path / "run")
     header, *rows = read_rows(tmp_path / "run")

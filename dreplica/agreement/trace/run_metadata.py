@@ -1,6 +1,7 @@
 """Read what a run folder holds in addition to the trace, and compare config and manifest of two runs."""
 
 import json
+import os
 import shlex
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -19,6 +20,10 @@ _NAMES_A_MACHINE = {"host", "device.index", "device.uuid", "device.shared"}
 """Manifest fields that identify one of several equal machines or devices."""
 _STARTS_THE_SCRIPT = {"argv", "script"}
 """Manifest fields that are left out beside a config, which has all that they determine in the trainer."""
+_OWN_FOLDER = "RUN"
+"""Replaces an argument of the script that names the folder into which the run was recorded."""
+NO_CONFIG = "there is no config.yaml"
+"""Problem of a run folder without a config, as those of custom training loops are."""
 _EACH_VERSION_HAS_OTHERS = ("cpu.", "numerics.", "packages.", "variables.")
 """Sections in which a field that only one of two manifests has may be one that the other's dreplica did not record."""
 
@@ -47,11 +52,17 @@ class RecordedRun:
     config: Mapping[str, Any] | None
     """Resolved config, or None if it is missing or not valid."""
     manifests: Sequence[Mapping[str, Any]] | None
-    """Manifest of each replica, or None if it is missing or not valid."""
+    """Manifest of each replica, or None if it is missing or not valid. Of the script's arguments, one that names the
+    run folder is replaced: it differs between any two runs."""
     report: RunReport | None
     """Report of the run, or None if it is missing or not valid. A run that was killed has none."""
     problems: tuple[str, ...] = ()
     """Descriptions of the files that are missing or not valid. A missing report is not a problem."""
+
+    @property
+    def is_of_custom_loop(self) -> bool:
+        """True if the run was recorded by a custom training loop, which has no config."""
+        return self.manifests is not None and NO_CONFIG in self.problems
 
     @property
     def final(self) -> Mapping[tuple[int, str], str]:
@@ -90,7 +101,29 @@ def read_run(folder: Path) -> RecordedRun:
     except ReportError as error:
         if error.code != "no-report":
             problems.append(str(error))
+    if manifests is not None:
+        names = [str(folder)] if report is None else [str(folder), report.run.folder]
+        manifests = [{**row, **_arguments_without(names, row)} for row in manifests]
     return RecordedRun(config, manifests, report, tuple(problems))
+
+
+def _arguments_without(names: Sequence[str | None], manifest: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the field `argv` of a manifest with a placeholder for arguments that name the run folder, or its parent.
+
+    `--out=runs/a` and `--out runs/a` are both found, and `runs/a` also if the run was recorded into `runs/a/trace`.
+    """
+    argv = manifest.get("argv")
+    if not isinstance(argv, list):
+        return {}
+    folders = [os.path.normpath(name) for name in names if name]
+
+    def mask(argument: str) -> str:
+        option, equals, value = argument.rpartition("=")
+        path = os.path.normpath(value)
+        holds_run = value and path != os.curdir and any(f"{each}/".startswith(f"{path}/") for each in folders)
+        return f"{option}{equals}{_OWN_FOLDER}" if holds_run else argument
+
+    return {"argv": [*argv[:1], *(mask(item) if isinstance(item, str) else item for item in argv[1:])]}
 
 
 def _is_rows(content: Any) -> bool:

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from dreplica.agreement.trace.report_records import RunInfo
 from dreplica.agreement.trace.run_metadata import (
     RunDifference,
     config_differences,
@@ -13,6 +14,7 @@ from dreplica.agreement.trace.run_metadata import (
     manifest_differences,
     read_run,
 )
+from dreplica.agreement.trace.run_report import RunReport
 from dreplica.agreement.verdict.verdict import Verdict
 from dreplica.config.schema import RunConfig
 
@@ -80,6 +82,44 @@ def test_read_run_lists_unreadable_files(content: str, tmp_path: Path) -> None:
     first, second = run.problems
     assert first.startswith("config.yaml ")
     assert second == "there is no manifest.json"
+
+
+@pytest.mark.parametrize(
+    ("argument", "read"),
+    [
+        ("runs/a", "RUN"),
+        ("./runs/a/", "RUN"),
+        ("runs", "RUN"),  # the folder of all runs, of which this is one
+        ("--out=runs/a", "--out=RUN"),
+        ("runs/a/sub", "runs/a/sub"),
+        ("runs/ab", "runs/ab"),
+        ("a", "a"),  # may be a seed, a variant or a name
+        (".", "."),
+        ("", ""),
+        ("--lr=0.1", "--lr=0.1"),
+        (3, 3),
+    ],
+)
+def test_read_run_hides_argument_that_names_the_run(
+    argument: Any, read: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two runs of one script have different folders, which is no difference between the runs."""
+    monkeypatch.chdir(tmp_path)
+    folder = Path("runs", "a")
+    folder.mkdir(parents=True)
+    (folder / "manifest.json").write_text(json.dumps([{"replica": 0, "argv": ["runs/a", argument]}]))
+    assert read_run(folder).manifests == [{"replica": 0, "argv": ["runs/a", read]}]
+    RunReport(verdict=Verdict(True, "none", "1 replica"), run=RunInfo(name="a", folder="runs/a")).write(folder)
+    moved = folder.rename("moved")
+    assert read_run(moved).manifests == [{"replica": 0, "argv": ["runs/a", read]}]
+
+
+def test_run_of_custom_loop_has_manifest_and_no_config(tmp_path: Path) -> None:
+    assert not read_run(tmp_path).is_of_custom_loop
+    (tmp_path / "manifest.json").write_text(json.dumps(row()))
+    assert read_run(tmp_path).is_of_custom_loop
+    (tmp_path / "config.yaml").write_text("{")
+    assert not read_run(tmp_path).is_of_custom_loop
 
 
 def row(**changes: Any) -> list[dict[str, Any]]:
