@@ -1,60 +1,23 @@
 """The launch that this process belongs to, as its environment variables describe it.
 
-torchrun sets RANK and WORLD_SIZE. srun, mpirun and other launchers set variables of their own, which torch does not
+torchrun sets RANK and WORLD_SIZE. srun, mpirun and other launchers set other variables, which torch does not
 read: without a check, each of their processes would train alone and find nothing to disagree with.
 """
 
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from dreplica.config.messages import config_error, invalid_value
+from dreplica.distributed.launcher_variables import (
+    LAUNCHERS,
+    check_rank,
+    place_within_node,
+    read_integer,
+    size_variable_of,
+)
 from dreplica.errors import UsageError
 
 MAX_PORT = 65535
-
-
-@dataclass(frozen=True)
-class _Launcher:
-    """Names of the variables that a launcher sets for each of its processes."""
-
-    command: str
-    """The command, for messages."""
-    rank: str
-    size: str
-    local_rank: tuple[str, ...]
-    """Variables with the rank within the node, of which the first that is set counts."""
-    local_size: tuple[str, ...] = ()
-    """Variables with the number of processes on the node."""
-
-
-_SLURM = _Launcher("srun", "SLURM_PROCID", "SLURM_STEP_NUM_TASKS", ("SLURM_LOCALID",))
-_LAUNCHERS = (
-    _Launcher(  # Open MPI
-        "mpirun",
-        "OMPI_COMM_WORLD_RANK",
-        "OMPI_COMM_WORLD_SIZE",
-        ("OMPI_COMM_WORLD_LOCAL_RANK",),
-        ("OMPI_COMM_WORLD_LOCAL_SIZE",),
-    ),
-    _Launcher(  # MVAPICH2
-        "mpirun",
-        "MV2_COMM_WORLD_RANK",
-        "MV2_COMM_WORLD_SIZE",
-        ("MV2_COMM_WORLD_LOCAL_RANK",),
-        ("MV2_COMM_WORLD_LOCAL_SIZE",),
-    ),
-    _Launcher(  # MPICH and Intel MPI (Hydra), Cray PALS, Flux, srun --mpi=pmi2
-        "mpiexec",
-        "PMI_RANK",
-        "PMI_SIZE",
-        ("MPI_LOCALRANKID", "PMI_LOCAL_RANK", "FLUX_TASK_LOCAL_ID", "SLURM_LOCALID"),
-        ("MPI_LOCALNRANKS", "PMI_LOCAL_SIZE"),
-    ),
-    _Launcher("jsrun", "JSM_NAMESPACE_RANK", "JSM_NAMESPACE_SIZE", ("JSM_NAMESPACE_LOCAL_RANK",)),
-    _SLURM,
-)
-"""Known launchers. Those that may run inside another come first: mpirun starts its daemons with srun, for example."""
 
 
 @dataclass(frozen=True)
@@ -155,7 +118,7 @@ def detect_launch(variables: Mapping[str, str]) -> Launch:
             each other.
     """
     values = {name: text.strip() for name, text in variables.items() if text.strip()}
-    size = _integer(values, "WORLD_SIZE", 1)
+    size = read_integer(values, "WORLD_SIZE", 1)
     started = _find_launcher(values)
     if "RANK" in values:
         launch = _from_rank(values, size, started)
@@ -194,38 +157,38 @@ def is_port(text: str) -> bool:
 
 def _from_rank(values: Mapping[str, str], size: int | None, started: Launch | None) -> Launch:
     """Return the launch that RANK and WORLD_SIZE describe."""
-    rank = _integer(values, "RANK", 0)
+    rank = read_integer(values, "RANK", 0)
     assert rank is not None
     if size is None:
         fix = "Set WORLD_SIZE to the number of processes, or unset RANK for a single process."
         raise _missing("WORLD_SIZE", f"RANK is {rank}", fix)
-    _check_rank("RANK", rank, "WORLD_SIZE", size)
+    check_rank("RANK", rank, "WORLD_SIZE", size)
     is_torchrun = "TORCHELASTIC_RUN_ID" in values or "TORCHELASTIC_USE_AGENT_STORE" in values
     if size == 1 and started is not None and not is_torchrun:
         # Exported in a shell or a job script once, and inherited by each process that srun or mpirun started.
         raise _contradiction("RANK is 0 and WORLD_SIZE is 1", started, "Unset RANK and WORLD_SIZE")
     same = started if started is not None and started.size == size else None
-    local_rank = _integer(values, "LOCAL_RANK", 0)
+    local_rank = read_integer(values, "LOCAL_RANK", 0)
     if local_rank is None:
         local_rank, local_size = (0, 1) if same is None else (same.local_rank, same.local_size)
     else:
-        local_size = _integer(values, "LOCAL_WORLD_SIZE", 1) or local_rank + 1
-        _check_rank("LOCAL_RANK", local_rank, "LOCAL_WORLD_SIZE", local_size)
+        local_size = read_integer(values, "LOCAL_WORLD_SIZE", 1) or local_rank + 1
+        check_rank("LOCAL_RANK", local_rank, "LOCAL_WORLD_SIZE", local_size)
     return Launch("torchrun" if is_torchrun else "environment", rank, size, local_rank, local_size)
 
 
 def _find_launcher(values: Mapping[str, str]) -> Launch | None:
     """Return the launch of the first launcher that started several processes, or None."""
-    for launcher in _LAUNCHERS:
-        size_variable = _size_variable(launcher, values)
+    for launcher in LAUNCHERS:
+        size_variable = size_variable_of(launcher, values)
         if launcher.rank not in values or size_variable not in values:
             continue
-        rank, size = _integer(values, launcher.rank, 0), _integer(values, size_variable, 1)
+        rank, size = read_integer(values, launcher.rank, 0), read_integer(values, size_variable, 1)
         assert rank is not None
         assert size is not None
-        _check_rank(launcher.rank, rank, size_variable, size)
+        check_rank(launcher.rank, rank, size_variable, size)
         if size > 1:
-            local_rank, local_size = _within_node(launcher, values, rank, size)
+            local_rank, local_size = place_within_node(launcher, values, rank, size)
             return Launch(
                 launcher.command,
                 rank,
@@ -235,67 +198,24 @@ def _find_launcher(values: Mapping[str, str]) -> Launch | None:
                 rank_variable=launcher.rank,
                 size_variable=size_variable,
             )
-    is_described = any(launcher.size in values for launcher in _LAUNCHERS)
+    is_described = any(launcher.size in values for launcher in LAUNCHERS)
     return _from_pmix(values) if "PMIX_RANK" in values and "RANK" not in values and not is_described else None
 
 
 def _from_pmix(values: Mapping[str, str]) -> Launch:
     """Return the launch of a process that only PMIx describes, which does not say how many there are."""
-    rank, size = _integer(values, "PMIX_RANK", 0), _integer(values, "WORLD_SIZE", 1)
+    rank, size = read_integer(values, "PMIX_RANK", 0), read_integer(values, "WORLD_SIZE", 1)
     assert rank is not None
     if size is None:
         fix = "Set WORLD_SIZE to the number of processes, or unset PMIX_RANK for a single process."
         raise _missing("WORLD_SIZE", f"PMIX_RANK is {rank}", fix)
-    _check_rank("PMIX_RANK", rank, "WORLD_SIZE", size)
+    check_rank("PMIX_RANK", rank, "WORLD_SIZE", size)
     return Launch("prun", rank, size, rank, size, rank_variable="PMIX_RANK")
-
-
-def _size_variable(launcher: _Launcher, values: Mapping[str, str]) -> str:
-    """Return the variable with the number of processes.
-
-    SLURM_NTASKS is that of the job in a batch script and in a shell of salloc, where only one process runs. It is that
-    of the step where there is a step, or a task other than the first.
-    """
-    if launcher is not _SLURM or launcher.size in values:
-        return launcher.size
-    in_step = "SLURM_STEP_ID" in values or values.get(launcher.rank, "0") != "0"
-    return "SLURM_NTASKS" if in_step else launcher.size
-
-
-def _within_node(launcher: _Launcher, values: Mapping[str, str], rank: int, size: int) -> tuple[int, int]:
-    """Return the rank within the node and the number of processes on the node."""
-    name = next((name for name in launcher.local_rank if name in values), None)
-    if name is None:  # as on one node: a GPU is chosen modulo the number of GPUs
-        return rank, size
-    local_rank = _integer(values, name, 0)
-    assert local_rank is not None
-    if name == "SLURM_LOCALID":
-        if _gpus_per_task(values):  # the task sees only its own GPU
-            return 0, 1
-        return local_rank, max(local_rank + 1, _slurm_tasks_on_node(values))
-    sizes = (_integer(values, name, 1) for name in launcher.local_size if name in values)
-    return local_rank, max(local_rank + 1, next(sizes, None) or 1)
-
-
-def _gpus_per_task(values: Mapping[str, str]) -> bool:
-    return "SLURM_GPUS_PER_TASK" in values or "gpu" in values.get("SLURM_TRES_PER_TASK", "")
-
-
-def _slurm_tasks_on_node(values: Mapping[str, str]) -> int:
-    """Return the number of this step's tasks on this node, from a list such as `8(x3),4`. It is 1 if unknown."""
-    counts: list[int] = []
-    for item in values.get("SLURM_STEP_TASKS_PER_NODE", "").split(","):
-        match = re.fullmatch(r"(\d+)(?:\(x(\d+)\))?", item.strip())
-        if match is None:
-            return 1
-        counts += [int(match[1])] * int(match[2] or 1)
-    node = values.get("SLURM_NODEID", "")
-    return counts[int(node)] if node.isdecimal() and int(node) < len(counts) else 1
 
 
 def _alone(values: Mapping[str, str]) -> Launch:
     """Return the launch of a process that was started alone."""
-    local_rank = _integer(values, "LOCAL_RANK", 0)
+    local_rank = read_integer(values, "LOCAL_RANK", 0)
     if local_rank:
         fix = "Set RANK and WORLD_SIZE too, or unset LOCAL_RANK for a single process."
         raise _missing("RANK", f"LOCAL_RANK is {local_rank}", fix)
@@ -308,23 +228,6 @@ def _with_address(launch: Launch, values: Mapping[str, str]) -> Launch:
         fix = "Set it to a free port on the host of rank 0, such as 29500."
         raise invalid_value("MASTER_PORT", port, f"a port from 1 to {MAX_PORT}", fix)
     return replace(launch, host=values.get("MASTER_ADDR"), port=None if port is None else int(port))
-
-
-def _integer(values: Mapping[str, str], name: str, minimum: int) -> int | None:
-    """Return the value of a variable, or None if it is not set."""
-    text = values.get(name)
-    if text is None:
-        return None
-    if not re.fullmatch("-?[0-9]{1,9}", text) or int(text) < minimum:
-        raise invalid_value(name, text, f"an integer of at least {minimum}", f"Correct or unset {name}.")
-    return int(text)
-
-
-def _check_rank(rank_variable: str, rank: int, size_variable: str, size: int) -> None:
-    if rank >= size:
-        expected = f"a value below {size_variable}, which is {size}"
-        fix = f"Number the processes from 0 to {size - 1}."
-        raise invalid_value(rank_variable, rank, expected, fix)
 
 
 def _missing(name: str, given: str, fix: str) -> UsageError:

@@ -115,7 +115,7 @@ def _longest_nap(size: int) -> float:
 
 
 def _lead(store: dist.Store, size: int, wait: Wait, unit: str, serves: bool) -> str:
-    """Publish a prefix, wait for all others and publish the answer. Return the prefix."""
+    """Return a new prefix once all others have arrived, and publish who has."""
     own = uuid.uuid4().hex
     prefix = f"dreplica/{own}"
     entries: list[_Entry] = []

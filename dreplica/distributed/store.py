@@ -110,6 +110,7 @@ def _resolve(endpoint: Endpoint, wait: Wait) -> None:
                 fix = f"Set it to an address of {endpoint.unit} 0's host that every {endpoint.unit} reaches."
                 problem = f"unknown host {endpoint.host!r} ({_reason(error)})"
                 raise config_error("unknown-host", endpoint.host_key, problem, fix, value=endpoint.host) from None
+            wait.who = f"{endpoint.unit} 0 at {endpoint} ({_reason(error)})"
         time.sleep(_NAPS[1])
 
 

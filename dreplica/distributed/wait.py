@@ -15,7 +15,7 @@ REPORT_SECONDS = 5.0
 """Seconds until a wait is reported for the first time. The next reports follow after twice the time, and so on."""
 _POLL_SECONDS = 0.25
 _GRACE_SECONDS = 5.0
-"""Seconds that the work of a wait has left, after its end, to fail with an error of its own."""
+"""Seconds that the work of a wait has left, after its end, to raise a better error itself."""
 
 
 class WaitTimeout(Exception):
@@ -63,7 +63,7 @@ class Wait:
     def report(self) -> None:
         """Log whom it waits for, if the wait has lasted long enough since the last report."""
         elapsed = time.monotonic() - self._since
-        if elapsed >= self._next_report and self.who:
+        if elapsed >= self._next_report and self.who and not self.is_over:
             while self._next_report <= elapsed:
                 self._next_report *= 2
             log.warning("waiting for %s: %.0f s of at most %g s (world.timeout)", self.who, elapsed, self.timeout)
