@@ -1,14 +1,17 @@
 """Layers of tests, and process-wide settings that are restored after each test."""
 
+import getpass
 import logging
 import os
 import signal
 import sys
+import tempfile
 from collections.abc import Iterator
 
 import pytest
 import torch
 
+from tests.harness import temporary_base
 from tests.layers import PROCESS_EVENTS, layer_of
 
 # A shell's background and nohup ignore these signals, and the processes that tests start would, too.
@@ -35,9 +38,19 @@ sys.addaudithook(_record_started)
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Keep tests that share a fixture on one process when `-n` is given."""
+    """Keep temporary files in one folder that is removed, and tests that share a fixture on one process with `-n`."""
+    _move_temporary_files()
     if getattr(config.option, "dist", "no") == "load":
         config.option.dist = "loadgroup"
+
+
+def _move_temporary_files() -> None:
+    """Let this process and all that it starts put temporary files into one folder, which is removed at the end."""
+    outside = tempfile.gettempdir()
+    # pytest keeps the folders of its last three sessions, and torch the code that it has compiled.
+    os.environ.setdefault("PYTEST_DEBUG_TEMPROOT", outside)
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", os.path.join(outside, f"torchinductor_{getpass.getuser()}"))
+    tempfile.tempdir = os.environ["TMPDIR"] = str(temporary_base())
 
 
 @pytest.hookimpl(tryfirst=True)

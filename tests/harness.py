@@ -5,6 +5,7 @@ import json
 import multiprocessing
 import os
 import pickle
+import shutil
 import signal
 import socket
 import subprocess
@@ -14,7 +15,9 @@ import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from multiprocessing.connection import Connection
+from multiprocessing.util import Finalize
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +26,20 @@ import torch.distributed as dist
 from tests.fixtures import merged
 
 REPOSITORY = Path(__file__).parents[1]
+
+
+@cache
+def temporary_base() -> Path:
+    """Return the folder of all temporary files of this process, which is removed when the process ends."""
+    base = Path(tempfile.mkdtemp(prefix="dreplica-"))  # short: the path of a Unix socket has at most 107 bytes
+    # After multiprocessing has removed its own folder, which has the priority -100.
+    Finalize(None, shutil.rmtree, (base,), {"ignore_errors": True}, exitpriority=-200)
+    return base
+
+
+def temporary_folder(prefix: str) -> Path:
+    """Return a new folder in `temporary_base`, whose name begins with `prefix`."""
+    return Path(tempfile.mkdtemp(prefix=prefix, dir=temporary_base()))
 
 
 def preloaded(on_gpu: bool) -> list[str]:
@@ -183,7 +200,7 @@ def torchrun(*arguments: str, num_replicas: int = 2, root: Path | None = None, t
         root: Folder for the run folder, by default a new temporary folder.
         timeout: Seconds until the job is killed and the test fails.
     """
-    root = root or Path(tempfile.mkdtemp(prefix="dreplica-"))
+    root = root or temporary_folder("job-")
     command = torchrun_command(*arguments, num_replicas=num_replicas, root=root)
     process = subprocess.run(
         command, capture_output=True, text=True, timeout=timeout, cwd=REPOSITORY, env=environment(), check=False
@@ -203,7 +220,7 @@ def run_job(*arguments: str, num_replicas: int = 2, root: Path | None = None, ti
         root: Folder for the run folder, by default a new temporary folder.
         timeout: Seconds until the workers are killed and the test fails.
     """
-    root = root or Path(tempfile.mkdtemp(prefix="dreplica-"))
+    root = root or temporary_folder("job-")
     return run_workers([arguments] * num_replicas, root, timeout=timeout)
 
 
@@ -258,7 +275,7 @@ def start_workers(
     """
     store = None if rank_0_holds_store else dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     port = free_port() if store is None else store.port
-    outputs = Path(tempfile.mkdtemp(prefix="dreplica-output-"))
+    outputs = temporary_folder("output-")
     processes = []
     for rank, argv in enumerate(argvs):
         own = _rank_environment(rank, len(argvs), port) if launched is None else launched[rank]

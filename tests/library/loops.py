@@ -156,15 +156,16 @@ def transformers(plant: bool) -> dreplica.Agreement:
     samples = [{"data": data, "labels": label} for data, label in digits()]
     callback = AgreementCallback()
     quiet = {"save_strategy": "no", "report_to": "none", "disable_tqdm": True}
-    arguments = TrainingArguments(
-        tempfile.mkdtemp(),
-        per_device_train_batch_size=8,
-        gradient_accumulation_steps=2,
-        num_train_epochs=3,
-        use_cpu=True,
-        **quiet,
-    )
-    Trainer(Classifier(), arguments, train_dataset=samples, callbacks=[callback]).train()
+    with tempfile.TemporaryDirectory() as folder:
+        arguments = TrainingArguments(
+            folder,
+            per_device_train_batch_size=8,
+            gradient_accumulation_steps=2,
+            num_train_epochs=3,
+            use_cpu=True,
+            **quiet,
+        )
+        Trainer(Classifier(), arguments, train_dataset=samples, callbacks=[callback]).train()
     assert callback.agreement is not None
     return callback.agreement
 
