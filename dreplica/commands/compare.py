@@ -6,25 +6,26 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.markup import escape
-from rich.table import Table
 
-from dreplica.agreement.trace.comparison import Comparison, compare_traces
+from dreplica.agreement.trace.comparison import compare_traces
 from dreplica.agreement.trace.reader import Trace
 from dreplica.agreement.trace.run_metadata import (
-    NO_CONFIG,
     RecordedRun,
     RunDifference,
     config_differences,
-    fold_distributions,
     manifest_differences,
     read_run,
     show,
 )
-from dreplica.agreement.verdict.location import Place, module_of
+from dreplica.agreement.verdict.location import module_of
+from dreplica.commands.compare_text import (
+    MOST_NAMED,
+    explain_command,
+    find_evidence,
+    find_notes,
+    print_comparison,
+)
 from dreplica.errors import ExitCode, UsageError
-
-_MOST_NAMED = 4
 
 
 class RunPair:
@@ -38,11 +39,11 @@ class RunPair:
         outcome: `identical`, `differ`, `prefix` (the same up to the end of the shorter run) or `samples` (the same
             samples, with no state recorded, neither per step nor at the end).
         config: The differences between the configs. None if a run has no readable config.
-        of_custom_loops: True if both runs were recorded by custom training loops, which have no config.
         manifest: The differences between the manifests. None if a run has no readable manifest.
         sooner: Index of the run that ends first.
         final: Stage to the replicas whose final states differ. None unless the outcome depends on the final states.
         notes: Remarks for the reader, one line each.
+        recorded: For `config` and `manifest`, True for each run that has recorded it.
 
     Raises:
         UsageError: A trace is missing, or the two traces cannot be compared.
@@ -59,7 +60,6 @@ class RunPair:
         if runs[0].manifests is not None and runs[1].manifests is not None:
             configured = self.config is not None
             self.manifest = manifest_differences(runs[0].manifests, runs[1].manifests, configured)
-        self.of_custom_loops = all(run.is_of_custom_loop for run in runs)
         self.found = compare_traces(*self.traces)
         if self.found.place is None and not self.found.num_digests:
             raise UsageError(
@@ -77,14 +77,18 @@ class RunPair:
             continued = any(run.last_step is not None and run.last_step < ends[0][0] for run in runs)
             self.final = None if continued else _differ_at_the_end(*runs)
             self.outcome = "samples" if self.final is None else "differ" if any(self.final.values()) else "identical"
-        self.notes = _notes(self.names, self.traces, runs, self.found)
+        self.notes = find_notes(self.names, self.traces, runs, self.found)
+        self.recorded = {
+            "config": [run.config is not None for run in runs],
+            "manifest": [run.manifests is not None for run in runs],
+        }
 
     @property
     def summary(self) -> str:
         """The result in one line."""
         found = self.found
         if found.place is not None:
-            return f"diverged {_where(found.place)}; {self._differing_in()}"
+            return f"diverged {found.place.when}: {found.place.where}; {self._differing_in()}"
         stages = ", ".join(stage for stage, count in found.num_same.items() if count)
         what = f"{found.num_steps:,} steps, {found.num_digests:,} digests of {stages}"
         if self.outcome == "samples":
@@ -126,6 +130,8 @@ class RunPair:
             "outcome": self.outcome,
             "summary": self.summary,
             "first_difference": first,
+            "evidence": [item.as_dict() for item in find_evidence(found, self.names)],
+            "explain": None if place is None else explain_command(place),
             "differ_at_the_end": self.final,
             "steps_same": found.num_steps,
             "digests_same": found.num_same,
@@ -144,17 +150,17 @@ class RunPair:
         ]
         if parts:
             return " and ".join(parts)
-        if self.of_custom_loops:
-            return "no difference in the manifest explains it"
-        if self.config is None or self.manifest is None:
+        compared = [name for name, items in (("config", self.config), ("manifest", self.manifest)) if items is not None]
+        if not compared:
             return "how the runs differ is not recorded"
-        return "no difference in config or manifest explains it"
+        where = "config or manifest" if len(compared) > 1 else f"the {compared[0]}"
+        return f"no difference in {where} explains it"
 
     @staticmethod
     def _given(items: list[RunDifference] | None) -> str:
         named = [f"{item.field} ({show(item.one)}, {show(item.other)})" for item in items or () if item.matters]
-        more = f" and {len(named) - _MOST_NAMED} more" if len(named) > _MOST_NAMED else ""
-        return ", ".join(named[:_MOST_NAMED]) + more
+        more = f" and {len(named) - MOST_NAMED} more" if len(named) > MOST_NAMED else ""
+        return ", ".join(named[:MOST_NAMED]) + more
 
 
 def compare_runs(one: Path, other: Path, as_json: bool = False, prefix: bool = False) -> ExitCode:
@@ -177,43 +183,12 @@ def compare_runs(one: Path, other: Path, as_json: bool = False, prefix: bool = F
     if as_json:
         print(json.dumps(pair.as_dict(), indent=1))
     else:
-        _print(Console(highlight=False), pair)
+        differences = {"config": pair.config, "manifest": pair.manifest}
+        print_comparison(Console(highlight=False), pair.names, differences, pair.recorded, pair.as_dict())
     if pair.outcome == "differ":
         return ExitCode.DIVERGED
     same = pair.outcome == "identical" or (pair.outcome == "prefix" and prefix and not pair.found.only_samples)
     return ExitCode.AGREED if same else ExitCode.FAILED
-
-
-def _print(console: Console, pair: RunPair) -> None:
-    for title, items in (("config", pair.config), ("manifest", pair.manifest)):
-        if title == "config" and pair.of_custom_loops:
-            continue
-        if items is None:
-            console.print(f"{title}: not compared")
-        elif items:
-            console.print(_table(title, pair.names, fold_distributions(items)))
-        else:
-            console.print(f"{title}: the same")
-    for note in pair.notes:
-        console.print(f"[yellow]note:[/yellow] {escape(note)}", soft_wrap=True)
-    word, colour = {
-        "identical": ("IDENTICAL", "green"),
-        "prefix": ("SAME SO FAR", "yellow"),
-        "samples": ("SAME SAMPLES", "yellow"),
-        "differ": ("DIFFERENT", "red"),
-    }[pair.outcome]
-    console.print(f"[bold {colour}]{word}[/] {escape(pair.summary)}", soft_wrap=True)
-    place = pair.found.place
-    if place is None:
-        return
-    first = pair.as_dict()["first_difference"]
-    keys = ("step", "epoch", "stage", "tensor", "module", "phase")
-    line = ", ".join(f"{key} {first[key]}" for key in keys if first[key] is not None)
-    console.print(f"  where: {escape(line)}", soft_wrap=True)
-    for line in _evidence(pair.found, place):
-        console.print(f"  evidence: {escape(line)}", soft_wrap=True)
-    section = "build" if place.step == 0 and place.phase is None else place.stage
-    console.print(f"  explain: dreplica explain {section}")
 
 
 def _differ_at_the_end(one: RecordedRun, other: RecordedRun) -> dict[str, list[int]] | None:
@@ -226,67 +201,3 @@ def _differ_at_the_end(one: RecordedRun, other: RecordedRun) -> dict[str, list[i
         if one.final[replica_id, stage] != other.final[replica_id, stage]:
             differing[stage].append(replica_id)
     return differing or None
-
-
-def _table(title: str, names: tuple[str, str], items: list[RunDifference]) -> Table:
-    table = Table(title=f"{title}: differences", title_justify="left")
-    for column in ("key" if title == "config" else "field", *map(escape, names)):
-        table.add_column(column, overflow="fold")
-    for item in sorted(items, key=lambda item: not item.matters):
-        field = escape(item.field) if item.matters else f"{escape(item.field)} *"
-        table.add_row(field, escape(show(item.one)), escape(show(item.other)), style=None if item.matters else "dim")
-    if not all(item.matters for item in items):
-        table.caption, table.caption_justify = "* does not affect digests", "left"
-    return table
-
-
-def _where(place: Place) -> str:
-    when = "at the build (step 0)" if place.step == 0 else f"at step {place.step}"
-    if place.phase is not None:
-        when = f"in the {place.phase} after step {place.step}"
-    return f"{when}: {', '.join(part for part in (place.stage, place.tensor) if part)}"
-
-
-def _evidence(found: Comparison, place: Place) -> list[str]:
-    lines = [f"differing stages: {', '.join(place.differing_stages)}"]
-    if place.num_entries:
-        lines.append(f"{place.num_differing} of {place.num_entries} entries of {place.stage} differ")
-        some = list(place.only_on.items())[:_MOST_NAMED]
-        lines += [f"{name} is only in the {('first', 'second')[ids[0]]}" for name, ids in some]
-    else:
-        lines.append("the tensor is unknown, since not both runs recorded it: --agreement.record tensors")
-    if found.num_steps:
-        lines.append(f"{found.num_steps:,} steps before it are the same, in {found.num_digests:,} digests")
-    return lines
-
-
-def _notes(
-    names: tuple[str, str],
-    traces: tuple[Trace, Trace],
-    runs: tuple[RecordedRun, ...],
-    found: Comparison,
-) -> list[str]:
-    notes = []
-    of_custom_loops = all(run.is_of_custom_loop for run in runs)
-    for name, trace, run, alone in zip(names, traces, runs, found.num_alone, strict=True):
-        notes += [f"{name}: {line}" for line in run.problems if not (of_custom_loops and line == NO_CONFIG)]
-        if trace.is_cut_off:
-            notes.append(f"{name}: the last line is incomplete and was ignored; the last step is {trace.last_key[0]}")
-        if trace.first_repeated is not None:
-            notes.append(f"{name}: resumed from before step {trace.first_repeated}; the later results count")
-        if trace.diverged_at is not None:
-            verdict = None if run.report is None else run.report.verdict
-            cause = "" if verdict is None else f" ({verdict.cause})"
-            notes.append(
-                f"{name}: its own {trace.num_replicas} replicas diverged at step {trace.diverged_at}{cause}; "
-                "the trace has the digests of replica 0"
-            )
-        if alone:
-            notes.append(f"{name}: {alone} checked steps or evaluations that the other run has not recorded")
-    if traces[0].torch_version != traces[1].torch_version:
-        notes.append(f"torch {traces[0].torch_version} and {traces[1].torch_version}")
-    if traces[0].num_replicas != traces[1].num_replicas:
-        notes.append(f"{traces[0].num_replicas} and {traces[1].num_replicas} replicas")
-    if found.epochs_differ_at is not None:
-        notes.append(f"epoch numbers differ from step {found.epochs_differ_at} on, which affects no digest")
-    return notes

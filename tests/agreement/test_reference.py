@@ -1,6 +1,7 @@
 """`Agreement` with a reference on rank 0: all replicas get the same difference."""
 
 import pickle
+from collections.abc import Collection
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,12 +12,15 @@ import torch
 
 from dreplica.agreement import protocol
 from dreplica.agreement.agreement import Agreement
-from dreplica.agreement.reference import Reference, ReferenceDiffers
-from dreplica.agreement.trace.reader import TRACE_NAME
+from dreplica.agreement.reference import Reference, ReferenceDiffers, describe_difference
+from dreplica.agreement.trace.reader import TENSORS_NAME, TRACE_NAME
 from dreplica.agreement.trace.writer import TraceWriter
 from dreplica.agreement.verdict.verdict import Verdict
 from dreplica.distributed.process_group import World
+from dreplica.errors import UsageError
+from dreplica.state.fingerprint.stage import Stage
 from dreplica.state.rng import seed_generators
+from tests.agreement.recording import record, stages_of
 from tests.harness import run_replicas
 
 
@@ -121,3 +125,86 @@ def test_difference_on_rank_0_is_in_the_step_message() -> None:
             assert (outcome.agreed, outcome.differs_from_reference) == (True, differs)
             assert outcome.stop is (stop and not differs), "which is sent again with the next message"
     assert protocol.message(words[0], True, True).nbytes == protocol.MESSAGE_BYTES
+
+
+def reference_of(folder: Path, not_drawn: Collection[str], steps: range = range(4), **keywords: Any) -> Reference:
+    with TraceWriter(folder / TRACE_NAME, 1) as trace:
+        for step in steps:
+            trace.step(step, None, True, drawn_stages(not_drawn), not_drawn=not_drawn)
+    return Reference(folder, **keywords)
+
+
+def drawn_stages(not_drawn: Collection[str], state: bytes = b"a") -> dict[str, Stage]:
+    """Return stages whose `rng` holds a constant for each generator that was not drawn from."""
+    names = ("python", "numpy", "torch")
+    states = b"".join(16 * (b"." if name in not_drawn else state) for name in names)
+    return {"weights": Stage(("w",), bytes(16)), "rng": Stage(names, states)}
+
+
+def test_generator_drawn_from_on_one_side_is_named(tmp_path: Path) -> None:
+    reference = reference_of(tmp_path, ["numpy"])
+    found = reference.compare(1, False, drawn_stages(["python"]), ["python"])
+    assert found is not None
+    verdict = describe_difference(found, None, 1)
+    assert (verdict.step, verdict.stage) == (1, "rng")
+    drawn = [item.text for item in verdict.evidence if item.code == "generator-drawn-one-sided"]
+    assert drawn == [
+        "NumPy's generator was drawn from only here",
+        "Python's generator was drawn from only in the reference",
+    ]
+
+
+@pytest.mark.parametrize("resumed", ["this run", "the reference"])
+def test_resumed_side_does_not_know_what_was_drawn(resumed: str, tmp_path: Path) -> None:
+    if resumed == "this run":
+        reference, not_drawn = reference_of(tmp_path, [], resumed=True), ["python"]
+    else:
+        reference, not_drawn = reference_of(tmp_path, ["python"], range(2, 6)), []
+    assert reference.compare(2, False, drawn_stages(not_drawn), not_drawn) is None
+    assert (reference.num_compared, reference.only_samples) == (1, False)
+    found = reference.compare(3, False, drawn_stages(not_drawn, b"b") | {"weights": Stage((), b"")}, not_drawn)
+    assert found is not None
+    assert found.place.differing_stages == ["weights", "rng"]
+
+
+def test_same_use_of_generators_is_compared_when_resumed(tmp_path: Path) -> None:
+    reference = reference_of(tmp_path, ["python"], resumed=True)
+    found = reference.compare(2, False, drawn_stages(["python"], b"b"), ["python"])
+    assert found is not None
+    assert (found.place.stage, found.drawn) == ("rng", {})
+
+
+def test_damaged_tensors_of_reference_are_evidence(tmp_path: Path) -> None:
+    """The ranks wait for each other at this place, so rank 0 does not raise."""
+    record(tmp_path / "run", range(4), tensors=True)
+    path = tmp_path / "run" / TENSORS_NAME
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+    found = Reference(tmp_path / "run").compare(3, False, stages_of(3, [(3, "weights", "one")]))
+    assert found is not None
+    verdict = describe_difference(found, None, 1)
+    assert (verdict.stage, verdict.tensor) == ("weights", None)
+    (damaged,) = (item.text for item in verdict.evidence if item.code == "tensors-damaged")
+    assert "tensors.bin' is damaged at step 3." in damaged
+
+
+def test_damaged_reference_is_refused(tmp_path: Path) -> None:
+    path = record(tmp_path / "run", range(4)) / TRACE_NAME
+    path.write_bytes(path.read_bytes().replace(b"[2,", b"[3,"))
+    with pytest.raises(UsageError, match=r"is damaged at line 4, ") as error:
+        Reference(tmp_path / "run")
+    assert error.value.code == "damaged-trace"
+
+
+def test_reference_compares_its_own_coordinate(tmp_path: Path) -> None:
+    with TraceWriter(tmp_path / TRACE_NAME, 2, axes=["tp"]) as trace:
+        for step in range(3):
+            for tp in range(2):
+                trace.step(step, None, True, stages_of(step + 10 * tp), coordinate=(tp,))
+    for tp in range(2):
+        reference = Reference(tmp_path, coordinate=(tp,))
+        assert reference.compare(1, False, stages_of(1 + 10 * tp)) is None
+        found = reference.compare(2, False, stages_of(2 + 10 * (1 - tp)))
+        assert found is not None
+        assert reference.num_compared == 1

@@ -36,6 +36,8 @@ EVIDENCE: Mapping[str, str] = {
     "tensor-not-recorded": (
         "the reference has no digests per tensor: record it with --agreement.record tensors to name the tensor"
     ),
+    "tensor-not-in-both": "the tensor is unknown, since not both runs recorded it: --agreement.record tensors",
+    "steps-before-same": "{steps:,} steps before it are the same, in {digests:,} digests",
     "tensors-damaged": "the tensor is unknown: {problem}",
     "generator-drawn-one-sided": "{generator}'s generator was drawn from only {side}",
     "trace-differs": "the replicas agree with each other, but the trace has another digest of {stage} at step {step}",

@@ -1,6 +1,7 @@
 """The trace contains the digests of a run, and nothing that depends on time or place."""
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -8,11 +9,12 @@ import pytest
 import torch
 
 from dreplica.agreement.agreement import Agreement
+from dreplica.agreement.trace.line_format import GENERATORS, Header
 from dreplica.agreement.trace.reader import Trace
 from dreplica.agreement.trace.writer import TraceWriter
 from dreplica.errors import UsageError
 from dreplica.state.fingerprint.fingerprint import ALGORITHM
-from dreplica.state.stages import STAGES, tensors_stage
+from dreplica.state.stages import STAGES, Stage, tensors_stage
 from tests.agreement.bodies import Job, train_all
 from tests.harness import run_replicas
 
@@ -202,3 +204,89 @@ def test_writer_without_path_writes_nothing(tmp_path: Path, monkeypatch: pytest.
     with TraceWriter(None, 1) as trace:
         Agreement(torch.nn.Linear(2, 2), trace=trace).step()
     assert not list(tmp_path.iterdir())
+
+
+def draw(path: Path, steps: range, not_drawn: tuple[str, ...], num_lines: int = 0, state: bytes = b"a") -> TraceWriter:
+    """Record steps whose `rng` holds a constant for each generator that was not drawn from."""
+    with TraceWriter(path, 1, num_lines) as trace:
+        for step in steps:
+            states = b"".join(16 * (b"." if name in not_drawn else state) for name in GENERATORS)
+            trace.step(step, None, True, {"rng": Stage(GENERATORS, states)}, not_drawn=not_drawn)
+    return trace
+
+
+def test_resumed_run_does_not_know_what_was_drawn(tmp_path: Path) -> None:
+    path = tmp_path / "trace.jsonl"
+    draw(path, range(6), ())
+    before = path.read_bytes()
+    again = draw(path, range(3, 6), ("python",), num_lines=4)
+    assert (again.not_reproduced, path.read_bytes()) == (None, before)
+    assert draw(path, range(3, 6), ("python",), num_lines=4, state=b"b").not_reproduced is None, "the state is unknown"
+    assert draw(path, range(3, 6), (), num_lines=4, state=b"b").not_reproduced == (3, "rng")
+
+
+def test_repeated_run_knows_what_was_drawn(tmp_path: Path) -> None:
+    path = tmp_path / "trace.jsonl"
+    draw(path, range(6), ())
+    assert draw(path, range(6), ("python",)).not_reproduced == (0, "rng")
+
+
+def test_writer_knows_what_was_drawn_in_kept_lines(tmp_path: Path) -> None:
+    path = tmp_path / "trace.jsonl"
+    assert draw(path, range(2), GENERATORS).not_drawn == GENERATORS
+    draw(path, range(2, 4), ("numpy",), num_lines=3)
+    for num_lines, not_drawn in ((0, GENERATORS), (1, GENERATORS), (3, GENERATORS), (4, ("numpy",)), (9, ("numpy",))):
+        assert draw(path, range(0), (), num_lines=num_lines).not_drawn == not_drawn, num_lines
+
+
+def test_trace_of_other_axes_is_not_continued(tmp_path: Path) -> None:
+    path = tmp_path / "trace.jsonl"
+    TraceWriter(path, 1, axes=["tp"]).close()
+    TraceWriter(path, 1, axes=["tp"]).close()
+    with pytest.raises(UsageError, match=r"digests of axes \('tp',\), but this run computes \(\)") as error:
+        TraceWriter(path, 1)
+    assert error.value.code == "axes-differ"
+
+
+def test_trace_of_fewer_stages_is_not_continued(tmp_path: Path) -> None:
+    path = tmp_path / "trace.jsonl"
+    path.write_bytes(Header(ALGORITHM, "2", 1, stages=STAGES[1:]).encode())
+    with pytest.raises(UsageError, match="has no place for the stages indices, since an older release") as error:
+        TraceWriter(path, 1)
+    assert error.value.code == "older-trace"
+
+
+@pytest.mark.parametrize("until", range(-1, 7))
+def test_num_lines_until_keeps_lines_of_steps_done(until: int, tmp_path: Path) -> None:
+    path = tmp_path / "trace.jsonl"
+    record(path, range(7))
+    num_lines = Trace(path).num_lines_until(until)
+    assert num_lines == until + 2
+    again = record(path, range(until + 1, 9), num_lines=num_lines)
+    assert (again.num_missing, again.not_reproduced, steps_in(path)) == (0, None, [*range(9)])
+
+
+def test_num_lines_until_counts_the_newest_line_of_a_step(tmp_path: Path) -> None:
+    path = tmp_path / "trace.jsonl"
+    record(path, range(7))
+    record(path, range(3, 6), value=2.0, num_lines=4)
+    assert steps_in(path) == [0, 1, 2, 3, 4, 5, 6, 3, 4, 5]
+    trace = Trace(path)
+    assert [trace.num_lines_until(step) for step in (2, 3, 4, 5, 6)] == [4, 9, 10, 11, 11]
+    record(path, range(4, 8), value=2.0, num_lines=9)
+    assert steps_in(path) == [0, 1, 2, 3, 4, 5, 6, 3, 4, 5, 6, 7]
+
+
+def test_format_1_is_continued_in_format_1(tmp_path: Path) -> None:
+    path = Path(shutil.copy(Path(__file__).parent / "format1" / "trace.jsonl", tmp_path))
+    before = path.read_bytes()
+    again = record(path, range(5, 8), num_lines=7)
+    assert again.not_reproduced == (5, "batch")
+    lines = path.read_bytes().removeprefix(before).splitlines()
+    assert [json.loads(line)["step"] for line in lines] == [5, 6, 7]
+    assert record(path, range(6, 9), num_lines=10).not_reproduced is None
+    assert steps_in(path)[-4:] == [5, 6, 7, 8]
+    with path.open("a") as file:
+        file.write('{"step": 9, "epoch": 1, "agr')
+    assert record(path, range(8, 10), num_lines=12).num_missing == 0
+    assert steps_in(path)[-2:] == [8, 9]
