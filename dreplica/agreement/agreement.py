@@ -1,20 +1,31 @@
 """`Agreement`: check after every step of a training loop that all replicas hold the same bits."""
 
 import logging
-from collections.abc import Collection, Iterable, Mapping, Sequence
+import os
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from functools import partial
+from types import TracebackType
 from typing import Any, Literal, Unpack
 
+import torch
 from torch import Tensor
 
 from dreplica.agreement import protocol
-from dreplica.agreement.arguments import InternalArguments, check_algorithm, check_arguments, check_stages
-from dreplica.agreement.exchange import Exchange
+from dreplica.agreement.arguments import InternalArguments, check_algorithm, check_arguments, check_stages, path_of
+from dreplica.agreement.exchange import Compared, Exchange
+from dreplica.agreement.generators import GENERATORS, GeneratorUse
 from dreplica.agreement.hasher import Observation, negotiated_hasher
 from dreplica.agreement.reference import ReferenceDifference, ReferenceDiffers
+from dreplica.agreement.result import describe_result, show_log
+from dreplica.agreement.run_folders import RunFolders
+from dreplica.agreement.settings import exchange_settings
 from dreplica.agreement.subject import Batch, Expect, Models, Subject
+from dreplica.agreement.trace.report_records import Coverage
 from dreplica.agreement.trace.writer import TraceWriter
+from dreplica.agreement.values import read_values
 from dreplica.agreement.verdict.verdict import Divergence, Verdict
 from dreplica.distributed.channel import gloo_channel
+from dreplica.environment.manifest import collect_environment
 from dreplica.state.stages import STAGES, Entry, Optimizers, Stage, batch_entries, make_stage
 
 log = logging.getLogger(__name__)
@@ -27,7 +38,7 @@ class Agreement:
     """Comparison of the training state of all replicas after every step, bit for bit.
 
     ```python
-    agreement = dreplica.Agreement(model, optimizer)
+    agreement = dreplica.Agreement(model, optimizer, record="runs/a")
     for inputs, labels in loader:
         ...
         optimizer.step()
@@ -35,8 +46,11 @@ class Agreement:
     agreement.finish()
     ```
 
-    Creating an `Agreement` compares the build (step 0), the random number generators included.
-    Seed those of Python, NumPy and torch with the same values on every replica first.
+    In a process group, the ranks are compared with each other. With `record`, the run is recorded, and with `reference`
+    it is compared with a recorded one, with or without a process group.
+
+    Creating an `Agreement` compares the build (step 0). Seed torch with the same value on every rank first, and Python
+    and NumPy where the script uses their generators: these two are compared once something has drawn from them.
 
     Note:
         Collective: create it, and call `step`, `complete`, `evaluation` and `finish`, on every rank in the same order.
@@ -48,6 +62,9 @@ class Agreement:
         optimizer: The optimizer whose settings and state are compared, several by name, or None.
         others: Further objects with a `state_dict` that belong to the stage `optimizer`: a learning rate scheduler,
             a GradScaler. None items are skipped.
+        record: Path of a new run folder, which rank 0 writes: the digests of every step and tensor, the environment,
+            the script's arguments and commit, and the report. Compare two of them with `dreplica compare A B`.
+        reference: Path of a recorded run to compare with, step by step.
         expect: What must agree. "identical": all of `stages`. "independent" (replicas with different seeds): `indices`
             and `batch` only. "ddp" (each rank has its own batch and gradients are averaged): `gradients`, `optimizer`,
             `weights`, and `buffers` unless DistributedDataParallel broadcasts them (`broadcast_buffers`, its default).
@@ -58,8 +75,9 @@ class Agreement:
             `divergence` and continues.
         lag: 0 compares each step at once. 1 completes the comparison during the next step, so that replicas do not
             wait for each other. The verdict names the exact step in both cases.
+        timeout: Seconds to wait for another rank before it counts as lost.
         steps_done: Number of steps taken before, when training resumes. The current state is then compared in place of
-            the build.
+            the build, and an existing folder of `record` is continued.
         **internal: Arguments of the trainer (`InternalArguments`), which may change without notice.
 
     Raises:
@@ -89,15 +107,19 @@ class Agreement:
         optimizer: Optimizers = None,
         *,
         others: Sequence[Any] = (),
+        record: str | os.PathLike[str] | None = None,
+        reference: str | os.PathLike[str] | None = None,
         expect: Expect | None = None,
         stages: Collection[str] | None = None,
         every: int = 1,
         on_divergence: Literal["stop", "continue"] = "stop",
         lag: Literal[0, 1] = 0,
+        timeout: float = 300.0,
         steps_done: int = 0,
         **internal: Unpack[InternalArguments],
     ) -> None:
-        check_arguments(expect, on_divergence, lag, every, internal)
+        check_arguments(expect, on_divergence, lag, every, timeout, internal)
+        paths = path_of("record", record), path_of("reference", reference)
         self.steps_done = self._steps_before = steps_done
         self.steps_checked = self.stages_compared = 0
         self.stages_seen: set[str] = set()
@@ -107,28 +129,46 @@ class Agreement:
         self.divergence: Verdict | None = None
         self.diverged_stages: dict[str, Stage] = {}
         self.reference_difference: ReferenceDifference | None = None
-        self._subject = Subject(model, optimizer, others)
+        self._quiet = internal.get("quiet", False)
+        self._generators = GeneratorUse(GENERATORS if internal.get("all_generators") else ())
+        self._subject = Subject(model, optimizer, others, self._generators.entries)
         self._expect = expect or ("ddp" if self._subject.is_ddp else "identical")
         check_stages(stages, self._expect)
         self._compared = self._subject.compared(self._expect, stages)
-        self._every = every
-        self._on_divergence = on_divergence
-        self._lag = lag
+        self._every, self._lag, self._on_divergence = every, lag, on_divergence
         self._stoppable = internal.get("stoppable", False)
-        self._channel = internal.get("channel") or gloo_channel()
-        devices = (tensor.device for tensor in self._subject.tensors())
-        self.hasher = internal.get("hasher") or negotiated_hasher(devices, self._channel if every else None)
-        trace = internal.get("trace") or TraceWriter(None, self._channel.size, algorithm=self.hasher.algorithm)
-        check_algorithm(trace, self.hasher)
-        reference, is_ddp = internal.get("reference"), self._expect == "ddp"
-        self._exchange = Exchange(self._channel, self.hasher, trace, reference, is_ddp)
+        self._own_channel = internal.get("channel") is None
+        self._channel = internal.get("channel") or gloo_channel(timeout)
+        if not self._quiet:
+            show_log()
+        self._read_entries: Callable[[], Mapping[str, Iterable[Entry]]] = self._subject.state
         self._wants_stop = self._stop = False
         self._last_checked = -1
+        self._open(*paths, internal)
         if every:
             build = self._subject.state()
             if not steps_done:
                 build.pop("optimizer", None)  # it has no state yet, and its settings are compared at step 1
             self._check(steps_done, None, self._start(build), lag=0, recorded=not steps_done)
+
+    def _open(self, record: str | None, reference: str | None, internal: InternalArguments) -> None:
+        """Agree with the other ranks on the settings, and open the run folders."""
+        settings: dict[str, Any] = {"expect": self._expect, "stages": sorted(self._compared), "every": self._every}
+        settings |= {"lag": self._lag, "on_divergence": self._on_divergence, "steps_done": self.steps_done}
+        settings |= {"record": record, "reference": reference}
+        compares_rng = "rng" in self._compared and self._every and self._generators.not_drawn
+        unseeded = exchange_settings(self._channel, settings, self._generators.first_digests if compares_rng else {})
+        devices = [tensor.device for tensor in self._subject.tensors()]
+        self.hasher = internal.get("hasher") or negotiated_hasher(devices, self._channel if self._every else None)
+        manifest = collect_environment(devices[0] if devices else torch.device("cpu")) if record or reference else {}
+        run = self.hasher.algorithm, self._expect, self.steps_done
+        self._folders = RunFolders(self._channel, record, reference, manifest, *run)
+        trace = internal.get("trace") or self._folders.trace
+        trace = trace or TraceWriter(None, self._channel.size, algorithm=self.hasher.algorithm)
+        check_algorithm(trace, self.hasher)
+        recorded = internal.get("recorded") or self._folders.reference
+        is_ddp = self._expect == "ddp"
+        self._exchange = Exchange(self._channel, self.hasher, trace, recorded, is_ddp, unseeded)
 
     def step(
         self,
@@ -173,7 +213,10 @@ class Agreement:
         self._wants_stop = self._wants_stop or stop
         self.last_digest = None
         if self._every and (check or self.steps_done % self._every == 0):
-            observation = self._start(self._subject.after_step(indices, batch, outputs, loss))
+            entries = partial(self._subject.after_step, indices, batch, outputs, loss)
+            observation = self._start(entries())
+            # With a lag, the arguments would be kept alive for another step.
+            self._read_entries = self._subject.state if self._lag else entries
             self.bytes_per_step = observation.num_bytes
             self._check(self.steps_done, epoch, observation)
         elif self._stoppable:
@@ -206,16 +249,21 @@ class Agreement:
             if batch is not None:
                 entries["batch"] = batch_entries(batch)
             if self._compared & entries.keys():
+                self._read_entries = lambda: entries
                 self._check(self.steps_done, epoch, self._start(entries), lag=0, phase="evaluation")
 
-    def finish(self) -> None:
-        """Complete the comparison in progress and compare the final state if the last step was not compared.
+    def finish(self) -> Verdict:
+        """Complete the comparison in progress, compare the final state, and log one line with the result.
 
-        Also finds replicas that have taken different numbers of steps. Logs a warning if nothing was compared because
-        `step` was given none of the stages to compare.
+        Also finds replicas that have taken different numbers of steps. The line says what was compared: `AGREED` with a
+        second copy, `RECORDED` without one, `NOT COMPARED` where nothing was compared or recorded. With `record`, the
+        report is written.
 
         Note:
             Collective: call it on every rank.
+
+        Returns:
+            The verdict: `divergence` if there was one, otherwise one with cause "none", whose summary is the line.
 
         Raises:
             Divergence, ReplicaLost: As `step` does.
@@ -227,6 +275,29 @@ class Agreement:
         if self._every and taken and not self.steps_checked and self._compared <= _PASSED_TO_STEP:
             missing = ", ".join(stage for stage in STAGES if stage in self._compared)
             log.warning("nothing was compared in %d steps: step() was given none of %s", taken, missing)
+        coverage = self._coverage(self._folders.count_equal_steps())
+        line = describe_result(coverage, taken, self.steps_checked, self.stages_seen, self._folders.record)
+        verdict = self.divergence or Verdict(agreed=coverage.has_second_copy, cause="none", summary=line)
+        digests = self.fingerprints() if self._folders.record else []
+        self._folders.conclude(verdict, coverage, self.steps_checked, self.steps_done, digests)
+        if not self._quiet and self._channel.rank == 0:
+            log.info(line if self.divergence is None else f"DIVERGED {verdict.summary}")
+        return verdict
+
+    def close(self) -> None:
+        """Release the run folder and the connections to the other ranks. Nothing can be compared afterwards.
+
+        `with dreplica.Agreement(...) as agreement:` calls it at the end of the block, after an exception, too.
+        """
+        self._folders.close()
+        if self._own_channel:
+            self._channel.close()
+
+    def __enter__(self) -> "Agreement":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        self.close()
 
     def complete(self) -> bool:
         """Complete the comparison in progress, if there is one.
@@ -246,7 +317,7 @@ class Agreement:
         outcome, stages = compared.outcome, compared.stages
         is_same = outcome.agreed and not outcome.differs_from_reference
         self.stages_compared += len(stages)
-        self.stages_seen.update(stages)
+        self.stages_seen.update(name for name, stage in stages.items() if stage.names)
         self._stop = self._stop or outcome.stop
         if stages and compared.phase is None:
             self._last_checked = compared.step
@@ -256,12 +327,32 @@ class Agreement:
                 self.agreed_until = compared.step
         if not is_same and self.divergence is None:
             self.diverged_stages = stages
-            self.divergence, self.reference_difference = self._exchange.describe(compared)
+            self.divergence, self.reference_difference = self._describe(compared)
             if self._on_divergence == "stop":
+                reference = self._folders.reference
+                coverage = self._coverage(None if reference is None else reference.num_steps)
+                self._folders.conclude(self.divergence, coverage, self.steps_checked, None)
                 if self.reference_difference is not None:
-                    raise ReferenceDiffers(self.divergence, self.reference_difference)
-                raise Divergence(self.divergence)
+                    raise ReferenceDiffers(self.divergence, self.reference_difference, self._channel.rank)
+                raise Divergence(self.divergence, self._channel.rank)
         return self._stop
+
+    def _describe(self, compared: Compared) -> tuple[Verdict, ReferenceDifference | None]:
+        """Return the verdict on a difference, the same on all ranks."""
+
+        def values(stage: str, names: Sequence[str]) -> dict[str, str]:
+            entries = self._read_entries()
+            if stage not in compared.stages or stage not in entries:
+                return {}
+            return read_values(self.hasher, compared.stages[stage], entries[stage], names)
+
+        verdict, difference = self._exchange.describe(compared, values)
+        if difference is not None:
+            verdict = verdict.with_(evidence=[*verdict.evidence, *self._folders.environment()])
+        return verdict, difference
+
+    def _coverage(self, num_equal: int | None) -> Coverage:
+        return self._folders.coverage(self._every, self.steps_checked, self.stages_seen, self._compared, num_equal)
 
     def fingerprints(self) -> list[dict[str, str]]:
         """Gather digests of the weights, buffers and optimizer of every replica.
@@ -300,6 +391,7 @@ class Agreement:
     def _compare_state(self) -> None:
         """Compare the current state, unless the last step's comparison covered it."""
         state = self._subject.state()
+        self._read_entries = self._subject.state
         if self._last_checked < self.steps_done and self._compared & state.keys():
             self._check(self.steps_done, None, self._start(state), lag=0)
 
@@ -314,7 +406,9 @@ class Agreement:
     ) -> None:
         self.complete()
         self.bytes_hashed += observation.num_bytes
-        self.last_digest = self._exchange.start(step, epoch, observation, self._wants_stop, phase, recorded)
+        not_drawn = self._generators.not_drawn
+        arguments = step, epoch, observation, self._wants_stop, phase, recorded, not_drawn
+        self.last_digest = self._exchange.start(*arguments)
         if not (self._lag if lag is None else lag):
             self.complete()
 

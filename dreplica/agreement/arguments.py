@@ -1,5 +1,6 @@
 """Checks of the arguments of `Agreement`."""
 
+import os
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any, TypedDict, get_type_hints
 
@@ -17,7 +18,7 @@ class InternalArguments(TypedDict, total=False):
 
     trace: TraceWriter | None
     """The trace in which checked steps are recorded. Its algorithm must be that of `hasher`."""
-    reference: Reference | None
+    recorded: Reference | None
     """On rank 0, a recorded run to compare with. A difference raises `ReferenceDiffers`."""
     channel: Channel | None
     """The control channel between all replicas. By default a new gloo group."""
@@ -25,6 +26,10 @@ class InternalArguments(TypedDict, total=False):
     """The hasher for the fingerprints, of the same kind on all replicas. By default negotiated between them."""
     stoppable: bool
     """Exchange the stop flag at every step, also at steps that are not compared."""
+    quiet: bool
+    """Leave it to the caller to say what was compared."""
+    all_generators: bool
+    """Compare the generators of Python and NumPy from the start, since the caller seeds them."""
 
 
 def invalid_argument(name: str, value: Any, text: str, code: str = "invalid-argument") -> UsageError:
@@ -42,7 +47,9 @@ def invalid_argument(name: str, value: Any, text: str, code: str = "invalid-argu
     return UsageError(text, code=code, argument=name, value=value)
 
 
-def check_arguments(expect: Any, on_divergence: Any, lag: Any, every: Any, internal: Mapping[str, Any]) -> None:
+def check_arguments(
+    expect: Any, on_divergence: Any, lag: Any, every: Any, timeout: Any, internal: Mapping[str, Any]
+) -> None:
     """Check the arguments of `Agreement` that depend on nothing else.
 
     Args:
@@ -50,6 +57,7 @@ def check_arguments(expect: Any, on_divergence: Any, lag: Any, every: Any, inter
         on_divergence: As for `Agreement`.
         lag: As for `Agreement`.
         every: As for `Agreement`.
+        timeout: As for `Agreement`.
         internal: The further keyword arguments of `Agreement`.
 
     Raises:
@@ -61,6 +69,9 @@ def check_arguments(expect: Any, on_divergence: Any, lag: Any, every: Any, inter
     _check_choice("on_divergence", on_divergence, ("stop", "continue"))
     _check_choice("lag", lag, (0, 1))
     _check_every(every)
+    if not isinstance(timeout, int | float) or not timeout > 0:
+        text = f"timeout must be a number of seconds above 0, got {timeout!r}. Pass for example timeout=300."
+        raise invalid_argument("timeout", timeout, text)
     _check_internal(internal, internal.get("trace"))
 
 
@@ -122,3 +133,20 @@ def check_algorithm(trace: TraceWriter, hasher: Hasher) -> None:
             "Create it with algorithm=hasher.algorithm."
         )
         raise invalid_argument("trace", trace.algorithm, text)
+
+
+def path_of(name: str, value: str | os.PathLike[str] | None) -> str | None:
+    """Return a path argument as text.
+
+    Raises:
+        UsageError: If the value is not a path.
+    """
+    if value is None:
+        return None
+    if not isinstance(value, str | os.PathLike) or isinstance(value, bytes):
+        text = f"{name} must be the path of a run folder, got {value!r}. Pass for example {name}='runs/a'."
+        raise invalid_argument(name, value, text)
+    path = os.fspath(value)
+    if not path:
+        raise invalid_argument(name, path, f"{name} must be the path of a run folder, got ''. Pass {name}='runs/a'.")
+    return path

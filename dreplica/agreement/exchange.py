@@ -1,15 +1,26 @@
 """Comparison of digests between replicas and with a reference, one comparison in progress at a time."""
 
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 
 from dreplica.agreement import protocol
+from dreplica.agreement.generators import seed_commands
 from dreplica.agreement.hasher import Hasher, Observation
 from dreplica.agreement.reference import Reference, ReferenceDifference, describe_difference
 from dreplica.agreement.trace.writer import TraceWriter
+from dreplica.agreement.values import describe_values, drawn_on_some
+from dreplica.agreement.verdict.evidence import Evidence
 from dreplica.agreement.verdict.location import describe, describe_algorithms
+from dreplica.agreement.verdict.remedy import Remedy
 from dreplica.agreement.verdict.verdict import Verdict
 from dreplica.distributed.channel import Channel, Posted
 from dreplica.state.fingerprint.stage import Stage
+
+_MOST_VALUES = 8
+"""Differing entries whose values are exchanged."""
+
+ReadValues = Callable[[str, Sequence[str]], dict[str, str]]
+"""Returns the values of a stage's entries by name, as text, for those that are single numbers."""
 
 
 @dataclass
@@ -21,6 +32,7 @@ class _InProgress:
     wants_stop: bool
     phase: str | None
     recorded: bool
+    not_drawn: frozenset[str]
     posted: Posted | None = field(default=None, init=False)
     """The posted message; None while the device is still computing the combined digest."""
     own_difference: ReferenceDifference | None = field(default=None, init=False)
@@ -41,6 +53,8 @@ class Compared:
     """The result. The reference is compared only until the first difference, from it or between replicas."""
     own_difference: ReferenceDifference | None
     """On rank 0, the difference from the reference."""
+    not_drawn: frozenset[str]
+    """The generators that nothing had drawn from on this replica."""
 
 
 class Exchange:
@@ -55,13 +69,20 @@ class Exchange:
         trace: Where comparisons are recorded.
         reference: A recorded run to compare with, on rank 0.
         ddp: True if replicas are the ranks of one data-parallel model.
+        unseeded: Names of the generators that differed between replicas before the first step.
     """
 
     def __init__(
-        self, channel: Channel, hasher: Hasher, trace: TraceWriter, reference: Reference | None, ddp: bool
+        self,
+        channel: Channel,
+        hasher: Hasher,
+        trace: TraceWriter,
+        reference: Reference | None,
+        ddp: bool,
+        unseeded: Collection[str] = (),
     ) -> None:
         self._channel, self._hasher, self._trace = channel, hasher, trace
-        self._reference, self._ddp = reference, ddp
+        self._reference, self._ddp, self._unseeded = reference, ddp, unseeded
         self._in_progress: _InProgress | None = None
 
     def start(
@@ -72,6 +93,7 @@ class Exchange:
         wants_stop: bool,
         phase: str | None,
         recorded: bool,
+        not_drawn: frozenset[str] = frozenset(),
     ) -> protocol.CombinedDigest:
         """Start a comparison, once the one before is complete.
 
@@ -82,13 +104,14 @@ class Exchange:
             wants_stop: True if this replica wants to stop.
             phase: "evaluation" or None.
             recorded: True if the comparison goes into the trace.
+            not_drawn: The generators that nothing has drawn from so far.
 
         Returns:
             The combined digest of this replica's stages.
         """
         assert self._in_progress is None
         combined = protocol.CombinedDigest(lambda: protocol.fold(step, observation.stages))
-        self._in_progress = _InProgress(step, epoch, observation, combined, wants_stop, phase, recorded)
+        self._in_progress = _InProgress(step, epoch, observation, combined, wants_stop, phase, recorded, not_drawn)
         # An asynchronous digest may be ready on one replica and not on another. All must post before they gather, in
         # the same order, so such a digest is always posted when the comparison is completed.
         if not self._hasher.is_asynchronous:
@@ -116,10 +139,16 @@ class Exchange:
             self._trace.step(done.step, done.epoch, outcome.agreed, stages, is_evaluation=is_evaluation)
         if not outcome.agreed or outcome.differs_from_reference:
             self._reference = None
-        return Compared(done.step, done.epoch, done.phase, done.recorded, stages, outcome, done.own_difference)
+        own, not_drawn = done.own_difference, done.not_drawn
+        return Compared(done.step, done.epoch, done.phase, done.recorded, stages, outcome, own, not_drawn)
 
-    def describe(self, compared: Compared) -> tuple[Verdict, ReferenceDifference | None]:
-        """Return the verdict on a difference between replicas or, if they agree, from the reference."""
+    def describe(self, compared: Compared, values: ReadValues) -> tuple[Verdict, ReferenceDifference | None]:
+        """Return the verdict on a difference between replicas or, if they agree, from the reference.
+
+        Args:
+            compared: The comparison.
+            values: Reads values of this replica, where they still are those that were compared.
+        """
         size = self._channel.size
         if compared.outcome.agreed:
             difference: ReferenceDifference = self._channel.gather(compared.own_difference)[0]
@@ -128,4 +157,19 @@ class Exchange:
         if len(set(algorithms)) > 1:
             return describe_algorithms(compared.step, algorithms), None
         place = protocol.locate(self._channel, compared.step, compared.stages, compared.phase)
-        return describe(place, compared.epoch, size, self._ddp), None
+        verdict = describe(place, compared.epoch, size, self._ddp)
+        if place.stage is not None:
+            own = values(place.stage, place.differing[:_MOST_VALUES])
+            rows, not_drawn = zip(*self._channel.gather((own, sorted(compared.not_drawn))), strict=True)
+            differing = describe_values(place.differing, rows)
+            more = [*differing, *drawn_on_some(place.generators, not_drawn)]
+            remedy = verdict.remedy
+            if differing and place.stage == "optimizer" and not self._ddp:
+                remedy = [Remedy.of("set-value-alike", names=list(differing[0].data["values"]))]
+            unseeded = [name for name in place.generators if name in self._unseeded]
+            if unseeded and place.stage in ("batch", "rng"):
+                more.append(Evidence.of("generators-unseeded", generators=unseeded))
+                remedy = [Remedy.of("seed-generators", command=seed_commands(unseeded))]
+            evidence = [*verdict.evidence[:1], *more, *verdict.evidence[1:]]
+            verdict = verdict.with_(evidence=evidence, remedy=remedy)
+        return verdict, None

@@ -52,6 +52,7 @@ class Reference:
 
     Attributes:
         trace: The recorded trace, already read once from start to end.
+        num_steps: Number of training steps that were compared and equal so far.
         num_compared: Number of checked steps and evaluations that were compared and equal so far.
         only_samples: True if only `indices` and `batch` were compared so far, and no state of any replica.
     """
@@ -78,7 +79,7 @@ class Reference:
                 computed=algorithm,
             )
         self.trace.read_through()
-        self.num_compared = 0
+        self.num_compared = self.num_steps = 0
         self.only_samples = True
         self._lines = (line for line in self.trace.lines() if line.coordinate == coordinate)
         self._line = next(self._lines, None)
@@ -114,6 +115,7 @@ class Reference:
                     return self._difference(line, stages, differing_stages, one_sided)
                 self.num_compared += bool(own.keys() & recorded.keys())
                 self.only_samples = self.only_samples and own.keys() & recorded.keys() <= set(INDEPENDENT_STAGES)
+                self.num_steps += step > 0 and not is_evaluation and bool(own.keys() & recorded.keys())
                 self._has_begun = step > 0
         return None
 
@@ -141,10 +143,11 @@ class ReferenceDiffers(Divergence):
     Args:
         verdict: The verdict, which says where.
         difference: The difference from the reference.
+        rank: The rank of this process.
     """
 
-    def __init__(self, verdict: Verdict, difference: ReferenceDifference) -> None:
-        super().__init__(verdict)
+    def __init__(self, verdict: Verdict, difference: ReferenceDifference, rank: int = 0) -> None:
+        super().__init__(verdict, rank)
         self.difference = difference
 
 

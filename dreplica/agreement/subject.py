@@ -1,7 +1,7 @@
 """The models and optimizers whose state is compared, bare or wrapped, and which of their stages must agree."""
 
 import sys
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any, Literal
 
 from torch import Tensor, nn
@@ -47,6 +47,7 @@ class Subject:
         model: One model, or several by name.
         optimizer: One optimizer, several by name, or None.
         others: Further objects with a `state_dict`. None items are skipped.
+        generators: Returns the entries of the stage `rng`.
 
     Raises:
         UsageError: If an argument has the wrong type, a model is sharded, or a model's name is invalid.
@@ -59,12 +60,19 @@ class Subject:
         is_ddp: True if a model is wrapped in DistributedDataParallel or FullyShardedDataParallel (NO_SHARD).
     """
 
-    def __init__(self, model: Models, optimizer: Optimizers = None, others: Sequence[Any] = ()) -> None:
+    def __init__(
+        self,
+        model: Models,
+        optimizer: Optimizers = None,
+        others: Sequence[Any] = (),
+        generators: Callable[[], Iterable[Entry]] = rng_entries,
+    ) -> None:
         models = model if isinstance(model, Mapping) else {"": model}
         _check_arguments(models, by_name(optimizer), others)
         self.model = nn.ModuleDict(_checked(models)) if isinstance(model, Mapping) else unwrapped(model)
         self.given = nn.ModuleDict(dict(models)) if isinstance(model, Mapping) else model
         self.optimizers = by_name(optimizer)
+        self._generators = generators
         self.others = tuple(other for other in others if other is not None)
         wrapped = [each for each in models.values() if _in_ddp(each) is not None or _fsdp_modules(each)]
         self.is_ddp = bool(wrapped)
@@ -87,7 +95,7 @@ class Subject:
         stages: dict[str, Iterable[Entry]] = {
             "buffers": named_buffers(self.model).items(),
             "weights": named.items(),
-            "rng": rng_entries(),
+            "rng": self._generators(),
         }
         if self.optimizers:
             stages["optimizer"] = optimizer_entries(named, self.optimizers, *self.others)

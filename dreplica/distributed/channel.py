@@ -58,6 +58,9 @@ class Channel:
         self.rank = dist.get_rank(group) if dist.is_initialized() else 0
         self.size = dist.get_world_size(group) if dist.is_initialized() else 1
 
+    def close(self) -> None:
+        """Release the connections."""
+
     def post_max(self, tensor: Tensor) -> Posted:
         """Start the element-wise maximum of a CPU tensor over all replicas, in place.
 

@@ -11,12 +11,12 @@ from typing import TypeVar
 import torch.distributed as dist
 
 from dreplica.distributed.channel import Channel
-from dreplica.distributed.failure import Failure
 from dreplica.distributed.launch_environment import Launch, detect_launch
 from dreplica.distributed.liveness import LivenessMonitor, Lost, ReplicaLost, find_lost_replicas, is_reporter
 from dreplica.distributed.rendezvous import rendezvous
 from dreplica.distributed.signals import exit_after_signal
 from dreplica.distributed.store import Endpoint, NotArrived
+from dreplica.distributed.together import together
 from dreplica.distributed.wait import Wait, WaitTimeout
 from dreplica.errors import SharedUsageError, UsageError
 
@@ -62,22 +62,7 @@ class World:
             SharedUsageError: On all replicas, if `action` raised `UsageError` on any. It has the code and the fields
                 of the error of the first such replica, and the field `replicas`, the ids of all of them.
         """
-        result, failure = None, None
-        try:
-            result = action()
-        except UsageError as error:
-            failure = Failure.from_exception(error).as_dict()
-        rows = self.channel.gather(failure)
-        failed = {replica_id: Failure.from_dict(row) for replica_id, row in enumerate(rows) if row is not None}
-        if failed:
-            raise _shared_error(failed, self.num_replicas)
-        return result  # type: ignore[return-value]  # None only where T is
-
-
-def _shared_error(failed: dict[int, Failure], num_replicas: int) -> SharedUsageError:
-    first, failure = next(iter(failed.items()))
-    text = failure.message if len(failed) == num_replicas else f"replica {first}: {failure.message}"
-    return SharedUsageError(text, code=failure.code, **{**failure.fields, "replicas": list(failed)})
+        return together(self.channel, action)
 
 
 def env_rank() -> int:

@@ -230,11 +230,13 @@ class Session:
             on_divergence=self.config.agreement.on_divergence,
             lag=AGREEMENT_LAG,
             trace=trace,
-            reference=reference,
+            recorded=reference,
             channel=self.channel,
             steps_done=steps_done,
             stoppable=True,
             hasher=self.hasher,
+            quiet=True,
+            all_generators=True,
         )
 
     def compare_for_timing(self, every: int) -> Agreement:
@@ -248,6 +250,8 @@ class Session:
             lag=AGREEMENT_LAG,
             channel=self.channel,
             hasher=self.hasher,
+            quiet=True,
+            all_generators=True,
         )
 
     def keep_history(self) -> History:

@@ -153,17 +153,20 @@ def _messages_per_step(world: World, nums_layers: Sequence[int], every: int) -> 
 def test_step_costs_one_message_of_40_bytes(num_replicas: int) -> None:
     message = ("all_reduce", 40)
     for steps in run_replicas(_messages_per_step, num_replicas, (1, 100), 1):  # 2 and 200 parameters
-        sizes, algorithms = steps[0][:2]  # creating an Agreement agrees on the hash function first
+        # Creating an Agreement compares the settings and agrees on the hash function first.
+        sizes, settings, _, algorithms = steps[0][:4]
         assert sizes == ("all_reduce", 8 * num_replicas)
-        assert algorithms[0] == "all_gather"
+        assert (settings[0], algorithms[0]) == ("all_gather", "all_gather")
+        assert settings[1] < 1000
         assert algorithms[1] < 100
-        build = [sizes, algorithms, message]
+        build = [sizes, settings, sizes, algorithms, message]
         assert steps == [build, [message], [message]] * 2
 
 
-def test_every_0_sends_nothing() -> None:
-    for steps in run_replicas(_messages_per_step, 2, (1,), 0):
-        assert steps == [[]] * 3
+def test_every_0_sends_nothing_in_a_step() -> None:
+    for build, *steps in run_replicas(_messages_per_step, 2, (1,), 0):
+        assert [kind for kind, _ in build] == ["all_reduce", "all_gather"]  # the settings
+        assert steps == [[], []]
 
 
 # How often, and what then

@@ -56,7 +56,7 @@ def _loop(world: World, job: Job) -> tuple[Verdict | None, int, bool, int | None
             reference = Reference(job.folder)
         keywords: dict[str, Any] = {"lag": job.lag, "every": job.every, "on_divergence": job.on_divergence}
         try:
-            agreement = Agreement(model, optimizer, trace=trace, reference=reference, channel=world.channel, **keywords)
+            agreement = Agreement(model, optimizer, trace=trace, recorded=reference, channel=world.channel, **keywords)
             for step in range(1, 7):
                 optimizer.zero_grad()
                 loss = model(torch.full((3, 2), float(step))).square().mean()

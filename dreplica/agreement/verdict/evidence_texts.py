@@ -17,7 +17,11 @@ EVIDENCE: Mapping[str, str] = {
     "runs-on": "replica {replica} runs on {device}{shared}",
     # The comparison of replicas.
     "steps-differ": "replicas compare different steps: some took a step, or an evaluation, that others did not",
-    "entries-differ": "{num_differing} of {num_entries} entries of {stage} differ, first {tensor}",
+    "entries-differ": "{num_differing} of {num_entries} entries of {stage} differ: {some}",
+    "values-differ": "values: {some}",
+    "generators-differ-too": "random number generators that differ after this step, too: {generators}",
+    "generators-unseeded": "these generators differed before the first step already: {generators}",
+    "generator-drawn-on-some": "{generator} was drawn from on replicas {drawn} and not on replicas {not_drawn}",
     "entry-order-differs": (
         "{num_differing} of {num_entries} entries of {stage} differ: they are in different orders, or some replicas do "
         "not have this stage"

@@ -3,7 +3,9 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
+from dreplica.agreement.verdict.causes import CAUSES
 from dreplica.agreement.verdict.evidence import Evidence
+from dreplica.agreement.verdict.names import list_names
 from dreplica.agreement.verdict.remedy import Remedy
 from dreplica.agreement.verdict.verdict import Verdict, split_into_groups, suspects_of
 from dreplica.state.fingerprint.stage import STAGES, Stage
@@ -12,6 +14,10 @@ _CAUSE_OF_STAGE = {"indices": "indices-differ", "batch": "batch-differs", "predi
 _SEED_ALL = ("seed-before-build", "build-without-rank")
 _DDP = ("ddp-no-rank-dependence", "ddp-call-wrapped-model")
 _DDP_BUFFERS = ("ddp-broadcast-buffers", "ddp-sync-batch-norm", "ddp-exclude-buffers")
+_REPLAYED = frozenset({"buffers", "output", "gradients", "optimizer", "weights"})
+"""Stages whose divergence a replay of the step can explain."""
+_MOST_RECORDED = 100
+"""Entries kept in the data of a line of evidence."""
 _MOST_NAMED = 5
 """Entries named in a line of evidence; the count covers all of them."""
 
@@ -41,6 +47,10 @@ class Place:
     """`evaluation` where an evaluation was compared, otherwise None."""
     stage_groups: dict[str, list[list[int]]] = field(default_factory=dict)
     """Groups of every compared stage, in causal order."""
+    differing: list[str] = field(default_factory=list)
+    """The stage's entries that differ or that some replica lacks, in causal order."""
+    generators: list[str] = field(default_factory=list)
+    """Random number generators that differ, as named in the stage `rng`."""
 
     @property
     def is_structural(self) -> bool:
@@ -81,9 +91,7 @@ def first_difference(
     differing_stages = [name for name in STAGES if len(set(digests[name])) > 1]
     assert differing_stages, "the combined digests differ, so some stage does"
     stage = differing_stages[0]
-    rows = [row[stage].entries() if stage in row else {} for row in stages]
-    everything = list(dict.fromkeys(name for row in rows for name in row))
-    differing = [name for name in everything if len({row.get(name) for row in rows}) > 1]
+    rows, everything, differing = _entries(stages, stage)
     owners = {name: [replica for replica, row in enumerate(rows) if name in row] for name in differing}
     return Place(
         step=step,
@@ -96,7 +104,16 @@ def first_difference(
         only_on={name: replicas for name, replicas in owners.items() if len(replicas) < len(rows)},
         phase=moments[0][1],
         stage_groups={name: split_into_groups(digests[name]) for name in STAGES if any(digests[name])},
+        differing=differing,
+        generators=_entries(stages, "rng")[2],
     )
+
+
+def _entries(stages: Sequence[Mapping[str, Stage]], stage: str) -> tuple[list[dict[str, bytes]], list[str], list[str]]:
+    """Return the entries of a stage by replica, all their names, and the names of those that differ."""
+    rows = [row[stage].entries() if stage in row else {} for row in stages]
+    everything = list(dict.fromkeys(name for row in rows for name in row))
+    return rows, everything, [name for name in everything if len({row.get(name) for row in rows}) > 1]
 
 
 def describe(place: Place, epoch: int | None, num_replicas: int, ddp: bool = False) -> Verdict:
@@ -116,9 +133,6 @@ def describe(place: Place, epoch: int | None, num_replicas: int, ddp: bool = Fal
     if not suspects:
         evidence.append(Evidence.of("no-majority", num_replicas=num_replicas))
     cause = _CAUSE_OF_STAGE.get(place.stage or "", "unexplained")
-    remedy: tuple[str, ...] = _SEED_ALL if place.step == 0 and place.tensor and not place.only_on else ()
-    if ddp and place.stage is not None:
-        remedy = _DDP_BUFFERS if place.stage == "buffers" else _DDP
     return Verdict(
         agreed=False,
         cause="structure-differs" if place.is_structural else cause,
@@ -132,9 +146,24 @@ def describe(place: Place, epoch: int | None, num_replicas: int, ddp: bool = Fal
         suspects=suspects,
         groups=place.groups,
         evidence=evidence,
-        remedy=[Remedy.of(code) for code in remedy],
+        remedy=_remedies(place, cause, ddp),
         stage_groups=place.stage_groups,
     )
+
+
+def _remedies(place: Place, cause: str, ddp: bool) -> list[Remedy]:
+    """Return what to do about a difference between replicas, as far as its place shows it."""
+    if ddp and place.stage is not None:
+        return [Remedy.of(code) for code in (_DDP_BUFFERS if place.stage == "buffers" else _DDP)]
+    if place.is_structural or place.stage is None:
+        return []
+    if place.step == 0:
+        return [Remedy.of(code) for code in _SEED_ALL]
+    if place.stage == "rng":
+        return [Remedy.of("draw-alike")]
+    if cause != "unexplained":
+        return list(CAUSES[cause].remedy)
+    return [Remedy.of("diagnose-step")] if place.stage in _REPLAYED else []
 
 
 def describe_algorithms(step: int, algorithms: Sequence[str]) -> Verdict:
@@ -166,6 +195,8 @@ def count_differing_entries(place: Place) -> Evidence:
         num_entries=place.num_entries,
         stage=place.stage,
         tensor=place.tensor,
+        some=list_names(place.differing),
+        entries=place.differing[:_MOST_RECORDED],
     )
 
 
@@ -173,6 +204,8 @@ def _evidence(place: Place) -> list[Evidence]:
     if place.stage is None:
         return [Evidence.of("steps-differ")]
     evidence = [count_differing_entries(place), Evidence.of("differing-stages", stages=place.differing_stages)]
+    if place.generators and place.stage not in ("rng", None) and place.step > 0:
+        evidence.append(Evidence.of("generators-differ-too", generators=place.generators))
     if place.only_on:
         named = [f"{name} only on replicas {ids}" for name, ids in list(place.only_on.items())[:_MOST_NAMED]]
         count, some = len(place.only_on), "; ".join(named)

@@ -74,6 +74,10 @@ REMEDIES: Mapping[str, RemedyTemplate] = {
         "set the same {setting} in every replica's optimizer: look for code, a file or an environment variable that "
         "sets it"
     ),
+    "set-value-alike": RemedyTemplate(
+        "set the same value of {names} on every replica: look for code, a file, a local metric or an environment "
+        "variable that sets it on some of them"
+    ),
     "check-learning": RemedyTemplate(
         "check that the learning rate is not 0, that loss.backward() is called, and that the optimizer was created "
         "from model.parameters() of this model"
@@ -86,6 +90,11 @@ REMEDIES: Mapping[str, RemedyTemplate] = {
     "broadcast-state": RemedyTemplate("or send rank 0's state to all replicas", settings={"model.init": "broadcast"}),
     "expect-auto": RemedyTemplate("or expect the replicas to differ", settings={"agreement.expect": "auto"}),
     "seed-before-build": RemedyTemplate("on every replica, just before the build", _SEED_ALL),
+    "seed-generators": RemedyTemplate("on every replica, before the build", "{command}"),
+    "draw-alike": RemedyTemplate(
+        "draw the same random numbers on every replica: no draw may depend on the rank, the time, or a condition that "
+        "only some replicas meet"
+    ),
     "build-without-rank": RemedyTemplate("build the model without draws that depend on the rank"),
     "build-same-modules": RemedyTemplate(
         "build the same modules in the same order on every replica, without draws that depend on the rank"
@@ -226,6 +235,10 @@ REMEDIES: Mapping[str, RemedyTemplate] = {
     ),
     "start-over": RemedyTemplate("run the same command again{where}: it starts over, since it has no checkpoint"),
     # Unexplained.
+    "diagnose-step": RemedyTemplate(
+        "replays the step on all replicas and names the operator at which they diverge",
+        "dreplica.diagnose(train_step, batch, model, optimizer)",
+    ),
     "compare-every-step": RemedyTemplate(
         "so that the step can be replayed from a recent snapshot",
         settings={"agreement.every": 1, "agreement.snapshot_every": 10},

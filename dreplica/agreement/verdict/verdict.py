@@ -1,6 +1,6 @@
 """Verdicts: what a comparison or a diagnosis concludes, and the exception that carries one."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
@@ -8,6 +8,8 @@ from dreplica.agreement.verdict.evidence import Evidence
 from dreplica.agreement.verdict.remedy import Remedy
 from dreplica.errors import DreplicaError
 
+_MOST_EVIDENCE = 5
+"""Lines of evidence in the text of a `Divergence`."""
 _PLACE = ("step", "stage", "tensor", "module", "operator", "phase")
 
 
@@ -77,33 +79,54 @@ class Verdict:
             yield "who", f"suspects {self.suspects or 'none'}, groups {self.groups}"
         yield from (("evidence", str(item)) for item in self.evidence)
         yield from (("remedy", str(item)) for item in self.remedy)
-        yield "explain", explain_command(self.cause)
+        yield "explain", explain_command(self.cause, self.stage)
 
 
-def explain_command(cause: str) -> str:
-    """Return the command that prints the page of a cause."""
-    return f"dreplica explain {cause}"
+def explain_command(cause: str, stage: str | None = None) -> str:
+    """Return the command that prints the page of a cause or, where the cause is unknown, the stage's usual mistakes."""
+    return f"dreplica explain {stage if cause == 'unexplained' and stage else cause}"
 
 
 class Divergence(DreplicaError):
     """Replicas do not hold the same state.
 
+    The text of rank 0 has the place, up to five lines of evidence, and the remedies. Those of the other ranks are one
+    line, so that a terminal with the tracebacks of all ranks stays readable. `verdict` is whole on every rank.
+
     Args:
         verdict: What differs, and where.
+        rank: The rank of this process.
 
     Attributes:
         verdict: What differs, where, between which replicas, with evidence and remedies.
     """
 
+    __module__ = "dreplica"  # the name under which it is imported, also in tracebacks
     default_code = "divergence"
 
-    def __init__(self, verdict: Verdict) -> None:
+    def __init__(self, verdict: Verdict, rank: int = 0) -> None:
         super().__init__(verdict.summary, cause=verdict.cause)
         self.verdict = verdict
+        self._rank = rank
 
     def __str__(self) -> str:
-        lines = [f"  {label}: {text}" for label, text in self.verdict.details()]
+        if self._rank:
+            return f"{self.verdict.summary}; rank 0 prints the evidence"
+        lines = [f"  {label}: {text}" for label, text in shorten_evidence(self.verdict.details())]
         return "\n".join([self.verdict.summary, *lines])
+
+
+def shorten_evidence(details: Iterable[tuple[str, str]]) -> list[tuple[str, str]]:
+    """Return the lines below a verdict's summary with at most five lines of evidence, and the number of the others."""
+    details = list(details)
+    evidence = [line for line in details if line[0] == "evidence"]
+    left_out = evidence[_MOST_EVIDENCE:]
+    if not left_out:
+        return details
+    kept = [line for line in details if line not in left_out]
+    last = kept.index(evidence[_MOST_EVIDENCE - 1])
+    kept.insert(last + 1, ("evidence", f"{len(left_out)} more lines in verdict.evidence"))
+    return kept
 
 
 def split_into_groups(digests: Sequence[bytes]) -> list[list[int]]:

@@ -11,6 +11,7 @@ from typing import Any
 import yaml
 from rich.console import Console
 
+from dreplica.agreement.coverage import describe_coverage
 from dreplica.agreement.trace.json_file import write_json
 from dreplica.agreement.trace.report_records import EpochRecord, ReferenceCoverage, ReplicaInfo, RunInfo
 from dreplica.agreement.trace.run_report import REPORT_NAME, RunReport
@@ -24,7 +25,6 @@ from dreplica.environment.manifest import card_of
 from dreplica.errors import UsageError
 from dreplica.report.html.render import FILE_NAME, write_report
 from dreplica.report.record.closing_report import print_report
-from dreplica.report.record.coverage import describe_coverage
 from dreplica.report.record.metrics import METRICS_NAME, append_metrics, read_metrics
 from dreplica.report.record.resumable import Completed, NotResumable, check_resumable, manifest_changes
 from dreplica.report.record.resume_remedy import resume_remedy

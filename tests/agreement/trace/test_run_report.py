@@ -74,7 +74,7 @@ def test_report_survives_writing_and_reading(tmp_path: Path) -> None:
 
 
 def test_evidence_and_remedies_survive_writing_and_reading(tmp_path: Path) -> None:
-    evidence = Evidence.of("entries-differ", num_differing=1, num_entries=2, stage="weights", tensor="0.weight")
+    evidence = Evidence.of("entries-differ", num_differing=1, num_entries=2, stage="weights", some="0.weight")
     remedies = [Remedy.of("disable-tf32"), Remedy.of("use-instead", instead="torch.sort")]
     report = RunReport(verdict=Verdict(False, "unexplained", "why", evidence=[evidence], remedy=remedies))
     report.write(tmp_path)

@@ -101,7 +101,7 @@ def test_describe_names_place_groups_and_cause(name: str, tensor: str, cause: st
     assert (verdict.agreed, verdict.cause, verdict.step, verdict.epoch) == (False, cause, 4, 2)
     assert (verdict.stage, verdict.tensor, verdict.module) == (name, tensor, module)
     assert (verdict.groups, verdict.suspects) == ([[0, 1], [2]], [2])
-    lines = [f"1 of 2 entries of {name} differ, first {tensor}", f"differing stages: {name}"]
+    lines = [f"1 of 2 entries of {name} differ: {tensor}", f"differing stages: {name}"]
     assert [item.text for item in verdict.evidence] == lines
     assert verdict.summary == f"replicas diverged at step 4: {name}, {tensor}; groups [[0, 1], [2]]"
 

@@ -2,8 +2,8 @@
 
 import pytest
 
+from dreplica.agreement.coverage import describe_coverage
 from dreplica.agreement.trace.report_records import ReferenceCoverage
-from dreplica.report.record.coverage import describe_coverage
 from dreplica.state.fingerprint.stage import STAGES
 
 

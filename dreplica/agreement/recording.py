@@ -1,0 +1,130 @@
+"""The run folder that a custom loop records (`record=`), which rank 0 writes."""
+
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from dreplica.agreement.arguments import invalid_argument
+from dreplica.agreement.trace.json_file import write_json
+from dreplica.agreement.trace.reader import TENSORS_NAME, TRACE_NAME, Trace
+from dreplica.agreement.trace.report_records import Coverage, ReplicaInfo, RunInfo
+from dreplica.agreement.trace.run_report import REPORT_NAME, RunReport
+from dreplica.agreement.trace.tensor_digests import TensorRecord
+from dreplica.agreement.trace.writer import TraceWriter
+from dreplica.agreement.verdict.verdict import Verdict
+from dreplica.errors import UsageError
+
+MANIFEST_NAME = "manifest.json"
+
+_FILES = (TRACE_NAME, TENSORS_NAME, MANIFEST_NAME, REPORT_NAME)
+
+
+class Recording:
+    """A run folder in progress: manifest, trace, digests per tensor, and the report once there is a verdict.
+
+    Args:
+        folder: Path of the run folder. It is created, or continued if `steps_done` is above 0.
+        manifests: The manifest of each rank.
+        algorithm: Name of the hash functions of the digests.
+        expect: What must agree: `identical`, `independent` or `ddp`.
+        steps_done: Number of steps that a resumed run has taken before. Recorded steps after it are repeated: they are
+            compared with their record.
+
+    Raises:
+        UsageError: If the folder holds a recorded run that is not continued, or cannot be written.
+
+    Attributes:
+        folder: Path of the run folder.
+        trace: The trace, to which checked steps are appended.
+    """
+
+    def __init__(
+        self, folder: Path, manifests: Sequence[Mapping[str, Any]], algorithm: str, expect: str, steps_done: int
+    ) -> None:
+        self.folder = folder
+        self._started = time.monotonic()
+        self._report = RunReport(
+            run=RunInfo(name=folder.name, folder=str(folder), resumed_from=steps_done or None),
+            expect=expect,
+            replicas=[_describe(rank, manifest) for rank, manifest in enumerate(manifests)],
+        )
+        try:
+            num_lines = _claim(folder, steps_done)
+            write_json(folder / MANIFEST_NAME, [{"replica": rank, **row} for rank, row in enumerate(manifests)])
+            tensors = TensorRecord(folder / TENSORS_NAME)
+            self.trace = TraceWriter(folder / TRACE_NAME, len(manifests), num_lines, tensors, algorithm)
+        except OSError as error:
+            text = f"record: {str(folder)!r} cannot be written: {error.strerror}. Pass a folder that you can write to."
+            raise invalid_argument("record", str(folder), text, code="cannot-record") from None
+
+    def conclude(
+        self,
+        verdict: Verdict,
+        coverage: Coverage,
+        steps_checked: int,
+        last_step: int | None,
+        fingerprints: Sequence[Mapping[str, str]] = (),
+    ) -> None:
+        """Write `report.json`.
+
+        Args:
+            verdict: The verdict so far.
+            coverage: What was compared, and what was not.
+            steps_checked: Number of steps that were hashed and recorded.
+            last_step: The step to which `fingerprints` belong, or None if training did not end.
+            fingerprints: For each rank, stage name to the digest of its final state.
+        """
+        self._report.conclude(verdict)
+        self._report.coverage = coverage
+        self._report.steps_checked = steps_checked
+        self._report.run.last_step = last_step
+        self._report.run.seconds = round(time.monotonic() - self._started, 1)
+        self._report.set_fingerprints(fingerprints)
+        self._report.write(self.folder)
+
+    def close(self) -> None:
+        """Close the trace."""
+        self.trace.close()
+
+
+def _claim(folder: Path, steps_done: int) -> int:
+    """Create the run folder, or return the number of lines of its trace that belong to the steps done.
+
+    The trace is created exclusively, so two processes never record into one folder.
+
+    Raises:
+        UsageError: If the folder holds a recorded run that is not continued.
+        OSError: If it cannot be created.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    trace = folder / TRACE_NAME
+    if steps_done and trace.exists():
+        return num_lines_until(Trace(folder), steps_done)
+    existing = [name for name in _FILES if (folder / name).exists()]
+    if not existing:
+        try:
+            trace.touch(exist_ok=False)
+        except FileExistsError:
+            existing = [TRACE_NAME]
+        else:
+            return 0
+    raise _exists(folder, existing[0], steps_done)
+
+
+def _exists(folder: Path, name: str, steps_done: int) -> UsageError:
+    fix = "Pass another folder, or delete this one."
+    if not steps_done and name == TRACE_NAME:
+        fix = "Pass another folder, delete this one, or pass steps_done=N to continue it after step N."
+    text = f"record: {str(folder)!r} already holds a recorded run ({name}). {fix}"
+    return invalid_argument("record", str(folder), text, code="already-recorded")
+
+
+def num_lines_until(trace: Trace, step: int) -> int:
+    """Return the number of lines of a trace, its header included, up to the given step."""
+    return 1 + sum(line.key[0] <= step for line in trace.lines())
+
+
+def _describe(rank: int, manifest: Mapping[str, Any]) -> ReplicaInfo:
+    device = manifest.get("device") or {}
+    return ReplicaInfo(replica=rank, host=manifest.get("host"), device=device.get("name"), seed=manifest.get("seed"))

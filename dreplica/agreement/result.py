@@ -1,0 +1,59 @@
+"""The result of a comparison in one line, with what was compared."""
+
+import logging
+
+from dreplica.agreement.trace.report_records import Coverage
+from dreplica.state.fingerprint.stage import STAGES
+
+_PACKAGE = "dreplica"
+
+
+def describe_result(
+    coverage: Coverage, steps_taken: int, steps_checked: int, stages_seen: set[str], recorded: str | None
+) -> str:
+    """Return one line: the result, the number of steps, the ranks and the stages.
+
+    Args:
+        coverage: What was compared.
+        steps_taken: Number of steps that this process took.
+        steps_checked: Number of steps that were hashed.
+        stages_seen: Stages that were hashed at least once.
+        recorded: Path of the run folder that was recorded, or None.
+    """
+    stages = ", ".join(stage for stage in STAGES if stage in stages_seen)
+    steps = _count(steps_checked, steps_taken)
+    reference = coverage.reference
+    nothing = ""
+    if reference is not None and not reference.steps:
+        nothing = f"; {reference.run} has none of these steps and stages, so nothing was compared with it"
+    if coverage.has_second_copy and stages:
+        sides = [f"{coverage.ranks} ranks"] if coverage.ranks > 1 else []
+        if reference is not None and reference.steps:
+            sides.append(f"with {reference.run}")
+            steps = _count(reference.steps, steps_taken)
+        when = steps if steps_taken else "the build"
+        end = f"; recorded in {recorded}" if recorded else ""
+        return f"AGREED {' and '.join(sides)}, {when}: {stages}{end}{nothing}"
+    if recorded and stages:
+        return f"RECORDED {steps} in {recorded}: {stages}{nothing}"
+    if coverage.ranks > 1 or coverage.every == 0 or reference is not None:
+        return f"NOT COMPARED {steps}{nothing}"
+    return f"NOT COMPARED {steps}: this process is alone. Pass record= to compare two runs, or start several processes"
+
+
+def _count(steps: int, taken: int) -> str:
+    plural = "step" if taken == 1 else "steps"
+    return f"{steps:,} {plural}" if steps == taken else f"{steps:,} of {taken:,} {plural}"
+
+
+def show_log() -> None:
+    """Print the log of dreplica to stderr, unless the program has configured logging.
+
+    Python prints only warnings by default, so the result of a script that does not configure logging would be silent.
+    """
+    logger = logging.getLogger(_PACKAGE)
+    if not logger.hasHandlers():
+        handler = logging.StreamHandler()
+        handler.setFormatter(logging.Formatter("dreplica: %(message)s"))
+        logger.addHandler(handler)
+        logger.setLevel(logging.INFO)

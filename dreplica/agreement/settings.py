@@ -1,0 +1,46 @@
+"""Settings that must be the same on every rank, and generators that should be."""
+
+import logging
+from collections.abc import Mapping
+from typing import Any
+
+from dreplica.agreement.generators import describe_unseeded, differing
+from dreplica.distributed.channel import Channel
+from dreplica.errors import SharedUsageError
+
+log = logging.getLogger(__name__)
+
+
+def exchange_settings(channel: Channel, settings: Mapping[str, Any], generators: Mapping[str, str]) -> list[str]:
+    """Check that all ranks have the same settings, and return the generators that differ between them.
+
+    Note:
+        Collective: call it on every rank.
+
+    Args:
+        channel: The control channel between all ranks.
+        settings: Argument name to value, as JSON values.
+        generators: Generator name to the digest of its state on this rank, or empty where they are not compared.
+
+    Returns:
+        Names of the generators that differ. Rank 0 logs a message about them.
+
+    Raises:
+        SharedUsageError: On all ranks, if a setting differs between them.
+    """
+    rows = channel.gather((dict(settings), dict(generators)))
+    for name in settings:
+        values = [row[name] for row, _ in rows]
+        other = next((rank for rank, value in enumerate(values) if value != values[0]), None)
+        if other is not None:
+            raise SharedUsageError(
+                f"{name} must be the same on every rank, got {values[0]!r} on rank 0 and {values[other]!r} on rank "
+                f"{other}. Pass the same value on every rank.",
+                code="settings-differ",
+                argument=name,
+                values=values,
+            )
+    unseeded = differing([digests for _, digests in rows])
+    if unseeded and channel.rank == 0:
+        log.info(describe_unseeded(unseeded))
+    return unseeded

@@ -1,0 +1,83 @@
+"""Values of single numbers, as evidence of what differs: a learning rate, a loss, a loss scale."""
+
+from collections.abc import Collection, Iterable, Mapping, Sequence
+
+from torch import Tensor
+
+from dreplica.agreement.hasher import Hasher
+from dreplica.agreement.verdict.evidence import Evidence
+from dreplica.state.fingerprint.stage import Stage
+from dreplica.state.stages import Entry, with_distinct_names
+
+_LONGEST_VALUE = 60
+"""Longest text of a value, in characters."""
+
+
+def read_values(hasher: Hasher, stage: Stage, entries: Iterable[Entry], names: Collection[str]) -> dict[str, str]:
+    """Return the values of entries that are single numbers or short texts and have not changed since they were hashed.
+
+    Args:
+        hasher: The hasher that computed the digests.
+        stage: The digests of the entries at the time of the comparison.
+        entries: The entries as they are now.
+        names: The names of the entries to read.
+
+    Returns:
+        Name to value, as text. Entries that have other values now than those hashed are left out.
+    """
+    small = {name: value for name, value in with_distinct_names(entries) if name in names and _is_small(value)}
+    now = hasher.start({"": small.items()}).stages[""].entries()
+    hashed = stage.entries()
+    return {name: _text(value) for name, value in small.items() if now[name] == hashed.get(name)}
+
+
+def describe_values(names: Sequence[str], rows: Sequence[Mapping[str, str]]) -> list[Evidence]:
+    """Return a line with the values of differing entries.
+
+    Args:
+        names: The differing entries, in causal order.
+        rows: For each replica, entry to value, for the values that could be read.
+    """
+    texts, values = [], {}
+    for name in names:
+        column = [row.get(name) for row in rows]
+        groups: dict[str, list[int]] = {}
+        for replica, value in enumerate(column):
+            if value is not None:
+                groups.setdefault(value, []).append(replica)
+        if len(groups) > 1:
+            values[name] = column
+            texts.append(f"{name} " + ", ".join(f"{value} on replica {_spell(ids)}" for value, ids in groups.items()))
+    return [Evidence.of("values-differ", some="; ".join(texts), values=values)] if texts else []
+
+
+def drawn_on_some(generators: Sequence[str], not_drawn: Sequence[Collection[str]]) -> list[Evidence]:
+    """Return a line for each differing generator that only some replicas have drawn from.
+
+    Args:
+        generators: The generators that differ.
+        not_drawn: For each replica, the generators that nothing has drawn from.
+    """
+    lines = []
+    for name in generators:
+        without = [replica for replica, names in enumerate(not_drawn) if name in names]
+        drawn = [replica for replica in range(len(not_drawn)) if replica not in without]
+        if without and drawn:
+            lines.append(Evidence.of("generator-drawn-on-some", generator=name, drawn=drawn, not_drawn=without))
+    return lines
+
+
+def _is_small(value: Tensor | bytes | None) -> bool:
+    if isinstance(value, Tensor):
+        return type(value) is Tensor and value.numel() == 1 and not value.is_meta
+    return value is None or (len(value) <= _LONGEST_VALUE and value.isascii() and value.decode().isprintable())
+
+
+def _text(value: Tensor | bytes | None) -> str:
+    if isinstance(value, Tensor):
+        return repr(value.item())
+    return "missing" if value is None else value.decode()
+
+
+def _spell(ids: Sequence[int]) -> str:
+    return ", ".join(map(str, ids))
