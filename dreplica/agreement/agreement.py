@@ -2,6 +2,7 @@
 
 import logging
 import os
+import time
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from functools import partial
 from types import TracebackType
@@ -13,22 +14,26 @@ from torch import Tensor
 from dreplica.agreement import protocol
 from dreplica.agreement.arguments import InternalArguments, check_algorithm, check_arguments, check_stages, path_of
 from dreplica.agreement.exchange import Compared, Exchange
-from dreplica.agreement.generators import GENERATORS, GeneratorUse
+from dreplica.agreement.generators import GeneratorUse
 from dreplica.agreement.hasher import Observation, negotiated_hasher
 from dreplica.agreement.reference import ReferenceDifference, ReferenceDiffers
 from dreplica.agreement.result import describe_result, show_log
 from dreplica.agreement.run_folders import RunFolders
 from dreplica.agreement.settings import exchange_settings
 from dreplica.agreement.subject import Batch, Expect, Models, Subject
+from dreplica.agreement.trace.line_format import GENERATORS
 from dreplica.agreement.trace.report_records import Coverage
 from dreplica.agreement.trace.writer import TraceWriter
 from dreplica.agreement.values import read_values
 from dreplica.agreement.verdict.verdict import Divergence, Verdict
 from dreplica.distributed.channel import gloo_channel
-from dreplica.environment.manifest import collect_environment
+from dreplica.environment.facts import collect_environment
 from dreplica.state.stages import STAGES, Entry, Optimizers, Stage, batch_entries, make_stage
 
 log = logging.getLogger(__name__)
+
+_RANK_0_FIRST_SECONDS = 0.5
+"""Delay of the other ranks' exceptions. The launcher ends all processes when one fails, and rank 0 has the evidence."""
 
 _PASSED_TO_STEP = frozenset({"indices", "batch", "output"})
 """Stages that are compared only if `step` is given them."""
@@ -163,6 +168,8 @@ class Agreement:
         manifest = collect_environment(devices[0] if devices else torch.device("cpu")) if record or reference else {}
         run = self.hasher.algorithm, self._expect, self.steps_done
         self._folders = RunFolders(self._channel, record, reference, manifest, *run)
+        if self.steps_done:
+            self._generators.resume(self._folders.not_drawn())
         trace = internal.get("trace") or self._folders.trace
         trace = trace or TraceWriter(None, self._channel.size, algorithm=self.hasher.algorithm)
         check_algorithm(trace, self.hasher)
@@ -332,6 +339,8 @@ class Agreement:
                 reference = self._folders.reference
                 coverage = self._coverage(None if reference is None else reference.num_steps)
                 self._folders.conclude(self.divergence, coverage, self.steps_checked, None)
+                if self._channel.rank and not self._quiet:
+                    time.sleep(_RANK_0_FIRST_SECONDS)
                 if self.reference_difference is not None:
                     raise ReferenceDiffers(self.divergence, self.reference_difference, self._channel.rank)
                 raise Divergence(self.divergence, self._channel.rank)

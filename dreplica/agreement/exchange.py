@@ -122,7 +122,9 @@ class Exchange:
         """Send this replica's message, once its device has computed the digests."""
         if self._reference is not None and current.recorded:
             is_evaluation = current.phase is not None
-            current.own_difference = self._reference.compare(current.step, is_evaluation, current.observation.stages)
+            current.own_difference = self._reference.compare(
+                current.step, is_evaluation, current.observation.stages, current.not_drawn
+            )
         differs = current.own_difference is not None
         current.posted = protocol.post(self._channel, current.combined.value, current.wants_stop, differs)
         return current.posted
@@ -136,7 +138,8 @@ class Exchange:
         stages = done.observation.stages
         if stages and done.recorded:
             is_evaluation = done.phase is not None
-            self._trace.step(done.step, done.epoch, outcome.agreed, stages, is_evaluation=is_evaluation)
+            given = done.step, done.epoch, outcome.agreed, stages
+            self._trace.step(*given, is_evaluation=is_evaluation, not_drawn=done.not_drawn)
         if not outcome.agreed or outcome.differs_from_reference:
             self._reference = None
         own, not_drawn = done.own_difference, done.not_drawn

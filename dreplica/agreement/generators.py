@@ -7,10 +7,8 @@ fact that nothing has.
 
 from collections.abc import Collection, Iterable, Mapping
 
+from dreplica.agreement.trace.line_format import GENERATORS
 from dreplica.state.stages import Entry, digest_entry, rng_entries
-
-GENERATORS = ("python", "numpy")
-"""Entries of the stage `rng` that are compared only once something has drawn from them."""
 
 _NOT_DRAWN = b"not drawn from"
 _NAMES = {"python": "Python's `random`", "numpy": "NumPy's global generator"}
@@ -30,6 +28,10 @@ class GeneratorUse:
     def __init__(self, drawn: Collection[str] = ()) -> None:
         self._first = dict(rng_entries())
         self.not_drawn = frozenset(GENERATORS) - frozenset(drawn)
+
+    def resume(self, not_drawn: Collection[str]) -> None:
+        """Take over from an interrupted run which generators it had not drawn from."""
+        self.not_drawn &= frozenset(not_drawn)
 
     @property
     def first_digests(self) -> dict[str, str]:

@@ -100,7 +100,7 @@ def _claim(folder: Path, steps_done: int) -> int:
     folder.mkdir(parents=True, exist_ok=True)
     trace = folder / TRACE_NAME
     if steps_done and trace.exists():
-        return num_lines_until(Trace(folder), steps_done)
+        return Trace(folder).num_lines_until(steps_done)
     existing = [name for name in _FILES if (folder / name).exists()]
     if not existing:
         try:
@@ -118,11 +118,6 @@ def _exists(folder: Path, name: str, steps_done: int) -> UsageError:
         fix = "Pass another folder, delete this one, or pass steps_done=N to continue it after step N."
     text = f"record: {str(folder)!r} already holds a recorded run ({name}). {fix}"
     return invalid_argument("record", str(folder), text, code="already-recorded")
-
-
-def num_lines_until(trace: Trace, step: int) -> int:
-    """Return the number of lines of a trace, its header included, up to the given step."""
-    return 1 + sum(line.key[0] <= step for line in trace.lines())
 
 
 def _describe(rank: int, manifest: Mapping[str, Any]) -> ReplicaInfo:

@@ -7,6 +7,7 @@ from typing import Any
 from dreplica.agreement.coverage import describe_coverage
 from dreplica.agreement.recording import Recording
 from dreplica.agreement.reference import Reference
+from dreplica.agreement.trace.line_format import GENERATORS
 from dreplica.agreement.trace.report_records import Coverage, ReferenceCoverage
 from dreplica.agreement.trace.run_metadata import manifest_differences, read_run, show
 from dreplica.agreement.trace.writer import TraceWriter
@@ -72,7 +73,7 @@ class RunFolders:
                         argument="record",
                         value=record,
                     )
-                self.reference = Reference(Path(reference), algorithm)
+                self.reference = Reference(Path(reference), algorithm, resumed=steps_done > 0)
                 self._environment = _differences(self.reference.trace.path.parent, manifests)
             if channel.rank == 0 and record is not None:
                 self._recording = Recording(Path(record), manifests, algorithm, expect, steps_done)
@@ -83,6 +84,15 @@ class RunFolders:
     def trace(self) -> TraceWriter | None:
         """The trace that is recorded, on rank 0."""
         return None if self._recording is None else self._recording.trace
+
+    def not_drawn(self) -> tuple[str, ...]:
+        """Return the generators that a recorded run had not drawn from when it was interrupted, on all ranks.
+
+        Note:
+            Collective: call it on every rank.
+        """
+        own = GENERATORS if self.trace is None else self.trace.not_drawn
+        return tuple(own if self.record is None else self._channel.gather(own)[0])
 
     def environment(self) -> list[Evidence]:
         """Return the differences between the environments of the recorded run and of this one, on all ranks.

@@ -19,7 +19,7 @@ def read_values(hasher: Hasher, stage: Stage, entries: Iterable[Entry], names: C
     Args:
         hasher: The hasher that computed the digests.
         stage: The digests of the entries at the time of the comparison.
-        entries: The entries as they are now.
+        entries: The entries now.
         names: The names of the entries to read.
 
     Returns:

@@ -18,7 +18,7 @@ from dreplica.distributed.signals import exit_after_signal
 from dreplica.distributed.store import Endpoint, NotArrived
 from dreplica.distributed.together import together
 from dreplica.distributed.wait import Wait, WaitTimeout
-from dreplica.errors import SharedUsageError, UsageError
+from dreplica.errors import SharedUsageError
 
 T = TypeVar("T")
 

@@ -131,6 +131,7 @@ def train(world: World, job: Job) -> Result:
                 trace=trace,
                 channel=world.channel,
                 hasher=hasher,
+                quiet=True,
             )
             for step in range(1, job.steps + 1):
                 generator = torch.Generator().manual_seed(1000 + step)

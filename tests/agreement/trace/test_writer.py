@@ -54,12 +54,12 @@ def test_writer_lines(traces: dict[str, list[list[str]]], tmp_path: Path) -> Non
         "stages": list(STAGES),
     }
     assert [row[:4] for row in rows] == [
-        [0, None, 0, 0b011000100],
-        [1, 1, 0, 0b011111111],
-        [2, 1, 0, 0b011111111],
-        [2, 1, 2, 0b100000000],
-        [3, 1, 0, 0b011111111],
-        [4, 1, 0, 0b011111111],
+        [0, None, 12, 0b011000100],
+        [1, 1, 12, 0b011111111],
+        [2, 1, 12, 0b011111111],
+        [2, 1, 14, 0b100000000],
+        [3, 1, 12, 0b011111111],
+        [4, 1, 12, 0b011111111],
     ]
     (tmp_path / "trace.jsonl").write_text("\n".join([*traces["now"][0], ""]))
     steps = list(Trace(tmp_path).lines())

@@ -31,6 +31,8 @@ def test_first_difference_takes_first_stage_and_entry() -> None:
         differing_stages=["weights", "rng"],
         only_on={},
         stage_groups={"buffers": [[0, 1, 2]], "weights": [[0, 2], [1]], "rng": [[0, 2], [1]]},
+        differing=["b", "c"],
+        generators=["python"],
     )
     assert not place.is_structural
 

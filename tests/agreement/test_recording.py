@@ -1,0 +1,106 @@
+"""A run folder recorded from a custom loop."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+import dreplica
+from dreplica.agreement.trace.reader import Trace
+from dreplica.agreement.trace.run_report import RunReport
+from dreplica.errors import UsageError
+from tests.agreement.own_loop import STEPS, record, train
+
+
+def test_record_writes_a_run_folder(tmp_path: Path) -> None:
+    folder = record(tmp_path / "runs" / "a")
+    assert sorted(path.name for path in folder.iterdir()) == [
+        "manifest.json",
+        "report.json",
+        "tensors.bin",
+        "trace.jsonl",
+    ]
+    assert [line.key for line in Trace(folder).lines()] == [(step, False) for step in range(STEPS + 1)]
+    (manifest,) = json.loads((folder / "manifest.json").read_text())
+    assert manifest["replica"] == 0
+    assert manifest["distributions"]["torch"]
+    report = RunReport.read(folder)
+    assert report.coverage is not None
+    assert not report.coverage.has_second_copy
+    assert report.verdict is not None
+    assert (report.verdict.cause, report.verdict.agreed) == ("none", False)
+    assert report.verdict.summary.startswith(f"RECORDED {STEPS} steps in {folder}: batch, buffers")
+    assert (report.run.last_step, report.steps_checked) == (STEPS, STEPS)
+    assert report.fingerprints[0].digests.keys() == {"weights", "buffers", "optimizer"}
+
+
+def test_record_gives_equal_bytes_for_equal_runs(tmp_path: Path) -> None:
+    one, other = record(tmp_path / "a"), record(tmp_path / "b")
+    for name in ("trace.jsonl", "tensors.bin"):
+        assert (one / name).read_bytes() == (other / name).read_bytes()
+
+
+@pytest.mark.parametrize("name", ["trace.jsonl", "report.json", "manifest.json", "tensors.bin"])
+def test_record_never_overwrites_a_run(name: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_text("mine")
+    with pytest.raises(UsageError, match="already holds a recorded run") as caught:
+        train(record=tmp_path)
+    assert caught.value.code == "already-recorded"
+    assert (tmp_path / name).read_text() == "mine"
+
+
+def test_record_accepts_a_folder_with_other_files(tmp_path: Path) -> None:
+    (tmp_path / "model.pt").write_text("mine")
+    record(tmp_path)
+    assert (tmp_path / "model.pt").read_text() == "mine"
+
+
+def test_record_continues_an_interrupted_run(tmp_path: Path) -> None:
+    whole, folder = record(tmp_path / "whole"), tmp_path / "interrupted"
+    with pytest.raises(KeyboardInterrupt):
+        _interrupt(folder)
+    assert (folder / "trace.jsonl").read_bytes() != (whole / "trace.jsonl").read_bytes()
+    record(folder, steps_done=2)  # repeats step 3, which it had recorded
+    assert (folder / "trace.jsonl").read_bytes() == (whole / "trace.jsonl").read_bytes()
+    assert RunReport.read(folder).run.resumed_from == 2
+
+
+def _interrupt(folder: Path) -> None:
+    steps = 0
+    original = dreplica.Agreement.step
+
+    def step(self: dreplica.Agreement, **arguments: object) -> bool:
+        nonlocal steps
+        steps += 1
+        result = original(self, **arguments)  # type: ignore[arg-type]
+        if steps == 3:
+            raise KeyboardInterrupt
+        return result
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(dreplica.Agreement, "step", step)
+        train(record=folder)
+
+
+@pytest.mark.parametrize("kind", ["a file", "below a file", "empty", "a number", "read-only"])
+def test_record_refuses_unusable_paths(kind: str, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("mine")
+    paths = {
+        "a file": tmp_path / "file",
+        "below a file": tmp_path / "file" / "runs",
+        "empty": "",
+        "a number": 3,
+        "read-only": "/proc/runs/a",
+    }
+    with pytest.raises(UsageError, match="record") as caught:
+        train(record=paths[kind])
+    assert caught.value.fields["argument"] == "record"
+
+
+def test_record_keeps_the_verdict_of_a_divergence(tmp_path: Path) -> None:
+    reference = record(tmp_path / "a")
+    with pytest.raises(dreplica.Divergence):
+        train("lr", 1, record=tmp_path / "b", reference=reference)
+    verdict = RunReport.read(tmp_path / "b").verdict
+    assert verdict is not None
+    assert (verdict.agreed, verdict.step, verdict.stage, verdict.tensor) == (False, 3, "optimizer", "group0.lr")

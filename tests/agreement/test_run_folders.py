@@ -1,0 +1,101 @@
+"""Runs recorded by custom loops, compared while they train."""
+
+import logging
+from pathlib import Path
+
+import pytest
+
+import dreplica
+from dreplica.agreement.trace.reader import Trace
+from dreplica.distributed.process_group import World
+from dreplica.errors import SharedUsageError, UsageError
+from tests.agreement.own_loop import STEPS, record, train, train_on_rank
+from tests.harness import run_replicas
+
+
+def test_reference_of_an_equal_run_agrees(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    reference = record(tmp_path / "a")
+    with caplog.at_level(logging.INFO, "dreplica"):
+        verdict = train(reference=reference).finish()
+    line = f"AGREED with {reference}, {STEPS} steps: batch, buffers, output, gradients, optimizer, weights, rng"
+    assert (verdict.agreed, verdict.cause, verdict.summary) == (True, "none", line)
+    assert line in caplog.messages
+
+
+@pytest.mark.parametrize(
+    ("mistake", "step", "stage", "tensor"),
+    [("lr", 3, "optimizer", "group0.lr"), ("weights", 3, "buffers", "1.running_mean"), ("draw", 3, "rng", "python")],
+)
+def test_reference_raises_at_the_first_difference(
+    mistake: str, step: int, stage: str, tensor: str, tmp_path: Path
+) -> None:
+    reference = record(tmp_path / "a")
+    with pytest.raises(dreplica.Divergence) as caught:
+        train(mistake, 1, reference=reference)
+    verdict = caught.value.verdict
+    assert (verdict.step, verdict.stage, verdict.tensor) == (step, stage, tensor)
+    assert f"diverged from the reference {reference} at step {step}: {stage}, {tensor}" in str(caught.value)
+    assert str(caught.value).endswith(f"explain: dreplica explain {stage}")
+
+
+def test_reference_names_differences_of_the_environment(tmp_path: Path) -> None:
+    reference = record(tmp_path / "a")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("NVIDIA_TF32_OVERRIDE", "1")
+        with pytest.raises(dreplica.Divergence) as caught:
+            train("lr", 1, reference=reference)
+    rows = [item.data for item in caught.value.verdict.evidence if item.code == "reference-field-differs"]
+    assert [row["field"] for row in rows] == ["variables.NVIDIA_TF32_OVERRIDE"]
+
+
+def test_reference_without_common_steps_is_not_agreement(tmp_path: Path) -> None:
+    reference = record(tmp_path / "a")
+    verdict = train(reference=reference, stages=("indices",)).finish()
+    assert not verdict.agreed
+    assert verdict.summary.startswith("NOT COMPARED")
+    assert f"{reference} has none of these steps and stages" in verdict.summary
+
+
+def test_record_and_reference_must_differ(tmp_path: Path) -> None:
+    reference = record(tmp_path / "a")
+    with pytest.raises(UsageError, match="same folder"):
+        train(reference=reference, record=tmp_path / "b" / ".." / "a")
+
+
+def test_missing_reference_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UsageError) as caught:
+        train(reference=tmp_path / "nowhere")
+    assert caught.value.code == "trace-missing"
+
+
+def test_reference_of_a_resumed_run_ignores_unused_generators(tmp_path: Path) -> None:
+    reference = record(tmp_path / "a", "draw", rank=1)  # draws from Python's generator at step 3, and never again
+    verdict = train("draw", 1, steps_done=3, reference=reference).finish()
+    assert verdict.summary.startswith(f"AGREED with {reference}, 2 steps: batch")
+
+
+def test_ranks_record_and_agree_with_a_reference(tmp_path: Path) -> None:
+    one, other = tmp_path / "a", tmp_path / "b"
+    run_replicas(train_on_rank, 1, None, {"record": str(one)})  # with as many threads as the ranks below
+    verdicts = run_replicas(train_on_rank, 2, None, {"record": str(other), "reference": str(one)})
+    assert verdicts[0] == verdicts[1]
+    assert verdicts[0].summary.startswith(f"AGREED 2 ranks and with {one}, {STEPS} steps: batch, buffers")
+    assert verdicts[0].summary.endswith(f"; recorded in {other}")
+    assert [line.digests for line in Trace(other).lines()] == [line.digests for line in Trace(one).lines()]
+
+
+def test_ranks_raise_an_error_of_rank_0_together(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("mine")
+    errors = run_replicas(train_on_rank, 2, None, {"record": str(tmp_path / "file")})
+    assert [(type(error), error.code) for error in errors] == [(SharedUsageError, "cannot-record")] * 2
+
+
+def test_ranks_with_different_folders_are_refused(tmp_path: Path) -> None:
+    errors = run_replicas(_record_by_rank, 2, str(tmp_path))
+    assert [error.code for error in errors] == ["settings-differ"] * 2
+    assert errors[0].fields["argument"] == "record"
+    assert not list(tmp_path.iterdir())
+
+
+def _record_by_rank(world: World, folder: str) -> None:
+    train(record=f"{folder}/{world.replica_id}")
