@@ -16,6 +16,7 @@ from typing import NoReturn
 from dreplica import __version__
 from dreplica.commands.options import (
     Commands,
+    Parser,
     add_command,
     add_node_options,
     add_training_command,
@@ -47,7 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(argv: list[str]) -> int:
-    parser = argparse.ArgumentParser("dreplica", description=_DESCRIPTION)
+    parser = Parser("dreplica", description=_DESCRIPTION)
     parser.add_argument("--version", action="version", version=f"dreplica {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", title="commands")
     _add_training_commands(commands)
@@ -86,7 +87,7 @@ def _run_command(command: argparse.ArgumentParser, known: argparse.Namespace, se
 
 
 def _refuse(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> NoReturn:
-    """Exit with an error about arguments that do not exist, with hints for mistyped options."""
+    """Raise an error about arguments that do not exist, with hints for mistyped options."""
     hints = [hint for token in arguments if (hint := suggest_option(token, parser))]
     parser.error(". ".join([f"unrecognized arguments: {' '.join(arguments)}", *hints]))
 

@@ -2,11 +2,12 @@
 
 import argparse
 import os
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING, NoReturn, TypeAlias
 
-from dreplica.config.messages import COMMAND_LINE, closest, config_error, invalid_value
+from dreplica.config.messages import COMMAND_LINE, closest, config_error, empty_config, invalid_value
 from dreplica.distributed.launch_environment import MAX_PORT, detect_launch, is_port
 from dreplica.errors import UsageError
 
@@ -18,6 +19,18 @@ Handler = Callable[[argparse.Namespace, Sequence[str]], int]
 """Function that runs a command: takes the parsed options and the remaining settings, returns the exit code."""
 
 _NODE_OPTIONS = ("--nodes", "--node-rank", "--head")
+
+
+class Parser(argparse.ArgumentParser):
+    """Parser that raises `UsageError` for arguments that it cannot use, instead of ending the process."""
+
+    def error(self, message: str) -> NoReturn:
+        """Raise the error of a command line that this parser cannot use."""
+        text = re.sub(r"^argument (\S+?): ", r"\1: ", message)
+        text = re.sub(r": invalid int value: (?=')", ": expected an integer, got ", text)
+        text = re.sub(r": ignored explicit argument (?=')", ": takes no value, got ", text)
+        text += "" if text.endswith(("?", ".")) else "."
+        raise UsageError(f"{text} See `{self.prog} --help`.", code="invalid-arguments", command=self.prog)
 
 
 def add_command(commands: Commands, name: str, text: str, handler: Handler) -> argparse.ArgumentParser:
@@ -181,17 +194,13 @@ def check_settings(settings: Sequence[str], command: argparse.ArgumentParser) ->
             raise config_error("unknown-option", option, problem, fix, source=COMMAND_LINE)
         if not equals:
             if option == "--config" and settings[index + 1 : index + 2] == [""]:
-                raise _empty_config()
+                raise empty_config()
             value = settings[index + 1] if index + 1 < len(settings) else ""
         elif option == "--config" and not value:
-            raise _empty_config()
+            raise empty_config()
         if value.startswith(("{", "[")) or value in {"null", "~"}:
             continue  # a whole section as YAML
         match = closest(option, option_names(command), cutoff=0.85)
         if match is not None:
             hint = f"Did you mean {match}?"
             raise config_error("unknown-option", option, "unknown option", hint, source=COMMAND_LINE)
-
-
-def _empty_config() -> UsageError:
-    return config_error("empty-path", "--config", "the path is empty", "Name a YAML file.", source=COMMAND_LINE)

@@ -9,7 +9,15 @@ from pydantic import ValidationError
 
 from dreplica.config.given import dotted_keys, keep_given
 from dreplica.config.ignored import find_ignored
-from dreplica.config.messages import COMMAND_LINE, closest, config_error, invalid_value, join_errors, locate
+from dreplica.config.messages import (
+    COMMAND_LINE,
+    closest,
+    config_error,
+    empty_config,
+    invalid_value,
+    join_errors,
+    locate,
+)
 from dreplica.config.overrides import merge
 from dreplica.config.paths import CONFIGS_FOLDER, find_config, packaged_configs, packaged_name
 from dreplica.config.schema import WHOLE_CONFIG, RunConfig, WorldConfig
@@ -90,6 +98,8 @@ def _is_users_own(path: Path) -> bool:
 def _config_path(name: str | None) -> Path:
     if name is None:
         return DEFAULT_CONFIG
+    if not name:
+        raise empty_config()
     path = find_config(name)
     if path is None:
         packaged = packaged_configs()

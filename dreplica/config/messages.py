@@ -44,6 +44,11 @@ def invalid_value(key: str, value: Any, expected: str, fix: str = "", **data: An
     return config_error("invalid-value", key, problem, fix, value=value, expected=expected, **data)
 
 
+def empty_config() -> UsageError:
+    """Create the `UsageError` about an empty value of `--config`."""
+    return config_error("empty-path", "--config", "the path is empty", "Name a YAML file.", source=COMMAND_LINE)
+
+
 def locate(error: UsageError, source: str, prefix: str = "") -> UsageError:
     """Return a copy of a config error that says where the value was given.
 

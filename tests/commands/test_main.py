@@ -26,10 +26,9 @@ def test_training_command_help_lists_options_and_settings(name: str, capsys: pyt
 
 
 def test_plain_command_refuses_setting(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as ended:
-        main(["doctor", "--train.epochs=2"])
-    assert ended.value.code == 2
-    assert "unrecognized arguments: --train.epochs=2" in capsys.readouterr().err
+    assert main(["doctor", "--train.epochs=2"]) == 2
+    text = "error: unrecognized arguments: --train.epochs=2. See `dreplica doctor --help`.\n"
+    assert capsys.readouterr().err == text
 
 
 def test_version_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
@@ -63,17 +62,31 @@ def test_unknown_command_error_suggests_nearest(
 
 
 def test_unknown_option_error_suggests_nearest(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as ended:
-        main(["doctor", "--jsn"])
-    assert ended.value.code == 2
-    assert "error: unrecognized arguments: --jsn. Did you mean --json?" in capsys.readouterr().err
+    assert main(["doctor", "--jsn"]) == 2
+    text = "error: unrecognized arguments: --jsn. Did you mean --json? See `dreplica doctor --help`.\n"
+    assert capsys.readouterr().err == text
 
 
 def test_mistyped_global_option_suggests_nearest(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as ended:
-        main(["--verson"])
-    assert ended.value.code == 2
-    assert "error: unrecognized arguments: --verson. Did you mean --version?" in capsys.readouterr().err
+    assert main(["--verson"]) == 2
+    text = "error: unrecognized arguments: --verson. Did you mean --version? See `dreplica --help`.\n"
+    assert capsys.readouterr().err == text
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        (["compare"], "the following arguments are required: RUN. See `dreplica compare --help`."),
+        (["explain"], "the following arguments are required: CAUSE|STAGE. See `dreplica explain --help`."),
+        (["train", "--replicas"], "--replicas: expected one argument. See `dreplica train --help`."),
+        (["train", "--node-rank=x"], "--node-rank: expected an integer, got 'x'. See `dreplica train --help`."),
+        (["doctor", "--json=3"], "--json: takes no value, got '3'. See `dreplica doctor --help`."),
+        (["compare", "a", "b", "c"], "unrecognized arguments: c. See `dreplica compare --help`."),
+    ],
+)
+def test_invalid_arguments_are_one_line(arguments: list[str], text: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(arguments) == 2
+    assert capsys.readouterr().err == f"error: {text}\n"
 
 
 @pytest.mark.parametrize(("kind", "code"), [(UsageError, 2), (ReportError, 1)])

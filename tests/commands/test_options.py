@@ -79,6 +79,41 @@ def test_check_settings_refuses_empty_config(arguments: list[str], capsys: pytes
     assert capsys.readouterr().err == "error: command line: --config: the path is empty. Name a YAML file.\n"
 
 
+@pytest.mark.parametrize(
+    ("command", "fix"),
+    [
+        (
+            "train",
+            "Add `--nodes 2 --node-rank 1 --head HOST:29500` with a different rank on each node, or unset SLURM_",
+        ),
+        ("burn-in", "Add `--nodes 2 --node-rank 1 --head HOST:29500` with a different rank on each node, or unset"),
+        ("bench", "Start it once, or unset SLURM_PROCID to run it alone."),
+        ("flags", "Start it once, or unset SLURM_PROCID to run it alone."),
+    ],
+)
+def test_check_single_launch_refuses_one_of_several(
+    command: str, fix: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Each would start a run with the same name."""
+    monkeypatch.setenv("SLURM_PROCID", "1")
+    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "2")
+    assert main([command, "--train.epochs=1"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(
+        "error: srun started 2 processes (SLURM_STEP_NUM_TASKS=2), so that this is one of 2 runs of "
+    )
+    assert fix in line
+
+
+def test_check_single_launch_accepts_several_nodes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SLURM_PROCID", "1")
+    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "2")
+    assert main(["train", "--nodes=2", "--node-rank=1", "--head=a:1"]) == 0
+    monkeypatch.setenv("SLURM_PROCID", "0")
+    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "1")
+    assert main(["train"]) == 0
+
+
 def test_read_nodes_accepts_explicit_single_node() -> None:
     given = argparse.Namespace(nodes=1, node_rank=0, head="node0:29500")
     assert read_nodes(given) is None  # as launch/node.sh passes them on one node
@@ -88,15 +123,13 @@ def test_read_nodes_accepts_explicit_single_node() -> None:
 
 @pytest.mark.parametrize("command", [["report", ""], ["compare", "", "b"], ["cases", "--keep", ""]])
 def test_path_argument_refuses_empty(command: list[str], capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as ended:
-        main(command)
-    assert ended.value.code == 2
-    assert ": the path is empty\n" in capsys.readouterr().err
+    assert main(command) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.endswith(f": the path is empty. See `dreplica {command[0]} --help`.")
 
 
 @pytest.mark.parametrize("value", ["0", "-1", "two", "1.5", "²"])
 def test_positive_int_refuses_other_values(value: str, capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as ended:
-        main(["train", f"--replicas={value}"])
-    assert ended.value.code == 2
-    assert f"argument --replicas: expected a positive integer, got {value!r}" in capsys.readouterr().err
+    assert main(["train", f"--replicas={value}"]) == 2
+    expected = f"error: --replicas: expected a positive integer, got {value!r}. See `dreplica train --help`.\n"
+    assert capsys.readouterr().err == expected

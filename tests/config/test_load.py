@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from dreplica.config.load import load_config
+from dreplica.config.load import load_config, world_timeout
 from dreplica.config.schema import RunConfig
 from dreplica.errors import UsageError
 from tests.config.loading import load, message_of, refusal
@@ -160,3 +160,34 @@ def test_empty_override_declares_nothing(tmp_path: Path, nothing: str) -> None:
     assert config.for_replica(1).model_dump(exclude={"overrides"}) == config.model_dump(exclude={"overrides"})
     assert config.overrides == {}
     assert config.for_replica(1).train.epochs == 3
+
+
+@pytest.mark.parametrize(
+    ("text", "arguments", "expected"),
+    [
+        ("{}", [], 300.0),
+        ("world: {timeout: 7}", [], 7.0),
+        ("world: {timeout: 7}", ["--world.timeout=8"], 8.0),
+        ("world: {timeout: 7}", ["--world", "{timeout: 9}"], 9.0),
+        ("world: {timeout: 7}", ["--world={device: cpu}"], 300.0),
+        ("model: {factory: 'tests.no_such_module:f'}\nworld: {timeout: 7}", [], 7.0),  # nothing is imported
+        ("world: {timeout: soon}", [], 300.0),  # and what is invalid is reported elsewhere
+        ("world: {timeout: -1}", [], 300.0),
+        ("world: [1]", [], 300.0),
+        ("[1]", [], 300.0),
+        ("world: {timeout: 7}", ["--world.timeout"], 300.0),
+    ],
+)
+def test_world_timeout_reads_only_its_key(tmp_path: Path, text: str, arguments: list[str], expected: float) -> None:
+    path = tmp_path / "job.yaml"
+    path.write_text(text)
+    assert world_timeout(["--config", str(path), *arguments]) == expected
+
+
+@pytest.mark.parametrize("arguments", [["--config", ""], ["--config="]])
+def test_load_refuses_empty_path(arguments: list[str]) -> None:
+    """As torchrun passes them, which checks no settings."""
+    with pytest.raises(UsageError) as caught:
+        load_config(arguments, 1)
+    assert str(caught.value) == "command line: --config: the path is empty. Name a YAML file."
+    assert world_timeout(arguments) == 300.0

@@ -7,6 +7,7 @@ import json
 import os
 from pathlib import Path
 
+from dreplica.distributed.failure import Failure
 from dreplica.errors import UsageError
 
 ERROR_FILE = "DREPLICA_ERROR_FILE"
@@ -14,16 +15,16 @@ ERROR_FILE = "DREPLICA_ERROR_FILE"
 
 
 def write_error(error: UsageError) -> None:
-    """Write the code and the text of `error` into the record, if the parent asks for one."""
+    """Write the data of `error` into the record, if the parent asks for one."""
     path = os.environ.get(ERROR_FILE)
     if path is not None:
-        Path(path).write_text(json.dumps({"code": error.code, "text": str(error)}), encoding="utf-8")
+        Path(path).write_text(json.dumps(Failure.from_exception(error).as_dict()), encoding="utf-8")
 
 
 def read_error(path: Path) -> UsageError | None:
     """Return the recorded error, or None if there is none."""
     try:
-        record = json.loads(path.read_text(encoding="utf-8"))
+        failure = Failure.from_dict(json.loads(path.read_text(encoding="utf-8")))
     except FileNotFoundError:
         return None
-    return UsageError(record["text"], code=record["code"])
+    return UsageError(failure.message, code=failure.code, **failure.fields)

@@ -8,13 +8,14 @@ from dreplica.distributed.launch.error_record import ERROR_FILE, read_error, wri
 from dreplica.errors import UsageError
 
 
-def test_error_is_read_with_its_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_error_is_read_with_its_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "error.json"
     monkeypatch.setenv(ERROR_FILE, str(path))
-    write_error(UsageError("data.root: the folder is missing", code="missing"))
+    write_error(UsageError("data.root: the folder is missing", code="missing", key="data.root", value=Path("a")))
     error = read_error(path)
     assert error is not None
     assert (str(error), error.code) == ("data.root: the folder is missing", "missing")
+    assert error.fields == {"key": "data.root", "value": "a"}
 
 
 def test_without_a_parent_nothing_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
