@@ -14,7 +14,7 @@ from dreplica.errors import UsageError
 if TYPE_CHECKING:
     from dreplica.distributed.launch.launcher import Nodes
 
-Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
+Commands: TypeAlias = "argparse._SubParsersAction[Parser]"
 Handler = Callable[[argparse.Namespace, Sequence[str]], int]
 """Function that runs a command: takes the parsed options and the remaining settings, returns the exit code."""
 
@@ -125,7 +125,7 @@ def read_nodes(known: argparse.Namespace, settings: Sequence[str] = ()) -> "Node
 def check_single_launch(command: argparse.ArgumentParser, nodes: int | None) -> None:
     """Check that srun, mpirun or a batch system did not start this command several times without `--nodes`.
 
-    Each command would start a run of its own, all with the same name.
+    Each command would start a separate run, all with the same name.
 
     Args:
         command: The command.
