@@ -4,6 +4,7 @@ The examples of docs/library.md print what the page says.
 """
 
 import os
+import tempfile
 import warnings
 from functools import cache
 from types import SimpleNamespace
@@ -92,21 +93,24 @@ def _steps_of_several_optimizers() -> list[int]:
     return [each.agreement.steps_done for each in (callback, again, without) if each.agreement is not None]
 
 
-def _run_page() -> list[str]:
+def _run_page(folder: str) -> list[str]:
+    """Return what each example of the page prints, run in an empty folder, into which they record."""
     dist.init_process_group = lambda *_: None  # it is there already
+    os.chdir(folder)
     beginning, examples = examples_of(PAGE)
     return [run(beginning, example) for example in examples]
 
 
-def _run_all(world: World) -> tuple[dict[tuple[str, bool], Any], list[str], list[str], list[int]]:
+def _run_all(world: World, folder: str) -> tuple[dict[tuple[str, bool], Any], list[str], list[str], list[int]]:
     warnings.simplefilter("ignore")
     os.environ["TORCHELASTIC_RUN_ID"] = "test"  # by which Lightning knows that the ranks are there already
-    return _run_loops(world), _run_page(), _refusals(), _steps_of_several_optimizers()
+    return _run_loops(world), _run_page(folder), _refusals(), _steps_of_several_optimizers()
 
 
 @cache
 def results() -> list[Any]:
-    return run_replicas(_run_all, 2, imports=HEAVY, timeout=150.0)
+    with tempfile.TemporaryDirectory() as folder:
+        return run_replicas(_run_all, 2, folder, imports=HEAVY, timeout=150.0)
 
 
 @pytest.mark.parametrize("name", LOOPS)
@@ -126,7 +130,7 @@ def test_examples_print_what_the_page_says() -> None:
     one, two = results()
     assert isinstance(one, tuple), one
     _, examples = examples_of(PAGE)
-    assert len(examples) == len(one[1]) == 9
+    assert len(examples) == len(one[1]) == 10
     for example, printed in zip(examples, one[1], strict=True):
         assert example.prints(printed), f"{example.code}\nprints\n{printed}"
         assert example.output, example.code

@@ -84,7 +84,7 @@ MISTAKES: Mapping[str, Mistake] = {
     "prefetch_thread": Mistake(
         {"batch": "inputs", "output": "loss", "rng": r"torch\.cpu"},
         "torch.randn(4, 8, generator=generator)",
-        steps=range(13),
+        steps=range(21),
     ),
     "library_version": Mistake(
         {"batch": "inputs"},

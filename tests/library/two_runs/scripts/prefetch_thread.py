@@ -13,7 +13,7 @@ from torch import nn
 
 import dreplica
 
-STEPS = 12
+STEPS = 20
 
 
 def prefetch(batches: queue.Queue) -> None:
