@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -85,6 +86,15 @@ def test_replica_that_raises_is_named(monkeypatch: pytest.MonkeyPatch, root: Pat
     assert ours.count("Traceback (most recent call last)") == 1  # only its own, none of the survivors'
     assert "in forward\n" in ours
     assert "ArithmeticError: the sky fell\n" in ours
+
+    remedy = job.report["verdict"]["remedy"][-1]
+    assert (remedy["code"], remedy["data"]["step"]) == ("resume", 5)
+    command = shlex.split(remedy["command"])
+    assert command == torchrun_command(*LOSING, root=root, num_replicas=3)
+    monkeypatch.setenv("LOSE", "none:raise")
+    resumed = subprocess.run(command, capture_output=True, text=True, cwd=REPOSITORY, env=environment(), check=False)
+    assert resumed.returncode == 0, resumed.stderr
+    assert json.loads((job.folder / "report.json").read_text())["run"]["resumed_from"] == 5
 
 
 @pytest.mark.parametrize("lost", [0, 2])
