@@ -6,6 +6,7 @@ docs/causes is also run, and its output replaces the block on the page.
 
 import os
 import re
+import shlex
 import subprocess
 import sys
 import tempfile
@@ -18,7 +19,6 @@ import yaml
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from dreplica.commands.cases.case import read_case
 from dreplica.config.base import Lockstep
 from dreplica.config.schema import FaultConfig, RunConfig
 
@@ -42,11 +42,6 @@ Keys marked * are the same on all replicas: `overrides` cannot change them.
 An unknown key or an invalid value ends the run with exit code 2 and one message, before anything is written.
 A setting that would be ignored beside another one, such as `model.name` beside `model.factory`, is an error too.
 Only settings that you have chosen count, on the command line or in your own file: those of packaged configs give way.
-"""
-_LAUNCH = """
-import sys
-from dreplica.distributed.launch.launcher import launch
-sys.exit(launch(sys.argv[1], sys.argv[3:], int(sys.argv[2])))
 """
 
 
@@ -97,17 +92,17 @@ def _on_one_line(text: str) -> str:
 
 
 def run_shown_case(match: re.Match[str]) -> str:
-    """Run a case and return the block with its output, from the verdict on."""
-    case = read_case(DOCS.parent / "configs" / "cases" / f"{match['name']}.yaml")
-    arguments = [f"--config=configs/cases/{case.path.name}", "--run.resume=never"]
+    """Run the command of a case and return the block with its output, from the verdict on."""
+    scripts = Path(sys.executable).parent  # with dreplica and torchrun
+    variables = {"PYTHONPATH": str(DOCS.parent), "PATH": f"{scripts}{os.pathsep}{os.environ['PATH']}"}
     with tempfile.TemporaryDirectory() as folder:  # without an older run folder, which would add a suffix
         (Path(folder) / "configs").symlink_to(DOCS.parent / "configs")
         done = subprocess.run(
-            [sys.executable, "-c", _LAUNCH, case.module, str(case.num_replicas), *arguments],
+            shlex.split(match["command"].removeprefix("$ ")),
             stdout=subprocess.PIPE,
             text=True,
             cwd=folder,
-            env=os.environ | {"PYTHONPATH": str(DOCS.parent)},
+            env=os.environ | variables,
             check=False,
         )
     start = done.stdout.index("VERDICT")
