@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 _LAUNCHERS = {"torchrun", "dreplica"}
-_MODULES = {"torch.distributed.run", "torch.distributed.launch", "dreplica.commands.main"}
+_MODULES = {"torch.distributed.run", "torch.distributed.launch"}
 
 
 def launch_command() -> list[str] | None:
@@ -35,8 +35,9 @@ def typed_command(arguments: Sequence[str]) -> list[str] | None:
         return None
     rest = list(arguments)
     if Path(rest[0]).name.startswith("python"):
-        if rest[1:2] == ["-m"] and rest[2:3] and rest[2] in _MODULES:
-            return rest if not rest[2].startswith("dreplica") or rest[3:4] == ["train"] else None
+        if rest[1:2] == ["-m"] and rest[2:3]:
+            trains = rest[2].startswith("dreplica.") and rest[3:4] == ["train"]
+            return rest if trains or rest[2] in _MODULES else None
         rest = rest[1:]
     name = Path(rest[0]).name if rest else ""
     if name not in _LAUNCHERS or (name == "dreplica" and rest[1:2] != ["train"]):
