@@ -193,6 +193,7 @@ def test_independent_replicas_are_compared_in_samples(reference: Path) -> None:
         (("--run.reference=nowhere",), "run.reference: 'nowhere' does not exist"),
         (("--agreement.every=0",), "cannot be compared with agreement.every 0"),
         (("--run.reference={old}",), "has digests of algorithm 'xxh3-128/0', but this run computes 'xxh3-128/1'"),
+        (("--run.reference={damaged}",), "trace.jsonl' is damaged at line 4, which is not as it was written"),
     ],
 )
 def test_unusable_reference_ends_the_run_at_the_start(
@@ -202,7 +203,12 @@ def test_unusable_reference_ends_the_run_at_the_start(
     shutil.copytree(reference, old)
     header, *rows = read_rows(old)
     write_rows(old, [header | {"algorithm": "xxh3-128/0"}, *rows])
-    job = run(reference, *(argument.format(old=old) for argument in arguments), num_replicas=2, root=tmp_path)
+    damaged = tmp_path / "damaged"
+    shutil.copytree(reference, damaged)
+    path = damaged / "trace.jsonl"
+    path.write_bytes(path.read_bytes().replace(b"[2,1,0,", b"[2,1,1,", 1))
+    given = (argument.format(old=old, damaged=damaged) for argument in arguments)
+    job = run(reference, *given, num_replicas=2, root=tmp_path)
     assert job.exitcodes == {0: 2, 1: 2}
     (message,) = messages(job.output)
     assert words in message

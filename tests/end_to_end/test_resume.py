@@ -229,6 +229,22 @@ def test_resumed_steps_are_checked_against_trace(tmp_path: Path) -> None:
     assert (verdict["cause"], verdict["step"], verdict["stage"]) == ("unexplained", 7, "weights")
 
 
+@pytest.mark.parametrize(("name", "place"), [("trace.jsonl", "line 3"), ("tensors.bin", "byte 33")])
+def test_damaged_record_is_refused(name: str, place: str, tmp_path: Path) -> None:
+    stopped = run_job(*SMALL, STOP, "--agreement.record=tensors", root=tmp_path)
+    path = stopped.folder / name
+    content = bytearray(path.read_bytes())
+    at = content.index(b"\n[1,") + 30 if name == "trace.jsonl" else content.index(b"\n") + 5
+    content[at] ^= 1
+    path.write_bytes(content)
+    checkpoints = list_checkpoints(stopped.folder / "checkpoints")
+    resumed = run_job(*SMALL, "--agreement.record=tensors", root=tmp_path)
+    assert resumed.exitcodes == {0: 2, 1: 2}, resumed.output
+    assert f"{name}' is damaged at {place}" in resumed.output
+    assert path.read_bytes() == content
+    assert list_checkpoints(stopped.folder / "checkpoints") == checkpoints
+
+
 def test_truncated_lines_are_rewritten(tmp_path: Path) -> None:
     stopped = run_job(*SMALL, STOP, root=tmp_path)
     newest, _ = list_checkpoints(stopped.folder / "checkpoints")

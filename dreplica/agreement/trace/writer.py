@@ -76,12 +76,19 @@ class TraceWriter:
         self._file: BinaryIO | None = None
         self._tensors = tensors
         if path is not None:
+            self._open(path, num_lines)
+
+    def _open(self, path: Path, num_lines: int) -> None:
+        try:
             has_header = path.exists() and self._read_existing(path, num_lines)
             self._file = path.open("ab")
             if not has_header:
                 self.num_lines, self.num_missing = 1, num_lines
                 self._file.write(self._header.encode())
                 self._file.flush()
+        except BaseException:
+            self.close()
+            raise
 
     def step(
         self,
