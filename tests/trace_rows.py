@@ -4,7 +4,8 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from dreplica.agreement.trace.line_format import Header, Line, encode_content, seal
+from dreplica.agreement.trace.line import Line
+from dreplica.agreement.trace.line_format import Header, encode_content, seal
 from dreplica.agreement.trace.reader import TRACE_NAME, Trace
 
 

@@ -21,7 +21,7 @@ from dreplica.agreement.result import describe_result, show_log
 from dreplica.agreement.run_folders import RunFolders
 from dreplica.agreement.settings import exchange_settings
 from dreplica.agreement.subject import Batch, Expect, Models, Subject
-from dreplica.agreement.trace.line_format import GENERATORS
+from dreplica.agreement.trace.line import GENERATORS
 from dreplica.agreement.trace.report_records import Coverage
 from dreplica.agreement.trace.writer import TraceWriter
 from dreplica.agreement.values import read_values

@@ -7,7 +7,7 @@ fact that nothing has.
 
 from collections.abc import Collection, Iterable, Mapping
 
-from dreplica.agreement.trace.line_format import GENERATORS
+from dreplica.agreement.trace.line import GENERATORS
 from dreplica.state.stages import Entry, digest_entry, rng_entries
 
 _NOT_DRAWN = b"not drawn from"

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from dreplica.agreement.trace.comparison import find_differing_stages, place_of
-from dreplica.agreement.trace.line_format import GENERATOR_NAMES, Line
+from dreplica.agreement.trace.line import GENERATOR_NAMES, Line
 from dreplica.agreement.trace.reader import Trace
 from dreplica.agreement.verdict.evidence import Evidence
 from dreplica.agreement.verdict.location import Place, count_differing_entries, module_of

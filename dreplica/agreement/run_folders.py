@@ -7,7 +7,7 @@ from typing import Any
 from dreplica.agreement.coverage import describe_coverage
 from dreplica.agreement.recording import Recording
 from dreplica.agreement.reference import Reference
-from dreplica.agreement.trace.line_format import GENERATORS
+from dreplica.agreement.trace.line import GENERATORS
 from dreplica.agreement.trace.report_records import Coverage, ReferenceCoverage
 from dreplica.agreement.trace.run_metadata import manifest_differences, read_run, show
 from dreplica.agreement.trace.writer import TraceWriter

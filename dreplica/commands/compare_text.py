@@ -8,7 +8,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from dreplica.agreement.trace.comparison import Comparison
-from dreplica.agreement.trace.line_format import GENERATOR_NAMES
+from dreplica.agreement.trace.line import GENERATOR_NAMES
 from dreplica.agreement.trace.reader import Trace
 from dreplica.agreement.trace.run_metadata import NO_CONFIG, RecordedRun, RunDifference, fold_distributions, show
 from dreplica.agreement.verdict.evidence import Evidence

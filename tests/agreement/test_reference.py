@@ -192,7 +192,7 @@ def test_damaged_tensors_of_reference_are_evidence(tmp_path: Path) -> None:
 def test_damaged_reference_is_refused(tmp_path: Path) -> None:
     path = record(tmp_path / "run", range(4)) / TRACE_NAME
     path.write_bytes(path.read_bytes().replace(b"[2,", b"[3,"))
-    with pytest.raises(UsageError, match=r"is damaged at line 4, ") as error:
+    with pytest.raises(UsageError, match=r"is damaged at line 4. ") as error:
         Reference(tmp_path / "run")
     assert error.value.code == "damaged-trace"
 

@@ -14,7 +14,8 @@ import tempfile
 import time
 from pathlib import Path
 
-from dreplica.agreement.trace.line_format import Header, Line, encode_content, seal
+from dreplica.agreement.trace.line import Line
+from dreplica.agreement.trace.line_format import Header, encode_content, seal
 
 STAGES = ("indices", "batch", "buffers", "output", "gradients", "optimizer", "weights", "rng")
 

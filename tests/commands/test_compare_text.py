@@ -130,7 +130,7 @@ def test_damaged_trace_is_not_a_difference(tmp_path: Path, capsys: pytest.Captur
     lines[3] = lines[3].replace(b"A", b"B", 1)
     path.write_bytes(b"".join(lines))
     for folders in ((one, other), (other, one)):
-        assert f"error: '{path}' is damaged at line 4," in refusal(capsys, *folders)
+        assert f"error: '{path}' is damaged at line 4." in refusal(capsys, *folders)
 
 
 def test_damaged_tensors_are_not_a_difference(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -4,7 +4,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from dreplica.agreement.trace.line_format import Line
+from dreplica.agreement.trace.line import Line
 from dreplica.agreement.trace.reader import Trace
 from dreplica.agreement.verdict.location import Place, first_difference
 from dreplica.errors import UsageError

@@ -35,20 +35,17 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, BinaryIO
 
 import xxhash
 
+from dreplica.agreement.trace.line import GENERATORS, Line
 from dreplica.errors import UsageError
 from dreplica.state.fingerprint.stage import STAGES
 
 FORMAT = 2
 LONGEST_HEADER = 100_000
 """Bytes read at most for the header. A file that is not a trace may be one long line."""
-
-GENERATOR_NAMES = {"python": "Python", "numpy": "NumPy"}
-"""Generators of which a row says whether they were drawn from, and their names in messages."""
-GENERATORS = tuple(GENERATOR_NAMES)
 
 _DIVERGED, _EVALUATION, _NOT_DRAWN = 1, 2, (4, 8)
 _FLAGS = tuple(
@@ -69,37 +66,6 @@ _END = b'"]\n'
 _CHECK_LENGTH = 11
 _ROW_END = _CHECK_LENGTH + len(_END)
 """Length of the check digest and what follows it, at the end of a row."""
-
-Key = tuple[int, bool]
-"""A training step, and True for the evaluation that follows it."""
-
-
-class Line(NamedTuple):
-    """The record of a checked step or evaluation."""
-
-    key: Key
-    """The training step, and True for the evaluation that follows it."""
-    epoch: int | None
-    """The epoch, from 1, or None if the run did not pass it."""
-    agreed: bool
-    """True if the run's replicas agreed."""
-    stages: tuple[str, ...]
-    """The names of the recorded stages."""
-    digests: bytes
-    """The stages' digests, 16 bytes for each name."""
-    not_drawn: tuple[str, ...] = ()
-    """The generators, `python` and `numpy`, that were not drawn from since the process began."""
-    coordinate: tuple[int, ...] | None = None
-    """The coordinate of the shard, one integer for each of the trace's axes. None if ranks do not hold shards."""
-
-    @property
-    def order(self) -> tuple[int, bool, tuple[int, ...]]:
-        """The position among the lines of a run: step, evaluation, coordinate."""
-        return *self.key, self.coordinate or ()
-
-    def by_stage(self) -> dict[str, bytes]:
-        """Return stage name to its digest of 16 bytes."""
-        return {name: self.digests[16 * i : 16 * i + 16] for i, name in enumerate(self.stages)}
 
 
 @dataclass(frozen=True)
@@ -258,15 +224,15 @@ def unusable(path: Path, what: str, fix: str, code: str = "trace-invalid", **fie
 
 
 def damaged_line(path: Path, number: int) -> UsageError:
-    """Return the error for a line that is not as it was written.
+    """Return the error for a line that has changed since it was written.
 
     Args:
         path: The path of the trace.
         number: The number of the line, from 1.
     """
     keep = f"keep only the {number - 1} lines before it" if number > 1 else "record the run again"
-    what = f"is damaged at line {number}, which is not as it was written"
-    return unusable(path, what, f"Restore the file from a copy, or {keep}.", code="damaged-trace", line=number)
+    fix = f"Restore the file from a copy, or {keep}."
+    return unusable(path, f"is damaged at line {number}", fix, code="damaged-trace", line=number)
 
 
 def _is_unwritten(raw: bytes) -> bool:

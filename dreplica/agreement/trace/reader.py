@@ -7,15 +7,8 @@ from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
 
-from dreplica.agreement.trace.line_format import (
-    GENERATORS,
-    LONGEST_HEADER,
-    Key,
-    Line,
-    parse_header,
-    read_lines,
-    unusable,
-)
+from dreplica.agreement.trace.line import GENERATORS, Key, Line
+from dreplica.agreement.trace.line_format import LONGEST_HEADER, parse_header, read_lines, unusable
 from dreplica.agreement.trace.tensor_digests import find_stages
 from dreplica.state.fingerprint.stage import Stage
 

@@ -13,11 +13,10 @@ from typing import BinaryIO
 import torch
 
 from dreplica.agreement.trace.comparison import is_undrawn_difference
+from dreplica.agreement.trace.line import GENERATORS, Line
 from dreplica.agreement.trace.line_format import (
-    GENERATORS,
     LONGEST_HEADER,
     Header,
-    Line,
     content_of,
     encode_content,
     parse_header,

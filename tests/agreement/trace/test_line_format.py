@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from dreplica.agreement.trace import writer
-from dreplica.agreement.trace.line_format import GENERATORS, Header, Line, encode_content, parse_header, read_lines
+from dreplica.agreement.trace.line import GENERATORS, Line
+from dreplica.agreement.trace.line_format import Header, encode_content, parse_header, read_lines
 from dreplica.agreement.trace.reader import TRACE_NAME, Trace
 from dreplica.agreement.trace.writer import TraceWriter
 from dreplica.errors import UsageError
@@ -113,7 +114,7 @@ def test_moved_missing_and_changed_lines_are_found(change, line: int, tmp_path: 
     path = record(tmp_path / "run", range(5)) / TRACE_NAME
     header, *rows = path.read_bytes().splitlines(keepends=True)
     path.write_bytes(b"".join([header, *change(rows)]))
-    with pytest.raises(UsageError, match=f"damaged at line {line}, ") as error:
+    with pytest.raises(UsageError, match=f"damaged at line {line}. ") as error:
         lines_of(path)
     assert error.value.fields == {"path": str(path), "line": line}
 
@@ -130,7 +131,7 @@ def test_line_of_another_trace_is_found(number: int, tmp_path: Path) -> None:
     if number < 3:
         assert len(lines_of(here)) == 6
     else:
-        with pytest.raises(UsageError, match=f"damaged at line {number + 2 if number == 3 else number + 1}, "):
+        with pytest.raises(UsageError, match=f"damaged at line {number + 2 if number == 3 else number + 1}. "):
             lines_of(here)
 
 
@@ -138,7 +139,7 @@ def test_line_of_another_algorithm_is_found(tmp_path: Path) -> None:
     here, there = (record(tmp_path / name, range(3), algorithm=name) / TRACE_NAME for name in ("a", "b"))
     rows, other = (path.read_bytes().splitlines(keepends=True) for path in (here, there))
     here.write_bytes(b"".join([rows[0], *other[1:]]))
-    with pytest.raises(UsageError, match="damaged at line 2, "):
+    with pytest.raises(UsageError, match=r"damaged at line 2\. "):
         lines_of(here)
 
 
@@ -156,7 +157,7 @@ def test_rows_do_not_depend_on_replicas_or_torch(tmp_path: Path, monkeypatch: py
 def test_changed_header_is_damaged(at: str, tmp_path: Path) -> None:
     path = record(tmp_path / "run", range(3)) / TRACE_NAME
     path.write_bytes(path.read_bytes().replace(at.encode(), at.upper().encode(), 1))
-    with pytest.raises(UsageError, match=r"damaged at line 1, .* or record the run again") as error:
+    with pytest.raises(UsageError, match=r"damaged at line 1. .* or record the run again") as error:
         Trace(path)
     assert error.value.code == "damaged-trace"
 

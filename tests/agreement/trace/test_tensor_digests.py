@@ -128,7 +128,7 @@ def test_other_file_is_refused_and_kept(content: bytes, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("kept", [0, 3, 8, 15, 16, 20, 79])
 def test_zeros_after_a_power_failure_are_cut(kept: int, tmp_path: Path) -> None:
-    """The file system has made room for two frames of 80 bytes, and has written the beginning of the first."""
+    """The file system has reserved space for two frames of 80 bytes, and has written the beginning of the first."""
     folder = record(tmp_path / "run", range(4), tensors=True)
     path = folder / TENSORS_NAME
     whole = path.read_bytes()

@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from dreplica.agreement.agreement import Agreement
-from dreplica.agreement.trace.line_format import GENERATORS, Header
+from dreplica.agreement.trace.line import GENERATORS
+from dreplica.agreement.trace.line_format import Header
 from dreplica.agreement.trace.reader import Trace
 from dreplica.agreement.trace.writer import TraceWriter
 from dreplica.errors import UsageError
@@ -165,7 +166,7 @@ def test_writer_refuses_damaged_line(tail: bytes, tmp_path: Path) -> None:
     damaged = path.read_bytes() + tail
     path.write_bytes(damaged)
     for num_lines in (0, 3, 9):
-        with pytest.raises(UsageError, match=r"is damaged at line 5, .* keep only the 4 lines before it") as error:
+        with pytest.raises(UsageError, match=r"is damaged at line 5\. .* keep only the 4 lines before it") as error:
             record(path, range(3, 4), num_lines=num_lines)
         assert (error.value.code, error.value.fields) == ("damaged-trace", {"path": str(path), "line": 5})
     assert path.read_bytes() == damaged
