@@ -12,9 +12,11 @@ from dreplica.agreement.subject import Models, Subject
 from dreplica.agreement.verdict.evidence import Evidence
 from dreplica.agreement.verdict.location import describe, first_difference
 from dreplica.agreement.verdict.remedy import Remedy
-from dreplica.agreement.verdict.verdict import Verdict, split_into_groups
+from dreplica.agreement.verdict.verdict import Verdict, split_into_groups, suspects_of
+from dreplica.diagnosis.decision.code_remedies import as_code
 from dreplica.diagnosis.decision.conclude import RunFacts, conclude
 from dreplica.diagnosis.decision.decide import decide
+from dreplica.diagnosis.decision.decide_layout import decide_layout, explained_by_order, structure_verdict
 from dreplica.diagnosis.decision.overrides import divides_as
 from dreplica.diagnosis.diagnose_run import as_verdict, close_replayer, field_evidence
 from dreplica.diagnosis.evidence.observation import Decision, Witness, could_have_made, difference_behind, first_stage
@@ -22,9 +24,11 @@ from dreplica.diagnosis.evidence.observation import first_difference as first_op
 from dreplica.diagnosis.measurement.full_tensors import add, compare_outputs
 from dreplica.diagnosis.replay.replay_run import Replayed
 from dreplica.diagnosis.replay.replay_step import NO_INDICES, Repeated
-from dreplica.diagnosis.replay.shared_state import differing_shapes, shapes, share_state
+from dreplica.diagnosis.replay.shared_state import share_state
+from dreplica.diagnosis.replay.state_layout import LayoutDifferences, gather_layouts
 from dreplica.distributed.attempt import AttemptFailed, attempt
 from dreplica.distributed.channel import Channel, gloo_channel
+from dreplica.distributed.failure import describe_exception
 from dreplica.distributed.process_group import World
 from dreplica.environment.device import Device
 from dreplica.environment.manifest import Difference, collect_manifest, compare_manifests, gather_manifests
@@ -82,16 +86,12 @@ def diagnose(
         UsageError: If the model is wrapped in DistributedDataParallel.
         ReplicaLost: If another replica ended, failed or stopped responding.
     """
-    subject = Subject(model, optimizer, others)
-    if subject.is_ddp:
-        raise UsageError(
-            "model is wrapped in DistributedDataParallel, whose backward pass waits for other ranks. Pass "
-            "model.module, a step that calls it, and the same batch on all ranks, which must then get the same result.",
-            code="ddp-model",
-        )
     channel = channel or gloo_channel()
-    facts, differing = _environment(subject, channel)
+    world = World(channel.rank, channel.size, channel, None, socket.gethostname())
+    subject = world.together(lambda: _subject(model, optimizer, others))
+    facts = RunFacts(channel.size)
     try:
+        facts, differing = _environment(subject, world)
         repeated = attempt(channel, lambda: Repeated(step, batch, subject))
     except AttemptFailed as error:
         return _conclude(_failed(found, channel, error), facts)
@@ -105,17 +105,34 @@ def diagnose(
     return _conclude(close_replayer(verdict, repeated, channel), facts)
 
 
+def _subject(model: Models, optimizer: Optimizers, others: Sequence[Any]) -> Subject:
+    try:
+        subject = Subject(model, optimizer, others)
+    except UsageError:
+        raise
+    except Exception as error:  # the other replicas would wait for this one
+        text = f"model, optimizer or others cannot be read: {describe_exception(error)}"
+        raise UsageError(text, code="unreadable-state") from error
+    if subject.is_ddp:
+        raise UsageError(
+            "model is wrapped in DistributedDataParallel, whose backward pass waits for other ranks. Pass "
+            "model.module, a step that calls it, and the same batch on all ranks, which must then get the same result.",
+            code="ddp-model",
+        )
+    return subject
+
+
 def _diagnose(repeated: Repeated, found: Verdict | None, channel: Channel, differing: Sequence[Difference]) -> Verdict:
-    batches, states, tensors = zip(
-        *channel.gather((repeated.batch, repeated.state, shapes(repeated.parts))), strict=True
-    )
+    batches = channel.gather(repeated.batch)
+    layouts = gather_layouts(repeated.parts, repeated.given, channel)
     if len(_groups(batches)) > 1:
-        return _diverged(found, "replicas were given different batches", batches)
-    if names := differing_shapes(tensors):
-        line = Evidence.of("tensors-differ", tensor=names[0])
-        verdict = _diverged(found, "replicas do not have the same tensors", states)
-        return verdict.with_(cause="structure-differs", evidence=[line])
-    lines = _begin(repeated, states, channel)
+        verdict = _diverged(found, "replicas were given different batches", batches).with_(cause="batch-differs")
+        return verdict if layouts.batch is None else verdict.with_(evidence=[*verdict.evidence, layouts.batch])
+    structure = layouts.structure()
+    if structure is not None:
+        return structure_verdict(structure, found)
+    repeated.by_name = layouts.order is not None
+    lines = _begin(repeated, channel.gather(attempt(channel, repeated.state)), channel)
     first, second = attempt(channel, lambda: (repeated.again(), repeated.again()))
     runs = list(zip(*channel.gather((first.stages, second.stages)), strict=True))
     if len(_groups(runs[0])) == 1 < len(_groups(runs[1])):
@@ -127,7 +144,7 @@ def _diagnose(repeated: Repeated, found: Verdict | None, channel: Channel, diffe
         line = Evidence.of("step-communicates", operators=talks)
         return _unexplained(found, channel, "the step could not be diagnosed", [*lines, line])
     if stage is None and all(row.first == row.second for row in witnesses):
-        return _all_agree(found, channel, lines)
+        return _all_agree(found, channel, lines, layouts)
     if stage is None:
         verdict = _unexplained(found, channel, "the step does not give the same result twice", [])
     else:
@@ -136,6 +153,7 @@ def _diagnose(repeated: Repeated, found: Verdict | None, channel: Channel, diffe
     decision = compare_outputs(decision, repeated, NO_INDICES, channel)
     decision = _blame_varying(decision, witnesses)
     decision = _doubt(decision, stage, found, differing)
+    decision = decide_layout(decision, witnesses, layouts, stage, found)
     verdict = as_verdict(verdict, replace(decision, evidence=[*lines, *decision.evidence]))
     if decision.cause != "environment-differs":
         return verdict
@@ -179,8 +197,16 @@ def _witness(first: Replayed, second: Replayed, stage: str | None) -> Witness:
     )
 
 
-def _all_agree(found: Verdict | None, channel: Channel, lines: list[Evidence]) -> Verdict:
+def _all_agree(found: Verdict | None, channel: Channel, lines: list[Evidence], layouts: LayoutDifferences) -> Verdict:
     """Return the verdict on a step that gives the same result on every replica, both times."""
+    order = layouts.order
+    lines = [*lines, *(line for line in (order, layouts.modes) if line is not None)]
+    if order is not None and explained_by_order(found):
+        groups = split_into_groups([repr(name).encode() for name in order.data["names"]])
+        summary = "replicas hold the same values under the same names, in different orders"
+        own = Verdict(False, "order-differs", f"{summary}; groups {groups}", stage=order.data["stage"], groups=groups)
+        verdict = found or own.with_(suspects=suspects_of(groups))
+        return verdict.with_(cause="order-differs", remedy=[], evidence=[*verdict.evidence, *lines])
     if found is not None:
         return _unexplained(found, channel, "", [*lines, Evidence.of("step-agrees")])
     replicas = f"{channel.size} replica{'s' * (channel.size > 1)}"
@@ -219,14 +245,14 @@ def _doubt(decision: Decision, stage: str | None, found: Verdict | None, differi
     return add(decision, [field_evidence("undeclared-difference", row) for row in undeclared if row.field not in named])
 
 
-def _environment(subject: Subject, channel: Channel) -> tuple[RunFacts, list[Difference]]:
+def _environment(subject: Subject, world: World) -> tuple[RunFacts, list[Difference]]:
     """Gather what each replica runs on, and the manifest fields that differ. Collective."""
     tensor = next(subject.model.parameters(), torch.empty(0))
-    world = World(channel.rank, channel.size, channel, None, socket.gethostname())
-    manifests = gather_manifests(collect_manifest(world, Device(tensor.device), None, ""), channel)
+    own = attempt(world.channel, lambda: collect_manifest(world, Device(tensor.device), None, ""))
+    manifests = gather_manifests(own, world.channel)
     differing = compare_manifests(manifests, {})
     allowed = [difference for difference in differing if difference.allowed]
-    return RunFacts(channel.size, differences=allowed, manifests=manifests), differing
+    return RunFacts(world.num_replicas, differences=allowed, manifests=manifests), differing
 
 
 def _diverged(found: Verdict | None, how: str, rows: Sequence[Mapping[str, Stage]]) -> Verdict:
@@ -253,31 +279,3 @@ def _conclude(verdict: Verdict, facts: RunFacts) -> Verdict:
         return verdict
     concluded = conclude(verdict, facts)
     return concluded.with_(remedy=as_code(concluded.remedy))
-
-
-_FLAGS = {
-    "mode": "torch.use_deterministic_algorithms(True)",
-    "threads": "torch.set_num_threads({})",
-    "cudnn_deterministic": "torch.backends.cudnn.deterministic = True",
-    "cudnn_benchmark": "torch.backends.cudnn.benchmark = False",
-    "tf32": "torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False",
-    "cublas_workspace_config": 'os.environ["CUBLAS_WORKSPACE_CONFIG"] = "{}"',
-}
-"""Settings of the trainer, in the section `determinism`, to the code that a custom loop runs instead."""
-_TRAINER_ONLY = {"rerun-alone"}
-"""Remedies that only the trainer has."""
-
-
-def as_code(remedies: Sequence[Remedy]) -> list[Remedy]:
-    """Convert remedies for the trainer to remedies for a custom loop: settings become calls of torch."""
-    converted: dict[str, Remedy] = {}
-    for remedy in remedies:
-        if remedy.settings:
-            for key, value in remedy.settings.items():
-                section, _, name = key.partition(".")
-                if section == "determinism" and name in _FLAGS:
-                    command = _FLAGS[name].format(value)
-                    converted.setdefault(command, Remedy(remedy.code, remedy.text, command, remedy.data))
-        elif remedy.code not in _TRAINER_ONLY:
-            converted.setdefault(str(remedy), remedy)
-    return list(converted.values())

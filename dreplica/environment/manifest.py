@@ -6,6 +6,7 @@ from typing import Any
 
 import xxhash
 
+from dreplica.distributed.alike import gather_alike
 from dreplica.distributed.channel import Channel
 from dreplica.distributed.process_group import World
 from dreplica.environment.device import Device
@@ -143,26 +144,7 @@ def gather_manifests(own: Mapping[str, Any], channel: Channel) -> list[dict[str,
     Note:
         Collective: call on every rank.
     """
-    first = channel.gather(own if channel.rank == 0 else None)[0]
-    return [unpack_manifest(first, changes) for changes in channel.gather(pack_manifest(first, own))]
-
-
-def pack_manifest(first: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the difference of one manifest from another, from which `unpack_manifest` restores it."""
-    changed = {key: value for key, value in other.items() if key not in first or first[key] != value}
-    nested = {
-        key: pack_manifest(first[key], changed.pop(key))
-        for key, value in list(changed.items())
-        if isinstance(value, Mapping) and isinstance(first.get(key), Mapping)
-    }
-    return {"changed": changed, "nested": nested, "missing": [key for key in first if key not in other]}
-
-
-def unpack_manifest(first: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the manifest whose difference from `first` is given."""
-    row = {key: value for key, value in first.items() if key not in changes["missing"]}
-    row |= {key: unpack_manifest(first[key], inner) for key, inner in changes["nested"].items()}
-    return row | changes["changed"]
+    return gather_alike(own, channel)
 
 
 def _without_long_tail(found: Sequence[Difference]) -> list[Difference]:

@@ -30,6 +30,8 @@ from dreplica.training.history import History, StepEntry
 
 log = logging.getLogger(__name__)
 
+_PROVEN = "order-differs"
+"""A cause that the comparison alone proves. A replay would only show the operators that the order reaches first."""
 _MOST_BYTES = 2**26
 """Size in bytes above which a tensor of a data set is assumed to be its data, which no code writes to."""
 
@@ -64,6 +66,8 @@ class Explainer:
         Note:
             Collective: call on every rank. The state of the replica and of the data set is restored.
         """
+        if found.cause == _PROVEN:
+            return conclude(found, self.facts)
         verdict = self.explain_build(found) if found.step == 0 else self.replay(found, agreement, history)
         return conclude(verdict, self.facts)
 
@@ -85,7 +89,9 @@ class Explainer:
             Collective: call on every rank. The state of the replica and of the data set is restored.
         """
         account = against.account()
-        if found.step == 0:
+        if found.cause == _PROVEN:
+            verdict = found
+        elif found.step == 0:
             verdict = self.rebuild_alone(found, account)
         elif agreement is None or history is None or not can_replay(found, history):
             line = Evidence.of("reference-not-replayed")

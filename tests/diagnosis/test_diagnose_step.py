@@ -17,7 +17,7 @@ import dreplica
 from dreplica.agreement.verdict.remedy import Remedy
 from dreplica.agreement.verdict.verdict import Verdict
 from dreplica.commands.cases.samples.operators import racy_sum
-from dreplica.diagnosis.diagnose_step import as_code
+from dreplica.diagnosis.decision.code_remedies import as_code
 from dreplica.distributed.channel import Channel
 from dreplica.distributed.liveness import ReplicaLost
 from dreplica.distributed.process_group import World
@@ -182,7 +182,7 @@ EXPECTED: dict[str, tuple[str, str | None, str | None]] = {
     "diverged, and explained": ("unexplained", "weights", None),
     "if, diverged before": ("unexplained", "output", "aten.mul.Tensor"),
     "if, explained": ("structure-differs", "output", "aten.mul.Tensor"),
-    "other tensors": ("structure-differs", "optimizer", None),
+    "other tensors": ("structure-differs", "weights", None),
     "raises": ("unexplained", None, None),
     "threads": ("environment-differs", "gradients", "aten.convolution_backward.default"),
 }

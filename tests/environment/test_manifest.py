@@ -20,10 +20,7 @@ from dreplica.environment.manifest import (
     collect_manifest,
     compare_manifests,
     compare_values,
-    gather_manifests,
-    pack_manifest,
     spell_device,
-    unpack_manifest,
 )
 
 WORLD = World(0, 1, Channel(), None, "a-host")
@@ -235,39 +232,3 @@ def test_many_distributions_are_counted(manifest: dict[str, Any]) -> None:
     assert (found[-1].field, found[-1].allowed) == ("distributions", True)
     assert found[-1].values[0] != found[-1].values[1] == found[-1].values[2]
     assert found[-1].values[0].startswith("33 more, digest ")
-
-
-@pytest.mark.parametrize(
-    "other",
-    [
-        {},
-        {"a": 1, "b": {"c": 2, "d": [1, 2]}, "e": None},
-        {"a": 2, "b": {"c": 2, "d": [1]}, "e": None},
-        {"a": None, "b": {"c": {"x": 1}}, "f": {"g": 1}},
-        {"a": {"x": 1}, "b": None, "e": {"y": {}}},
-    ],
-)
-def test_packed_manifest_is_restored(other: dict[str, Any]) -> None:
-    first = {"a": 1, "b": {"c": 2, "d": [1, 2]}, "e": None}
-    packed = json.loads(json.dumps(pack_manifest(first, other)))
-    assert unpack_manifest(first, packed) == other
-
-
-class _TwoRanks(Channel):
-    """A channel that plays the part of rank 1, and keeps what it sends."""
-
-    def __init__(self, first: dict[str, Any]) -> None:
-        super().__init__()
-        self.rank, self.size, self.first = 1, 2, first
-        self.sent: list[Any] = []
-
-    def gather(self, value: Any) -> list[Any]:
-        self.sent.append(value)
-        return [self.first if len(self.sent) == 1 else pack_manifest(self.first, self.first), value]
-
-
-def test_gather_sends_only_what_differs(manifest: dict[str, Any]) -> None:
-    own = changed(manifest, "host", "b-host")
-    channel = _TwoRanks(manifest)
-    assert gather_manifests(own, channel) == [manifest, own]
-    assert len(json.dumps(channel.sent)) < 200

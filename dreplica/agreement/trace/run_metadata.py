@@ -19,7 +19,7 @@ _CHANGES_NOTHING = {"run", "checkpoint", "agreement", "world.timeout", "train.ep
 _NAMES_A_MACHINE = {"host", "device.index", "device.uuid", "device.shared"}
 """Manifest fields that identify one of several equal machines or devices."""
 _STARTS_THE_SCRIPT = {"argv", "script"}
-"""Manifest fields that are left out beside a config, which has all that they determine in the trainer."""
+"""Manifest fields that are left out for runs with a config, which has all that they determine."""
 _OWN_FOLDER = "RUN"
 """Replaces an argument of the script that names the folder into which the run was recorded."""
 NO_CONFIG = "there is no config.yaml"

@@ -117,6 +117,12 @@ _ALL = (
         "Replicas do not have the same tensors, or do not run the same operators on them.",
         "step-without-hidden-inputs",
     ),
+    _cause(
+        "order-differs",
+        "Replicas hold the same parameters or entries in different orders, so that sums over them may round "
+        "differently.",
+        "order-parameters-alike",
+    ),
     _cause("replica-lost", "A replica ended, failed or stopped responding.", "read-log-of-lost"),
     _cause(
         "unexplained",

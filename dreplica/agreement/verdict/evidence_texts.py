@@ -247,7 +247,18 @@ EVIDENCE: Mapping[str, str] = {
     ),
     # `dreplica.diagnose`.
     "state-shared": "replicas did not hold the same state ({place}): all began with replica {replica}'s",
-    "tensors-differ": "replicas do not have the same tensors with the same shapes: first {tensor}",
+    "objects-differ": "replicas do not train with the same objects: {places}",
+    "tensors-differ": "tensors {what} differ in dtype or shape, or exist on some replicas only ({count}): {places}",
+    "groups-differ": "parameters are in different groups of the optimizer ({count}): {places}",
+    "optimizer-state-missing": (
+        "the optimizer has no state on replicas {replicas} where it has on others ({count} tensors, first {tensor}): "
+        "they have taken no step, or have lost the state"
+    ),
+    "order-differs": "replicas hold {where} in different orders ({count} positions differ): {places}",
+    "operator-order": (
+        "operator {index}, {operator}, was given the same tensors in another order, which changes its result"
+    ),
+    "modes-differ": "modules are not in the same mode: {places}",
     "step-communicates": ("the step communicates ({operators}): what one replica computes depends on the others"),
     "step-agrees": (
         "taken twice from one state, the step gives the same result on every replica: the divergence has another cause"

@@ -58,6 +58,11 @@ class Place:
         return self.tensor is None or bool(self.only_on)
 
     @property
+    def is_order(self) -> bool:
+        """True if replicas have the same entries with the same values, in different orders."""
+        return self.stage is not None and self.tensor is None and bool(self.num_entries)
+
+    @property
     def when(self) -> str:
         """The step, in words."""
         if self.phase is not None:
@@ -135,7 +140,7 @@ def describe(place: Place, epoch: int | None, num_replicas: int, ddp: bool = Fal
     cause = _CAUSE_OF_STAGE.get(place.stage or "", "unexplained")
     return Verdict(
         agreed=False,
-        cause="structure-differs" if place.is_structural else cause,
+        cause="order-differs" if place.is_order else "structure-differs" if place.is_structural else cause,
         summary=f"replicas diverged {place.when}: {place.where}; groups {place.groups}",
         step=place.step,
         epoch=epoch,

@@ -133,6 +133,10 @@ REMEDIES: Mapping[str, RemedyTemplate] = {
     "step-without-hidden-inputs": RemedyTemplate(
         "make the model and the step independent of the rank, the host, the time and unseeded draws"
     ),
+    "order-parameters-alike": RemedyTemplate(
+        "keep parameters in the order of the model, or sort them: a set has another order in each process",
+        "sorted(names)",
+    ),
     "make-input-equal": RemedyTemplate(
         "find out where {operator}{source} gets its inputs, and make them the same on all replicas, each time"
     ),

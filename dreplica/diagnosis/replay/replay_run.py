@@ -3,6 +3,7 @@
 from collections.abc import Callable, Collection, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from operator import itemgetter
 from typing import Protocol
 
 import torch
@@ -191,4 +192,4 @@ def layout(model: nn.Module, inputs: Sequence[Tensor]) -> bytes:
     """Return a digest of 16 bytes over the strides of parameters, buffers and inputs."""
     named = [*model.named_parameters(), *model.named_buffers(), *(("inputs", tensor) for tensor in inputs)]
     strides = [(name, tensor.stride() if tensor.layout is torch.strided else None) for name, tensor in named]
-    return digest_bytes("layout", repr(strides).encode())
+    return digest_bytes("layout", repr(sorted(strides, key=itemgetter(0))).encode())

@@ -43,17 +43,24 @@ class Repeated:
 
     Attributes:
         parts: The state that the step reads and writes.
+        given: The batch as it was passed.
         batch: Digests of the batch, by stage.
-        state: Digests of the state from before the replays, by stage.
+        by_name: Set it to compare the entries of each stage in the order of their names, where replicas have the same
+            ones in different orders.
     """
 
     def __init__(self, step: Callable[[Any], Any], batch: Batch, subject: Subject) -> None:
         self.parts = _OwnParts(subject.model, subject.optimizers, subject.others)
         self.batch = {"batch": batch_stage(batch)}
-        self.state = {name: make_stage(entries) for name, entries in subject.state().items()}
-        self._step, self._given, self._subject = step, batch, subject
+        self.by_name = False
+        self.given = batch
+        self._step, self._subject = step, subject
         self._present = take_snapshot(self.parts)
         self._before: Snapshot | None = None
+
+    def state(self) -> dict[str, Stage]:
+        """Return the digests of the present state, by stage."""
+        return {name: self._ordered(make_stage(entries)) for name, entries in self._subject.state().items()}
 
     def begin(self) -> None:
         """Clear the gradients, and take the present state as the start of every replay."""
@@ -71,19 +78,25 @@ class Repeated:
         assert self._before is not None, "begin() comes first"
         restore_snapshot(self.parts, self._before)
         tracer = OpTracer(self.parts.optimizers, capture, self._subject.given)
-        batch = tree_map(lambda leaf: leaf.detach().clone() if isinstance(leaf, Tensor) else leaf, self._given)
+        batch = tree_map(lambda leaf: leaf.detach().clone() if isinstance(leaf, Tensor) else leaf, self.given)
         inputs = [leaf for leaf in tree_leaves(batch) if isinstance(leaf, Tensor)]
         with _gradients_used(self._subject) as gradients, tracer:
             returned = self._step(batch)
         tracer.records = _with_turns(tracer.records)
         outputs = [leaf for leaf in tree_leaves(returned) if isinstance(leaf, Tensor)]
-        made = {name: make_stage(entries) for name, entries in self._subject.state().items()}
-        made["gradients"] = _joined(gradients or [make_stage(self._subject.gradients())])
+        made = self.state()
+        made["gradients"] = self._ordered(_joined(gradients or [make_stage(self._subject.gradients())]))
         if outputs:
             made["output"] = batch_stage({f"returned.{number}": tensor for number, tensor in enumerate(outputs)})
         stages = {name: made[name] for name in STAGES if name in made}
         generator = torch.get_rng_state().numpy().tobytes()
         return Replayed(stages, tracer, _all_accounted(tracer), generator, layout(self.parts.model, inputs))
+
+    def _ordered(self, stage: Stage) -> Stage:
+        if not self.by_name:
+            return stage
+        entries = sorted(stage.entries().items())
+        return Stage(tuple(name for name, _ in entries), b"".join(digest for _, digest in entries), stage.num_bytes)
 
     def replayed(self, stage: str, name: str) -> Tensor | None:
         """Return a tensor as the last replay left it, on the CPU. None if there is no such tensor."""

@@ -178,7 +178,7 @@ def test_difference_of_two_custom_loops(changes: dict[str, Any], text: str, matt
     assert manifest_differences(row(**changes), row(**changes)) == []
 
 
-def test_arguments_are_left_out_beside_a_config() -> None:
+def test_arguments_are_left_out_with_a_config() -> None:
     other = row(host="b", argv=["train.py", "--run.name", "b"], script="2" * 32)
     assert [item.field for item in manifest_differences(row(), other, configured=True)] == ["host"]
 

@@ -10,7 +10,8 @@ from dreplica.config.schema import RunConfig
 
 LISTED = """none config-differs environment-differs optimizer-not-bound scheduler-not-bound parameters-not-optimized
 storage-shared build-not-seeded build-rng-differs indices-differ batch-differs nondeterministic-operator transient-fault
-persistent-fault declared-override evaluation-differs not-learning structure-differs replica-lost unexplained"""
+persistent-fault declared-override evaluation-differs not-learning structure-differs order-differs replica-lost
+unexplained"""
 
 SETTINGS = [(cause, str(remedy)) for cause in CAUSES.values() for remedy in cause.remedy if remedy.settings]
 

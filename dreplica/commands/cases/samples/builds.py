@@ -186,6 +186,21 @@ def probed_loader(config: "RunConfig", num_classes: int, device: torch.device) -
     return _replica(config, model, build_optimizer(config.optim, model))
 
 
+def reversed_parameters(config: "RunConfig", num_classes: int, device: torch.device) -> Replica:
+    """Reverse the order of the optimizer's parameters on replica 1, as the order of a set may.
+
+    Args:
+        config: The run's config.
+        num_classes: Number of outputs of the model.
+        device: The device to build on.
+    """
+    model = _model(config, num_classes, device)
+    optimizer = build_optimizer(config.optim, model)
+    if env_rank() == 1:
+        optimizer.param_groups[0]["params"].reverse()
+    return _replica(config, model, optimizer)
+
+
 def _model(config: "RunConfig", num_classes: int, device: torch.device) -> nn.Sequential:
     model = build_model(config.model, num_classes)
     assert isinstance(model, nn.Sequential), (
