@@ -113,7 +113,7 @@ class RunPair:
         if place is not None:
             first = {"step": place.step, "epoch": found.epoch, "stage": place.stage, "tensor": place.tensor}
             first |= {"module": module_of(place.stage, place.tensor), "phase": place.phase}
-            first |= {"differing_stages": place.differing_stages}
+            first |= {"differing_stages": place.differing_stages, "coordinate": found.coordinate}
             first |= {"num_differing": place.num_differing, "num_entries": place.num_entries}
         runs = [
             {

@@ -57,7 +57,9 @@ def print_comparison(
     if first is None:
         return
     keys = ("step", "epoch", "stage", "tensor", "module", "phase")
-    line = ", ".join(f"{key} {first[key]}" for key in keys if first[key] is not None)
+    parts = [f"{key} {first[key]}" for key in keys if first[key] is not None]
+    parts += [f"{axis} {position}" for axis, position in (first["coordinate"] or {}).items()]
+    line = ", ".join(parts)
     console.print(f"  where: {escape(line)}", soft_wrap=True)
     for evidence in comparison["evidence"]:
         console.print(f"  evidence: {escape(evidence['text'])}", soft_wrap=True)

@@ -160,3 +160,17 @@ def test_text_of_missing_tensors_names_the_setting(tmp_path: Path, capsys: pytes
     other = record(tmp_path / "other", range(5), (3, "weights", "two"))
     _, _, found = compare(capsys, one, other)
     assert "--agreement.record tensors" in text_of(found["evidence"], "tensor-not-in-both")
+
+
+def test_shard_that_differs_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name in ("one", "other"):
+        with TraceWriter(tmp_path / f"{name}.jsonl", 6, axes=["tp", "pp"]) as trace:
+            for step in range(4):
+                for coordinate in ((0, 0), (0, 1), (1, 0)):
+                    value = name if (step, coordinate) == (2, (0, 1)) else "same"
+                    trace.step(step, None, True, {"weights": Stage((value,), b"x" * 16)}, coordinate=coordinate)
+    code, lines, found = compare(capsys, tmp_path / "one.jsonl", tmp_path / "other.jsonl")
+    assert (code, found["steps_same"], found["digests_same"]["weights"]) == (ExitCode.DIVERGED, 1, 7)
+    assert found["first_difference"]["coordinate"] == {"tp": 0, "pp": 1}
+    assert any(line.endswith("where: step 2, stage weights, tp 0, pp 1") for line in lines)
+    assert compare(capsys, *[tmp_path / "one.jsonl"] * 2)[2]["digests_same"]["weights"] == 12

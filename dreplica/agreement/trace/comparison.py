@@ -19,6 +19,8 @@ class Comparison:
     """The first difference, in which the traces are replicas 0 and 1; None if there is none."""
     epoch: int | None = None
     """The epoch of the first difference, or None."""
+    coordinate: dict[str, int] | None = None
+    """Axis to coordinate of the shard that differs first. None if ranks do not hold shards."""
     agreed: tuple[bool, bool] = (True, True)
     """For each run, True if its own replicas agreed at the first difference."""
     num_steps: int = 0
@@ -136,6 +138,9 @@ def _compare(one: Trace, other: Trace) -> Comparison:
                 found.place = place_of(here.key, differing_stages, one.tensors(here), other.tensors(there))
                 found.epoch, found.agreed = here.epoch, (here.agreed, there.agreed)
                 found.not_drawn = here.not_drawn, there.not_drawn
+                if here.coordinate is not None:
+                    found.coordinate = dict(zip(one.axes, here.coordinate, strict=False))
+                    found.num_steps -= (found.last_step, False) == here.key  # equal in other shards only
                 break
             common = tuple(stage for stage in STAGES if stage in row and stage in other_row)
         if common:  # otherwise they have recorded different stages of this step

@@ -291,3 +291,14 @@ def test_format_1_is_continued_in_format_1(tmp_path: Path) -> None:
         file.write('{"step": 9, "epoch": 1, "agr')
     assert record(path, range(8, 10), num_lines=12).num_missing == 0
     assert steps_in(path)[-2:] == [8, 9]
+
+
+def test_run_killed_at_any_byte_is_completed(tmp_path: Path) -> None:
+    path = tmp_path / "trace.jsonl"
+    record(path, range(4))
+    whole = path.read_bytes()
+    for length in range(len(whole)):
+        path.write_bytes(whole[:length])
+        num_lines = whole[:length].count(b"\n") // 2  # the checkpoint is older than the newest line
+        record(path, range(max(num_lines - 1, 0), 4), num_lines=num_lines)
+        assert path.read_bytes() == whole, length
