@@ -1,6 +1,7 @@
 """The data sets of a run: loaded by name, cached, shared between replicas and checked."""
 
 import logging
+from collections.abc import Sequence
 
 import torch
 
@@ -17,6 +18,8 @@ from dreplica.distributed.process_group import World
 from dreplica.errors import UsageError
 
 log = logging.getLogger(__name__)
+
+_MOST_SKIPPED_SHOWN = 10
 
 
 def prepare_data(config: DataConfig, augment_seed: int, world: World, device: torch.device) -> DataSets:
@@ -39,9 +42,16 @@ def prepare_data(config: DataConfig, augment_seed: int, world: World, device: to
     if config.on_error == "skip":
         data = skip_unreadable(data, world.channel, config.num_workers, f"{world.host} {config.root}")
         if data.skipped and world.is_coordinator:
-            log.warning("data.on_error: skipped %d samples:\n  %s", len(data.skipped), "\n  ".join(data.skipped))
+            log.warning("data.on_error: %s", _describe_skipped(data.skipped))
     world.together(lambda: _check_batch_size(config, len(data.train)))  # type: ignore[arg-type]
     return cache_on_device(data, config, device, world)
+
+
+def _describe_skipped(skipped: Sequence[str]) -> str:
+    """Return a line on how many samples are skipped, and a line for each of the first ones."""
+    left = len(skipped) - _MOST_SKIPPED_SHOWN
+    lines = [f"skipped {len(skipped)} sample{'s' * (len(skipped) != 1)}:", *skipped[:_MOST_SKIPPED_SHOWN]]
+    return "\n  ".join([*lines, f"{left} more, which report.json lists"] if left > 0 else lines)
 
 
 def load_data(config: DataConfig, augment_seed: int = 0) -> DataSets:

@@ -13,8 +13,8 @@ from dreplica.agreement.verdict.evidence import Evidence
 from dreplica.agreement.verdict.remedy import Remedy
 from dreplica.agreement.verdict.verdict import Verdict
 from dreplica.data.samples import describe
-from dreplica.diagnosis.decision.conclude import RunFacts
 from dreplica.diagnosis.decision.decide import decide
+from dreplica.diagnosis.decision.facts import RunFacts
 from dreplica.diagnosis.decision.nondeterministic_ops import is_picked_by_timing, may_vary
 from dreplica.diagnosis.evidence.observation import (
     Decision,

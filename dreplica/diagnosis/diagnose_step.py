@@ -14,9 +14,10 @@ from dreplica.agreement.verdict.location import describe, first_difference
 from dreplica.agreement.verdict.remedy import Remedy
 from dreplica.agreement.verdict.verdict import Verdict, split_into_groups, suspects_of
 from dreplica.diagnosis.decision.code_remedies import as_code
-from dreplica.diagnosis.decision.conclude import RunFacts, conclude
+from dreplica.diagnosis.decision.conclude import conclude
 from dreplica.diagnosis.decision.decide import decide
 from dreplica.diagnosis.decision.decide_layout import decide_layout, explained_by_order, structure_verdict
+from dreplica.diagnosis.decision.facts import RunFacts
 from dreplica.diagnosis.decision.overrides import divides_as
 from dreplica.diagnosis.diagnose_run import as_verdict, close_replayer, field_evidence
 from dreplica.diagnosis.evidence.observation import Decision, Witness, could_have_made, difference_behind, first_stage

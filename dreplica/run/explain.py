@@ -14,8 +14,9 @@ from dreplica.config.schema import RunConfig
 from dreplica.data.loading.index_stream import IndexSampler
 from dreplica.data.loading.loader import Batch, reload_batch
 from dreplica.data.samples import DataSets, at_epoch, uncached
-from dreplica.diagnosis.decision.conclude import RunFacts, conclude, conclude_build
+from dreplica.diagnosis.decision.conclude import conclude, conclude_build
 from dreplica.diagnosis.decision.decide_reference import AgainstReference
+from dreplica.diagnosis.decision.facts import RunFacts
 from dreplica.diagnosis.diagnose_run import Judge, can_replay, diagnose
 from dreplica.diagnosis.evidence.observation import Decision
 from dreplica.diagnosis.replay.rebuild import explain_build, rebuild

@@ -121,8 +121,9 @@ class Run:
         It is opened only when there is something to record, so that an unusable run leaves nothing behind.
         """
         self.recorder.open(self.facts.manifests, new_folder)
-        faults = (f"fault injection: {fault}" for fault in self.config.inject)
+        faults = [f"fault injection: {fault}" for fault in self.config.inject]
         self.report.warnings += [*self.session.warnings, *faults]
+        self.recorder.announced += faults
         skipped = self.session.skipped
         self.report.skipped = SkippedSamples(count=len(skipped), samples=skipped)
 

@@ -17,7 +17,7 @@ from dreplica.data.datasets import prepare_data
 from dreplica.data.loading.index_stream import IndexSampler
 from dreplica.data.samples import DataSets
 from dreplica.diagnosis.decision import conclude as diagnosis
-from dreplica.diagnosis.decision.conclude import BuildFacts, RunFacts
+from dreplica.diagnosis.decision.facts import BuildFacts, RunFacts
 from dreplica.distributed.process_group import World
 from dreplica.distributed.signals import StopRequest
 from dreplica.environment.manifest import collect_manifest, compare_manifests, compare_values, gather_manifests
@@ -200,7 +200,7 @@ class Session:
         self.injector = self.world.together(lambda: Injector(self.config.inject, self.world.replica_id, self.replica))
         if self.world.is_coordinator:
             for fault in self.config.inject:
-                log.warning("FAULT INJECTION: %s", fault)
+                log.warning("fault injection: %s", fault)
 
     # ---- Run steps
 

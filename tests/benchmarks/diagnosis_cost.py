@@ -24,7 +24,7 @@ from dreplica.config.schema import FaultConfig, RunConfig
 from dreplica.data.datasets import load_data
 from dreplica.data.loading.loader import Batch
 from dreplica.data.samples import DataSets
-from dreplica.diagnosis.decision.conclude import RunFacts
+from dreplica.diagnosis.decision.facts import RunFacts
 from dreplica.diagnosis.tracing.op_tracer import OpTracer
 from dreplica.distributed.process_group import World, open_world
 from dreplica.distributed.signals import StopRequest

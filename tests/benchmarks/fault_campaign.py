@@ -22,7 +22,7 @@ from dreplica.agreement.verdict.verdict import Divergence, Verdict
 from dreplica.config.schema import DeterminismConfig, FaultConfig, RunConfig, WorldConfig
 from dreplica.data.datasets import load_data
 from dreplica.data.samples import DataSets
-from dreplica.diagnosis.decision.conclude import RunFacts
+from dreplica.diagnosis.decision.facts import RunFacts
 from dreplica.distributed.process_group import World, open_world
 from dreplica.distributed.signals import StopRequest
 from dreplica.environment.determinism import apply_determinism, set_environment

@@ -3,7 +3,7 @@
 import pytest
 
 from dreplica.config.schema import DataConfig
-from dreplica.data.datasets import load_data
+from dreplica.data.datasets import _describe_skipped, load_data
 from dreplica.errors import UsageError
 
 
@@ -19,3 +19,17 @@ def test_unknown_data_set_error_suggests_the_nearest(name: str, words: str) -> N
         load_data(DataConfig(name=name))
     assert caught.value.code == "unknown-data-set"
     assert str(caught.value).startswith(words)
+
+
+@pytest.mark.parametrize(
+    ("count", "first", "last"),
+    [
+        (1, "skipped 1 sample:", "file 0"),
+        (10, "skipped 10 samples:", "file 9"),
+        (1000, "skipped 1000 samples:", "990 more, which report.json lists"),
+    ],
+)
+def test_long_list_of_skipped_samples_is_shortened(count: int, first: str, last: str) -> None:
+    lines = _describe_skipped([f"file {number}" for number in range(count)]).split("\n  ")
+    assert (lines[0], lines[-1]) == (first, last)
+    assert len(lines) <= 12

@@ -12,7 +12,7 @@ from torch import Tensor
 from dreplica.agreement.verdict.verdict import Verdict
 from dreplica.data.loading.loader import Batch
 from dreplica.data.samples import TensorImages
-from dreplica.diagnosis.decision.conclude import RunFacts
+from dreplica.diagnosis.decision.facts import RunFacts
 from dreplica.diagnosis.diagnose_run import _approach, can_replay, diagnose, digest_samples, doubt_persistent
 from dreplica.diagnosis.evidence.observation import Decision, OpDifference
 from dreplica.diagnosis.tracing.op_tracer import OpRecord

@@ -160,7 +160,7 @@ def test_skipping_applies_to_all_replicas(tmp_path: Path) -> None:
     assert job.report["skipped"]["count"] == 1
     (line,) = job.report["skipped"]["samples"]
     assert f"({file})" in line
-    assert job.output.count("skipped 1 samples") == 1
+    assert job.output.count("skipped 1 sample:") == 1
 
 
 def test_batch_size_is_checked_after_skipping(tmp_path: Path) -> None:

@@ -98,7 +98,7 @@ _ALL = (
     ),
     _cause(
         "declared-override",
-        "Replicas differ in what the config declares to differ.",
+        "Replicas diverged because the config gives them different settings.",
         "remove-override",
     ),
     _cause(

@@ -133,7 +133,7 @@ EVIDENCE: Mapping[str, str] = {
     "samples-random-in-workers": (
         "the samples are drawn at random by the process that loads them, and worker processes loaded them"
     ),
-    "samples-differ": "{count} samples of the batch are different data on different replicas",
+    "samples-differ": "samples of the batch that are different data on different replicas: {count}",
     "first-differing-sample": "first such sample: {sample}",
     # Operators.
     "operators-agree": "every operator gave the same result on both sides: the difference was made outside operators",

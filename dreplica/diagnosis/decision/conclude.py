@@ -1,55 +1,19 @@
 """Verdicts that need no replay, and the last step of every verdict: explanation, evidence and remedies."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 from dreplica.agreement.verdict.causes import CAUSES
 from dreplica.agreement.verdict.evidence import Evidence
 from dreplica.agreement.verdict.remedy import Remedy
 from dreplica.agreement.verdict.verdict import Verdict, split_into_groups, suspects_of
+from dreplica.diagnosis.decision.facts import RunFacts
 from dreplica.diagnosis.decision.nondeterministic_ops import explain_operator
-from dreplica.distributed.failure import describe_exception
-from dreplica.distributed.liveness import Lost, ReplicaLost
 from dreplica.environment.manifest import Difference, card_of, spell_device
 from dreplica.replica.wiring import WiringError
 
 _OF_HARDWARE = {"transient-fault", "persistent-fault", "nondeterministic-operator", "unexplained"}
 """Causes that a host or a GPU may be behind."""
-
-
-@dataclass(frozen=True)
-class BuildFacts:
-    """Seeds and generators of one replica's build."""
-
-    seed: int
-    """The seed that the replica's generators were given."""
-    seed_after: int
-    """`torch.initial_seed()` after the build; differs from `seed` if the build seeded again."""
-    rng_before: bytes
-    """Digest of all generators just before the build."""
-    rng_after: bytes
-    """Digest of all generators just after the build."""
-
-
-@dataclass
-class RunFacts:
-    """The known facts of a run, except the comparison itself."""
-
-    num_replicas: int
-    """Number of replicas in the run."""
-    seeded: bool = True
-    """True if `seed.model` is set."""
-    shared_seed: bool = True
-    """True if `seed.model` gives all replicas the same seed."""
-    overrides: Mapping[int, Mapping[str, Any]] = field(default_factory=dict)
-    """The config's declared differences: replica id to section to key to value."""
-    differences: Sequence[Difference] = ()
-    """Manifest fields in which the replicas differ."""
-    builds: Sequence[BuildFacts] = ()
-    """Facts of each replica's build, by replica id; empty before the build."""
-    manifests: Sequence[Mapping[str, Any]] = ()
-    """Each replica's manifest, by replica id."""
 
 
 def conclude(found: Verdict, facts: RunFacts) -> Verdict:
@@ -62,7 +26,7 @@ def conclude(found: Verdict, facts: RunFacts) -> Verdict:
     environment = [_difference("allowed-difference", difference) for difference in facts.differences]
     if verdict.cause == "declared-override" and not verdict.suspects and found.groups:
         verdict = verdict.with_(suspects=_singled_out(found.groups, facts.overrides))
-    verdict = _with_remedy(verdict.with_(evidence=[*verdict.evidence, *declared, *environment]))
+    verdict = with_remedy(verdict.with_(evidence=[*verdict.evidence, *declared, *environment]))
     return _with_cards(verdict, facts.manifests)
 
 
@@ -107,7 +71,7 @@ def results_differ(epoch: int, what: str, values: Sequence[float]) -> Verdict:
         groups=groups,
         evidence=[Evidence.of("reported-values-differ", result=what, epoch=epoch, values=list(values))],
     )
-    return _with_remedy(verdict)
+    return with_remedy(verdict)
 
 
 def not_reproduced(step: int, stage: str) -> Verdict:
@@ -126,7 +90,7 @@ def not_reproduced(step: int, stage: str) -> Verdict:
         evidence=[Evidence.of("trace-differs", stage=stage, step=step)],
         remedy=[Remedy.of("compare-manifest"), Remedy.of("start-anew")],
     )
-    return _with_remedy(verdict)
+    return with_remedy(verdict)
 
 
 def wiring_fault(error: WiringError, replica_ids: list[int], num_replicas: int) -> Verdict:
@@ -168,7 +132,7 @@ def config_differs(differences: Sequence[Difference], groups: list[list[int]], s
         groups=groups,
         evidence=[_difference("field-differs", item) for item in differences],
     )
-    return _with_remedy(verdict)
+    return with_remedy(verdict)
 
 
 def environment_differs(differences: Sequence[Difference], groups: list[list[int]], suspects: list[int]) -> Verdict:
@@ -190,50 +154,7 @@ def environment_differs(differences: Sequence[Difference], groups: list[list[int
     flags = [item.field for item in differences if item.field.startswith("numerics.")]
     if len(flags) == len(differences):  # The configs are equal, so something else has set the flags.
         verdict = verdict.with_(remedy=[Remedy.of("set-fields-alike", fields=flags)])
-    return _with_remedy(verdict)
-
-
-def replica_lost(lost: Sequence[Lost], step: int | None, noticed: BaseException) -> Verdict:
-    """Return the verdict on replicas that ended, failed or stopped responding.
-
-    Args:
-        lost: The replicas that are known to be lost.
-        step: The last completed step, or None before the first one.
-        noticed: The exception that ended the run on the replica that reports.
-    """
-    evidence = [
-        Evidence.of(
-            "replica-lost",
-            replica=item.replica_id,
-            reason=item.reason,
-            loss=item.code,
-            step=item.step,
-            failure=None if item.failure is None else item.failure.as_dict(),
-        )
-        for item in lost
-    ]
-    names = ", ".join(str(item.replica_id) for item in lost) or "unknown"
-    when = "before the first step" if step is None else f"in step {step + 1}"
-    first = f": {lost[0].reason}" if lost else ""
-    verdict = Verdict(
-        False,
-        "replica-lost",
-        f"{'replicas' if len(lost) > 1 else 'replica'} {names} {'were' if len(lost) > 1 else 'was'} lost {when}{first}",
-        step=None if step is None else step + 1,
-        suspects=[item.replica_id for item in lost],
-        evidence=[*evidence, _noticed(noticed)],
-    )
-    if lost and all(item.raised for item in lost):
-        remedies = [Remedy.of("fix-exception", replica=item.replica_id, error=item.failure) for item in lost]
-        verdict = verdict.with_(remedy=remedies)
-    return _with_remedy(verdict)
-
-
-def _noticed(error: BaseException) -> Evidence:
-    """Return how this replica learned of the loss: from another one's silence, or as the one that failed."""
-    if isinstance(error, ReplicaLost):
-        return Evidence.of("loss-noticed", error=str(error))
-    return Evidence.of("raised-error", error=describe_exception(error))
+    return with_remedy(verdict)
 
 
 def not_learning(step: int, epoch: int, replica_ids: list[int], evidence: list[Evidence]) -> Verdict:
@@ -257,7 +178,7 @@ def not_learning(step: int, epoch: int, replica_ids: list[int], evidence: list[E
         groups=[replica_ids],
         evidence=evidence,
     )
-    return _with_remedy(verdict)
+    return with_remedy(verdict)
 
 
 def conclude_build(found: Verdict, facts: RunFacts) -> Verdict:
@@ -339,7 +260,7 @@ def _difference(code: str, difference: Difference) -> Evidence:
     return Evidence.of(code, difference=str(difference), field=difference.field, values=list(difference.values))
 
 
-def _with_remedy(verdict: Verdict) -> Verdict:
+def with_remedy(verdict: Verdict) -> Verdict:
     """Add the cause to the summary, its explanation to the evidence, and its remedies where there are no others."""
     cause = CAUSES[verdict.cause]
     explanation = Evidence.of("cause", explanation=cause.explanation, cause=cause.code)

@@ -19,7 +19,7 @@ _MOST_ROWS = 16
 _MOST_WARNINGS = 10
 
 
-def print_report(console: Console, report: RunReport) -> None:
+def print_report(console: Console, report: RunReport, announced: Collection[str] = ()) -> None:
     """Print the replicas, the epochs, the spread of independent replicas, the warnings and the verdict.
 
     Long tables and lists are shortened. `report.json` has all of them, and `log.txt` gets the verdict, too.
@@ -27,6 +27,7 @@ def print_report(console: Console, report: RunReport) -> None:
     Args:
         console: The console to print to.
         report: The report of a run that has ended.
+        announced: Warnings that were printed at the start, which are not repeated.
     """
     console.print(_replicas_table(report))
     if len(report.epochs) > 1:
@@ -45,10 +46,11 @@ def print_report(console: Console, report: RunReport) -> None:
                 f"predictions differ on {min(pairs):.2%} to {max(pairs):.2%} of samples, by pair of replicas",
                 highlight=False,
             )
-    for warning in report.warnings[:_MOST_WARNINGS]:
+    warnings = [warning for warning in report.warnings if warning not in announced]
+    for warning in warnings[:_MOST_WARNINGS]:
         console.print(f"[yellow]warning:[/yellow] {escape(warning)}", highlight=False)
-    if len(report.warnings) > _MOST_WARNINGS:
-        left = len(report.warnings) - _MOST_WARNINGS
+    if len(warnings) > _MOST_WARNINGS:
+        left = len(warnings) - _MOST_WARNINGS
         console.print(f"[yellow]warning:[/yellow] {left} more warnings in report.json", highlight=False)
     _print_verdict(console, report)
 

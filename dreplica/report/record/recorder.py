@@ -17,7 +17,7 @@ from dreplica.agreement.trace.report_records import EpochRecord, ReferenceCovera
 from dreplica.agreement.trace.run_report import REPORT_NAME, RunReport
 from dreplica.agreement.verdict.verdict import Verdict
 from dreplica.config.schema import ReportConfig, RunFolderConfig
-from dreplica.diagnosis.decision.conclude import replica_lost
+from dreplica.diagnosis.decision.lost_replicas import replica_lost
 from dreplica.distributed.failure import describe_exception
 from dreplica.distributed.liveness import Lost, is_reporter
 from dreplica.distributed.process_group import World
@@ -69,6 +69,8 @@ class Recorder:
         """True if this run resumes an interrupted one in its folder."""
         self.reference: Callable[[], ReferenceCoverage | None] = lambda: None
         """Function that returns the extent of the comparison with a recorded run, or None without one."""
+        self.announced: list[str] = []
+        """Warnings of the report that were printed at the start, which the closing report does not repeat."""
         self.last_evaluation: Evaluation | None = None
         """This replica's predictions of the last epoch."""
         self._every = every
@@ -297,7 +299,7 @@ class Recorder:
         """
         assert self.report is not None
         try:
-            print_report(self._console, self.report)
+            print_report(self._console, self.report, self.announced)
         except OSError as error:
             log.error("the report could not be printed: %s", error)
         try:

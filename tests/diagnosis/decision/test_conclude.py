@@ -9,21 +9,18 @@ from dreplica.agreement.verdict.evidence import Evidence
 from dreplica.agreement.verdict.remedy import Remedy
 from dreplica.agreement.verdict.verdict import Verdict
 from dreplica.diagnosis.decision.conclude import (
-    BuildFacts,
-    RunFacts,
     agreed,
     conclude,
     conclude_build,
     config_differs,
     environment_differs,
     not_learning,
-    replica_lost,
     wiring_fault,
 )
-from dreplica.distributed.liveness import Lost, ReplicaLost
+from dreplica.diagnosis.decision.facts import BuildFacts, RunFacts
 from dreplica.environment.manifest import Difference
 from dreplica.replica.wiring import WiringError
-from tests.messages import codes, commands, data_of, texts
+from tests.messages import codes, commands, texts
 
 TWO = [[0], [1]]
 SEEN = Evidence.of("no-majority", num_replicas=2)
@@ -186,17 +183,6 @@ def test_differing_flags_have_their_own_remedy() -> None:
     assert (remedy.code, remedy.data) == ("set-fields-alike", {"fields": ["numerics.threads", "numerics.onednn"]})
     versions = Difference("versions.torch", ("2.14", "2.15"), False)
     assert environment_differs([versions, *flags], [[0], [1]], []).remedy[0].code == "install-same-versions"
-
-
-def test_replica_lost_names_replica_and_step() -> None:
-    verdict = replica_lost([Lost(2)], 4, ReplicaLost("connection closed"))
-    assert (verdict.cause, verdict.step, verdict.suspects) == ("replica-lost", 5, [2])
-    assert "replica 2 was lost in step 5: no response" in verdict.summary
-    assert data_of(verdict.evidence, "loss-noticed") == {"error": "connection closed"}
-    unknown = replica_lost([], None, KeyError("x"))
-    assert data_of(unknown.evidence, "raised-error") == {"error": "KeyError: 'x'"}
-    assert (unknown.step, unknown.suspects) == (None, [])
-    assert "before the first step" in unknown.summary
 
 
 def test_not_learning_is_compatible_with_agreement() -> None:

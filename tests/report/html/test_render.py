@@ -49,7 +49,7 @@ def folder(diverged: Path, tmp_path: Path) -> Path:
 def test_run_writes_report_html(diverged: Path) -> None:
     page = (diverged / "report.html").read_text()
     text = Text(page).text
-    assert "Replicas differ in what the config declares to differ." in text
+    assert "Replicas diverged because the config gives them different settings." in text
     assert "Replicas diverged at step 1 of epoch 1, in the buffers, first in 1.running_mean." in text
     assert "remove the override, or set it for all replicas" in text
     assert "10 steps compared, replicas differ in 10." in text

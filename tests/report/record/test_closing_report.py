@@ -82,3 +82,10 @@ def test_verdict_is_logged_for_log_file_only(caplog: pytest.LogCaptureFixture) -
     printed(Verdict(False, "unexplained", "replicas diverged", step=3))
     assert [record.getMessage() for record in caplog.records][:2] == ["VERDICT replicas diverged", "  where: step 3"]
     assert all(record.on_stdout for record in caplog.records)  # type: ignore[attr-defined]
+
+
+def test_announced_warnings_are_not_repeated() -> None:
+    console = Console(file=io.StringIO(), width=80)
+    print_report(console, long_report(2, 1, []), announced=["warning number 0", "warning number 2"])
+    text = console.file.getvalue()  # type: ignore[attr-defined]
+    assert [number for number in range(4) if f"warning number {number}\n" in text] == [1, 3]
