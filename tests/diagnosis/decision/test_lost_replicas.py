@@ -2,6 +2,7 @@
 
 from dreplica.diagnosis.decision.lost_replicas import replica_lost
 from dreplica.distributed.liveness import Lost, ReplicaLost
+from tests.messages import data_of
 
 
 def test_replica_lost_names_replica_and_step() -> None:
