@@ -26,7 +26,7 @@ from dreplica.agreement.trace.report_records import Coverage
 from dreplica.agreement.trace.writer import TraceWriter
 from dreplica.agreement.values import read_values
 from dreplica.agreement.verdict.verdict import Divergence, Verdict
-from dreplica.distributed.channel import gloo_channel
+from dreplica.distributed.control import open_channel
 from dreplica.environment.facts import collect_environment
 from dreplica.state.stages import STAGES, Entry, Optimizers, Stage, batch_entries, make_stage
 
@@ -143,7 +143,7 @@ class Agreement:
         self._every, self._lag, self._on_divergence = every, lag, on_divergence
         self._stoppable = internal.get("stoppable", False)
         self._own_channel = internal.get("channel") is None
-        self._channel = internal.get("channel") or gloo_channel(timeout)
+        self._channel = internal.get("channel") or open_channel(timeout=timeout)
         if not self._quiet:
             show_log()
         self._read_entries: Callable[[], Mapping[str, Iterable[Entry]]] = self._subject.state
@@ -217,6 +217,7 @@ class Agreement:
             TypeError: If `batch` or `outputs` contains something that cannot be hashed.
         """
         self.steps_done += 1
+        self._channel.progress(self.steps_done)
         self._wants_stop = self._wants_stop or stop
         self.last_digest = None
         if self._every and (check or self.steps_done % self._every == 0):
@@ -275,9 +276,11 @@ class Agreement:
         Raises:
             Divergence, ReplicaLost: As `step` does.
         """
+        self._channel.finish(self.steps_done)
         self.complete()
         self._compare_state()
         self._check(self.steps_done, None, self._start({}), lag=0)
+        self._channel.rest()
         taken = self.steps_done - self._steps_before
         if self._every and taken and not self.steps_checked and self._compared <= _PASSED_TO_STEP:
             missing = ", ".join(stage for stage in STAGES if stage in self._compared)
@@ -296,15 +299,19 @@ class Agreement:
 
         `with dreplica.Agreement(...) as agreement:` calls it at the end of the block, after an exception, too.
         """
-        self._folders.close()
-        if self._own_channel:
-            self._channel.close()
+        self._close(None)
 
     def __enter__(self) -> "Agreement":
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
-        self.close()
+        self._close(None if isinstance(error, Divergence) else error)
+
+    def _close(self, error: BaseException | None) -> None:
+        """Release what this object holds, and report to the other ranks the error that only this one raises."""
+        self._folders.close()
+        if self._own_channel:
+            self._channel.close(error)
 
     def complete(self) -> bool:
         """Complete the comparison in progress, if there is one.

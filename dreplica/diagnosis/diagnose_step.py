@@ -28,7 +28,8 @@ from dreplica.diagnosis.replay.replay_step import NO_INDICES, Repeated
 from dreplica.diagnosis.replay.shared_state import share_state
 from dreplica.diagnosis.replay.state_layout import LayoutDifferences, gather_layouts
 from dreplica.distributed.attempt import AttemptFailed, attempt
-from dreplica.distributed.channel import Channel, gloo_channel
+from dreplica.distributed.channel import Channel
+from dreplica.distributed.control import channel_of_body
 from dreplica.distributed.failure import describe_exception
 from dreplica.distributed.process_group import World
 from dreplica.environment.device import Device
@@ -87,7 +88,9 @@ def diagnose(
         UsageError: If the model is wrapped in DistributedDataParallel.
         ReplicaLost: If another replica ended, failed or stopped responding.
     """
-    channel = channel or gloo_channel()
+    if channel is None:
+        with channel_of_body() as own:
+            return diagnose(step, batch, model, optimizer, others=others, found=found, channel=own)
     world = World(channel.rank, channel.size, channel, None, socket.gethostname())
     subject = world.together(lambda: _subject(model, optimizer, others))
     facts = RunFacts(channel.size)

@@ -4,19 +4,23 @@ They carry kilobytes of CPU data over gloo, and each wait is bounded.
 """
 
 import io
-import os
 import pickle
 import time
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any, cast
+from typing import Any, TypeAlias
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.distributed_c10d import AllgatherOptions
 
-from dreplica.distributed.launch_environment import check_alone
-from dreplica.distributed.liveness import LivenessMonitor, ReplicaLost
+from dreplica.distributed.liveness import LivenessMonitor
+from dreplica.distributed.lost import ReplicaLost
+from dreplica.errors import UsageError
+
+Group: TypeAlias = dist.ProcessGroup | dist.ProcessGroupGloo
+"""A process group, or a gloo group that is not registered with `torch.distributed`."""
 
 _NAP_SECONDS = (0.00002, 0.002)
 
@@ -35,44 +39,58 @@ class Channel:
     Without a process group, this process is the only replica.
 
     A wait ends with `ReplicaLost` when a peer closes its connection or after `timeout`. With a monitor it also ends
-    as soon as any replica raises the alarm.
+    as soon as any replica fails, and the error names the lost replicas.
 
     Args:
         group: A gloo process group, or None for the default group (for this process alone where there is none).
         monitor: The monitor that raises the alarm when a replica fails, if there is one.
         timeout: Longest wait for the other replicas, in seconds.
+        timeout_name: The name of the setting that `timeout` is from.
 
     Note:
-        All methods are collectives: call them on every rank, in the same order.
+        `post_max`, `wait`, `broadcast`, `sum` and `gather` are collectives: call them on every rank, in the same order.
     """
 
     def __init__(
         self,
-        group: dist.ProcessGroup | None = None,
+        group: Group | None = None,
         monitor: LivenessMonitor | None = None,
         timeout: float = 300.0,
+        timeout_name: str = "timeout",
     ) -> None:
-        self.group = group
+        self._group = group if group is not None else dist.group.WORLD if dist.is_initialized() else None
         self.monitor = monitor
         self.timeout = timeout
-        self.rank = dist.get_rank(group) if dist.is_initialized() else 0
-        self.size = dist.get_world_size(group) if dist.is_initialized() else 1
+        self._timeout_name = timeout_name
+        self.rank = 0 if self._group is None else self._group.rank()
+        self.size = 1 if self._group is None else self._group.size()
 
-    def close(self) -> None:
-        """Release the connections."""
+    def progress(self, step: int) -> None:
+        """Note that this replica has taken `step` steps, before it compares the last one."""
+        if self.monitor is not None:
+            self.monitor.step, self.monitor.finishing = step, False
+
+    def finish(self, step: int) -> None:
+        """Note that this replica takes no step after `step`, before the last comparison."""
+        if self.monitor is not None:
+            self.monitor.step, self.monitor.finishing = step, True
+
+    def rest(self) -> None:
+        """Note that this replica waits for no other one until it calls `progress` again."""
+
+    def close(self, error: BaseException | None = None) -> None:
+        """Release what the channel holds.
+
+        Args:
+            error: The exception with which only this replica fails, which is reported to the others.
+        """
 
     def post_max(self, tensor: Tensor) -> Posted:
         """Start the element-wise maximum of a CPU tensor over all replicas, in place.
 
         `wait` completes it.
         """
-        work = None
-        if self.size > 1:
-            try:
-                work = dist.all_reduce(tensor, op=dist.ReduceOp.MAX, group=self.group, async_op=True)
-            except RuntimeError as error:
-                raise self._connection_lost(error) from error
-        return Posted(tensor, work)
+        return Posted(tensor, self._all_reduce(tensor, dist.ReduceOp.MAX) if self.size > 1 else None)
 
     def wait(self, posted: Posted) -> Tensor:
         """Wait for a collective in flight and return its result.
@@ -80,42 +98,53 @@ class Channel:
         Raises:
             ReplicaLost: If it cannot be completed.
         """
-        work = posted.work
+        work, monitor = posted.work, self.monitor
         if work is None:
             return posted.tensor
         end = time.monotonic() + self.timeout
         nap, longest_nap = _NAP_SECONDS
-        if self.monitor is not None:
-            self.monitor.waiting = True
+        extended = False
+        if monitor is not None:
+            monitor.waiting = True
         while not work.is_completed():
-            if self.monitor is not None and self.monitor.alarm.is_set():
-                raise ReplicaLost("another replica reported a failure", code="alarm")
+            if monitor is not None and monitor.alarm.is_set():
+                lost = monitor.join_check()
+                if lost or monitor.alarm.is_set():
+                    raise monitor.replica_lost("another replica reported a failure", "alarm")
+            if monitor is not None:
+                monitor.watch_store()
             if time.monotonic() > end:
-                raise self._timed_out()
+                # All replicas wait: one has just arrived, or they wait in different collectives.
+                if monitor is None or extended or monitor.find_lost("timeout"):
+                    raise self._timed_out()
+                extended, end = True, time.monotonic() + self.timeout
             time.sleep(nap)
             nap = min(2 * nap, longest_nap)
         try:
             work.wait()
         except RuntimeError as error:
             raise self._connection_lost(error) from error
-        if self.monitor is not None:
-            self.monitor.waiting = False
+        if monitor is not None:
+            monitor.waiting = False
         return posted.tensor
 
     def _connection_lost(self, error: RuntimeError) -> ReplicaLost:
-        line = text = _first_line(error)
-        if self.monitor is None:  # with a monitor, the lost replica is named
+        line = _first_line(error)
+        if self.monitor is None:
             text = f"lost the connection to another replica ({line}). See the other ranks' output for the cause."
-        return ReplicaLost(text, code="connection-lost", error=line)
+            return ReplicaLost(text, code="connection-lost", error=line)
+        self.monitor.find_lost()
+        return self.monitor.replica_lost("lost the connection to another replica", "connection-lost", error=line)
 
     def _timed_out(self) -> ReplicaLost:
-        text = f"no response for {self.timeout:g} s (world.timeout)"
         if self.monitor is None:
             text = (
                 f"no response from another replica for {self.timeout:g} s: it hangs, or it skipped a comparison that "
                 "this replica takes part in"
             )
-        return ReplicaLost(text, code="timeout", seconds=self.timeout)
+            return ReplicaLost(text, code="timeout", seconds=self.timeout)
+        noticed = f"no response for {self.timeout:g} s ({self._timeout_name})"
+        return self.monitor.replica_lost(noticed, "timeout", seconds=self.timeout)
 
     def broadcast(self, tensor: Tensor, rank: int = 0) -> Tensor:
         """Copy one rank's tensor to all replicas, in place.
@@ -128,15 +157,16 @@ class Channel:
             `tensor`.
         """
         if self.size > 1:
-            source = dist.get_global_rank(self.group, rank) if self.group is not None else rank
             sent = tensor.view(-1).view(torch.uint8)  # as bytes: gloo does not support every dtype
-            self.wait(Posted(sent, self._start(dist.broadcast, sent, src=source)))
+            options = dist.BroadcastOptions()
+            options.rootRank, options.rootTensor = rank, 0
+            self.wait(Posted(sent, self._start("broadcast", [sent], options)))
         return tensor
 
     def sum(self, tensor: Tensor) -> Tensor:
         """Sum a CPU tensor over all replicas, in place."""
         if self.size > 1:
-            self.wait(Posted(tensor, self._start(dist.all_reduce, tensor)))
+            self.wait(Posted(tensor, self._all_reduce(tensor, dist.ReduceOp.SUM)))
         return tensor
 
     def gather(self, value: Any) -> list[Any]:
@@ -150,37 +180,24 @@ class Channel:
         padded = torch.zeros(int(sizes.max()), dtype=torch.uint8, device="cpu")
         padded[: payload.numel()] = payload
         rows = [torch.empty_like(padded) for _ in range(self.size)]
-        self.wait(Posted(padded, self._start(dist.all_gather, rows, padded)))
+        self.wait(Posted(padded, self._start("allgather", [rows], [padded], AllgatherOptions())))
         return [pickle.loads(row[:size].numpy().tobytes()) for row, size in zip(rows, sizes.tolist(), strict=True)]
 
-    def _start(self, collective: Any, *args: Any, **kwargs: Any) -> dist.Work:
+    def _all_reduce(self, tensor: Tensor, op: Any) -> dist.Work:
+        options = dist.AllreduceOptions()
+        options.reduceOp = op
+        return self._start("allreduce", [tensor], options)
+
+    def _start(self, collective: str, *args: Any) -> dist.Work:
+        if self._group is None:
+            raise UsageError("the process group of this channel was destroyed, or the channel is closed", code="closed")
+        # The channel limits its waits itself, so gloo's timeout only has to be longer.
+        args[-1].timeout = timedelta(seconds=2 * self.timeout + 60)
+        args[-1].asyncOp = True
         try:
-            return collective(*args, group=self.group, async_op=True, **kwargs)
+            return getattr(self._group, collective)(*args)
         except RuntimeError as error:
             raise self._connection_lost(error) from error
-
-
-def gloo_channel(timeout: float = 300.0) -> Channel:
-    """Open a channel over a new gloo group, separate from the user's collectives.
-
-    Args:
-        timeout: Longest wait for the other replicas, in seconds.
-
-    Returns:
-        A channel of all ranks, or of this process alone where there is no process group.
-
-    Raises:
-        UsageError: If a launcher (torchrun, srun, mpirun) started several processes but there is no process group.
-
-    Note:
-        Collective: call on every rank.
-    """
-    group: dist.ProcessGroup | None = None
-    if not dist.is_initialized():
-        check_alone(os.environ)
-    if dist.is_initialized():
-        group = cast(dist.ProcessGroup, dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout)))
-    return Channel(group, timeout=timeout)
 
 
 class _Pickler(pickle.Pickler):

@@ -12,7 +12,8 @@ import torch.distributed as dist
 
 from dreplica.distributed.channel import Channel
 from dreplica.distributed.launch_environment import Launch, detect_launch
-from dreplica.distributed.liveness import LivenessMonitor, Lost, ReplicaLost, find_lost_replicas, is_reporter
+from dreplica.distributed.liveness import LivenessMonitor, find_lost_replicas
+from dreplica.distributed.lost import Lost, ReplicaLost, is_reporter
 from dreplica.distributed.rendezvous import rendezvous
 from dreplica.distributed.signals import exit_after_signal
 from dreplica.distributed.store import Endpoint, NotArrived
@@ -105,7 +106,7 @@ def open_world(timeout: float) -> Iterator[World]:
     try:
         with exit_after_signal(_STOP_GRACE_SECONDS):
             _connect(store, launch, timeout, monitor)
-        yield World(launch.rank, launch.size, Channel(None, monitor, timeout), monitor, host_name)
+        yield World(launch.rank, launch.size, Channel(None, monitor, timeout, "world.timeout"), monitor, host_name)
     except (SharedUsageError, ReplicaLost) as error:
         # Nothing to report: either all replicas raise it, or another replica was lost.
         monitor.close()

@@ -12,8 +12,9 @@ from dreplica.config.load import load_config
 from dreplica.config.schema import RunConfig
 from dreplica.distributed.launch.error_record import write_error
 from dreplica.distributed.launch_environment import detect_launch
-from dreplica.distributed.liveness import ReplicaLost, exit_code_of, find_lost_replicas, is_reporter
+from dreplica.distributed.liveness import find_lost_replicas
 from dreplica.distributed.log_setup import set_up_logging
+from dreplica.distributed.lost import ReplicaLost, exit_code_of, is_reporter
 from dreplica.distributed.process_group import World, env_num_replicas, env_rank, open_world
 from dreplica.distributed.signals import StopRequest, stop_signals
 from dreplica.environment.determinism import apply_determinism, set_environment

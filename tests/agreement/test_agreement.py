@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from dreplica.agreement.agreement import Agreement
 from dreplica.agreement.verdict.verdict import Verdict
+from dreplica.distributed.channel import Channel
 from dreplica.distributed.process_group import World
 from tests.agreement.bodies import TENSOR, Fault, Job, Result, seed_everything, train_all
 from tests.harness import run_replicas
@@ -112,24 +113,27 @@ def test_suspects_need_a_majority_of_four_replicas() -> None:
 
 
 def _spy_on_messages() -> list[tuple[str, int]]:
-    """Record every later collective of this process and its number of bytes."""
+    """Record every later message of this process, and every collective of `torch.distributed`, with its bytes."""
     sent: list[tuple[str, int]] = []
 
-    def spied(name: str) -> Callable[..., Any]:
-        original = getattr(dist, name)
-
+    def spied(name: str, original: Callable[..., Any]) -> Callable[..., Any]:
         def call(*args: Any, **kwargs: Any) -> Any:
             sent.append((name, sum(value.nbytes for value in args if isinstance(value, Tensor))))
             return original(*args, **kwargs)
 
         return call
 
+    def start(channel: Channel, name: str, *args: Any) -> Any:
+        sent.append((name, sum(tensor.nbytes for tensor in args[-2])))
+        return original_start(channel, name, *args)
+
+    original_start, Channel._start = Channel._start, start
     names = [
         name for name in dir(dist) if name.startswith(("all_", "broadcast", "gather", "scatter", "reduce", "send"))
     ]
     for name in [*names, "barrier", "monitored_barrier", "isend"]:
         if callable(getattr(dist, name)):
-            setattr(dist, name, spied(name))
+            setattr(dist, name, spied(name, getattr(dist, name)))
     return sent
 
 
@@ -151,12 +155,12 @@ def _messages_per_step(world: World, nums_layers: Sequence[int], every: int) -> 
 
 @pytest.mark.parametrize("num_replicas", [2, 4])
 def test_step_costs_one_message_of_40_bytes(num_replicas: int) -> None:
-    message = ("all_reduce", 40)
+    message = ("allreduce", 40)
     for steps in run_replicas(_messages_per_step, num_replicas, (1, 100), 1):  # 2 and 200 parameters
         # Creating an Agreement compares the settings and agrees on the hash function first.
         sizes, settings, _, algorithms = steps[0][:4]
-        assert sizes == ("all_reduce", 8 * num_replicas)
-        assert (settings[0], algorithms[0]) == ("all_gather", "all_gather")
+        assert sizes == ("allreduce", 8 * num_replicas)
+        assert (settings[0], algorithms[0]) == ("allgather", "allgather")
         assert settings[1] < 1000
         assert algorithms[1] < 100
         build = [sizes, settings, sizes, algorithms, message]

@@ -1,6 +1,7 @@
 """The control channel: its collectives, and how they end on the survivors when a replica is lost."""
 
 import os
+import re
 import signal
 import time
 from typing import Any
@@ -8,10 +9,11 @@ from typing import Any
 import pytest
 import torch
 
-from dreplica.distributed import liveness
+from dreplica.distributed import liveness_check
 from dreplica.distributed.channel import Channel
 from dreplica.distributed.failure import Failure
-from dreplica.distributed.liveness import Lost, ReplicaLost, find_lost_replicas
+from dreplica.distributed.liveness import find_lost_replicas
+from dreplica.distributed.lost import Lost, ReplicaLost
 from dreplica.distributed.process_group import World
 from tests.harness import run_replicas
 
@@ -103,7 +105,7 @@ def loses(world: World, lost: int, how: str, timeout: float) -> None:
     """Lose the replica `lost` in one of several ways, while the others wait for it."""
     channel = Channel(None, world.monitor, timeout)
     assert world.monitor is not None
-    liveness._ANSWER_SECONDS = 2.0
+    liveness_check._ANSWER_SECONDS = 2.0
     pids = channel.gather(os.getpid())
     world.monitor.step = 6
     if world.replica_id != lost:
@@ -153,8 +155,11 @@ def test_survivors_know_what_the_lost_replica_raised() -> None:
 @pytest.mark.parametrize("how", ["sleeps", "computes"])
 def test_hanging_replica_is_lost_after_the_timeout(how: str) -> None:
     for error in errors_of_survivors(3, 1, how, timeout=1.0):
-        assert error.lost == (Lost(1, "hung", 6),)
-        assert error.lost[0].reason.startswith("hangs after step 6: ")
+        (lost,) = error.lost
+        assert (lost.replica_id, lost.code, lost.step) == (1, "hung", 6)
+        assert re.fullmatch(r"tests/distributed/test_channel.py:\d+ in loses", lost.stack[-1])
+        assert lost.reason.startswith(f"hangs after step 6 at {lost.stack[-1]}: ")
+        assert str(error).startswith(f"replica 1: {lost.reason}\nstack of replica 1, innermost last:\n")
 
 
 def waits_without_a_monitor(world: World, how: str) -> None:
@@ -188,13 +193,17 @@ def test_without_a_monitor_the_error_says_where_to_look(how: str, code: str, wor
 
 def test_suspended_replica_is_lost_after_the_timeout() -> None:
     for error in errors_of_survivors(3, 0, "stopped", timeout=1.0):
-        assert error.lost == (Lost(0, "no-response"),)
+        (lost,) = error.lost
+        assert (lost.replica_id, lost.code, lost.step) == (0, "no-response", None)
+        assert lost.silent is not None
+        assert lost.silent >= 1
+        assert lost.reason.startswith("no heartbeat for ")
 
 
 def busy_survivor(world: World) -> None:
     """Kill replica 2 while replica 1 computes: replica 0 raises the alarm, and replica 1 must be able to answer."""
     assert world.monitor is not None
-    liveness._ANSWER_SECONDS = 2.0
+    liveness_check._ANSWER_SECONDS = 2.0
     world.channel.gather(None)
     if world.replica_id == 2:
         os.kill(os.getpid(), signal.SIGKILL)

@@ -7,7 +7,7 @@ from dreplica.agreement.verdict.remedy import Remedy
 from dreplica.agreement.verdict.verdict import Verdict
 from dreplica.diagnosis.decision.conclude import with_remedy
 from dreplica.distributed.failure import describe_exception
-from dreplica.distributed.liveness import Lost, ReplicaLost
+from dreplica.distributed.lost import Lost, ReplicaLost
 
 
 def replica_lost(lost: Sequence[Lost], step: int | None, noticed: BaseException) -> Verdict:
@@ -49,5 +49,5 @@ def replica_lost(lost: Sequence[Lost], step: int | None, noticed: BaseException)
 def _noticed(error: BaseException) -> Evidence:
     """Return how this replica learned of the loss: from another one's silence, or as the one that failed."""
     if isinstance(error, ReplicaLost):
-        return Evidence.of("loss-noticed", error=str(error))
+        return Evidence.of("loss-noticed", error=error.fields.get("noticed", str(error)))
     return Evidence.of("raised-error", error=describe_exception(error))
