@@ -175,7 +175,8 @@ class Agreement:
         check_algorithm(trace, self.hasher)
         recorded = internal.get("recorded") or self._folders.reference
         is_ddp = self._expect == "ddp"
-        self._exchange = Exchange(self._channel, self.hasher, trace, recorded, is_ddp, unseeded)
+        comparison = self._channel, self.hasher, trace, recorded, is_ddp, unseeded
+        self._exchange = Exchange(*comparison, with_advice=not self._quiet)
 
     def step(
         self,

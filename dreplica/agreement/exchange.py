@@ -70,6 +70,7 @@ class Exchange:
         reference: A recorded run to compare with, on rank 0.
         ddp: True if replicas are the ranks of one data-parallel model.
         unseeded: Names of the generators that differed between replicas before the first step.
+        with_advice: True to suggest remedies that fit the stage, where no diagnosis follows.
     """
 
     def __init__(
@@ -80,9 +81,11 @@ class Exchange:
         reference: Reference | None,
         ddp: bool,
         unseeded: Collection[str] = (),
+        with_advice: bool = False,
     ) -> None:
         self._channel, self._hasher, self._trace = channel, hasher, trace
         self._reference, self._ddp, self._unseeded = reference, ddp, unseeded
+        self._with_advice = with_advice
         self._in_progress: _InProgress | None = None
 
     def start(
@@ -160,14 +163,14 @@ class Exchange:
         if len(set(algorithms)) > 1:
             return describe_algorithms(compared.step, algorithms), None
         place = protocol.locate(self._channel, compared.step, compared.stages, compared.phase)
-        verdict = describe(place, compared.epoch, size, self._ddp)
+        verdict = describe(place, compared.epoch, size, self._ddp, self._with_advice)
         if place.stage is not None:
             own = values(place.stage, place.differing[:_MOST_VALUES])
             rows, not_drawn = zip(*self._channel.gather((own, sorted(compared.not_drawn))), strict=True)
             differing = describe_values(place.differing, rows)
             more = [*differing, *drawn_on_some(place.generators, not_drawn)]
             remedy = verdict.remedy
-            if differing and place.stage == "optimizer" and not self._ddp:
+            if differing and place.stage == "optimizer" and self._with_advice:
                 remedy = [Remedy.of("set-value-alike", names=list(differing[0].data["values"]))]
             unseeded = [name for name in place.generators if name in self._unseeded]
             if unseeded and place.stage in ("batch", "rng"):

@@ -116,6 +116,10 @@ class ReferenceRun:
                 f"only the samples were compared with the reference {name}: a trace does not record the states of "
                 "independent replicas. Compare the two runs after they have ended, with dreplica compare."
             )
+        if self._world.num_replicas == 1 and verdict.cause == "none":
+            steps = min(last_step, steps_done)
+            what = "the same samples" if only_samples else "bit-identical"
+            return verdict.with_(agreed=True, summary=f"with {name}, {steps} steps: {what}"), lines
         return verdict.with_(summary=f"{verdict.summary}; {same}"), lines
 
     def _open(self) -> Reference:

@@ -42,7 +42,12 @@ def change(reference: Path, folder: Path, step: int, stage: str) -> Path:
 def test_equal_run_agrees_with_reference(num_replicas: int, reference: Path) -> None:
     job = run(reference, num_replicas=num_replicas)
     assert job.returncode == 0, job.output
-    assert job.report["verdict"]["summary"].endswith(f"the same as {reference} up to step 10")
+    verdict = job.report["verdict"]
+    same = (
+        f"with {reference}, 10 steps: bit-identical" if num_replicas == 1 else f"the same as {reference} up to step 10"
+    )
+    assert verdict["agreed"]
+    assert verdict["summary"].endswith(same)
     assert job.report["warnings"] == [], "a different name is not a difference"
     coverage = job.report["coverage"]
     assert (coverage["reference"]["run"], coverage["ranks"]) == (str(reference), num_replicas)

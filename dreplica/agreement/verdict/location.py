@@ -121,7 +121,9 @@ def _entries(stages: Sequence[Mapping[str, Stage]], stage: str) -> tuple[list[di
     return rows, everything, [name for name in everything if len({row.get(name) for row in rows}) > 1]
 
 
-def describe(place: Place, epoch: int | None, num_replicas: int, ddp: bool = False) -> Verdict:
+def describe(
+    place: Place, epoch: int | None, num_replicas: int, ddp: bool = False, with_advice: bool = False
+) -> Verdict:
     """Return the verdict as far as the comparison alone supports it.
 
     Args:
@@ -129,6 +131,7 @@ def describe(place: Place, epoch: int | None, num_replicas: int, ddp: bool = Fal
         epoch: The epoch of the step, if known.
         num_replicas: Number of replicas compared.
         ddp: True if the replicas are the ranks of one data-parallel model.
+        with_advice: True to suggest remedies that fit the stage, where no diagnosis follows.
 
     Returns:
         Place, groups and suspects. The cause is named only where the stage alone determines it.
@@ -151,12 +154,12 @@ def describe(place: Place, epoch: int | None, num_replicas: int, ddp: bool = Fal
         suspects=suspects,
         groups=place.groups,
         evidence=evidence,
-        remedy=_remedies(place, cause, ddp),
+        remedy=_remedies(place, cause, ddp, with_advice),
         stage_groups=place.stage_groups,
     )
 
 
-def _remedies(place: Place, cause: str, ddp: bool) -> list[Remedy]:
+def _remedies(place: Place, cause: str, ddp: bool, with_advice: bool) -> list[Remedy]:
     """Return what to do about a difference between replicas, as far as its place shows it."""
     if ddp and place.stage is not None:
         return [Remedy.of(code) for code in (_DDP_BUFFERS if place.stage == "buffers" else _DDP)]
@@ -164,6 +167,8 @@ def _remedies(place: Place, cause: str, ddp: bool) -> list[Remedy]:
         return []
     if place.step == 0:
         return [Remedy.of(code) for code in _SEED_ALL]
+    if not with_advice:
+        return []
     if place.stage == "rng":
         return [Remedy.of("draw-alike")]
     if cause != "unexplained":

@@ -48,7 +48,8 @@ def agreed(facts: RunFacts, steps: int, independent: bool, compared: bool) -> Ve
     groups = (
         [[replica_id] for replica_id in range(facts.num_replicas)] if independent else [list(range(facts.num_replicas))]
     )
-    return Verdict(True, "none", f"{replicas}, {steps} step{'s' * (steps != 1)}: {what}", groups=groups)
+    summary = f"{replicas}, {steps} step{'s' * (steps != 1)}: {what}"
+    return Verdict(facts.num_replicas > 1, "none", summary, groups=groups)
 
 
 def results_differ(epoch: int, what: str, values: Sequence[float]) -> Verdict:

@@ -77,7 +77,7 @@ def _check_end(report: RunReport) -> None:
         return
     if report.verdict is None:
         raise NotResumable("its report.json has no verdict")
-    if report.verdict.agreed:
+    if report.verdict.cause == "none":
         raise Completed("it completed")
     if report.verdict.cause not in _MACHINE_FAULTS:
         raise NotResumable(f"it ended with the cause {report.verdict.cause}")
