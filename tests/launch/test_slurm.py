@@ -10,7 +10,7 @@ import pytest
 
 from tests.fixtures import SMALL
 from tests.harness import Job, run_job
-from tests.launch.cluster import Cluster, SlurmJob, cluster, missing
+from tests.launch.cluster import Cluster, SlurmJob, cluster, free_ports, missing
 from tests.launch.recorded import Calls
 from tests.launch.slow import NUM_EPOCHS
 
@@ -91,3 +91,52 @@ def test_time_limit_saves_a_checkpoint_and_requeues(limited: SlurmJob, uninterru
     assert re.search(r"stopped on request after step (\d+)", limited.log)
     assert report["run"]["stopped_after"] is not None
     assert_resumed(limited, uninterrupted)
+
+
+_DETECT = """
+import os
+from dreplica.distributed.launch_environment import detect_launch
+launch = detect_launch(os.environ)
+print(launch.launcher or "alone", launch.rank, launch.size, launch.local_rank, launch.local_size, flush=True)
+"""
+
+
+def run_script(slurm: Cluster, name: str, *options: str, body: str) -> list[str]:
+    """Run a batch script and return the lines that it prints."""
+    folder = slurm.folder / name
+    folder.mkdir()
+    (folder / "detect.py").write_text(_DETECT)
+    (folder / "script").write_text(f"#!/usr/bin/env bash\n{body.replace('DETECT', f'python {folder}/detect.py')}\n")
+    output = slurm.call("sbatch", "--parsable", f"--output={folder}/log", *options, f"{folder}/script")
+    job = SlurmJob(slurm, int(output), folder)
+    job.wait_until("ended", lambda job: job.state["JobState"] in ("COMPLETED", "FAILED"))
+    return [line for line in job.log.splitlines() if not line.startswith("srun: ")]
+
+
+def test_launch_is_detected_only_in_steps(slurm: Cluster, limited: SlurmJob) -> None:
+    body = """
+DETECT
+srun --ntasks=1 --nodes=1 DETECT
+srun --ntasks=4 --ntasks-per-node=2 DETECT | sort
+srun --ntasks=2 --ntasks-per-node=1 --mpi=pmi2 DETECT | sort
+"""
+    printed = run_script(slurm, "detected", "--nodes=2", "--ntasks=4", "--ntasks-per-node=2", body=body)
+    assert printed[:2] == ["alone 0 1 0 1"] * 2
+    assert printed[2:6] == ["srun 0 4 0 2", "srun 1 4 1 2", "srun 2 4 0 2", "srun 3 4 1 2"]
+    assert [line.split()[1:] for line in printed[6:]] == [["0", "2", "0", "1"], ["1", "2", "0", "1"]]
+
+
+def test_srun_starts_each_replica(slurm: Cluster, limited: SlurmJob) -> None:
+    settings = shlex.join([*SMALL, f"--run.root={slurm.folder}/steps", "--run.name=job"])
+    address = f"MASTER_ADDR=127.0.0.1 MASTER_PORT={free_ports(1)[0]}"
+    body = f"""
+srun --ntasks=2 --ntasks-per-node=1 python train.py {settings} 2>&1 | sort
+echo "code ${{PIPESTATUS[0]}}"
+env {address} srun --ntasks=2 --ntasks-per-node=1 python train.py {settings}
+"""
+    printed = run_script(slurm, "steps", "--nodes=2", "--ntasks=2", "--ntasks-per-node=1", body=body)
+    without = printed[: printed.index("code 2")]
+    errors = [line for line in without if line.startswith("error: ")]
+    assert len(errors) >= 1
+    assert all("srun started 2 processes (SLURM_STEP_NUM_TASKS=2), but MASTER_ADDR and" in line for line in errors)
+    assert report_of(slurm.folder / "steps" / "job")["verdict"]["summary"] == "2 replicas, 10 steps: bit-identical"
