@@ -248,8 +248,20 @@ def test_finish_warns_if_nothing_was_compared(caplog: pytest.LogCaptureFixture) 
     assert caplog.messages == ["nothing was compared in 1 steps: step() was given none of indices, batch"]
 
 
-def test_processes_without_process_group_are_rejected(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("RANK", "1")
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(ValueError, match=r"WORLD_SIZE is 2 but there is no process group.*init_process_group"):
+@pytest.mark.parametrize(
+    ("rank", "size", "text"),
+    [
+        ("RANK", "WORLD_SIZE", "WORLD_SIZE is 2"),
+        ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "srun started 2 processes (SLURM_STEP_NUM_TASKS=2)"),
+        ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "mpirun started 2 processes (OMPI_COMM_WORLD_SIZE=2)"),
+    ],
+)
+def test_processes_without_process_group_are_rejected(
+    rank: str, size: str, text: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in {rank: "1", size: "2", "MASTER_ADDR": "node0", "MASTER_PORT": "29500"}.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UsageError) as caught:
         Agreement(nn.Linear(2, 2))
+    assert str(caught.value).startswith(f"{text} but there is no process group, so nothing would be compared. Call ")
+    assert caught.value.code == "no-process-group"
