@@ -108,18 +108,12 @@ def commit_of(folder: Path) -> dict[str, Any] | None:
     sha = head.decode("ascii", "replace").strip()
     if not re.fullmatch("[0-9a-f]{40}|[0-9a-f]{64}", sha):
         return None
-    # `git diff` alone would either take the lock of the index or list files whose time stamp alone has changed.
+    # Unlike `git diff`, `git status` takes no lock to refresh the index, and is fast where the diff is large.
     status = _output([*command, *_STATUS], end)
     if not status:
         return {"sha": sha, "dirty": None if status is None else False, "diff": None}
     diff = _output([*command, *_DIFF], end)
-    return {"sha": sha, "dirty": True, "diff": None if diff is None else _digest(_without_touched_files(diff))}
-
-
-def _without_touched_files(diff: bytes) -> bytes:
-    """Remove the headers of files whose content has not changed, which have no further line."""
-    sections = re.split(rb"^(?=diff --git )", diff, flags=re.MULTILINE)
-    return b"".join(text for text in sections if text.count(b"\n") != 1)
+    return {"sha": sha, "dirty": True, "diff": None if diff is None else _digest(diff)}
 
 
 def _output(command: Sequence[str], end: float) -> bytes | None:

@@ -88,6 +88,13 @@ def order_after_steps(loop: Loop, one: bool) -> None:
 
 
 @change
+def order_and_values(loop: Loop, one: bool) -> None:
+    order_after_steps(loop, one)
+    if one:
+        loop.model[4].bias.data[1] += 1.0
+
+
+@change
 def order_of_modules(loop: Loop, one: bool) -> None:
     loop.model = Named(loop.model, "43210" if one else "01234")
     loop.adam()
@@ -203,6 +210,7 @@ def returned(loop: Loop, one: bool) -> None:
 EXPECTED: dict[str, tuple[str, str | None, str | None, str]] = {
     "order": ("order-differs", "optimizer", None, "position 0: 0.weight on replica 0; 4.bias on replica 1"),
     "order_after_steps": ("order-differs", "optimizer", None, "(6 positions differ): position 0: 0.weight on"),
+    "order_and_values": ("order-differs", "optimizer", None, "(weights, 4.bias): all began with replica 0's"),
     "order_of_modules": ("order-differs", "weights", None, "0: layer0.weight on replica 0; layer4.weight on replica 1"),
     "order_of_groups": (
         "order-differs",

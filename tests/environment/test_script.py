@@ -26,7 +26,7 @@ def repository(tmp_path: Path) -> Path:
     folder = tmp_path / "repository"
     (folder / "inner").mkdir(parents=True)
     git(folder, "init", "-q")
-    (folder / "inner" / "train.py").write_text("print(1)\n")
+    (folder / "inner" / "train.py").write_text("print(1)\n" * 50)
     (folder / "weights.bin").write_bytes(bytes(100))
     git(folder, "add", ".")
     git(folder, "commit", "-q", "-m", "first")
@@ -53,7 +53,7 @@ def test_equal_changes_have_equal_digests(repository: Path, tmp_path: Path) -> N
         git(folder, "config", "diff.mnemonicPrefix", str(folder == repository).lower())
         git(folder, "config", "diff.context", "0" if folder == repository else "9")
         git(folder, "config", "color.ui", "always")
-        (folder / "inner" / "train.py").write_text("print(2)\n")
+        (folder / "inner" / "train.py").write_text("print(1)\n" * 20 + "print(2)\n" + "print(1)\n" * 29)
         found.append(commit_of(folder / "inner"))
     assert found[0] == found[1]
     assert found[0] is not None
@@ -84,6 +84,7 @@ def test_untracked_and_touched_files_are_clean(repository: Path) -> None:
     assert (repository / ".git" / "index").read_bytes() == index
     (repository / "weights.bin").write_bytes(bytes(7))
     found = commit_of(repository)
+    assert (repository / ".git" / "index").read_bytes() == index
     git(repository, "update-index", "--refresh", "-q", "--", "inner/train.py", check=False)
     assert commit_of(repository) == found
 
