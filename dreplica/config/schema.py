@@ -30,7 +30,8 @@ class WorldConfig(Section):
     """`auto`: one GPU per replica if there are enough, else shared GPUs (with a warning), else the CPU. `cuda`: one GPU
     per replica, or an error. `cpu`: the CPU."""
     timeout: Annotated[float, Lockstep()] = Field(300.0, gt=0, le=86400)
-    """Seconds without a response after which a replica counts as lost. At most one day."""
+    """Seconds after which a replica counts as lost that has not arrived at the start, or does not respond. At most one
+    day."""
 
 
 class RunFolderConfig(Section):

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import NoReturn
 
-from dreplica.config.load import load_config
+from dreplica.config.load import load_config, world_timeout
 from dreplica.config.schema import RunConfig
 from dreplica.distributed.launch.error_record import write_error
 from dreplica.distributed.launch_environment import detect_launch
@@ -22,8 +22,6 @@ from dreplica.environment.device import Device, bind_device
 from dreplica.errors import ExitCode, SharedUsageError, UsageError
 
 log = logging.getLogger(__name__)
-
-_DEFAULT_TIMEOUT = 300.0
 
 
 @dataclass(frozen=True)
@@ -68,7 +66,7 @@ def start_replica(argv: Sequence[str], conduct: Callable[[Prepared, World, StopR
         prepared = prepare(argv)
     except UsageError as error:
         prepared = error  # raised after the rendezvous, so that all replicas end
-    timeout = _DEFAULT_TIMEOUT if isinstance(prepared, UsageError) else prepared.config.world.timeout
+    timeout = world_timeout(argv) if isinstance(prepared, UsageError) else prepared.config.world.timeout
     try:
         with open_world(timeout) as world, stop_signals() as stop_request:
             try:
