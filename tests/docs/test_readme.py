@@ -1,4 +1,4 @@
-"""README's commands print what README says, when they are run as they stand."""
+"""README's commands print what README says, when they are run unchanged."""
 
 import re
 import subprocess
@@ -20,7 +20,7 @@ def blocks(kind: str) -> list[str]:
 
 
 def transcript(command: str) -> tuple[str, list[str]]:
-    """Return a command that README shows and the lines that it prints there, without those that stand for others."""
+    """Return a command that README shows and the lines shown below it, without `...`."""
     (block,) = [text for text in blocks("text") if command in text.partition("\n")[0]]
     first, *shown = block.splitlines()
     return first.removeprefix("$ "), [line for line in shown if line != "..."]

@@ -3,6 +3,7 @@
 Two interpreters have different hash seeds, as two processes that a user starts.
 """
 
+import functools
 import importlib
 import json
 import multiprocessing
@@ -12,6 +13,7 @@ import runpy
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 from tests.harness import REPOSITORY, environment
 
@@ -37,24 +39,33 @@ class Interpreter:
             text=True,
         )
 
-    def run(self, name: str, work: Path, output: str, library: str | None = None) -> None:
-        """Run `python scripts/<name>.py OUTPUT` and check that it ends without an error.
+    def run(
+        self, name: str, work: Path, output: str, library: str | None = None, reference: str | None = None
+    ) -> dict[str, Any] | None:
+        """Run `python scripts/<name>.py OUTPUT` and check that it ends without an error, or with a `Divergence`.
 
         Args:
             name: Name of the script.
             work: Folder in which it is started.
             output: Its argument, the run folder to write, relative to `work`.
             library: Folder in `work` that PYTHONPATH begins with.
+            reference: Run folder that the script's `Agreement` compares with, as if it passed `reference=`.
+
+        Returns:
+            The verdict of a `Divergence` as JSON values, or None.
         """
         assert self._process.stdin is not None
         assert self._process.stdout is not None
-        self._process.stdin.write(json.dumps([name, str(work), output, library]) + "\n")
+        self._process.stdin.write(json.dumps([name, str(work), output, library, reference]) + "\n")
         self._process.stdin.flush()
         answer = self._process.stdout.readline()
         assert answer == "0\n", f"{name}: exit code {answer}{_log(work, output).read_text()}"
+        verdict = work / output / "verdict.json"
+        return json.loads(verdict.read_text()) if verdict.exists() else None
 
     def close(self) -> None:
         """End the process."""
+        self._process.kill()  # which has no work left, and takes a second to end otherwise
         self._process.communicate()
 
 
@@ -72,9 +83,11 @@ def _serve() -> None:
         print(child.exitcode, flush=True)
 
 
-def _run(name: str, folder: str, output: str, library: str | None) -> None:
+def _run(name: str, folder: str, output: str, library: str | None, reference: str | None) -> None:
     import numpy
     import torch
+
+    import dreplica
 
     work, script = Path(folder), str(SCRIPTS / f"{name}.py")
     log = os.open(_log(work, output), os.O_WRONLY | os.O_CREAT)
@@ -86,7 +99,12 @@ def _run(name: str, folder: str, output: str, library: str | None) -> None:
     sys.argv, sys.path[0] = [script, output], str(SCRIPTS)
     if library is not None:
         sys.path.insert(1, str(work / library))
-    runpy.run_path(script, run_name="__main__")
+    if reference is not None:
+        dreplica.Agreement = functools.partial(dreplica.Agreement, reference=reference)  # type: ignore[misc]
+    try:
+        runpy.run_path(script, run_name="__main__")
+    except dreplica.Divergence as divergence:
+        (work / output / "verdict.json").write_text(json.dumps(divergence.verdict.as_dict()))
 
 
 def _log(work: Path, output: str) -> Path:

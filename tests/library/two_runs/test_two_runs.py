@@ -11,7 +11,7 @@ import pytest
 from dreplica.commands.explain import stage_sections
 from dreplica.commands.main import main
 from dreplica.config.paths import STAGES_PAGE
-from tests.library.two_runs.mistakes import MISTAKES
+from tests.library.two_runs.mistakes import MISTAKES, Mistake
 from tests.library.two_runs.runs import SCRIPTS, Interpreter
 
 pytestmark = [pytest.mark.process, pytest.mark.xdist_group("two_runs")]  # one worker starts the interpreters once
@@ -35,6 +35,15 @@ def compare(one: Path, other: Path, capsys: pytest.CaptureFixture[str]) -> tuple
     return code, json.loads(capsys.readouterr().out)
 
 
+def check_place(mistake: Mistake, first: dict[str, Any]) -> None:
+    """Check the place of a difference, as `compare` and a verdict have it."""
+    assert first["step"] in mistake.steps, first
+    assert first["stage"] in mistake.expected, first
+    assert first["phase"] == mistake.phase
+    tensor = mistake.expected[first["stage"]]
+    assert first["tensor"] is None if tensor is None else re.fullmatch(tensor, first["tensor"]), first
+
+
 @pytest.mark.parametrize("name", MISTAKES)
 def test_compare_names_the_place(
     name: str, interpreters: tuple[Interpreter, Interpreter], tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -46,16 +55,23 @@ def test_compare_names_the_place(
     interpreters[1].run(name, tmp_path, "runs/b", mistake.libraries[1])
     code, found = compare(tmp_path / "runs" / "a", tmp_path / "runs" / "b", capsys)
     assert (code, found["outcome"]) == (3, "differ"), found
-    first = found["first_difference"]
-    assert first["step"] in mistake.steps, first
-    assert first["stage"] in mistake.expected, first
-    assert first["phase"] == mistake.phase
-    tensor = mistake.expected[first["stage"]]
-    assert first["tensor"] is None if tensor is None else re.fullmatch(tensor, first["tensor"]), first
+    check_place(mistake, found["first_difference"])
     if name == "library_version":
         versions = [(row["one"], row["other"]) for row in found["manifest"] if "tiny" in row["field"]]
         assert versions == [("1.0", "1.1")], found["manifest"]
         assert "tiny" in found["summary"]
+
+
+@pytest.mark.parametrize("name", MISTAKES)
+def test_reference_stops_at_the_place(name: str, interpreters: tuple[Interpreter, Interpreter], tmp_path: Path) -> None:
+    """A run that is compared while it trains stops where `compare` finds the first difference."""
+    mistake = MISTAKES[name]
+    mistake.before(tmp_path)
+    interpreters[0].run(name, tmp_path, "runs/a", mistake.libraries[0])
+    mistake.between(tmp_path)
+    verdict = interpreters[1].run(name, tmp_path, "runs/b", mistake.libraries[1], reference="runs/a")
+    assert verdict is not None
+    check_place(mistake, verdict)
 
 
 @pytest.mark.parametrize("name", MISTAKES)
