@@ -109,7 +109,7 @@ class Channel:
         while not work.is_completed():
             if monitor is not None and monitor.alarm.is_set():
                 lost = monitor.join_check()
-                if lost or monitor.alarm.is_set():
+                if (lost or monitor.alarm.is_set()) and not work.is_completed():
                     raise monitor.replica_lost("another replica reported a failure", "alarm")
             if monitor is not None:
                 monitor.watch_store()

@@ -107,7 +107,7 @@ class Control:
         ranks, rank = dist.get_process_group_ranks(base), base.rank()
         store = dist.PrefixStore(f"control/{number}", _store_of(base))
         launcher_holds_store = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == str(True)
-        self.channels: weakref.WeakSet[SharedChannel] = weakref.WeakSet()
+        self.channels: set[SharedChannel] = set()
         self.works: list[dist.Work] = []
         self.holds_store = dist.get_rank() == 0 and not launcher_holds_store
         self._base = weakref.ref(base)
@@ -154,13 +154,15 @@ class Control:
 
     def _end(self) -> None:
         """Report the end of this process to the others, and let nothing wait for them."""
-        if self.gloo is not None:
-            _leak(self.gloo)  # in a forked process, its destructor would wait for threads that do not exist
-        if self._pid != os.getpid():
+        if self.gloo is None:
             return
-        if self.monitor.losses is None and not all(channel.is_resting for channel in self.channels):
+        if self._pid != os.getpid():
+            _leak(self.gloo)  # its destructor would wait for threads that a forked process does not have
+            return
+        is_over = self.monitor.losses is not None or all(channel.is_resting for channel in self.channels)
+        if not is_over:
             self._report_end(getattr(sys, "last_exc", None) or getattr(sys, "last_value", None))
-        self.monitor.close()
+        self.release(keep_gloo=self.monitor.losses is not None)
 
     def _report_end(self, error: BaseException | None) -> None:
         if error is None or isinstance(error, DreplicaError):  # such as Divergence, which all ranks raise
@@ -176,7 +178,7 @@ class Control:
         losses = self.monitor.losses or Losses()
         others = tuple(item for item in losses.lost if not item.raised)
         if others:
-            log.warning("another replica was lost before this one failed:\n%s", Losses(others).describe())
+            log.warning("a replica was lost before this one failed:\n%s", Losses(others).describe())
 
 
 class SharedChannel(Channel):

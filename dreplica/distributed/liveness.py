@@ -289,8 +289,9 @@ class LivenessMonitor:
             self.alarm.clear()
             return
         self.losses = losses
-        if self._announces and busy and not self._reported:
-            log.warning("another replica was lost:\n%s", losses.describe())
+        is_failure = any(item.code not in {"ended", "finished"} for item in losses.lost)
+        if self._announces and busy and is_failure and not self._reported:
+            log.warning("a replica was lost:\n%s", losses.describe())
         self._end_process_later(started)
 
     def _end_process_later(self, started: float) -> None:

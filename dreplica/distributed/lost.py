@@ -1,10 +1,12 @@
 """Lost ranks: which, why, after which step and where in their code."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from dreplica.distributed.failure import Failure
+from dreplica.distributed.rank_names import name_ranks
+from dreplica.distributed.stack import innermost
 from dreplica.errors import DreplicaError, ExitCode
 
 LossCode = Literal[
@@ -22,6 +24,8 @@ absent: it did not create its `Agreement` while the other replicas waited for it
 store-no-response: it serves the rendezvous store, and the store does not respond.
 store-lost: it served the rendezvous store, and the connection to the store broke.
 """
+
+T = TypeVar("T")
 
 _MAX_LISTED = 8
 
@@ -54,7 +58,7 @@ class Lost:
             case "unusable":
                 return "" if self.failure is None else self.failure.message
             case "hung":
-                where = f" at {self.stack[-1]}" if self.stack else ""
+                where = f" at {innermost(self.stack)}" if self.stack else ""
                 return f"hangs {self._when}{where}: its process responds, but the other replicas wait for it"
             case "ended":
                 return f"ended {self._when}, while the other replicas wait for it"
@@ -103,23 +107,16 @@ class Losses:
     """Replicas that wait in `Agreement.finish`, with the number of steps that they took."""
 
     def describe(self) -> str:
-        """Return the lost replicas in one line each, with the stacks of those that hang."""
-        lines = [f"replica {item.replica_id}: {self._detailed(item)}" for item in self.lost[:_MAX_LISTED]]
-        if len(self.lost) > _MAX_LISTED:
-            more = ", ".join(str(item.replica_id) for item in self.lost[_MAX_LISTED : 8 * _MAX_LISTED])
-            lines.append(f"also lost: {len(self.lost) - _MAX_LISTED} more replicas: {more}")
-        for replica_id, steps in list(self.finished.items())[:_MAX_LISTED]:
-            lines.append(f"replica {replica_id} has finished after {steps} steps and waits in finish()")
-        for item in self.lost[:_MAX_LISTED]:
-            if item.stack:
-                lines += [f"stack of replica {item.replica_id}, innermost last:", *(f"  {at}" for at in item.stack)]
+        """Return one line for all replicas with the same reason, and the stacks of those that hang."""
+        lines = [
+            f"{name_ranks(ranks, 'replica')} finished after {steps} steps and waits in finish()"
+            for steps, ranks in _grouped((steps, replica_id) for replica_id, steps in self.finished.items())
+        ]
+        reasons = _grouped((_detailed(item), item.replica_id) for item in self.lost)
+        lines += [f"{name_ranks(ranks, 'replica')}: {reason}" for reason, ranks in reasons]
+        for stack, ranks in _grouped((item.stack, item.replica_id) for item in self.lost if item.stack):
+            lines += [f"stack of {name_ranks(ranks, 'replica')}, innermost last:", *(f"  {frame}" for frame in stack)]
         return "\n".join(lines)
-
-    @staticmethod
-    def _detailed(item: Lost) -> str:
-        if item.step is None or item.code in {"hung", "ended", "finished"}:
-            return item.reason
-        return f"{item.reason} (after step {item.step})"
 
     def as_dict(self) -> dict[str, Any]:
         """Return the result as a dictionary of JSON values."""
@@ -131,6 +128,20 @@ class Losses:
         """Return the result that `as_dict` was called on."""
         finished = {int(replica_id): steps for replica_id, steps in data["finished"].items()}
         return cls(tuple(Lost.from_dict(row) for row in data["lost"]), finished)
+
+
+def _detailed(item: Lost) -> str:
+    if item.step is None or item.code in {"hung", "ended", "finished"}:
+        return item.reason
+    return f"{item.reason} (after step {item.step})"
+
+
+def _grouped(pairs: Iterable[tuple[T, int]]) -> list[tuple[T, list[int]]]:
+    """Return the first few distinct values, each with the ranks that have it."""
+    groups: dict[T, list[int]] = {}
+    for value, rank in pairs:
+        groups.setdefault(value, []).append(rank)
+    return list(groups.items())[:_MAX_LISTED]
 
 
 class ReplicaLost(DreplicaError, RuntimeError):

@@ -8,6 +8,7 @@ from typing import Any
 
 from dreplica.distributed.liveness_check import by_rank, silent_seconds
 from dreplica.distributed.notes import Notes
+from dreplica.distributed.stack import innermost
 
 log = logging.getLogger(__name__)
 
@@ -99,5 +100,5 @@ def _describe(rank: int, row: Mapping[str, Any] | None, silent: float, age: floa
     if row is None:
         return f"replica {rank} (no heartbeat for {silent:.0f} s)"
     step = "before the first step" if row["step"] is None else f"after step {row['step']}"
-    place = f", at {row['stack'][-1]}" if row["stack"] else ""
+    place = f", at {innermost(row['stack'])}" if row["stack"] else ""
     return f"replica {rank} ({step}, last heartbeat {age:.1f} s ago{place})"
