@@ -196,7 +196,7 @@ def test_independent_replicas_are_compared_in_samples(reference: Path) -> None:
     ("arguments", "words"),
     [
         (("--run.reference=nowhere",), "run.reference: 'nowhere' does not exist"),
-        (("--agreement.every=0",), "cannot be compared with agreement.every 0"),
+        (("--agreement.every=0",), "has no effect because agreement.every is 0"),
         (("--run.reference={old}",), "has digests of algorithm 'xxh3-128/0', but this run computes 'xxh3-128/1'"),
         (("--run.reference={damaged}",), "trace.jsonl' is damaged at line 4"),
     ],

@@ -228,7 +228,7 @@ def burn_in_as_met(world: World, *arguments: Any) -> Any:
 
 
 def fill_the_disk_in_mid_pass(burn_in: BurnIn, _done: PassDone) -> None:
-    def step(*_: Any) -> None:
+    def step(*_: Any, **_keywords: Any) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     if burn_in.world.is_coordinator:
