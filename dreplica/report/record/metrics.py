@@ -40,6 +40,13 @@ def read_metrics(path: Path) -> list[EpochDone]:
     return epochs
 
 
+def losses_not_finite(done: EpochDone) -> str | None:
+    """Return a warning of losses that are infinite or NaN, or None if all are finite."""
+    losses = {"training": done.train["loss"], "validation": done.val["loss"]}
+    wrong = [f"{part} loss {values}" for part, values in losses.items() if not all(map(math.isfinite, values))]
+    return f"epoch {done.epoch}: {wrong[0]} is not finite. Replicas agree, but do not learn." if wrong else None
+
+
 def _epoch_done(row: dict[str, Any]) -> EpochDone:
     train, val = (
         {name: [math.nan if value is None else value for value in values] for name, values in row[part].items()}

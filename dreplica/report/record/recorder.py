@@ -1,7 +1,6 @@
 """Record a run: its folder during the run, its report however it ends."""
 
 import logging
-import math
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import partial
@@ -25,10 +24,10 @@ from dreplica.environment.manifest import card_of
 from dreplica.errors import UsageError
 from dreplica.report.html.render import FILE_NAME, write_report
 from dreplica.report.record.closing_report import print_report
-from dreplica.report.record.metrics import METRICS_NAME, append_metrics, read_metrics
-from dreplica.report.record.resumable import Completed, NotResumable, check_resumable, manifest_changes
+from dreplica.report.record.metrics import METRICS_NAME, append_metrics, losses_not_finite, read_metrics
+from dreplica.report.record.resumable import claim_folder, manifest_changes
 from dreplica.report.record.resume_remedy import resume_remedy
-from dreplica.report.record.run_folder import FolderLock, create_run_folder, newest_run_folder
+from dreplica.report.record.run_folder import FolderLock, create_run_folder
 from dreplica.report.record.run_log import LOG_NAME, RunLog
 from dreplica.report.record.trackers import Trackers
 from dreplica.training.evaluate import Evaluation
@@ -105,7 +104,8 @@ class Recorder:
         Note:
             Collective: call on every rank.
         """
-        find = partial(self._find_or_make_folder, new_folder, manifests[0]["data"] if manifests else None)
+        may_resume = self._config.resume == "auto" and not new_folder
+        find = partial(self._claim_folder, may_resume, manifests[0]["data"] if manifests else None)
         own = self._world.together(find if self._world.is_coordinator else lambda: None)
         folder, self.resumes = self._world.channel.gather(own)[0]
         self._begin(folder, manifests)
@@ -131,25 +131,10 @@ class Recorder:
         if missing:
             self.report.warnings.append(f"epochs {missing} are missing in metrics.jsonl and in this report")
 
-    def _find_or_make_folder(self, new_folder: bool, data_digest: str | None) -> tuple[Path, bool]:
-        may_resume = self._config.resume == "auto" and not new_folder
-        newest = newest_run_folder(self._config.root, self._name) if may_resume else None
-        if newest is not None:
-            try:
-                self._lock = FolderLock(newest)
-                if self._lock.taken:
-                    raise NotResumable("another run writes to it")
-                check_resumable(newest, self._config_yaml, data_digest)
-                return newest, True
-            except Completed:
-                pass
-            except (NotResumable, OSError) as reason:
-                log.warning("run.resume: starting a new run instead of resuming %s: %s", newest, reason)
-            if self._lock is not None and not self._lock.taken:
-                self._lock.release()
-        folder = create_run_folder(self._config.root, self._name)
-        self._lock = FolderLock(folder)
-        return folder, False
+    def _claim_folder(self, may_resume: bool, data_digest: str | None) -> tuple[Path, bool]:
+        claimed = claim_folder(self._config.root, self._name, self._config_yaml, data_digest, may_resume)
+        folder, resumes, self._lock = claimed
+        return folder, resumes
 
     def _compare_manifests(self, manifests: Sequence[Mapping[str, Any]]) -> None:
         """Warn if the interrupted run had another environment, which can change results."""
@@ -206,14 +191,13 @@ class Recorder:
     def _warn_of_losses(self, done: EpochDone) -> None:
         """Warn once of losses that are infinite or NaN, on which replicas may agree."""
         assert self.report is not None
-        losses = {"training": done.train["loss"], "validation": done.val["loss"]}
-        wrong = [f"{part} loss {values}" for part, values in losses.items() if not all(map(math.isfinite, values))]
-        if not wrong or self._warned_of_losses:
+        warning = losses_not_finite(done)
+        if warning is None or self._warned_of_losses:
             return
         self._warned_of_losses = True
-        self.report.warnings.append(f"epoch {done.epoch}: {wrong[0]} is not finite. Replicas agree, but do not learn.")
+        self.report.warnings.append(warning)
         if self._world.is_coordinator:
-            log.warning(self.report.warnings[-1])
+            log.warning(warning)
 
     def conclude(self, verdict: Verdict, steps_checked: int, stages_seen: Collection[str] | None = None) -> None:
         """Write the report on rank 0.

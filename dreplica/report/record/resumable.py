@@ -1,6 +1,7 @@
 """Decide whether an earlier run of the same name can be resumed."""
 
 import json
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,10 @@ import yaml
 from dreplica.agreement.trace.run_metadata import fold_distributions, manifest_differences
 from dreplica.agreement.trace.run_report import ReportError, RunReport
 from dreplica.environment.manifest import compare_values
+from dreplica.report.record.run_folder import FolderLock, create_run_folder, newest_run_folder
 from dreplica.training.checkpoint.file_format import list_checkpoints
+
+log = logging.getLogger(__name__)
 
 _MAY_DIFFER: dict[str, set[str] | None] = {
     "world": None,
@@ -33,6 +37,43 @@ class NotResumable(Exception):
 
 class Completed(NotResumable):
     """The run has completed."""
+
+
+def claim_folder(
+    root: str, name: str, config_yaml: str, data_digest: str | None, may_resume: bool
+) -> tuple[Path, bool, FolderLock]:
+    """Return the folder of the newest run of this name if it can be resumed, or else a new one.
+
+    Args:
+        root: Folder of the run folders.
+        name: Name of the run.
+        config_yaml: The resolved config of this run.
+        data_digest: Digest of this run's data, as in manifests.
+        may_resume: False to create a new folder in any case.
+
+    Returns:
+        The folder, whether it is resumed, and the lock on it.
+
+    Raises:
+        UsageError: The folder cannot be created.
+    """
+    newest = newest_run_folder(root, name) if may_resume else None
+    if newest is not None:
+        lock = None
+        try:
+            lock = FolderLock(newest)
+            if lock.taken:
+                raise NotResumable("another run writes to it")
+            check_resumable(newest, config_yaml, data_digest)
+            return newest, True, lock
+        except Completed:
+            pass
+        except (NotResumable, OSError) as reason:
+            log.warning("run.resume: starting a new run instead of resuming %s: %s", newest, reason)
+        if lock is not None and not lock.taken:
+            lock.release()
+    folder = create_run_folder(root, name)
+    return folder, False, FolderLock(folder)
 
 
 def check_resumable(folder: Path, config_yaml: str, data_digest: str | None) -> None:

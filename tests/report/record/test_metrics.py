@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from dreplica.report.record.metrics import append_metrics, read_metrics
+from dreplica.report.record.metrics import append_metrics, losses_not_finite, read_metrics
 from dreplica.state.progress import Position
 from dreplica.training.events import EpochDone
 from tests.agreement.trace.test_json_file import strictly
@@ -29,3 +29,9 @@ def test_read_metrics_truncates_after_last_valid_line(tmp_path: Path) -> None:
     path.write_bytes(valid + b'{"epoch": 3, "tra')
     assert [item.epoch for item in read_metrics(path)] == [1, 2]
     assert path.read_bytes() == valid
+
+
+def test_losses_not_finite_names_part_and_epoch() -> None:
+    assert losses_not_finite(done(1)) is None
+    warning = losses_not_finite(done(2, loss=[1.0, float("inf")]))
+    assert warning == "epoch 2: validation loss [1.0, inf] is not finite. Replicas agree, but do not learn."
