@@ -17,7 +17,7 @@ from dreplica.agreement.exchange import Compared, Exchange
 from dreplica.agreement.generators import GeneratorUse
 from dreplica.agreement.hasher import Observation, negotiated_hasher
 from dreplica.agreement.reference import ReferenceDifference, ReferenceDiffers
-from dreplica.agreement.result import describe_result, show_log
+from dreplica.agreement.result import describe_loss, describe_result, show_log
 from dreplica.agreement.run_folders import RunFolders
 from dreplica.agreement.settings import exchange_settings
 from dreplica.agreement.subject import Batch, Expect, Models, Subject
@@ -27,6 +27,7 @@ from dreplica.agreement.trace.writer import TraceWriter
 from dreplica.agreement.values import read_values
 from dreplica.agreement.verdict.verdict import Divergence, Verdict
 from dreplica.distributed.control import open_channel
+from dreplica.distributed.lost import ReplicaLost
 from dreplica.environment.facts import collect_environment
 from dreplica.state.stages import STAGES, Entry, Optimizers, Stage, batch_entries, make_stage
 
@@ -326,7 +327,11 @@ class Agreement:
         Raises:
             Divergence, ReplicaLost: As `step` does.
         """
-        compared = self._exchange.complete()
+        try:
+            compared = self._exchange.complete()
+        except ReplicaLost as error:
+            self._conclude(describe_loss(error, self.agreed_until))
+            raise
         if compared is None:
             return self._stop
         outcome, stages = compared.outcome, compared.stages
@@ -344,9 +349,7 @@ class Agreement:
             self.diverged_stages = stages
             self.divergence, self.reference_difference = self._describe(compared)
             if self._on_divergence == "stop":
-                reference = self._folders.reference
-                coverage = self._coverage(None if reference is None else reference.num_steps)
-                self._folders.conclude(self.divergence, coverage, self.steps_checked, None)
+                self._conclude(self.divergence)
                 if self._channel.rank and not self._quiet:
                     time.sleep(_RANK_0_FIRST_SECONDS)
                 if self.reference_difference is not None:
@@ -367,6 +370,12 @@ class Agreement:
         if difference is not None:
             verdict = verdict.with_(evidence=[*verdict.evidence, *self._folders.environment()])
         return verdict, difference
+
+    def _conclude(self, verdict: Verdict) -> None:
+        """Write the report of a run that does not finish, without communication."""
+        reference = self._folders.reference
+        coverage = self._coverage(None if reference is None else reference.num_steps)
+        self._folders.conclude(verdict, coverage, self.steps_checked, None)
 
     def _coverage(self, num_equal: int | None) -> Coverage:
         return self._folders.coverage(self._every, self.steps_checked, self.stages_seen, self._compared, num_equal)

@@ -3,6 +3,10 @@
 import logging
 
 from dreplica.agreement.trace.report_records import Coverage
+from dreplica.agreement.verdict.causes import CAUSES
+from dreplica.agreement.verdict.evidence import Evidence
+from dreplica.agreement.verdict.verdict import Verdict
+from dreplica.distributed.lost import ReplicaLost
 from dreplica.state.fingerprint.stage import STAGES
 
 _PACKAGE = "dreplica"
@@ -44,6 +48,24 @@ def describe_result(
 def _count(steps: int, taken: int) -> str:
     plural = "step" if taken == 1 else "steps"
     return f"{steps:,} {plural}" if steps == taken else f"{steps:,} of {taken:,} {plural}"
+
+
+def describe_loss(error: ReplicaLost, agreed_until: int) -> Verdict:
+    """Return the verdict on a run that ended because another rank was lost.
+
+    Args:
+        error: The error of this rank.
+        agreed_until: The newest step at which all ranks are known to have agreed, or -1.
+    """
+    return Verdict(
+        agreed=False,
+        cause="replica-lost",
+        summary=str(error).partition("\n")[0],
+        step=max(agreed_until, 0),
+        suspects=[item.replica_id for item in error.lost],
+        evidence=[Evidence.of("replica-lost", replica=item.replica_id, reason=item.reason) for item in error.lost],
+        remedy=list(CAUSES["replica-lost"].remedy),
+    )
 
 
 def show_log() -> None:

@@ -161,6 +161,7 @@ class ReplicaLost(DreplicaError, RuntimeError):
         lost: The lost replicas, or an empty tuple while they are unknown.
     """
 
+    __module__ = "dreplica"  # the name under which it is imported, also in tracebacks
     default_code = "replica-lost"
 
     def __init__(self, text: str = "", *, code: str | None = None, lost: Sequence[Lost] = (), **fields: Any) -> None:

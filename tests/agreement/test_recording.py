@@ -1,15 +1,19 @@
 """A run folder recorded from a custom loop."""
 
 import json
+import os
 from pathlib import Path
 
 import pytest
+import torch
 
 import dreplica
 from dreplica.agreement.trace.reader import Trace
 from dreplica.agreement.trace.run_report import RunReport
+from dreplica.distributed.process_group import World
 from dreplica.errors import UsageError
 from tests.agreement.own_loop import STEPS, record, train
+from tests.harness import run_replicas
 
 
 def test_record_writes_a_run_folder(tmp_path: Path) -> None:
@@ -104,3 +108,19 @@ def test_record_keeps_the_verdict_of_a_divergence(tmp_path: Path) -> None:
     verdict = RunReport.read(tmp_path / "b").verdict
     assert verdict is not None
     assert (verdict.agreed, verdict.step, verdict.stage, verdict.tensor) == (False, 3, "optimizer", "group0.lr")
+
+
+def test_record_keeps_the_loss_of_a_rank(tmp_path: Path) -> None:
+    results = run_replicas(_lose_rank_1, 2, str(tmp_path / "a"), timeout=30.0)
+    assert isinstance(results[0], dreplica.ReplicaLost)
+    verdict = RunReport.read(tmp_path / "a").verdict
+    assert verdict is not None
+    assert (verdict.agreed, verdict.cause, verdict.suspects, verdict.step) == (False, "replica-lost", [1], 0)
+
+
+def _lose_rank_1(world: World, folder: str) -> None:
+    torch.manual_seed(0)
+    agreement = dreplica.Agreement(torch.nn.Linear(2, 2), record=folder, timeout=10)
+    if world.replica_id == 1:
+        os._exit(9)
+    agreement.step()

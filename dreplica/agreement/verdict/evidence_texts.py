@@ -16,7 +16,7 @@ EVIDENCE: Mapping[str, str] = {
     "later-difference": "differs since training began: {difference}",
     "runs-on": "replica {replica} runs on {device}{shared}",
     # The comparison of replicas.
-    "steps-differ": "replicas compare different steps: some took a step, or an evaluation, that others did not",
+    "steps-differ": "replicas compare different steps: {some}",
     "entries-differ": "{num_differing} of {num_entries} entries of {stage} differ: {some}",
     "values-differ": "values: {some}",
     "generators-differ-too": "random number generators that differ after this step, too: {generators}",

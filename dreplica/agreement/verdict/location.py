@@ -51,6 +51,8 @@ class Place:
     """The stage's entries that differ or that some replica lacks, in causal order."""
     generators: list[str] = field(default_factory=list)
     """Random number generators that differ, as named in the stage `rng`."""
+    moments: list[str] = field(default_factory=list)
+    """For each group, what it compared, in words, where replicas are at different steps."""
 
     @property
     def is_structural(self) -> bool:
@@ -91,7 +93,8 @@ def first_difference(
     step = min(steps)
     moments = list(zip(steps, phases or [None] * len(steps), strict=True))
     if len(set(moments)) > 1:
-        return Place(step, None, None, split_into_groups([repr(each).encode() for each in moments]), 0, 0, [], {})
+        groups = split_into_groups([repr(each).encode() for each in moments])
+        return Place(step, None, None, groups, 0, 0, [], {}, moments=[_moment(*moments[ids[0]]) for ids in groups])
     digests = {name: [row[name].digest if name in row else b"" for row in stages] for name in STAGES}
     differing_stages = [name for name in STAGES if len(set(digests[name])) > 1]
     assert differing_stages, "the combined digests differ, so some stage does"
@@ -112,6 +115,10 @@ def first_difference(
         differing=differing,
         generators=_entries(stages, "rng")[2],
     )
+
+
+def _moment(step: int, phase: str | None) -> str:
+    return f"step {step}" if phase is None else f"the {phase} after step {step}"
 
 
 def _entries(stages: Sequence[Mapping[str, Stage]], stage: str) -> tuple[list[dict[str, bytes]], list[str], list[str]]:
@@ -212,7 +219,8 @@ def count_differing_entries(place: Place) -> Evidence:
 
 def _evidence(place: Place) -> list[Evidence]:
     if place.stage is None:
-        return [Evidence.of("steps-differ")]
+        some = [f"{moment} on replicas {ids}" for moment, ids in zip(place.moments, place.groups, strict=True)]
+        return [Evidence.of("steps-differ", some="; ".join(some), moments=place.moments)]
     evidence = [count_differing_entries(place), Evidence.of("differing-stages", stages=place.differing_stages)]
     if place.generators and place.stage not in ("rng", None) and place.step > 0:
         evidence.append(Evidence.of("generators-differ-too", generators=place.generators))

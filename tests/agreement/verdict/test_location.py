@@ -80,6 +80,10 @@ def test_first_difference_finds_different_steps() -> None:
     verdict = describe(place, None, 3)
     assert (verdict.cause, verdict.step, verdict.suspects) == ("structure-differs", 5, [1])
     assert "number of steps" in verdict.summary
+    assert (
+        verdict.evidence[0].text
+        == "replicas compare different steps: step 6 on replicas [0, 2]; step 5 on replicas [1]"
+    )
 
 
 @pytest.mark.parametrize(
