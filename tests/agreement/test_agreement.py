@@ -169,7 +169,7 @@ def test_step_costs_one_message_of_40_bytes(num_replicas: int) -> None:
 
 def test_every_0_sends_nothing_in_a_step() -> None:
     for build, *steps in run_replicas(_messages_per_step, 2, (1,), 0):
-        assert [kind for kind, _ in build] == ["all_reduce", "all_gather"]  # the settings
+        assert [kind for kind, _ in build] == ["allreduce", "allgather"]  # the settings
         assert steps == [[], []]
 
 

@@ -219,8 +219,8 @@ def count_differing_entries(place: Place) -> Evidence:
 
 def _evidence(place: Place) -> list[Evidence]:
     if place.stage is None:
-        some = [f"{moment} on replicas {ids}" for moment, ids in zip(place.moments, place.groups, strict=True)]
-        return [Evidence.of("steps-differ", some="; ".join(some), moments=place.moments)]
+        compared = [f"{moment} on replicas {ids}" for moment, ids in zip(place.moments, place.groups, strict=True)]
+        return [Evidence.of("steps-differ", some="; ".join(compared), moments=place.moments)]
     evidence = [count_differing_entries(place), Evidence.of("differing-stages", stages=place.differing_stages)]
     if place.generators and place.stage not in ("rng", None) and place.step > 0:
         evidence.append(Evidence.of("generators-differ-too", generators=place.generators))
