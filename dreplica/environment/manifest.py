@@ -125,7 +125,10 @@ def compare_manifests(
         manifests: The manifest of each replica.
         declared: The config's `overrides` by replica id, which allow differences in the fields that they decide.
     """
-    found = [replace(item, allowed=_is_allowed(item, declared)) for item in compare_values(manifests)]
+    # On a slow disk, git may list the changes in time on some replicas only.
+    unread = {"commit.dirty", "commit.diff"} if any(_is_unread(row) for row in manifests) else set()
+    different = [item for item in compare_values(manifests) if item.field not in unread]
+    found = [replace(item, allowed=_is_allowed(item, declared)) for item in different]
     named = {item.field.removeprefix("packages.") for item in found if item.field.startswith("packages.")}
     found = [item for item in found if item.field.removeprefix("distributions.") not in named]
     return _without_long_tail(found)
@@ -145,6 +148,11 @@ def gather_manifests(own: Mapping[str, Any], channel: Channel) -> list[dict[str,
         Collective: call on every rank.
     """
     return gather_alike(own, channel)
+
+
+def _is_unread(manifest: Mapping[str, Any]) -> bool:
+    commit = manifest.get("commit")
+    return isinstance(commit, Mapping) and commit.get("dirty") is None
 
 
 def _without_long_tail(found: Sequence[Difference]) -> list[Difference]:

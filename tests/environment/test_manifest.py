@@ -214,6 +214,13 @@ def test_difference_may_round_where_kernels_may_differ(field: str, may_round: bo
     assert Difference(field, ("a", "b"), allowed=True).may_round == may_round
 
 
+def test_unread_changes_are_no_difference(manifest: dict[str, Any]) -> None:
+    unread = changed(manifest, "commit", {"sha": "a" * 40, "dirty": None, "diff": None})
+    assert compare_manifests([manifest, unread], {}) == []
+    other = changed(unread, "commit.sha", "c" * 40)
+    assert [item.field for item in compare_manifests([manifest, other], {})] == ["commit.sha"]
+
+
 def test_package_is_not_listed_as_distribution_too(manifest: dict[str, Any]) -> None:
     other = changed(changed(manifest, "packages.numpy", "1.0"), "distributions.numpy", "1.0")
     (difference,) = compare_manifests([manifest, other], {})

@@ -24,6 +24,9 @@ _OWN_FOLDER = "RUN"
 """Replaces an argument of the script that names the folder into which the run was recorded."""
 NO_CONFIG = "there is no config.yaml"
 """Problem of a run folder without a config, as those of custom training loops are."""
+_CHANGES_UNKNOWN = ", changes unknown"
+_OF_HASH = 12
+"""Number of digits of a commit's hash that are shown and compared."""
 _EACH_VERSION_HAS_OTHERS = ("cpu.", "numerics.", "packages.", "variables.")
 """Sections in which a field that only one of two manifests has may be one that the other's dreplica did not record."""
 
@@ -161,6 +164,8 @@ def manifest_differences(
     for field in dict.fromkeys([*here, *there]):
         if field.partition(".")[0] not in recorded or here.get(field) == there.get(field):
             continue
+        if _may_be_same_commit(field, here.get(field), there.get(field)):
+            continue
         lists_all = both_list_variables and field.startswith("variables.")
         in_both = field in here and field in there
         if in_both or lists_all or not field.startswith(_EACH_VERSION_HAS_OTHERS):
@@ -192,6 +197,13 @@ def _difference(field: str, one: Any, other: Any) -> RunDifference:
         is_moved = one[1:] == other[1:] and _file_name(one) == _file_name(other)
         return RunDifference(field, *_differing_arguments(one, other), matters=matters and not is_moved)
     return RunDifference(field, one, other, matters)
+
+
+def _may_be_same_commit(field: str, one: Any, other: Any) -> bool:
+    """Return True if two commits have one hash, and git did not list the changes to one of them in time."""
+    if field != "commit" or not isinstance(one, str) or not isinstance(other, str):
+        return False
+    return one[:_OF_HASH] == other[:_OF_HASH] and (one + other).count(_CHANGES_UNKNOWN) > 0
 
 
 def _differing_arguments(one: Sequence[Any], other: Sequence[Any]) -> tuple[str, str]:
@@ -230,9 +242,10 @@ def _commit_text(manifest: Mapping[str, Any]) -> dict[str, str]:
     commit = manifest.get("commit")
     if not isinstance(commit, Mapping):
         return {}
-    diff = commit.get("diff")
-    changes = "" if commit.get("dirty") is False else f", with changes {str(diff)[:12] if diff else '(unknown)'}"
-    return {"commit": f"{str(commit.get('sha'))[:12]}{changes}"}
+    changes = _CHANGES_UNKNOWN
+    if commit.get("dirty") is not None:
+        changes = f", with changes {str(commit.get('diff') or '(not read)')[:12]}" if commit["dirty"] else ""
+    return {"commit": f"{str(commit.get('sha'))[:_OF_HASH]}{changes}"}
 
 
 def _leaves(value: Mapping[Any, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

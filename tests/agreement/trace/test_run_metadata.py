@@ -160,8 +160,13 @@ DIRTY = {"sha": "a" * 40, "dirty": True, "diff": "b" * 32}
         ),
         ({"commit": DIRTY}, 'commit: "aaaaaaaaaaaa" and "aaaaaaaaaaaa, with changes bbbbbbbbbbbb"', True),
         (
-            {"commit": {**DIRTY, "dirty": None, "diff": None}},
-            'commit: "aaaaaaaaaaaa" and "aaaaaaaaaaaa, with changes (unknown)"',
+            {"commit": {**DIRTY, "diff": None}},
+            'commit: "aaaaaaaaaaaa" and "aaaaaaaaaaaa, with changes (not read)"',
+            True,
+        ),
+        (
+            {"commit": {"sha": "c" * 40, "dirty": None, "diff": None}},
+            'commit: "aaaaaaaaaaaa" and "cccccccccccc, changes unknown"',
             True,
         ),
         ({"commit": None}, 'commit: "aaaaaaaaaaaa" and null', False),
@@ -193,6 +198,12 @@ def test_fields_of_one_version_are_not_compared() -> None:
     new = row(numerics={"threads": 1, "new": 1})
     assert manifest_differences([old], new) == manifest_differences(new, [old]) == []
     assert [item.field for item in manifest_differences([{**old, "host": "b"}], new)] == ["host"]
+
+
+def test_unread_changes_are_no_difference() -> None:
+    """On a slow disk, git may not list the changes in time."""
+    unread = row(commit={"sha": "a" * 40, "dirty": None, "diff": None})
+    assert manifest_differences(row(), unread) == manifest_differences(unread, row(commit=DIRTY)) == []
 
 
 def test_package_is_compared_once() -> None:
