@@ -93,6 +93,39 @@ def run_replicas(
     return results
 
 
+def run_scripts(body: Callable[..., Any], num_ranks: int, *args: Any, timeout: float = 120.0) -> list[Any]:
+    """Run `body(rank, *args)` on several processes without a process group, as scripts of a user.
+
+    Returns:
+        The result of each process by rank, as `run_replicas` returns it.
+    """
+    pipes, ends = zip(*(_CONTEXT.Pipe(duplex=False) for _ in range(num_ranks)), strict=True)
+    processes = [
+        _CONTEXT.Process(target=_enter_script, args=(theirs, body, rank, args)) for rank, theirs in enumerate(ends)
+    ]
+    for process in processes:
+        process.start()
+    for theirs in ends:
+        theirs.close()
+    results = [_receive(pipe, timeout) for pipe in pipes]
+    for process in processes:
+        process.join(5)
+        process.kill()
+    return results
+
+
+def _enter_script(pipe: Connection, body: Callable[..., Any], rank: int, args: Sequence[Any]) -> None:
+    import torch
+
+    torch.set_num_threads(1)
+    try:
+        pipe.send_bytes(pickle.dumps(body(rank, *args)))
+    except BaseException as error:
+        traceback.print_exc()
+        pipe.send_bytes(pickle.dumps(error))
+        os._exit(1)
+
+
 def _import_and_fork(imports: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
     for name in imports:
         importlib.import_module(name)

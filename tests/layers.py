@@ -26,7 +26,7 @@ STARTS_JOB = frozenset(
 )
 """Functions that start jobs of several replicas, by module and name."""
 
-STARTS_PROCESS = frozenset({("tests.harness", "run_replicas")})
+STARTS_PROCESS = frozenset({("tests.harness", "run_replicas"), ("tests.harness", "run_scripts")})
 PROCESS_MODULES = frozenset({"subprocess", "multiprocessing"})
 PROCESS_NAMES = frozenset({"fork", "Popen", "posix_spawn"})
 PROCESS_EVENTS = frozenset({"subprocess.Popen", "os.fork", "os.forkpty", "os.posix_spawn", "os.system"})

@@ -25,7 +25,8 @@ from dreplica.distributed.launch_environment import check_alone
 from dreplica.distributed.liveness import LivenessMonitor
 from dreplica.distributed.lost import Losses, Lost, ReplicaLost
 from dreplica.distributed.notes import Notes
-from dreplica.distributed.wait_notice import FIRST_NOTICE_SECONDS, MAX_NAMED
+from dreplica.distributed.rank_names import name_ranks
+from dreplica.distributed.wait_notice import FIRST_NOTICE_SECONDS
 from dreplica.errors import DreplicaError, UsageError
 
 log = logging.getLogger(__name__)
@@ -259,8 +260,8 @@ def _meet(base: dist.ProcessGroup, timeout: float, control: Control | None) -> t
         if seconds > FIRST_NOTICE_SECONDS * 2**notice + (0.5 if rank else 0.0):
             notice += 1
             if notes.count(f"waits/{number}/{notice}") == 1:
-                missing = ", ".join(map(str, _missing(base, notes, number)[:MAX_NAMED]))
-                log.warning("waiting for %.0f s until an Agreement is created by replicas %s", seconds, missing)
+                missing = name_ranks(_missing(base, notes, number), "replica")
+                log.warning("waiting for %.0f s until an Agreement is created by %s", seconds, missing)
         time.sleep(nap)
         nap = min(2 * nap, _MAX_NAP_SECONDS)
     return number, answer["new"]
@@ -268,9 +269,7 @@ def _meet(base: dist.ProcessGroup, timeout: float, control: Control | None) -> t
 
 def _absent(base: dist.ProcessGroup, notes: Notes, number: int, timeout: float) -> ReplicaLost:
     losses = Losses(tuple(Lost(rank, "absent") for rank in _missing(base, notes, number)))
-    noticed = f"no response for {timeout:g} s (timeout)"
-    text = f"{losses.describe()}\nnoticed by replica {dist.get_rank()}: {noticed}"
-    return ReplicaLost(text, code="timeout", lost=losses.lost, noticed=noticed, seconds=timeout)
+    return losses.error(dist.get_rank(), None, f"no response for {timeout:g} s (timeout)", "timeout", seconds=timeout)
 
 
 def _missing(base: dist.ProcessGroup, notes: Notes, number: int) -> list[int]:

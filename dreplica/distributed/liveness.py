@@ -191,12 +191,7 @@ class LivenessMonitor:
             code: The same, for programs.
             **fields: Further data.
         """
-        losses = self.losses or Losses()
-        where = "" if self.step is None else f" at step {self.step}"
-        lines = [losses.describe()] if losses.lost else []
-        lines.append(f"noticed by replica {self.replica_id}{where}: {noticed}")
-        fields |= {"noticed": noticed, "finished": dict(losses.finished)}
-        return ReplicaLost("\n".join(lines), code=code, lost=losses.lost, **fields)
+        return (self.losses or Losses()).error(self.replica_id, self.step, noticed, code, **fields)
 
     def close(self) -> None:
         """Stop the thread and close the connection to the store."""

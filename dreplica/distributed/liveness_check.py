@@ -34,7 +34,7 @@ class LivenessCheck:
         self._called, self._timed_out = called, timed_out
 
     def hold(self, holds_store: bool) -> Losses:
-        """Publish the lost replicas, or wait until another replica has.
+        """Write the lost replicas to the store, or wait until another replica has.
 
         Args:
             holds_store: Whether this process serves the store. It then waits until the others have read the result.

@@ -118,6 +118,22 @@ class Losses:
             lines += [f"stack of {name_ranks(ranks, 'replica')}, innermost last:", *(f"  {frame}" for frame in stack)]
         return "\n".join(lines)
 
+    def error(self, replica_id: int, step: int | None, noticed: str, code: str, **fields: Any) -> "ReplicaLost":
+        """Return the error that names the lost replicas.
+
+        Args:
+            replica_id: The replica that raises it.
+            step: The last step that this replica has taken.
+            noticed: How it noticed the loss, for people.
+            code: The same, for programs.
+            **fields: Further data.
+        """
+        where = "" if step is None else f" at step {step}"
+        lines = [self.describe()] if self.lost else []
+        lines.append(f"noticed by replica {replica_id}{where}: {noticed}")
+        fields |= {"noticed": noticed, "finished": dict(self.finished)}
+        return ReplicaLost("\n".join(lines), code=code, lost=self.lost, **fields)
+
     def as_dict(self) -> dict[str, Any]:
         """Return the result as a dictionary of JSON values."""
         finished = {str(replica_id): steps for replica_id, steps in self.finished.items()}

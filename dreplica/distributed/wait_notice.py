@@ -17,7 +17,7 @@ _FIRST_ASK_SECONDS = 2.0
 _ANSWER_SECONDS = 1.0
 _LATER_SECONDS = 0.5
 """Seconds by which the other replicas let rank 0 speak first."""
-MAX_NAMED = 4
+_MAX_NAMED = 4
 
 
 @dataclass(frozen=True)
@@ -89,9 +89,9 @@ class WaitNotice:
         if not awaited:
             return
         silent = silent_seconds(self._notes, called, [rank for rank in awaited if rank not in rows])
-        named = [_describe(rank, rows.get(rank), silent.get(rank, age), age) for rank in awaited[:MAX_NAMED]]
-        if len(awaited) > MAX_NAMED:
-            named.append(f"and {len(awaited) - MAX_NAMED} more")
+        named = [_describe(rank, rows.get(rank), silent.get(rank, age), age) for rank in awaited[:_MAX_NAMED]]
+        if len(awaited) > _MAX_NAMED:
+            named.append(f"and {len(awaited) - _MAX_NAMED} more")
         when = "" if step is None else f" at step {step}"
         log.warning("waiting for %s for %.0f s%s", ", ".join(named), seconds, when)
 

@@ -46,6 +46,17 @@ def fail() -> None:
     raise ValueError("bad batch")
 
 
+def fork_and_exit() -> None:
+    """Fork a process that ends as any other, and wait for it."""
+    child = os.fork()
+    if child == 0:
+        sys.exit(0)
+    began = time.monotonic()
+    status = os.waitpid(child, 0)[1]
+    assert status == 0
+    assert time.monotonic() - began < LIMIT / 2
+
+
 FAULTS: dict[str, Callable[[], Any]] = {
     "killed": lambda: os.kill(os.getpid(), signal.SIGKILL),
     "stopped": lambda: os.kill(os.getpid(), signal.SIGSTOP),
@@ -53,6 +64,7 @@ FAULTS: dict[str, Callable[[], Any]] = {
     "loops": load_forever,
     "exits": lambda: sys.exit(0),
     "vanishes": lambda: os._exit(0),
+    "forks": fork_and_exit,
 }
 
 

@@ -32,7 +32,7 @@ LATE_SECONDS = 10.0
 def rows(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[int, dict[str, Any]]]:
     """Return the exit code, the time of the end and the output of each rank of each job."""
     folder = tmp_path_factory.mktemp("lost")
-    jobs = [*JOBS, "uneven-1", "unfinished-0"]
+    jobs = [*JOBS, "uneven-1", "unfinished-0", "forks-1"]
     command = [sys.executable, "-m", "tests.library.lost_ranks", str(folder), *jobs]
     process = subprocess.run(
         command, capture_output=True, text=True, timeout=170, cwd=REPOSITORY, env=environment(), check=False
@@ -101,7 +101,7 @@ def test_rank_with_fewer_batches_is_named_with_its_steps(rows: dict[str, dict[in
     assert "stack of replicas 0, 2, innermost last:\n" in found["text"]
     for rank in (0, 2):
         output = rows["uneven-1"][rank]["output"]
-        assert f"a replica was lost:\n{first}" in output  # before the error of their own collective
+        assert f"a replica was lost:\n{first}" in output  # before the error of the user's collective
         assert rows["uneven-1"][rank]["code"] == 1
 
 
@@ -109,3 +109,10 @@ def test_healthy_script_without_finish_ends_silently(rows: dict[str, dict[int, d
     for row in rows["unfinished-0"].values():
         assert row["code"] == 0
         assert row["output"] == "trained\n"
+
+
+def test_forked_process_ends_without_disturbing_its_parent(rows: dict[str, dict[int, dict[str, Any]]]) -> None:
+    for row in rows["forks-1"].values():
+        assert row["code"] == 0
+        assert row["output"].endswith("trained\n")
+        assert "ReplicaLost" not in row["output"]
