@@ -157,7 +157,7 @@ def _in_step(ours: Iterator[Line], theirs: Iterator[Line], found: Comparison) ->
     """Yield the lines of steps that both have recorded, and count in `found` those that only one has."""
     here, there = next(ours, None), next(theirs, None)
     while here is not None and there is not None:
-        if here.order == there.order:
+        if here.key == there.key and here.coordinate == there.coordinate:
             yield here, there
             here, there = next(ours, None), next(theirs, None)
         elif here.order < there.order:

@@ -33,7 +33,7 @@ import re
 from binascii import a2b_base64, b2a_base64
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import cached_property, lru_cache, partial
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -46,6 +46,8 @@ from dreplica.state.fingerprint.stage import STAGES
 FORMAT = 2
 LONGEST_HEADER = 100_000
 """Bytes read at most for the header. A file that is not a trace may be one long line."""
+_LONGEST_LINE = 2**20
+"""Bytes read at once. A line of a trace is much shorter."""
 
 _DIVERGED, _EVALUATION, _NOT_DRAWN = 1, 2, (4, 8)
 _FLAGS = tuple(
@@ -191,14 +193,14 @@ def read_lines(file: BinaryIO, header: Header, path: Path) -> Iterator[tuple[byt
         UsageError: If a line is damaged.
     """
     before = header.seed
-    for number, raw in enumerate(file, start=2):
-        if not raw.endswith(b"\n"):
+    for number, raw in enumerate(iter(partial(file.readline, _LONGEST_LINE), b""), start=2):
+        if not raw.endswith(b"\n") and len(raw) < _LONGEST_LINE:
             yield None
             return
         try:
             line, before = _parse_1(raw, before) if header.format == 1 else _parse_2(raw, before, header.stages)
         except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
-            if _is_unwritten(raw) and all(map(_is_unwritten, file)):
+            if _is_unwritten(raw) and all(map(_is_unwritten, iter(partial(file.read, _LONGEST_LINE), b""))):
                 yield None
                 return
             raise damaged_line(path, number) from None

@@ -82,6 +82,9 @@ class TensorRecord:
         self._layouts: dict[Layout, int] = {}
         self._format, self._end = 0, 0
         if path.exists():
+            if not path.is_file():
+                text = f"{str(path)!r} is not a regular file. Move it away, or pass another folder."
+                raise UsageError(text, code="damaged-tensors", path=str(path))
             with path.open("rb", buffering=0) as file:
                 self._format = _format_of(file, path)
                 self._end = _LENGTH if self._format else 0
@@ -140,7 +143,7 @@ def find_stages(
     Raises:
         UsageError: If the file is damaged, or has digests of this step that belong to no line of the trace.
     """
-    if not path.exists():
+    if not path.is_file():
         return None
     others: list[dict[str, str]] = []
     with path.open("rb", buffering=0) as file:

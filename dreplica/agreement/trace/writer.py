@@ -164,6 +164,8 @@ class TraceWriter:
         Raises:
             UsageError: As the class does.
         """
+        if not path.is_file():
+            raise unusable(path, "is not a regular file", "Move it away, or pass another folder.")
         with path.open("rb") as file:
             raw = file.readline(LONGEST_HEADER)
             if not raw.endswith(b"\n") and len(raw) < LONGEST_HEADER:

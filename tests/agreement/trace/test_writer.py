@@ -1,6 +1,7 @@
 """The trace contains the digests of a run, and nothing that depends on time or place."""
 
 import json
+import os
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -11,7 +12,8 @@ import torch
 from dreplica.agreement.agreement import Agreement
 from dreplica.agreement.trace.line import GENERATORS
 from dreplica.agreement.trace.line_format import Header
-from dreplica.agreement.trace.reader import Trace
+from dreplica.agreement.trace.reader import TENSORS_NAME, TRACE_NAME, Trace
+from dreplica.agreement.trace.tensor_digests import TensorRecord
 from dreplica.agreement.trace.writer import TraceWriter
 from dreplica.errors import UsageError
 from dreplica.state.fingerprint.fingerprint import ALGORITHM
@@ -179,6 +181,35 @@ def test_writer_keeps_file_that_is_no_trace(content: str, tmp_path: Path) -> Non
     with pytest.raises(UsageError, match="does not begin with the header of a trace"):
         TraceWriter(path, 1)
     assert path.read_text() == content
+
+
+def test_writer_does_not_wait_for_a_pipe(tmp_path: Path) -> None:
+    for name in (TENSORS_NAME, TRACE_NAME):
+        os.mkfifo(tmp_path / name)
+        with pytest.raises(UsageError, match=rf"{name}' is not a regular file\."):
+            TraceWriter(tmp_path / TRACE_NAME, 1, tensors=TensorRecord(tmp_path / TENSORS_NAME))
+        os.unlink(tmp_path / name)
+        (tmp_path / name).mkdir()
+        with pytest.raises(UsageError, match=rf"{name}' is not a regular file\."):
+            TraceWriter(tmp_path / TRACE_NAME, 1, tensors=TensorRecord(tmp_path / TENSORS_NAME))
+        (tmp_path / name).rmdir()
+
+
+@pytest.mark.parametrize("length", [2**20 - 1, 2**20, 2**20 + 1, 3 * 2**20])
+def test_zeros_of_any_length_are_removed(length: int, tmp_path: Path) -> None:
+    path = tmp_path / "trace.jsonl"
+    record(path, range(1, 4))
+    whole = path.read_bytes()
+    path.write_bytes(whole + bytes(length))
+    trace = Trace(path)
+    trace.read_through()
+    assert (trace.is_cut_off, trace.last_key) == (True, (3, False))
+    record(path, range(3, 4), num_lines=3)
+    assert path.read_bytes() == whole
+    path.write_bytes(whole + bytes(length) + b"x" * 2**20 + b"\n")
+    for reads in (lambda: Trace(path).read_through(), lambda: TraceWriter(path, 1, 2)):
+        with pytest.raises(UsageError, match=r"is damaged at line 5\."):
+            reads()
 
 
 @pytest.mark.parametrize("content", [b"", b'{"format": 2, "algo', b"\0" * 4096])
