@@ -51,10 +51,11 @@ def test_early_signal_is_handled_later() -> None:
     assert in_child(stop_in_time) == ExitCode.STOPPED
 
 
-def test_wait_for_other_processes_ends_after_a_signal() -> None:
+def test_wait_for_other_processes_ends_after_a_signal(capfd: pytest.CaptureFixture[str]) -> None:
     begun = time.monotonic()
     assert in_child(wait_after_signal) == ExitCode.FAILED
     assert time.monotonic() - begun < 30
+    assert capfd.readouterr().err == "error: ended by SIGTERM while waiting for other replicas\n"
 
 
 def test_signals_are_blocked_before_slow_imports() -> None:

@@ -63,7 +63,8 @@ def rendezvous(endpoint: Endpoint, rank: int, size: int, timeout: float, serves:
     wait = Wait(timeout)
 
     def join() -> dist.Store:
-        store = open_store(endpoint, serves, wait)
+        # Apart for nodes: torchrun lets the ranks rendezvous in the store of its nodes.
+        store = dist.PrefixStore(f"{endpoint.unit}s", open_store(endpoint, serves, wait))
         return store_for_this_start(store, rank, size, wait, endpoint.unit, serves)
 
     try:
@@ -213,7 +214,8 @@ def _follow(store: dist.Store, rank: int, size: int, wait: Wait, unit: str) -> s
             wait.who = f"{unit} 0 (another process has joined as {unit} {rank}, in this start or an earlier one)"
         if wait.is_over:
             text = f"no answer from {unit} 0 within {wait.timeout:g} s (world.timeout): waited for {wait.who}"
-            reports = store.add("dreplica/reported", 1) == 1
+            restart = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+            reports = store.add(f"dreplica/reported/{joined}/{restart}", 1) == 1
             raise NotArrived(text, ranks=[0], reports=reports, seconds=wait.timeout)
         time.sleep(min(nap, max(wait.seconds_left, _FIRST_NAP)))
         nap = min(2 * nap, longest_nap)

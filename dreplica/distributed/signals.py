@@ -2,6 +2,7 @@
 
 import os
 import signal
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -58,9 +59,12 @@ def exit_after_signal(seconds: float) -> Iterator[None]:
     def watch() -> None:
         received_at: float | None = None
         while not left.wait(_POLL_SECONDS):
-            if received_at is None and signal.sigpending() & set(_SIGNALS):
+            pending = signal.sigpending() & set(_SIGNALS)
+            if received_at is None and pending:
                 received_at = time.monotonic()
             if received_at is not None and time.monotonic() - received_at > seconds:
+                names = ", ".join(sorted(signal.Signals(number).name for number in pending))
+                print(f"error: ended by {names} while waiting for other replicas", file=sys.stderr, flush=True)
                 os._exit(ExitCode.FAILED)
 
     thread = threading.Thread(target=watch, name="dreplica-exit-after-signal", daemon=True)
