@@ -85,7 +85,8 @@ def diagnose(
         `unexplained` if `found` cannot be reproduced or the observations do not explain it.
 
     Raises:
-        UsageError: If the model is wrapped in DistributedDataParallel.
+        UsageError: If an argument cannot be used, such as a model wrapped in DistributedDataParallel. It is raised on
+            all ranks, also if the arguments of one rank are wrong.
         ReplicaLost: If another replica ended, failed or stopped responding.
     """
     if channel is None:

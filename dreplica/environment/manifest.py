@@ -12,7 +12,7 @@ from dreplica.distributed.process_group import World
 from dreplica.environment.device import Device
 from dreplica.environment.distributions import runs_kernels
 from dreplica.environment.facts import collect_environment, describe_device
-from dreplica.environment.variables import STRICT, variable_may_round
+from dreplica.environment.variables import HARMLESS, STRICT, variable_may_round
 
 # Fields that may differ between replicas without an error. A difference is recorded as a possible cause.
 _MAY_DIFFER = {
@@ -125,9 +125,10 @@ def compare_manifests(
         manifests: The manifest of each replica.
         declared: The config's `overrides` by replica id, which allow differences in the fields that they decide.
     """
-    # On a slow disk, git may list the changes in time on some replicas only.
-    unread = {"commit.dirty", "commit.diff"} if any(_is_unread(row) for row in manifests) else set()
-    different = [item for item in compare_values(manifests) if item.field not in unread]
+    ignored = {f"variables.{name}" for name in HARMLESS}
+    if any(_is_unread(row) for row in manifests):  # on a slow disk, git may list the changes on some replicas only
+        ignored |= {"commit.dirty", "commit.diff"}
+    different = [item for item in compare_values(manifests) if item.field not in ignored]
     found = [replace(item, allowed=_is_allowed(item, declared)) for item in different]
     named = {item.field.removeprefix("packages.") for item in found if item.field.startswith("packages.")}
     found = [item for item in found if item.field.removeprefix("distributions.") not in named]

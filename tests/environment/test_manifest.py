@@ -214,6 +214,11 @@ def test_difference_may_round_where_kernels_may_differ(field: str, may_round: bo
     assert Difference(field, ("a", "b"), allowed=True).may_round == may_round
 
 
+def test_harmless_variables_are_no_difference(manifest: dict[str, Any]) -> None:
+    """Slurm gives each task its GPU in CUDA_VISIBLE_DEVICES."""
+    assert compare_manifests([manifest, changed(manifest, "variables.CUDA_VISIBLE_DEVICES", "1")], {}) == []
+
+
 def test_unread_changes_are_no_difference(manifest: dict[str, Any]) -> None:
     unread = changed(manifest, "commit", {"sha": "a" * 40, "dirty": None, "diff": None})
     assert compare_manifests([manifest, unread], {}) == []
