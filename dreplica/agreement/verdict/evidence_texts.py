@@ -23,9 +23,9 @@ EVIDENCE: Mapping[str, str] = {
     "generators-unseeded": "these generators differed before the first step already: {generators}",
     "generator-drawn-on-some": "{generator} was drawn from on replicas {drawn} and not on replicas {not_drawn}",
     "entry-order-differs": (
-        "{num_differing} of {num_entries} entries of {stage} differ: they are in different orders, or some replicas do "
-        "not have this stage"
+        "the same {num_entries} entries of {stage} are in different orders: the entry at position {position} is {some}"
     ),
+    "stage-missing": "some replicas do not have the stage {stage}",
     "differing-stages": "differing stages: {stages}",
     "entries-missing": "{count} entries exist on some replicas only: {some}",
     "no-majority": (

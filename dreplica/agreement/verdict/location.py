@@ -51,6 +51,9 @@ class Place:
     """The stage's entries that differ or that some replica lacks, in causal order."""
     generators: list[str] = field(default_factory=list)
     """Random number generators that differ, as named in the stage `rng`."""
+    first_moved: tuple[int, list[str]] | None = None
+    """Where replicas have the same entries in different orders: the first position, from 0, that holds different
+    entries, and its entry on each replica."""
     moments: list[str] = field(default_factory=list)
     """For each group, what it compared, in words, where replicas are at different steps."""
 
@@ -62,7 +65,7 @@ class Place:
     @property
     def is_order(self) -> bool:
         """True if replicas have the same entries with the same values, in different orders."""
-        return self.stage is not None and self.tensor is None and bool(self.num_entries)
+        return self.first_moved is not None
 
     @property
     def when(self) -> str:
@@ -114,7 +117,16 @@ def first_difference(
         stage_groups={name: split_into_groups(digests[name]) for name in STAGES if any(digests[name])},
         differing=differing,
         generators=_entries(stages, "rng")[2],
+        first_moved=None if differing else _first_moved(rows),
     )
+
+
+def _first_moved(rows: Sequence[Mapping[str, bytes]]) -> tuple[int, list[str]] | None:
+    """Return the first position at which replicas with the same entries have different ones, and those entries."""
+    for position, names in enumerate(zip(*rows, strict=True)):
+        if len(set(names)) > 1:
+            return position, list(names)
+    return None
 
 
 def _moment(step: int, phase: str | None) -> str:
@@ -205,9 +217,16 @@ def describe_algorithms(step: int, algorithms: Sequence[str]) -> Verdict:
 
 def count_differing_entries(place: Place) -> Evidence:
     """Return the evidence that counts the differing entries of the first differing stage."""
-    code = "entry-order-differs" if place.tensor is None else "entries-differ"
+    if place.first_moved is not None:
+        position, names = place.first_moved
+        groups = [[replica for replica, name in enumerate(names) if name == each] for each in dict.fromkeys(names)]
+        some = [f"{names[ids[0]]} on replicas {ids}" for ids in groups]
+        facts = {"num_entries": place.num_entries, "stage": place.stage, "position": position, "names": names}
+        return Evidence.of("entry-order-differs", some="; ".join(some), **facts)
+    if place.tensor is None:
+        return Evidence.of("stage-missing", stage=place.stage)
     return Evidence.of(
-        code,
+        "entries-differ",
         num_differing=place.num_differing,
         num_entries=place.num_entries,
         stage=place.stage,

@@ -67,11 +67,16 @@ def test_first_difference_finds_order_of_entries() -> None:
     place = place_of({"batch": stage(a="x", b="y")}, {"batch": stage(b="y", a="x")})
     assert (place.stage, place.tensor, place.num_differing, place.only_on) == ("batch", None, 0, {})
     assert place.is_structural
+    assert place.first_moved == (0, ["a", "b"])
+    text = describe(place, None, 2).evidence[0].text
+    assert text.startswith("the same 2 entries of batch are in different orders")
+    assert text.endswith("the entry at position 0 is a on replicas [0]; b on replicas [1]")
 
 
 def test_first_difference_finds_missing_empty_stage() -> None:
     place = place_of({"batch": stage()}, {})
     assert (place.stage, place.tensor, place.groups) == ("batch", None, [[0], [1]])
+    assert describe(place, None, 2).evidence[0].text == "some replicas do not have the stage batch"
 
 
 def test_first_difference_finds_different_steps() -> None:
