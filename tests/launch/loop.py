@@ -1,4 +1,4 @@
-"""A training loop as in the README, which initializes a process group only where it is told to."""
+"""A training loop as in the README, which initializes a process group only if INITIALIZE is set."""
 
 import os
 import sys
