@@ -80,15 +80,21 @@ def place_within_node(launcher: Launcher, values: Mapping[str, str], rank: int, 
     local_rank = read_integer(values, name, 0)
     assert local_rank is not None
     if name == "SLURM_LOCALID":
-        if _gpus_per_task(values):  # the task sees only its own GPU
-            return 0, 1
         return local_rank, max(local_rank + 1, _slurm_tasks_on_node(values))
     sizes = (read_integer(values, name, 1) for name in launcher.local_size if name in values)
     return local_rank, max(local_rank + 1, next(sizes, None) or 1)
 
 
-def _gpus_per_task(values: Mapping[str, str]) -> bool:
-    return "SLURM_GPUS_PER_TASK" in values or "gpu" in values.get("SLURM_TRES_PER_TASK", "")
+def sees_only_own_gpus(values: Mapping[str, str], num_gpus: int) -> bool:
+    """Return True if srun gave each task its own GPUs, and this process sees only those (`--gpus-per-task`).
+
+    Args:
+        values: The environment.
+        num_gpus: Number of GPUs that this process sees.
+    """
+    asked = f"gpu:{values.get('SLURM_GPUS_PER_TASK', '')},{values.get('SLURM_TRES_PER_TASK', '')}"
+    match = re.search(r"gpu[^,]*[:=](\d{1,6})(?:,|$)", asked)  # 1, a100:1, cpu=4,gres/gpu:1, gres/gpu:a100=1
+    return match is not None and int(match[1]) == num_gpus and "TORCHELASTIC_RUN_ID" not in values
 
 
 def _slurm_tasks_on_node(values: Mapping[str, str]) -> int:

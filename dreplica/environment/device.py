@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 
 from dreplica.config.schema import WorldConfig
+from dreplica.distributed.launcher_variables import sees_only_own_gpus
 from dreplica.errors import UsageError
 
 
@@ -28,6 +29,8 @@ def bind_device(config: WorldConfig) -> Device:
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     local_size = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     num_gpus = torch.cuda.device_count() if config.device != "cpu" else 0
+    if sees_only_own_gpus(os.environ, num_gpus):
+        local_size = 1  # no other process uses them
     if config.device == "cuda" and num_gpus < local_size:
         fix = f"Start at most {num_gpus} replicas on this node, or use" if num_gpus else "Use"
         raise UsageError(

@@ -74,7 +74,6 @@ def place(launch: Launch) -> tuple[str, int, int, int, int]:
         ({"WORLD_SIZE": "4"} | SRUN | ADDRESS, ("srun", 3, 4, 1, 2)),  # exported in the job script
         ({"RANK": "3", "WORLD_SIZE": "4"} | OPEN_MPI, ("environment", 3, 4, 1, 2)),  # set by a wrapper
         (TORCHRUN | SRUN, ("torchrun", 1, 2, 1, 2)),  # srun --ntasks-per-node=1 torchrun
-        (SRUN | {"SLURM_GPUS_PER_TASK": "1"}, ("srun", 3, 4, 0, 1)),
         (SRUN | {"SLURM_STEP_TASKS_PER_NODE": "1,3"}, ("srun", 3, 4, 1, 3)),
         (SRUN | {"SLURM_STEP_TASKS_PER_NODE": "?"}, ("srun", 3, 4, 1, 2)),
         ({"SLURM_PROCID": "1", "SLURM_NTASKS": "2", "SLURM_LOCALID": "1"}, ("srun", 1, 2, 1, 2)),

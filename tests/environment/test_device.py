@@ -37,3 +37,31 @@ def test_device_auto_shares_gpus(monkeypatch: pytest.MonkeyPatch, local_rank: in
     device = bind_device(WorldConfig(device="auto"))
     assert (device.device, device.shared) == (torch.device("cuda", index), True)
     assert bound == [torch.device("cuda", index)]
+
+
+@pytest.mark.parametrize(
+    ("variables", "num_gpus", "index", "shared"),
+    [
+        ({"SLURM_GPUS_PER_TASK": "1"}, 1, 0, False),
+        ({"SLURM_GPUS_PER_TASK": "a100:1"}, 1, 0, False),
+        ({"SLURM_TRES_PER_TASK": "cpu=4,gres/gpu:1"}, 1, 0, False),
+        ({"SLURM_TRES_PER_TASK": "gres/gpu=2"}, 1, 0, True),
+        ({"SLURM_GPUS_PER_TASK": "1"}, 2, 1, True),  # --gpu-bind=none: each task sees all of them
+        ({"SLURM_GPUS_PER_TASK": "1", "TORCHELASTIC_RUN_ID": "a"}, 1, 0, True),  # the GPU of torchrun, for all workers
+        ({"SLURM_TRES_PER_TASK": "cpu=1"}, 1, 0, True),
+        ({"SLURM_GPUS_PER_TASK": "many"}, 1, 0, True),
+        ({}, 1, 0, True),
+    ],
+)
+def test_device_is_not_shared_with_a_gpu_per_task(
+    variables: dict[str, str], num_gpus: int, index: int, shared: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """srun --gpus-per-task=1 lets each of the three tasks see its own GPU, with index 0."""
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: num_gpus)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda _: None)
+    for name, value in {"LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "3", **variables}.items():
+        monkeypatch.setenv(name, value)
+    device = bind_device(WorldConfig(device="auto"))
+    assert (device.device, device.shared) == (torch.device("cuda", index), shared)
+    if not shared:
+        assert bind_device(WorldConfig(device="cuda")) == device
