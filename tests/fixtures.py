@@ -20,14 +20,13 @@ SMALL = (
 def merged(*arguments: str) -> list[str]:
     """Return arguments of which a later one replaces an earlier one with the same key, or with a key of its section.
 
-    A `--replica.factory` also replaces `--model.factory` and `--optim.lr`, which the tests' functions do not read.
+    A `--replica.factory` also replaces `--model.factory` and `--optim.KEY`, which the tests' functions do not read.
     """
     given: dict[str, str] = {}
     for token in arguments:
         key = token.split("=", 1)[0]
-        replaced = ("--model.factory", "--optim.lr") if key == "--replica.factory" else ()
-        for other in [other for other in given if other in replaced or other.startswith(f"{key}.")]:
-            del given[other]
+        replaced = ("--model.factory", "--optim.") if key == "--replica.factory" else (f"{key}.",)
+        given = {other: value for other, value in given.items() if not other.startswith(replaced)}
         given[key] = token
     return list(given.values())
 

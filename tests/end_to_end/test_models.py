@@ -18,6 +18,7 @@ BASE = (
     "--train.epochs=1",
     "--schedule={}",
     "--optim.momentum=0.9",
+    "--optim.lr=0.05",
 )
 STEPS = 4
 """In an epoch."""
