@@ -67,6 +67,8 @@ def open_channel(group: dist.ProcessGroup | None = None, timeout: float = 300.0)
         if not _is_registered(other):
             old.release()
     control = _controls.get(base)
+    if control is not None and control.monitor.losses is not None:
+        control.release(keep_gloo=True)  # the replica that was lost may be there again
     if control is not None and control.gloo is None:
         control = None
     number, is_new = _meet(base, timeout, control)

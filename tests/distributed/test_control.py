@@ -185,6 +185,27 @@ def test_rank_that_opens_no_channel_is_named(tmp_path: Path) -> None:
         assert str(each).startswith("replica 2: did not create its Agreement, ")
 
 
+def recovers(rank: int, folder: Path) -> list[Any]:
+    """Wait for a rank that hangs for a while, and open another channel once it is there again."""
+    initialize(folder, "store", rank)
+    first, unused = open_channel(timeout=2), open_channel(timeout=2)
+    first.gather(None)
+    if rank == 1:
+        time.sleep(6)
+    with pytest.raises(ReplicaLost) as caught:
+        first.gather(None)
+    first.close()
+    second = open_channel(timeout=20)
+    gathered = second.gather(rank)
+    second.close()
+    unused.close()
+    return [[item.replica_id for item in caught.value.lost], gathered]
+
+
+def test_channel_can_be_opened_again_after_a_loss(tmp_path: Path) -> None:
+    assert run_scripts(recovers, 2, tmp_path) == [[[1], [0, 1]]] * 2
+
+
 def forks(rank: int, folder: Path) -> list[Any]:
     """Fork a child that ends as an interpreter does, while the process group is in use."""
     initialize(folder, "store", rank)

@@ -25,6 +25,8 @@ def replica_lost(lost: Sequence[Lost], step: int | None, noticed: BaseException)
             reason=item.reason,
             loss=item.code,
             step=item.step,
+            stack=list(item.stack),
+            silent=item.silent,
             failure=None if item.failure is None else item.failure.as_dict(),
         )
         for item in lost

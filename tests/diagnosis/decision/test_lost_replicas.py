@@ -14,3 +14,14 @@ def test_replica_lost_names_replica_and_step() -> None:
     assert data_of(unknown.evidence, "raised-error") == {"error": "KeyError: 'x'"}
     assert (unknown.step, unknown.suspects) == (None, [])
     assert "before the first step" in unknown.summary
+
+
+def test_replica_that_hangs_is_shown_with_its_stack() -> None:
+    stack = ("train.py:3 in <module>", "data.py:9 in load")
+    verdict = replica_lost(
+        [Lost(2, "hung", 4, stack=stack)], 4, ReplicaLost("long text", noticed="no response for 9 s")
+    )
+    evidence = data_of(verdict.evidence, "replica-lost")
+    assert (evidence["loss"], evidence["stack"], evidence["silent"]) == ("hung", list(stack), None)
+    assert "at data.py:9 in load" in verdict.summary
+    assert data_of(verdict.evidence, "loss-noticed") == {"error": "no response for 9 s"}
