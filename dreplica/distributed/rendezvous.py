@@ -102,7 +102,7 @@ def store_for_this_start(
         prefix = _lead(store, size, wait, unit, serves) if rank == 0 else _follow(store, rank, size, wait, unit)
     except dist.DistError as error:  # of the store: the process that serves it has ended
         line = str(error).partition("\n")[0]
-        text = f"{unit} 0 ended before all {size} {unit}s had arrived ({line}). See its output."
+        text = f"{unit} 0 has ended, while {unit} {rank} waited for {wait.who} ({line}). See its output."
         raise NotArrived(text, ranks=[0], reason=line) from error
     return dist.PrefixStore(prefix, store)
 

@@ -11,7 +11,7 @@ import torch.distributed as dist
 
 from dreplica.distributed import rendezvous as module
 from dreplica.distributed.rendezvous import rendezvous, store_for_this_start
-from dreplica.distributed.store import Endpoint, NotArrived
+from dreplica.distributed.store import Endpoint, NotArrived, open_store
 from dreplica.distributed.wait import Wait
 from dreplica.errors import SharedUsageError
 from tests.harness import free_port
@@ -84,6 +84,25 @@ def test_rendezvous_refuses_a_rank_given_twice(store: dist.TCPStore) -> None:
     assert {error.code for error in errors} == {"rank-taken"}
     assert str(errors[0]).startswith("two processes have rank 1: process ")
     assert str(errors[0]).endswith(" Set another RANK for each.")
+
+
+def test_rendezvous_says_that_a_rank_has_joined_before(store: dist.TCPStore) -> None:
+    take_part(store, [(0, 2), (1, 2)])
+    (error,) = take_part(store, [(1, 2)], timeout=0.3)
+    assert str(error).endswith("rank 0 (another process has joined as rank 1, in this start or an earlier one)")
+
+
+def test_rendezvous_ends_with_the_store() -> None:
+    """As where rank 0, which serves it, has ended."""
+    endpoint = Endpoint("localhost", free_port())
+    served: list[dist.Store] = [open_store(endpoint, True, Wait(20))]
+    with ThreadPoolExecutor(1) as pool:
+        one = pool.submit(rendezvous, endpoint, 1, 2, 20.0, serves=False)
+        time.sleep(0.5)
+        served.clear()
+        with pytest.raises(NotArrived, match=r"^rank 0 has ended, while rank 1 waited for rank 0 \(") as caught:
+            one.result()
+    assert caught.value.ranks == [0]
 
 
 @pytest.mark.parametrize("places", [[(0, 2), (1, 4)], [(0, 4), (3, 2)], [(0, 2), (7, 8)]])

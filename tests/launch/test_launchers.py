@@ -164,3 +164,21 @@ def wait_for_text(path: Path, text: str) -> None:
     while not path.exists() or text not in path.read_text():
         assert time.monotonic() < end, path.read_text()
         time.sleep(0.05)
+
+
+@pytest.mark.parametrize(
+    ("places", "text"),
+    [
+        ([("0", "3"), ("1", "3"), ("1", "3")], "error: two processes have rank 1: process "),
+        ([("0", "2"), ("1", "4")], "error: WORLD_SIZE is 2 on rank 0 and 4 on rank 1 (process "),
+    ],
+)
+def test_trainer_refuses_ranks_that_do_not_fit(places: list[tuple[str, str]], text: str, tmp_path: Path) -> None:
+    address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    launched = [{"RANK": rank, "WORLD_SIZE": size, **address} for rank, size in places]
+    job = run_workers([[*SMALL, "--world.timeout=3"]] * len(places), tmp_path, launched=launched)
+    named = errors(job.stderr)
+    assert job.exitcodes == dict.fromkeys(range(len(places)), 2), job.output
+    assert len(named) == 1
+    assert named[0].startswith(text)
+    assert not job.folder.exists()
