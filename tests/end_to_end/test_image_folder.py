@@ -35,6 +35,8 @@ JOB = (
     "--schedule={}",
     "--train.epochs=2",
 )
+WITHOUT_SPLIT = tuple(argument for argument in JOB if not argument.startswith("--data.val_fraction"))
+"""Arguments for data of a function, which does not read `data.val_fraction`."""
 AUGMENTED = ("--data.augment=resized_crop", "--data.sample_weights=balanced", "--seed.augment=7")
 
 
@@ -259,8 +261,7 @@ def shape(_config: DataConfig) -> Any:
 )
 def test_failing_user_data_set_gives_one_message(name: str, words: str, num_workers: int) -> None:
     job = run_job(
-        *JOB[2:],
-        JOB[0],
+        *WITHOUT_SPLIT,
         "--data.image_size=null",
         f"--data.name={__name__}:{name}",
         f"--data.num_workers={num_workers}",

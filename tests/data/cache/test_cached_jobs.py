@@ -25,7 +25,7 @@ from dreplica.report.record import terminal
 from dreplica.training.evaluate import Tally
 from dreplica.training.events import StepDone
 from tests.data.pictures import make_folder
-from tests.end_to_end.test_image_folder import AUGMENTED, alter, run
+from tests.end_to_end.test_image_folder import AUGMENTED, WITHOUT_SPLIT, alter, run
 from tests.harness import run_job
 from tests.messages import texts
 
@@ -113,7 +113,7 @@ def noise(_config: DataConfig) -> tuple[Noise, Noise, int]:
 @pytest.mark.parametrize("cache", ["none", "memory"])
 def test_draws_in_workers_diverge_with_a_cache_too(cache: str, tmp_path: Path) -> None:
     arguments = ("--data.name=tests.data.cache.test_cached_jobs:noise", f"--overrides.1.data.cache={cache}")
-    job = run(tmp_path, *arguments, "--overrides.1.data.num_workers=2")
+    job = run_job(*WITHOUT_SPLIT, *arguments, "--overrides.1.data.num_workers=2", root=tmp_path)
     verdict = job.report["verdict"]
     assert (verdict["cause"], verdict["step"], verdict["stage"]) == ("batch-differs", 1, "batch"), verdict
 
