@@ -43,7 +43,7 @@ _SERVICES = re.compile("hf|huggingface|wandb|github|gitlab|openai|anthropic|aws|
 _NO_SECRET_VALUE = re.compile(r"[-+]?\d{1,5}(\.\d*)?(e[-+]?\d+)?|true|false|none|null|yes|no|on|off|", re.IGNORECASE)
 
 _OPTION = re.compile(r"(?P<name>[-+~/]*[A-Za-z_][\w.\-/@]*)=(?P<value>.*)", re.DOTALL)
-_PAIR = re.compile(r"""(?P<quote>\\?["']?)(?P<name>[A-Za-z_][\w.\-]*)(?P=quote)\]?\s*[:=]\s*""")
+_PAIR = re.compile(r"""(?<![\w.\-])(?P<quote>\\?["']?)(?P<name>[A-Za-z_][\w.\-]*)(?P=quote)\]?\s*[:=]\s*""")
 _VALUE = re.compile(r"""\\"[^"\\]*\\"|"(?:[^"\\]|\\.)*"|'(?:[^'\\]|\\.)*'|[^\s,;&}\])"']+""")
 _REST = re.compile(r"""[^"'\n]*""")
 _URL_USER = re.compile(r"(?P<start>://)(?:[^\s/?#@:]*:(?!\d+[/?#])\S*|(?![a-z_\-]{1,16}@)[^\s/?#]*)@")
@@ -82,7 +82,7 @@ _OF_A_COMMIT = re.compile(
     r"(rev|revision|commit|sha1?|ref|hash|digest|checksum|checkpoint|version|tag|branch|git)\W*$", re.I
 )
 
-_LONGEST_READ = 20_000
+_LONGEST_READ = 4_000
 
 
 def mask_arguments(arguments: Sequence[str]) -> list[str]:
@@ -111,7 +111,7 @@ def mask_text(text: str, name: str = "") -> str:
     """Mask secrets in a text: JSON, URLs, `name=value`, headers, and tokens of a known form.
 
     Args:
-        text: The text, of which at most the first 20,000 characters are kept.
+        text: The text, of which at most the first 4,000 characters are kept.
         name: The name of the option or variable that the text is the value of.
     """
     text = text[:_LONGEST_READ]
