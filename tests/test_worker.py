@@ -68,6 +68,17 @@ def test_signals_are_blocked_before_slow_imports() -> None:
         assert process.stdout == "False\n", module
 
 
+def quiet() -> ExitCode:
+    return ExitCode.AGREED if os.environ["TORCH_CPP_LOG_LEVEL"] == "ERROR" else ExitCode.FAILED
+
+
+def test_process_silences_c10d_by_default(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("TORCH_CPP_LOG_LEVEL", raising=False)
+    assert in_child(quiet) == ExitCode.AGREED
+    monkeypatch.setenv("TORCH_CPP_LOG_LEVEL", "INFO")
+    assert in_child(quiet) == ExitCode.FAILED
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="huge pages are asked for as Linux has it")
 @pytest.mark.parametrize("package", ["bench", "burn_in", "flags"])
 def test_worker_aligns_large_tensors(package: str) -> None:

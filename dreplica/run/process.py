@@ -24,6 +24,9 @@ def run_process(work: Callable[[], ExitCode]) -> NoReturn:
     block_stop_signals()  # first: later imports take seconds, and a stopped group must stop together
     # Use huge pages: reading all state at each step is a quarter faster. torch reads this at its first allocation.
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
+    # Without c10d's warnings: it prints a C++ stack for each connection that another process closes, which is reported
+    # by name here. torch reads this when it is imported.
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     from torch.distributed.elastic.multiprocessing.errors import record
 
     try:
