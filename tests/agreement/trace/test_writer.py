@@ -161,7 +161,9 @@ def test_writer_removes_unwritten_tail(tail: bytes, num_lines: int, tmp_path: Pa
     assert (again.num_missing, again.not_reproduced, path.read_bytes()) == (0, None, whole)
 
 
-@pytest.mark.parametrize("tail", [b"\xff\n", b"3\n", b'{"step": 3}\n', b"[]\n", b"\0\n3", b"[" * 9999 + b"\n"])
+@pytest.mark.parametrize(
+    "tail", [b"\xff\n", b"3\n", b'{"step": 3}\n', b"[]\n", b"\0\n3", b"[" * 999 + b"\n"], ids=range(6)
+)
 def test_writer_refuses_damaged_line(tail: bytes, tmp_path: Path) -> None:
     path = tmp_path / "trace.jsonl"
     record(path, range(1, 4))
@@ -174,7 +176,7 @@ def test_writer_refuses_damaged_line(tail: bytes, tmp_path: Path) -> None:
     assert path.read_bytes() == damaged
 
 
-@pytest.mark.parametrize("content", ["no trace\n", "{}\n", "[1]\n", "\n", "x" * 200_000])
+@pytest.mark.parametrize("content", ["no trace\n", "{}\n", "[1]\n", "\n", "x" * 200_000], ids=range(5))
 def test_writer_keeps_file_that_is_no_trace(content: str, tmp_path: Path) -> None:
     path = tmp_path / "trace.jsonl"
     path.write_text(content)
@@ -212,7 +214,7 @@ def test_zeros_of_any_length_are_removed(length: int, tmp_path: Path) -> None:
             reads()
 
 
-@pytest.mark.parametrize("content", [b"", b'{"format": 2, "algo', b"\0" * 4096])
+@pytest.mark.parametrize("content", [b"", b'{"format": 2, "algo', b"\0" * 4096], ids=range(3))
 def test_writer_begins_again_after_cut_header(content: bytes, tmp_path: Path) -> None:
     path = tmp_path / "trace.jsonl"
     path.write_bytes(content)

@@ -139,7 +139,10 @@ def test_damaged_file_is_named_and_rest_is_shown(folder: Path, name: str) -> Non
     assert "10 steps compared" in text
 
 
-@pytest.mark.parametrize("content", ["{", "[]", '{"schema": 9}', '{"schema": "2"}', "\0\0", "[" * 99_999])
+UNUSABLE = {"cut": "{", "list": "[]", "newer": '{"schema": 9}', "text": '{"schema": "2"}', "nested": "[" * 99_999}
+
+
+@pytest.mark.parametrize("content", UNUSABLE.values(), ids=UNUSABLE)
 def test_report_command_refuses_unusable_report(content: str, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (folder / "report.json").write_text(content)
     (folder / "report.html").unlink(missing_ok=True)
