@@ -12,7 +12,14 @@ import torch
 from torch import Tensor
 
 from dreplica.agreement import protocol
-from dreplica.agreement.arguments import InternalArguments, check_algorithm, check_arguments, check_stages, path_of
+from dreplica.agreement.arguments import (
+    InternalArguments,
+    check_algorithm,
+    check_arguments,
+    check_epoch,
+    check_stages,
+    path_of,
+)
 from dreplica.agreement.exchange import Compared, Exchange
 from dreplica.agreement.generators import GeneratorUse
 from dreplica.agreement.hasher import Observation, negotiated_hasher
@@ -29,6 +36,7 @@ from dreplica.agreement.verdict.verdict import Divergence, Verdict
 from dreplica.distributed.control import open_channel
 from dreplica.distributed.lost import ReplicaLost
 from dreplica.environment.facts import collect_environment
+from dreplica.errors import SharedUsageError
 from dreplica.state.stages import STAGES, Entry, Optimizers, Stage, batch_entries, make_stage
 
 log = logging.getLogger(__name__)
@@ -124,7 +132,7 @@ class Agreement:
         steps_done: int = 0,
         **internal: Unpack[InternalArguments],
     ) -> None:
-        check_arguments(expect, on_divergence, lag, every, timeout, internal)
+        check_arguments(expect, on_divergence, lag, every, timeout, steps_done, internal)
         paths = path_of("record", record), path_of("reference", reference)
         self.steps_done = self._steps_before = steps_done
         self.steps_checked = self.stages_compared = 0
@@ -150,12 +158,20 @@ class Agreement:
         self._read_entries: Callable[[], Mapping[str, Iterable[Entry]]] = self._subject.state
         self._wants_stop = self._stop = False
         self._last_checked = -1
-        self._open(*paths, internal)
-        if every:
+        try:
+            self._begin(*paths, internal)
+        except BaseException as error:  # the caller gets no object to close
+            self._close(None if isinstance(error, Divergence | SharedUsageError) else error)
+            raise
+
+    def _begin(self, record: str | None, reference: str | None, internal: InternalArguments) -> None:
+        """Open the run folders, and compare the build."""
+        self._open(record, reference, internal)
+        if self._every:
             build = self._subject.state()
-            if not steps_done:
+            if not self.steps_done:
                 build.pop("optimizer", None)  # it has no state yet, and its settings are compared at step 1
-            self._check(steps_done, None, self._start(build), lag=0, recorded=not steps_done)
+            self._check(self.steps_done, None, self._start(build), lag=0, recorded=not self.steps_done)
 
     def _open(self, record: str | None, reference: str | None, internal: InternalArguments) -> None:
         """Agree with the other ranks on the settings, and open the run folders."""
@@ -217,7 +233,9 @@ class Agreement:
             Divergence: If replicas differ and `on_divergence` is "stop".
             ReplicaLost: If another replica ended or stopped responding.
             TypeError: If `batch` or `outputs` contains something that cannot be hashed.
+            UsageError: If `epoch` is not an integer.
         """
+        check_epoch(epoch)
         self.steps_done += 1
         self._channel.progress(self.steps_done)
         self._wants_stop = self._wants_stop or stop
@@ -252,6 +270,7 @@ class Agreement:
         Raises:
             Divergence, ReplicaLost: As `step` does.
         """
+        check_epoch(epoch)
         self.complete()
         if self._every:
             self._compare_state()
@@ -287,7 +306,7 @@ class Agreement:
         if self._every and taken and not self.steps_checked and self._compared <= _PASSED_TO_STEP:
             missing = ", ".join(stage for stage in STAGES if stage in self._compared)
             log.warning("nothing was compared in %d steps: step() was given none of %s", taken, missing)
-        coverage = self._coverage(self._folders.count_equal_steps())
+        coverage = self._coverage(self._folders.equal_to_reference())
         line = describe_result(coverage, taken, self.steps_checked, self.stages_seen, self._folders.record)
         verdict = self.divergence or Verdict(agreed=coverage.has_second_copy, cause="none", summary=line)
         digests = self.fingerprints() if self._folders.record else []
@@ -311,9 +330,12 @@ class Agreement:
 
     def _close(self, error: BaseException | None) -> None:
         """Release what this object holds, and report to the other ranks the error that only this one raises."""
-        self._folders.close()
-        if self._own_channel:
-            self._channel.close(error)
+        try:
+            if hasattr(self, "_folders"):  # otherwise the constructor has failed before
+                self._folders.close()
+        finally:
+            if self._own_channel:
+                self._channel.close(error)
 
     def complete(self) -> bool:
         """Complete the comparison in progress, if there is one.
@@ -374,11 +396,11 @@ class Agreement:
     def _conclude(self, verdict: Verdict) -> None:
         """Write the report of a run that does not finish, without communication."""
         reference = self._folders.reference
-        coverage = self._coverage(None if reference is None else reference.num_steps)
+        coverage = self._coverage(None if reference is None else (reference.num_steps, reference.stages))
         self._folders.conclude(verdict, coverage, self.steps_checked, None)
 
-    def _coverage(self, num_equal: int | None) -> Coverage:
-        return self._folders.coverage(self._every, self.steps_checked, self.stages_seen, self._compared, num_equal)
+    def _coverage(self, equal: tuple[int, Collection[str]] | None) -> Coverage:
+        return self._folders.coverage(self._every, self.steps_checked, self.stages_seen, self._compared, equal)
 
     def fingerprints(self) -> list[dict[str, str]]:
         """Gather digests of the weights, buffers and optimizer of every replica.

@@ -12,6 +12,11 @@ from dreplica.distributed.channel import Channel
 from dreplica.errors import UsageError
 from dreplica.state.fingerprint.stage import INDEPENDENT_STAGES, STAGES
 
+_LONGEST_SECONDS = 1e9
+"""Longest timeout, which the backends of `torch.distributed` still accept."""
+_LARGEST_COUNT = 2**39
+"""Largest step and epoch. The records have 40 bits for a step."""
+
 
 class InternalArguments(TypedDict, total=False):
     """Arguments of `Agreement` that only the trainer and the tests use."""
@@ -48,7 +53,13 @@ def invalid_argument(name: str, value: Any, text: str, code: str = "invalid-argu
 
 
 def check_arguments(
-    expect: Any, on_divergence: Any, lag: Any, every: Any, timeout: Any, internal: Mapping[str, Any]
+    expect: Any,
+    on_divergence: Any,
+    lag: Any,
+    every: Any,
+    timeout: Any,
+    steps_done: Any,
+    internal: Mapping[str, Any],
 ) -> None:
     """Check the arguments of `Agreement` that depend on nothing else.
 
@@ -58,6 +69,7 @@ def check_arguments(
         lag: As for `Agreement`.
         every: As for `Agreement`.
         timeout: As for `Agreement`.
+        steps_done: As for `Agreement`.
         internal: The further keyword arguments of `Agreement`.
 
     Raises:
@@ -69,10 +81,24 @@ def check_arguments(
     _check_choice("on_divergence", on_divergence, ("stop", "continue"))
     _check_choice("lag", lag, (0, 1))
     _check_every(every)
-    if not isinstance(timeout, int | float) or not timeout > 0:
-        text = f"timeout must be a number of seconds above 0, got {timeout!r}. Pass for example timeout=300."
+    if not isinstance(timeout, int | float) or not 0 < timeout <= _LONGEST_SECONDS:
+        text = f"timeout must be above 0 and at most 1e9 seconds, got {timeout!r}. Pass for example timeout=300."
         raise invalid_argument("timeout", timeout, text)
+    if not _is_count(steps_done):
+        text = f"steps_done must be a number of steps from 0, got {steps_done!r}. Pass it as an int, or omit it."
+        raise invalid_argument("steps_done", steps_done, text)
     _check_internal(internal, internal.get("trace"))
+
+
+def check_epoch(epoch: Any) -> None:
+    """Raise `UsageError` unless an epoch is None or an integer that a trace can hold."""
+    if epoch is not None and not _is_count(epoch):
+        text = f"epoch must be an int from 0 or None, got {epoch!r}. Pass for example epoch=int(epoch)."
+        raise invalid_argument("epoch", epoch, text)
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= _LARGEST_COUNT
 
 
 def _check_choice(name: str, value: Any, choices: Sequence[Any]) -> None:
@@ -147,6 +173,9 @@ def path_of(name: str, value: str | os.PathLike[str] | None) -> str | None:
         text = f"{name} must be the path of a run folder, got {value!r}. Pass for example {name}='runs/a'."
         raise invalid_argument(name, value, text)
     path = os.fspath(value)
+    if "\0" in path:
+        text = f"{name} must be the path of a run folder, got {path!r}, which has a null byte. Pass {name}='runs/a'."
+        raise invalid_argument(name, path, text)
     if not path:
         raise invalid_argument(name, path, f"{name} must be the path of a run folder, got ''. Pass {name}='runs/a'.")
     return path

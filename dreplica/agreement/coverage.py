@@ -53,9 +53,12 @@ def describe_coverage(
         stages = []
     elif every == 0:
         stages = [stage for stage in stages if stage in _PERMANENT_STAGES]
+    if num_ranks == 1 and reference is not None and reference.stages is not None and stages_seen is not None:
+        stages_seen = set(stages_seen) & set(reference.stages)
     if stages_seen is not None and (absent := [stage for stage in stages if stage not in stages_seen]):
         stages = [stage for stage in stages if stage in stages_seen]
-        text = f"not reached, or empty: {', '.join(absent)}"
+        where = "not reached, or empty" if num_ranks > 1 or reference is None else "not reached, empty, or not recorded"
+        text = f"{where}: {', '.join(absent)}"
         missing.append(NotCompared(code="not-seen", text=text))
     return Coverage(
         steps_compared=steps_compared if num_ranks > 1 else 0,

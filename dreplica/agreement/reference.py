@@ -54,6 +54,7 @@ class Reference:
         trace: The recorded trace, already read once from start to end.
         num_steps: Number of training steps that were compared and equal so far.
         num_compared: Number of checked steps and evaluations that were compared and equal so far.
+        stages: Stages that were compared and equal so far, except in the build.
         only_samples: True if only `indices` and `batch` were compared so far, and no state of any replica.
     """
 
@@ -81,6 +82,7 @@ class Reference:
         self.trace.read_through()
         self.num_compared = self.num_steps = 0
         self.only_samples = True
+        self.stages: set[str] = set()
         self._lines = (line for line in self.trace.lines() if line.coordinate == coordinate)
         self._line = next(self._lines, None)
         self._has_begun = False
@@ -113,9 +115,11 @@ class Reference:
                     del own["rng"]
                 if differing_stages:
                     return self._difference(line, stages, differing_stages, one_sided)
-                self.num_compared += bool(own.keys() & recorded.keys())
-                self.only_samples = self.only_samples and own.keys() & recorded.keys() <= set(INDEPENDENT_STAGES)
-                self.num_steps += step > 0 and not is_evaluation and bool(own.keys() & recorded.keys())
+                common = own.keys() & recorded.keys()
+                self.num_compared += bool(common)
+                self.only_samples = self.only_samples and common <= set(INDEPENDENT_STAGES)
+                self.num_steps += step > 0 and not is_evaluation and bool(common)
+                self.stages |= {name for name in common if step > 0 and stages[name].names}
                 self._has_begun = step > 0
         return None
 

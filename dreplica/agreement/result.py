@@ -1,6 +1,7 @@
 """The result of a comparison in one line, with what was compared."""
 
 import logging
+from collections.abc import Sequence
 
 from dreplica.agreement.trace.report_records import Coverage
 from dreplica.agreement.verdict.causes import CAUSES
@@ -25,6 +26,8 @@ def describe_result(
         recorded: Path of the run folder that was recorded, or None.
     """
     stages = ", ".join(stage for stage in STAGES if stage in stages_seen)
+    if coverage.has_second_copy and coverage.ranks == 1:
+        stages = ", ".join(coverage.stages)
     steps = _count(steps_checked, steps_taken)
     reference = coverage.reference
     nothing = ""
@@ -33,7 +36,7 @@ def describe_result(
     if coverage.has_second_copy and stages:
         sides = [f"{coverage.ranks} ranks"] if coverage.ranks > 1 else []
         if reference is not None and reference.steps:
-            sides.append(f"with {reference.run}")
+            sides.append(f"with {reference.run}{_fewer(reference.stages, stages)}")
             steps = _count(reference.steps, steps_taken)
         when = steps if steps_taken else "the build"
         end = f"; recorded in {recorded}" if recorded else ""
@@ -43,6 +46,12 @@ def describe_result(
     if coverage.ranks > 1 or coverage.every == 0 or reference is not None:
         return f"NOT COMPARED {steps}{nothing}"
     return f"NOT COMPARED {steps}: this process is alone. Pass record= to compare two runs, or start several processes"
+
+
+def _fewer(compared: Sequence[str] | None, stages: str) -> str:
+    """Return the stages compared with the reference in parentheses, if they are fewer than those in `stages`."""
+    listed = ", ".join(compared or ())
+    return f" ({listed})" if listed and listed != stages else ""
 
 
 def _count(steps: int, taken: int) -> str:

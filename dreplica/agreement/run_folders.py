@@ -16,6 +16,7 @@ from dreplica.agreement.verdict.verdict import Verdict
 from dreplica.distributed.channel import Channel
 from dreplica.distributed.together import together
 from dreplica.errors import UsageError
+from dreplica.state.fingerprint.stage import STAGES
 
 _MOST_DIFFERENCES = 8
 """Differences between the environments of two runs that are named as evidence."""
@@ -102,17 +103,22 @@ class RunFolders:
         """
         return [] if self._reference_path is None else self._channel.gather(self._environment)[0]
 
-    def count_equal_steps(self) -> int | None:
-        """Return the number of training steps that are equal to the reference, on all ranks, or None without one.
+    def equal_to_reference(self) -> tuple[int, Collection[str]] | None:
+        """Return how many training steps and which stages are equal to the reference, on all ranks. None without one.
 
         Note:
             Collective: call it on every rank.
         """
-        own = 0 if self.reference is None else self.reference.num_steps
+        own = None if self.reference is None else (self.reference.num_steps, sorted(self.reference.stages))
         return None if self._reference_path is None else self._channel.gather(own)[0]
 
     def coverage(
-        self, every: int, steps_checked: int, seen: Collection[str], planned: Collection[str], num_equal: int | None
+        self,
+        every: int,
+        steps_checked: int,
+        seen: Collection[str],
+        planned: Collection[str],
+        equal: tuple[int, Collection[str]] | None,
     ) -> Coverage:
         """Return what was compared.
 
@@ -121,11 +127,13 @@ class RunFolders:
             steps_checked: Number of steps that were hashed.
             seen: Stages that were hashed at least once.
             planned: Stages to compare.
-            num_equal: Number of training steps that are equal to the reference, or None without one.
+            equal: Number of training steps that are equal to the reference, and the stages. None without one.
         """
         reference = None
-        if num_equal is not None:
-            reference = ReferenceCoverage(run=str(self._reference_path), steps=num_equal)
+        if equal is not None:
+            steps, stages = equal
+            listed = [stage for stage in STAGES if stage in stages]
+            reference = ReferenceCoverage(run=str(self._reference_path), steps=steps, stages=listed)
         return describe_coverage(self._channel.size, self._expect, every, steps_checked, reference, seen, planned)
 
     def conclude(

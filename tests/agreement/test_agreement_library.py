@@ -1,6 +1,7 @@
 """`Agreement` in custom loops: other structures, lost replicas, all optimizers, no process group."""
 
 import os
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +20,7 @@ from dreplica.distributed.lost import ReplicaLost
 from dreplica.distributed.process_group import World
 from dreplica.state.stages import optimizer_stage
 from tests.agreement.bodies import seed_everything, tiny_model
+from tests.distributed.test_control import resources, returns_to
 from tests.harness import run_replicas
 from tests.trace_rows import read_rows
 
@@ -346,3 +348,42 @@ def test_no_torch_optimizer_gives_a_false_alarm() -> None:
     for name, (before, after) in one.items():
         assert two[name] == [before, after], name
         assert (after != before) == (name != "SGD"), name  # plain SGD keeps no state
+
+
+def fails_to_begin(world: World, folder: Path) -> list[Any]:
+    """Create an Agreement that fails on rank 1 only, on all ranks, and at the build; then one that works."""
+    outcomes: list[Any] = []
+    models: list[Callable[[], nn.Module]] = [
+        lambda: nn.Linear(2, 2, device="meta" if world.replica_id else "cpu"),
+        lambda: nn.Linear(2, 2, device="meta"),
+        lambda: _constant_model(world.replica_id),
+        lambda: _constant_model(0),
+    ]
+    for number, make in enumerate(models):
+        if number == 1:
+            before = resources()  # a gloo group with a lost rank stays until the process ends
+        started = time.monotonic()
+        torch.manual_seed(0)
+        try:
+            with Agreement(make(), record=folder / str(number), timeout=60) as agreement:
+                outcomes.append(agreement.finish().agreed)
+        except (TypeError, ReplicaLost, Divergence) as error:
+            outcomes.append(type(error).__name__)
+        assert time.monotonic() - started < 30
+        world.channel.gather(None)
+    return [*outcomes, returns_to(before)]
+
+
+def _constant_model(value: float) -> nn.Module:
+    model = nn.Linear(2, 2)
+    nn.init.constant_(model.weight, value)
+    nn.init.constant_(model.bias, value)
+    return model
+
+
+def test_failed_constructor_leaves_nothing_behind(tmp_path: Path) -> None:
+    rows = run_replicas(fails_to_begin, 2, tmp_path)
+    assert rows == [
+        ["ReplicaLost", "UnhashableError", "Divergence", True, True],
+        ["UnhashableError", "UnhashableError", "Divergence", True, True],
+    ]

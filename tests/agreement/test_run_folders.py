@@ -7,6 +7,7 @@ import pytest
 
 import dreplica
 from dreplica.agreement.trace.reader import Trace
+from dreplica.agreement.trace.run_report import RunReport
 from dreplica.distributed.process_group import World
 from dreplica.errors import SharedUsageError, UsageError
 from tests.agreement.own_loop import STEPS, record, train, train_on_rank
@@ -54,6 +55,25 @@ def test_reference_without_common_steps_is_not_agreement(tmp_path: Path) -> None
     assert not verdict.agreed
     assert verdict.summary.startswith("NOT COMPARED")
     assert f"{reference} has none of these steps and stages" in verdict.summary
+
+
+def test_only_recorded_stages_of_a_reference_agree(tmp_path: Path) -> None:
+    reference = record(tmp_path / "a", stages=("weights", "rng"))
+    with train(reference=reference, record=tmp_path / "b") as agreement:
+        line = f"AGREED with {reference}, {STEPS} steps: weights, rng; recorded in {tmp_path / 'b'}"
+        assert agreement.finish().summary == line
+    coverage = RunReport.read(tmp_path / "b").coverage
+    assert coverage is not None
+    assert coverage.stages == ["weights", "rng"]
+    assert coverage.reference is not None
+    assert coverage.reference.stages == ["weights", "rng"]
+
+
+def test_ranks_say_what_a_reference_has_recorded(tmp_path: Path) -> None:
+    reference = record(tmp_path / "a", stages=("weights",))
+    verdicts = run_replicas(train_on_rank, 2, None, {"reference": str(reference)})
+    line = f"AGREED 2 ranks and with {reference} (weights), {STEPS} steps: batch, buffers, output"
+    assert all(verdict.summary.startswith(line) for verdict in verdicts)
 
 
 def test_record_and_reference_must_differ(tmp_path: Path) -> None:

@@ -63,6 +63,8 @@ class ReferenceCoverage(Record):
     run: str
     steps: Count
     """Number of checked steps and evaluations compared with the recorded run."""
+    stages: list[str] | None = None
+    """Stages compared with the recorded run, in causal order. None if they are not known."""
 
 
 class Coverage(Record):
