@@ -40,7 +40,7 @@ A file given with `--config` replaces it, and keys that it does not set have the
 The command line takes precedence over the file, and `overrides` for single replicas take precedence over both.
 Keys marked * are the same on all replicas: `overrides` cannot change them.
 An unknown key or an invalid value ends the run with exit code 2 and one message, before anything is written.
-A setting that would be ignored beside another one, such as `model.name` beside `model.factory`, is an error too.
+A setting that would be ignored because of another one, such as `model.name` with `model.factory`, is an error too.
 Only settings that you have chosen count, on the command line or in your own file: those of packaged configs give way.
 """
 

@@ -1,8 +1,8 @@
-"""Settings that would be ignored beside another one, which are errors.
+"""Settings that would be ignored because of another one, which are errors.
 
-Only settings that a user has chosen count, on the command line or in a file of their own: a default, or a key of a
+Only settings that a user has chosen count, on the command line or in their own file: a default, or a key of a
 config that ships with dreplica, gives way. A value that asks for what happens anyway is not ignored, such as
-`snapshot_every: 0` beside `every: 0`.
+`snapshot_every: 0` with `every: 0`.
 
 Settings that a user's function may read (`replica.factory`, `data.name`) are checked when it has returned: see
 `dreplica.config.reads`. Settings that depend on the data are checked where the data are loaded.

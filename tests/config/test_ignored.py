@@ -1,4 +1,4 @@
-"""Settings that would be ignored beside another one are errors, field by field."""
+"""Settings that would be ignored with another one are errors, field by field."""
 
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ ALWAYS = {
     "seed.model": "also with model.init broadcast: dropout draws from it",
     "seed.data": "",
     "model.factory": "unless replica.factory does not read it",
-    "model.weights": "names of torchvision beside model.factory are an error of their own",
+    "model.weights": "names of torchvision with model.factory are a separate error",
     "model.num_classes": "replica.factory gets it as an argument",
     "model.init": "also with replica.factory",
     "model.channels_last": "also with replica.factory: of the inputs",
@@ -36,14 +36,14 @@ ALWAYS = {
     "data.num_workers": "",
     "data.val_fraction": "unless the data have a validation set, or a function does not read it",
     "data.split_seed": "unless the data have a validation set, or a function does not read it",
-    "data.sample_weights": "an error of its own where samples have no files",
-    "data.augment": "an error of its own where samples are no images",
-    "data.image_size": "an error of its own where samples are no images",
-    "data.decode": "an error of its own where samples are no images",
-    "data.cache": "an error of its own where samples are no images",
+    "data.sample_weights": "a separate error where samples have no files",
+    "data.augment": "a separate error where samples are no images",
+    "data.image_size": "a separate error where samples are no images",
+    "data.decode": "a separate error where samples are no images",
+    "data.cache": "a separate error where samples are no images",
     "data.on_error": "",
-    "train.epochs": "a limit beside train.max_steps, of which the first ends the run",
-    "train.max_steps": "a limit beside train.epochs, of which the first ends the run",
+    "train.epochs": "a limit with train.max_steps, of which the first ends the run",
+    "train.max_steps": "a limit with train.epochs, of which the first ends the run",
     "train.amp": "",
     "train.grad_clip": "",
     "determinism.mode": "",
@@ -62,7 +62,7 @@ ALWAYS = {
     "inject.repeat": "",
     "inject.seed": "",
 }
-"""Settings that have an effect beside any other of the config, and notes on them."""
+"""Settings that have an effect with any other of the config, and notes on them."""
 
 MODE_OFF = "determinism: {mode: off}"
 ON_CPU = "world: {device: cpu}"
@@ -109,7 +109,7 @@ IGNORED: dict[str, list[tuple[Any, str, str]]] = {
     ],
     "inject.step": [(8, f"{FAULT % 'weights'}\ntrain: {{max_steps: 7}}", "train.max_steps is 7")],
 }
-"""Settings, and each kind of setting beside which they have no effect: value, the rest of the config, the reason."""
+"""Settings, and each kind of setting with which they have no effect: value, the rest of the config, the reason."""
 
 ACCEPTED = {
     "name alone": "model: {name: resnet34}",
@@ -134,13 +134,13 @@ ACCEPTED = {
     "named module": "inject: [{replica: 1, step: 3, target: activation, tensor: '5'}]",
     "fault in the last step": "inject: [{replica: 1, step: 7, target: weights}]\ntrain: {max_steps: 7}",
     "step of a schedule": "schedule: {name: StepLR, step_size: 3, per: step}",
-    "an override beside the others' setting": "model: {name: resnet34}\noverrides: {1: {model: {factory: 'm:f'}}}",
+    "an override with the others' setting": "model: {name: resnet34}\noverrides: {1: {model: {factory: 'm:f'}}}",
     "nothing": "",
 }
 
 
-def with_value(key: str, value: Any, beside: str) -> dict[str, Any]:
-    values = yaml.safe_load(beside) or {}
+def with_value(key: str, value: Any, rest: str) -> dict[str, Any]:
+    values = yaml.safe_load(rest) or {}
     section, _, name = key.partition(".")
     rows = values.setdefault(section, {})
     (rows[0] if section == "inject" else rows)[name] = value
@@ -166,11 +166,11 @@ def test_every_field_is_in_one_of_the_tables() -> None:
 CASES = [(key, *row) for key, rows in IGNORED.items() for row in rows]
 
 
-@pytest.mark.parametrize(("key", "value", "beside", "reason"), CASES, ids=[f"{c[0]}={c[1]} {c[3]}" for c in CASES])
+@pytest.mark.parametrize(("key", "value", "rest", "reason"), CASES, ids=[f"{c[0]}={c[1]} {c[3]}" for c in CASES])
 def test_chosen_setting_without_effect_is_an_error(
-    key: str, value: Any, beside: str, reason: str, tmp_path: Path
+    key: str, value: Any, rest: str, reason: str, tmp_path: Path
 ) -> None:
-    error = refusal(tmp_path, as_yaml(with_value(key, value, beside)))
+    error = refusal(tmp_path, as_yaml(with_value(key, value, rest)))
     dotted = key.replace("inject.", "inject.0.")
     assert (error.code, error.fields["key"], error.fields["value"]) == (CODE, dotted, value)
     assert error.fields["reason"].startswith(reason)

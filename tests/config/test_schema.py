@@ -46,7 +46,7 @@ OVERRIDABLE = {
 }
 """Keys in which replicas may differ. The run reads them from `Prepared.own`."""
 
-BESIDE = {"schedule.per": {"schedule": {"name": "StepLR", "step_size": 1}}, "data.root": {"data": {"name": "CIFAR10"}}}
+NEEDED = {"schedule.per": {"schedule": {"name": "StepLR", "step_size": 1}}, "data.root": {"data": {"name": "CIFAR10"}}}
 """Settings without which a key has no effect."""
 
 
@@ -59,7 +59,7 @@ def test_each_key_is_shared_or_can_be_overridden(tmp_path: Path) -> None:
     assert {key for key, shared in keys.items() if not shared} == set(OVERRIDABLE)
     for key, value in OVERRIDABLE.items():
         section, _, name = key.partition(".")
-        text = yaml.safe_dump({"overrides": {1: {section: {name: value}}}, **BESIDE.get(key, {})})
+        text = yaml.safe_dump({"overrides": {1: {section: {name: value}}}, **NEEDED.get(key, {})})
         config = load(tmp_path, text)
         own = config.for_replica(1)
         assert getattr(getattr(own, section), name) == value != getattr(getattr(config, section), name)
