@@ -11,6 +11,8 @@ import re
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+import xxhash
+
 MASK = "***"
 
 _WORD = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+|[0-9]+")
@@ -82,7 +84,8 @@ _OF_A_COMMIT = re.compile(
     r"(rev|revision|commit|sha1?|ref|hash|digest|checksum|checkpoint|version|tag|branch|git)\W*$", re.I
 )
 
-_LONGEST_READ = 4_000
+_PIECE = 4_000
+"""Length of the pieces in which a long text is searched, which bounds the time."""
 
 
 def mask_arguments(arguments: Sequence[str]) -> list[str]:
@@ -111,10 +114,9 @@ def mask_text(text: str, name: str = "") -> str:
     """Mask secrets in a text: JSON, URLs, `name=value`, headers, and tokens of a known form.
 
     Args:
-        text: The text, of which at most the first 4,000 characters are kept.
+        text: The text.
         name: The name of the option or variable that the text is the value of.
     """
-    text = text[:_LONGEST_READ]
     if text.lstrip()[:1] in ("{", "["):
         try:
             tree = json.loads(text)
@@ -123,6 +125,15 @@ def mask_text(text: str, name: str = "") -> str:
             pass
         else:
             return text if masked == tree else json.dumps(masked)
+    first, *others = [_mask_piece(text[at : at + _PIECE], name) for at in range(0, len(text), _PIECE)] or [""]
+    if not others:
+        return first
+    # A secret that two pieces share is masked in neither, so the others are represented by their digest.
+    digest = xxhash.xxh3_128_hexdigest("\0".join(others).encode("utf-8", "backslashreplace"))
+    return f"{first}... (and {len(text) - _PIECE} more characters, digest {digest[:12]})"
+
+
+def _mask_piece(text: str, name: str) -> str:
     text = _URL_USER.sub(rf"\g<start>{MASK}@", text)
     text = _BEARER.sub(rf"\g<start>{MASK}", text)
     text = "".join(_mask_pairs(text))

@@ -57,7 +57,7 @@ def script_arguments() -> list[str]:
             rest = masked[len(kept) :]
             kept.append(f"... and {len(rest)} more (digest {_digest(chr(0).join(rest).encode())[:12]})")
             break
-        kept.append(argument if len(argument) <= _LONGEST_ARGUMENT else _shortened(argument))
+        kept.append(argument if len(argument) <= _LONGEST_ARGUMENT else _shortened(argument, len(given[len(kept)])))
     return kept
 
 
@@ -177,8 +177,8 @@ def _script_file() -> Path | None:
         return None
 
 
-def _shortened(argument: str) -> str:
-    return f"{argument[:_LONGEST_ARGUMENT]}... ({len(argument)} characters, digest {_digest(argument.encode())[:12]})"
+def _shortened(argument: str, length: int) -> str:
+    return f"{argument[:_LONGEST_ARGUMENT]}... ({length} characters, digest {_digest(argument.encode())[:12]})"
 
 
 def _digest(content: bytes) -> str:

@@ -77,7 +77,16 @@ def test_setting_is_kept(given: str) -> None:
 
 def test_deep_or_long_text_is_no_error() -> None:
     assert mask_text("[" * 100_000).startswith("[[[")
-    assert len(mask_text("x" * 100_000)) == 4_000
+    long = mask_text("x y=" * 25_000)
+    assert long.startswith("x y=" * 1000 + "... (and 96000 more characters, digest ")
+    assert len(long) < 4_100
+    assert long != mask_text("x y=" * 24_999 + "x z=")
+
+
+def test_secret_of_two_pieces_is_not_shown() -> None:
+    masked = mask_text(f"-----BEGIN RSA PRIVATE KEY-----{SECRET * 500}")
+    assert masked.startswith("***... (and ")
+    assert SECRET not in masked
     assert mask_text("{") == "{"
 
 
