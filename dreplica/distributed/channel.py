@@ -193,7 +193,6 @@ class Channel:
             raise UsageError("the process group of this channel was destroyed, or the channel is closed", code="closed")
         # The channel limits its waits itself, so gloo's timeout only has to be longer.
         args[-1].timeout = timedelta(seconds=2 * self.timeout + 60)
-        args[-1].asyncOp = True
         try:
             return getattr(self._group, collective)(*args)
         except RuntimeError as error:

@@ -157,10 +157,12 @@ class Control:
 
     def _end(self) -> None:
         """Report the end of this process to the others, and let nothing wait for them."""
-        if self.gloo is None:
-            return
         if self._pid != os.getpid():
-            _leak(self.gloo)  # its destructor would wait for threads that a forked process does not have
+            if self.gloo is not None:
+                _leak(self.gloo)  # its destructor would wait for threads that a forked process does not have
+            return
+        if self.gloo is None:
+            self.monitor.close()  # its thread may be in the middle of the release
             return
         is_over = self.monitor.losses is not None or all(channel.is_resting for channel in self.channels)
         if not is_over:

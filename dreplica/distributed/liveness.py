@@ -36,8 +36,6 @@ _POLL_SECONDS = 0.5
 _STORE_SECONDS = 10.0
 """Longest wait for the store. A request to a store whose process is suspended never returns."""
 _CLOSE_SECONDS = 5.0
-_REQUEST_SECONDS = 20.0
-"""Longest wait for the thread."""
 _KEPT_CALLS = 8
 
 Noticed = Literal["connection-lost", "timeout", "reported"]
@@ -153,7 +151,7 @@ class LivenessMonitor:
             return first
 
         try:
-            return self._thread.submit(report).result(_REQUEST_SECONDS)
+            return self._thread.submit(report).result(_STORE_SECONDS)
         except (TimeoutError, RuntimeError) as store_error:
             log.debug("cannot reach the rendezvous store: %s", store_error)
             return error is not None
