@@ -192,7 +192,9 @@ def test_rendezvous_reports_whom_it_waits_for(
 def test_rendezvous_survives_a_blocked_store(store: dist.TCPStore, monkeypatch: pytest.MonkeyPatch) -> None:
     """A request to a process that is suspended never returns."""
     monkeypatch.setattr("dreplica.distributed.wait._GRACE_SECONDS", 0.1)
-    monkeypatch.setattr(module, "store_for_this_start", lambda *_: threading.Event().wait(30))
+    free = threading.Event()
+    monkeypatch.setattr(module, "store_for_this_start", lambda *_: free.wait(30))
     with pytest.raises(NotArrived, match=r"^rank 0 at localhost:\d+ does not respond within 0\.3 s") as caught:
         rendezvous(Endpoint("localhost", store.port), 1, 2, 0.3, serves=False)
+    free.set()
     assert caught.value.ranks == [0]
