@@ -86,6 +86,8 @@ class Reference:
         self._lines = (line for line in self.trace.lines() if line.coordinate == coordinate)
         self._line = next(self._lines, None)
         self._has_begun = False
+        self._step = -1
+        self._evaluations = 0
 
     def compare(
         self, step: int, is_evaluation: bool, stages: Mapping[str, Stage], not_drawn: Collection[str] = ()
@@ -94,17 +96,19 @@ class Reference:
 
         Args:
             step: The training step.
-            is_evaluation: True for the evaluation that follows the step.
+            is_evaluation: True for an evaluation that follows the step. There may be several.
             stages: This run's digests.
             not_drawn: Of the generators "python" and "numpy", those that this run has not drawn from.
 
         Returns:
             The difference, or None if there is none or the reference has not recorded this step.
         """
-        key = step, is_evaluation
-        while self._line is not None and self._line.key <= key:
+        self._evaluations = self._evaluations + 1 if is_evaluation and step == self._step else int(is_evaluation)
+        self._step = step
+        position = step, self._evaluations
+        while self._line is not None and self._line.order[:2] <= position:
             line, self._line = self._line, next(self._lines, None)
-            if line.key == key:
+            if line.order[:2] == position:
                 recorded = self.trace.digests(line)
                 own = {name: stage.digest.hex() for name, stage in stages.items()}
                 differing_stages = find_differing_stages(own, recorded)

@@ -2,8 +2,10 @@
 
 import logging
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
 import dreplica
 from dreplica.agreement.trace.reader import Trace
@@ -74,6 +76,26 @@ def test_ranks_say_what_a_reference_has_recorded(tmp_path: Path) -> None:
     verdicts = run_replicas(train_on_rank, 2, None, {"reference": str(reference)})
     line = f"AGREED 2 ranks and with {reference} (weights), {STEPS} steps: batch, buffers, output"
     assert all(verdict.summary.startswith(line) for verdict in verdicts)
+
+
+@pytest.mark.parametrize("value", [1.0, 2.0])
+def test_several_evaluations_of_a_step_are_compared(value: float, tmp_path: Path) -> None:
+    _evaluate_twice(1.0, record=tmp_path / "a")
+    if value == 1.0:
+        assert _evaluate_twice(value, reference=tmp_path / "a").agreed
+        return
+    with pytest.raises(dreplica.Divergence, match="in the evaluation after step 1: predictions, val"):
+        _evaluate_twice(value, reference=tmp_path / "a")
+
+
+def _evaluate_twice(value: float, **arguments: Any) -> dreplica.Verdict:
+    torch.manual_seed(0)
+    with dreplica.Agreement(torch.nn.Linear(2, 2), **arguments) as agreement:
+        for _ in range(2):
+            agreement.step()
+            agreement.evaluation({"val": torch.full((2,), value)})
+            agreement.evaluation({"test": torch.zeros(2)})
+        return agreement.finish()
 
 
 def test_record_and_reference_must_differ(tmp_path: Path) -> None:

@@ -9,6 +9,9 @@ GENERATORS = tuple(GENERATOR_NAMES)
 Key = tuple[int, bool]
 """A training step, and True for the evaluation that follows it."""
 
+Order = tuple[int, int, tuple[int, ...]]
+"""A training step, the number of the evaluation that follows it or 0, and the coordinate."""
+
 
 class Line(NamedTuple):
     """The record of a checked step or evaluation."""
@@ -28,10 +31,14 @@ class Line(NamedTuple):
     coordinate: tuple[int, ...] | None = None
     """The coordinate of the shard, one integer for each of the trace's axes. None if ranks do not hold shards."""
 
+    number: int = 1
+    """The number of the evaluation among those that follow the step, from 1."""
+
     @property
-    def order(self) -> tuple[int, bool, tuple[int, ...]]:
-        """The position among the lines of a run: step, evaluation, coordinate."""
-        return *self.key, self.coordinate or ()
+    def order(self) -> Order:
+        """The position among the lines of a run."""
+        step, is_evaluation = self.key
+        return step, self.number if is_evaluation else 0, self.coordinate or ()
 
     def by_stage(self) -> dict[str, bytes]:
         """Return stage name to its digest of 16 bytes."""

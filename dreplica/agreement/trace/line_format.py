@@ -10,8 +10,9 @@ Each further line is a row, a JSON array without spaces:
     [step,epoch,flags,stages,[coordinate],"digests and check"]
 
 - `epoch` counts from 1, or is null.
-- `flags` is a sum: 1 if the replicas diverged, 2 for the evaluation that follows the step, 4 if nothing was drawn from
-  Python's generator since the run began, 8 if nothing was drawn from NumPy's.
+- `flags` is a sum: 1 if the replicas diverged, 2 for an evaluation that follows the step, 4 if nothing was drawn from
+  Python's generator since the run began, 8 if nothing was drawn from NumPy's, 16 for each earlier
+  evaluation of the same step.
 - `stages` is a sum of 2^i, where i is the position of the stage in the header.
 - `coordinate` is present where ranks hold different state by design (shards): one integer for each of the header's
   `axes`. Such a step has a row for each distinct coordinate.
@@ -50,17 +51,18 @@ _LONGEST_LINE = 2**20
 """Bytes read at once. A line of a trace is much shorter."""
 
 _DIVERGED, _EVALUATION, _NOT_DRAWN = 1, 2, (4, 8)
+_NEXT_EVALUATION = 16
 _FLAGS = tuple(
     (
         bool(flags & _EVALUATION),
         not flags & _DIVERGED,
         tuple(name for bit, name in zip(_NOT_DRAWN, GENERATORS, strict=True) if flags & bit),
     )
-    for flags in range(16)
+    for flags in range(_NEXT_EVALUATION)
 )
 """What each sum of flags means: evaluation, agreed, and the generators that were not drawn from."""
 _ROW = re.compile(
-    rb'\[(\d{1,18}),(\d{1,18}|null),(\d\d?),(\d{1,9})(?:,\[(-?\d{1,18}(?:,-?\d{1,18})*)\])?,"([A-Za-z0-9+/]*)'
+    rb'\[(\d{1,18}),(\d{1,18}|null),(\d{1,9}),(\d{1,9})(?:,\[(-?\d{1,18}(?:,-?\d{1,18})*)\])?,"([A-Za-z0-9+/]*)'
 )
 """A row up to its check digest."""
 _HEADER_CHECK = b',"check":"'
@@ -145,13 +147,14 @@ def encode_content(header: Header, line: Line) -> bytes:
 
     Args:
         header: The header of the trace.
-        line: The line. Format 1 has neither `not_drawn` nor a coordinate.
+        line: The line. Format 1 has neither `not_drawn` nor a coordinate, and one evaluation for each step.
     """
     step, is_evaluation = line.key
     if header.format == 1:
         digests = {name: digest.hex() for name, digest in line.by_stage().items()}
         return json.dumps({"step": step, "epoch": line.epoch, "agreed": line.agreed, "digests": digests}).encode()
     flags = _DIVERGED * (not line.agreed) + _EVALUATION * is_evaluation
+    flags += _NEXT_EVALUATION * (line.number - 1)
     flags += sum(bit for bit, name in zip(_NOT_DRAWN, GENERATORS, strict=True) if name in line.not_drawn)
     by_stage = line.by_stage()
     mask = sum(1 << i for i, name in enumerate(header.stages) if name in by_stage)
@@ -252,7 +255,8 @@ def _parse_2(raw: bytes, before: bytes, names: tuple[str, ...]) -> tuple[Line, b
     if found is None:
         raise ValueError("not a row")
     step, epoch, flags, mask, coordinate, text = found.groups()
-    is_evaluation, agreed, not_drawn = _FLAGS[int(flags)]
+    more_evaluations, rest = divmod(int(flags), _NEXT_EVALUATION)
+    is_evaluation, agreed, not_drawn = _FLAGS[rest]
     line = Line(
         (int(step), is_evaluation),
         None if epoch == b"null" else int(epoch),
@@ -261,6 +265,7 @@ def _parse_2(raw: bytes, before: bytes, names: tuple[str, ...]) -> tuple[Line, b
         a2b_base64(text + b"=="),
         not_drawn,
         None if coordinate is None else tuple(map(int, coordinate.split(b","))),
+        more_evaluations + 1,
     )
     if len(line.digests) != 16 * len(line.stages):
         raise ValueError("another number of digests than of stages")

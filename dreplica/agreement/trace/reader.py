@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
 
-from dreplica.agreement.trace.line import GENERATORS, Key, Line
+from dreplica.agreement.trace.line import GENERATORS, Key, Line, Order
 from dreplica.agreement.trace.line_format import LONGEST_HEADER, parse_header, read_lines, unusable
 from dreplica.agreement.trace.tensor_digests import find_stages
 from dreplica.state.fingerprint.stage import Stage
@@ -15,8 +15,6 @@ from dreplica.state.fingerprint.stage import Stage
 TRACE_NAME, TENSORS_NAME = "trace.jsonl", "tensors.bin"
 
 _PASS_RUN = "Pass the folder of a run, or its trace."
-
-_Order = tuple[int, bool, tuple[int, ...]]
 
 
 class Trace:
@@ -51,7 +49,7 @@ class Trace:
         self.last_key: Key = (-1, False)
         self.is_cut_off = False
         self.diverged_at: int | None = None
-        self._again: list[tuple[int, _Order]] = []
+        self._again: list[tuple[int, Order]] = []
         if self.path.exists() and not self.path.is_file():
             raise unusable(self.path, "is not a regular file", "Copy it to one first, because it is read twice.")
         try:
@@ -75,22 +73,23 @@ class Trace:
         Raises:
             UsageError: If a line is damaged.
         """
-        last: _Order = (-1, False, ())
+        last: Order = (-1, 0, ())
         newest: Key = (-1, False)
+        last_key = newest
         diverged_at: int | None = None
-        again: list[tuple[int, _Order]] = []
+        again: list[tuple[int, Order]] = []
         for number, line in enumerate(self._parsed()):
             order = line.order
             if order <= last:
                 again.append((number, order))
-                newest = max(newest, last[:2])
-            last = order
+                newest = max(newest, last_key)
+            last, last_key = order, line.key
             if self._again and any(at > number and first <= order for at, first in self._again):
                 continue
             if not line.agreed and diverged_at is None:
                 diverged_at = line.key[0]
             yield line
-        self.last_key, self.diverged_at, self._again = max(newest, last[:2]), diverged_at, again
+        self.last_key, self.diverged_at, self._again = max(newest, last_key), diverged_at, again
 
     def read_through(self) -> None:
         """Read all lines, to set the attributes that are known only then."""

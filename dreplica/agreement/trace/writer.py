@@ -4,7 +4,7 @@ Nothing in it depends on time or place, so two runs that computed the same have 
 """
 
 import os
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -68,6 +68,8 @@ class TraceWriter:
         self.not_reproduced: tuple[int, str] | None = None
         self.not_drawn: tuple[str, ...] = GENERATORS
         self._axes = tuple(axes)
+        self._evaluated_step = -1
+        self._evaluations: Counter[tuple[int, ...] | None] = Counter()
         self._header = Header(algorithm, str(torch.__version__), num_replicas, axes=self._axes)
         self._last_check = self._header.seed
         self._resumed = num_lines > 0
@@ -107,11 +109,15 @@ class TraceWriter:
             epoch: The epoch, from 1, or None.
             agreed: True if all replicas agreed.
             stages: This replica's digests.
-            is_evaluation: True for the evaluation that follows the step.
+            is_evaluation: True for an evaluation that follows the step. There may be several.
             coordinate: The coordinate of the shard, an integer for each of the axes, or None. A step with several
                 coordinates is recorded once for each of them, in ascending order.
             not_drawn: Of the generators "python" and "numpy", those that were not drawn from since the run began.
         """
+        if not is_evaluation or step != self._evaluated_step:
+            self._evaluated_step = step
+            self._evaluations.clear()
+        self._evaluations[coordinate] += is_evaluation
         is_new = self._write(
             Line(
                 (step, is_evaluation),
@@ -121,6 +127,7 @@ class TraceWriter:
                 b"".join(stage.digest for stage in stages.values()),
                 tuple(name for name in GENERATORS if name in not_drawn),
                 coordinate or None,
+                max(self._evaluations[coordinate], 1),
             )
         )
         if self._tensors is not None and (is_new or step >= self._tensors.last_step):

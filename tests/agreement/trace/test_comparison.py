@@ -4,6 +4,7 @@ import json
 import tracemalloc
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -11,7 +12,9 @@ from dreplica.agreement.trace import writer
 from dreplica.agreement.trace.comparison import Comparison, compare_traces
 from dreplica.agreement.trace.line_format import Header
 from dreplica.agreement.trace.reader import TRACE_NAME, Trace
+from dreplica.agreement.trace.writer import TraceWriter
 from dreplica.errors import UsageError
+from dreplica.state.fingerprint.stage import Stage
 from tests.agreement.recording import record
 
 
@@ -68,6 +71,29 @@ def test_evaluation_comes_after_its_step(tmp_path: Path) -> None:
     place = compare(one, other).place
     assert place is not None
     assert (place.step, place.stage, place.phase) == (3, "predictions", "evaluation")
+
+
+@pytest.mark.parametrize("coordinates", [(None,), ((0,), (1,))])
+def test_several_evaluations_of_a_step_are_compared(coordinates: tuple[Any, ...], tmp_path: Path) -> None:
+    for name, values in (("a", (1, 2, 3)), ("b", (1, 2, 3)), ("c", (5, 2, 3)), ("d", (1, 2, 5)), ("e", (1, 2))):
+        with TraceWriter(tmp_path / name, 2, axes=() if coordinates == (None,) else ("tp",)) as trace:
+            for step in range(3):
+                for is_evaluation, value in ((False, 0), *((True, value) for value in values)):
+                    for coordinate in coordinates:
+                        stages = {"predictions" if is_evaluation else "weights": Stage(("x",), bytes([value]) * 16)}
+                        trace.step(step, None, True, stages, is_evaluation=is_evaluation, coordinate=coordinate)
+    traces = {name: Trace(tmp_path / name) for name in "abcde"}
+    found = compare_traces(traces["a"], traces["b"])
+    assert (found.place, found.num_steps, found.num_alone) == (None, 2, [0, 0])
+    assert found.num_same["predictions"] == 9 * len(coordinates)
+    for name in "cd":
+        found = compare_traces(traces["a"], traces[name])
+        assert found.place is not None
+        assert (found.place.step, found.place.phase) == (0, "evaluation")
+    found = compare_traces(traces["a"], traces["e"])
+    assert (found.place, found.num_steps) == (None, 2)
+    assert traces["a"].first_repeated is None
+    assert traces["a"].last_key == (2, True)
 
 
 @pytest.mark.usefixtures("each_format")

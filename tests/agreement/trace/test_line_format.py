@@ -3,6 +3,7 @@
 import itertools
 import json
 import re
+from collections import Counter
 from functools import partial
 from pathlib import Path
 
@@ -32,14 +33,16 @@ def test_lines_hold_what_was_written(
     path = tmp_path / TRACE_NAME
     axes = ("tp", "pp")[: len(coordinate or ())]
     rows = itertools.product([0, 1, 10**12], [False, True], [None, 1, 10**9], [True, False], [STAGES, STAGES[3:4], ()])
-    expected = []
+    expected, evaluations = [], Counter[int]()
     with TraceWriter(path, 2, axes=axes) as trace:
         for step, is_evaluation, epoch, agreed, names in rows:
+            evaluations[step] += is_evaluation
             stages = {name: Stage(("x",), f"{name}{step}".encode()) for name in names}
             keywords = {"is_evaluation": is_evaluation, "coordinate": coordinate, "not_drawn": not_drawn}
             trace.step(step, epoch, agreed, stages, **keywords)
             digests = b"".join(stage.digest for stage in stages.values())
-            expected.append(Line((step, is_evaluation), epoch, agreed, tuple(names), digests, not_drawn, coordinate))
+            key, number = (step, is_evaluation), max(evaluations[step], 1)
+            expected.append(Line(key, epoch, agreed, tuple(names), digests, not_drawn, coordinate, number))
     assert Trace(path).axes == axes
     assert lines_of(path) == expected
 
