@@ -51,7 +51,8 @@ _REST = re.compile(r"""[^"'\n]*""")
 _URL_USER = re.compile(r"(?P<start>://)(?:[^\s/?#@:]*:(?!\d+[/?#])\S*|(?![a-z_\-]{1,16}@)[^\s/?#]*)@")
 _BEARER = re.compile(r"\b(?P<start>bearer\s+)[\w\-.=+/~]{8,}", re.IGNORECASE)
 _FORMS = re.compile(
-    r"-----BEGIN [A-Z ]*PRIVATE KEY-----.*|hooks\.slack\.com/services/\S+|(?<![A-Za-z0-9])(?:"
+    r"-----BEGIN [A-Z ]*PRIVATE KEY-----.*|hooks\.slack\.com/services/\S+"
+    r"|discord(?:app)?\.com/api/webhooks/\S+|(?<![A-Za-z0-9])(?:"
     + "|".join(
         (
             r"hf_[A-Za-z0-9]{16,}",
@@ -71,6 +72,7 @@ _FORMS = re.compile(
             r"local-[0-9a-f]{40}",
             r"nvapi-[\w\-]{16,}",
             r"(?:r8|gsk|pat|dop_v1)_[A-Za-z0-9]{30,}",
+            r"\d{8,10}:AA[\w\-]{33}",
             r"SG\.[\w\-]{16,}\.[\w\-]{16,}",
         )
     )
@@ -102,7 +104,10 @@ def mask_arguments(arguments: Sequence[str]) -> list[str]:
     for argument in arguments:
         if name and not _is_option(argument):
             masked.append(_mask_value(name, argument))
-            name = name if is_plural else ""
+            if not names_secret(name, argument) and _is_path_of_secret(argument):
+                name, is_plural = argument, False  # --set model.api_token X
+            else:
+                name = name if is_plural else ""
             continue
         name = argument.lstrip("-+") if _is_name(argument) else ""
         is_plural = name.lower().endswith("s")
@@ -180,6 +185,11 @@ def _is_name(argument: str) -> bool:
     if re.fullmatch(r"--?[A-Za-z][\w.\-/]*", argument):
         return True
     return re.fullmatch(r"\w[\w.]*", argument) is not None and names_secret(argument)
+
+
+def _is_path_of_secret(argument: str) -> bool:
+    """Return True for the value of an option that is itself the name of a secret, with several words."""
+    return re.fullmatch(r"\w+[._]\w[\w.]*", argument) is not None and names_secret(argument)
 
 
 def _mask_argument(argument: str) -> str:

@@ -51,6 +51,10 @@ HEX = "0123456789abcdef0123456789abcdef01234567"
         ("--x AKIAIOSFODNN7EXAMPLE", "--x ***"),
         ("--x eyJhbGciOiJIUzI1.eyJzdWIiOiIxMjM0.SflKxwRJ", "--x ***"),
         ("--x https://hooks.slack.com/services/T0/B0/abc", "--x https://***"),
+        (f"--x https://discord.com/api/webhooks/12/{SECRET}", "--x https://***"),
+        (f"--x 123456789:AA{'x' * 33}", "--x ***"),
+        (f"--set model.api_token {SECRET} --lr 1", "--set model.api_token *** --lr 1"),
+        (f"--opts wandb_api_key {SECRET} lr 1", "--opts wandb_api_key *** lr 1"),
         ("'-----BEGIN RSA PRIVATE KEY-----\nabc'", "'***'"),
     ],
 )

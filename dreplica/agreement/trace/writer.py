@@ -3,6 +3,7 @@
 Nothing in it depends on time or place, so two runs that computed the same have the same trace, line for line.
 """
 
+import contextlib
 import os
 from collections import Counter, deque
 from collections.abc import Collection, Mapping, Sequence
@@ -67,6 +68,7 @@ class TraceWriter:
         self.num_lines, self.num_missing = num_lines, 0
         self.not_reproduced: tuple[int, str] | None = None
         self.not_drawn: tuple[str, ...] = GENERATORS
+        self._path, self._has_failed = path, False
         self._axes = tuple(axes)
         self._evaluated_step = -1
         self._evaluations: Counter[tuple[int, ...] | None] = Counter()
@@ -113,32 +115,41 @@ class TraceWriter:
             coordinate: The coordinate of the shard, an integer for each of the axes, or None. A step with several
                 coordinates is recorded once for each of them, in ascending order.
             not_drawn: Of the generators "python" and "numpy", those that were not drawn from since the run began.
+
+        Raises:
+            OSError: If the step cannot be written.
         """
         if not is_evaluation or step != self._evaluated_step:
             self._evaluated_step = step
             self._evaluations.clear()
         self._evaluations[coordinate] += is_evaluation
-        is_new = self._write(
-            Line(
-                (step, is_evaluation),
-                epoch,
-                agreed,
-                tuple(stages),
-                b"".join(stage.digest for stage in stages.values()),
-                tuple(name for name in GENERATORS if name in not_drawn),
-                coordinate or None,
-                max(self._evaluations[coordinate], 1),
-            )
+        line = Line(
+            (step, is_evaluation),
+            epoch,
+            agreed,
+            tuple(stages),
+            b"".join(stage.digest for stage in stages.values()),
+            tuple(name for name in GENERATORS if name in not_drawn),
+            coordinate or None,
+            max(self._evaluations[coordinate], 1),
         )
-        if self._tensors is not None and (is_new or step >= self._tensors.last_step):
-            self._tensors.step(step, stages)
+        try:
+            is_new = self._write(line)
+            if self._tensors is not None and (is_new or step >= self._tensors.last_step):
+                self._tensors.step(step, stages)
+        except OSError as error:  # such as a full disk. The error of a write does not name the file
+            self._has_failed = True
+            raise OSError(error.errno, f"cannot record step {step}: {error.strerror}", str(self._path)) from None
 
     def close(self) -> None:
         """Close the file and that of the tensors."""
-        if self._file is not None:
-            self._file.close()
-        if self._tensors is not None:
-            self._tensors.close()
+        # After a failed write, closing tries it again. The error was raised before.
+        with contextlib.suppress(*[OSError] * self._has_failed):
+            if self._file is not None:
+                self._file.close()
+        with contextlib.suppress(*[OSError] * self._has_failed):
+            if self._tensors is not None:
+                self._tensors.close()
 
     def __enter__(self) -> "TraceWriter":
         return self

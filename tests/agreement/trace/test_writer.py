@@ -1,10 +1,12 @@
 """The trace contains the digests of a run, and nothing that depends on time or place."""
 
+import errno
 import json
 import os
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -19,6 +21,7 @@ from dreplica.errors import UsageError
 from dreplica.state.fingerprint.fingerprint import ALGORITHM
 from dreplica.state.stages import STAGES, Stage, tensors_stage
 from tests.agreement.bodies import Job, train_all
+from tests.agreement.recording import stages_of
 from tests.harness import run_replicas
 
 JOBS = {"now": Job(), "again": Job(), "later": Job(lag=1), "seed 1": Job(seed=1)}
@@ -335,3 +338,16 @@ def test_run_killed_at_any_byte_is_completed(tmp_path: Path) -> None:
         num_lines = whole[:length].count(b"\n") // 2  # the checkpoint is older than the newest line
         record(path, range(max(num_lines - 1, 0), 4), num_lines=num_lines)
         assert path.read_bytes() == whole, length
+
+
+@pytest.mark.parametrize("which", ["trace", "tensors"])
+def test_full_disk_is_one_error_with_the_path(which: str, tmp_path: Path) -> None:
+    tensors = TensorRecord(tmp_path / TENSORS_NAME)
+    trace = TraceWriter(tmp_path / TRACE_NAME, 1, tensors=tensors)
+    owner: Any = trace if which == "trace" else tensors
+    owner._file.close()
+    owner._file = Path("/dev/full").open("wb")  # noqa: SIM115  (the writer closes it)
+    with pytest.raises(OSError, match="cannot record step 3: No space left") as caught, trace:
+        trace.step(3, None, True, stages_of(3))
+    assert (caught.value.errno, caught.value.filename) == (errno.ENOSPC, str(tmp_path / TRACE_NAME))
+    assert caught.value.__suppress_context__
