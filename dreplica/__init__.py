@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from dreplica.agreement.trace.reader import Trace
     from dreplica.agreement.verdict.verdict import Divergence, Verdict
     from dreplica.diagnosis.diagnose_step import diagnose
-    from dreplica.distributed.lost import ReplicaLost
+    from dreplica.distributed.liveness.lost import ReplicaLost
     from dreplica.errors import DreplicaError
     from dreplica.replica.wiring import WiringError, check_wiring
     from dreplica.state.fingerprint.fingerprint import fingerprint
@@ -42,7 +42,7 @@ _MODULES = {
     "Divergence": "dreplica.agreement.verdict.verdict",
     "DreplicaError": "dreplica.errors",
     "Replica": "dreplica.state.replica",
-    "ReplicaLost": "dreplica.distributed.lost",
+    "ReplicaLost": "dreplica.distributed.liveness.lost",
     "Trace": "dreplica.agreement.trace.reader",
     "Verdict": "dreplica.agreement.verdict.verdict",
     "WiringError": "dreplica.replica.wiring",

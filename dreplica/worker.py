@@ -26,7 +26,7 @@ def _train() -> ExitCode:
 def _print_help(argv: list[str]) -> ExitCode:
     """Print the help text, on rank 0 only."""
     from dreplica.config.help import format_help, help_topic
-    from dreplica.distributed.launch_environment import detect_launch
+    from dreplica.distributed.launch.environment import detect_launch
 
     is_first = True
     try:

@@ -34,7 +34,7 @@ from dreplica.agreement.trace.writer import TraceWriter
 from dreplica.agreement.values import read_values
 from dreplica.agreement.verdict.verdict import Divergence, Verdict
 from dreplica.distributed.control import open_channel
-from dreplica.distributed.lost import ReplicaLost
+from dreplica.distributed.liveness.lost import ReplicaLost
 from dreplica.environment.facts import collect_environment
 from dreplica.errors import SharedUsageError
 from dreplica.state.stages import STAGES, Entry, Optimizers, Stage, batch_entries, make_stage

@@ -7,7 +7,7 @@ from dreplica.agreement.trace.report_records import Coverage
 from dreplica.agreement.verdict.causes import CAUSES
 from dreplica.agreement.verdict.evidence import Evidence
 from dreplica.agreement.verdict.verdict import Verdict
-from dreplica.distributed.lost import ReplicaLost
+from dreplica.distributed.liveness.lost import ReplicaLost
 from dreplica.state.fingerprint.stage import STAGES
 
 _PACKAGE = "dreplica"

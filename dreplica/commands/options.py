@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn, TypeAlias
 
 from dreplica.config.messages import COMMAND_LINE, closest, config_error, empty_config, invalid_value
-from dreplica.distributed.launch_environment import MAX_PORT, detect_launch, is_port
+from dreplica.distributed.launch.environment import MAX_PORT, detect_launch, is_port
 from dreplica.errors import UsageError
 
 if TYPE_CHECKING:

@@ -15,8 +15,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.distributed_c10d import AllgatherOptions
 
-from dreplica.distributed.liveness import LivenessMonitor
-from dreplica.distributed.lost import ReplicaLost
+from dreplica.distributed.liveness.lost import ReplicaLost
+from dreplica.distributed.liveness.monitor import LivenessMonitor
 from dreplica.errors import UsageError
 
 Group: TypeAlias = dist.ProcessGroup | dist.ProcessGroupGloo

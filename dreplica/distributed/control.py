@@ -21,12 +21,12 @@ import torch.distributed as dist
 from torch.distributed import distributed_c10d
 
 from dreplica.distributed.channel import Channel
-from dreplica.distributed.launch_environment import check_alone
-from dreplica.distributed.liveness import LivenessMonitor
-from dreplica.distributed.lost import Losses, Lost, ReplicaLost
-from dreplica.distributed.notes import Notes
+from dreplica.distributed.launch.environment import check_alone
+from dreplica.distributed.liveness.lost import Losses, Lost, ReplicaLost
+from dreplica.distributed.liveness.monitor import LivenessMonitor
+from dreplica.distributed.liveness.notes import Notes
+from dreplica.distributed.liveness.wait_notice import FIRST_NOTICE_SECONDS
 from dreplica.distributed.rank_names import name_ranks
-from dreplica.distributed.wait_notice import FIRST_NOTICE_SECONDS
 from dreplica.errors import DreplicaError, UsageError
 
 log = logging.getLogger(__name__)

@@ -11,14 +11,14 @@ from typing import TypeVar
 import torch.distributed as dist
 
 from dreplica.distributed.channel import Channel
-from dreplica.distributed.launch_environment import Launch, detect_launch
-from dreplica.distributed.liveness import LivenessMonitor, find_lost_replicas
-from dreplica.distributed.lost import Lost, ReplicaLost, is_reporter
-from dreplica.distributed.rendezvous import rendezvous
+from dreplica.distributed.launch.environment import Launch, detect_launch
+from dreplica.distributed.liveness.lost import Lost, ReplicaLost, is_reporter
+from dreplica.distributed.liveness.monitor import LivenessMonitor, find_lost_replicas
+from dreplica.distributed.rendezvous.rendezvous import rendezvous
+from dreplica.distributed.rendezvous.store import Endpoint, NotArrived
+from dreplica.distributed.rendezvous.wait import Wait, WaitTimeout
 from dreplica.distributed.signals import exit_after_signal
-from dreplica.distributed.store import Endpoint, NotArrived
 from dreplica.distributed.together import together
-from dreplica.distributed.wait import Wait, WaitTimeout
 from dreplica.errors import SharedUsageError
 
 T = TypeVar("T")

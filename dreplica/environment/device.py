@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 
 from dreplica.config.schema import WorldConfig
-from dreplica.distributed.launcher_variables import sees_only_own_gpus
+from dreplica.distributed.launch.launcher_variables import sees_only_own_gpus
 from dreplica.errors import UsageError
 
 

@@ -10,11 +10,11 @@ from typing import NoReturn
 
 from dreplica.config.load import load_config, world_timeout
 from dreplica.config.schema import RunConfig
+from dreplica.distributed.launch.environment import detect_launch
 from dreplica.distributed.launch.error_record import write_error
-from dreplica.distributed.launch_environment import detect_launch
-from dreplica.distributed.liveness import find_lost_replicas
+from dreplica.distributed.liveness.lost import ReplicaLost, exit_code_of, is_reporter
+from dreplica.distributed.liveness.monitor import find_lost_replicas
 from dreplica.distributed.log_setup import set_up_logging
-from dreplica.distributed.lost import ReplicaLost, exit_code_of, is_reporter
 from dreplica.distributed.process_group import World, env_num_replicas, env_rank, open_world
 from dreplica.distributed.signals import StopRequest, stop_signals
 from dreplica.environment.determinism import apply_determinism, set_environment

@@ -20,8 +20,8 @@ from dreplica.agreement.verdict.verdict import Divergence, Verdict
 from dreplica.diagnosis.decision import conclude as diagnosis
 from dreplica.diagnosis.decision.learning_check import LearningWatch
 from dreplica.diagnosis.measurement.replica_distance import measure_distance
-from dreplica.distributed.liveness import find_lost_replicas
-from dreplica.distributed.lost import Lost, ReplicaLost, exit_code_of
+from dreplica.distributed.liveness.lost import Lost, ReplicaLost, exit_code_of
+from dreplica.distributed.liveness.monitor import find_lost_replicas
 from dreplica.distributed.process_group import World
 from dreplica.distributed.signals import StopRequest
 from dreplica.errors import ExitCode, UsageError

@@ -16,7 +16,7 @@ from dreplica.agreement.agreement import Agreement
 from dreplica.agreement.protocol import fold
 from dreplica.agreement.trace.writer import TraceWriter
 from dreplica.agreement.verdict.verdict import Divergence, Verdict
-from dreplica.distributed.lost import ReplicaLost
+from dreplica.distributed.liveness.lost import ReplicaLost
 from dreplica.distributed.process_group import World
 from dreplica.state.stages import optimizer_stage
 from tests.agreement.bodies import seed_everything, tiny_model

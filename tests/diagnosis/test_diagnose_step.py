@@ -19,7 +19,7 @@ from dreplica.agreement.verdict.verdict import Verdict
 from dreplica.commands.cases.samples.operators import racy_sum
 from dreplica.diagnosis.decision.code_remedies import as_code
 from dreplica.distributed.channel import Channel
-from dreplica.distributed.lost import ReplicaLost
+from dreplica.distributed.liveness.lost import ReplicaLost
 from dreplica.distributed.process_group import World
 from dreplica.state.rng import get_rng_state, seed_generators, set_rng_state
 from dreplica.state.stages import optimizer_stage

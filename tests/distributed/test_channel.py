@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 import torch
 
-from dreplica.distributed import liveness_check
 from dreplica.distributed.channel import Channel
 from dreplica.distributed.failure import Failure
-from dreplica.distributed.liveness import find_lost_replicas
-from dreplica.distributed.lost import Lost, ReplicaLost
+from dreplica.distributed.liveness import check as liveness_check
+from dreplica.distributed.liveness.lost import Lost, ReplicaLost
+from dreplica.distributed.liveness.monitor import find_lost_replicas
 from dreplica.distributed.process_group import World
 from tests.harness import run_replicas
 

@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 
 from dreplica.distributed.control import open_channel
-from dreplica.distributed.lost import Lost, ReplicaLost
+from dreplica.distributed.liveness.lost import Lost, ReplicaLost
 from dreplica.distributed.process_group import World
 from dreplica.errors import UsageError
 from tests.harness import run_replicas, run_scripts

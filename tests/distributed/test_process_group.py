@@ -6,8 +6,8 @@ import pytest
 import torch.distributed as dist
 
 from dreplica.distributed.failure import Failure
-from dreplica.distributed.liveness import find_lost_replicas
-from dreplica.distributed.lost import Lost, ReplicaLost
+from dreplica.distributed.liveness.lost import Lost, ReplicaLost
+from dreplica.distributed.liveness.monitor import find_lost_replicas
 from dreplica.distributed.process_group import World, env_num_replicas, env_rank, open_world
 from dreplica.errors import SharedUsageError, UsageError
 from tests.harness import run_replicas

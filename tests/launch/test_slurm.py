@@ -95,7 +95,7 @@ def test_time_limit_saves_a_checkpoint_and_requeues(limited: SlurmJob, uninterru
 
 _DETECT = """
 import os
-from dreplica.distributed.launch_environment import detect_launch
+from dreplica.distributed.launch.environment import detect_launch
 launch = detect_launch(os.environ)
 print(launch.launcher or "alone", launch.rank, launch.size, launch.local_rank, launch.local_size, flush=True)
 """

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from dreplica.agreement.verdict.verdict import Verdict
-from dreplica.distributed.lost import Lost
+from dreplica.distributed.liveness.lost import Lost
 from dreplica.environment.hardware import ask_nvidia_smi
 
 HARDWARE = ("transient-fault", "persistent-fault")

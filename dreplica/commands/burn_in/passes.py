@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dreplica.agreement.verdict.verdict import Verdict
 from dreplica.commands.burn_in.cards import PassDone
 from dreplica.diagnosis.decision.lost_replicas import replica_lost
-from dreplica.distributed.lost import Lost
+from dreplica.distributed.liveness.lost import Lost
 from dreplica.distributed.process_group import World
 from dreplica.distributed.signals import StopRequest
 from dreplica.environment.determinism import apply_determinism

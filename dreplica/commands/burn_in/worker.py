@@ -19,8 +19,8 @@ from dreplica.commands.burn_in.job_config import check_job, job_of, parse_durati
 from dreplica.commands.burn_in.passes import Pass
 from dreplica.commands.burn_in.record import CONFIG_NAME, Ended, Record
 from dreplica.commands.burn_in.table import PassLines, print_account
-from dreplica.distributed.liveness import find_lost_replicas
-from dreplica.distributed.lost import exit_code_of, is_reporter
+from dreplica.distributed.liveness.lost import exit_code_of, is_reporter
+from dreplica.distributed.liveness.monitor import find_lost_replicas
 from dreplica.distributed.process_group import World
 from dreplica.distributed.signals import StopRequest
 from dreplica.environment.manifest import collect_manifest

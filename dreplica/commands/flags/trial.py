@@ -28,7 +28,7 @@ from dreplica.commands.flags.refusal import describe_refusal, describe_unrun
 from dreplica.config.schema import DeterminismConfig
 from dreplica.diagnosis.decision.decide_reference import AgainstReference
 from dreplica.diagnosis.tracing.refused_op import is_refusal
-from dreplica.distributed.lost import ReplicaLost
+from dreplica.distributed.liveness.lost import ReplicaLost
 from dreplica.distributed.signals import StoppedOnRequest
 from dreplica.environment.determinism import apply_determinism
 from dreplica.errors import ExitCode, UsageError

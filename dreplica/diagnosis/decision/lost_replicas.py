@@ -7,7 +7,7 @@ from dreplica.agreement.verdict.remedy import Remedy
 from dreplica.agreement.verdict.verdict import Verdict
 from dreplica.diagnosis.decision.conclude import with_remedy
 from dreplica.distributed.failure import describe_exception
-from dreplica.distributed.lost import Lost, ReplicaLost
+from dreplica.distributed.liveness.lost import Lost, ReplicaLost
 
 
 def replica_lost(lost: Sequence[Lost], step: int | None, noticed: BaseException) -> Verdict:

@@ -10,8 +10,8 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.run import get_args_parser, run
 
 from dreplica.distributed.launch import exit_codes
-from dreplica.distributed.rendezvous import rendezvous
-from dreplica.distributed.store import Endpoint
+from dreplica.distributed.rendezvous.rendezvous import rendezvous
+from dreplica.distributed.rendezvous.store import Endpoint
 from dreplica.errors import ExitCode
 
 _SIGNALS = "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR2"

@@ -18,7 +18,7 @@ from dreplica.agreement.verdict.verdict import Verdict
 from dreplica.config.schema import ReportConfig, RunFolderConfig
 from dreplica.diagnosis.decision.lost_replicas import replica_lost
 from dreplica.distributed.failure import describe_exception
-from dreplica.distributed.lost import Lost, is_reporter
+from dreplica.distributed.liveness.lost import Lost, is_reporter
 from dreplica.distributed.process_group import World
 from dreplica.environment.manifest import card_of
 from dreplica.errors import UsageError

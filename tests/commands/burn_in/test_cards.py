@@ -15,7 +15,7 @@ from dreplica.commands.burn_in.cards import HARDWARE, OPEN, VARYING, Account, Ca
 from dreplica.commands.burn_in.record import Record
 from dreplica.commands.burn_in.table import PassLines, conclusions, print_account
 from dreplica.distributed.failure import Failure
-from dreplica.distributed.lost import Lost
+from dreplica.distributed.liveness.lost import Lost
 from dreplica.errors import ExitCode
 from tests.commands.burn_in.test_job_config import config
 

@@ -16,7 +16,7 @@ from dreplica.data.loading.index_stream import IndexSampler
 from dreplica.data.loading.loader import Batch, load_batches, reload_batch
 from dreplica.data.samples import SampleError
 from dreplica.distributed.channel import Channel
-from dreplica.distributed.lost import ReplicaLost
+from dreplica.distributed.liveness.lost import ReplicaLost
 from dreplica.distributed.process_group import World
 from tests.harness import run_replicas
 

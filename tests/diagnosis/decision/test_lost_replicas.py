@@ -1,7 +1,7 @@
 """The verdict on replicas that were lost."""
 
 from dreplica.diagnosis.decision.lost_replicas import replica_lost
-from dreplica.distributed.lost import Lost, ReplicaLost
+from dreplica.distributed.liveness.lost import Lost, ReplicaLost
 from tests.messages import data_of
 
 

@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 
 from dreplica.commands.main import main
-from dreplica.distributed import store
 from dreplica.distributed.launch.background import run_in_background
 from dreplica.distributed.launch.launcher import Nodes
+from dreplica.distributed.rendezvous import store
 from dreplica.errors import ExitCode
 from tests.harness import free_port
 

@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 import torch.distributed as dist
 
-from dreplica.distributed import rendezvous as module
-from dreplica.distributed.rendezvous import rendezvous, store_for_this_start
-from dreplica.distributed.store import Endpoint, NotArrived, open_store
-from dreplica.distributed.wait import Wait
+from dreplica.distributed.rendezvous import rendezvous as module
+from dreplica.distributed.rendezvous.rendezvous import rendezvous, store_for_this_start
+from dreplica.distributed.rendezvous.store import Endpoint, NotArrived, open_store
+from dreplica.distributed.rendezvous.wait import Wait
 from dreplica.errors import SharedUsageError
 from tests.harness import free_port
 
@@ -191,7 +191,7 @@ def test_rendezvous_reports_whom_it_waits_for(
 
 def test_rendezvous_survives_a_blocked_store(store: dist.TCPStore, monkeypatch: pytest.MonkeyPatch) -> None:
     """A request to a process that is suspended never returns."""
-    monkeypatch.setattr("dreplica.distributed.wait._GRACE_SECONDS", 0.1)
+    monkeypatch.setattr("dreplica.distributed.rendezvous.wait._GRACE_SECONDS", 0.1)
     free = threading.Event()
     monkeypatch.setattr(module, "store_for_this_start", lambda *_: free.wait(30))
     with pytest.raises(NotArrived, match=r"^rank 0 at localhost:\d+ does not respond within 0\.3 s") as caught:

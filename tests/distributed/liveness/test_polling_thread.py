@@ -6,7 +6,7 @@ import time
 
 import pytest
 
-from dreplica.distributed.polling_thread import PollingThread
+from dreplica.distributed.liveness.polling_thread import PollingThread
 
 
 def test_actions_run_in_the_thread() -> None:

@@ -2,7 +2,7 @@
 
 import pytest
 
-from dreplica.distributed.launch_environment import Launch, check_alone, detect_launch, is_port
+from dreplica.distributed.launch.environment import Launch, check_alone, detect_launch, is_port
 from dreplica.errors import UsageError
 
 TORCHRUN = {

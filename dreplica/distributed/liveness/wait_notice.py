@@ -6,9 +6,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from dreplica.distributed.liveness_check import by_rank, silent_seconds
-from dreplica.distributed.notes import Notes
-from dreplica.distributed.stack import innermost
+from dreplica.distributed.liveness.check import by_rank, silent_seconds
+from dreplica.distributed.liveness.notes import Notes
+from dreplica.distributed.liveness.stack import innermost
 
 log = logging.getLogger(__name__)
 

@@ -6,9 +6,9 @@ import threading
 import pytest
 import torch.distributed as dist
 
-from dreplica.distributed import store as module
-from dreplica.distributed.store import Endpoint, NotArrived, open_store
-from dreplica.distributed.wait import Wait
+from dreplica.distributed.rendezvous import store as module
+from dreplica.distributed.rendezvous.store import Endpoint, NotArrived, open_store
+from dreplica.distributed.rendezvous.wait import Wait
 from dreplica.errors import UsageError
 from tests.harness import free_port
 

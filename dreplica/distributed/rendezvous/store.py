@@ -13,7 +13,7 @@ from typing import Any
 import torch.distributed as dist
 
 from dreplica.config.messages import config_error
-from dreplica.distributed.wait import Wait
+from dreplica.distributed.rendezvous.wait import Wait
 from dreplica.errors import DreplicaError, UsageError
 
 _RESOLVE_SECONDS = 10.0

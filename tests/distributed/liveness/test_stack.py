@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from dreplica.distributed.stack import innermost, stack_of
+from dreplica.distributed.liveness.stack import innermost, stack_of
 
 
 def deeper(levels: int) -> tuple[str, ...]:

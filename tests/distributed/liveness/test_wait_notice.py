@@ -6,9 +6,9 @@ from typing import Any
 import pytest
 import torch.distributed as dist
 
-from dreplica.distributed import wait_notice
-from dreplica.distributed.notes import Notes
-from dreplica.distributed.wait_notice import GroupWait, WaitNotice
+from dreplica.distributed.liveness import wait_notice
+from dreplica.distributed.liveness.notes import Notes
+from dreplica.distributed.liveness.wait_notice import GroupWait, WaitNotice
 
 
 class Caller:

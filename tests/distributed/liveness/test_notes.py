@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch.distributed as dist
 
-from dreplica.distributed.notes import ALARM, ASK, Notes
+from dreplica.distributed.liveness.notes import ALARM, ASK, Notes
 
 
 def tcp_store(_: Path) -> dist.Store:

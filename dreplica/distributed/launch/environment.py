@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from dreplica.config.messages import config_error, invalid_value
-from dreplica.distributed.launcher_variables import (
+from dreplica.distributed.launch.launcher_variables import (
     LAUNCHERS,
     check_rank,
     place_within_node,

@@ -12,12 +12,12 @@ from typing import Any
 import pytest
 import torch.distributed as dist
 
-from dreplica.distributed import liveness_check
 from dreplica.distributed.failure import Failure
-from dreplica.distributed.liveness import LivenessMonitor
-from dreplica.distributed.liveness_check import LivenessCheck, silent_seconds
-from dreplica.distributed.lost import Losses, Lost
-from dreplica.distributed.notes import Notes
+from dreplica.distributed.liveness import check as liveness_check
+from dreplica.distributed.liveness.check import LivenessCheck, silent_seconds
+from dreplica.distributed.liveness.lost import Losses, Lost
+from dreplica.distributed.liveness.monitor import LivenessMonitor
+from dreplica.distributed.liveness.notes import Notes
 
 
 def tcp_store() -> dist.Store:

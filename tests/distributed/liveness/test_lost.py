@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from dreplica.distributed.failure import Failure
-from dreplica.distributed.lost import Losses, Lost, ReplicaLost, exit_code_of, is_reporter
+from dreplica.distributed.liveness.lost import Losses, Lost, ReplicaLost, exit_code_of, is_reporter
 from dreplica.errors import DreplicaError, ExitCode
 
 FELL = Failure("ArithmeticError", "it fell")

@@ -22,12 +22,12 @@ from typing import Any, Literal
 import torch.distributed as dist
 
 from dreplica.distributed.failure import Failure
-from dreplica.distributed.liveness_check import LivenessCheck
-from dreplica.distributed.lost import LossCode, Losses, Lost, ReplicaLost
-from dreplica.distributed.notes import ALARM, ASK, Notes
-from dreplica.distributed.polling_thread import PollingThread
-from dreplica.distributed.stack import stack_of
-from dreplica.distributed.wait_notice import FIRST_NOTICE_SECONDS, GroupWait, WaitNotice
+from dreplica.distributed.liveness.check import LivenessCheck
+from dreplica.distributed.liveness.lost import LossCode, Losses, Lost, ReplicaLost
+from dreplica.distributed.liveness.notes import ALARM, ASK, Notes
+from dreplica.distributed.liveness.polling_thread import PollingThread
+from dreplica.distributed.liveness.stack import stack_of
+from dreplica.distributed.liveness.wait_notice import FIRST_NOTICE_SECONDS, GroupWait, WaitNotice
 from dreplica.errors import ExitCode
 
 log = logging.getLogger(__name__)

@@ -5,8 +5,8 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from dreplica.distributed.failure import Failure
-from dreplica.distributed.lost import Losses, Lost
-from dreplica.distributed.notes import Notes
+from dreplica.distributed.liveness.lost import Losses, Lost
+from dreplica.distributed.liveness.notes import Notes
 
 _ANSWER_SECONDS = 5.0
 _LAST_CHANCE_SECONDS = 1.0

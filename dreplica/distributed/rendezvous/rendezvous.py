@@ -16,8 +16,8 @@ import torch.distributed as dist
 
 from dreplica.distributed.failure import Failure
 from dreplica.distributed.rank_names import name_ranks
-from dreplica.distributed.store import Endpoint, NotArrived, open_store
-from dreplica.distributed.wait import Wait, WaitTimeout
+from dreplica.distributed.rendezvous.store import Endpoint, NotArrived, open_store
+from dreplica.distributed.rendezvous.wait import Wait, WaitTimeout
 from dreplica.errors import DreplicaError, SharedUsageError
 
 _FIRST_NAP = 0.01

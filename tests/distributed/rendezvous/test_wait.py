@@ -6,8 +6,8 @@ import time
 
 import pytest
 
-from dreplica.distributed import wait as module
-from dreplica.distributed.wait import Wait, WaitTimeout
+from dreplica.distributed.rendezvous import wait as module
+from dreplica.distributed.rendezvous.wait import Wait, WaitTimeout
 
 
 class Clock:

@@ -9,11 +9,12 @@ from typing import Any
 import pytest
 import torch.distributed as dist
 
-from dreplica.distributed import liveness, liveness_check
 from dreplica.distributed.failure import Failure
-from dreplica.distributed.liveness import LivenessMonitor, find_lost_replicas
-from dreplica.distributed.lost import Lost
-from dreplica.distributed.notes import Notes
+from dreplica.distributed.liveness import check as liveness_check
+from dreplica.distributed.liveness import monitor as liveness
+from dreplica.distributed.liveness.lost import Lost
+from dreplica.distributed.liveness.monitor import LivenessMonitor, find_lost_replicas
+from dreplica.distributed.liveness.notes import Notes
 from dreplica.distributed.process_group import World
 from tests.harness import run_replicas
 

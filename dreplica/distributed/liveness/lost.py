@@ -5,8 +5,8 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, Literal, TypeVar
 
 from dreplica.distributed.failure import Failure
+from dreplica.distributed.liveness.stack import innermost
 from dreplica.distributed.rank_names import name_ranks
-from dreplica.distributed.stack import innermost
 from dreplica.errors import DreplicaError, ExitCode
 
 LossCode = Literal[

@@ -1,0 +1,1 @@
+"""Rendezvous of the ranks in the store of the launcher."""
