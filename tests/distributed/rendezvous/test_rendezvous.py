@@ -1,6 +1,7 @@
 """Rendezvous in a store that an earlier start has written to."""
 
 import json
+import re
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -183,9 +184,11 @@ def test_rendezvous_reports_whom_it_waits_for(
                 future.result()
             assert caught.value.ranks == [2, 3, 4, 5, 6, 7]
     texts = [record.getMessage() for record in caplog.records]
-    assert f"waiting for rank 0 at {endpoint} (Connection refused): 0 s of at most 3 s (world.timeout)" in texts
-    assert "waiting for ranks 2-7 (6 of 8): 1 s of at most 1.5 s (world.timeout)" in texts
-    assert len([text for text in texts if "-7 (" in text]) == 3  # after 0.25, 0.5 and 1 s
+    seconds = r"\d s of at most {} s \(world\.timeout\)"  # a busy machine may report later, and less often
+    early = re.escape(f"waiting for rank 0 at {endpoint} (Connection refused): ") + seconds.format(3)
+    late = re.escape("waiting for ranks 2-7 (6 of 8): ") + seconds.format(r"1\.5")
+    assert any(re.fullmatch(early, text) for text in texts)
+    assert 1 <= len([text for text in texts if re.fullmatch(late, text)]) <= 3  # after 0.25, 0.5 and 1 s
     assert capfd.readouterr().err == ""  # no lines of c10d
 
 
