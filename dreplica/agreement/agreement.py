@@ -356,6 +356,7 @@ class Agreement:
             raise
         if compared is None:
             return self._stop
+        self._folders.check_repeated()
         outcome, stages = compared.outcome, compared.stages
         is_same = outcome.agreed and not outcome.differs_from_reference
         self.stages_compared += len(stages)

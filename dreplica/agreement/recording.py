@@ -1,19 +1,25 @@
 """The run folder that a custom loop records (`record=`), which rank 0 writes."""
 
+import json
+import logging
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from dreplica.agreement.arguments import invalid_argument
+from dreplica.agreement.trace.folder_lock import FolderLock
 from dreplica.agreement.trace.json_file import write_json
 from dreplica.agreement.trace.reader import TENSORS_NAME, TRACE_NAME, Trace
 from dreplica.agreement.trace.report_records import Coverage, ReplicaInfo, RunInfo
+from dreplica.agreement.trace.run_metadata import manifest_differences, read_run, show
 from dreplica.agreement.trace.run_report import REPORT_NAME, RunReport
 from dreplica.agreement.trace.tensor_digests import TensorRecord
 from dreplica.agreement.trace.writer import TraceWriter
 from dreplica.agreement.verdict.verdict import Verdict
 from dreplica.errors import UsageError
+
+log = logging.getLogger(__name__)
 
 MANIFEST_NAME = "manifest.json"
 
@@ -49,14 +55,49 @@ class Recording:
             expect=expect,
             replicas=[_describe(rank, manifest) for rank, manifest in enumerate(manifests)],
         )
+        self._is_warned = False
         try:
-            num_lines = _claim(folder, steps_done)
-            write_json(folder / MANIFEST_NAME, [{"replica": rank, **row} for rank, row in enumerate(manifests)])
-            tensors = TensorRecord(folder / TENSORS_NAME)
-            self.trace = TraceWriter(folder / TRACE_NAME, len(manifests), num_lines, tensors, algorithm)
+            folder.mkdir(parents=True, exist_ok=True)
+            self._lock = FolderLock(folder)
+            if self._lock.taken:
+                raise _in_use(folder)
+            try:
+                self._open(manifests, algorithm, steps_done)
+            except BaseException:
+                self._lock.release()
+                raise
         except OSError as error:
             text = f"record: {str(folder)!r} cannot be written: {error.strerror}. Pass a folder that you can write to."
             raise invalid_argument("record", str(folder), text, code="cannot-record") from None
+
+    def _open(self, manifests: Sequence[Mapping[str, Any]], algorithm: str, steps_done: int) -> None:
+        """Open the trace, and replace the manifest of an interrupted run."""
+        num_lines = _claim(self.folder, steps_done)
+        tensors = TensorRecord(self.folder / TENSORS_NAME)
+        self.trace = TraceWriter(self.folder / TRACE_NAME, len(manifests), num_lines, tensors, algorithm)
+        now = [{"replica": rank, **row} for rank, row in enumerate(manifests)]
+        before = read_run(self.folder).manifests if steps_done else None
+        for row in [] if before is None else manifest_differences(before, json.loads(json.dumps(now))):
+            if row.matters and row.field != "argv":  # such as --resume
+                text = f"{row.field} was {show(row.one)} before the interruption, and is {show(row.other)} now"
+                self._warn(f"record: {text}")
+        write_json(self.folder / MANIFEST_NAME, now)
+
+    def check_repeated(self) -> None:
+        """Warn once if a repeated step differs from what was recorded before the interruption."""
+        found = self.trace.not_reproduced
+        if found is None or self._is_warned:
+            return
+        self._is_warned = True
+        step, stage = found
+        self._warn(
+            f"record: step {step}, which {str(self.folder)!r} had recorded before the interruption, differs now: "
+            f"{stage}. The resumed run does not continue the interrupted one exactly, and the later results count"
+        )
+
+    def _warn(self, text: str) -> None:
+        log.warning(text)
+        self._report.warnings.append(text)
 
     def conclude(
         self,
@@ -84,20 +125,20 @@ class Recording:
         self._report.write(self.folder)
 
     def close(self) -> None:
-        """Close the trace."""
-        self.trace.close()
+        """Close the trace, and release the folder."""
+        try:
+            self.trace.close()
+        finally:
+            self._lock.release()
 
 
 def _claim(folder: Path, steps_done: int) -> int:
-    """Create the run folder, or return the number of lines of its trace that belong to the steps done.
-
-    The trace is created exclusively, so two processes never record into one folder.
+    """Begin the trace of a run folder, or return the number of lines of its trace that belong to the steps done.
 
     Raises:
         UsageError: If the folder holds a recorded run that is not continued.
         OSError: If it cannot be created.
     """
-    folder.mkdir(parents=True, exist_ok=True)
     trace = folder / TRACE_NAME
     if steps_done and trace.exists():
         return Trace(folder).num_lines_until(steps_done)
@@ -110,6 +151,11 @@ def _claim(folder: Path, steps_done: int) -> int:
         else:
             return 0
     raise _exists(folder, existing[0], steps_done)
+
+
+def _in_use(folder: Path) -> UsageError:
+    text = f"record: {str(folder)!r} is in use: another process records into it. Pass another folder, or end it first."
+    return invalid_argument("record", str(folder), text, code="record-in-use")
 
 
 def _exists(folder: Path, name: str, steps_done: int) -> UsageError:

@@ -86,6 +86,11 @@ class RunFolders:
         """The trace that is recorded, on rank 0."""
         return None if self._recording is None else self._recording.trace
 
+    def check_repeated(self) -> None:
+        """Warn once if a repeated step differs from what was recorded before the interruption."""
+        if self._recording is not None:
+            self._recording.check_repeated()
+
     def not_drawn(self) -> tuple[str, ...]:
         """Return the generators that a recorded run had not drawn from when it was interrupted, on all ranks.
 

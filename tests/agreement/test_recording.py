@@ -2,6 +2,8 @@
 
 import json
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -19,6 +21,7 @@ from tests.harness import run_replicas
 def test_record_writes_a_run_folder(tmp_path: Path) -> None:
     folder = record(tmp_path / "runs" / "a")
     assert sorted(path.name for path in folder.iterdir()) == [
+        ".lock",
         "manifest.json",
         "report.json",
         "tensors.bin",
@@ -67,6 +70,50 @@ def test_record_continues_an_interrupted_run(tmp_path: Path) -> None:
     record(folder, steps_done=2)  # repeats step 3, which it had recorded
     assert (folder / "trace.jsonl").read_bytes() == (whole / "trace.jsonl").read_bytes()
     assert RunReport.read(folder).run.resumed_from == 2
+
+
+@pytest.mark.parametrize("mistake", [None, "lr"])
+def test_resumed_run_warns_if_it_repeats_other_results(
+    mistake: str | None, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        _interrupt(tmp_path / "a")
+    with train(mistake, 1, record=tmp_path / "a", steps_done=2) as agreement:
+        agreement.finish()
+    warnings = [row.getMessage() for row in caplog.records if row.levelname == "WARNING"]
+    assert RunReport.read(tmp_path / "a").warnings == warnings
+    assert len(warnings) == (mistake is not None)
+    for warning in warnings:
+        assert warning.startswith(f"record: step 3, which '{tmp_path / 'a'}' had recorded before the interruption, ")
+        assert "differs now: optimizer." in warning
+
+
+def test_resumed_run_warns_about_another_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        _interrupt(tmp_path / "a")
+    monkeypatch.setenv("NVIDIA_TF32_OVERRIDE", "1")
+    folder = record(tmp_path / "a", steps_done=2)
+    text = 'record: variables.NVIDIA_TF32_OVERRIDE was null before the interruption, and is "1" now'
+    assert RunReport.read(folder).warnings == [text]
+
+
+@pytest.mark.process
+def test_record_refuses_a_folder_in_use(tmp_path: Path) -> None:
+    code = (
+        f"from tests.agreement.own_loop import train; agreement = train(record={str(tmp_path / 'a')!r}); "
+        "print('trained', flush=True); input()"
+    )
+    command = [sys.executable, "-c", code]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "trained\n"
+        before = (tmp_path / "a" / "trace.jsonl").read_bytes()
+        with pytest.raises(UsageError, match="is in use: another process records into it") as caught:
+            train(record=tmp_path / "a", steps_done=2)
+        assert caught.value.code == "record-in-use"
+        process.kill()
+    assert (tmp_path / "a" / "trace.jsonl").read_bytes() == before
+    record(tmp_path / "a", steps_done=2)
 
 
 def _interrupt(folder: Path) -> None:

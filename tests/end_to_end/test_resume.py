@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from dreplica.report.record.run_folder import FolderLock
+from dreplica.agreement.trace.folder_lock import FolderLock
 from dreplica.training.checkpoint.file_format import list_checkpoints
 from tests.data.pictures import make_folder
 from tests.end_to_end.test_bad_input import messages

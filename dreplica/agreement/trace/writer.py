@@ -29,6 +29,8 @@ from dreplica.agreement.trace.tensor_digests import TensorRecord
 from dreplica.state.fingerprint.fingerprint import ALGORITHM
 from dreplica.state.stages import STAGES, Stage
 
+_RECORD_ANEW = "To record into a new folder, pass another record= (in the trainer: --run.resume never)."
+
 
 class TraceWriter:
     """Writer of a trace, which flushes each line.
@@ -217,14 +219,14 @@ def _check_header(header: Header, algorithm: str, axes: Sequence[str], path: Pat
             raise unusable(
                 path,
                 f"has digests of {what} {recorded!r}, but this run computes {computed!r}, so they cannot be compared",
-                "Resume on the same kind of device, or start a new run with --run.resume never.",
+                f"Resume on the same kind of device. {_RECORD_ANEW}",
                 code=f"{what}-differ" if what == "axes" else "algorithms-differ",
                 recorded=recorded,
                 computed=computed,
             )
     if missing := [stage for stage in STAGES if stage not in header.stages]:
         what = f"has no place for the stages {', '.join(missing)}, since an older release began it"
-        raise unusable(path, what, "Start a new run with --run.resume never.", code="older-trace")
+        raise unusable(path, what, _RECORD_ANEW, code="older-trace")
 
 
 def _first_difference(recorded: Line, line: Line) -> str:

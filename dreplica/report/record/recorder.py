@@ -11,6 +11,7 @@ import yaml
 from rich.console import Console
 
 from dreplica.agreement.coverage import describe_coverage
+from dreplica.agreement.trace.folder_lock import FolderLock
 from dreplica.agreement.trace.json_file import write_json
 from dreplica.agreement.trace.report_records import EpochRecord, ReferenceCoverage, ReplicaInfo, RunInfo
 from dreplica.agreement.trace.run_report import REPORT_NAME, RunReport
@@ -27,7 +28,7 @@ from dreplica.report.record.closing_report import print_report
 from dreplica.report.record.metrics import METRICS_NAME, append_metrics, losses_not_finite, read_metrics
 from dreplica.report.record.resumable import claim_folder, manifest_changes
 from dreplica.report.record.resume_remedy import resume_remedy
-from dreplica.report.record.run_folder import FolderLock, create_run_folder
+from dreplica.report.record.run_folder import create_run_folder
 from dreplica.report.record.run_log import LOG_NAME, RunLog
 from dreplica.report.record.trackers import Trackers
 from dreplica.training.evaluate import Evaluation

@@ -8,10 +8,11 @@ from typing import Any
 
 import yaml
 
+from dreplica.agreement.trace.folder_lock import FolderLock
 from dreplica.agreement.trace.run_metadata import fold_distributions, manifest_differences
 from dreplica.agreement.trace.run_report import ReportError, RunReport
 from dreplica.environment.manifest import compare_values
-from dreplica.report.record.run_folder import FolderLock, create_run_folder, newest_run_folder
+from dreplica.report.record.run_folder import create_run_folder, newest_run_folder
 from dreplica.training.checkpoint.file_format import list_checkpoints
 
 log = logging.getLogger(__name__)

@@ -1,51 +1,17 @@
 """Create, find and lock run folders, on rank 0."""
 
-import fcntl
 import itertools
-import logging
-import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
 
 from dreplica.errors import UsageError
 
-log = logging.getLogger(__name__)
-
 
 def newest_run_folder(root: str, name: str) -> Path | None:
     """Return the folder of the newest run with this name, or None if there is none."""
     folders = [*itertools.takewhile(Path.is_dir, _folders(root, name))]
     return folders[-1] if folders else None
-
-
-class FolderLock:
-    """A lock on a run folder, held as long as the process lives.
-
-    It is a lock on a file (`fcntl.lockf`). The operating system releases it however the process ends, and forked
-    processes do not inherit it.
-
-    Args:
-        folder: The run folder.
-
-    Attributes:
-        taken: True if another run has the lock.
-    """
-
-    def __init__(self, folder: Path) -> None:
-        self.taken = False
-        self._descriptor = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
-        try:
-            fcntl.lockf(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except (BlockingIOError, PermissionError):
-            self.taken = True
-            self.release()
-        except OSError as error:
-            log.debug("file locks are not supported in %s: %s", folder, error)
-
-    def release(self) -> None:
-        """Release the lock."""
-        os.close(self._descriptor)
 
 
 def create_run_folder(root: str, name: str) -> Path:
