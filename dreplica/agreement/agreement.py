@@ -36,7 +36,7 @@ from dreplica.agreement.verdict.verdict import Divergence, Verdict
 from dreplica.distributed.control import open_channel
 from dreplica.distributed.liveness.lost import ReplicaLost
 from dreplica.environment.facts import collect_environment
-from dreplica.errors import SharedUsageError
+from dreplica.errors import SharedUsageError, UsageError
 from dreplica.state.stages import STAGES, Entry, Optimizers, Stage, batch_entries, make_stage
 
 log = logging.getLogger(__name__)
@@ -156,7 +156,7 @@ class Agreement:
         if not self._quiet:
             show_log()
         self._read_entries: Callable[[], Mapping[str, Iterable[Entry]]] = self._subject.state
-        self._wants_stop = self._stop = False
+        self._wants_stop = self._stop = self._is_closed = False
         self._last_checked = -1
         try:
             self._begin(*paths, internal)
@@ -233,8 +233,9 @@ class Agreement:
             Divergence: If replicas differ and `on_divergence` is "stop".
             ReplicaLost: If another replica ended or stopped responding.
             TypeError: If `batch` or `outputs` contains something that cannot be hashed.
-            UsageError: If `epoch` is not an integer.
+            UsageError: If `epoch` is not an integer, or the Agreement is closed.
         """
+        self._check_open()
         check_epoch(epoch)
         self.steps_done += 1
         self._channel.progress(self.steps_done)
@@ -270,6 +271,7 @@ class Agreement:
         Raises:
             Divergence, ReplicaLost: As `step` does.
         """
+        self._check_open()
         check_epoch(epoch)
         self.complete()
         if self._every:
@@ -297,6 +299,7 @@ class Agreement:
         Raises:
             Divergence, ReplicaLost: As `step` does.
         """
+        self._check_open()
         self._channel.finish(self.steps_done)
         self.complete()
         self._compare_state()
@@ -330,12 +333,17 @@ class Agreement:
 
     def _close(self, error: BaseException | None) -> None:
         """Release what this object holds, and report to the other ranks the error that only this one raises."""
+        self._is_closed = True
         try:
             if hasattr(self, "_folders"):  # otherwise the constructor has failed before
                 self._folders.close()
         finally:
             if self._own_channel:
                 self._channel.close(error)
+
+    def _check_open(self) -> None:
+        if self._is_closed:
+            raise UsageError("this Agreement is closed. Call close() last, or create another one.", code="closed")
 
     def complete(self) -> bool:
         """Complete the comparison in progress, if there is one.

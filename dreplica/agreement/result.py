@@ -85,6 +85,8 @@ def show_log() -> None:
     logger = logging.getLogger(_PACKAGE)
     if not logger.hasHandlers():
         handler = logging.StreamHandler()
+        # If the program configures logging later, its handlers take over.
+        handler.addFilter(lambda record: not logging.getLogger().handlers)
         handler.setFormatter(logging.Formatter("dreplica: %(message)s"))
         logger.addHandler(handler)
         logger.setLevel(logging.INFO)

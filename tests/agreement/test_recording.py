@@ -97,6 +97,18 @@ def test_resumed_run_warns_about_another_environment(tmp_path: Path, monkeypatch
     assert RunReport.read(folder).warnings == [text]
 
 
+@pytest.mark.parametrize("folder", [None, "a"])
+def test_closed_agreement_compares_nothing(folder: str | None, tmp_path: Path) -> None:
+    agreement = train(record=folder and tmp_path / folder)
+    agreement.close()
+    agreement.close()
+    for call in (agreement.step, agreement.finish, lambda: agreement.evaluation({"p": torch.ones(1)})):
+        with pytest.raises(UsageError, match="this Agreement is closed") as caught:
+            call()
+        assert caught.value.code == "closed"
+    assert agreement.steps_done == STEPS
+
+
 @pytest.mark.process
 def test_record_refuses_a_folder_in_use(tmp_path: Path) -> None:
     code = (

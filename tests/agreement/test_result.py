@@ -50,6 +50,17 @@ def test_one_process_is_never_agreed(caplog: pytest.LogCaptureFixture) -> None:
 
 
 @pytest.mark.process
+def test_line_is_printed_once_if_logging_is_configured_late() -> None:
+    code = (
+        "import logging; from tests.agreement.own_loop import train; agreement = train(); "
+        "logging.basicConfig(level=logging.INFO); agreement.finish()"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120)
+    assert done.stderr.count("NOT COMPARED") == 1
+    assert done.stderr.startswith("INFO:dreplica.")
+
+
+@pytest.mark.process
 @pytest.mark.parametrize("configured", [False, True])
 def test_line_is_printed_unless_logging_is_configured(configured: bool) -> None:
     code = "from tests.agreement.own_loop import train; train().finish()"
