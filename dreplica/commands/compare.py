@@ -64,7 +64,7 @@ class RunPair:
         if self.found.place is None and not self.found.num_digests:
             raise UsageError(
                 f"{self.names[0]!r} and {self.names[1]!r} have no recorded stage of any step in common. Record both "
-                "with the same --agreement.every and --agreement.expect.",
+                "with the same every, stages and expect (in the trainer: --agreement.every, --agreement.expect).",
                 code="nothing-in-common",
             )
         ends = [trace.last_key for trace in self.traces]
@@ -90,7 +90,7 @@ class RunPair:
         if found.place is not None:
             return f"diverged {found.place.when}: {found.place.where}; {self._differing_in()}"
         stages = ", ".join(stage for stage, count in found.num_same.items() if count)
-        what = f"{found.num_steps:,} steps, {found.num_digests:,} digests of {stages}"
+        what = f"{found.num_steps:,} step{'s' * (found.num_steps != 1)}, {found.num_digests:,} digests of {stages}"
         if self.outcome == "samples":
             return f"{what}; the states are unknown: those of independent replicas are not recorded at each step"
         if self.final is not None:

@@ -11,8 +11,10 @@ from typing import Any
 
 import pytest
 
+from dreplica.commands.compare import RunPair
 from dreplica.commands.main import main
-from dreplica.errors import ExitCode
+from dreplica.errors import ExitCode, UsageError
+from tests.agreement.recording import record
 from tests.fixtures import SMALL
 from tests.harness import REPOSITORY, environment, run_job
 from tests.trace_rows import read_rows, write_rows
@@ -254,3 +256,11 @@ def test_compare_does_not_import_torch(runs: Path) -> None:
     )
     command = [sys.executable, "-c", code, "compare", str(runs / "one"), str(runs / "again")]
     subprocess.run(command, check=True, capture_output=True, cwd=REPOSITORY, env=environment(), timeout=60)
+
+
+def test_runs_with_nothing_in_common_name_arguments_of_both_loops(tmp_path: Path) -> None:
+    one = record(tmp_path / "a", [1], names=["weights"])
+    other = record(tmp_path / "b", [1], names=["batch"])
+    with pytest.raises(UsageError, match=r"with the same every, stages and expect \(in the trainer: ") as caught:
+        RunPair(one, other)
+    assert caught.value.code == "nothing-in-common"

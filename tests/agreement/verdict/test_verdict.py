@@ -77,3 +77,12 @@ def test_verdict_has_the_report_fields() -> None:
 def test_with_copies() -> None:
     assert VERDICT.with_(cause="none").cause == "none"
     assert VERDICT.cause == "unexplained"
+
+
+@pytest.mark.parametrize(
+    ("groups", "suspects", "is_named"),
+    [([[0]], [], False), ([[0, 1]], [], True), ([[0], [1]], [], True), ([], [1], True)],
+)
+def test_who_is_named_among_several(groups: list[list[int]], suspects: list[int], is_named: bool) -> None:
+    verdict = Verdict(False, "unexplained", "diverged", groups=groups, suspects=suspects)
+    assert ("who" in dict(verdict.details())) == is_named
