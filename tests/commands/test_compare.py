@@ -258,7 +258,7 @@ def test_compare_does_not_import_torch(runs: Path) -> None:
     subprocess.run(command, check=True, capture_output=True, cwd=REPOSITORY, env=environment(), timeout=60)
 
 
-def test_runs_with_nothing_in_common_name_arguments_of_both_loops(tmp_path: Path) -> None:
+def test_runs_with_nothing_in_common_name_the_arguments(tmp_path: Path) -> None:
     one = record(tmp_path / "a", [1], names=["weights"])
     other = record(tmp_path / "b", [1], names=["batch"])
     with pytest.raises(UsageError, match=r"with the same every, stages and expect \(in the trainer: ") as caught:
