@@ -32,12 +32,13 @@ from dreplica.agreement.trace.line import GENERATORS
 from dreplica.agreement.trace.report_records import Coverage
 from dreplica.agreement.trace.writer import TraceWriter
 from dreplica.agreement.values import read_values
+from dreplica.agreement.verdict.evidence import Evidence
 from dreplica.agreement.verdict.verdict import Divergence, Verdict
 from dreplica.distributed.control import open_channel
 from dreplica.distributed.liveness.lost import ReplicaLost
 from dreplica.environment.facts import collect_environment
 from dreplica.errors import SharedUsageError, UsageError
-from dreplica.state.stages import STAGES, Entry, Optimizers, Stage, batch_entries, make_stage
+from dreplica.state.stages import STAGES, Entry, Optimizers, Stage, batch_entries, make_stage, prediction_entries
 
 log = logging.getLogger(__name__)
 
@@ -253,9 +254,7 @@ class Agreement:
             self.last_digest = None
         return self._stop
 
-    def evaluation(
-        self, predictions: Mapping[str, Tensor], epoch: int | None = None, batch: Batch | None = None
-    ) -> None:
+    def evaluation(self, predictions: Batch, epoch: int | None = None, batch: Batch | None = None) -> None:
         """Compare an evaluation, as part of the step that it follows.
 
         If that step's state was not compared yet, it is compared first.
@@ -264,19 +263,20 @@ class Agreement:
             Collective: call it on every rank.
 
         Args:
-            predictions: The model's outputs, by name.
+            predictions: The model's outputs: a tensor, or tensors in dicts, lists, tuples and dataclasses.
             epoch: The epoch, from 1, for the verdict and the trace.
             batch: What the predictions were made from: tensors, or digests as bytes, in dicts, lists or tuples.
 
         Raises:
             Divergence, ReplicaLost: As `step` does.
+            TypeError: If `predictions` or `batch` contains something that cannot be hashed.
         """
         self._check_open()
         check_epoch(epoch)
         self.complete()
         if self._every:
             self._compare_state()
-            entries: dict[str, Iterable[Entry]] = {"predictions": predictions.items()}
+            entries: dict[str, Iterable[Entry]] = {"predictions": prediction_entries(predictions)}
             if batch is not None:
                 entries["batch"] = batch_entries(batch)
             if self._compared & entries.keys():
@@ -399,7 +399,9 @@ class Agreement:
 
         verdict, difference = self._exchange.describe(compared, values)
         if difference is not None:
-            verdict = verdict.with_(evidence=[*verdict.evidence, *self._folders.environment()])
+            resumed = [Evidence.of("run-resumed", step=self._steps_before)] if self._steps_before else []
+            evidence = [*verdict.evidence[:1], *resumed, *verdict.evidence[1:], *self._folders.environment()]
+            verdict = verdict.with_(evidence=evidence)
         return verdict, difference
 
     def _conclude(self, verdict: Verdict) -> None:

@@ -9,7 +9,7 @@ from dreplica.agreement.recording import Recording
 from dreplica.agreement.reference import Reference
 from dreplica.agreement.trace.line import GENERATORS
 from dreplica.agreement.trace.report_records import Coverage, ReferenceCoverage
-from dreplica.agreement.trace.run_metadata import manifest_differences, read_run, show
+from dreplica.agreement.trace.run_metadata import arguments_without, manifest_differences, read_run, show
 from dreplica.agreement.trace.writer import TraceWriter
 from dreplica.agreement.verdict.evidence import Evidence
 from dreplica.agreement.verdict.verdict import Verdict
@@ -75,7 +75,8 @@ class RunFolders:
                         value=record,
                     )
                 self.reference = Reference(Path(reference), algorithm, resumed=steps_done > 0)
-                self._environment = _differences(self.reference.trace.path.parent, manifests)
+                own = [{**row, **arguments_without([record, reference], row)} for row in manifests]
+                self._environment = _differences(self.reference.trace.path.parent, own)
             if channel.rank == 0 and record is not None:
                 self._recording = Recording(Path(record), manifests, algorithm, expect, steps_done)
 

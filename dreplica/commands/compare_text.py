@@ -133,6 +133,8 @@ def find_notes(
     notes = []
     for name, trace, run, alone in zip(names, traces, runs, found.num_alone, strict=True):
         notes += [f"{name}: {line}" for line in run.problems if not (run.is_of_custom_loop and line == NO_CONFIG)]
+        if run.manifests is not None and run.report is None and set(run.problems) <= {NO_CONFIG}:
+            notes.append(f"{name}: has no report, so the run was interrupted or is in progress")
         if trace.is_cut_off:
             notes.append(f"{name}: the last line is incomplete and was ignored; the last step is {trace.last_key[0]}")
         if trace.first_repeated is not None:

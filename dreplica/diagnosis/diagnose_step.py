@@ -270,7 +270,8 @@ def _diverged(found: Verdict | None, how: str, rows: Sequence[Mapping[str, Stage
 
 def _unexplained(found: Verdict | None, channel: Channel, summary: str, lines: list[Evidence]) -> Verdict:
     if found is not None:
-        return found.with_(cause="unexplained", remedy=[], evidence=[*found.evidence, *lines])
+        kept = [remedy for remedy in found.remedy if remedy.code != "diagnose-step"]
+        return found.with_(cause="unexplained", remedy=kept, evidence=[*found.evidence, *lines])
     return Verdict(False, "unexplained", summary, groups=[list(range(channel.size))], evidence=lines)
 
 

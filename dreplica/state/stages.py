@@ -267,6 +267,11 @@ def batch_entries(batch: Tensor | Mapping[str, Any] | Sequence[Any]) -> Iterable
     return _batch_entries("", batch)
 
 
+def prediction_entries(predictions: Tensor | Mapping[str, Any] | Sequence[Any]) -> Iterable[Entry]:
+    """Return the entries of the stage `predictions`, with the name `predictions` for a single tensor."""
+    return batch_entries({"predictions": predictions} if isinstance(predictions, Tensor) else predictions)
+
+
 def _batch_entries(name: str, value: Any) -> Iterable[tuple[str, Tensor | bytes]]:
     if isinstance(value, Tensor):
         yield name or "inputs", value

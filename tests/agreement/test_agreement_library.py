@@ -387,3 +387,16 @@ def test_failed_constructor_leaves_nothing_behind(tmp_path: Path) -> None:
         ["ReplicaLost", "UnhashableError", "Divergence", True, True],
         ["UnhashableError", "UnhashableError", "Divergence", True, True],
     ]
+
+
+@pytest.mark.parametrize("predictions", [torch.ones(2), [torch.ones(2), torch.zeros(1)], {"logits": torch.ones(2)}])
+def test_evaluation_accepts_tensors_in_any_container(predictions: Any) -> None:
+    agreement = Agreement(tiny_model())
+    agreement.step()
+    agreement.evaluation(predictions)
+    assert "predictions" in agreement.stages_seen
+
+
+def test_evaluation_refuses_what_cannot_be_hashed() -> None:
+    with pytest.raises(TypeError, match="cannot compare the object"):
+        Agreement(tiny_model()).evaluation([object()])

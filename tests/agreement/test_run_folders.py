@@ -72,7 +72,8 @@ def test_only_recorded_stages_of_a_reference_agree(tmp_path: Path) -> None:
 
 
 def test_ranks_say_what_a_reference_has_recorded(tmp_path: Path) -> None:
-    reference = record(tmp_path / "a", stages=("weights",))
+    reference = tmp_path / "a"
+    run_replicas(train_on_rank, 1, None, {"record": str(reference), "stages": ("weights",)})  # as many threads as below
     verdicts = run_replicas(train_on_rank, 2, None, {"reference": str(reference)})
     line = f"AGREED 2 ranks and with {reference} (weights), {STEPS} steps: batch, buffers, output"
     assert all(verdict.summary.startswith(line) for verdict in verdicts)
@@ -141,3 +142,20 @@ def test_ranks_with_different_folders_are_refused(tmp_path: Path) -> None:
 
 def _record_by_rank(world: World, folder: str) -> None:
     train(record=f"{folder}/{world.replica_id}")
+
+
+def test_reference_says_that_the_run_resumed(tmp_path: Path) -> None:
+    reference = record(tmp_path / "a")
+    with pytest.raises(dreplica.Divergence) as caught:
+        train("lr", 1, steps_done=1, reference=reference)
+    assert "\n  evidence: this run resumed after step 1: what was not restored" in str(caught.value)
+
+
+def test_reference_shows_no_arguments_that_name_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.argv", ["train.py", str(tmp_path / "a")])
+    reference = record(tmp_path / "a")
+    monkeypatch.setattr("sys.argv", ["train.py", "--reference", str(reference), "--lr", "1"])
+    with pytest.raises(dreplica.Divergence) as caught:
+        train("lr", 1, reference=reference)
+    rows = [item.data for item in caught.value.verdict.evidence if item.code == "reference-field-differs"]
+    assert [(row["field"], row["there"], row["here"]) for row in rows] == [("argv", '""', '"--lr 1"')]

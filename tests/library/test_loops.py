@@ -130,11 +130,11 @@ def test_examples_print_what_the_page_says() -> None:
     one, two = results()
     assert isinstance(one, tuple), one
     _, examples = examples_of(PAGE)
-    assert len(examples) == len(one[1]) == 11
+    assert len(examples) == len(one[1]) == 12
     for example, printed in zip(examples, one[1], strict=True):
         assert example.prints(printed), f"{example.code}\nprints\n{printed}"
         assert example.output, example.code
-    assert sum(one == two for one, two in zip(one[1], two[1], strict=True)) >= 7  # durations; evidence on rank 0 only
+    assert sum(one == two for one, two in zip(one[1], two[1], strict=True)) >= 8  # durations; evidence on rank 0 only
 
 
 def test_callbacks_reject_sharded_state() -> None:

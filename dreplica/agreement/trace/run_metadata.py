@@ -20,8 +20,6 @@ _NAMES_A_MACHINE = {"host", "device.index", "device.uuid", "device.shared"}
 """Manifest fields that identify one of several equal machines or devices."""
 _STARTS_THE_SCRIPT = {"argv", "script"}
 """Manifest fields that are left out for runs with a config, which has all that they determine."""
-_OWN_FOLDER = "RUN"
-"""Replaces an argument of the script that names the folder into which the run was recorded."""
 NO_CONFIG = "there is no config.yaml"
 """Problem of a run folder without a config, as those of custom training loops are."""
 _CHANGES_UNKNOWN = ", changes unknown"
@@ -106,27 +104,36 @@ def read_run(folder: Path) -> RecordedRun:
             problems.append(str(error))
     if manifests is not None:
         names = [str(folder)] if report is None else [str(folder), report.run.folder]
-        manifests = [{**row, **_arguments_without(names, row)} for row in manifests]
+        manifests = [{**row, **arguments_without(names, row)} for row in manifests]
     return RecordedRun(config, manifests, report, tuple(problems))
 
 
-def _arguments_without(names: Sequence[str | None], manifest: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the field `argv` of a manifest with a placeholder for arguments that name the run folder, or its parent.
+def arguments_without(names: Sequence[str | None], manifest: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the field `argv` of a manifest without the arguments that name a run folder, or its parent.
 
-    `--out=runs/a` and `--out runs/a` are both found, and `runs/a` also if the run was recorded into `runs/a/trace`.
+    `--out=runs/a` and `--out runs/a` are both left out, and `runs/a` also if the run was recorded into `runs/a/trace`.
+
+    Args:
+        names: Paths of the run folders, or None.
+        manifest: The manifest of a rank.
     """
     argv = manifest.get("argv")
     if not isinstance(argv, list):
         return {}
     folders = [os.path.normpath(name) for name in names if name]
 
-    def mask(argument: str) -> str:
-        option, equals, value = argument.rpartition("=")
+    def names_run(argument: Any) -> bool:
+        value = argument.rpartition("=")[2] if isinstance(argument, str) else ""
         path = os.path.normpath(value)
-        holds_run = value and path != os.curdir and any(f"{each}/".startswith(f"{path}/") for each in folders)
-        return f"{option}{equals}{_OWN_FOLDER}" if holds_run else argument
+        return bool(value) and path != os.curdir and any(f"{each}/".startswith(f"{path}/") for each in folders)
 
-    return {"argv": [*argv[:1], *(mask(item) if isinstance(item, str) else item for item in argv[1:])]}
+    kept: list[Any] = []
+    for argument in argv[1:]:
+        if not names_run(argument):
+            kept.append(argument)
+        elif kept and not str(argument).startswith("-") and str(kept[-1]).startswith("--") and "=" not in kept[-1]:
+            kept.pop()  # the option whose value it is
+    return {"argv": [*argv[:1], *kept]}
 
 
 def _is_rows(content: Any) -> bool:

@@ -36,6 +36,10 @@ EVIDENCE: Mapping[str, str] = {
         "the reported values differ although all compared state agrees: compare every step to find where they diverge"
     ),
     # The comparison with a reference or with the run's own trace.
+    "run-resumed": (
+        "this run resumed after step {step}: what was not restored (random number generators, optimizer, scheduler, "
+        "loss scaler) first shows here"
+    ),
     "entry-one-sided": "{entry} exists only {side}",
     "tensor-not-recorded": (
         "the reference has no digests per tensor: record it with --agreement.record tensors to name the tensor"
@@ -261,7 +265,8 @@ EVIDENCE: Mapping[str, str] = {
     "modes-differ": "modules are not in the same mode: {places}",
     "step-communicates": ("the step communicates ({operators}): what one replica computes depends on the others"),
     "step-agrees": (
-        "taken twice from one state, the step gives the same result on every replica: the divergence has another cause"
+        "taken twice from one state, the step gives the same result on every replica: something outside of it caused "
+        "the divergence, such as a random draw, a setting or a file, or it happened only once"
     ),
     "vote-only": (
         "only the majority shows which side is wrong, and the tensors of some replicas may have another memory layout"

@@ -64,6 +64,9 @@ class Verdict:
             "remedy": [item.as_dict() for item in self.remedy],
         }
 
+    def __str__(self) -> str:
+        return "\n".join([self.summary, *(f"  {label}: {text}" for label, text in self.details())])
+
     def with_(self, **changes: Any) -> "Verdict":
         """Return a copy with some fields changed."""
         return replace(self, **changes)
@@ -79,7 +82,7 @@ class Verdict:
             yield "who", f"suspects {self.suspects or 'none'}, groups {self.groups}"
         yield from (("evidence", str(item)) for item in self.evidence)
         yield from (("remedy", str(item)) for item in self.remedy)
-        yield "explain", explain_command(self.cause, self.stage)
+        yield "explain", explain_command(self.cause, "build" if self.step == 0 and self.stage else self.stage)
 
 
 def explain_command(cause: str, stage: str | None = None) -> str:

@@ -85,33 +85,35 @@ def test_read_run_lists_unreadable_files(content: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("argument", "read"),
+    ("arguments", "read"),
     [
-        ("runs/a", "RUN"),
-        ("./runs/a/", "RUN"),
-        ("runs", "RUN"),  # the folder of all runs, of which this is one
-        ("--out=runs/a", "--out=RUN"),
-        ("runs/a/sub", "runs/a/sub"),
-        ("runs/ab", "runs/ab"),
-        ("a", "a"),  # may be a seed, a variant or a name
-        (".", "."),
-        ("", ""),
-        ("--lr=0.1", "--lr=0.1"),
-        (3, 3),
+        (["runs/a"], []),
+        (["./runs/a/"], []),
+        (["runs"], []),  # the folder of all runs, of which this is one
+        (["--out=runs/a"], []),
+        (["--out", "runs/a", "--lr", "1"], ["--lr", "1"]),
+        (["--lr=1", "runs/a"], ["--lr=1"]),
+        (["runs/a/sub"], ["runs/a/sub"]),
+        (["runs/ab"], ["runs/ab"]),
+        (["a"], ["a"]),  # may be a seed, a variant or a name
+        (["."], ["."]),
+        ([""], [""]),
+        (["--lr=0.1"], ["--lr=0.1"]),
+        ([3], [3]),
     ],
 )
-def test_read_run_hides_argument_that_names_the_run(
-    argument: Any, read: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_read_run_omits_arguments_that_name_the_run(
+    arguments: list[Any], read: list[Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Two runs of one script have different folders, which is no difference between the runs."""
     monkeypatch.chdir(tmp_path)
     folder = Path("runs", "a")
     folder.mkdir(parents=True)
-    (folder / "manifest.json").write_text(json.dumps([{"replica": 0, "argv": ["runs/a", argument]}]))
-    assert read_run(folder).manifests == [{"replica": 0, "argv": ["runs/a", read]}]
+    (folder / "manifest.json").write_text(json.dumps([{"replica": 0, "argv": ["runs/a", *arguments]}]))
+    assert read_run(folder).manifests == [{"replica": 0, "argv": ["runs/a", *read]}]
     RunReport(verdict=Verdict(True, "none", "1 replica"), run=RunInfo(name="a", folder="runs/a")).write(folder)
     moved = folder.rename("moved")
-    assert read_run(moved).manifests == [{"replica": 0, "argv": ["runs/a", read]}]
+    assert read_run(moved).manifests == [{"replica": 0, "argv": ["runs/a", *read]}]
 
 
 def test_run_of_custom_loop_has_manifest_and_no_config(tmp_path: Path) -> None:

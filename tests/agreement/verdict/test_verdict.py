@@ -86,3 +86,7 @@ def test_with_copies() -> None:
 def test_who_is_named_among_several(groups: list[list[int]], suspects: list[int], is_named: bool) -> None:
     verdict = Verdict(False, "unexplained", "diverged", groups=groups, suspects=suspects)
     assert ("who" in dict(verdict.details())) == is_named
+
+
+def test_verdict_prints_as_its_divergence() -> None:
+    assert str(VERDICT) == str(Divergence(VERDICT))
