@@ -37,14 +37,7 @@ def _record_started(event: str, arguments: tuple[object, ...]) -> None:
 sys.addaudithook(_record_started)
 
 
-def pytest_configure(config: pytest.Config) -> None:
-    """Keep temporary files in one folder that is removed, and tests that share a fixture on one process with `-n`."""
-    _move_temporary_files()
-    if getattr(config.option, "dist", "no") == "load":
-        config.option.dist = "loadgroup"
-
-
-def _move_temporary_files() -> None:
+def pytest_configure() -> None:
     """Let this process and all that it starts put temporary files into one folder, which is removed at the end."""
     outside = tempfile.gettempdir()
     # pytest keeps the folders of its last three sessions, and torch the code that it has compiled.

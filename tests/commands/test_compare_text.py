@@ -8,8 +8,10 @@ from typing import Any
 import pytest
 
 from dreplica.agreement.trace.reader import TENSORS_NAME, TRACE_NAME
+from dreplica.agreement.trace.run_report import RunReport
 from dreplica.agreement.trace.tensor_digests import TensorRecord
 from dreplica.agreement.trace.writer import TraceWriter
+from dreplica.agreement.verdict.verdict import Verdict
 from dreplica.commands.main import main
 from dreplica.errors import ExitCode
 from dreplica.state.fingerprint.stage import Stage
@@ -20,8 +22,9 @@ MANIFEST = {"versions": {"torch": "2.14.1"}, "distributions": {"numpy": "2.0"}, 
 
 
 def loop(folder: Path, **changes: Any) -> Path:
-    """Give a recorded folder the manifest of a custom loop."""
+    """Give a recorded folder the manifest and the report of a custom loop."""
     (folder / "manifest.json").write_text(json.dumps([MANIFEST | changes]))
+    RunReport(verdict=Verdict(False, "none", "RECORDED 4 steps")).write(folder)
     return folder
 
 
@@ -64,6 +67,14 @@ def test_runs_of_a_custom_loop_have_no_config(tmp_path: Path, capsys: pytest.Cap
     _, lines, found = compare(capsys, one, other)
     assert lines[0] == f"config: recorded only in {one}"
     assert found["notes"] == []
+
+
+def test_run_without_report_is_noted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    one, other = (loop(record(tmp_path / name, range(5))) for name in ("one", "other"))
+    (other / "report.json").unlink()
+    code, _, found = compare(capsys, one, other)
+    note = f"{other}: has no report, so the run was interrupted or is in progress"
+    assert (code, found["notes"]) == (ExitCode.AGREED, [note])
 
 
 @pytest.mark.parametrize(("step", "topic"), [(0, "build"), (3, "weights")])
@@ -149,7 +160,7 @@ def test_many_distributions_are_counted(tmp_path: Path, capsys: pytest.CaptureFi
     one = loop(record(tmp_path / "one", range(5)), distributions={f"package{n}": "1.0" for n in range(300)})
     other = loop(record(tmp_path / "other", range(5)), distributions={f"package{n}": f"1.{n}" for n in range(300)})
     _, lines, found = compare(capsys, one, other)
-    assert len([line for line in lines if "distributions" in line]) <= 11
+    assert len([line for line in lines if line.startswith("│ distributions")]) <= 11
     assert len(lines) < 40
     assert any("289 more that differ" in line for line in lines)
     assert len(found["manifest"]) == 299, "everything, for programs"

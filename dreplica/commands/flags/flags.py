@@ -164,6 +164,8 @@ def to_paste(disabled: frozenset[str], device_type: str) -> tuple[Mapping[str, A
     """Return the section `determinism` to paste, and lines for the shell that starts the job."""
     present = {flag.name for flag in with_effect_on(device_type)}
     keys = {key: value for key, value in settings_without(disabled).items() if key in present}
+    if "mode" in disabled and keys.get("cublas_workspace_config") is not None:
+        del keys["cublas_workspace_config"]  # without effect: it is exported instead
     lines = []
     if "cublas_workspace_config" in present:
         if "cublas_workspace_config" in disabled and _WORKSPACE in os.environ:

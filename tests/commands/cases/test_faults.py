@@ -34,6 +34,7 @@ def _restore_generators():
 
 def build(function: Callable[..., Replica], rank: int, monkeypatch: pytest.MonkeyPatch) -> Replica:
     monkeypatch.setenv("RANK", str(rank))
+    monkeypatch.setenv("WORLD_SIZE", "2")
     seed_generators(42)
     return function(CONFIG, 5, CPU)
 
@@ -176,6 +177,7 @@ def test_detached_logits_move_buffers_and_nothing_else() -> None:
 @pytest.mark.parametrize("rank", [0, 1])
 def test_eval_does_nothing_on_replica_1(rank: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RANK", str(rank))
+    monkeypatch.setenv("WORLD_SIZE", "2")
     assert models.stays_in_training(5).eval().training is (rank == 1)
 
 
@@ -201,5 +203,6 @@ def test_altered_file_alters_one_sample_on_replica_1(monkeypatch: pytest.MonkeyP
     images = []
     for rank in (0, 1):
         monkeypatch.setenv("RANK", str(rank))
+        monkeypatch.setenv("WORLD_SIZE", "2")
         images.append(data.altered_file(CONFIG.data)[0].images)
     assert (images[0] != images[1]).flatten(1).any(dim=1).nonzero().flatten().tolist() == [7]
