@@ -123,6 +123,38 @@ _ALL = (
         "differently.",
         "order-parameters-alike",
     ),
+    _cause(
+        "generators-differ",
+        "Random generators were seeded differently, or drawn from differently.",
+        "seed-before-build",
+        "draw-alike",
+    ),
+    _cause(
+        "hyperparameter-differs",
+        "The replicas' optimizers, schedulers or scalers have different settings.",
+        "set-hyperparameters-alike",
+    ),
+    _cause(
+        "host-value-differs",
+        "An operator was called with different numbers, strings or flags of Python, which no operator made.",
+        "make-host-value-equal",
+    ),
+    _cause(
+        "kernel-differs",
+        "Another kernel is registered for an operator on some replicas, or something else intercepts it.",
+        "register-kernel-alike",
+    ),
+    _cause(
+        "uninitialized-memory",
+        "An operator read memory that was allocated without contents and that nothing had written.",
+        "write-before-read",
+    ),
+    _cause(
+        "unreplayed-state",
+        "The step depends on something that a replay does not restore: code that runs once, a counter, a file, the "
+        "clock.",
+        "step-without-hidden-inputs",
+    ),
     _cause("replica-lost", "A replica ended, failed or stopped responding.", "read-log-of-lost"),
     _cause(
         "unexplained",

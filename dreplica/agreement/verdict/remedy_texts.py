@@ -140,6 +140,20 @@ REMEDIES: Mapping[str, RemedyTemplate] = {
     "make-input-equal": RemedyTemplate(
         "find out where {operator}{source} gets its inputs, and make them the same on all replicas, each time"
     ),
+    "set-hyperparameters-alike": RemedyTemplate(
+        "set the same learning rate, weight decay and other settings on every replica, from the config and not from "
+        "the rank, a local metric or the environment"
+    ),
+    "make-host-value-equal": RemedyTemplate(
+        "make the value the same on every replica: it may come from the rank, the environment, the clock, hash() or "
+        "the order of a set"
+    ),
+    "register-kernel-alike": RemedyTemplate(
+        "import the same extensions, in the same order, on every replica, or on none"
+    ),
+    "write-before-read": RemedyTemplate(
+        "fill the memory before it is read: torch.zeros instead of torch.empty, or an initialization of the parameter"
+    ),
     # DistributedDataParallel.
     "ddp-no-rank-dependence": RemedyTemplate(
         "set requires_grad, write to parameters and step the optimizer in code that does not depend on the rank"
