@@ -16,6 +16,7 @@ from dreplica.data.samples import describe
 from dreplica.diagnosis.decision.decide import decide
 from dreplica.diagnosis.decision.facts import RunFacts
 from dreplica.diagnosis.decision.nondeterministic_ops import is_picked_by_timing, may_vary
+from dreplica.diagnosis.decision.rules import name_in
 from dreplica.diagnosis.evidence.observation import (
     Decision,
     Witness,
@@ -109,6 +110,7 @@ def diagnose(
         if decision.cause == "unexplained":
             changed = [row for row in differences if row not in facts.differences and not row.may_round]
             decision = add(decision, [field_evidence("later-difference", row) for row in changed])
+        decision = name_in(decision)
         runs = [witness.records for witness in witnesses], second.tracer.records
         verdict = as_verdict(found, decision).with_(path=measure_path(decision, *runs, replayer, indices, channel))
     except AttemptFailed as error:

@@ -19,6 +19,7 @@ from dreplica.diagnosis.decision.decide import decide
 from dreplica.diagnosis.decision.decide_layout import decide_layout, explained_by_order, structure_verdict
 from dreplica.diagnosis.decision.facts import RunFacts
 from dreplica.diagnosis.decision.overrides import divides_as
+from dreplica.diagnosis.decision.rules import name_in
 from dreplica.diagnosis.diagnose_run import as_verdict, close_replayer, field_evidence
 from dreplica.diagnosis.evidence.observation import Decision, Witness, could_have_made, difference_behind, first_stage
 from dreplica.diagnosis.evidence.observation import first_difference as first_operator
@@ -158,7 +159,7 @@ def _diagnose(repeated: Repeated, found: Verdict | None, channel: Channel, diffe
     decision = compare_outputs(decision, repeated, NO_INDICES, channel)
     decision = _blame_varying(decision, witnesses)
     decision = _doubt(decision, stage, found, differing)
-    decision = decide_layout(decision, witnesses, layouts, stage, found)
+    decision = name_in(decide_layout(decision, witnesses, layouts, stage, found))
     verdict = as_verdict(verdict, replace(decision, evidence=[*lines, *decision.evidence]))
     if decision.cause != "environment-differs":
         return verdict

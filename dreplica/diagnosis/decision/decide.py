@@ -15,8 +15,18 @@ from dreplica.diagnosis.decision.decide_reproducible import (
     describe_structure,
     with_operator,
 )
+from dreplica.diagnosis.decision.rules import name_in
+from dreplica.diagnosis.evidence.finding import Finding, Kind
 from dreplica.diagnosis.evidence.memory_corruption import flipped_bits
-from dreplica.diagnosis.evidence.observation import Decision, Witness, could_have_made, first_stage, up_to
+from dreplica.diagnosis.evidence.observation import (
+    Decision,
+    Witness,
+    could_have_made,
+    first_stage,
+    merge_findings,
+    up_to,
+    with_findings,
+)
 from dreplica.environment.manifest import Difference
 from dreplica.state.stages import STAGES
 
@@ -57,7 +67,7 @@ def decide(
     else:
         groups = split_into_groups([witness.original.get(stage or "", b"") for witness in witnesses])
         decision = decide_deterministic(witnesses, groups, stage, overrides, differences)
-    return replace(decision, evidence=[*decision.evidence, *_later(witnesses, unreproduced, stage)])
+    return name_in(replace(decision, evidence=[*decision.evidence, *_later(witnesses, unreproduced, stage)]))
 
 
 def decide_alone(witnesses: Sequence[Witness], recorded: Mapping[str, bytes]) -> Decision | None:
@@ -88,7 +98,11 @@ def decide_alone(witnesses: Sequence[Witness], recorded: Mapping[str, bytes]) ->
     doubts = [*_other_draws(witnesses, unreproduced, stage), *_foreign_operators(witnesses, stage)]
     if witnesses[0].loaded_by_workers and witnesses[0].samples_are_random:
         doubts.append(Evidence.of("samples-random-in-workers"))
-    return Decision("unexplained" if doubts else "transient-fault", unreproduced, [*evidence, *doubts])
+    findings = [Finding(Kind.REPLAYS_AGREE), Finding(Kind.ORIGINAL_DIFFERS, replicas=unreproduced)]
+    found = Decision(
+        "unexplained" if doubts else "transient-fault", unreproduced, [*evidence, *doubts], findings=findings
+    )
+    return with_findings(found, merge_findings(witnesses, unreproduced))
 
 
 def _not_reproduced(witnesses: Sequence[Witness], last: str | None) -> list[int]:
@@ -181,19 +195,31 @@ def _not_reproducible(
 def _transient(witnesses: Sequence[Witness], unreproduced: list[int], stage: str | None) -> Decision:
     """Decide where all replays agree, so that the divergence is not reproduced."""
     evidence = [Evidence.of("replays-agree")]
+    agree = Finding(Kind.REPLAYS_AGREE)
     if _drawn_in_workers(witnesses, unreproduced):
         evidence.append(Evidence.of("samples-random-in-workers"))
         groups = split_into_groups([witness.original["batch"] for witness in witnesses])
-        return Decision("batch-differs", suspects_of(groups) or unreproduced, evidence, groups=groups)
+        findings = [agree, Finding(Kind.SAMPLES_DIFFER)]
+        return Decision(
+            "batch-differs", suspects_of(groups) or unreproduced, evidence, groups=groups, findings=findings
+        )
     anywhere = _not_reproduced(witnesses, None)
     if not unreproduced or 2 * len(anywhere) >= max(len(witnesses), 3):
         evidence.append(Evidence.of("originals-differ-widely", replicas=anywhere))
-        return Decision("unexplained", anywhere, evidence)
+        found = Decision("unexplained", anywhere, evidence, findings=[agree, Finding(Kind.ORIGINALS_DIFFER_WIDELY)])
+        return with_findings(found, merge_findings(witnesses, anywhere))
     evidence.append(Evidence.of("original-differs", replicas=unreproduced))
     reproduced = [r for r in range(len(witnesses)) if r not in unreproduced]
-    found = Decision("transient-fault", unreproduced, evidence, groups=[reproduced, *([r] for r in unreproduced)])
+    found = Decision(
+        "transient-fault",
+        unreproduced,
+        evidence,
+        groups=[reproduced, *([r] for r in unreproduced)],
+        findings=[agree, Finding(Kind.ORIGINAL_DIFFERS, replicas=unreproduced)],
+    )
+    found = with_findings(found, merge_findings(witnesses, unreproduced))
     doubts = [*_other_draws(witnesses, unreproduced, stage), *_foreign_operators(witnesses, stage)]
-    return replace(found, cause="unexplained", evidence=[*evidence, *doubts]) if doubts else found
+    return replace(found, cause="unexplained", evidence=[*found.evidence, *doubts]) if doubts else found
 
 
 def _other_draws(witnesses: Sequence[Witness], unreproduced: Sequence[int], stage: str | None) -> list[Evidence]:

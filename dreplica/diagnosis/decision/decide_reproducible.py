@@ -11,6 +11,7 @@ from typing import Any
 from dreplica.agreement.verdict.evidence import Evidence
 from dreplica.agreement.verdict.verdict import suspects_of
 from dreplica.diagnosis.decision.overrides import divides_as, overridden, settings_behind
+from dreplica.diagnosis.evidence.finding import Finding, Kind
 from dreplica.diagnosis.evidence.memory_corruption import find_corruption
 from dreplica.diagnosis.evidence.observation import (
     Decision,
@@ -50,7 +51,8 @@ def decide_deterministic(
         decision = _different_batches(witnesses, evidence, suspects, groups)
         if decision is not None:
             return decision
-    found = with_operator(Decision("unexplained", suspects, evidence, groups=groups), witnesses, groups, stage)
+    found = Decision("unexplained", suspects, evidence, groups=groups, findings=[Finding(Kind.REPLAYS_REPRODUCE)])
+    found = with_operator(found, witnesses, groups, stage)
     corrupted = find_corruption(found, witnesses, stage)
     if corrupted is not None:
         return corrupted if _others_agree(corrupted.suspects, groups) else _several(corrupted)

@@ -5,9 +5,10 @@ the cause is `unexplained`: a wrong cause is worse than none.
 """
 
 from collections.abc import Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from dreplica.diagnosis.evidence.finding import Kind
+from dreplica.diagnosis.evidence.observation import Decision
 
 
 @dataclass(frozen=True)
@@ -22,6 +23,8 @@ class Rule:
     """Findings of which none may be there: those of the cause's look-alikes."""
 
 
+HARDWARE = ("transient-fault", "persistent-fault")
+"""Causes that accuse hardware."""
 TRACES_OF_CODE = frozenset(
     {
         Kind.DRAWN_FURTHER,
@@ -94,3 +97,11 @@ def name_cause(findings: Collection[Kind]) -> str:
     """Return the cause that findings name, `unexplained` if they name none."""
     found = frozenset(findings)
     return next((rule.cause for rule in RULES if rule.needs <= found and not rule.excludes & found), "unexplained")
+
+
+def name_in(decision: Decision) -> Decision:
+    """Return a decision with the cause that its findings name."""
+    cause = name_cause(decision.kinds)
+    if cause == "unexplained" and not (decision.cause in HARDWARE and NOT_HARDWARE & decision.kinds):
+        return decision
+    return replace(decision, cause=cause)

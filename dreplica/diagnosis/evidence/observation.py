@@ -1,9 +1,11 @@
 """The observations of each replica on a replayed step, and the decision that is made from them."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 from dreplica.agreement.verdict.evidence import Evidence
+from dreplica.diagnosis.evidence.finding import Finding, Kind
 from dreplica.diagnosis.evidence.provenance import Contents
 from dreplica.diagnosis.tracing.op_tracer import OpRecord
 from dreplica.state.stages import STAGES
@@ -88,6 +90,8 @@ class Witness:
     """State of torch's CPU generator after the original step; empty if it was not kept."""
     unreproduced: int | None = None
     """An earlier step that the replay does not reproduce; None if there is none."""
+    findings: Sequence[Finding] = ()
+    """Findings of this replica alone, such as traces that code has left in the original step."""
 
 
 @dataclass(frozen=True)
@@ -132,6 +136,46 @@ class Decision:
     """True if the operator, run in float64, has determined the side that is wrong."""
     both_possible: bool = False
     """True if the operator, run in float64, has shown both results to be valid roundings."""
+    findings: Sequence[Finding] = ()
+    """The findings, from which the rules name the cause."""
+
+    @property
+    def kinds(self) -> frozenset[Kind]:
+        """The kinds of the findings."""
+        return frozenset(finding.kind for finding in self.findings)
+
+
+def with_findings(decision: Decision, findings: Iterable[Finding], **changes: Any) -> Decision:
+    """Return a decision with more findings, whose lines are appended to its evidence.
+
+    Args:
+        decision: The decision so far.
+        findings: The findings to add.
+        **changes: Fields of the decision to change.
+    """
+    more = list(findings)
+    lines = [line for finding in more for line in finding.lines]
+    return replace(
+        decision, **{"findings": [*decision.findings, *more], "evidence": [*decision.evidence, *lines], **changes}
+    )
+
+
+def merge_findings(witnesses: Sequence[Witness], replicas: Sequence[int]) -> list[Finding]:
+    """Return the findings of some replicas, without those of a kind that every replica has.
+
+    What every replica has found does not divide them.
+
+    Args:
+        witnesses: The observations of each replica, by replica id.
+        replicas: The replicas whose findings count, such as those whose original step is not reproduced.
+    """
+    everywhere = frozenset.intersection(*(frozenset(f.kind for f in row.findings) for row in witnesses))
+    return [
+        replace(finding, replicas=finding.replicas or [replica_id])
+        for replica_id in replicas
+        for finding in witnesses[replica_id].findings
+        if finding.kind not in everywhere
+    ]
 
 
 _STAGES_OF_PHASE = {
