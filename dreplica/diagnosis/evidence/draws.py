@@ -108,7 +108,7 @@ class _Twister:
         generator = numpy.random.MT19937(0)
         generator.state = {"bit_generator": "MT19937", "state": {"key": self.words, "pos": _NUM_WORDS}}
         generator.random_raw()
-        return generator.state["state"]["key"]  # type: ignore[index, return-value]
+        return generator.state["state"]["key"]
 
 
 def _twister_draws(one: _Twister, other: _Twister, most: int) -> int | None:
