@@ -1,7 +1,8 @@
-"""Settings that must be the same on every rank, and generators that should be."""
+"""What to compare, the settings that must be the same on every rank, and generators that should be."""
 
 import logging
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from dreplica.agreement.generators import describe_unseeded, differing
@@ -9,6 +10,28 @@ from dreplica.distributed.channel import Channel
 from dreplica.errors import SharedUsageError
 
 log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What `Agreement` was asked to compare, and when."""
+
+    expect: str
+    """What must agree: `identical`, `independent` or `ddp`."""
+    compared: frozenset[str]
+    """Names of the stages to compare."""
+    every: int
+    """Steps between comparisons; 0 for none."""
+    on_divergence: str
+    """`stop` to raise `Divergence`, or `continue`."""
+    lag: int
+    """1 to complete a comparison during the next step, otherwise 0."""
+    timeout: float
+    """Seconds to wait for another rank."""
+    steps_done: int
+    """Number of steps taken before."""
+    quiet: bool
+    """Leave it to the caller to say what was compared."""
 
 
 def exchange_settings(channel: Channel, settings: Mapping[str, Any], generators: Mapping[str, str]) -> list[str]:

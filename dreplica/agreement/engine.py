@@ -1,0 +1,315 @@
+"""The comparison behind `Agreement`: what is hashed when, exchanged, described and recorded."""
+
+import logging
+import time
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+
+from dreplica.agreement import protocol
+from dreplica.agreement.arguments import InternalArguments, check_algorithm
+from dreplica.agreement.exchange import Compared, Exchange
+from dreplica.agreement.generators import GeneratorUse
+from dreplica.agreement.hasher import Observation, negotiated_hasher
+from dreplica.agreement.reference import ReferenceDifference, ReferenceDiffers
+from dreplica.agreement.result import describe_loss, describe_result
+from dreplica.agreement.run_folders import RunFolders
+from dreplica.agreement.settings import Settings, exchange_settings
+from dreplica.agreement.subject import Subject
+from dreplica.agreement.trace.report_records import Coverage
+from dreplica.agreement.trace.writer import TraceWriter
+from dreplica.agreement.values import read_values
+from dreplica.agreement.verdict.evidence import Evidence
+from dreplica.agreement.verdict.verdict import Divergence, Verdict
+from dreplica.distributed.channel import Channel
+from dreplica.distributed.control import open_channel
+from dreplica.distributed.liveness.lost import ReplicaLost
+from dreplica.environment.facts import collect_environment
+from dreplica.errors import SharedUsageError, UsageError
+from dreplica.state.stages import STAGES, Entry, Stage, make_stage
+
+log = logging.getLogger(__name__)
+
+_RANK_0_FIRST_SECONDS = 0.5
+"""Delay of the other ranks' exceptions. The launcher ends all processes when one fails, and rank 0 has the evidence."""
+
+_PASSED_TO_STEP = frozenset({"indices", "batch", "output"})
+"""Stages that are compared only if `step` is given them."""
+
+Entries = Mapping[str, Iterable[Entry]]
+"""Stage to the entries to hash."""
+
+
+class Engine:
+    """The comparisons of one run, one in progress at a time, and their results.
+
+    Note:
+        Collective: create it, and call all methods except `observe` and `close`, on every rank in the same order.
+
+    Args:
+        subject: The models and optimizers to compare.
+        generators: Which global generators are compared.
+        settings: What to compare, and when.
+        record: Path of a new run folder, or None.
+        reference: Path of a recorded run, or None.
+        internal: The further keyword arguments of `Agreement`.
+
+    Raises:
+        Divergence, ReplicaLost, UsageError: As `Agreement` does.
+
+    Attributes:
+        subject: The models and optimizers to compare.
+        hasher: What computes the fingerprints.
+        divergence: The verdict of the first difference, or None.
+        steps_done: Number of steps taken.
+        steps_checked: Number of steps that were compared.
+        bytes_per_step: Bytes hashed in the newest compared step; 0 before the first.
+        bytes_hashed: Bytes hashed in total.
+        stages_compared: Number of stages compared, summed over all comparisons.
+        stages_seen: Names of the stages that were compared at least once.
+        agreed_until: The newest step at which all replicas are known to have agreed, or -1.
+        last_digest: Combined digest of what was compared last; None after a step that is not compared.
+        diverged_stages: Digests of this replica's stages at the first difference.
+        reference_difference: The first difference from the reference, or None.
+    """
+
+    def __init__(
+        self,
+        subject: Subject,
+        generators: GeneratorUse,
+        settings: Settings,
+        record: str | None,
+        reference: str | None,
+        internal: InternalArguments,
+    ) -> None:
+        self.subject, self._generators, self._settings = subject, generators, settings
+        self.steps_done = settings.steps_done
+        self.steps_checked = self.stages_compared = 0
+        self.stages_seen: set[str] = set()
+        self.bytes_per_step = self.bytes_hashed = 0
+        self.agreed_until = -1
+        self.last_digest: protocol.CombinedDigest | None = None
+        self.divergence: Verdict | None = None
+        self.diverged_stages: dict[str, Stage] = {}
+        self.reference_difference: ReferenceDifference | None = None
+        self._stoppable = internal.get("stoppable", False)
+        self._own_channel = internal.get("channel") is None
+        self._channel: Channel = internal.get("channel") or open_channel(timeout=settings.timeout)
+        self._read_entries: Callable[[], Entries] = subject.state
+        self._wants_stop = self._stop = self._is_closed = False
+        self._last_checked = -1
+        try:
+            self._begin(record, reference, internal)
+        except BaseException as error:  # the caller gets no object to close
+            self.close(None if isinstance(error, Divergence | SharedUsageError) else error)
+            raise
+
+    def _begin(self, record: str | None, reference: str | None, internal: InternalArguments) -> None:
+        """Open the run folders, and compare the build."""
+        self._open(record, reference, internal)
+        if self._settings.every:
+            build = self.subject.state()
+            if not self.steps_done:
+                build.pop("optimizer", None)  # it has no state yet, and its settings are compared at step 1
+            self._check(self.steps_done, None, self._start(build), lag=0, recorded=not self.steps_done)
+
+    def _open(self, record: str | None, reference: str | None, internal: InternalArguments) -> None:
+        """Agree with the other ranks on the settings, and open the run folders."""
+        asked = self._settings
+        settings: dict[str, Any] = {"expect": asked.expect, "stages": sorted(asked.compared), "every": asked.every}
+        settings |= {"lag": asked.lag, "on_divergence": asked.on_divergence, "steps_done": self.steps_done}
+        settings |= {"record": record, "reference": reference}
+        compares_rng = "rng" in asked.compared and asked.every and self._generators.not_drawn
+        unseeded = exchange_settings(self._channel, settings, self._generators.first_digests if compares_rng else {})
+        devices = [tensor.device for tensor in self.subject.tensors()]
+        self.hasher = internal.get("hasher") or negotiated_hasher(devices, self._channel if asked.every else None)
+        manifest = collect_environment(devices[0] if devices else torch.device("cpu")) if record or reference else {}
+        run = self.hasher.algorithm, asked.expect, self.steps_done
+        self._folders = RunFolders(self._channel, record, reference, manifest, *run)
+        if self.steps_done:
+            self._generators.resume(self._folders.not_drawn())
+        trace = internal.get("trace") or self._folders.trace
+        trace = trace or TraceWriter(None, self._channel.size, algorithm=self.hasher.algorithm)
+        check_algorithm(trace, self.hasher)
+        recorded = internal.get("recorded") or self._folders.reference
+        comparison = self._channel, self.hasher, trace, recorded, asked.expect == "ddp", unseeded
+        self._exchange = Exchange(*comparison, with_advice=not asked.quiet)
+
+    def step(self, entries: Callable[[], Entries], epoch: int | None, stop: bool, check: bool) -> bool:
+        """Count a training step, and compare the state after it.
+
+        Args:
+            entries: Returns the entries of all stages after the step.
+            epoch: The epoch, from 1, or None.
+            stop: True if this replica wants to stop.
+            check: Compare this step even if `every` skips it.
+
+        Returns:
+            True if any replica wanted to stop, as of the newest completed comparison.
+
+        Raises:
+            Divergence, ReplicaLost, TypeError: As `Agreement.step` does.
+        """
+        self.steps_done += 1
+        self._channel.progress(self.steps_done)
+        self._wants_stop = self._wants_stop or stop
+        self.last_digest = None
+        if self._settings.every and (check or self.steps_done % self._settings.every == 0):
+            observation = self._start(entries())
+            # With a lag, the arguments would be kept alive for another step.
+            self._read_entries = self.subject.state if self._settings.lag else entries
+            self.bytes_per_step = observation.num_bytes
+            self._check(self.steps_done, epoch, observation)
+        elif self._stoppable:
+            self._check(self.steps_done, epoch, self._start({}))
+            self.last_digest = None
+        return self._stop
+
+    def evaluation(self, entries: Entries, epoch: int | None) -> None:
+        """Compare an evaluation, after the state of the step that it follows."""
+        self.complete()
+        if not self._settings.every:
+            return
+        self._compare_state()
+        if self._settings.compared & entries.keys():
+            self._read_entries = lambda: entries
+            self._check(self.steps_done, epoch, self._start(entries), lag=0, phase="evaluation")
+
+    def finish(self) -> Verdict:
+        """Complete the comparison in progress, compare the final state, and log one line with the result."""
+        self._channel.finish(self.steps_done)
+        self.complete()
+        self._compare_state()
+        self._check(self.steps_done, None, self._start({}), lag=0)
+        self._channel.rest()
+        taken, compared = self.steps_done - self._settings.steps_done, self._settings.compared
+        if self._settings.every and taken and not self.steps_checked and compared <= _PASSED_TO_STEP:
+            missing = ", ".join(stage for stage in STAGES if stage in compared)
+            log.warning("nothing was compared in %d steps: step() was given none of %s", taken, missing)
+        coverage = self._coverage(self._folders.equal_to_reference())
+        line = describe_result(coverage, taken, self.steps_checked, self.stages_seen, self._folders.record)
+        verdict = self.divergence or Verdict(agreed=coverage.has_second_copy, cause="none", summary=line)
+        digests = self.fingerprints() if self._folders.record else []
+        self._folders.conclude(verdict, coverage, self.steps_checked, self.steps_done, digests)
+        if not self._settings.quiet and self._channel.rank == 0:
+            log.info(line if self.divergence is None else f"DIVERGED {verdict.summary}")
+        return verdict
+
+    def close(self, error: BaseException | None) -> None:
+        """Release what this object holds, and report to the other ranks the error that only this one raises."""
+        self._is_closed = True
+        try:
+            if hasattr(self, "_folders"):  # otherwise the constructor has failed before
+                self._folders.close()
+        finally:
+            if self._own_channel:
+                self._channel.close(error)
+
+    def check_open(self) -> None:
+        """Raise `UsageError` if this object is closed."""
+        if self._is_closed:
+            raise UsageError("this Agreement is closed. Call close() last, or create another one.", code="closed")
+
+    def complete(self) -> bool:
+        """Complete the comparison in progress, if there is one, and return the same as `step`."""
+        try:
+            compared = self._exchange.complete()
+        except ReplicaLost as error:
+            self._conclude(describe_loss(error, self.agreed_until))
+            raise
+        if compared is None:
+            return self._stop
+        self._folders.check_repeated()
+        outcome, stages = compared.outcome, compared.stages
+        is_same = outcome.agreed and not outcome.differs_from_reference
+        self.stages_compared += len(stages)
+        self.stages_seen.update(name for name, stage in stages.items() if stage.names)
+        self._stop = self._stop or outcome.stop
+        if stages and compared.phase is None:
+            self._last_checked = compared.step
+            if compared.step > 0 and compared.recorded:
+                self.steps_checked += 1
+            if is_same and self.divergence is None:
+                self.agreed_until = compared.step
+        if not is_same and self.divergence is None:
+            self.diverged_stages = stages
+            self.divergence, self.reference_difference = self._describe(compared)
+            if self._settings.on_divergence == "stop":
+                self._raise(self.divergence)
+        return self._stop
+
+    def _raise(self, divergence: Verdict) -> None:
+        """Write the report, and raise the divergence."""
+        self._conclude(divergence)
+        if self._channel.rank and not self._settings.quiet:
+            time.sleep(_RANK_0_FIRST_SECONDS)
+        if self.reference_difference is not None:
+            raise ReferenceDiffers(divergence, self.reference_difference, self._channel.rank)
+        raise Divergence(divergence, self._channel.rank)
+
+    def _describe(self, compared: Compared) -> tuple[Verdict, ReferenceDifference | None]:
+        """Return the verdict on a difference, the same on all ranks."""
+
+        def values(stage: str, names: Sequence[str]) -> dict[str, str]:
+            entries = self._read_entries()
+            if stage not in compared.stages or stage not in entries:
+                return {}
+            return read_values(self.hasher, compared.stages[stage], entries[stage], names)
+
+        verdict, difference = self._exchange.describe(compared, values)
+        if difference is not None:
+            before = self._settings.steps_done
+            resumed = [Evidence.of("run-resumed", step=before)] if before else []
+            evidence = [*verdict.evidence[:1], *resumed, *verdict.evidence[1:], *self._folders.environment()]
+            verdict = verdict.with_(evidence=evidence)
+        return verdict, difference
+
+    def _conclude(self, verdict: Verdict) -> None:
+        """Write the report of a run that does not finish, without communication."""
+        reference = self._folders.reference
+        coverage = self._coverage(None if reference is None else (reference.num_steps, reference.stages))
+        self._folders.conclude(verdict, coverage, self.steps_checked, None)
+
+    def _coverage(self, equal: tuple[int, Collection[str]] | None) -> Coverage:
+        settings = self._settings
+        return self._folders.coverage(settings.every, self.steps_checked, self.stages_seen, settings.compared, equal)
+
+    def fingerprints(self) -> list[dict[str, str]]:
+        """Gather digests of the weights, buffers and optimizer of every replica, as 32 hex digits."""
+        state = self.subject.state()
+        names = [name for name in ("weights", "buffers", "optimizer") if name in state]
+        return self._channel.gather({name: make_stage(state[name]).digest.hex() for name in names})
+
+    def observe(self, entries: Entries) -> dict[str, Stage]:
+        """Return this replica's digests of the stages that are compared, without comparing them."""
+        return self._start(entries).stages
+
+    def _compare_state(self) -> None:
+        """Compare the current state, unless the last step's comparison covered it."""
+        state = self.subject.state()
+        self._read_entries = self.subject.state
+        if self._last_checked < self.steps_done and self._settings.compared & state.keys():
+            self._check(self.steps_done, None, self._start(state), lag=0)
+
+    def _check(
+        self,
+        step: int,
+        epoch: int | None,
+        observation: Observation,
+        lag: int | None = None,
+        phase: str | None = None,
+        recorded: bool = True,
+    ) -> None:
+        self.complete()
+        self.bytes_hashed += observation.num_bytes
+        not_drawn = self._generators.not_drawn
+        arguments = step, epoch, observation, self._wants_stop, phase, recorded, not_drawn
+        self.last_digest = self._exchange.start(*arguments)
+        if not (self._settings.lag if lag is None else lag):
+            self.complete()
+
+    def _start(self, entries: Entries) -> Observation:
+        """Start hashing the compared ones of the given stages, in causal order."""
+        compared = self._settings.compared
+        return self.hasher.start({name: entries[name] for name in STAGES if name in entries and name in compared})
