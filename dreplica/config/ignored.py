@@ -177,6 +177,15 @@ def _of_faults(config: RunConfig) -> Iterator[UsageError]:
         problem = f"no fault is found at its step because {reason}"
         yield config_error(CODE, "inject", problem, "Remove it, or set agreement.every to 1.", reason=reason)
     for index, fault in enumerate(config.inject):
+        flips = next((name for name in ("scale", "bit") if getattr(fault, name) is not None), None)
+        if flips is not None and fault.bits != 1:
+            reason = f"inject.{index}.{flips} is {show(getattr(fault, flips))}"
+            problem = f"{fault.bits} has no effect because {reason}"
+            yield config_error(CODE, f"inject.{index}.bits", problem, "Remove it.", value=fault.bits, reason=reason)
+        if fault.scale is not None and fault.bit is not None:
+            reason = f"inject.{index}.scale is {show(fault.scale)}"
+            problem = f"{fault.bit} has no effect because {reason}"
+            yield config_error(CODE, f"inject.{index}.bit", problem, "Remove it.", value=fault.bit, reason=reason)
         if fault.tensor is not None and fault.target in _UNNAMED_TARGETS:
             reason = f"inject.{index}.target is {fault.target!r}, which has no named tensors"
             problem = f"{fault.tensor!r} has no effect because {reason}"

@@ -15,9 +15,10 @@ from pydantic import ConfigDict, Field, ValidationError, field_validator, model_
 
 from dreplica.config.base import Lockstep, Section
 from dreplica.config.given import dotted_keys, given_keys, keep_given
-from dreplica.config.messages import config_error, nearest
+from dreplica.config.messages import config_error, invalid_value, join_errors, nearest
 from dreplica.config.overrides import check_override, merge
 from dreplica.config.validation import describe_errors
+from dreplica.errors import UsageError
 
 WHOLE_CONFIG = "# Every setting of a run, defaults included.\n"
 """First line of a config that lists all settings, of which none counts as chosen by a user."""
@@ -336,28 +337,59 @@ class ReportConfig(Section):
 
 
 class FaultConfig(Section):
-    """A fault to inject: bits to flip in one tensor of one replica."""
+    """A fault to inject: bits to flip, or an element to scale, in one tensor of one replica."""
 
     replica: int = Field(ge=0)
     """Replica id."""
     step: int = Field(ge=1)
     """Step at which the fault is injected."""
-    target: Literal["weights", "gradients", "buffers", "optimizer", "batch", "indices", "activation", "rng"]
+    target: Literal["weights", "gradients", "buffers", "optimizer", "batch", "indices", "activation", "operator", "rng"]
     """What is corrupted: `gradients` before the optimizer step, `batch` before the forward pass, `activation` the
-    output of a module, and all others at the end of the step."""
+    output of a module, `operator` the result that an operator returns, and all others at the end of the step."""
     tensor: str | None = None
-    """Name of the parameter or buffer to corrupt, or with `activation` of the module. null: drawn at random."""
+    """Name of the parameter or buffer to corrupt, with `activation` of the module, or with `operator` of the operator,
+    such as `aten.relu.default`: its first call in the step returns a wrong result. null: drawn at random."""
+    element: int | None = Field(None, ge=0)
+    """Position of the element to corrupt, in row-major order. null: drawn at random."""
     bits: int = Field(1, ge=1, le=4096)
-    """Number of bits to flip in the tensor."""
+    """Number of bits to flip in the tensor, or in `element`."""
+    bit: int | None = Field(None, ge=0, le=63)
+    """Bit to flip, from 0 for the lowest. null: drawn at random."""
+    scale: float | None = Field(None, allow_inf_nan=False)
+    """Factor to multiply an element with, instead of flipping bits."""
     repeat: bool = False
     """Inject the fault at every step from `step` on, and in replays."""
     seed: Annotated[int, Field(ge=0)] = 0
-    """Seed of the choice of tensor and bits."""
+    """Seed of the choice of tensor, element and bits."""
+
+    def check(self, key: str) -> list[UsageError]:
+        """Return an error for each key that does not fit another one.
+
+        Args:
+            key: The key of the fault, such as `inject.0`.
+        """
+        errors = []
+        if self.target == "operator" and self.tensor is None:
+            fix = "Name an operator, such as aten.relu.default."
+            errors.append(config_error("missing-value", f"{key}.tensor", "target 'operator' requires a value", fix))
+        if self.scale == 1:
+            errors.append(invalid_value(f"{key}.scale", self.scale, "a factor other than 1"))
+        if self.scale is not None and self.target in ("indices", "rng"):
+            problem = f"the elements of target {self.target!r} are integers, which cannot be scaled"
+            errors.append(config_error("unscalable-target", f"{key}.scale", problem, "Use bit.", value=self.scale))
+        return errors
 
     def __str__(self) -> str:
-        bits = f"{self.bits} bit{'s' * (self.bits > 1)} of {self.tensor or 'a tensor'}"
+        name = self.tensor or "a tensor"
+        place = name if self.element is None else f"element {self.element} of {name}"
+        if self.scale is not None:
+            what = f"{place if self.element is not None else f'an element of {name}'} times {self.scale:g}"
+        elif self.bit is not None:
+            what = f"bit {self.bit} of {place if self.element is not None else f'an element of {name}'}"
+        else:
+            what = f"{self.bits} bit{'s' * (self.bits > 1)} of {place}"
         when = f"from step {self.step} on" if self.repeat else f"at step {self.step}"
-        return f"{bits} in {self.target} on replica {self.replica} {when}"
+        return f"{what} in {self.target} on replica {self.replica} {when}"
 
 
 class RunConfig(Section):
@@ -379,7 +411,7 @@ class RunConfig(Section):
     agreement: AgreementConfig = AgreementConfig()
     report: ReportConfig = ReportConfig()
     inject: list[FaultConfig] = Field(default_factory=list)
-    """Faults to inject, a list of {replica, step, target, tensor, bits, repeat, seed}."""
+    """Faults to inject, a list of {replica, step, target, tensor, element, bits, bit, scale, repeat, seed}."""
     overrides: dict[int, dict[str, Any]] = Field(default_factory=dict)
     """Partial config for single replicas, by replica id: {1: {optim: {lr: 0.1}}}. It declares a difference, to compare
     two settings step by step."""
@@ -398,6 +430,13 @@ class RunConfig(Section):
             for replica_id, partial in overrides.items()
         }
         return {replica_id: partial for replica_id, partial in kept.items() if partial not in (None, {})}
+
+    @model_validator(mode="after")
+    def _check_faults(self) -> "RunConfig":
+        errors = [error for index, fault in enumerate(self.inject) for error in fault.check(f"inject.{index}")]
+        if errors:
+            raise join_errors(errors)
+        return self
 
     @model_validator(mode="after")
     def _check_overrides(self) -> "RunConfig":

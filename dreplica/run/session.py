@@ -197,6 +197,8 @@ class Session:
 
     def arm(self) -> None:
         """Set up the faults to inject, with a warning for each."""
+        if self.injector is not None:
+            self.injector.close()
         self.injector = self.world.together(lambda: Injector(self.config.inject, self.world.replica_id, self.replica))
         if self.world.is_coordinator:
             for fault in self.config.inject:

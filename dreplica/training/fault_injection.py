@@ -1,11 +1,12 @@
-"""Fault injection: flip bits of a replica's state at a chosen step, as a faulty memory cell or processor would.
+"""Fault injection: corrupt a replica's state at a chosen step, as a faulty memory cell or processor would.
 
-Flips are invisible to autograd and to operator tracing. A fault with `repeat` is injected at every step from its own
-step on, replays included. Otherwise it is injected once.
+Corruption is invisible to autograd and to operator tracing, except that of an operator's result: the operator itself is
+seen to return it. A fault with `repeat` is injected at every step from its own step on, replays included. Otherwise it
+is injected once.
 """
 
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import torch
@@ -15,13 +16,14 @@ from torch.utils._pytree import tree_leaves
 
 from dreplica.config.messages import nearest
 from dreplica.config.schema import FaultConfig
-from dreplica.data.loading.index_stream import IndexSampler, IndexStream
+from dreplica.data.loading.index_stream import IndexSampler, IndexStream, draw_order
 from dreplica.distributed.channel import Channel
 from dreplica.errors import UsageError
 from dreplica.state.replica import Replica
 from dreplica.state.stages import named_buffers, named_weights, plain_name
+from dreplica.training.corruption import check_fits, check_range, corrupt
+from dreplica.training.faulty_operator import FaultyOperators
 
-_INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 _MT19937_STATE = slice(24, 24 + 624 * 8)
 """Bytes of torch's CPU generator state with its 624 words: 8 bytes each, of which the low 4 are used."""
 
@@ -46,10 +48,14 @@ class Injector:
         self.not_injected = [fault for fault in faults if fault.replica == replica_id]
         self._waiting = [fault for fault in faults if fault.replica == replica_id]
         self._handles: list[Any] = []
+        self._operators: FaultyOperators | None = None
         for fault in faults:
             # A hook changes the compiled code of a model, so all replicas get the hook, with a fault or without.
-            if fault.replica == replica_id or fault.target in {"activation", "batch"}:
+            if fault.target != "operator" and (fault.replica == replica_id or fault.target in {"activation", "batch"}):
                 self._attach(fault)
+        names = {fault.tensor for fault in faults if fault.target == "operator" and fault.tensor is not None}
+        if names:
+            self._attach_to_operators(names)
 
     def indices(self, step: int, indices: Tensor, num_samples: int) -> None:
         """Inject the faults of a step into its batch indices, in place.
@@ -59,18 +65,24 @@ class Injector:
             indices: Sample indices, shape (batch,), int64. A changed index remains within the data set.
             num_samples: Samples in the data set.
         """
+        width = max(1, (num_samples - 1).bit_length())
         for fault in self._due("indices", step):
+            check_range(fault, len(indices), width)
             draw = _draw(fault, step)
-            position, width = draw.randrange(len(indices)), max(1, (num_samples - 1).bit_length())
-            mask = sum(1 << bit for bit in draw.sample(range(width), min(fault.bits, width)))
+            position = draw.randrange(len(indices)) if fault.element is None else fault.element
+            bits = draw.sample(range(width), min(fault.bits, width)) if fault.bit is None else [fault.bit]
             index = int(indices[position])
-            changed = (index ^ mask) % num_samples
+            changed = (index ^ sum(1 << bit for bit in bits)) % num_samples
             indices[position] = changed if changed != index else (index + 1) % num_samples
 
     def close(self) -> None:
         """Remove all hooks."""
         for handle in self._handles:
             handle.remove()
+        self._handles.clear()
+        if self._operators is not None:
+            self._operators.__exit__(None, None, None)
+            self._operators = None
 
     def _attach(self, fault: FaultConfig) -> None:
         model, optimizer = self._replica.model, self._replica.optimizer
@@ -83,15 +95,26 @@ class Injector:
                 module.register_forward_hook(lambda _m, _a, output: inject(fault, _tensors_in(output)))
             )
         elif fault.target == "gradients":
-            _choose(fault, _weights(self._replica), "tensor")
+            check_fits(_choose(fault, _weights(self._replica), "tensor"), fault)
             self._handles.append(optimizer.register_step_pre_hook(lambda *_: self._inject_named(fault, _gradients)))
         elif fault.target == "rng":
             self._handles.append(optimizer.register_step_post_hook(lambda *_: self._inject_rng(fault)))
         elif fault.target != "indices":
             tensors = _NAMED[fault.target]
             if fault.target != "optimizer":  # its state exists only after a step
-                _choose(fault, tensors(self._replica), "tensor")
+                check_fits(_choose(fault, tensors(self._replica), "tensor"), fault)
             self._handles.append(optimizer.register_step_post_hook(lambda *_: self._inject_named(fault, tensors)))
+
+    def _attach_to_operators(self, names: Collection[str]) -> None:
+        """Enter the mode that corrupts results of operators, from each step's forward pass to its optimizer step."""
+        model, optimizer = self._replica.model, self._replica.optimizer
+        operators = FaultyOperators(names, self._inject_operator)
+        begin = torch.compiler.disable(operators.begin) if _is_compiled(model) else operators.begin
+        self._handles += [
+            model.register_forward_pre_hook(lambda *_: begin(self._step) if self._trains() else None),
+            optimizer.register_step_post_hook(lambda *_: operators.end()),
+        ]
+        self._operators = operators.__enter__()
 
     def _is_due(self, fault: FaultConfig, step: int) -> bool:
         """Return True if a fault is to be injected now, and remove it if it is injected once."""
@@ -111,20 +134,31 @@ class Injector:
         return self._replica.steps_done + 1
 
     def _inject(self, fault: FaultConfig, tensors: list[Tensor]) -> None:
-        if self._replica.model.training and torch.is_grad_enabled() and self._is_due(fault, self._step):
-            flip_bits(tensors[0], fault.bits, _draw(fault, self._step))
+        if self._trains() and self._is_due(fault, self._step):
+            corrupt(tensors[0], fault, _draw(fault, self._step))
 
     def _inject_named(self, fault: FaultConfig, tensors: Callable[[Replica], dict[str, Tensor]]) -> None:
         if self._is_due(fault, self._step):
-            flip_bits(_choose(fault, tensors(self._replica), "tensor"), fault.bits, _draw(fault, self._step))
+            corrupt(_choose(fault, tensors(self._replica), "tensor"), fault, _draw(fault, self._step))
+
+    def _inject_operator(self, name: str, result: Tensor) -> None:
+        for fault in [fault for fault in self._waiting if (fault.target, fault.tensor) == ("operator", name)]:
+            if self._is_due(fault, self._step):
+                corrupt(result, fault, _draw(fault, self._step))
+
+    def _trains(self) -> bool:
+        return self._replica.model.training and torch.is_grad_enabled()
 
     def _inject_rng(self, fault: FaultConfig) -> None:
         if self._is_due(fault, self._step):
             with _disable_current_modes():
                 state = torch.get_rng_state()
                 words = state[_MT19937_STATE].view(torch.int64)
-                draw = _draw(fault, self._step)
-                for place in draw.sample(range(len(words) * 32), fault.bits):
+                check_range(fault, len(words), 32)
+                element = fault.element
+                places = range(len(words) * 32) if element is None else range(element * 32, (element + 1) * 32)
+                places = places if fault.bit is None else places[fault.bit :: 32]
+                for place in _draw(fault, self._step).sample(places, min(fault.bits, len(places))):
                     words[place // 32] ^= 1 << (place % 32)
                 torch.set_rng_state(state)
 
@@ -143,7 +177,7 @@ class FaultyCoordinator(IndexSampler):
         self._injector = injector
 
     def training_batches(self, num_samples: int, batch_size: int, epoch: int, first: int = 0) -> IndexStream:
-        """Return the coordinator's stream with faults injected into batches of the first two windows.
+        """Return the coordinator's stream, with faults injected into its batches as they are received.
 
         Args:
             num_samples: Samples in the training set.
@@ -151,33 +185,29 @@ class FaultyCoordinator(IndexSampler):
             epoch: Number of the epoch, from 1.
             first: Position of the first batch to yield.
         """
-        stream = super().training_batches(num_samples, batch_size, epoch, first)
-        steps_before = (epoch - 1) * len(stream)
-        for number in range(first, min(len(stream), stream.num_received)):
-            self._injector.indices(steps_before + number + 1, stream.batch(number), num_samples)
-        return stream
+        order = draw_order(num_samples, self.seed, epoch) if self._channel.rank == 0 else None
+        self._passes += 1
+        steps_before = (epoch - 1) * -(-num_samples // batch_size)
+
+        def inject(number: int, indices: Tensor) -> None:
+            self._injector.indices(steps_before + number + 1, indices, num_samples)
+
+        return _FaultyStream(inject, self._channel, order, num_samples, batch_size, self._passes, first)
 
 
-def flip_bits(tensor: Tensor, bits: int, draw: random.Random) -> None:
-    """Flip bits of a tensor in place, without autograd, version counters or dispatch modes noticing.
+class _FaultyStream(IndexStream):
+    """The batches of a training epoch, with faults injected into each as soon as it has been received."""
 
-    Args:
-        tensor: The tensor.
-        bits: Number of different bits to flip; all if the tensor has fewer.
-        draw: Chooses the bits.
-    """
-    with _disable_current_modes(), torch.no_grad():
-        data = tensor.data
-        if data.is_complex():
-            data = torch.view_as_real(data.conj() if data.is_conj() else data)
-        flat = data.view(_INTEGERS[data.element_size()]) if data.dtype is not torch.bool else data.view(torch.uint8)
-        width = 1 if data.dtype is torch.bool else 8 * data.element_size()
-        for place in draw.sample(range(flat.numel() * width), min(bits, flat.numel() * width)):
-            index = torch.unravel_index(torch.tensor(place // width), flat.shape) if flat.dim() else ()
-            bit = place % width
-            # The sign bit cannot be written as a positive number of a signed dtype.
-            mask = -(1 << bit) if bit == 8 * flat.element_size() - 1 and flat.dtype is not torch.uint8 else 1 << bit
-            flat[index] = flat[index] ^ mask
+    def __init__(self, inject: Callable[[int, Tensor], None], *arguments: Any) -> None:
+        self._inject = inject
+        self._next = arguments[-1]
+        super().__init__(*arguments)
+
+    def _receive(self) -> None:
+        super()._receive()
+        for number in range(self._next, self.num_received):
+            self._inject(number, self.batch(number))
+        self._next = self.num_received
 
 
 def _tensors_in(values: Any) -> list[Tensor]:

@@ -58,7 +58,8 @@ ALWAYS = {
     "report.wandb": "",
     "inject.replica": "",
     "inject.target": "",
-    "inject.bits": "",
+    "inject.element": "",
+    "inject.scale": "",
     "inject.repeat": "",
     "inject.seed": "",
 }
@@ -107,6 +108,11 @@ IGNORED: dict[str, list[tuple[Any, str, str]]] = {
     "inject.tensor": [
         ("0.weight", FAULT % name, f"inject.0.target is '{name}'") for name in ("batch", "indices", "rng")
     ],
+    "inject.bits": [
+        (3, "inject: [{replica: 1, step: 3, target: weights, bit: 30}]", "inject.0.bit is 30"),
+        (3, "inject: [{replica: 1, step: 3, target: weights, scale: 1.5}]", "inject.0.scale is 1.5"),
+    ],
+    "inject.bit": [(3, "inject: [{replica: 1, step: 3, target: weights, scale: 1.5}]", "inject.0.scale is 1.5")],
     "inject.step": [(8, f"{FAULT % 'weights'}\ntrain: {{max_steps: 7}}", "train.max_steps is 7")],
 }
 """Settings, and each kind of setting with which they have no effect: value, the rest of the config, the reason."""
@@ -132,6 +138,8 @@ ACCEPTED = {
     ),
     "named tensor": "inject: [{replica: 1, step: 3, target: weights, tensor: 0.weight}]",
     "named module": "inject: [{replica: 1, step: 3, target: activation, tensor: '5'}]",
+    "chosen bits of an element": "inject: [{replica: 1, step: 3, target: weights, element: 17, bits: 3}]",
+    "named operator": "inject: [{replica: 1, step: 3, target: operator, tensor: aten.relu.default, scale: 1.5}]",
     "fault in the last step": "inject: [{replica: 1, step: 7, target: weights}]\ntrain: {max_steps: 7}",
     "step of a schedule": "schedule: {name: StepLR, step_size: 3, per: step}",
     "an override with the others' setting": "model: {name: resnet34}\noverrides: {1: {model: {factory: 'm:f'}}}",

@@ -151,6 +151,42 @@ INVALID_FILES = {
         "inject.0.replica",
         "expected a replica from 0 to 1, got 4. Start 5 replicas, or choose another one.",
     ),
+    "faulty operator without a name": (
+        "inject: [{replica: 1, step: 1, target: operator}]",
+        "missing-value",
+        "inject.0.tensor",
+        "target 'operator' requires a value. Name an operator, such as aten.relu.default.",
+    ),
+    "factor that changes nothing": (
+        "inject: [{replica: 1, step: 1, target: weights, scale: 1.0}]",
+        "invalid-value",
+        "inject.0.scale",
+        "expected a factor other than 1, got 1.0.",
+    ),
+    "infinite factor": (
+        "inject: [{replica: 1, step: 1, target: weights, scale: .inf}]",
+        "invalid-value",
+        "inject.0.scale",
+        "expected a finite number, got inf.",
+    ),
+    "scaled indices": (
+        "inject: [{replica: 1, step: 1, target: indices, scale: 2}]",
+        "unscalable-target",
+        "inject.0.scale",
+        "the elements of target 'indices' are integers, which cannot be scaled. Use bit.",
+    ),
+    "negative element": (
+        "inject: [{replica: 1, step: 1, target: weights, element: -1}]",
+        "invalid-value",
+        "inject.0.element",
+        "expected a value >= 0, got -1.",
+    ),
+    "bit that no element has": (
+        "inject: [{replica: 1, step: 1, target: weights, bit: 64}]",
+        "invalid-value",
+        "inject.0.bit",
+        "expected a value <= 63, got 64.",
+    ),
     "faults that are no list": (
         "inject: {replica: 1}",
         "invalid-value",

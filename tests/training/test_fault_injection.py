@@ -1,6 +1,7 @@
 """An injected fault flips exactly the configured bits, in the configured place and step, without side effects."""
 
 import random
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -8,16 +9,20 @@ import numpy
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 from dreplica.config.schema import FaultConfig, TrainConfig
-from dreplica.data.loading.index_stream import IndexSampler
+from dreplica.data.loading.index_stream import WINDOW, IndexSampler
 from dreplica.data.loading.loader import Batch
 from dreplica.diagnosis.tracing.op_tracer import OpTracer
 from dreplica.distributed.channel import Channel
 from dreplica.errors import UsageError
 from dreplica.state.replica import Replica
 from dreplica.state.rng import get_rng_state, seed_generators, set_rng_state
-from dreplica.training.fault_injection import FaultyCoordinator, Injector, flip_bits
+from dreplica.state.snapshot import restore_snapshot, take_snapshot
+from dreplica.training.corruption import flip_bits, scale_element
+from dreplica.training.fault_injection import FaultyCoordinator, Injector
+from dreplica.training.faulty_operator import FaultyOperators
 from dreplica.training.step import training_step
 from tests.fixtures import tiny_model
 
@@ -342,6 +347,234 @@ def test_fault_in_index_stays_in_data_set(num_samples: int, bits: int) -> None:
         assert 0 <= int(received.min()) <= int(received.max()) < num_samples
         injector.indices(2, received, num_samples)
         assert (received != indices).sum() == 1  # spent
+
+
+@pytest.mark.parametrize("num_samples", [69, 80, 3], ids=["short last batch", "whole batches", "one short batch"])
+def test_index_fault_at_every_step(num_samples: int) -> None:
+    """Each step of two epochs, the last ones of both included."""
+    sound = IndexSampler(Channel(), 5)
+    per_epoch = -(-num_samples // 16)
+    for step in range(1, 2 * per_epoch + 1):
+        fault = FaultConfig(replica=0, step=step, target="indices")
+        injector = Injector([fault], 0, make_replica())
+        faulty = FaultyCoordinator(Channel(), 5, injector)
+        differing = []
+        for epoch in (1, 2):
+            one, other = (each.training_batches(num_samples, 16, epoch) for each in (sound, faulty))
+            differing += [
+                (epoch - 1) * per_epoch + number + 1
+                for number in range(per_epoch)
+                if not torch.equal(one.batch(number), other.batch(number))
+            ]
+            assert torch.equal(
+                faulty.redraw(num_samples, 16, epoch, per_epoch - 1),
+                sound.redraw(num_samples, 16, epoch, per_epoch - 1),
+            )
+        assert differing == [step]
+        assert injector.not_injected == []
+
+
+@pytest.mark.parametrize("first", [0, 300])
+@pytest.mark.parametrize("number", [300, WINDOW * 2 - 1, WINDOW * 2, WINDOW * 3 - 1, WINDOW * 3 + 3])
+def test_index_fault_is_in_every_window(number: int, first: int) -> None:
+    """Also of an epoch that is resumed."""
+    num_samples = (WINDOW * 3 + 4) * 2 - 1
+    injector = Injector([FaultConfig(replica=0, step=number + 1, target="indices")], 0, make_replica())
+    streams = [
+        sampler.training_batches(num_samples, 2, 1, first)
+        for sampler in (IndexSampler(Channel(), 5), FaultyCoordinator(Channel(), 5, injector))
+    ]
+    differing = []
+    for each in range(first, len(streams[0])):
+        for stream in streams:
+            stream.consumed(each)
+        if not torch.equal(streams[0].batch(each), streams[1].batch(each)):
+            differing.append(each)
+    assert differing == [number]
+
+
+def test_index_fault_in_chosen_element_and_bit() -> None:
+    indices = torch.arange(16)
+    fault = FaultConfig(replica=0, step=1, target="indices", element=5, bit=3)
+    Injector([fault], 0, make_replica()).indices(1, indices, 16)
+    assert indices.tolist() == [*range(5), 5 ^ 8, *range(6, 16)]
+    for key, value in (("element", 16), ("bit", 4)):
+        fault = FaultConfig(replica=0, step=1, target="indices", **{key: value})
+        with pytest.raises(UsageError, match=f"expected {key} from 0 to {value - 1} in indices, got {value}") as raised:
+            Injector([fault], 0, make_replica()).indices(1, torch.arange(16), 16)
+        assert raised.value.code == "no-such-place"
+
+
+# ---- a chosen element, a chosen bit, a factor
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("view", ["contiguous", "transposed"])
+def test_flip_chosen_bit_of_chosen_element(dtype: torch.dtype, view: str) -> None:
+    width = 1 if dtype is torch.bool else 8 * dtype.itemsize
+    for element in (0, 17, 23):
+        for bit in {0, width // 2, width - 1}:
+            tensor = make(dtype) if view == "contiguous" else make(dtype, (6, 4)).t()
+            before = bits_of(tensor)
+            flip_bits(tensor, 1, draw(), element, bit)
+            assert bits_of(tensor) ^ before == 1 << (element * 8 * dtype.itemsize + bit)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_flip_bits_of_chosen_element(dtype: torch.dtype) -> None:
+    width = 1 if dtype is torch.bool else 8 * dtype.itemsize
+    for number in range(20):
+        tensor = make(dtype)
+        before = bits_of(tensor)
+        flip_bits(tensor, 5, random.Random(number), element=3)
+        changed = bits_of(tensor) ^ before
+        assert changed.bit_count() == min(5, width)
+        assert changed >> (3 * 8 * dtype.itemsize) < 1 << width
+        assert changed % (1 << (3 * 8 * dtype.itemsize)) == 0
+
+
+@pytest.mark.parametrize("dtype", [d for d in DTYPES if d.is_floating_point or d.is_complex], ids=str)
+def test_scale_element_scales_one(dtype: torch.dtype) -> None:
+    tensor = torch.arange(1, 25).reshape(6, 4).t().to(dtype)
+    expected = tensor.clone()
+    expected[2, 3] = expected[2, 3] * 1.5
+    version = tensor._version
+    scale_element(tensor, 1.5, draw(), 2 * 6 + 3)
+    assert torch.equal(tensor, expected)
+    assert tensor._version == version
+    zeros = torch.zeros(50)
+    zeros[31] = 1
+    scale_element(zeros, 2.0, draw())
+    assert zeros[31] == 2  # not one of the zeros, which a factor leaves
+    scale_element(torch.zeros(2), 2.0, draw())
+
+
+@pytest.mark.parametrize(
+    ("target", "kind", "tensor"),
+    [
+        ("weights", "weights", "1.bias"),
+        ("buffers", "buffers", "1.running_mean"),
+        ("optimizer", "optimizer", "1.bias.momentum_buffer"),
+        ("gradients", "gradients", "1.bias"),
+        ("batch", "inputs", None),
+        ("rng", "rng", None),
+    ],
+)
+def test_fault_in_chosen_place(target: str, kind: str, tensor: str | None) -> None:
+    fault = {"replica": 1, "step": 2, "target": target, "tensor": tensor}
+    sound, injected = run(), run({**fault, "element": 2, "bit": 30})
+    ((name, before),) = [(name, row) for name, row in sound[1][kind].items() if name in (tensor or name)]
+    first = 2 * 64 + 24 * 8 if target == "rng" else 2 * 32
+    assert injected[1][kind][name] ^ before == 1 << (first + 30)
+    if target != "rng":
+        scaled = run({**fault, "element": 2, "scale": -1.0})
+        assert scaled[1][kind][name] ^ before == 1 << (first + 31)
+
+
+@pytest.mark.parametrize(
+    ("fault", "code"),
+    [
+        ({"target": "weights", "tensor": "1.bias", "element": 4096}, "no-such-place"),
+        ({"target": "buffers", "tensor": "1.running_mean", "bit": 32}, "no-such-place"),
+        ({"target": "gradients", "tensor": "1.bias", "element": 4096}, "no-such-place"),
+        ({"target": "batch", "element": 4096}, "no-such-place"),
+        ({"target": "activation", "tensor": "5", "element": 40}, "no-such-place"),
+        ({"target": "rng", "element": 624}, "no-such-place"),
+        ({"target": "rng", "bit": 32}, "no-such-place"),
+        ({"target": "buffers", "tensor": "1.num_batches_tracked", "scale": 2.0}, "unscalable-target"),
+    ],
+)
+def test_missing_place_is_usage_error(fault: dict[str, Any], code: str) -> None:
+    with pytest.raises(UsageError) as raised:
+        run({"replica": 1, "step": 1, **fault})
+    assert raised.value.code == code
+
+
+# ---- results of operators
+
+
+def calls(replica: Replica, step: int) -> tuple[list[tuple[str, bytes, bytes]], Tensor]:
+    """The operators of a step as a tracer sees them, and the logits."""
+    with OpTracer(replica.optimizer, model=replica.model) as tracer:
+        output = training_step(replica, batch_of(step), TrainConfig())
+    return [(record.name, record.inputs, record.outputs) for record in tracer.records], output.logits
+
+
+def step_twice(repeat: bool, operator: str, **place: Any) -> list[tuple[Any, Any]]:
+    """Steps 1, 2 and 2 again, with and without a fault at step 2 in the result of an operator."""
+    rows = []
+    fault = FaultConfig(replica=1, step=2, target="operator", tensor=operator, repeat=repeat, **place)
+    for replica_id in (0, 1):
+        replica = make_replica()
+        injector = Injector([fault], replica_id, replica)
+        first = calls(replica, 1)
+        before = take_snapshot(replica)
+        second = calls(replica, 2)
+        restore_snapshot(replica, before)
+        rows.append([first, second, calls(replica, 2)])
+        injector.close()
+    return list(zip(*rows, strict=True))
+
+
+@pytest.mark.parametrize("repeat", [False, True])
+@pytest.mark.parametrize(
+    "operator", ["aten.relu.default", "aten.addmm.default", "aten.threshold_backward.default", "aten.mul_.Tensor"]
+)
+def test_tracer_sees_operator_return_wrong_result(operator: str, repeat: bool) -> None:
+    """Also of an operator in backward, of one that writes to its argument, and in replays."""
+    first, second, replayed = step_twice(repeat, operator, element=1, bit=20)
+    assert first[0][0] == first[1][0]
+    for (sound, _), (wrong, _), corrupted in ((*second, True), (*replayed, repeat)):
+        differing = [i for i, (one, other) in enumerate(zip(sound, wrong, strict=True)) if one != other]
+        assert bool(differing) == corrupted
+        if differing:
+            one, other = sound[differing[0]], wrong[differing[0]]
+            assert one[0] == other[0] == operator
+            assert one[1] == other[1]
+            assert one[2] != other[2]
+
+
+def test_faulty_operator_without_result() -> None:
+    """An operator on lists returns nothing: the first tensor that it writes to is corrupted."""
+    corrupted = []
+    tensors = [torch.ones(2), torch.ones(3)]
+    with FaultyOperators(["aten._foreach_add_.Scalar"], lambda name, result: corrupted.append(result)) as operators:
+        torch._foreach_add_(tensors, 1)
+        operators.begin(1)
+        torch._foreach_add_(tensors, 1)
+        torch._foreach_add_(tensors, 1)
+    assert [result is tensors[0] for result in corrupted] == [True]
+
+
+def test_operator_fault_changes_one_call_and_bit() -> None:
+    _, ((_, sound), (_, wrong)), _ = step_twice(False, "aten.addmm.default", element=13, bit=22)
+    assert bits_of(sound) ^ bits_of(wrong) == 1 << (13 * 32 + 22)
+
+
+def test_operator_fault_spares_evaluation_and_closes() -> None:
+    replica = make_replica()
+    fault = FaultConfig(replica=0, step=1, target="operator", tensor="aten.addmm.default", bit=30, repeat=True)
+    injector = Injector([fault], 0, replica)
+    x = torch.ones(2, 3)
+    expected = bits_of(torch.addmm(torch.zeros(2, 2), x, x.t()))
+    training_step(replica, batch_of(1), TrainConfig())
+    assert injector.not_injected == []
+    assert bits_of(torch.addmm(torch.zeros(2, 2), x, x.t())) == expected
+    replica.model.eval()
+    replica.model(batch_of(1).inputs)
+    assert bits_of(torch.addmm(torch.zeros(2, 2), x, x.t())) == expected
+    injector.close()
+    assert _get_current_dispatch_mode_stack() == []
+
+
+def test_unknown_operator_is_usage_error() -> None:
+    for name, hint in (("aten.relu.defualt", "aten.relu.default"), ("relu", ""), ("aten.relu", "aten.relu.default")):
+        fault = FaultConfig(replica=0, step=1, target="operator", tensor=name)
+        with pytest.raises(UsageError, match=re.escape(f"no operator {name!r} in target 'operator'")) as raised:
+            Injector([fault], 0, make_replica())
+        assert raised.value.code == "unknown-operator"
+        assert hint in str(raised.value)
+    assert _get_current_dispatch_mode_stack() == []
 
 
 def test_faulty_coordinator_changes_one_batch() -> None:

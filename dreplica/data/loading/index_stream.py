@@ -61,7 +61,7 @@ class IndexStream:
     @property
     def num_received(self) -> int:
         """Number of batches that have been sent so far."""
-        return self._received // self.batch_size
+        return -(-self._received // self.batch_size)  # windows hold whole batches, except the last batch of the pass
 
     def consumed(self, number: int) -> None:
         """Receive the next window if the training loop has begun the first batch of a window.

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from dreplica.state.replica import Replica
-from dreplica.training.fault_injection import flip_bits
+from dreplica.training.corruption import flip_bits
 from tests import fixtures
 
 

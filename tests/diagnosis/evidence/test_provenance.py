@@ -20,7 +20,7 @@ from dreplica.diagnosis.tracing.op_tracer import OpRecord, OpTracer
 from dreplica.state.replica import Replica
 from dreplica.state.rng import get_rng_state, seed_generators, set_rng_state
 from dreplica.state.stages import optimizer_stage
-from dreplica.training.fault_injection import flip_bits
+from dreplica.training.corruption import flip_bits
 from dreplica.training.step import training_step
 from tests.fixtures import tiny_model
 

@@ -14,7 +14,7 @@ from dreplica.diagnosis.evidence.tensor_diff import Difference, compare_elements
 from dreplica.diagnosis.measurement.full_tensors import compare, compare_outputs, was_written
 from dreplica.diagnosis.tracing.op_tracer import OpTracer
 from dreplica.distributed.process_group import World
-from dreplica.training.fault_injection import flip_bits
+from dreplica.training.corruption import flip_bits
 from tests.harness import run_replicas
 
 SEEDED = torch.Generator().manual_seed(0)
