@@ -231,6 +231,11 @@ class Agreement:
         """
         return self._engine.fingerprints()
 
+    @property
+    def generator_states(self) -> Mapping[str, Tensor | bytes | None]:
+        """The state of each global generator at the newest call of `step`, without copies."""
+        return self._generators.states
+
     def observe(
         self,
         *,

@@ -7,6 +7,8 @@ fact that nothing has.
 
 from collections.abc import Collection, Iterable, Mapping
 
+from torch import Tensor
+
 from dreplica.agreement.trace.line import GENERATORS
 from dreplica.state.stages import Entry, digest_entry, rng_entries
 
@@ -23,10 +25,12 @@ class GeneratorUse:
 
     Attributes:
         not_drawn: Names of the generators that nothing has drawn from so far.
+        states: Name of each generator to its state when `entries` was called last.
     """
 
     def __init__(self, drawn: Collection[str] = ()) -> None:
         self._first = dict(rng_entries())
+        self.states: Mapping[str, Tensor | bytes | None] = self._first
         self.not_drawn = frozenset(GENERATORS) - frozenset(drawn)
 
     def resume(self, not_drawn: Collection[str]) -> None:
@@ -41,6 +45,7 @@ class GeneratorUse:
     def entries(self) -> list[Entry]:
         """Return the entries of the stage `rng`, with a constant for each generator that was not drawn from."""
         entries = rng_entries()
+        self.states = dict(entries)
         self.not_drawn -= {name for name, state in entries if name in self.not_drawn and state != self._first[name]}
         return [(name, _NOT_DRAWN if name in self.not_drawn else state) for name, state in entries]
 

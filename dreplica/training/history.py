@@ -10,6 +10,7 @@ from dreplica.state.plain_state import PlainState
 from dreplica.state.replica import Replica
 from dreplica.state.rng import get_rng_state
 from dreplica.state.snapshot import Snapshot, copy_evaluated_state, take_snapshot
+from dreplica.training.original import Original, StepMeter
 
 
 @dataclass(frozen=True)
@@ -26,8 +27,6 @@ class StepEntry:
     """Sample indices that this replica received, shape (batch,), int64."""
     word: CombinedDigest | None
     """Combined digest of this replica's state after the step. None if the step was not compared."""
-    generator: bytes = b""
-    """State of torch's CPU generator after the step."""
 
 
 @dataclass(frozen=True)
@@ -58,6 +57,8 @@ class History:
     Attributes:
         snapshot: The last snapshot whose step is known to agree. None without a history.
         entries: Steps, ends of epochs and evaluations since the snapshot, in order.
+        originals: The newest steps as they ran, by number, until they are known to agree.
+        meter: Reads the counters that each step moves. None without a history.
     """
 
     def __init__(self, replica: Replica, every: int) -> None:
@@ -66,14 +67,25 @@ class History:
         self._replica = replica
         self._every = every
         self._candidate: Snapshot | None = None
+        self.originals: dict[int, Original] = {}
+        self.meter = StepMeter(replica) if every else None
         if every:
             self.snapshot = take_snapshot(replica)
 
-    def step(self, entry: StepEntry, agreed_until: int) -> None:
-        """Record a step. `agreed_until` is the last step on which replicas are known to agree."""
+    def step(self, entry: StepEntry, agreed_until: int, original: Original | None = None) -> None:
+        """Record a step.
+
+        Args:
+            entry: The step.
+            agreed_until: The last step on which replicas are known to agree.
+            original: The step as it ran. It is kept until the step is known to agree.
+        """
         if not self._every:
             return
         self.entries.append(entry)
+        self.settle(agreed_until)
+        if original is not None:
+            self.originals[entry.step] = original
         self._promote(agreed_until)
         if (
             self._candidate is None
@@ -82,6 +94,10 @@ class History:
         ):
             self._candidate = take_snapshot(self._replica)
             self._promote(agreed_until)
+
+    def settle(self, agreed_until: int) -> None:
+        """Drop what is kept of steps that are known to agree."""
+        self.originals = {step: kept for step, kept in self.originals.items() if step > agreed_until}
 
     def epoch_end(self, epoch: int) -> None:
         """Record the end of an epoch's training."""

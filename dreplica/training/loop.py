@@ -19,6 +19,7 @@ from dreplica.state.replica import Replica
 from dreplica.training.evaluate import Evaluation, Tally, evaluate
 from dreplica.training.events import EpochDone, PhaseTimer, StepDone, Stopped, position_after
 from dreplica.training.history import History, StepEntry
+from dreplica.training.original import Original
 from dreplica.training.step import reduction_of, training_step
 
 
@@ -60,6 +61,7 @@ def train(
     """
     batch_size, num_workers = config.data.batch_size, config.data.num_workers
     memory_format = torch.channels_last if config.model.channels_last else torch.preserve_format
+    waits_for_device = agreement.hasher.is_asynchronous  # completing a comparison would wait for the device
     labels = LabelRange(data.num_classes, getattr(replica.criterion, "ignore_index", None))
     for epoch in range(start.epoch, config.train.epochs + 1):
         if agreement.steps_done >= (config.train.max_steps or math.inf):
@@ -86,7 +88,14 @@ def train(
         with closing(batches):  # ends the loader's workers at once, in the middle of an epoch too
             for number, batch in enumerate(batches, start=number + 1):  # noqa: B020
                 timer.lap("loading")
+                if not waits_for_device:  # before this step overwrites what the last one left
+                    agreement.complete()
+                    history.settle(agreement.agreed_until)
+                    timer.lap("checks")
+                if history.meter is not None:
+                    history.meter.start()
                 output = training_step(replica, batch, config.train, timer.lap)
+                footprint = history.meter.stop() if history.meter is not None else None
                 step = agreement.steps_done + 1
                 last = step == config.train.max_steps
                 halts = step == config.run.stop_after
@@ -100,11 +109,12 @@ def train(
                     stop=bool(stop_request),
                     check=last or saves or halts or number == len(stream),
                 )
-                generator = torch.get_rng_state().numpy().tobytes()
-                history.step(
-                    StepEntry(agreement.steps_done, epoch, number - 1, batch.indices, agreement.last_digest, generator),
-                    agreement.agreed_until,
-                )
+                entry = StepEntry(agreement.steps_done, epoch, number - 1, batch.indices, agreement.last_digest)
+                original = None
+                if footprint is not None and entry.word is not None:
+                    kept = None if waits_for_device else batch
+                    original = Original(kept, output, agreement.generator_states, footprint)
+                history.step(entry, agreement.agreed_until, original)
                 if saves or halts:
                     stop = agreement.complete()
                 tally.add(output.loss, output.logits, batch.labels, reduction_of(replica.criterion))
@@ -122,6 +132,8 @@ def train(
         trained = time.perf_counter()
         timer.lap("loading")
         position = position_after(epoch, number, tally)
+        if not waits_for_device:
+            agreement.complete()
         rates = learning_rates(replica.optimizer)  # before the schedule sets those of the next epoch
         if number == len(stream):  # not if max_steps cut the epoch short
             replica.advance_scheduler("epoch")

@@ -152,9 +152,11 @@ class Replayer:
 
     @property
     def original_generator(self) -> bytes:
-        """State of torch's CPU generator after the original step."""
+        """State of torch's CPU generator after the original step. Empty if it was not kept."""
         assert self._target is not None, "approach() comes first"
-        return self._target.generator
+        original = self._history.originals.get(self._target.step)
+        state = None if original is None else original.generators["torch.cpu"]
+        return state.numpy().tobytes() if isinstance(state, Tensor) else b""
 
     def replayed(self, stage: str, name: str) -> Tensor | None:
         """Return a tensor as the last replay left it, on the CPU. None if there is no such tensor."""
