@@ -1,7 +1,7 @@
 """`Agreement`: check after every step of a training loop that all replicas hold the same bits."""
 
 import os
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from functools import partial
 from types import TracebackType
 from typing import Any, Literal, Unpack
@@ -96,15 +96,15 @@ class Agreement:
         check_arguments(expect, on_divergence, lag, every, timeout, steps_done, internal)
         paths = path_of("record", record), path_of("reference", reference)
         quiet = internal.get("quiet", False)
-        generators = GeneratorUse(GENERATORS if internal.get("all_generators") else ())
-        self._subject = Subject(model, optimizer, others, generators.entries)
+        self._generators = GeneratorUse(GENERATORS if internal.get("all_generators") else ())
+        self._subject = Subject(model, optimizer, others, self._generators.entries)
         expect = expect or ("ddp" if self._subject.is_ddp else "identical")
         check_stages(stages, expect)
         compared = self._subject.compared(expect, stages)
         settings = Settings(expect, compared, every, on_divergence, lag, timeout, steps_done, quiet)
         if not quiet:
             show_log()
-        self._engine = Engine(self._subject, generators, settings, *paths, internal)
+        self._engine = Engine(self._subject, self._generators, settings, *paths, internal)
 
     def step(
         self,
@@ -231,11 +231,6 @@ class Agreement:
         """
         return self._engine.fingerprints()
 
-    @property
-    def generator_states(self) -> Mapping[str, Tensor | bytes | None]:
-        """The state of each global generator at the newest call of `step`, without copies."""
-        return self._generators.states
-
     def observe(
         self,
         *,
@@ -305,6 +300,11 @@ class Agreement:
     def last_digest(self) -> CombinedDigest | None:
         """Combined digest of what was compared last; None after a step that was not compared."""
         return self._engine.last_digest
+
+    @property
+    def generator_states(self) -> Mapping[str, Tensor | bytes | None]:
+        """State of each global generator at the newest call of `step`, by its name in the stage `rng`."""
+        return self._generators.states
 
     @property
     def diverged_stages(self) -> dict[str, Stage]:
