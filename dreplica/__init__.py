@@ -11,10 +11,11 @@ if TYPE_CHECKING:
     from dreplica.agreement.agreement import Agreement
     from dreplica.agreement.trace.reader import Trace
     from dreplica.agreement.verdict.verdict import Divergence, Verdict
+    from dreplica.agreement.wiring.fault import WiringError
     from dreplica.diagnosis.diagnose_step import diagnose
     from dreplica.distributed.liveness.lost import ReplicaLost
     from dreplica.errors import DreplicaError
-    from dreplica.replica.wiring import WiringError, check_wiring
+    from dreplica.replica.wiring import check_wiring
     from dreplica.state.fingerprint.fingerprint import fingerprint
     from dreplica.state.replica import Replica
 
@@ -45,7 +46,7 @@ _MODULES = {
     "ReplicaLost": "dreplica.distributed.liveness.lost",
     "Trace": "dreplica.agreement.trace.reader",
     "Verdict": "dreplica.agreement.verdict.verdict",
-    "WiringError": "dreplica.replica.wiring",
+    "WiringError": "dreplica.agreement.wiring.fault",
     "check_wiring": "dreplica.replica.wiring",
     "diagnose": "dreplica.diagnosis.diagnose_step",
     "fingerprint": "dreplica.state.fingerprint.fingerprint",

@@ -12,6 +12,7 @@ from dreplica.agreement.hasher import Hasher, common_hasher, describe_fallback
 from dreplica.agreement.reference import Reference
 from dreplica.agreement.trace.writer import TraceWriter
 from dreplica.agreement.verdict.verdict import Verdict, split_into_groups, suspects_of
+from dreplica.agreement.wiring.fault import WiringError
 from dreplica.config.components import check_schedule
 from dreplica.data.datasets import prepare_data
 from dreplica.data.loading.index_stream import IndexSampler
@@ -22,7 +23,7 @@ from dreplica.distributed.process_group import World
 from dreplica.distributed.signals import StopRequest
 from dreplica.environment.manifest import collect_manifest, compare_manifests, compare_values, gather_manifests
 from dreplica.replica.build import broadcast_state, build_replica, weights_digest
-from dreplica.replica.wiring import WiringError, check_wiring
+from dreplica.replica.wiring import check_wiring
 from dreplica.run.bootstrap import Prepared
 from dreplica.run.explain import Explainer
 from dreplica.state.progress import Position

@@ -3,14 +3,16 @@
 import copy
 import pickle
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 import dreplica
+from dreplica.agreement.wiring.fault import WiringError
 from dreplica.errors import DreplicaError, UsageError
-from dreplica.replica.wiring import WiringError, check_wiring
+from dreplica.replica.wiring import check_wiring
 
 schedulers = torch.optim.lr_scheduler
 
@@ -133,6 +135,104 @@ def test_parameters_of_another_criterion_are_orphans() -> None:
         assert caught.value.code == "optimizer-not-bound"
 
 
+# ---- parameters replaced after the optimizer was created
+
+
+def to_empty(model: nn.Module) -> nn.Module:
+    return model.to_empty(device="cpu")
+
+
+def converted(model: nn.Module) -> nn.Module:
+    """Return the model in another dtype, with new parameters, as `.to()` gives it with this setting."""
+    torch.__future__.set_overwrite_module_params_on_conversion(True)
+    try:
+        return model.to(torch.float64)
+    finally:
+        torch.__future__.set_overwrite_module_params_on_conversion(False)
+
+
+def wrapped_in_subclass(model: nn.Module) -> nn.Module:
+    """Return the model with parameters of a subclass, as a quantization gives it."""
+    from torch.testing._internal.two_tensor import TwoTensor
+
+    for module in model.modules():
+        for name, parameter in list(module.named_parameters(recurse=False)):
+            setattr(module, name, nn.Parameter(TwoTensor(parameter.detach(), parameter.detach().clone())))
+    return model
+
+
+def assigned(model: nn.Module) -> nn.Module:
+    state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    model.load_state_dict(state, assign=True)
+    return model
+
+
+@pytest.mark.parametrize(
+    ("device", "replace", "origin", "text"),
+    [
+        ("meta", to_empty, "moved", "made before the model was converted from meta to cpu, as .to_empty() does"),
+        ("cpu", converted, "moved", "made before the model was converted from float32 to float64, as .to() does"),
+        ("cpu", wrapped_in_subclass, "converted", "made before the parameters were converted from Parameter to Two"),
+        ("cpu", assigned, "copied", "load_state_dict(assign=True)"),
+    ],
+)
+def test_optimizer_made_before_conversion_is_named(
+    device: str, replace: Callable[[nn.Module], nn.Module], origin: str, text: str
+) -> None:
+    with torch.device(device):
+        model = make_model()
+    optimizer = sgd(model)
+    error = fault(replace(model), optimizer)
+    assert (error.code, error.fields["origin"]) == ("optimizer-not-bound", origin)
+    assert text in str(error)
+    check_wiring(model, sgd(model))
+
+
+def test_moved_model_of_another_shape_is_another_model() -> None:
+    """A conversion is named only if shapes prove it."""
+    error = fault(make_model().double(), sgd(nn.Linear(9, 9)))
+    assert error.fields["origin"] == "another-model"
+
+
+def test_conversion_that_keeps_parameters_passes() -> None:
+    model = make_model()
+    optimizer = sgd(model)
+    check_wiring(model.to(torch.bfloat16), optimizer)
+
+
+def test_parametrized_layer_passes() -> None:
+    model = make_model()
+    optimizer = sgd(model)
+    nn.utils.parametrizations.spectral_norm(model[0])
+    check_wiring(model, optimizer)  # it keeps the parameter
+    nn.utils.parametrizations.weight_norm(model[3])
+    error = fault(model, optimizer)  # it makes two new ones
+    assert (error.code, error.fields["origin"]) == ("optimizer-not-bound", "replaced")
+    check_wiring(model, sgd(model))
+
+
+def test_low_rank_adapters_of_frozen_model() -> None:
+    class Adapted(nn.Module):
+        def __init__(self, base: nn.Linear) -> None:
+            super().__init__()
+            self.base = base.requires_grad_(False)
+            self.down, self.up = nn.Linear(4, 2, bias=False), nn.Linear(2, 3, bias=False)
+
+    model = make_model()
+    before = sgd(model)
+    model[0] = Adapted(model[0])
+    error = fault(model, before)
+    assert (error.code, error.tensor) == ("parameters-not-optimized", "0.down.weight")
+    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    check_wiring(model, torch.optim.SGD(trainable, lr=0.1))
+
+
+def test_compiled_model_has_plain_names() -> None:
+    model = make_model()
+    error = fault(torch.compile(model), torch.optim.SGD(list(model.parameters())[:-1], lr=0.1))
+    assert error.tensor == "3.bias"
+
+
 # ---- parameters-not-optimized
 
 
@@ -253,6 +353,73 @@ def test_deepcopied_scheduler_drives_neither_optimizer() -> None:
     optimizer.step()
     copied.step()
     assert optimizer.param_groups[0]["lr"] == 0.1
+
+
+class Warmup(schedulers.LRScheduler):
+    """A warm-up that hands over to another scheduler, which its state contains."""
+
+    def __init__(self, optimizer: torch.optim.Optimizer, after: object) -> None:
+        self.after = after
+        super().__init__(optimizer)
+
+    def get_lr(self) -> list[float]:
+        return [group["lr"] for group in self.optimizer.param_groups]
+
+
+class Wrapper:
+    """A scheduler in an attribute, next to the optimizers, as accelerate wraps it."""
+
+    def __init__(self, scheduler: object, optimizer: torch.optim.Optimizer) -> None:
+        self.scheduler, self.optimizers, self.split_batches = scheduler, [WrappedOptimizer(optimizer)], False
+
+    def step(self) -> None: ...
+
+
+class WrappedOptimizer:
+    def __init__(self, optimizer: torch.optim.Optimizer) -> None:
+        self.optimizer = optimizer
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:
+        return self.optimizer.param_groups
+
+    def step(self) -> None: ...
+
+
+NESTED: dict[str, Callable[[torch.optim.Optimizer, object], object]] = {
+    "after": lambda optimizer, inner: Warmup(optimizer, inner),
+    "after[1]": lambda optimizer, inner: Warmup(optimizer, [None, inner]),
+    "after['late']": lambda optimizer, inner: Warmup(optimizer, {"late": inner}),
+    "after.after": lambda optimizer, inner: Warmup(optimizer, Warmup(optimizer, inner)),
+    "after[0].after": lambda optimizer, inner: Warmup(optimizer, (Warmup(optimizer, inner),)),
+    "scheduler": lambda optimizer, inner: Wrapper(inner, optimizer),
+}
+
+
+@pytest.mark.parametrize("path", NESTED)
+def test_inner_scheduler_of_another_optimizer_is_named(path: str) -> None:
+    model = make_model()
+    optimizer = sgd(model)
+    check_wiring(model, optimizer, NESTED[path](optimizer, step_lr(optimizer)))
+    error = fault(model, optimizer, NESTED[path](optimizer, step_lr(sgd(model))))
+    assert (error.code, error.fields["path"], error.fields["scheduler"]) == ("scheduler-not-bound", path, "StepLR")
+    assert "StepLR scheduler in " in str(error)
+
+
+def test_scheduler_that_contains_itself_ends() -> None:
+    model = make_model()
+    optimizer = sgd(model)
+    scheduler = Warmup(optimizer, None)
+    scheduler.after = [scheduler]
+    check_wiring(model, optimizer, scheduler)
+
+
+def test_scheduler_of_wrapped_optimizer_passes() -> None:
+    model = make_model()
+    optimizer = sgd(model)
+    wrapper: Any = WrappedOptimizer(optimizer)
+    check_wiring(model, wrapper, step_lr(optimizer))
+    check_wiring(model, optimizer, step_lr(optimizer))
 
 
 def test_missing_or_unbound_scheduler_passes() -> None:

@@ -7,10 +7,10 @@ from dreplica.agreement.verdict.causes import CAUSES
 from dreplica.agreement.verdict.evidence import Evidence
 from dreplica.agreement.verdict.remedy import Remedy
 from dreplica.agreement.verdict.verdict import Verdict, split_into_groups, suspects_of
+from dreplica.agreement.wiring.fault import WiringError
 from dreplica.diagnosis.decision.facts import RunFacts
 from dreplica.diagnosis.decision.nondeterministic_ops import explain_operator
 from dreplica.environment.manifest import Difference, card_of, spell_device
-from dreplica.replica.wiring import WiringError
 
 _OF_HARDWARE = {"transient-fault", "persistent-fault", "nondeterministic-operator", "unexplained"}
 """Causes that a host or a GPU may be behind."""

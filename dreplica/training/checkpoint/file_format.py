@@ -195,7 +195,7 @@ def parse(files: Mapping[str, bytes]) -> Contents:
         optimizer = torch.load(io.BytesIO(files[OPTIMIZER_FILE]), map_location="cpu", weights_only=True)
         return Contents({**tensors, **optimizer.pop("tensors")}, optimizer, state)
     except Exception as error:  # an untrusted pickle can raise anything
-        raise _not_loadable(OPTIMIZER_FILE, error) from None
+        raise _foreign_object(files[OPTIMIZER_FILE]) or _not_loadable(OPTIMIZER_FILE, error) from None
 
 
 def rng_to_json(rng: Mapping[str, Any]) -> dict[str, Any]:
@@ -285,6 +285,22 @@ def flush(path: Path) -> None:
 
 def _damaged(name: str) -> CheckpointError:
     return CheckpointError(f"{name} does not match its digest", code="damaged", file=name)
+
+
+def _foreign_object(content: bytes) -> CheckpointError | None:
+    """Return the error for a file that contains objects of classes that are not loaded, or None if it has none."""
+    try:
+        classes = torch.serialization.get_unsafe_globals_in_checkpoint(io.BytesIO(content))
+    except Exception:  # not a file of torch.save
+        return None
+    if not classes:
+        return None
+    text = (
+        f"cannot load {OPTIMIZER_FILE}: it contains {', '.join(sorted(classes))}, and only plain values are loaded. "
+        "Leave such objects out of the state_dict of the optimizer, scheduler or scaler, and save the state_dict of a "
+        "scheduler within a scheduler instead"
+    )
+    return CheckpointError(text, code="not-loadable", file=OPTIMIZER_FILE, classes=sorted(classes))
 
 
 def _not_loadable(name: str, error: Exception) -> CheckpointError:

@@ -10,11 +10,12 @@ import pytest
 import torch
 from torch import nn
 
+from dreplica.agreement.wiring.fault import WiringError
 from dreplica.commands.cases.samples import builds, data, models
 from dreplica.commands.cases.samples.operators import racy_sum
 from dreplica.config.schema import RunConfig
 from dreplica.diagnosis.tracing.op_tracer import OpTracer
-from dreplica.replica.wiring import WiringError, check_wiring
+from dreplica.replica.wiring import check_wiring
 from dreplica.state.fingerprint.fingerprint import fingerprint
 from dreplica.state.replica import Replica
 from dreplica.state.rng import get_rng_state, seed_generators, set_rng_state

@@ -8,6 +8,7 @@ from dreplica.agreement.verdict.causes import CAUSES
 from dreplica.agreement.verdict.evidence import Evidence
 from dreplica.agreement.verdict.remedy import Remedy
 from dreplica.agreement.verdict.verdict import Verdict
+from dreplica.agreement.wiring.fault import WiringError
 from dreplica.diagnosis.decision.conclude import (
     agreed,
     conclude,
@@ -19,7 +20,6 @@ from dreplica.diagnosis.decision.conclude import (
 )
 from dreplica.diagnosis.decision.facts import BuildFacts, RunFacts
 from dreplica.environment.manifest import Difference
-from dreplica.replica.wiring import WiringError
 from tests.messages import codes, commands, texts
 
 TWO = [[0], [1]]

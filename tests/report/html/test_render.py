@@ -11,9 +11,9 @@ import pytest
 import yaml
 from torch import Tensor, nn
 
+from dreplica.agreement.wiring.fault import WiringError
 from dreplica.commands import main as cli
 from dreplica.diagnosis.decision.conclude import wiring_fault
-from dreplica.replica.wiring import WiringError
 from dreplica.report.html.render import render
 from dreplica.report.html.run_files import read_run
 from tests.fixtures import SMALL, tiny_model

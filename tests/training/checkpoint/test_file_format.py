@@ -177,8 +177,9 @@ def test_parse_executes_no_code(tmp_path: Path) -> None:
     contents = copy_state(replica, POSITION, {}, {}).contents()
     contents.optimizer["others"] = [Bomb(str(mark))]
     write_checkpoint(place, contents)  # with digests that are right
-    with pytest.raises(CheckpointError, match=r"cannot load optimizer\.pt"):
+    with pytest.raises(CheckpointError, match=r"cannot load optimizer\.pt: it contains .*mkdir") as caught:
         parse(read_files(place))
+    assert caught.value.fields["classes"] == [f"{os.mkdir.__module__}.mkdir"]
     assert not mark.exists()
     with (place / OPTIMIZER_FILE).open("rb") as file:
         torch.load(file, weights_only=False)
