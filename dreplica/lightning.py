@@ -26,14 +26,17 @@ class AgreementCallback(Callback):
     in which any of them stepped. The count continues from a checkpoint if this callback was there when it was saved.
 
     Args:
+        keep_state: True to keep a copy of the state that each step begins with, for `dreplica.diagnose`: see
+            `Agreement.keep_state`.
         **arguments: Arguments of `dreplica.Agreement`, such as `every`, `lag`, `stages` or `on_divergence`.
 
     Attributes:
         agreement: The `dreplica.Agreement`, or None before training starts.
     """
 
-    def __init__(self, **arguments: Any) -> None:
+    def __init__(self, *, keep_state: bool = False, **arguments: Any) -> None:
         self.agreement: Agreement | None = None
+        self._keep_state, self._begun = keep_state, -1
         self._arguments = arguments
         self._global_step = self._steps_done = 0
 
@@ -68,6 +71,20 @@ class AgreementCallback(Callback):
             steps_done=self._steps_done,
             **self._arguments,
         )
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Keep the state that the step begins with, before the first of its accumulated batches.
+
+        Args:
+            trainer: The trainer.
+            pl_module: The module that it trains.
+            batch: The batch.
+            batch_idx: Index of the batch in the epoch.
+        """
+        assert self.agreement is not None, "on_train_start() comes first"
+        if self._keep_state and self._begun != self._steps_done:
+            self._begun = self._steps_done
+            self.agreement.keep_state()
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int

@@ -24,6 +24,8 @@ class AgreementCallback(TrainerCallback):
     `TrainerState.global_step` does, for any number of accumulated batches.
 
     Args:
+        keep_state: True to keep a copy of the state that each step begins with, for `dreplica.diagnose`: see
+            `Agreement.keep_state`.
         **arguments: Arguments of `dreplica.Agreement`, such as `every`, `lag`, `stages` or `on_divergence`. Use
             `expect="identical"` if every process trains an independent replica: buffers and random number generators
             are then compared, too.
@@ -32,8 +34,9 @@ class AgreementCallback(TrainerCallback):
         agreement: The `dreplica.Agreement`, or None before training starts.
     """
 
-    def __init__(self, **arguments: Any) -> None:
+    def __init__(self, *, keep_state: bool = False, **arguments: Any) -> None:
         self.agreement: Agreement | None = None
+        self._keep_state = keep_state
         self._arguments = arguments
 
     def on_train_begin(
@@ -78,6 +81,19 @@ class AgreementCallback(TrainerCallback):
             arguments.setdefault("stages", (*DDP_STAGES, "buffers"))
         others = [lr_scheduler, getattr(optimizer, "scaler", None)]
         self.agreement = Agreement(model, optimizer, others=others, steps_done=state.global_step, **arguments)
+
+    def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **rest: Any) -> None:
+        """Keep the state that the step begins with, before the first of its accumulated batches.
+
+        Args:
+            args: The trainer's arguments.
+            state: The trainer's state.
+            control: The trainer's control flags.
+            **rest: Further arguments of the hook, which are ignored.
+        """
+        assert self.agreement is not None, "on_train_begin() comes first"
+        if self._keep_state:
+            self.agreement.keep_state()
 
     def on_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **rest: Any

@@ -1,7 +1,7 @@
 """`Agreement`: check after every step of a training loop that all replicas hold the same bits."""
 
 import os
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from functools import partial
 from types import TracebackType
 from typing import Any, Literal, Unpack
@@ -11,10 +11,8 @@ from torch import Tensor
 from dreplica.agreement.arguments import InternalArguments, check_arguments, check_epoch, check_stages, path_of
 from dreplica.agreement.engine import Engine
 from dreplica.agreement.generators import GeneratorUse
-from dreplica.agreement.hasher import Hasher
-from dreplica.agreement.protocol import CombinedDigest
-from dreplica.agreement.reference import ReferenceDifference
 from dreplica.agreement.result import show_log
+from dreplica.agreement.run_results import Results
 from dreplica.agreement.settings import Settings
 from dreplica.agreement.subject import Batch, Expect, Models, Subject
 from dreplica.agreement.trace.line import GENERATORS
@@ -22,7 +20,7 @@ from dreplica.agreement.verdict.verdict import Divergence, Verdict
 from dreplica.state.stages import Entry, Optimizers, Stage, batch_entries, prediction_entries
 
 
-class Agreement:
+class Agreement(Results):
     """Comparison of the training state of all replicas after every step, bit for bit.
 
     ```python
@@ -96,15 +94,38 @@ class Agreement:
         check_arguments(expect, on_divergence, lag, every, timeout, steps_done, internal)
         paths = path_of("record", record), path_of("reference", reference)
         quiet = internal.get("quiet", False)
-        self._generators = GeneratorUse(GENERATORS if internal.get("all_generators") else ())
-        self._subject = Subject(model, optimizer, others, self._generators.entries)
+        generators = GeneratorUse(GENERATORS if internal.get("all_generators") else ())
+        self._subject = Subject(model, optimizer, others, generators.entries)
         expect = expect or ("ddp" if self._subject.is_ddp else "identical")
         check_stages(stages, expect)
         compared = self._subject.compared(expect, stages)
         settings = Settings(expect, compared, every, on_divergence, lag, timeout, steps_done, quiet)
         if not quiet:
             show_log()
-        self._engine = Engine(self._subject, self._generators, settings, *paths, internal)
+        self._engine = Engine(self._subject, generators, settings, *paths, internal)
+
+    def keep_state(self) -> None:
+        """Keep a copy of the state that the coming step begins with, for `dreplica.diagnose`.
+
+        ```python
+        for batch in loader:
+            agreement.keep_state()
+            loss = training_step(batch)
+            agreement.step(batch=batch, loss=loss)  # if it raises: dreplica.diagnose(..., agreement=agreement)
+        ```
+
+        `dreplica.diagnose` then replays a diverged step from the state that each rank had, with its own random number
+        generators, settings and gradients, and compares the replay with the original.
+
+        Call it where the step begins, after the batch is loaded. It copies parameters, buffers, gradients, the state of
+        the optimizers and of `others`, generators, and plain attributes of modules. The copy stays on the device, in
+        memory that is allocated once (twice with `lag=1`). Steps that `every` skips are not copied.
+
+        Raises:
+            UsageError: If the Agreement is closed.
+        """
+        self._engine.check_open()
+        self._engine.keep_state()
 
     def step(
         self,
@@ -251,72 +272,3 @@ class Agreement:
             Stage name to its digests, in causal order, for the stages that are compared.
         """
         return self._engine.observe(self._subject.after_step(indices, batch, outputs, loss))
-
-    @property
-    def divergence(self) -> Verdict | None:
-        """Verdict of the first difference, or None."""
-        return self._engine.divergence
-
-    @property
-    def steps_done(self) -> int:
-        """Number of calls of `step`, plus the argument `steps_done`."""
-        return self._engine.steps_done
-
-    @property
-    def steps_checked(self) -> int:
-        """Number of steps that were compared."""
-        return self._engine.steps_checked
-
-    @steps_checked.setter
-    def steps_checked(self, steps: int) -> None:  # the trainer continues the count of an interrupted run
-        self._engine.steps_checked = steps
-
-    @property
-    def bytes_per_step(self) -> int:
-        """Bytes of tensors that this replica hashed in the newest compared step; 0 before it."""
-        return self._engine.bytes_per_step
-
-    @property
-    def bytes_hashed(self) -> int:
-        """Bytes of tensors that this replica hashed in total."""
-        return self._engine.bytes_hashed
-
-    @property
-    def stages_compared(self) -> int:
-        """Number of stages compared, summed over all comparisons."""
-        return self._engine.stages_compared
-
-    @property
-    def stages_seen(self) -> set[str]:
-        """Names of the stages that were compared at least once."""
-        return self._engine.stages_seen
-
-    @property
-    def agreed_until(self) -> int:
-        """Newest step at which all replicas are known to have agreed; -1 before the build."""
-        return self._engine.agreed_until
-
-    @property
-    def last_digest(self) -> CombinedDigest | None:
-        """Combined digest of what was compared last; None after a step that was not compared."""
-        return self._engine.last_digest
-
-    @property
-    def generator_states(self) -> Mapping[str, Tensor | bytes | None]:
-        """State of each global generator at the newest call of `step`, by its name in the stage `rng`."""
-        return self._generators.states
-
-    @property
-    def diverged_stages(self) -> dict[str, Stage]:
-        """Digests of this replica's stages at the first difference."""
-        return self._engine.diverged_stages
-
-    @property
-    def reference_difference(self) -> ReferenceDifference | None:
-        """First difference from the reference, the same on all replicas, or None."""
-        return self._engine.reference_difference
-
-    @property
-    def hasher(self) -> Hasher:
-        """What computes the fingerprints."""
-        return self._engine.hasher

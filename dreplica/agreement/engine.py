@@ -12,6 +12,7 @@ from dreplica.agreement.arguments import InternalArguments, check_algorithm
 from dreplica.agreement.exchange import Compared, Exchange
 from dreplica.agreement.generators import GeneratorUse
 from dreplica.agreement.hasher import Observation, negotiated_hasher
+from dreplica.agreement.kept_state import KeptStates, Original
 from dreplica.agreement.reference import ReferenceDifference, ReferenceDiffers
 from dreplica.agreement.result import describe_loss, describe_result
 from dreplica.agreement.run_folders import RunFolders
@@ -60,18 +61,9 @@ class Engine:
 
     Attributes:
         subject: The models and optimizers to compare.
+        generators: Which global generators are compared.
         hasher: What computes the fingerprints.
-        divergence: The verdict of the first difference, or None.
-        steps_done: Number of steps taken.
-        steps_checked: Number of steps that were compared.
-        bytes_per_step: Bytes hashed in the newest compared step; 0 before the first.
-        bytes_hashed: Bytes hashed in total.
-        stages_compared: Number of stages compared, summed over all comparisons.
-        stages_seen: Names of the stages that were compared at least once.
-        agreed_until: The newest step at which all replicas are known to have agreed, or -1.
-        last_digest: Combined digest of what was compared last; None after a step that is not compared.
-        diverged_stages: Digests of this replica's stages at the first difference.
-        reference_difference: The first difference from the reference, or None.
+        divergence, steps_done, steps_checked, ...: As for `Agreement`.
     """
 
     def __init__(
@@ -83,7 +75,7 @@ class Engine:
         reference: str | None,
         internal: InternalArguments,
     ) -> None:
-        self.subject, self._generators, self._settings = subject, generators, settings
+        self.subject, self.generators, self._settings = subject, generators, settings
         self.steps_done = settings.steps_done
         self.steps_checked = self.stages_compared = 0
         self.stages_seen: set[str] = set()
@@ -97,6 +89,7 @@ class Engine:
         self._own_channel = internal.get("channel") is None
         self._channel: Channel = internal.get("channel") or open_channel(timeout=settings.timeout)
         self._read_entries: Callable[[], Entries] = subject.state
+        self._kept = KeptStates(subject, steps=1 + settings.lag)
         self._wants_stop = self._stop = self._is_closed = False
         self._last_checked = -1
         try:
@@ -120,21 +113,34 @@ class Engine:
         settings: dict[str, Any] = {"expect": asked.expect, "stages": sorted(asked.compared), "every": asked.every}
         settings |= {"lag": asked.lag, "on_divergence": asked.on_divergence, "steps_done": self.steps_done}
         settings |= {"record": record, "reference": reference}
-        compares_rng = "rng" in asked.compared and asked.every and self._generators.not_drawn
-        unseeded = exchange_settings(self._channel, settings, self._generators.first_digests if compares_rng else {})
+        compares_rng = "rng" in asked.compared and asked.every and self.generators.not_drawn
+        unseeded = exchange_settings(self._channel, settings, self.generators.first_digests if compares_rng else {})
         devices = [tensor.device for tensor in self.subject.tensors()]
         self.hasher = internal.get("hasher") or negotiated_hasher(devices, self._channel if asked.every else None)
         manifest = collect_environment(devices[0] if devices else torch.device("cpu")) if record or reference else {}
         run = self.hasher.algorithm, asked.expect, self.steps_done
         self._folders = RunFolders(self._channel, record, reference, manifest, *run)
         if self.steps_done:
-            self._generators.resume(self._folders.not_drawn())
+            self.generators.resume(self._folders.not_drawn())
         trace = internal.get("trace") or self._folders.trace
         trace = trace or TraceWriter(None, self._channel.size, algorithm=self.hasher.algorithm)
         check_algorithm(trace, self.hasher)
         recorded = internal.get("recorded") or self._folders.reference
         comparison = self._channel, self.hasher, trace, recorded, asked.expect == "ddp", unseeded
         self._exchange = Exchange(*comparison, with_advice=not asked.quiet)
+
+    def keep_state(self) -> None:
+        """Copy the state that the coming step begins with, if that step will be compared."""
+        every, step = self._settings.every, self.steps_done + 1
+        if every and step % every == 0 and self.divergence is None:
+            self._kept.keep(step)
+
+    @property
+    def original(self) -> Original:
+        """What is known of the step at which replicas diverged."""
+        found = self.divergence
+        before = None if found is None or found.phase == "evaluation" else self._kept.before(found.step)
+        return Original(self.subject, found, self.diverged_stages, before, self._settings.expect == "ddp")
 
     def step(self, entries: Callable[[], Entries], epoch: int | None, stop: bool, check: bool) -> bool:
         """Count a training step, and compare the state after it.
@@ -303,7 +309,7 @@ class Engine:
     ) -> None:
         self.complete()
         self.bytes_hashed += observation.num_bytes
-        not_drawn = self._generators.not_drawn
+        not_drawn = self.generators.not_drawn
         arguments = step, epoch, observation, self._wants_stop, phase, recorded, not_drawn
         self.last_digest = self._exchange.start(*arguments)
         if not (self._settings.lag if lag is None else lag):

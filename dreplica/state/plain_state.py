@@ -61,11 +61,16 @@ class KeptTensor:
     """The tensor's `requires_grad` when it was copied."""
 
     @classmethod
-    def of(cls, tensor: Tensor) -> "KeptTensor":
-        """Copy the values of a tensor."""
+    def of(cls, tensor: Tensor, values: Tensor | None = None) -> "KeptTensor":
+        """Copy the values of a tensor.
+
+        Args:
+            tensor: The tensor.
+            values: The copied values, if they exist already.
+        """
         plain = type(tensor) in (Tensor, nn.Parameter) and tensor.layout is torch.strided
         memory = tensor.data if plain and not tensor.is_meta else None
-        return cls(tensor, memory, tensor.detach().clone(), tensor.requires_grad)
+        return cls(tensor, memory, tensor.detach().clone() if values is None else values, tensor.requires_grad)
 
     def restore(self) -> None:
         """Write the values back into the same tensor object and the same memory."""

@@ -1,7 +1,7 @@
 """A model with everything that trains it."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
 import torch
@@ -22,6 +22,17 @@ class Parts(Protocol):
     @property
     def others(self) -> Sequence[Any]:
         """Further objects with a `state_dict`: schedulers, gradient scalers."""
+
+
+@dataclass
+class LoopParts:
+    """The state that a custom training loop reads and writes, as `Parts`."""
+
+    model: nn.Module
+    optimizers: Mapping[str, torch.optim.Optimizer]
+    others: Sequence[Any]
+    criterion: nn.Module = field(default_factory=nn.Module)
+    steps_done: int = 0
 
 
 @dataclass

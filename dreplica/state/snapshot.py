@@ -10,6 +10,7 @@ from torch import Tensor
 from dreplica.state.plain_state import KeptTensor, PlainState
 from dreplica.state.replica import Parts
 from dreplica.state.rng import get_rng_state, set_rng_state
+from dreplica.state.tensors import copy_tensors
 from dreplica.state.walk import StateWalk
 
 _MAX_BYTES = 2**20
@@ -52,16 +53,25 @@ class Snapshot:
         return None if kept is None else kept.values
 
 
-def take_snapshot(replica: Parts) -> Snapshot:
-    """Copy the state of a replica without changing it."""
+def take_snapshot(replica: Parts, reuse: Snapshot | None = None) -> Snapshot:
+    """Copy the state of a replica without changing it.
+
+    Args:
+        replica: The replica.
+        reuse: A snapshot that is no longer needed, whose memory is overwritten.
+    """
     walk = StateWalk(replica)
     named = walk.tensors()
     # A buffer that autograd has made is copied without its graph, which may hold a step's activations.
-    tensors = {name: KeptTensor.of(tensor if tensor.is_leaf else tensor.detach()) for name, tensor in named.items()}
+    plain = {name: tensor if tensor.is_leaf else tensor.detach() for name, tensor in named.items()}
+    values = copy_tensors(plain, {name: kept.values for name, kept in reuse.tensors.items()} if reuse else {})
+    gradients = {name: parameter.grad for name, parameter in walk.parameters().items()}
+    existing = {name: gradient for name, gradient in gradients.items() if gradient is not None}
+    memory = {name: gradient for name, gradient in reuse.gradients.items() if gradient is not None} if reuse else {}
     owners = [*walk.owners.values(), *walk.scalers, *walk.state_objects]
     return Snapshot(
-        tensors=tensors,
-        gradients={name: _copy(parameter.grad) for name, parameter in walk.parameters().items()},
+        tensors={name: KeptTensor.of(tensor, values[name]) for name, tensor in plain.items()},
+        gradients=dict.fromkeys(gradients) | copy_tensors(existing, memory),
         plain=PlainState(owners, [tensor for tensor in named.values() if tensor.is_leaf]),
         others=[_copy(other.state_dict()) for other in _with_state_dict(replica)],
         rng=get_rng_state(),

@@ -1,4 +1,6 @@
-"""In-place writes to tensors, which every holder of the tensor sees, and copies to a device."""
+"""In-place writes to tensors, which every holder of the tensor sees, and copies of them."""
+
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
@@ -12,6 +14,41 @@ def overwrite(tensor: Tensor, values: Tensor) -> None:
             if stride == 0 and size > 1:
                 tensor, values = tensor.narrow(dim, 0, 1), values.narrow(dim, 0, 1)
     tensor.copy_(values)
+
+
+@torch.no_grad()
+def copy_tensors(tensors: Mapping[str, Tensor], memory: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Copy tensors, each into memory of an earlier copy if there is some of the same kind.
+
+    Args:
+        tensors: Name to tensor.
+        memory: Name to a copy that is no longer needed.
+
+    Returns:
+        Name to copy, on the tensor's device.
+    """
+    copies: dict[str, Tensor] = {}
+    sources, targets = [], []
+    for name, tensor in tensors.items():
+        target = memory.get(name)
+        if target is None or not _same_kind(tensor, target):
+            copies[name] = tensor.detach().clone()
+            continue
+        copies[name] = target
+        sources.append(tensor.detach())
+        targets.append(target)
+    if targets:
+        torch._foreach_copy_(targets, sources)  # one call: a large model has thousands of tensors
+    return copies
+
+
+def _same_kind(one: Tensor, other: Tensor) -> bool:
+    if not type(one) is type(other) is Tensor and type(one) is not torch.nn.Parameter:
+        return False
+    if one.layout is not torch.strided or one.is_quantized or one.is_nested:
+        return False
+    kinds = [(each.shape, each.dtype, each.device, each.stride()) for each in (one, other)]
+    return kinds[0] == kinds[1]
 
 
 def to_device(

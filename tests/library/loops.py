@@ -113,7 +113,7 @@ def lightning(plant: bool) -> dreplica.Agreement:
             return torch.optim.SGD(self.parameters(), lr=0.1, momentum=0.9)
 
     seed_everything(1)
-    callback = AgreementCallback()
+    callback = AgreementCallback(keep_state=True)
     quiet = {
         "logger": False,
         "enable_checkpointing": False,
@@ -154,7 +154,7 @@ def transformers(plant: bool) -> dreplica.Agreement:
 
     set_seed(1)
     samples = [{"data": data, "labels": label} for data, label in digits()]
-    callback = AgreementCallback()
+    callback = AgreementCallback(keep_state=True)
     quiet = {"save_strategy": "no", "report_to": "none", "disable_tqdm": True}
     with tempfile.TemporaryDirectory() as folder:
         arguments = TrainingArguments(

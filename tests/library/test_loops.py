@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from dreplica.agreement.agreement import Agreement
 from dreplica.agreement.verdict.verdict import Divergence, Verdict
 from dreplica.distributed.process_group import World
 from tests.harness import REPOSITORY, run_replicas
@@ -32,6 +33,8 @@ PLANTED = {
     "lightning": ("optimizer", "group0.lr"),
     "transformers": ("weights", "net.fc.weight"),
 }
+HELD = {"lightning", "transformers"}
+"""Loops whose callback keeps the state before each step."""
 SIZE = 4 * sum(parameter.numel() for parameter in Net().parameters())
 """Bytes of the weights, and of the gradients."""
 READ = {
@@ -49,9 +52,23 @@ def _run_loops(world: World) -> dict[tuple[str, bool], Any]:
             try:
                 agreement = loop(planted and world.replica_id == 1)
                 results[name, planted] = agreement.steps_checked, agreement.bytes_per_step
+                _check_kept_state(name, agreement)
             except Divergence as divergence:
                 results[name, planted] = divergence.verdict
     return results
+
+
+def _check_kept_state(name: str, agreement: Agreement) -> None:
+    """Check that the callbacks kept the state that the last step began with, and nothing else is kept."""
+    kept = agreement._engine._kept._kept
+    assert [number for number, _ in kept] == ([12] if name in HELD else [])
+    for _, snapshot in kept:
+        moved = [
+            key
+            for key, each in snapshot.tensors.items()
+            if each.memory is not None and not each.values.equal(each.memory)
+        ]
+        assert any(key.startswith("model.") and key.endswith("fc.weight") for key in moved), moved
 
 
 def _refusals() -> list[str]:

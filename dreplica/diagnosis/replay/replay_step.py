@@ -1,12 +1,12 @@
 """Repeated replay of a step of a custom training loop from one state."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_leaves, tree_map
 
@@ -15,22 +15,12 @@ from dreplica.agreement.subject import Subject
 from dreplica.diagnosis.evidence.provenance import DIGEST_BYTES, Contents
 from dreplica.diagnosis.replay.replay_run import Replayed, layout
 from dreplica.diagnosis.tracing.op_tracer import OpRecord, OpTracer
+from dreplica.state.replica import LoopParts
 from dreplica.state.snapshot import Snapshot, restore_snapshot, take_snapshot
 from dreplica.state.stages import STAGES, Stage, batch_stage, make_stage
 
 NO_INDICES = torch.empty(0, dtype=torch.int64)
 """Placeholder: the step is given its batch, so no samples are loaded."""
-
-
-@dataclass
-class _OwnParts:
-    """The state that the step reads and writes, as `Parts`."""
-
-    model: nn.Module
-    optimizers: Mapping[str, torch.optim.Optimizer]
-    others: Sequence[Any]
-    criterion: nn.Module = field(default_factory=nn.Module)
-    steps_done: int = 0
 
 
 class Repeated:
@@ -50,7 +40,7 @@ class Repeated:
     """
 
     def __init__(self, step: Callable[[Any], Any], batch: Batch, subject: Subject) -> None:
-        self.parts = _OwnParts(subject.model, subject.optimizers, subject.others)
+        self.parts = LoopParts(subject.model, subject.optimizers, subject.others)
         self.batch = {"batch": batch_stage(batch)}
         self.by_name = False
         self.given = batch

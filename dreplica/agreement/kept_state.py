@@ -1,0 +1,54 @@
+"""The state that recent steps began with, kept so that a diagnosis replays a step from the state that it had."""
+
+from collections import deque
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from dreplica.agreement.subject import Subject
+from dreplica.agreement.verdict.verdict import Verdict
+from dreplica.state.replica import LoopParts
+from dreplica.state.snapshot import Snapshot, take_snapshot
+from dreplica.state.stages import Stage
+
+
+@dataclass(frozen=True)
+class Original:
+    """What is known of the step at which replicas diverged, on this replica."""
+
+    subject: Subject
+    """The models and optimizers that were compared."""
+    found: Verdict | None
+    """The verdict of the comparison; None before a divergence."""
+    stages: Mapping[str, Stage]
+    """Digests of the stages that were compared."""
+    before: Snapshot | None
+    """The state that the step began with; None if it was not kept."""
+    is_ddp: bool
+    """True if replicas are the ranks of one data-parallel model, each with its own batch."""
+
+
+class KeptStates:
+    """Copies of the state before the newest steps, in memory that is allocated once.
+
+    Args:
+        subject: The models and optimizers whose state is kept.
+        steps: Number of steps whose states are kept.
+    """
+
+    def __init__(self, subject: Subject, steps: int) -> None:
+        self._parts = LoopParts(subject.model, subject.optimizers, subject.others)
+        self._most = steps
+        self._kept: deque[tuple[int, Snapshot]] = deque()
+
+    def keep(self, step: int) -> None:
+        """Copy the present state as the one that `step` begins with, over the oldest copy."""
+        oldest: Snapshot | None = None
+        if self._kept and self._kept[-1][0] == step:  # called twice before a step
+            _, oldest = self._kept.pop()
+        elif len(self._kept) == self._most:
+            _, oldest = self._kept.popleft()
+        self._kept.append((step, take_snapshot(self._parts, oldest)))
+
+    def before(self, step: int | None) -> Snapshot | None:
+        """Return the state that `step` began with, or None if it was not kept."""
+        return next((snapshot for number, snapshot in self._kept if number == step), None)
