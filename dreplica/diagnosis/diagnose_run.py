@@ -16,16 +16,21 @@ from dreplica.data.samples import describe
 from dreplica.diagnosis.decision.decide import decide
 from dreplica.diagnosis.decision.facts import RunFacts
 from dreplica.diagnosis.decision.nondeterministic_ops import is_picked_by_timing, may_vary
-from dreplica.diagnosis.decision.rules import name_in
+from dreplica.diagnosis.decision.rules import may_be_hardware, name_in
+from dreplica.diagnosis.evidence.finding import Finding, Kind
 from dreplica.diagnosis.evidence.observation import (
     Decision,
     Witness,
     could_have_made,
     difference_behind,
     first_difference,
+    with_findings,
+    with_lines,
 )
+from dreplica.diagnosis.evidence.tensor_diff import Difference as Changed
 from dreplica.diagnosis.measurement.error_propagation import measure_path
-from dreplica.diagnosis.measurement.full_tensors import add, compare_outputs, doubt_corruption, doubt_moved
+from dreplica.diagnosis.measurement.full_tensors import compare, compare_memory, compare_outputs
+from dreplica.diagnosis.measurement.original_tensors import compare_original
 from dreplica.diagnosis.replay.replay_run import Repeats, Replayed, Replayer
 from dreplica.diagnosis.tracing.op_tracer import OpRecord
 from dreplica.distributed.attempt import AttemptFailed, attempt
@@ -85,9 +90,11 @@ def diagnose(
         indices = replayer.indices()
         first, second = attempt(channel, lambda: (replayer.again(indices), replayer.again(indices)))
         earlier = step < found.step
-        generator = b"" if earlier else replayer.original_generator
-        own = _witness(original, first, second, indices, generator, None if earlier else found.stage)
+        own = _witness(original, first, second, indices, None if earlier else found.stage)
         own = replace(own, unreproduced=None if reproduced else step)
+        if not earlier:
+            findings = attempt(channel, lambda: compare_original(found.stage, original, first, replayer, channel.rank))
+            own = replace(own, findings=[*own.findings, *findings])
         if found.stage == "batch":
             examined = attempt(channel, lambda: _examine_samples(dataset, indices))
             own = replace(own, loaded_by_workers=num_workers > 0, **examined)
@@ -97,20 +104,19 @@ def diagnose(
             decision = decide(witnesses, facts.overrides, differences)
         else:
             decision = judge(witnesses, lambda: _digests(attempt(channel, lambda: replayer.again(indices))))
-        decision = _doubt_transient(decision, first.tracer.records, found.stage, channel, facts)
-        decision = doubt_corruption(decision, replayer, indices, channel)
-        decision = doubt_persistent(compare_outputs(decision, replayer, indices, channel), facts)
-        decision = doubt_moved(decision, found, original, first.stages, replayer, channel)
+        decision = _find_races(decision, first.tracer.records, found.stage, channel, facts)
+        decision = compare_memory(decision, replayer, indices, channel)
+        decision = compare_outputs(decision, replayer, indices, channel, arbitrates=may_be_hardware(decision))
+        decision = name_in(find_variation(decision, facts))
         if decision.positions:
             index = int(indices[decision.positions[0]])
             line = Evidence.of("first-differing-sample", sample=describe(dataset, index), index=index)
-            decision = add(decision, [line])
+            decision = with_lines(decision, line)
         if earlier:
-            decision = add(decision, [Evidence.of("earlier-step-not-reproducible", step=step)])
+            decision = with_lines(decision, Evidence.of("earlier-step-not-reproducible", step=step))
         if decision.cause == "unexplained":
             changed = [row for row in differences if row not in facts.differences and not row.may_round]
-            decision = add(decision, [field_evidence("later-difference", row) for row in changed])
-        decision = name_in(decision)
+            decision = with_lines(decision, *(field_evidence("later-difference", row) for row in changed))
         runs = [witness.records for witness in witnesses], second.tracer.records
         verdict = as_verdict(found, decision).with_(path=measure_path(decision, *runs, replayer, indices, channel))
     except AttemptFailed as error:
@@ -158,10 +164,10 @@ def _witness(
     first: Replayed,
     second: Replayed,
     indices: Tensor,
-    generator: bytes,
     stage: str | None,
 ) -> Witness:
     records = first.tracer.records, second.tracer.records
+    changed = compare(indices, first.indices)
     return Witness(
         original={name: stage.digest for name, stage in original.items()},
         first=_digests(first),
@@ -170,9 +176,9 @@ def _witness(
         contents=first.contents,
         generator=first.generator,
         layout=first.layout,
-        original_generator=generator,
         generator_changed=first.tracer.generator_changed,
         indices_intact=first.stages["indices"].digest == tensors_stage({"indices": indices}).digest,
+        indices_bits=changed.differing_bits if isinstance(changed, Changed) else 0,
         against_itself=difference_behind(*records, stage) or first_difference(*records),
         sample_digests=[],
     )
@@ -188,11 +194,11 @@ def _differences_now(channel: Channel, facts: RunFacts) -> list[Difference]:
     return [*(row for row in facts.differences if not row.field.startswith("numerics.")), *flags]
 
 
-def _doubt_transient(
+def _find_races(
     decision: Decision, records: Sequence[OpRecord], stage: str | None, channel: Channel, facts: RunFacts
 ) -> Decision:
-    """Reject a transient fault where a nondeterministic operator ran: it may have been a rare race."""
-    if decision.cause != "transient-fault" or not facts.manifests:
+    """Find nondeterministic operators that may have made a one-time difference: it may have been a rare race."""
+    if Kind.ORIGINAL_DIFFERS not in decision.kinds or not facts.manifests:
         return decision
     manifest = facts.manifests[channel.rank]
     own = {
@@ -201,29 +207,29 @@ def _doubt_transient(
         if could_have_made(record, stage) and may_vary(record.name, manifest["device"]["type"], manifest["numerics"])
     }
     names = sorted(set().union(*channel.gather(own)))
-    if not names:
-        return decision
-    return add(decision, [Evidence.of("operator-may-race", operators=names)], cause="unexplained")
+    line = Evidence.of("operator-may-race", operators=names)
+    return with_findings(decision, Finding(Kind.MAY_RACE, [line])) if names else decision
 
 
-def doubt_persistent(decision: Decision, facts: RunFacts) -> Decision:
-    """Reject a persistent fault where the operator may vary although no replica's replays differ.
+def find_variation(decision: Decision, facts: RunFacts) -> Decision:
+    """Find out if the operator at the place may vary although no replica's replays differ.
 
     A few additions in a varying order often give the same result twice, and cuDNN keeps the algorithm that it picked in
     each process.
     """
     place = decision.operator
-    if not (decision.cause == "persistent-fault" or decision.both_possible) or decision.settled:
+    if not decision.kinds & {Kind.PROVED_WRONG, Kind.BOTH_POSSIBLE} or decision.settled:
         return decision
     if place is None or not place.made_here or decision.sides is None or not facts.manifests:
         return decision
     name, manifests = place.record.name, [facts.manifests[side] for side in decision.sides]
     if not any(may_vary(name, manifest["device"]["type"], manifest["numerics"]) for manifest in manifests):
         return decision
-    if decision.both_possible and any(is_picked_by_timing(name, manifest["numerics"]) for manifest in manifests):
-        line = Evidence.of("operator-picked-by-timing")
-        return add(decision, [line], cause="nondeterministic-operator", suspects=sorted(decision.sides))
-    return add(decision, [Evidence.of("operator-may-vary", operator=name)], cause="unexplained")
+    timed = any(is_picked_by_timing(name, manifest["numerics"]) for manifest in manifests)
+    if Kind.BOTH_POSSIBLE in decision.kinds and timed:
+        finding = Finding(Kind.PICKED_BY_TIMING, [Evidence.of("operator-picked-by-timing")])
+        return with_findings(decision, finding, suspects=sorted(decision.sides))
+    return with_findings(decision, Finding(Kind.MAY_RACE, [Evidence.of("operator-may-vary", operator=name)]))
 
 
 def _examine_samples(dataset: Dataset[Any], indices: Tensor) -> dict[str, Any]:

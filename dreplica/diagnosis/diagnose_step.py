@@ -16,14 +16,23 @@ from dreplica.agreement.verdict.verdict import Verdict, split_into_groups, suspe
 from dreplica.diagnosis.decision.code_remedies import as_code
 from dreplica.diagnosis.decision.conclude import conclude
 from dreplica.diagnosis.decision.decide import decide
-from dreplica.diagnosis.decision.decide_layout import decide_layout, explained_by_order, structure_verdict
+from dreplica.diagnosis.decision.decide_layout import explained_by_order, find_layout, structure_verdict
 from dreplica.diagnosis.decision.facts import RunFacts
 from dreplica.diagnosis.decision.overrides import divides_as
-from dreplica.diagnosis.decision.rules import name_in
+from dreplica.diagnosis.decision.rules import may_be_hardware, name_in
 from dreplica.diagnosis.diagnose_run import as_verdict, close_replayer, field_evidence
-from dreplica.diagnosis.evidence.observation import Decision, Witness, could_have_made, difference_behind, first_stage
+from dreplica.diagnosis.evidence.finding import Finding, Kind
+from dreplica.diagnosis.evidence.observation import (
+    Decision,
+    Witness,
+    could_have_made,
+    difference_behind,
+    first_stage,
+    with_findings,
+    with_lines,
+)
 from dreplica.diagnosis.evidence.observation import first_difference as first_operator
-from dreplica.diagnosis.measurement.full_tensors import add, compare_outputs
+from dreplica.diagnosis.measurement.full_tensors import compare_outputs
 from dreplica.diagnosis.replay.replay_run import Replayed
 from dreplica.diagnosis.replay.replay_step import NO_INDICES, Repeated
 from dreplica.diagnosis.replay.shared_state import share_state
@@ -156,10 +165,11 @@ def _diagnose(repeated: Repeated, found: Verdict | None, channel: Channel, diffe
     else:
         verdict = _diverged(found, "run from one state, the step diverges", runs[0])
     decision = decide(witnesses, {}, differing)
-    decision = compare_outputs(decision, repeated, NO_INDICES, channel)
-    decision = _blame_varying(decision, witnesses)
-    decision = _doubt(decision, stage, found, differing)
-    decision = name_in(decide_layout(decision, witnesses, layouts, stage, found))
+    arbitrates = may_be_hardware(decision)
+    decision = compare_outputs(decision, repeated, NO_INDICES, channel, arbitrates=arbitrates, votes=False)
+    decision = _find_varying(decision, witnesses)
+    decision = _find_differences(decision, stage, found, differing)
+    decision = name_in(find_layout(decision, witnesses, layouts, stage, found))
     verdict = as_verdict(verdict, replace(decision, evidence=[*lines, *decision.evidence]))
     if decision.cause != "environment-differs":
         return verdict
@@ -220,35 +230,37 @@ def _all_agree(found: Verdict | None, channel: Channel, lines: list[Evidence], l
     return Verdict(True, "none", summary, groups=[list(range(channel.size))], evidence=lines)
 
 
-def _blame_varying(decision: Decision, witnesses: Sequence[Witness]) -> Decision:
-    """Name a nondeterministic operator that varies on one replica without a difference in the step's stages."""
+def _find_varying(decision: Decision, witnesses: Sequence[Witness]) -> Decision:
+    """Find an operator that varies on one replica without a difference in the step's stages."""
     place = decision.operator
-    if place is None or not place.made_here or decision.cause == "nondeterministic-operator":
+    if place is None or not place.made_here or Kind.OPERATOR_VARIES in decision.kinds:
         return decision
     own = [row.against_itself for row in witnesses]
     varying = [r for r, each in enumerate(own) if each is not None and each.made_here and each.index == place.index]
     if not varying:
         return decision
     line = Evidence.of("operator-varies-on", replicas=varying)
-    return add(decision, [line], cause="nondeterministic-operator", suspects=varying)
+    return with_findings(decision, Finding(Kind.OPERATOR_VARIES, [line], varying), suspects=varying)
 
 
-def _doubt(decision: Decision, stage: str | None, found: Verdict | None, differing: Sequence[Difference]) -> Decision:
-    """Reject a cause that something else may explain, or that does not explain `found`."""
+def _find_differences(
+    decision: Decision, stage: str | None, found: Verdict | None, differing: Sequence[Difference]
+) -> Decision:
+    """Find undeclared differences between the replicas, and whether the place explains `found`."""
     undeclared = [difference for difference in differing if not difference.allowed]
     others = [difference for difference in undeclared if not difference.field.startswith("numerics.")]
-    if decision.cause == "persistent-fault" and others:
-        dividing = [d for d in others if divides_as([repr(value) for value in d.values], decision.groups or [])]
-        decision = replace(decision, cause="environment-differs" if dividing else "unexplained")
-    if decision.cause == "persistent-fault" and not decision.settled:
-        decision = add(decision, [Evidence.of("vote-only")], cause="unexplained")
+    if Kind.OPERATOR_MADE_IT in decision.kinds and others:
+        dividing = any(divides_as([repr(value) for value in d.values], decision.groups or []) for d in others)
+        decision = with_findings(decision, Finding(Kind.ENVIRONMENT_DIVIDES if dividing else Kind.DIFFERS_TOO))
     if found is not None and found.stage in STAGES:
         record = None if decision.operator is None else decision.operator.record
         later = stage is not None and STAGES.index(stage) > STAGES.index(found.stage)
         if later or (record is not None and not could_have_made(record, found.stage)):
-            decision = add(decision, [Evidence.of("stage-not-explained", stage=found.stage)], cause="unexplained")
+            line = Evidence.of("stage-not-explained", stage=found.stage)
+            decision = with_findings(decision, Finding(Kind.NOT_EXPLAINED, [line]))
     named = {line.data.get("field") for line in decision.evidence}
-    return add(decision, [field_evidence("undeclared-difference", row) for row in undeclared if row.field not in named])
+    lines = [field_evidence("undeclared-difference", row) for row in undeclared if row.field not in named]
+    return with_lines(decision, *lines)
 
 
 def _environment(subject: Subject, world: World) -> tuple[RunFacts, list[Difference]]:

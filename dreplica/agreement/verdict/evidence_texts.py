@@ -149,8 +149,9 @@ EVIDENCE: Mapping[str, str] = {
         "diverged: the difference was made outside operators"
     ),
     "operator-cannot-explain-stage": "but the replicas diverged in {stage}, which this operator does not affect",
-    "operator-stage-agreed-earlier": (
-        "but the replicas diverged in {stage} and agreed in every stage that this operator affects"
+    "operator-varies-elsewhere": (
+        "operator {index}, {operator}, is the first that differs between them, but the replicas diverged in {stage} "
+        "and agreed in every stage that this operator affects"
     ),
     "structure-diverges": "structure diverges at operator {index}: {one} {where_one}, {other} {where_other}",
     "operator-scalars-differ": (
@@ -207,8 +208,15 @@ EVIDENCE: Mapping[str, str] = {
     "generator-changed": (
         "replica {replica}: torch's generator was changed by no operator, and differs in {bits} bits"
     ),
+    "generator-bits-differ": (
+        "replica {replica}: torch's generator differs from the replay's in {bits} bits and in nothing else"
+    ),
     "memory-writer": "the original contents were written by operator {index}, {operator}",
     "elements-differ": "{difference}",
+    "original-tensor-gone": (
+        "replica {replica}: the original values of {stage} were overwritten by a later step, so it is unknown how many "
+        "bits differed: a fault cannot be told from code that ran once"
+    ),
     "replica-elements-differ": "replica {replica}: {tensor} of {stage}: {difference}",
     "other-tensor": "this is a different tensor, not one with flipped bits",
     "replica-other-tensor": "replica {replica}: this is a different tensor, not one with flipped bits",
@@ -220,6 +228,9 @@ EVIDENCE: Mapping[str, str] = {
     "many-tensors-changed": (
         "replica {replica}: {count} tensors of {stage} differ, although everything before them agreed: not a single "
         "fault"
+    ),
+    "output-rewritten": (
+        "most elements differ in most of their bits: code computes such a result, and no defective unit does"
     ),
     "many-bits-changed": "replica {replica}: {bits} bits differ: more than a bit flip changes",
     # The operator's two results, and the operator in float64.

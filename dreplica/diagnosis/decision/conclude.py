@@ -10,6 +10,8 @@ from dreplica.agreement.verdict.verdict import Verdict, split_into_groups, suspe
 from dreplica.agreement.wiring.fault import WiringError
 from dreplica.diagnosis.decision.facts import RunFacts
 from dreplica.diagnosis.decision.nondeterministic_ops import explain_operator
+from dreplica.diagnosis.decision.rules import name_cause
+from dreplica.diagnosis.evidence.finding import Finding, Kind
 from dreplica.environment.manifest import Difference, card_of, spell_device
 
 _OF_HARDWARE = {"transient-fault", "persistent-fault", "nondeterministic-operator", "unexplained"}
@@ -185,27 +187,37 @@ def not_learning(step: int, epoch: int, replica_ids: list[int], evidence: list[E
 def conclude_build(found: Verdict, facts: RunFacts) -> Verdict:
     """Name the cause of a divergence at the build as far as seeds and generators determine it."""
     found = found.with_(remedy=[])  # The comparison's own remedy is for a training loop that seeds itself.
-    if _declares_build(facts.overrides, found.groups):
-        return _name(found, "declared-override", Evidence.of("build-matches-overrides"))
-    if found.cause != "unexplained":
+    finding, remedy = _find_in_build(found, facts)
+    if finding is None:
         return found
+    cause = name_cause([finding.kind])
+    if cause == "unexplained":
+        remedy = [Remedy.of("build-without-hidden-inputs")]
+    return found.with_(cause=cause, evidence=[*found.evidence, *finding.lines], remedy=remedy)
+
+
+def _find_in_build(found: Verdict, facts: RunFacts) -> tuple[Finding | None, list[Remedy]]:
+    """Return the first finding on the seeds and generators of the build, with remedies of its own."""
+    if _declares_build(facts.overrides, found.groups):
+        return Finding(Kind.BUILD_SEEDS_DECLARED, [Evidence.of("build-matches-overrides")]), []
+    if found.cause != "unexplained":
+        return None, []
     seeds = [build.seed for build in facts.builds]
     seeds_after = [build.seed_after for build in facts.builds]
     seeded_again = [i for i, build in enumerate(facts.builds) if build.seed_after != build.seed]
     if not facts.seeded:
-        return _name(found, "build-not-seeded", Evidence.of("build-seeds-drawn", seeds=seeds))
+        return Finding(Kind.BUILD_UNSEEDED, [Evidence.of("build-seeds-drawn", seeds=seeds)]), []
     if not facts.shared_seed:
-        remedy = [Remedy.of("seed-build"), Remedy.of("expect-auto")]
-        return _name(found, "declared-override", Evidence.of("build-seeds-differ", seeds=seeds)).with_(remedy=remedy)
+        line = Evidence.of("build-seeds-differ", seeds=seeds)
+        return Finding(Kind.BUILD_SEEDS_DECLARED, [line]), [Remedy.of("seed-build"), Remedy.of("expect-auto")]
     if seeded_again and len(set(seeds_after)) > 1:
-        evidence = Evidence.of("build-seeded-again", replicas=seeded_again, before=seeds, after=seeds_after)
-        return _name(found, "build-not-seeded", evidence).with_(remedy=[Remedy.of("do-not-seed-in-build")])
+        line = Evidence.of("build-seeded-again", replicas=seeded_again, before=seeds, after=seeds_after)
+        return Finding(Kind.BUILD_SEEDED_AGAIN, [line]), [Remedy.of("do-not-seed-in-build")]
     if facts.builds and len({build.rng_before for build in facts.builds}) > 1:
-        return _name(found, "build-rng-differs", Evidence.of("generators-differ-before-build"))
+        return Finding(Kind.BUILD_DRAWS_DIFFER, [Evidence.of("generators-differ-before-build")]), []
     if facts.builds and len({build.rng_after for build in facts.builds}) > 1:
-        return _name(found, "build-rng-differs", Evidence.of("generators-differ-after-build"))
-    evidence = Evidence.of("generators-equal-around-build")
-    return found.with_(evidence=[*found.evidence, evidence], remedy=[Remedy.of("build-without-hidden-inputs")])
+        return Finding(Kind.BUILD_DRAWS_DIFFER, [Evidence.of("generators-differ-after-build")]), []
+    return Finding(Kind.BUILD_DRAWS_AGREE, [Evidence.of("generators-equal-around-build")]), []
 
 
 def _declares_build(overrides: Mapping[int, Mapping[str, Any]], groups: list[list[int]]) -> bool:
@@ -251,10 +263,6 @@ def _with_cards(verdict: Verdict, manifests: Sequence[Mapping[str, Any]]) -> Ver
         else:
             remedy.append(item)
     return verdict.with_(evidence=[*verdict.evidence, *evidence], remedy=remedy)
-
-
-def _name(found: Verdict, cause: str, evidence: Evidence) -> Verdict:
-    return found.with_(cause=cause, evidence=[*found.evidence, evidence])
 
 
 def _difference(code: str, difference: Difference) -> Evidence:

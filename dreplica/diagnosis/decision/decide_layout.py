@@ -1,4 +1,4 @@
-"""Causes that the layouts of replicas' states show: other tensors, another order of parameters, other modes."""
+"""Findings that the layouts of replicas' states show: other tensors, another order of parameters, other modes."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -6,13 +6,13 @@ from dataclasses import replace
 from dreplica.agreement.verdict.evidence import Evidence
 from dreplica.agreement.verdict.location import module_of
 from dreplica.agreement.verdict.verdict import Verdict, split_into_groups, suspects_of
-from dreplica.diagnosis.evidence.observation import Decision, OpDifference, Witness, could_have_made
+from dreplica.diagnosis.evidence.finding import Finding, Kind
+from dreplica.diagnosis.evidence.observation import Decision, OpDifference, Witness, could_have_made, with_findings
 from dreplica.diagnosis.evidence.provenance import DIGEST_BYTES
 from dreplica.diagnosis.replay.state_layout import LayoutDifferences, Structure
 from dreplica.diagnosis.tracing.op_tracer import OpRecord
 from dreplica.state.stages import STAGES
 
-_OF_HARDWARE = ("persistent-fault", "transient-fault")
 _BEFORE_THE_MODEL = ("indices", "batch")
 
 
@@ -52,14 +52,14 @@ def explained_by_order(found: Verdict | None) -> bool:
     return found is None or (found.stage is not None and found.tensor is None)
 
 
-def decide_layout(
+def find_layout(
     decision: Decision,
     witnesses: Sequence[Witness],
     layouts: LayoutDifferences,
     stage: str | None,
     found: Verdict | None,
 ) -> Decision:
-    """Name the order of parameters or the modes of modules as the cause, where they explain the divergence.
+    """Add findings on the order of parameters and the modes of modules, where they differ.
 
     Args:
         decision: The decision from the replays alone.
@@ -69,29 +69,23 @@ def decide_layout(
         found: The verdict of the divergence to explain, if there is one.
 
     Returns:
-        The decision, with evidence of each difference. Hardware is not blamed where there is one.
+        The decision, with a finding for each difference.
     """
     lines = [line for line in (layouts.order, layouts.modes) if line is not None]
     if not lines:
         return decision
-    decision = replace(decision, evidence=[*decision.evidence, *lines])
-    if decision.cause in _OF_HARDWARE:
-        decision = replace(decision, cause="unexplained")
+    decision = with_findings(decision, Finding(Kind.DIFFERS_TOO, lines))
     if any(row.first != row.second for row in witnesses):
         return decision
     place = _order_behind_all(witnesses, stage) if layouts.order is not None else None
     if place is not None and (explained_by_order(found) or _is_explained(found, place.record, stage)):
         line = Evidence.of("operator-order", index=place.index, operator=place.record)
-        return replace(
-            decision,
-            cause="order-differs",
-            operator=place,
-            evidence=[*(item for item in decision.evidence if item.code != "operator-inputs-differ"), line],
-        )
+        kept = [item for item in decision.evidence if item.code != "operator-inputs-differ"]
+        return with_findings(replace(decision, evidence=kept), Finding(Kind.OTHER_ORDER, [line]), operator=place)
     modules = layouts.modes.data["modules"] if layouts.modes is not None else ()
     operator = decision.operator
-    if decision.cause == "unexplained" and operator and (operator.record.module or "the model") in modules:
-        return replace(decision, cause="structure-differs")
+    if operator and (operator.record.module or "the model") in modules:
+        return with_findings(decision, Finding(Kind.MODES_DIVIDE))
     return decision
 
 

@@ -1,4 +1,4 @@
-"""The cause of a difference from a recorded run, as far as one side determines it: the other run cannot be replayed.
+"""Findings on a difference from a recorded run, as far as one side shows them: the other run cannot be replayed.
 
 Configs and environments of the two runs are compared. A setting is the cause only in two situations. Either it must
 show in the very stage in which the runs first diverge. Or this run reproduces itself, nothing else that differs can act
@@ -15,7 +15,9 @@ from dreplica.agreement.trace.run_metadata import RunDifference, fold_distributi
 from dreplica.agreement.verdict.evidence import Evidence
 from dreplica.agreement.verdict.remedy import Remedy
 from dreplica.diagnosis.decision.decide import decide_alone
-from dreplica.diagnosis.evidence.observation import Decision, Witness
+from dreplica.diagnosis.decision.rules import name_in
+from dreplica.diagnosis.evidence.finding import Finding, Kind
+from dreplica.diagnosis.evidence.observation import Decision, Witness, with_findings, with_lines
 from dreplica.environment.determinism import CHANGEABLE, numerics_as
 from dreplica.environment.manifest import follows_from
 from dreplica.environment.variables import STRICT, variable_may_round
@@ -52,6 +54,12 @@ _ACTS_ON: dict[str, tuple[str, ...]] = {
 }
 """Config sections and keys to the stages in which a difference may show first."""
 _CHANGEABLE = {f"numerics.{name}" for name in CHANGEABLE}
+_SHOWN = {
+    "indices": Kind.REFERENCE_INDICES,
+    "batch": Kind.REFERENCE_BATCH,
+    "predictions": Kind.REFERENCE_PREDICTIONS,
+}
+"""Stages that name a cause themselves."""
 _ENVIRONMENT_ACTS_ON: dict[str, tuple[str, ...]] = {
     "indices": ("data", "code", "packages.torch"),
     "batch": ("data", "code", "packages.torch", "packages.torchvision", "packages.pillow", "packages.numpy", "cpu."),
@@ -115,7 +123,7 @@ class AgainstReference:
         recorded = {stage: bytes.fromhex(digest) for stage, digest in self.difference.recorded.items()}
         decision = decide_alone(witnesses, recorded)
         if decision is not None:
-            return decision
+            return name_in(decision)
         lines = [Evidence.of("reference-reproduces")]
         tried = [item for item in self.manifest if item.field in _CHANGEABLE and not isinstance(item.one, list)]
         if not tried:
@@ -127,13 +135,13 @@ class AgainstReference:
             lines.append(Evidence.of("reference-settings-explain", settings=with_))
             given = {_own_key(item.field) for item in self.config}
             is_set = all(given & set(follows_from(item.field)) for item in tried)
-            return Decision("config-differs" if is_set else "environment-differs", [], lines)
+            return _named(Finding(Kind.REFERENCE_SETTING_EXPLAINS if is_set else Kind.REFERENCE_FLAG_EXPLAINS, lines))
         lines.append(Evidence.of("reference-settings-do-not-explain", settings=with_))
         excluded = {item.field for item in tried} | {key for item in tried for key in follows_from(item.field)}
         return _begin_with(lines, self.account(excluded))
 
     def account(self, excluded: Collection[str] = ()) -> Decision:
-        """Name the cause from configs and environments, for a run that reproduces itself.
+        """Collect the findings from configs and environments, for a run that reproduces itself, and name the cause.
 
         Args:
             excluded: Fields that are known not to be the cause alone.
@@ -145,34 +153,32 @@ class AgainstReference:
         stage, is_build = place.stage, place.step == 0
         must = [item for item in self.config if self._must_show(item)]
         if must:
-            return _named(
-                "config-differs", Evidence.of("reference-setting-must-show", fields=_names(must), stage=stage)
-            )
+            line = Evidence.of("reference-setting-must-show", fields=_names(must), stage=stage)
+            return _named(Finding(Kind.REFERENCE_SETTING_SHOWS, [line]))
         if stage == "indices" and "seed.data" in self.unseeded:
-            return _named("indices-differ", Evidence.of("reference-data-unseeded"))
+            return _named(Finding(Kind.REFERENCE_INDICES, [Evidence.of("reference-data-unseeded")]))
         if is_build and "seed.model" in self.unseeded:
-            return _named("build-not-seeded", Evidence.of("reference-model-unseeded"))
+            return _named(Finding(Kind.BUILD_UNSEEDED, [Evidence.of("reference-model-unseeded")]))
         config, manifest = (
             [item for item in items if item.matters and item.field not in excluded]
             for items in (self.config, self.manifest)
         )
         settings = [item for item in config if self._reaches(_acts_on(_own_key(item.field)))]
         environment = [item for item in manifest if self._may_act(item.field)]
-        causes = {"indices": "indices-differ", "batch": "batch-differs", "predictions": "evaluation-differs"}
-        unexplained = causes.get(stage or "", "unexplained")
+        shown = [Finding(_SHOWN[stage])] if stage in _SHOWN else []
         vague = [item for item in manifest if _might_act(item.field) and stage != "indices"]
         if not settings and not environment and vague:
             line = Evidence.of("reference-may-act", stage=stage, fields=_names(fold_distributions(vague)))
-            return _named(unexplained, line, Evidence.of("reference-ambiguous"))
+            return _named(*shown, lines=[line, Evidence.of("reference-ambiguous")])
         if not settings and not environment:
-            return _named(unexplained, Evidence.of("reference-nothing-acts", stage=stage))
+            return _named(*shown, lines=[Evidence.of("reference-nothing-acts", stage=stage)])
         line = Evidence.of("reference-may-act", stage=stage, fields=_names([*settings, *environment]))
         if not self.difference.is_first:
-            return _named(unexplained, line, Evidence.of("reference-acted-before"))
-        if settings and environment:
-            return _named(unexplained, line, Evidence.of("reference-ambiguous"))
-        cause = "config-differs" if settings else "environment-differs"
-        return _named(cause, line, Evidence.of("reference-assumed-sound"))
+            return _named(*shown, lines=[line, Evidence.of("reference-acted-before")])
+        acting = [Finding(Kind.REFERENCE_SETTING_ACTS)] if settings else []
+        acting += [Finding(Kind.REFERENCE_ENVIRONMENT_ACTS)] if environment else []
+        last = "reference-ambiguous" if settings and environment else "reference-assumed-sound"
+        return _named(*shown, *acting, lines=[line, Evidence.of(last)])
 
     def remedy(self, cause: str) -> list[Remedy]:
         """Return the settings that make this run like the reference, of those that may be the cause."""
@@ -220,8 +226,8 @@ def _might_act(field: str) -> bool:
     return section in ("commit", "distributions") or (section == "variables" and variable_may_round(name))
 
 
-def _named(cause: str, *evidence: Evidence) -> Decision:
-    return Decision(cause, [], list(evidence))
+def _named(*findings: Finding, lines: Sequence[Evidence] = ()) -> Decision:
+    return name_in(with_lines(with_findings(Decision("unexplained", [], []), *findings), *lines))
 
 
 def _begin_with(lines: Sequence[Evidence], decision: Decision) -> Decision:

@@ -1,4 +1,4 @@
-"""The decision on a divergence that every replay reproduces: override, environment, structure, memory or hardware.
+"""Findings on a divergence that every replay reproduces: override, environment, structure, memory or hardware.
 
 All functions are pure, as in `decide`.
 """
@@ -10,7 +10,7 @@ from typing import Any
 
 from dreplica.agreement.verdict.evidence import Evidence
 from dreplica.agreement.verdict.verdict import suspects_of
-from dreplica.diagnosis.decision.overrides import divides_as, overridden, settings_behind
+from dreplica.diagnosis.decision.overrides import CHANGES_CODE, divides_as, overridden, settings_behind
 from dreplica.diagnosis.evidence.finding import Finding, Kind
 from dreplica.diagnosis.evidence.memory_corruption import find_corruption
 from dreplica.diagnosis.evidence.observation import (
@@ -20,19 +20,21 @@ from dreplica.diagnosis.evidence.observation import (
     could_have_made,
     difference_behind,
     first_difference,
+    with_findings,
+    with_lines,
 )
 from dreplica.diagnosis.tracing.op_tracer import OpRecord
 from dreplica.environment.manifest import Difference
 
 
-def decide_deterministic(
+def find_reproducible(
     witnesses: Sequence[Witness],
     groups: list[list[int]],
     stage: str | None,
     overrides: Mapping[int, Mapping[str, Any]],
     differences: Sequence[Difference],
 ) -> Decision:
-    """Name the cause of a divergence between groups of replicas, each of which reproduces its own result.
+    """Collect the findings on a divergence between groups of replicas, each of which reproduces its own result.
 
     Args:
         witnesses: The observations of each replica, by replica id.
@@ -42,47 +44,77 @@ def decide_deterministic(
         differences: Manifest fields in which the replicas differ.
 
     Returns:
-        The cause with suspects, evidence and, where one is found, the operator. Hardware is named last, after each
-        look-alike is excluded.
+        The findings with suspects, evidence and, where one is found, the operator.
     """
-    suspects = suspects_of(groups)
-    evidence = [Evidence.of("replays-reproduce")]
-    if stage == "batch":
-        decision = _different_batches(witnesses, evidence, suspects, groups)
-        if decision is not None:
-            return decision
-    found = Decision("unexplained", suspects, evidence, groups=groups, findings=[Finding(Kind.REPLAYS_REPRODUCE)])
-    found = with_operator(found, witnesses, groups, stage)
-    corrupted = find_corruption(found, witnesses, stage)
-    if corrupted is not None:
-        return corrupted if _others_agree(corrupted.suspects, groups) else _several(corrupted)
+    reproduce = Finding(Kind.REPLAYS_REPRODUCE, [Evidence.of("replays-reproduce")])
+    found = with_findings(Decision("unexplained", suspects_of(groups), [], groups=groups), reproduce)
+    positions = _differing_samples(witnesses) if stage == "batch" else []
+    if positions:
+        line = Evidence.of("samples-differ", count=len(positions), positions=positions)
+        return with_findings(found, Finding(Kind.SAMPLES_DIFFER, [line]), positions=positions)
+    found = find_corruption(with_operator(found, witnesses, groups, stage), witnesses, stage)
+    found = _find_override(found, witnesses, groups, stage, overrides)
+    if Kind.MEMORY_CHANGED in found.kinds:
+        return found if _others_agree(found.suspects, groups) else _several(found)
     place = found.operator
-    settings = settings_behind(overrides, witnesses, place, stage)
-    if divides_as([repr(settings.get(replica_id)) for replica_id in range(len(witnesses))], groups):
-        declared = overridden(settings, groups) if len(groups) == 2 else suspects
-        return _with(found, Evidence.of("settings-match-groups"), cause="declared-override", suspects=declared)
-    if place is not None and not place.same_structure:
-        structural = _all_differ_in_structure(witnesses, groups, stage)
-        return replace(found, cause="structure-differs") if structural else _several(found)
     if divides_as([repr(witness.layout) for witness in witnesses], groups):
-        return _with(found, Evidence.of("layout-differs"), cause="structure-differs")
-    if place is None or not place.made_here or not place.record.name.startswith("aten."):
+        found = with_findings(found, Finding(Kind.LAYOUT_DIVIDES, [Evidence.of("layout-differs")]))
+    if place is None:
         return found
+    if not place.same_structure:
+        found = with_findings(found, Finding(Kind.OTHER_OPERATORS))
+        return found if _all_differ_in_structure(witnesses, groups, stage) else _several(found)
+    return _find_operator(found, place, groups, stage, overrides, differences) if place.made_here else found
+
+
+def _find_override(
+    found: Decision,
+    witnesses: Sequence[Witness],
+    groups: list[list[int]],
+    stage: str | None,
+    overrides: Mapping[int, Mapping[str, Any]],
+) -> Decision:
+    """Find declared settings that divide the replicas as their results do."""
+    settings = settings_behind(overrides, witnesses, found.operator, stage)
+    if Kind.MEMORY_CHANGED in found.kinds:  # Only other code can do that.
+        settings = {r: kept for r, row in settings.items() if (kept := {k: row[k] for k in row.keys() & CHANGES_CODE})}
+    if not divides_as([repr(settings.get(replica_id)) for replica_id in range(len(witnesses))], groups):
+        return found
+    declared = overridden(settings, groups) if len(groups) == 2 else found.suspects
+    finding = Finding(Kind.OVERRIDE_DIVIDES, [Evidence.of("settings-match-groups")])
+    return with_findings(found, finding, suspects=declared)
+
+
+def _find_operator(
+    found: Decision,
+    place: OpDifference,
+    groups: list[list[int]],
+    stage: str | None,
+    overrides: Mapping[int, Mapping[str, Any]],
+    differences: Sequence[Difference],
+) -> Decision:
+    """Collect the findings on an operator that gives different results for the same call."""
     # A step may write to the batch that it is given, so an operator may affect that stage too.
     if not could_have_made(place.record, stage) and stage != "batch":
-        return _with(found, Evidence.of("operator-cannot-explain-stage", stage=stage), operator=None)
+        return with_lines(found, Evidence.of("operator-cannot-explain-stage", stage=stage), operator=None)
+    found = with_findings(found, Finding(Kind.OPERATOR_MADE_IT))
+    if not place.record.name.startswith("aten."):
+        line = Evidence.of("operator-foreign", operators=[place.record.name])
+        return with_findings(found, Finding(Kind.FOREIGN_OPERATOR, [line]))
     rounding = [d for d in differences if d.may_round or d.field.startswith("numerics.")]
-    environment = [d for d in rounding if divides_as([repr(value) for value in d.values], groups)]
-    if environment:
+    dividing = [d for d in rounding if divides_as([repr(value) for value in d.values], groups)]
+    if dividing:
         lines = [
             Evidence.of("environment-matches-groups", difference=str(d), field=d.field, values=list(d.values))
-            for d in environment
+            for d in dividing
         ]
-        return replace(found, cause="environment-differs", evidence=[*found.evidence, *lines])
+        return with_findings(found, Finding(Kind.ENVIRONMENT_DIVIDES, lines))
+    if Kind.OVERRIDE_DIVIDES in found.kinds or Kind.LAYOUT_DIVIDES in found.kinds:
+        return found
     if len(groups) > 2:
         return _several(found)
     code = "settings-and-environment-do-not-match" if rounding or overrides else "settings-and-environment-equal"
-    return _with(found, Evidence.of(code), cause="persistent-fault")
+    return with_lines(found, Evidence.of(code))
 
 
 def with_operator(
@@ -104,25 +136,25 @@ def with_operator(
     where = f"on replica {one}", f"on replica {other}"
     place, anywhere = difference_behind(*sides, stage), first_difference(*sides)
     if place is None and anywhere is None:
-        return _with(decision, Evidence.of("operators-agree"), operator=None, sides=None)
+        return with_lines(decision, Evidence.of("operators-agree"), operator=None, sides=None)
     if place is None:
         assert anywhere is not None
         line = Evidence.of("operator-unrelated", index=anywhere.index, operator=anywhere.record, stage=stage)
-        return _with(decision, line, operator=None, sides=None)
+        return with_lines(decision, line, operator=None, sides=None)
     if not place.same_structure:
         blamed = [side for side in (one, other) if side in decision.suspects]
         if len(blamed) == 1:
             place = replace(place, suspect=place.one if blamed == [one] else place.other)
-        return _with(decision, describe_structure(place, where), operator=place, sides=(one, other))
+        return with_lines(decision, describe_structure(place, where), operator=place, sides=(one, other))
     if not place.same_call:
-        return _with(decision, describe_scalars(place, where), operator=place, sides=None)
+        return with_lines(decision, describe_scalars(place, where), operator=place, sides=None)
     if not place.inputs_agree:
         draws = ".generator" in place.record.name
         inputs = "a generator in another state or other inputs" if draws else "other inputs"
         line = Evidence.of("operator-inputs-differ", index=place.index, operator=place.record, inputs=inputs)
-        return _with(decision, line, operator=place, sides=None)
+        return with_lines(decision, line, operator=place, sides=None)
     line = Evidence.of("operator-outputs-differ", index=place.index, operator=place.record, one=one, other=other)
-    return _with(decision, line, operator=place, sides=(one, other))
+    return with_lines(decision, line, operator=place, sides=(one, other))
 
 
 def describe_structure(place: OpDifference, where: tuple[str, str], with_source: bool = True) -> Evidence:
@@ -168,24 +200,15 @@ def _all_differ_in_structure(witnesses: Sequence[Witness], groups: list[list[int
 
 
 def _several(decision: Decision) -> Decision:
-    return _with(decision, Evidence.of("more-than-two-results"), cause="unexplained", corrupted=None)
+    finding = Finding(Kind.SEVERAL_RESULTS, [Evidence.of("more-than-two-results")])
+    return with_findings(decision, finding, corrupted=None)
 
 
 def _others_agree(suspects: Sequence[int], groups: list[list[int]]) -> bool:
     return sum(any(r not in suspects for r in ids) for ids in groups) <= 1
 
 
-def _different_batches(
-    witnesses: Sequence[Witness], evidence: list[Evidence], suspects: list[int], groups: list[list[int]]
-) -> Decision | None:
-    """Find samples that differ when loaded alone. None means that the batch was changed after loading."""
+def _differing_samples(witnesses: Sequence[Witness]) -> list[int]:
+    """Return the positions of samples that differ when loaded alone. Without any, the batch was changed later."""
     rows = [witness.sample_digests for witness in witnesses]
-    positions = [i for i, column in enumerate(zip(*rows, strict=False)) if len(set(column)) > 1]
-    if not positions:
-        return None
-    line = Evidence.of("samples-differ", count=len(positions), positions=positions)
-    return Decision("batch-differs", suspects, [*evidence, line], groups=groups, positions=positions)
-
-
-def _with(decision: Decision, line: Evidence, **changes: Any) -> Decision:
-    return replace(decision, evidence=[*decision.evidence, line], **changes)
+    return [i for i, column in enumerate(zip(*rows, strict=False)) if len(set(column)) > 1]

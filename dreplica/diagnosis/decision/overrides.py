@@ -22,6 +22,8 @@ _CHANGES_AN_OPERATOR = {
 }
 """Sections and keys that can change an operator's result for equal inputs and arguments: rounding, memory layout, and
 user code."""
+CHANGES_CODE = {"model.factory", "replica.factory", "data.name"}
+"""Keys that name code of the user, which may do anything."""
 
 _READ_AFTER_BACKWARD = {"optim", "schedule", "train.grad_clip"}
 _READ_UNTIL_BACKWARD = {"data", "criterion"}

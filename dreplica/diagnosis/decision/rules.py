@@ -1,7 +1,8 @@
 """The rules by which findings name a cause: for each cause, the evidence that it needs and what must be excluded.
 
 The rules are read from top to bottom, and the first that holds names the cause. Hardware comes last. Where none holds,
-the cause is `unexplained`: a wrong cause is worse than none.
+the cause is `unexplained`: a wrong cause is worse than none. No rule holds if the findings do not explain the stage in
+which the replicas had diverged.
 """
 
 from collections.abc import Collection
@@ -13,7 +14,7 @@ from dreplica.diagnosis.evidence.observation import Decision
 
 @dataclass(frozen=True)
 class Rule:
-    """The conditions under which one cause is named."""
+    """The conditions under which one cause is named. A cause may have several rules: any of them suffices."""
 
     cause: str
     """The cause, a key of `CAUSES`."""
@@ -57,38 +58,90 @@ _PLACES_OF_CODE = frozenset(
         Kind.UNWRITTEN_MEMORY,
         Kind.OUTSIDE_INPUT,
         Kind.SAMPLES_DIFFER,
+        Kind.OPERATOR_VARIES,
+        Kind.PICKED_BY_TIMING,
     }
 )
-_OPEN = frozenset({Kind.MAY_RACE, Kind.FOREIGN_OPERATOR, Kind.EQUALISED, Kind.SEVERAL_RESULTS})
-NOT_HARDWARE = (
-    TRACES_OF_CODE | _DIVIDING | _PLACES_OF_CODE | _OPEN | {Kind.ORIGINALS_DIFFER_WIDELY, Kind.OPERATOR_VARIES}
+_OPEN = frozenset(
+    {
+        Kind.MAY_RACE,
+        Kind.FOREIGN_OPERATOR,
+        Kind.ORIGINAL_GONE,
+        Kind.SPREAD,
+        Kind.BOTH_POSSIBLE,
+        Kind.EQUALISED,
+        Kind.DIFFERS_TOO,
+        Kind.SEVERAL_RESULTS,
+        Kind.REPLAYS_VARY,
+        Kind.ORIGINALS_DIFFER_WIDELY,
+    }
 )
+NOT_HARDWARE = TRACES_OF_CODE | _DIVIDING | _PLACES_OF_CODE | _OPEN
 """Findings of which none may be there where hardware is named."""
+_ONE_TIME = frozenset({Kind.REPLAYS_AGREE, Kind.ORIGINAL_DIFFERS, Kind.ORIGINALS_DIFFER_WIDELY})
+"""Findings on a divergence that no replay reproduces: what lasts cannot have made it."""
+
+
+def _rule(cause: str, *needs: Kind, excludes: Collection[Kind] = ()) -> Rule:
+    return Rule(cause, frozenset(needs), frozenset(excludes))
+
 
 RULES = (
-    Rule("declared-override", frozenset({Kind.OVERRIDE_DIVIDES}), frozenset({Kind.ORIGINAL_DIFFERS})),
-    Rule("batch-differs", frozenset({Kind.SAMPLES_DIFFER})),
-    Rule("order-differs", frozenset({Kind.OTHER_ORDER}), frozenset({Kind.OPERATOR_VARIES})),
-    Rule("hyperparameter-differs", frozenset({Kind.HYPERPARAMETER_DIVIDES})),
-    Rule("generators-differ", frozenset({Kind.OTHER_DRAW})),
-    Rule("generators-differ", frozenset({Kind.DRAWN_FURTHER})),
-    Rule("host-value-differs", frozenset({Kind.OTHER_HOST_VALUE}), frozenset({Kind.EQUALISED})),
-    Rule("uninitialized-memory", frozenset({Kind.UNWRITTEN_MEMORY})),
-    Rule("structure-differs", frozenset({Kind.OTHER_OPERATORS}), frozenset({Kind.SEVERAL_RESULTS})),
-    Rule("structure-differs", frozenset({Kind.MODES_DIVIDE})),
-    Rule("structure-differs", frozenset({Kind.LAYOUT_DIVIDES})),
-    Rule("kernel-differs", frozenset({Kind.OPERATOR_MADE_IT, Kind.KERNELS_DIVIDE})),
-    Rule("environment-differs", frozenset({Kind.OPERATOR_MADE_IT, Kind.ENVIRONMENT_DIVIDES})),
-    Rule("nondeterministic-operator", frozenset({Kind.OPERATOR_VARIES}), frozenset({Kind.UNWRITTEN_MEMORY})),
+    # The build.
+    _rule("declared-override", Kind.BUILD_SEEDS_DECLARED, excludes={Kind.BUILD_UNSEEDED}),
+    _rule("build-not-seeded", Kind.BUILD_UNSEEDED, excludes={Kind.UNWRITTEN_MEMORY}),
+    _rule("build-not-seeded", Kind.BUILD_SEEDED_AGAIN, excludes={Kind.UNWRITTEN_MEMORY}),
+    _rule(
+        "build-rng-differs",
+        Kind.BUILD_DRAWS_DIFFER,
+        excludes={Kind.BUILD_UNSEEDED, Kind.BUILD_SEEDED_AGAIN, Kind.BUILD_SEEDS_DECLARED, Kind.UNWRITTEN_MEMORY},
+    ),
+    # A recorded run as reference.
+    _rule("config-differs", Kind.REFERENCE_SETTING_SHOWS),
+    _rule("config-differs", Kind.REFERENCE_SETTING_EXPLAINS),
+    _rule("environment-differs", Kind.REFERENCE_FLAG_EXPLAINS),
+    _rule("config-differs", Kind.REFERENCE_SETTING_ACTS, excludes={Kind.REFERENCE_ENVIRONMENT_ACTS, *_ONE_TIME}),
+    _rule("environment-differs", Kind.REFERENCE_ENVIRONMENT_ACTS, excludes={Kind.REFERENCE_SETTING_ACTS, *_ONE_TIME}),
+    _rule("indices-differ", Kind.REFERENCE_INDICES, excludes=_ONE_TIME),
+    _rule("batch-differs", Kind.REFERENCE_BATCH, excludes=_ONE_TIME),
+    _rule("evaluation-differs", Kind.REFERENCE_PREDICTIONS, excludes=_ONE_TIME),
+    # What was given to the step: settings, samples, memory, order, values, random numbers.
+    _rule("declared-override", Kind.OVERRIDE_DIVIDES, excludes={*_ONE_TIME, Kind.REPLAYS_VARY, Kind.SAMPLES_DIFFER}),
+    _rule("batch-differs", Kind.SAMPLES_DIFFER, excludes={Kind.UNWRITTEN_MEMORY}),
+    _rule("uninitialized-memory", Kind.UNWRITTEN_MEMORY),
+    _rule("order-differs", Kind.OTHER_ORDER, excludes={Kind.OPERATOR_VARIES, Kind.REPLAYS_VARY, *_ONE_TIME}),
+    _rule("hyperparameter-differs", Kind.HYPERPARAMETER_DIVIDES, excludes={Kind.OTHER_DRAW, *_ONE_TIME}),
+    _rule("generators-differ", Kind.OTHER_DRAW, excludes=_ONE_TIME),
+    _rule("generators-differ", Kind.DRAWN_FURTHER),
+    # What the step does with it: kernels, values, operators, layouts, flags.
     *(
-        Rule("unreplayed-state", frozenset({Kind.REPLAYS_AGREE, Kind.ORIGINAL_DIFFERS, trace}))
+        _rule("kernel-differs", Kind.KERNELS_DIVIDE, place, excludes={Kind.UNWRITTEN_MEMORY, *_ONE_TIME})
+        for place in (Kind.OPERATOR_MADE_IT, Kind.OPERATOR_VARIES, Kind.OTHER_OPERATORS)
+    ),
+    _rule("host-value-differs", Kind.OTHER_HOST_VALUE, excludes={Kind.EQUALISED, *_ONE_TIME}),
+    _rule(
+        "structure-differs", Kind.OTHER_OPERATORS, excludes={Kind.SEVERAL_RESULTS, Kind.OTHER_HOST_VALUE, *_ONE_TIME}
+    ),
+    _rule("structure-differs", Kind.MODES_DIVIDE, excludes={Kind.REPLAYS_VARY, *_ONE_TIME}),
+    _rule("structure-differs", Kind.OPERATOR_MADE_IT, Kind.LAYOUT_DIVIDES, excludes={Kind.OPERATOR_VARIES}),
+    _rule(
+        "environment-differs",
+        Kind.OPERATOR_MADE_IT,
+        Kind.ENVIRONMENT_DIVIDES,
+        excludes={Kind.OPERATOR_VARIES, Kind.FOREIGN_OPERATOR},
+    ),
+    _rule("nondeterministic-operator", Kind.OPERATOR_VARIES, excludes={Kind.UNWRITTEN_MEMORY, Kind.KERNELS_DIVIDE}),
+    _rule("nondeterministic-operator", Kind.OPERATOR_MADE_IT, Kind.BOTH_POSSIBLE, Kind.PICKED_BY_TIMING),
+    # Code that ran once, or otherwise than in the replays.
+    *(
+        _rule("unreplayed-state", Kind.REPLAYS_AGREE, original, trace, excludes={Kind.MAY_RACE, Kind.SAMPLES_DIFFER})
+        for original in (Kind.ORIGINAL_DIFFERS, Kind.ORIGINALS_DIFFER_WIDELY)
         for trace in sorted(TRACES_OF_CODE)
     ),
-    Rule("transient-fault", frozenset({Kind.REPLAYS_AGREE, Kind.ORIGINAL_DIFFERS, Kind.FEW_BITS}), NOT_HARDWARE),
-    Rule("persistent-fault", frozenset({Kind.REPLAYS_REPRODUCE, Kind.MEMORY_CHANGED, Kind.FEW_BITS}), NOT_HARDWARE),
-    Rule(
-        "persistent-fault", frozenset({Kind.REPLAYS_REPRODUCE, Kind.OPERATOR_MADE_IT, Kind.PROVED_WRONG}), NOT_HARDWARE
-    ),
+    # Hardware: nothing points to code, and the whole difference is known to be what a fault makes.
+    _rule("transient-fault", Kind.REPLAYS_AGREE, Kind.ORIGINAL_DIFFERS, Kind.FEW_BITS, excludes=NOT_HARDWARE),
+    _rule("persistent-fault", Kind.REPLAYS_REPRODUCE, Kind.MEMORY_CHANGED, Kind.FEW_BITS, excludes=NOT_HARDWARE),
+    _rule("persistent-fault", Kind.REPLAYS_REPRODUCE, Kind.OPERATOR_MADE_IT, Kind.PROVED_WRONG, excludes=NOT_HARDWARE),
 )
 """The rules, in the order in which they are tried."""
 
@@ -96,12 +149,16 @@ RULES = (
 def name_cause(findings: Collection[Kind]) -> str:
     """Return the cause that findings name, `unexplained` if they name none."""
     found = frozenset(findings)
+    if Kind.NOT_EXPLAINED in found:
+        return "unexplained"
     return next((rule.cause for rule in RULES if rule.needs <= found and not rule.excludes & found), "unexplained")
 
 
 def name_in(decision: Decision) -> Decision:
     """Return a decision with the cause that its findings name."""
-    cause = name_cause(decision.kinds)
-    if cause == "unexplained" and not (decision.cause in HARDWARE and NOT_HARDWARE & decision.kinds):
-        return decision
-    return replace(decision, cause=cause)
+    return replace(decision, cause=name_cause(decision.kinds))
+
+
+def may_be_hardware(decision: Decision) -> bool:
+    """Return True if nothing found so far excludes a fault of hardware."""
+    return not NOT_HARDWARE & decision.kinds and Kind.NOT_EXPLAINED not in decision.kinds

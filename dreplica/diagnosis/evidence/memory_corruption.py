@@ -4,9 +4,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from dreplica.agreement.verdict.evidence import Evidence
-from dreplica.diagnosis.evidence.observation import Corruption, Decision, OpDifference, Witness
+from dreplica.diagnosis.evidence.finding import Finding, Kind
+from dreplica.diagnosis.evidence.observation import Corruption, Decision, OpDifference, Witness, with_findings
 from dreplica.diagnosis.evidence.provenance import differing_inputs, last_writer, left_unaccounted, reads_unaccounted
 
+FEW_BITS = 8
+"""Number of differing bits that a fault of memory explains, in one tensor."""
 MOST_FLIPPED_BITS = 64
 """More bits than this do not flip at once: code has written there."""
 _MOST_NAMED = 3
@@ -15,8 +18,8 @@ _WORDS = slice(24, 24 + 624 * 8)
 """Bytes of torch's CPU generator state that hold the Mersenne twister's 624 words; the counters are before them."""
 
 
-def find_corruption(found: Decision, witnesses: Sequence[Witness], stage: str | None) -> Decision | None:
-    """Decide on `persistent-fault` where some replicas' memory was changed by no operator.
+def find_corruption(found: Decision, witnesses: Sequence[Witness], stage: str | None) -> Decision:
+    """Find replicas whose memory was changed by no operator.
 
     Args:
         found: The decision so far, with the operator at which the replicas diverge, if there is one.
@@ -24,18 +27,24 @@ def find_corruption(found: Decision, witnesses: Sequence[Witness], stage: str | 
         stage: The first stage that differs.
 
     Returns:
-        The decision, with the operator that had written the contents, or None if no such memory is found.
+        The decision with the suspects and the operator that had written the contents. Unchanged if no such memory is
+        found. Contents whose origin is unknown on most replicas are an input from outside of the step.
     """
     place = found.operator
     corrupted: dict[int, Evidence] = {}
+    few: list[Finding] = []
+    outside: set[int] = set()
     diverged = _diverged_names(witnesses, stage)
     for replica_id, witness in enumerate(witnesses):
         if not witness.indices_intact:
             corrupted[replica_id] = Evidence.of("indices-changed", replica=replica_id)
+            few += [Finding(Kind.FEW_BITS, replicas=[replica_id])] if 0 < witness.indices_bits <= FEW_BITS else []
         elif place is not None and place.same_structure and not place.inputs_agree:
             # Only where replicas differ: a generator's state, an input of operators that draw, is never accounted for.
             differing = differing_inputs([row.records for row in witnesses], place.index)
-            if differing.intersection(reads_unaccounted(witness.records, witness.contents, place.index)):
+            positions = differing.intersection(reads_unaccounted(witness.records, witness.contents, place.index))
+            if positions:
+                outside.add(replica_id)
                 corrupted[replica_id] = Evidence.of(
                     "operator-read-changed-memory", replica=replica_id, index=place.index
                 )
@@ -46,11 +55,14 @@ def find_corruption(found: Decision, witnesses: Sequence[Witness], stage: str | 
                     "memory-changed", replica=replica_id, names=names[:_MOST_NAMED], stage=stage
                 )
     if place is None and stage == "rng" and not corrupted:
-        corrupted = _changed_generators(witnesses)
-    if not corrupted or 2 * len(corrupted) > len(witnesses):
-        return None  # On most of them it is not memory, but data that entered from outside of operators.
-    evidence = [*found.evidence, *corrupted.values()]
-    found = replace(found, cause="persistent-fault", suspects=list(corrupted), evidence=evidence)
+        corrupted, few = _changed_generators(witnesses)
+    if not corrupted:
+        return found
+    if 2 * len(corrupted) > len(witnesses):
+        # On most of them it is not memory, but data that entered from outside of operators.
+        return with_findings(found, Finding(Kind.OUTSIDE_INPUT)) if outside else found
+    changed = Finding(Kind.MEMORY_CHANGED, list(corrupted.values()), list(corrupted))
+    found = with_findings(found, changed, *few, suspects=list(corrupted))
     corrupted_id = next(iter(corrupted))
     intact_id = next(r for r in range(len(witnesses)) if r not in corrupted)
     if not witnesses[corrupted_id].indices_intact or stage == "rng":
@@ -87,15 +99,16 @@ def _diverged_names(witnesses: Sequence[Witness], stage: str | None) -> set[str]
     return {name for name in set().union(*rows) if len({row.get(name) for row in rows}) > 1}
 
 
-def _changed_generators(witnesses: Sequence[Witness]) -> dict[int, Evidence]:
+def _changed_generators(witnesses: Sequence[Witness]) -> tuple[dict[int, Evidence], list[Finding]]:
     """Find generators changed by no operator, in few bits: one that was seeded again differs in half of them."""
     intact = [replica_id for replica_id, witness in enumerate(witnesses) if not witness.generator_changed]
-    corrupted = {}
+    corrupted, few = {}, []
     for replica_id in sorted(set(range(len(witnesses))) - set(intact)) if intact else ():
         bits = flipped_bits(witnesses[intact[0]].generator, witnesses[replica_id].generator)
         if bits:
             corrupted[replica_id] = Evidence.of("generator-changed", replica=replica_id, bits=bits)
-    return corrupted
+            few += [Finding(Kind.FEW_BITS, replicas=[replica_id])] if bits <= FEW_BITS else []
+    return corrupted, few
 
 
 def flipped_bits(one: bytes, other: bytes) -> int:

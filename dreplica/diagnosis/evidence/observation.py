@@ -1,6 +1,6 @@
 """The observations of each replica on a replayed step, and the decision that is made from them."""
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -86,10 +86,10 @@ class Witness:
     """True if worker processes loaded the original batch."""
     layout: bytes = b""
     """Digest of the memory layout of parameters, buffers and inputs, which their own digests leave out."""
-    original_generator: bytes = b""
-    """State of torch's CPU generator after the original step; empty if it was not kept."""
     unreproduced: int | None = None
     """An earlier step that the replay does not reproduce; None if there is none."""
+    indices_bits: int = 0
+    """Bits in which the indices that the first replay used differ from those that it was given."""
     findings: Sequence[Finding] = ()
     """Findings of this replica alone, such as traces that code has left in the original step."""
 
@@ -134,8 +134,6 @@ class Decision:
     """Memory that no operator changed, if there is any."""
     settled: bool = False
     """True if the operator, run in float64, has determined the side that is wrong."""
-    both_possible: bool = False
-    """True if the operator, run in float64, has shown both results to be valid roundings."""
     findings: Sequence[Finding] = ()
     """The findings, from which the rules name the cause."""
 
@@ -145,23 +143,32 @@ class Decision:
         return frozenset(finding.kind for finding in self.findings)
 
 
-def with_findings(decision: Decision, findings: Iterable[Finding], **changes: Any) -> Decision:
+def with_findings(decision: Decision, *findings: Finding, **changes: Any) -> Decision:
     """Return a decision with more findings, whose lines are appended to its evidence.
 
     Args:
         decision: The decision so far.
-        findings: The findings to add.
+        *findings: The findings to add.
         **changes: Fields of the decision to change.
     """
-    more = list(findings)
-    lines = [line for finding in more for line in finding.lines]
-    return replace(
-        decision, **{"findings": [*decision.findings, *more], "evidence": [*decision.evidence, *lines], **changes}
-    )
+    lines = [line for finding in findings for line in finding.lines]
+    evidence = [*decision.evidence, *lines]
+    return replace(decision, **{"findings": [*decision.findings, *findings], "evidence": evidence, **changes})
+
+
+def with_lines(decision: Decision, *lines: Evidence, **changes: Any) -> Decision:
+    """Return a decision with more evidence that bears on no cause.
+
+    Args:
+        decision: The decision so far.
+        *lines: The evidence to append.
+        **changes: Fields of the decision to change.
+    """
+    return replace(decision, **{"evidence": [*decision.evidence, *lines], **changes})
 
 
 def merge_findings(witnesses: Sequence[Witness], replicas: Sequence[int]) -> list[Finding]:
-    """Return the findings of some replicas, without those of a kind that every replica has.
+    """Return the findings of some replicas, without those of a kind that the other replicas have too.
 
     What every replica has found does not divide them.
 
@@ -169,7 +176,8 @@ def merge_findings(witnesses: Sequence[Witness], replicas: Sequence[int]) -> lis
         witnesses: The observations of each replica, by replica id.
         replicas: The replicas whose findings count, such as those whose original step is not reproduced.
     """
-    everywhere = frozenset.intersection(*(frozenset(f.kind for f in row.findings) for row in witnesses))
+    others = [frozenset(f.kind for f in row.findings) for r, row in enumerate(witnesses) if r not in replicas]
+    everywhere = frozenset.intersection(*others) if others else frozenset()
     return [
         replace(finding, replicas=finding.replicas or [replica_id])
         for replica_id in replicas

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Collection, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from operator import itemgetter
 from typing import Protocol
 
@@ -42,6 +42,8 @@ class Replayed:
     """State of torch's CPU generator after the step."""
     layout: bytes
     """Digest of 16 bytes over the strides of parameters, buffers and inputs."""
+    indices: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int64))
+    """The sample indices that the replay used, on the CPU."""
 
 
 class Repeats(Protocol):
@@ -148,7 +150,8 @@ class Replayer:
         stages = self._take(batch, tracer)
         generator = torch.get_rng_state().numpy().tobytes()
         contents = Contents(before, contents_after(self._replica))
-        return Replayed(stages, tracer, contents, generator, layout(self._replica.model, [batch.inputs]))
+        strides = layout(self._replica.model, [batch.inputs])
+        return Replayed(stages, tracer, contents, generator, strides, batch.indices.cpu())
 
     @property
     def original_generator(self) -> bytes:

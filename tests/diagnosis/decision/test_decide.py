@@ -1,5 +1,6 @@
 """The decision tree, on made-up witnesses: each cause, and what looks like it but is not."""
 
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -8,9 +9,11 @@ import pytest
 from dreplica.agreement.verdict.evidence import Evidence
 from dreplica.agreement.verdict.remedy import Remedy
 from dreplica.agreement.verdict.verdict import Verdict
-from dreplica.diagnosis.decision.decide import decide
+from dreplica.diagnosis.decision import decide as decision_module
+from dreplica.diagnosis.decision.rules import HARDWARE, name_in
 from dreplica.diagnosis.diagnose_run import as_verdict
-from dreplica.diagnosis.evidence.observation import Decision, Witness, first_difference
+from dreplica.diagnosis.evidence.finding import Finding, Kind
+from dreplica.diagnosis.evidence.observation import Decision, Witness, first_difference, with_findings
 from dreplica.diagnosis.evidence.provenance import Contents
 from dreplica.diagnosis.tracing.op_tracer import OpRecord
 from dreplica.environment.manifest import Difference
@@ -45,6 +48,17 @@ def bad(*stages: str) -> dict[str, bytes]:
 def always(stages: dict[str, bytes], **changes: Any) -> Witness:
     """Return a replica that results in the same state each time."""
     return witness(original=stages, first=stages, second=stages, **changes)
+
+
+def decide(witnesses: Sequence[Witness], overrides: Mapping[int, Any], differences: Sequence[Difference]) -> Decision:
+    """Decide, and let the tensors that are compared afterwards show what a fault leaves: few bits, or a wrong result.
+
+    What excludes hardware must already be among the findings then.
+    """
+    decision = decision_module.decide(witnesses, overrides, differences)
+    if Kind.FEW_BITS not in decision.kinds:  # a generator's state is compared itself
+        assert decision.cause not in HARDWARE, "digests alone do not accuse hardware"
+    return name_in(with_findings(decision, Finding(Kind.FEW_BITS), Finding(Kind.PROVED_WRONG)))
 
 
 def test_decide_unreproduced_fault_is_transient() -> None:

@@ -5,11 +5,22 @@ from typing import Any
 
 import pytest
 
-from dreplica.diagnosis.decision.decide import decide
 from dreplica.diagnosis.evidence.observation import Decision, Witness, difference_behind, first_difference
 from dreplica.diagnosis.evidence.provenance import Contents
 from dreplica.diagnosis.tracing.op_tracer import OpRecord
-from tests.diagnosis.decision.test_decide import CONV, GOOD, RELU, SGD, START, always, bad, digest, rounding, witness
+from tests.diagnosis.decision.test_decide import (
+    CONV,
+    GOOD,
+    RELU,
+    SGD,
+    START,
+    always,
+    bad,
+    decide,
+    digest,
+    rounding,
+    witness,
+)
 from tests.messages import texts
 
 LOGGED = OpRecord("aten.mean.default", "", "forward", digest("conv"), digest("mean"), "model.py:7")

@@ -12,6 +12,7 @@ from dreplica.agreement.verdict.location import Place
 from dreplica.config.schema import RunConfig
 from dreplica.diagnosis.decision import decide_reference as against_reference
 from dreplica.diagnosis.decision.decide_reference import AgainstReference
+from dreplica.diagnosis.evidence.finding import Finding, Kind
 from dreplica.diagnosis.evidence.observation import Witness
 from dreplica.environment.determinism import CHANGEABLE, numerics_as, numerics_flags
 from tests.messages import codes
@@ -96,6 +97,9 @@ def witness(original: bytes, first: bytes, second: bytes, **changes: Any) -> Wit
     return Witness(*stages, **fields, generator_changed=False, sample_digests=[], **changes)  # type: ignore[arg-type]
 
 
+FEW, DRAWN = Finding(Kind.FEW_BITS), Finding(Kind.DRAWN_FURTHER)
+
+
 def never() -> Any:
     raise AssertionError("nothing is to be tried")
 
@@ -104,7 +108,9 @@ def never() -> Any:
     ("rows", "cause", "suspects", "code"),
     [
         ([witness(ZERO, ZERO, ZERO)], "config-differs", [], "reference-reproduces"),
-        ([witness(ZERO, ONE, ONE)], "transient-fault", [0], "reference-matches-replay"),
+        ([witness(ZERO, ONE, ONE)], "unexplained", [0], "reference-matches-replay"),
+        ([witness(ZERO, ONE, ONE, findings=[FEW])], "transient-fault", [0], "reference-matches-replay"),
+        ([witness(ZERO, ONE, ONE, findings=[FEW, DRAWN])], "generators-differ", [0], "reference-matches-replay"),
         ([witness(ZERO, ONE, ONE)] * 2, "unexplained", [], "reference-on-all-replicas"),
         ([witness(ZERO, TWO, TWO)], "unexplained", [], "reference-neither"),
         ([witness(ZERO, ZERO, ONE)], "unexplained", [], "replays-vary"),

@@ -6,12 +6,11 @@ from typing import Any
 
 import pytest
 
-from dreplica.diagnosis.decision.decide import decide
 from dreplica.diagnosis.evidence.observation import Decision, Witness, first_difference
 from dreplica.diagnosis.evidence.provenance import Contents
 from dreplica.diagnosis.tracing.op_tracer import OpRecord
 from dreplica.environment.manifest import Difference
-from tests.diagnosis.decision.test_decide import CONV, GOOD, RELU, SGD, START, always, bad, digest, witness
+from tests.diagnosis.decision.test_decide import CONV, GOOD, RELU, SGD, START, always, bad, decide, digest, witness
 from tests.messages import codes, data_of
 
 THREADS = {"determinism": {"threads": 2}}

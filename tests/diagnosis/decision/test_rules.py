@@ -3,9 +3,8 @@
 from dataclasses import replace
 
 from dreplica.agreement.verdict.evidence import Evidence
-from dreplica.diagnosis.decision.decide import decide
 from dreplica.diagnosis.evidence.finding import Finding, Kind
-from tests.diagnosis.decision.test_decide import bad, witness
+from tests.diagnosis.decision.test_decide import bad, decide, witness
 from tests.messages import codes
 
 DRAWN = Finding(Kind.DRAWN_FURTHER, [Evidence.of("generator-drawn-differently", replica=1)])
