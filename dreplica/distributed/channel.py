@@ -3,8 +3,6 @@
 They carry kilobytes of CPU data over gloo, and each wait is bounded.
 """
 
-import io
-import pickle
 import time
 from dataclasses import dataclass
 from datetime import timedelta
@@ -17,6 +15,7 @@ from torch.distributed.distributed_c10d import AllgatherOptions
 
 from dreplica.distributed.liveness.lost import ReplicaLost
 from dreplica.distributed.liveness.monitor import LivenessMonitor
+from dreplica.distributed.messages import BadMessage, decode, encode
 from dreplica.errors import UsageError
 
 Group: TypeAlias = dist.ProcessGroup | dist.ProcessGroupGloo
@@ -31,6 +30,13 @@ class Posted:
 
     tensor: Tensor
     work: dist.Work | None
+
+
+@dataclass(frozen=True)
+class _Unsent:
+    """Stands for a value that cannot be sent."""
+
+    reason: str
 
 
 class Channel:
@@ -170,10 +176,17 @@ class Channel:
         return tensor
 
     def gather(self, value: Any) -> list[Any]:
-        """Return the picklable `value` of each replica, in the order of ranks."""
+        """Return the `value` of each replica, in the order of ranks.
+
+        Args:
+            value: What `messages.encode` can send.
+
+        Raises:
+            BadMessage: If it cannot send the value of some replica. It is raised on all of them.
+        """
         if self.size == 1:
             return [value]
-        payload = torch.frombuffer(_pickle(value), dtype=torch.uint8)
+        payload = torch.frombuffer(bytearray(_encode(value)), dtype=torch.uint8)
         sizes = torch.zeros(self.size, dtype=torch.int64, device="cpu")
         sizes[self.rank] = payload.numel()
         self.wait(self.post_max(sizes))
@@ -181,7 +194,11 @@ class Channel:
         padded[: payload.numel()] = payload
         rows = [torch.empty_like(padded) for _ in range(self.size)]
         self.wait(Posted(padded, self._start("allgather", [rows], [padded], AllgatherOptions())))
-        return [pickle.loads(row[:size].numpy().tobytes()) for row, size in zip(rows, sizes.tolist(), strict=True)]
+        values = [decode(row[:size].numpy().tobytes()) for row, size in zip(rows, sizes.tolist(), strict=True)]
+        for rank, each in enumerate(values):
+            if isinstance(each, _Unsent):
+                raise BadMessage(f"replica {rank}: {each.reason}", code="unsendable", replica=rank)
+        return values
 
     def _all_reduce(self, tensor: Tensor, op: Any) -> dist.Work:
         options = dist.AllreduceOptions()
@@ -199,31 +216,12 @@ class Channel:
             raise self._connection_lost(error) from error
 
 
-class _Pickler(pickle.Pickler):
-    """Pickler that writes tensors as bytes.
-
-    torch pickles neither float8 nor unsigned integers of more than 8 bits.
-    """
-
-    def reducer_override(self, value: Any) -> Any:
-        if type(value) is not Tensor or value.layout is not torch.strided or value.is_quantized or value.is_meta:
-            return NotImplemented
-        if value.device.type != "cpu" or value.requires_grad:
-            return NotImplemented
-        dense = value.resolve_conj().resolve_neg().contiguous()
-        return _from_bytes, (dense.view(-1).view(torch.uint8).numpy().tobytes(), value.dtype, tuple(value.shape))
-
-
-def _pickle(value: Any) -> bytearray:
-    buffer = io.BytesIO()
-    _Pickler(buffer).dump(value)
-    return bytearray(buffer.getbuffer())
-
-
-def _from_bytes(data: bytes, dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor:
-    if not data:
-        return torch.empty(shape, dtype=dtype, device="cpu")
-    return torch.frombuffer(bytearray(data), dtype=torch.uint8).view(dtype).view(shape)
+def _encode(value: Any) -> bytes:
+    """Return the value as bytes, or the reason why it cannot be sent, so that no replica waits for it."""
+    try:
+        return encode(value)
+    except BadMessage as error:
+        return encode(_Unsent(str(error)))
 
 
 def _first_line(error: Exception) -> str:

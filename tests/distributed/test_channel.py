@@ -14,6 +14,7 @@ from dreplica.distributed.failure import Failure
 from dreplica.distributed.liveness import check as liveness_check
 from dreplica.distributed.liveness.lost import Lost, ReplicaLost
 from dreplica.distributed.liveness.monitor import find_lost_replicas
+from dreplica.distributed.messages import BadMessage
 from dreplica.distributed.process_group import World
 from tests.harness import run_replicas
 
@@ -61,6 +62,17 @@ def sends_unusual(world: World) -> tuple[list[Any], list[Any]]:
 def described(tensor: torch.Tensor) -> tuple[Any, ...]:
     dense = tensor.to_dense().resolve_conj().contiguous()
     return tensor.dtype, tensor.layout, tuple(tensor.shape), dense.view(-1).view(torch.uint8).tolist()
+
+
+def sends_unsendable(world: World) -> str:
+    with pytest.raises(BadMessage) as caught:
+        world.channel.gather(print if world.replica_id == 1 else None)
+    return str(caught.value)
+
+
+def test_a_value_that_cannot_be_sent_fails_on_all() -> None:
+    expected = "replica 1: cannot send this to the other replicas: it contains a builtins.builtin_function_or_method"
+    assert run_replicas(sends_unsendable, 2) == [expected] * 2
 
 
 def test_channel_sends_tensors_of_any_dtype() -> None:
