@@ -24,7 +24,8 @@ _CHANGES_AN_OPERATOR = {
 user code."""
 CHANGES_CODE = {"model.factory", "replica.factory", "data.name"}
 """Keys that name code of the user, which may do anything."""
-
+_ONLY_ROUNDS = "determinism."
+"""Section of settings that change how operators round, and no values that they are given."""
 _READ_AFTER_BACKWARD = {"optim", "schedule", "train.grad_clip"}
 _READ_UNTIL_BACKWARD = {"data", "criterion"}
 
@@ -76,6 +77,8 @@ def _can_part(key: str, witnesses: Sequence[Witness], place: OpDifference | None
         return _is_one_of(key, _CHANGES_AN_OPERATOR)
     if len({witness.contents.before for witness in witnesses}) > 1 or stage is None:
         return True  # a setting may have acted in a step before, which was not compared
+    if place is not None and place.same_structure and key.startswith(_ONLY_ROUNDS):
+        return False  # it would show as an operator that makes the difference from the same call
     after = place.record.phase == "optimizer" if place is not None else STAGES.index(stage) > STAGES.index("output")
     return not _is_one_of(key, _READ_UNTIL_BACKWARD if after else _READ_AFTER_BACKWARD)
 

@@ -1,8 +1,8 @@
 """The rules by which findings name a cause: for each cause, the evidence that it needs and what must be excluded.
 
 The rules are read from top to bottom, and the first that holds names the cause. Hardware comes last. Where none holds,
-the cause is `unexplained`: a wrong cause is worse than none. No rule holds if the findings do not explain the stage in
-which the replicas had diverged.
+the cause is `unexplained`: a wrong cause is worse than none. Every rule excludes findings that do not explain the stage
+in which the replicas had diverged.
 """
 
 from collections.abc import Collection
@@ -20,8 +20,15 @@ class Rule:
     """The cause, a key of `CAUSES`."""
     needs: frozenset[Kind]
     """Findings that must all be there."""
+    any_of: frozenset[Kind] = frozenset()
+    """Findings of which at least one must be there; empty if `needs` suffices."""
     excludes: frozenset[Kind] = frozenset()
     """Findings of which none may be there: those of the cause's look-alikes."""
+
+    def holds(self, found: Collection[Kind]) -> bool:
+        """Return True if findings of these kinds name the cause."""
+        kinds = frozenset(found)
+        return self.needs <= kinds and (not self.any_of or bool(self.any_of & kinds)) and not self.excludes & kinds
 
 
 HARDWARE = ("transient-fault", "persistent-fault")
@@ -39,51 +46,25 @@ TRACES_OF_CODE = frozenset(
     }
 )
 """Findings that a fault of memory does not leave."""
-_DIVIDING = frozenset(
+_LEFT_BY_FAULTS = frozenset(
     {
-        Kind.OVERRIDE_DIVIDES,
-        Kind.ENVIRONMENT_DIVIDES,
-        Kind.HYPERPARAMETER_DIVIDES,
-        Kind.KERNELS_DIVIDE,
-        Kind.LAYOUT_DIVIDES,
-        Kind.MODES_DIVIDE,
+        Kind.REPLAYS_AGREE,
+        Kind.REPLAYS_REPRODUCE,
+        Kind.ORIGINAL_DIFFERS,
+        Kind.OPERATOR_MADE_IT,
+        Kind.MEMORY_CHANGED,
+        Kind.FEW_BITS,
+        Kind.PROVED_WRONG,
     }
 )
-_PLACES_OF_CODE = frozenset(
-    {
-        Kind.OTHER_OPERATORS,
-        Kind.OTHER_HOST_VALUE,
-        Kind.OTHER_DRAW,
-        Kind.OTHER_ORDER,
-        Kind.UNWRITTEN_MEMORY,
-        Kind.OUTSIDE_INPUT,
-        Kind.SAMPLES_DIFFER,
-        Kind.OPERATOR_VARIES,
-        Kind.PICKED_BY_TIMING,
-    }
-)
-_OPEN = frozenset(
-    {
-        Kind.MAY_RACE,
-        Kind.FOREIGN_OPERATOR,
-        Kind.ORIGINAL_GONE,
-        Kind.SPREAD,
-        Kind.BOTH_POSSIBLE,
-        Kind.EQUALISED,
-        Kind.DIFFERS_TOO,
-        Kind.SEVERAL_RESULTS,
-        Kind.REPLAYS_VARY,
-        Kind.ORIGINALS_DIFFER_WIDELY,
-    }
-)
-NOT_HARDWARE = TRACES_OF_CODE | _DIVIDING | _PLACES_OF_CODE | _OPEN
-"""Findings of which none may be there where hardware is named."""
+NOT_HARDWARE = frozenset(Kind) - _LEFT_BY_FAULTS
+"""Findings of which none may be there where hardware is named: each points to code, or leaves the cause open."""
 _ONE_TIME = frozenset({Kind.REPLAYS_AGREE, Kind.ORIGINAL_DIFFERS, Kind.ORIGINALS_DIFFER_WIDELY})
 """Findings on a divergence that no replay reproduces: what lasts cannot have made it."""
 
 
-def _rule(cause: str, *needs: Kind, excludes: Collection[Kind] = ()) -> Rule:
-    return Rule(cause, frozenset(needs), frozenset(excludes))
+def _rule(cause: str, *needs: Kind, any_of: Collection[Kind] = (), excludes: Collection[Kind] = ()) -> Rule:
+    return Rule(cause, frozenset(needs), frozenset(any_of), frozenset({*excludes, Kind.NOT_EXPLAINED}))
 
 
 RULES = (
@@ -114,9 +95,11 @@ RULES = (
     _rule("generators-differ", Kind.OTHER_DRAW, excludes=_ONE_TIME),
     _rule("generators-differ", Kind.DRAWN_FURTHER),
     # What the step does with it: kernels, values, operators, layouts, flags.
-    *(
-        _rule("kernel-differs", Kind.KERNELS_DIVIDE, place, excludes={Kind.UNWRITTEN_MEMORY, *_ONE_TIME})
-        for place in (Kind.OPERATOR_MADE_IT, Kind.OPERATOR_VARIES, Kind.OTHER_OPERATORS)
+    _rule(
+        "kernel-differs",
+        Kind.KERNELS_DIVIDE,
+        any_of={Kind.OPERATOR_MADE_IT, Kind.OPERATOR_VARIES, Kind.OTHER_OPERATORS},
+        excludes={Kind.UNWRITTEN_MEMORY, *_ONE_TIME},
     ),
     _rule("host-value-differs", Kind.OTHER_HOST_VALUE, excludes={Kind.EQUALISED, *_ONE_TIME}),
     _rule(
@@ -133,10 +116,11 @@ RULES = (
     _rule("nondeterministic-operator", Kind.OPERATOR_VARIES, excludes={Kind.UNWRITTEN_MEMORY, Kind.KERNELS_DIVIDE}),
     _rule("nondeterministic-operator", Kind.OPERATOR_MADE_IT, Kind.BOTH_POSSIBLE, Kind.PICKED_BY_TIMING),
     # Code that ran once, or otherwise than in the replays.
-    *(
-        _rule("unreplayed-state", Kind.REPLAYS_AGREE, original, trace, excludes={Kind.MAY_RACE, Kind.SAMPLES_DIFFER})
-        for original in (Kind.ORIGINAL_DIFFERS, Kind.ORIGINALS_DIFFER_WIDELY)
-        for trace in sorted(TRACES_OF_CODE)
+    _rule(
+        "unreplayed-state",
+        Kind.REPLAYS_AGREE,
+        any_of=TRACES_OF_CODE - {Kind.DRAWN_FURTHER},
+        excludes={Kind.MAY_RACE, Kind.SAMPLES_DIFFER},
     ),
     # Hardware: nothing points to code, and the whole difference is known to be what a fault makes.
     _rule("transient-fault", Kind.REPLAYS_AGREE, Kind.ORIGINAL_DIFFERS, Kind.FEW_BITS, excludes=NOT_HARDWARE),
@@ -148,10 +132,7 @@ RULES = (
 
 def name_cause(findings: Collection[Kind]) -> str:
     """Return the cause that findings name, `unexplained` if they name none."""
-    found = frozenset(findings)
-    if Kind.NOT_EXPLAINED in found:
-        return "unexplained"
-    return next((rule.cause for rule in RULES if rule.needs <= found and not rule.excludes & found), "unexplained")
+    return next((rule.cause for rule in RULES if rule.holds(findings)), "unexplained")
 
 
 def name_in(decision: Decision) -> Decision:
@@ -161,4 +142,4 @@ def name_in(decision: Decision) -> Decision:
 
 def may_be_hardware(decision: Decision) -> bool:
     """Return True if nothing found so far excludes a fault of hardware."""
-    return not NOT_HARDWARE & decision.kinds and Kind.NOT_EXPLAINED not in decision.kinds
+    return not NOT_HARDWARE & decision.kinds
