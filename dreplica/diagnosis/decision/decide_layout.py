@@ -118,18 +118,20 @@ def order_behind(one: Sequence[OpRecord], other: Sequence[OpRecord]) -> OpDiffer
     Returns:
         The operator. None if the runs first differ in something else.
     """
-    exact: dict[tuple[str, str, bytes], set[bytes]] = {}
-    by_content: dict[tuple[str, str, bytes], list[OpRecord]] = {}
+    exact: dict[tuple[str, str, bytes, bytes], set[bytes]] = {}
+    by_content: dict[tuple[str, str, bytes, bytes], list[OpRecord]] = {}
     for record in other:
-        exact.setdefault((record.name, record.scalars, record.inputs), set()).add(record.outputs)
-        by_content.setdefault((record.name, record.scalars, _sorted(record.inputs)), []).append(record)
+        call = record.name, record.scalars, record.generator
+        exact.setdefault((*call, record.inputs), set()).add(record.outputs)
+        by_content.setdefault((*call, _sorted(record.inputs)), []).append(record)
     for index, record in enumerate(one):
-        outputs = exact.get((record.name, record.scalars, record.inputs))
+        call = record.name, record.scalars, record.generator
+        outputs = exact.get((*call, record.inputs))
         if outputs is not None:
             if record.outputs not in outputs:
                 return None  # the operator itself made the difference
             continue
-        matches = by_content.get((record.name, record.scalars, _sorted(record.inputs)), [])
+        matches = by_content.get((*call, _sorted(record.inputs)), [])
         if not matches:
             return None
         if all(_sorted(match.outputs) != _sorted(record.outputs) for match in matches):

@@ -33,8 +33,10 @@ class OpDifference:
 
     @property
     def inputs_agree(self) -> bool:
-        """True if both sides have the same input tensors, so that the operator itself made the difference."""
-        return self.one is not None and self.other is not None and self.one.inputs == self.other.inputs
+        """True if both sides have the same input tensors and, for an operator that draws, the same generator state."""
+        if self.one is None or self.other is None:
+            return False
+        return (self.one.inputs, self.one.generator) == (self.other.inputs, self.other.generator)
 
     @property
     def same_call(self) -> bool:

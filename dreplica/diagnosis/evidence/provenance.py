@@ -49,6 +49,14 @@ def contents_after(replica: Parts) -> dict[str, dict[str, bytes]]:
     }
 
 
+def state_tensors(replica: Parts) -> list[Tensor]:
+    """Return the tensors that a step of the replica begins with, except its batch."""
+    model = [*named_weights(replica.model).values(), *named_buffers(replica.model).values()]
+    gradients = [tensor.grad for tensor in model if tensor.grad is not None]
+    criterion = [*replica.criterion.parameters(), *replica.criterion.buffers()]
+    return [*model, *gradients, *criterion, *optimizer_tensors(replica).values()]
+
+
 def optimizer_tensors(replica: Parts) -> dict[str, Tensor]:
     """Return the tensors of the stage `optimizer` by name: state, and parameters that are not the model's."""
     own = {id(parameter) for parameter in replica.model.parameters()}

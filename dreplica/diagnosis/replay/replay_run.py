@@ -13,7 +13,7 @@ from dreplica.agreement.agreement import Agreement
 from dreplica.agreement.protocol import fold
 from dreplica.config.schema import TrainConfig
 from dreplica.data.loading.loader import Batch
-from dreplica.diagnosis.evidence.provenance import Contents, contents_after, contents_before
+from dreplica.diagnosis.evidence.provenance import Contents, contents_after, contents_before, state_tensors
 from dreplica.diagnosis.tracing.op_tracer import OpTracer
 from dreplica.diagnosis.tracing.output_sampler import OutputSampler
 from dreplica.state.fingerprint.fingerprint import digest_bytes
@@ -142,10 +142,11 @@ class Replayer:
         assert self._target is not None, "approach() comes first"
         assert self._before is not None
         restore_snapshot(self._replica, self._before)
-        tracer = OpTracer(self._replica.optimizer, capture, self._replica.model)
+        batch = self._load(indices, self._target)
+        state = [*state_tensors(self._replica), batch.inputs, batch.labels]
+        tracer = OpTracer(self._replica.optimizer, capture, self._replica.model, generators=True, state=state)
         if sampled:
             tracer = OutputSampler(self._replica.optimizer, sampled, self._replica.model)
-        batch = self._load(indices, self._target)
         before = contents_before(self._replica, batch)
         stages = self._take(batch, tracer)
         generator = torch.get_rng_state().numpy().tobytes()

@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from dreplica.agreement.agreement import Batch
 from dreplica.agreement.subject import Subject
-from dreplica.diagnosis.evidence.provenance import DIGEST_BYTES, Contents
+from dreplica.diagnosis.evidence.provenance import DIGEST_BYTES, Contents, state_tensors
 from dreplica.diagnosis.replay.replay_run import Replayed, layout
 from dreplica.diagnosis.tracing.op_tracer import OpRecord, OpTracer
 from dreplica.state.replica import LoopParts
@@ -67,9 +67,10 @@ class Repeated:
         """
         assert self._before is not None, "begin() comes first"
         restore_snapshot(self.parts, self._before)
-        tracer = OpTracer(self.parts.optimizers, capture, self._subject.given)
         batch = tree_map(lambda leaf: leaf.detach().clone() if isinstance(leaf, Tensor) else leaf, self.given)
         inputs = [leaf for leaf in tree_leaves(batch) if isinstance(leaf, Tensor)]
+        state = [*state_tensors(self.parts), *inputs]
+        tracer = OpTracer(self.parts.optimizers, capture, self._subject.given, generators=True, state=state)
         with _gradients_used(self._subject) as gradients, tracer:
             returned = self._step(batch)
         tracer.records = _with_turns(tracer.records)

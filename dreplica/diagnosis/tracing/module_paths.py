@@ -28,6 +28,7 @@ class ModulePaths:
         model: The model whose paths to use. Required if it is compiled.
 
     Attributes:
+        is_compiled: True if a part of the model is compiled.
         backward_seen: True if a backward pass has run since a module was last called in a forward pass.
     """
 
@@ -41,13 +42,13 @@ class ModulePaths:
         self._handles: list[Any] = []
         self._thread = threading.get_ident()
         self.backward_seen = False
-        self._is_compiled = model is not None and any(map(_is_compiled, model.modules()))
+        self.is_compiled = model is not None and any(map(_is_compiled, model.modules()))
         if model is not None:
             self._name(model)
 
     def __enter__(self) -> "ModulePaths":
         self._thread = threading.get_ident()
-        if self._is_compiled:
+        if self.is_compiled:
             return self
         self._handles = [
             register_module_forward_pre_hook(self._enter_module),

@@ -73,8 +73,11 @@ _UNDECLARED_WRITES = {
 """Arguments that an operator updates although its schema does not declare it."""
 
 
-_SAME_VIEWS = {"aten.alias.default", "aten.detach.default", "aten.lift_fresh.default"}
+_SAME_VIEWS = {"aten.alias.default", "aten.detach.default"}
 """Views of the whole input, unchanged."""
+
+_FROM_HOST = {"aten.lift_fresh", "aten.lift", "aten.lift_fresh_copy"}
+"""Operators that torch calls on a tensor that it has just made from Python or NumPy data."""
 
 
 @dataclass(frozen=True)
@@ -97,8 +100,17 @@ class OpSignature:
     """Names of arguments that the operator writes to."""
     unread: frozenset[str]
     """Names of arguments that the operator does not read, or that may be partly uninitialized."""
+    allocates: bool
+    """True if the result is uninitialized memory."""
+    from_host: bool
+    """True if the result is a tensor just made from Python or NumPy data."""
     scratch_results: frozenset[int]
     """Positions of results that may be partly uninitialized."""
+
+    @property
+    def packet(self) -> str:
+        """Name without overload."""
+        return self.name.rpartition(".")[0]
 
     def inputs(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
         """Return the tensors that the operator reads, in the order of the call."""
@@ -112,7 +124,7 @@ class OpSignature:
             args: Positional arguments of the call.
             kwargs: Keyword arguments of the call.
         """
-        scratch = _SCRATCH_ARGUMENTS.get(self.name.rpartition(".")[0], ())
+        scratch = _SCRATCH_ARGUMENTS.get(self.packet, ())
         results = [result]
         if self.scratch_results:
             results = [item for position, item in enumerate(result) if position not in self.scratch_results]
@@ -131,7 +143,8 @@ def signature_of(func: Any) -> OpSignature:
     packet = name.rpartition(".")[0]
     arguments = func._schema.arguments
     aliased = [argument.alias_info.is_write for argument in arguments if argument.alias_info is not None]
-    is_view = bool(aliased) and not any(aliased)
+    from_host = packet in _FROM_HOST
+    is_view = bool(aliased) and not any(aliased) and not from_host
     written = {argument.name for argument in arguments if argument.alias_info and argument.alias_info.is_write}
     unread = {argument.name for argument in arguments if argument.is_out} | _SCRATCH_ARGUMENTS.get(packet, set())
     if packet in _OVERWRITES:
@@ -145,6 +158,8 @@ def signature_of(func: Any) -> OpSignature:
         draws=torch.Tag.nondeterministic_seeded in func.tags,
         written=frozenset(written | _UNDECLARED_WRITES.get(packet, set())),
         unread=frozenset(unread),
+        allocates=packet in _UNINITIALIZED,
+        from_host=from_host,
         scratch_results=frozenset(_SCRATCH_RESULTS.get(packet, ())),
     )
 

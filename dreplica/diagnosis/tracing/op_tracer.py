@@ -3,29 +3,23 @@
 A record has digests and no tensors, so that its size does not depend on the size of the model.
 """
 
-import os
-import random
-import sys
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-import numpy
-import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_map
 
-from dreplica.config.paths import PACKAGE_ROOT
+from dreplica.diagnosis.tracing.call_source import user_source
+from dreplica.diagnosis.tracing.contents import digests_of, shapes_of
+from dreplica.diagnosis.tracing.generators import HostGenerators, cpu_generator, drawn_from
+from dreplica.diagnosis.tracing.host_values import arguments_of_host, host_data
+from dreplica.diagnosis.tracing.memory_tracker import MemoryTracker, Unwritten
 from dreplica.diagnosis.tracing.module_paths import ModulePaths
-from dreplica.diagnosis.tracing.op_signature import signature_of, tensors_in
-from dreplica.state.fingerprint.fingerprint import ABSENT, digest_tensor
+from dreplica.diagnosis.tracing.op_signature import OpSignature, signature_of, tensors_in
 from dreplica.state.stages import Optimizers, by_name
-
-_TORCH = str(Path(torch.__file__).parent) + os.sep
-_OWN_CODE = tuple(str(PACKAGE_ROOT / name) + os.sep for name in ("diagnosis", "training"))
 
 
 @dataclass(frozen=True)
@@ -52,7 +46,23 @@ class OpRecord:
     Empty if torch called it, as in most of the backward pass, or the training step.
     """
     scalars: str = ""
-    """All arguments that are numbers, strings or dtypes, in the order of the call."""
+    """All arguments that are numbers, strings, flags, dtypes or memory formats, in the order of the call.
+
+    Of a tensor made from Python or NumPy data (`torch.tensor`, `torch.from_numpy`), the data: see `host_data`.
+    """
+    generator: bytes = b""
+    """Digest of the state of the generator that the operator draws from, before the draw. Empty if it draws none."""
+    returned: str = field(default="", compare=False)
+    """The number that the operator returned to Python, as `Tensor.item` does. Empty if it returned tensors."""
+    origins: tuple[int, ...] = field(default=(), compare=False)
+    """For each tensor read, the position of the operator that wrote its memory last, or an origin of `memory_tracker`.
+
+    Empty for views, and where a compiled model may have written memory unseen.
+    """
+    unwritten: tuple[Unwritten, ...] = field(default=(), compare=False)
+    """Memory without contents that the operator read."""
+    is_view: bool = field(default=False, compare=False)
+    """True if nothing is computed: the result is a view of an argument."""
     shows: bytes = field(default=b"", compare=False)
     """For a view, digests of the viewed tensor and of each result, to follow contents. Not compared."""
     earlier: bool = field(default=False, compare=False)
@@ -95,11 +105,14 @@ class OpTracer(TorchDispatchMode):
         model: The model whose module paths to use. None for paths relative to the first module called. Required if the
             model is compiled.
         generators: True to also record draws from the global generators of Python and NumPy between two operators.
+        state: Tensors of the replica's state and batch, to tell them from tensors that enter from outside of both.
+        fill: True to fill memory that is allocated without contents with zeros.
 
     Attributes:
         records: The operators in order. Empty with `capture`.
         captured: The tensors of the operator to capture.
         generator_changed: True if torch's CPU generator was changed by anything but an operator that draws from it.
+        memory: Origins of the memory that the step reads.
     """
 
     def __init__(
@@ -108,12 +121,16 @@ class OpTracer(TorchDispatchMode):
         capture: int | None = None,
         model: nn.Module | None = None,
         generators: bool = False,
+        state: Iterable[Tensor] = (),
+        fill: bool = False,
     ) -> None:
         super().__init__()
         self.records: list[OpRecord] = []
         self.captured: Captured | None = None
         self.generator_changed = False
-        self._generators = _generator_states() if generators else None
+        self.memory = MemoryTracker(state)
+        self._host_generators = HostGenerators() if generators else None
+        self._fill = fill
         self._generator = b""
         self._capture = capture
         self._count = 0
@@ -128,7 +145,7 @@ class OpTracer(TorchDispatchMode):
                 optimizer.register_step_pre_hook(lambda *_: self._set_in_optimizer(True)),
                 optimizer.register_step_post_hook(lambda *_: self._set_in_optimizer(False)),
             ]
-        self._generator = _cpu_generator()
+        self._generator = cpu_generator()
         self._modules.__enter__()
         super().__enter__()
         return self
@@ -151,32 +168,59 @@ class OpTracer(TorchDispatchMode):
         kwargs = kwargs or {}
         signature = signature_of(func)
         if not signature.recorded:
-            return func(*args, **kwargs)
+            return self._allocate(signature, func, args, kwargs)
+        if self._host_generators is not None:
+            self._record_draws(self._host_generators)
         number, self._count = self._count, self._count + 1
         if self._capture is not None:
             return self._call_and_capture(number, func, args, kwargs)
-        if self._generators is not None:
-            self._record_draws(self._generators)
-        digests = _shapes if signature.is_view else _digests
-        inputs = digests(signature.inputs(args, kwargs))
+        read = signature.inputs(args, kwargs)
+        inputs, generator = b"", b""
+        if not signature.from_host:
+            inputs = shapes_of(read) if signature.is_view else digests_of(read)
         if signature.draws:
             self._watch_generator()
-            inputs += _generator_digest(args, kwargs)
+            generator = drawn_from(args, kwargs)
+        origins, unwritten = self._origins(read) if not signature.is_view else ((), ())
         result = func(*args, **kwargs)
         if signature.draws:
-            self._generator = _cpu_generator()
+            self._generator = cpu_generator()
+        made = signature.outputs(result, args, kwargs)
+        if not signature.is_view:
+            for tensor in made:
+                self.memory.write(tensor, number, signature.packet)
         record = OpRecord(
             name=signature.name,
             module=self._modules.current(),
             phase=self._phase(),
             inputs=inputs,
-            outputs=digests(signature.outputs(result, args, kwargs)),
-            source=_user_source(),
-            scalars=_scalars((args, kwargs)),
-            shows=_digests(tensors_in([args[0], result])) if signature.shows_part else b"",
+            outputs=shapes_of(made) if signature.is_view else digests_of(made),
+            source=user_source(),
+            scalars=host_data(args[0]) if signature.from_host else arguments_of_host(args, kwargs),
+            shows=digests_of(tensors_in([args[0], result])) if signature.shows_part else b"",
+            generator=generator,
+            returned="" if made or result is None else repr(result),
+            origins=origins,
+            unwritten=unwritten,
+            is_view=signature.is_view,
         )
         self.records.append(record)
         return result
+
+    def _allocate(self, signature: OpSignature, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Call an operator whose result has no contents yet."""
+        result = func(*args, **kwargs)
+        if signature.allocates and isinstance(result, Tensor) and not self._modules.is_compiled:
+            self.memory.allocate(result, signature.name, user_source(), self._fill)
+        return result
+
+    def _origins(self, read: Iterable[Tensor]) -> tuple[tuple[int, ...], tuple[Unwritten, ...]]:
+        if self._modules.is_compiled:
+            return (), ()
+        read = list(read)
+        found = (self.memory.unwritten(tensor, position) for position, tensor in enumerate(read))
+        unwritten = tuple(each for each in found if each is not None)
+        return tuple(self.memory.origin(tensor) for tensor in read), unwritten
 
     def _call_and_capture(self, number: int, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if number != self._capture:
@@ -191,14 +235,15 @@ class OpTracer(TorchDispatchMode):
         return result
 
     def _watch_generator(self) -> None:
-        self.generator_changed = self.generator_changed or self._generator != _cpu_generator()
+        self.generator_changed = self.generator_changed or self._generator != cpu_generator()
 
-    def _record_draws(self, before: dict[str, int]) -> None:
+    def _record_draws(self, generators: HostGenerators) -> None:
         """Record draws from the generators of Python and NumPy, which only show in the generators' states."""
-        self._generators = _generator_states()
-        for name, state in self._generators.items():
-            if state != before[name]:
-                self.records.append(OpRecord(f"{name} was drawn from", "", self._phase(), b"", b"", _user_source()))
+        for name, before in generators.drawn():
+            self._count += 1
+            if self._capture is None:
+                draw = OpRecord(f"{name} was drawn from", "", self._phase(), b"", b"", user_source(), generator=before)
+                self.records.append(draw)
 
     def _phase(self) -> str:
         if self._modules.in_backward():
@@ -211,60 +256,5 @@ class OpTracer(TorchDispatchMode):
         self._in_optimizer = value
 
 
-def _scalars(arguments: Any) -> str:
-    kinds = (bool, int, float, complex, str, torch.dtype)
-    return ", ".join(repr(leaf) for leaf in tree_leaves(arguments) if isinstance(leaf, kinds))
-
-
-def _digests(tensors: Iterable[Tensor]) -> bytes:
-    return b"".join(map(_digest, tensors))
-
-
-def _digest(tensor: Tensor) -> bytes:
-    """Return a digest, `ABSENT` for tensors without plain memory: meta, quantized and nested ones."""
-    layouts = (torch.strided, torch.sparse_coo)
-    if tensor.is_meta or tensor.is_quantized or tensor.is_nested or tensor.layout not in layouts:
-        return ABSENT
-    return digest_tensor("", tensor)
-
-
-def _shapes(tensors: Iterable[Tensor]) -> bytes:
-    # A view computes nothing, and it may be a view of uninitialized memory.
-    return repr([None if t.is_nested else (t.dtype, tuple(t.shape)) for t in tensors]).encode()
-
-
-def _generator_digest(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bytes:
-    """Return the digest of the generator that the operator draws from: an argument, or its device's default."""
-    generator = next((leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Generator)), None)
-    if generator is not None:
-        return digest_tensor("", generator.get_state())
-    device = kwargs.get("device")  # for operators that create a tensor
-    on_gpu = any(tensor.is_cuda for tensor in tensors_in((args, kwargs)))
-    on_gpu = on_gpu or (device is not None and torch.device(device).type == "cuda")
-    return digest_tensor("", torch.cuda.get_rng_state() if on_gpu else torch.get_rng_state())
-
-
-def _cpu_generator() -> bytes:
-    return digest_tensor("", torch.get_rng_state())
-
-
-def _generator_states() -> dict[str, int]:
-    numpy_state: Any = numpy.random.get_state()
-    return {"python's random": hash(random.getstate()), "numpy.random": hash(numpy_state[1].tobytes())}
-
-
 def _to_cpu(tensor: Tensor) -> Tensor:
     return tensor.detach().to("cpu", copy=True)
-
-
-def _user_source() -> str:
-    """Return the innermost frame outside of torch, or "" if the training step is reached first."""
-    frame = sys._getframe()  # in autograd's GPU threads, the tracer may have the only frame
-    while frame is not None:
-        file = frame.f_code.co_filename
-        if file.startswith(_OWN_CODE) and file != __file__:
-            return ""
-        if file != __file__ and not file.startswith((_TORCH, "<")):
-            return f"{file}:{frame.f_lineno}"
-        frame = frame.f_back  # type: ignore[assignment]
-    return ""

@@ -28,7 +28,7 @@ class OutputSampler(OpTracer):
     def __init__(
         self, optimizer: torch.optim.Optimizer | None, sampled: Collection[int], model: nn.Module | None
     ) -> None:
-        super().__init__(optimizer, capture=-1, model=model)
+        super().__init__(optimizer, capture=-1, model=model, generators=True)
         self.samples: dict[int, list[tuple[Tensor, int]]] = {}
         self._sampled = frozenset(sampled)
 

@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from dreplica.diagnosis.tracing import op_signature
-from dreplica.diagnosis.tracing import op_tracer as operators
+from dreplica.diagnosis.tracing.generators import drawn_from
 from dreplica.diagnosis.tracing.op_tracer import OpRecord, OpTracer
 from dreplica.state.fingerprint.fingerprint import digest_tensor
 
@@ -345,7 +345,7 @@ def test_scalars_distinguish_calls() -> None:
         torch.add(x, x, alpha=3)
     one, other = tracer.records
     assert one.inputs == other.inputs
-    assert (one.scalars, other.scalars) == ("2", "3")
+    assert (one.scalars, other.scalars) == ("alpha=2", "alpha=3")
 
 
 @pytest.mark.parametrize("split", [torch.chunk, torch.unbind])
@@ -436,7 +436,7 @@ def test_identical_runs_have_identical_records() -> None:
     assert one == other
 
 
-def test_draw_is_part_of_inputs() -> None:
+def test_draw_records_generator() -> None:
     x = torch.ones(100)
     torch.manual_seed(0)
     with OpTracer() as tracer:
@@ -444,7 +444,8 @@ def test_draw_is_part_of_inputs() -> None:
         torch.rand(1)
         F.dropout(x)
     one, other = (record for record in tracer.records if record.name.startswith("aten.bernoulli_"))
-    assert one.inputs != other.inputs
+    assert one.inputs == other.inputs
+    assert one.generator != other.generator
 
 
 # Uninitialised memory
@@ -699,5 +700,5 @@ def test_gpu_draw_uses_gpu_generator(monkeypatch: pytest.MonkeyPatch) -> None:
     state = torch.arange(16, dtype=torch.uint8)
     monkeypatch.setattr(torch.cuda, "get_rng_state", lambda: state)
     there, here = ({"device": torch.device(kind)} for kind in ("cuda", "cpu"))
-    assert operators._generator_digest(([2],), there) == digest_tensor("", state)
-    assert operators._generator_digest(([2],), here) == digest_tensor("", torch.get_rng_state())
+    assert drawn_from(([2],), there) == digest_tensor("", state)
+    assert drawn_from(([2],), here) == digest_tensor("", torch.get_rng_state())
