@@ -163,7 +163,8 @@ def check_optimizer(section: str, optimizer: torch.optim.Optimizer, device: torc
         UsageError: It needs a closure, or a GPU.
     """
     name = type(optimizer).__name__
-    if inspect.signature(optimizer.step).parameters["closure"].default is inspect.Parameter.empty:
+    closure = inspect.signature(optimizer.step).parameters.get("closure")  # a user's own `step` may take nothing
+    if closure is not None and closure.default is inspect.Parameter.empty:
         problem = f"{name} needs a closure at each step, which a training step does not have"
         raise config_error("unusable-class", section, problem, "Use another optimizer.", value=name)
     if device.type == "cpu" and any(group.get("capturable") for group in optimizer.param_groups):

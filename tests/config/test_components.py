@@ -176,6 +176,14 @@ def test_check_schedule_refuses_overflow_in_mid_run() -> None:
         check_schedule(config, epochs=400, steps=400)
 
 
+def test_check_optimizer_accepts_step_without_closure() -> None:
+    class Own(torch.optim.SGD):
+        def step(self) -> None:  # type: ignore[override]
+            super().step()
+
+    check_optimizer("optim", Own(some_model().parameters(), lr=0.1), torch.device("cpu"))
+
+
 def test_check_optimizer_refuses_capturable_on_cpu() -> None:
     optimizer = build_optimizer(OptimConfig.model_validate({"name": "Adam", "capturable": True}), some_model())
     check_optimizer("optim", optimizer, torch.device("cuda", 0))
