@@ -26,7 +26,7 @@ from tests.benchmarks.mistakes import plants_values as value
 CHANGED: Mapping[str, str] = {}
 """Name of a kind to the reason why its expectation was changed after a run."""
 
-When = Literal["acted", "first", "at", "after", "before-training"]
+When = Literal["acted", "first", "at", "after", "evaluation", "before-training"]
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,8 @@ class Kind:
     is_once: bool = False
     """True if the code runs once; otherwise in each step."""
     when: When = "acted"
-    """The step that must be named: at which the mistake was first made, the first one, `at`, or the one after."""
+    """The step that must be named: `acted`, at which the mistake was first made; the first; `at`; the one after; that
+    of the first evaluation; `before-training`, none."""
     tensor: str | None = None
     """The tensor or entry that must be named, where it is determined."""
     may_agree: bool = False
@@ -487,7 +488,7 @@ KINDS: tuple[Kind, ...] = (
     Kind(data.sampled_by_rank, "indices", "indices-differ", ("indices",), "L"),
     Kind(data.rotated_indices, "indices", "indices-differ", ("indices",), "L"),
     # ---- Evaluation
-    Kind(data.evaluates_in_training_mode, "built", "evaluation-differs", ("predictions",), when="after"),
+    Kind(data.evaluates_in_training_mode, "built", "evaluation-differs", ("predictions",), when="evaluation"),
     Kind(data.evaluates_scaled, "evaluation", "evaluation-differs", ("predictions",)),
     Kind(
         data.evaluates_other_samples,

@@ -1,7 +1,5 @@
 """Mistakes in DistributedDataParallel, where each rank has its own batch."""
 
-from typing import Any
-
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -24,7 +22,7 @@ def unused_found(site: Site) -> None:
 def comm_hook_on_one(site: Site) -> None:
     """Register a hook on one rank that scales what the others have reduced."""
 
-    def scaled(state: None, bucket: Any) -> torch.futures.Future[Tensor]:
+    def scaled(state: None, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
         work = dist.all_reduce(bucket.buffer().div_(site.size), async_op=True)
         factor = 1.0 + site.amount * site.is_bad
         return work.get_future().then(lambda future: future.value()[0] * factor)

@@ -115,6 +115,12 @@ class Site:
             return value
         return function(self, value)
 
+    def restart(self) -> None:
+        """Forget steps that were made before training."""
+        self.steps = 0
+        if self.point not in {"building", "built"}:
+            self.acted = None
+
     def close(self) -> None:
         """Undo what the mistake has changed in the whole process."""
         for action in reversed(self.undo):
