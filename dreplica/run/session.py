@@ -184,10 +184,13 @@ class Session:
             SharedUsageError: The model cannot be trained on this data with this config.
         """
         replica = self.replica
-        faults = self.channel.gather(_wiring_fault(replica))
-        faulty = [replica_id for replica_id, fault in enumerate(faults) if fault is not None]
+        fault = _wiring_fault(replica)
+        faulty = [
+            replica_id for replica_id, is_faulty in enumerate(self.channel.gather(fault is not None)) if is_faulty
+        ]
         if faulty:
-            raise Concluded(diagnosis.wiring_fault(faults[faulty[0]], faulty, self.world.num_replicas))
+            own = None if fault is None else diagnosis.wiring_fault(fault, faulty, self.world.num_replicas)
+            raise Concluded(self.channel.gather(own)[faulty[0]])
         replica.model.train()
         self.world.together(lambda: check_criterion_weighs(replica.criterion, self.data.weights))
         self.world.together(self._check_schedule)
