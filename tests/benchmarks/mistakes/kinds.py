@@ -8,7 +8,8 @@ that says why.
 - A cause in `also` is just as true a statement about the mistake, and counts as right; `why` says why.
 - Where the expectation is `unexplained`, no cause of the list is true, and place and line must be in the verdict.
 - In DDP the place must be right, and the cause either this one, `unexplained`, or one in `also`.
-- `may_agree`: the mistake may leave no difference in any bit, which depends on the CPU or on what is in the heap.
+- `may_agree`: the mistake may leave no difference in any bit, which depends on the CPU or on what is in the heap, at
+  the first step or at all.
 - `is_small`: at most 8 bits of one tensor, once. Nothing tells these from a fault of memory, so they are counted apart.
 """
 
@@ -23,7 +24,12 @@ from tests.benchmarks.mistakes import plants_random as rand
 from tests.benchmarks.mistakes import plants_settings as setting
 from tests.benchmarks.mistakes import plants_values as value
 
-CHANGED: Mapping[str, str] = {}
+CHANGED: Mapping[str, str] = {
+    "checkpoint_without_rng": "stage: the recomputation also moves the statistics of BatchNorm, which was overlooked",
+    "threads_and_long_sum": "stages: the sum of the forward pass may round alike where that of the backward pass does "
+    "not, so `gradients` was added",
+    "norm_over_set": "step: a norm may round alike at the first step, so any later step is right where `may_agree`",
+}
 """Name of a kind to the reason why its expectation was changed after a run."""
 
 When = Literal["acted", "first", "at", "after", "evaluation", "before-training"]
@@ -114,7 +120,15 @@ KINDS: tuple[Kind, ...] = (
     Kind(rand.draw_numpy, "stepped", "generators-differ", _RNG),
     Kind(rand.draw_python, "before", "generators-differ", _RNG, is_once=True, why=_RERUN, also=("unreplayed-state",)),
     Kind(rand.draw_python, "gradients", "generators-differ", _RNG),
-    Kind(rand.draw_permutation, "stepped", "generators-differ", _RNG, is_once=True, also=("unreplayed-state",)),
+    Kind(
+        rand.draw_permutation,
+        "stepped",
+        "generators-differ",
+        _RNG,
+        is_once=True,
+        why=_RERUN,
+        also=("unreplayed-state",),
+    ),
     Kind(rand.draw_in_hidden, "hidden", "generators-differ", _FORWARD, why=_EXTRA_DRAW, also=("structure-differs",)),
     Kind(rand.noise_of_own_generator, "hidden", "generators-differ", _FORWARD),
     Kind(
@@ -188,7 +202,7 @@ KINDS: tuple[Kind, ...] = (
         rand.checkpoint_without_rng,
         "built",
         "generators-differ",
-        _GRADIENTS,
+        ("buffers",),
         why="the backward pass of one replica runs more operators, which is why its masks are drawn from another state",
         also=("structure-differs",),
         when="first",
@@ -284,7 +298,7 @@ KINDS: tuple[Kind, ...] = (
         setting.channels_last_on_one, "built", "structure-differs", _INPUT, when="first", network="cnn", may_agree=True
     ),
     Kind(setting.threads_on_one, "built", "environment-differs", (), "T", when="before-training"),
-    Kind(setting.threads_and_long_sum, "hidden", "environment-differs", _FORWARD, may_agree=True),
+    Kind(setting.threads_and_long_sum, "hidden", "environment-differs", ("output", "gradients"), may_agree=True),
     Kind(setting.flush_denormals_on_one, "hidden", "environment-differs", ("output", "gradients"), may_agree=True),
     Kind(setting.flag_at_build, "built", "environment-differs", (), "T", when="before-training"),
     Kind(setting.flag_in_step, "before", "none", (), "LTD", "no operator depends on the flag"),
@@ -536,7 +550,7 @@ KINDS: tuple[Kind, ...] = (
     # ---- DistributedDataParallel
     Kind(ddp.buffers_not_broadcast, "built", "unexplained", ("buffers",), "D", when="first"),
     Kind(ddp.unused_found, "built", "structure-differs", _GRADIENTS, "D", when="first"),
-    Kind(ddp.comm_hook_on_one, "wrapped", "unexplained", _GRADIENTS, "D", when="first", also=("host-value-differs",)),
+    Kind(ddp.comm_hook_on_one, "wrapped", "unexplained", _GRADIENTS, "D", when="first"),
     Kind(ddp.never_synchronized, "wrapped", "unexplained", _GRADIENTS, "D", when="first"),
     Kind(
         ddp.use_own_loss,
