@@ -1,9 +1,13 @@
 """Update the parts of the documentation that come from the code: `python docs/update.py`.
 
-docs/configuration.md is generated from the config sections. With the argument `cases`, every case shown on a page of
-docs/causes is also run, and its output replaces the block on the page.
+docs/configuration.md is generated from the config sections, and the rules in docs/verdicts.md from the table that names
+the causes. With the argument `cases`, every case shown on a page of docs/causes is also run, and its output replaces the
+block on the page.
 """
 
+import ast
+import inspect
+import itertools
 import os
 import re
 import shlex
@@ -11,7 +15,7 @@ import subprocess
 import sys
 import tempfile
 import types
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
@@ -21,9 +25,14 @@ from pydantic.fields import FieldInfo
 
 from dreplica.config.base import Lockstep
 from dreplica.config.schema import FaultConfig, RunConfig
+from dreplica.diagnosis.decision.rules import HARDWARE, NOT_HARDWARE, RULES, Rule
+from dreplica.diagnosis.evidence.finding import Kind
 
 DOCS = Path(__file__).parent
 CONFIGURATION = DOCS / "configuration.md"
+VERDICTS = DOCS / "verdicts.md"
+RULES_BLOCK = re.compile(r"(?<=<!-- rules: begin -->\n).*(?=<!-- rules: end -->)", re.DOTALL)
+"""The generated part of docs/verdicts.md."""
 COMMAND = "python docs/update.py"
 SHOWN_CASE = re.compile(r"```text\n(?P<command>\$ .*configs/cases/(?P<name>\w+)\.yaml)\n(?P<output>.*?)```", re.DOTALL)
 """A block with the command of a case and its output."""
@@ -91,6 +100,42 @@ def _on_one_line(text: str) -> str:
     return " ".join(text.split())
 
 
+def verdicts() -> str:
+    """Return the text of docs/verdicts.md with the current rules."""
+    rows = "".join(map(_rule_row, RULES))
+    kinds = "".join(f"| `{kind}` | {_on_one_line(text)} |\n" for kind, text in _kind_texts().items())
+    table = (
+        f"| cause | needs | excluded |\n|---|---|---|\n{rows}\n"
+        f"Hardware is excluded by every finding except {_listed(set(Kind) - NOT_HARDWARE)}.\n"
+        f"`{Kind.NOT_EXPLAINED}` excludes every cause.\n\n"
+        f"| finding | what was observed |\n|---|---|\n{kinds}"
+    )
+    return RULES_BLOCK.sub(lambda _: table, VERDICTS.read_text(encoding="utf-8"))
+
+
+def _rule_row(rule: Rule) -> str:
+    needs = " and ".join(f"`{kind}`" for kind in sorted(rule.needs))
+    needs += f", and one of {_listed(rule.any_of)}" if rule.any_of else ""
+    excluded = _listed(rule.excludes - {Kind.NOT_EXPLAINED}) or "–"
+    if rule.cause in HARDWARE:
+        excluded = "everything else"
+    return f"| [{rule.cause}](causes/{rule.cause}.md) | {needs} | {excluded} |\n"
+
+
+def _listed(kinds: Collection[Kind]) -> str:
+    return ", ".join(f"`{kind}`" for kind in Kind if kind in kinds)
+
+
+def _kind_texts() -> dict[str, str]:
+    """Return the text below each kind of finding in the code."""
+    (body,) = (node.body for node in ast.parse(inspect.getsource(Kind)).body if isinstance(node, ast.ClassDef))
+    texts = {}
+    for node, after in itertools.pairwise(body):
+        if isinstance(node, ast.Assign) and isinstance(after, ast.Expr):
+            texts[ast.literal_eval(node.value)] = ast.literal_eval(after.value)
+    return texts
+
+
 def run_shown_case(match: re.Match[str]) -> str:
     """Run the command of a case and return the block with its output, from the verdict on."""
     scripts = Path(sys.executable).parent  # with dreplica and torchrun
@@ -111,8 +156,9 @@ def run_shown_case(match: re.Match[str]) -> str:
 
 
 def main() -> None:
-    """Write docs/configuration.md and, with the argument `cases`, the outputs on the pages of causes."""
+    """Write docs/configuration.md, the rules in docs/verdicts.md and, with the argument `cases`, the outputs on the pages of causes."""
     CONFIGURATION.write_text(configuration(), encoding="utf-8")
+    VERDICTS.write_text(verdicts(), encoding="utf-8")
     if sys.argv[1:] == ["cases"]:
         for page in sorted((DOCS / "causes").glob("*.md")):
             page.write_text(SHOWN_CASE.sub(run_shown_case, page.read_text(encoding="utf-8")), encoding="utf-8")

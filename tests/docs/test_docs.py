@@ -66,6 +66,7 @@ def test_cause_page_shows_its_case_and_names_all(cause: str, update: ModuleType)
 
 def test_configuration_page_is_up_to_date(update: ModuleType) -> None:
     assert update.CONFIGURATION.read_text() == update.configuration(), f"out of date; run: {update.COMMAND}"
+    assert update.VERDICTS.read_text() == update.verdicts(), f"out of date; run: {update.COMMAND}"
 
 
 def test_verdict_page_explains_every_field() -> None:

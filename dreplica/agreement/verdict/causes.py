@@ -17,10 +17,31 @@ class Cause:
     """The default remedies, for a verdict that has no more specific ones."""
 
 
-def _cause(code: str, explanation: str, *remedies: str) -> Cause:
-    return Cause(code, explanation, tuple(Remedy.of(remedy) for remedy in remedies))
+def _cause(code: str, explanation: str, *remedies: str | Remedy) -> Cause:
+    return Cause(code, explanation, tuple(Remedy.of(item) if isinstance(item, str) else item for item in remedies))
 
 
+_NOT_ONCE = (
+    "draws",
+    "moved counters",
+    "operators that wrote in place",
+    "another autograd graph",
+    "changed modes and attributes",
+    "nondeterministic operators",
+)
+"""Code that runs once, of which a fault of hardware shows no trace."""
+_NOT_ALWAYS = (
+    "declared settings",
+    "environment",
+    "hyperparameters",
+    "Python values",
+    "random draws",
+    "order",
+    "kernels and dispatch modes",
+    "memory layout",
+    "uninitialized memory",
+)
+"""What differs between replicas for good, none of which divides them as their results do."""
 _CHECK_MEMORY = ("check-host-memory", "check-gpu-memory", "test-host-memory")
 
 _ALL = (
@@ -83,15 +104,17 @@ _ALL = (
     ),
     _cause(
         "transient-fault",
-        "A replica computed or stored a wrong value once, and replaying the step does not reproduce it; code that "
-        "reads state which replays do not restore (a closure's variables, a file, the clock) would look the same.",
+        "A few bits of one tensor changed once on a replica, no replay reproduces it, and nothing points to code; code "
+        "that ran once and changed just these bits would look the same.",
+        Remedy.of("excluded-once", excluded=list(_NOT_ONCE)),
         "rerun-from-agreement",
         "watch-hardware",
         *_CHECK_MEMORY,
     ),
     _cause(
         "persistent-fault",
-        "A replica computes or stores a wrong value each time, with the same settings as the others.",
+        "A replica computes or stores a wrong value each time, with the same code and settings as the others.",
+        Remedy.of("excluded-always", excluded=list(_NOT_ALWAYS)),
         "retire-hardware",
         "rerun-alone",
         *_CHECK_MEMORY,

@@ -225,6 +225,14 @@ REMEDIES: Mapping[str, RemedyTemplate] = {
         "replace it with PyTorch's own operators, to confirm that {namespace} is the cause"
     ),
     # Faults.
+    "excluded-once": RemedyTemplate(
+        "excluded: {excluded}. Not excluded: code that ran once and wrote just these bits past PyTorch's operators "
+        "(NumPy, a C extension, another process). Look for such code before you suspect the hardware"
+    ),
+    "excluded-always": RemedyTemplate(
+        "excluded: {excluded}. Not excluded: code that writes past PyTorch's operators (NumPy, a C extension), and "
+        "libraries or firmware that differ in the same version. Look for these before you suspect the hardware"
+    ),
     "rerun-from-agreement": RemedyTemplate(
         "run again from the last agreed state: results after the fault cannot be trusted"
     ),
