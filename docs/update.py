@@ -1,8 +1,8 @@
 """Update the parts of the documentation that come from the code: `python docs/update.py`.
 
 docs/configuration.md is generated from the config sections, and the rules in docs/verdicts.md from the table that names
-the causes. With the argument `cases`, every case shown on a page of docs/causes is also run, and its output replaces the
-block on the page.
+the causes. With the argument `cases`, every case shown on a page of docs/causes is also run, and its output replaces
+the block on the page.
 """
 
 import ast
@@ -114,9 +114,9 @@ def verdicts() -> str:
 
 
 def _rule_row(rule: Rule) -> str:
-    needs = " and ".join(f"`{kind}`" for kind in sorted(rule.needs))
+    needs = " and ".join(f"`{kind}`" for kind in Kind if kind in rule.needs)
     needs += f", and one of {_listed(rule.any_of)}" if rule.any_of else ""
-    excluded = _listed(rule.excludes - {Kind.NOT_EXPLAINED}) or "–"
+    excluded = _listed(rule.excludes - {Kind.NOT_EXPLAINED}) or "nothing"
     if rule.cause in HARDWARE:
         excluded = "everything else"
     return f"| [{rule.cause}](causes/{rule.cause}.md) | {needs} | {excluded} |\n"
@@ -156,7 +156,7 @@ def run_shown_case(match: re.Match[str]) -> str:
 
 
 def main() -> None:
-    """Write docs/configuration.md, the rules in docs/verdicts.md and, with the argument `cases`, the outputs on the pages of causes."""
+    """Write what is made from the code and, with the argument `cases`, the outputs on the pages of causes."""
     CONFIGURATION.write_text(configuration(), encoding="utf-8")
     VERDICTS.write_text(verdicts(), encoding="utf-8")
     if sys.argv[1:] == ["cases"]:

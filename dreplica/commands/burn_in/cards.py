@@ -12,7 +12,7 @@ from dreplica.environment.hardware import ask_nvidia_smi
 
 HARDWARE = ("transient-fault", "persistent-fault")
 """Causes that accuse a device, or its host's memory."""
-OPEN = ("unexplained", "evaluation-differs", "batch-differs", "indices-differ")
+OPEN = ("unexplained", "unreplayed-state", "evaluation-differs", "batch-differs", "indices-differ")
 """Causes that may come from a device, a file or code. All other causes are attributed to software."""
 VARYING = ("nondeterministic-operator", "structure-differs")
 """Causes that are open, not software, if at most half of the replicas are suspects.

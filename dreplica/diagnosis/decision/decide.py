@@ -18,6 +18,7 @@ from dreplica.diagnosis.decision.rules import name_in
 from dreplica.diagnosis.evidence.finding import Finding, Kind
 from dreplica.diagnosis.evidence.observation import (
     Decision,
+    OpDifference,
     Witness,
     could_have_made,
     first_stage,
@@ -26,6 +27,8 @@ from dreplica.diagnosis.evidence.observation import (
     with_findings,
     with_lines,
 )
+from dreplica.diagnosis.evidence.provenance import differing_inputs
+from dreplica.diagnosis.tracing.memory_tracker import OUTSIDE
 from dreplica.environment.manifest import Difference
 from dreplica.state.stages import STAGES
 
@@ -177,17 +180,41 @@ def _find_irreproducible(
     if stage is not None and not could_have_made(place.record, stage):
         line = Evidence.of("operator-varies-elsewhere", index=place.index, operator=place.record, stage=stage)
         return with_lines(found, line)
+    if place.made_here:
+        line = Evidence.of("operator-varies", index=place.index, operator=place.record)
+        # The operator is to blame then, on every replica on which it was seen to vary.
+        return with_findings(found, Finding(Kind.OPERATOR_VARIES, [line]), operator=place, suspects=replica_ids)
+    line = _describe_varying(place)
+    if _is_unreplayed(place) and not _all_vary_alike(witnesses, last):
+        return with_findings(found, Finding(Kind.INPUT_VARIES, [line]), operator=place)
+    return with_lines(found, line, operator=place)
+
+
+def _describe_varying(place: OpDifference) -> Evidence:
     if not place.same_structure:
-        line = describe_structure(place, _TWO_REPLAYS, with_source=False)
-        return with_findings(found, Finding(Kind.OTHER_OPERATORS, [line]), operator=place)
+        return describe_structure(place, _TWO_REPLAYS, with_source=False)
     if not place.same_call:
-        return with_lines(found, describe_scalars(place, _TWO_REPLAYS), operator=place)
-    if not place.inputs_agree:
-        line = Evidence.of("operator-inputs-differ", index=place.index, operator=place.record, inputs="other inputs")
-        return with_lines(found, line, operator=place)
-    line = Evidence.of("operator-varies", index=place.index, operator=place.record)
-    # The operator is to blame then, on every replica on which it was seen to vary.
-    return with_findings(found, Finding(Kind.OPERATOR_VARIES, [line]), operator=place, suspects=replica_ids)
+        return describe_scalars(place, _TWO_REPLAYS)
+    return Evidence.of("operator-inputs-differ", index=place.index, operator=place.record, inputs="other inputs")
+
+
+def _is_unreplayed(place: OpDifference) -> bool:
+    """Return True if what two replays gave to an operator came from outside of the replica's state."""
+    if not place.same_call or place.one is None or place.other is None:
+        return True
+    if place.one.generator != place.other.generator:
+        return True
+    positions = differing_inputs([[place.one], [place.other]], 0)
+    origins = [row.origins[position : position + 1] for row in (place.one, place.other) for position in positions]
+    return bool(origins) and all(origin == (OUTSIDE,) for origin in origins)
+
+
+def _all_vary_alike(witnesses: Sequence[Witness], last: str | None) -> bool:
+    """Return True if the replays vary on all replicas in the same way, which does not divide the replicas."""
+    return len(witnesses) > 1 and all(
+        len({up_to(row, last) for row in rows}) == 1
+        for rows in ([row.first for row in witnesses], [row.second for row in witnesses])
+    )
 
 
 def _find_one_time(witnesses: Sequence[Witness], unreproduced: list[int], stage: str | None) -> Decision:

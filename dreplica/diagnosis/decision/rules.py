@@ -59,13 +59,14 @@ _LEFT_BY_FAULTS = frozenset(
 )
 NOT_HARDWARE = frozenset(Kind) - _LEFT_BY_FAULTS
 """Findings of which none may be there where hardware is named: each points to code, or leaves the cause open."""
-_ONE_TIME = frozenset({Kind.REPLAYS_AGREE, Kind.ORIGINAL_DIFFERS, Kind.ORIGINALS_DIFFER_WIDELY})
-"""Findings on a divergence that no replay reproduces: what lasts cannot have made it."""
 
 
 def _rule(cause: str, *needs: Kind, any_of: Collection[Kind] = (), excludes: Collection[Kind] = ()) -> Rule:
     return Rule(cause, frozenset(needs), frozenset(any_of), frozenset({*excludes, Kind.NOT_EXPLAINED}))
 
+
+_ONE_TIME = Kind.REPLAYS_AGREE
+"""What lasts cannot have made a divergence that no replay reproduces."""
 
 RULES = (
     # The build.
@@ -81,31 +82,41 @@ RULES = (
     _rule("config-differs", Kind.REFERENCE_SETTING_SHOWS),
     _rule("config-differs", Kind.REFERENCE_SETTING_EXPLAINS),
     _rule("environment-differs", Kind.REFERENCE_FLAG_EXPLAINS),
-    _rule("config-differs", Kind.REFERENCE_SETTING_ACTS, excludes={Kind.REFERENCE_ENVIRONMENT_ACTS, *_ONE_TIME}),
-    _rule("environment-differs", Kind.REFERENCE_ENVIRONMENT_ACTS, excludes={Kind.REFERENCE_SETTING_ACTS, *_ONE_TIME}),
-    _rule("indices-differ", Kind.REFERENCE_INDICES, excludes=_ONE_TIME),
-    _rule("batch-differs", Kind.REFERENCE_BATCH, excludes=_ONE_TIME),
-    _rule("evaluation-differs", Kind.REFERENCE_PREDICTIONS, excludes=_ONE_TIME),
+    _rule("config-differs", Kind.REFERENCE_SETTING_ACTS, excludes={Kind.REFERENCE_ENVIRONMENT_ACTS, _ONE_TIME}),
+    _rule(
+        "environment-differs",
+        Kind.REFERENCE_ENVIRONMENT_ACTS,
+        excludes={Kind.REFERENCE_SETTING_ACTS, _ONE_TIME},
+    ),
+    _rule("indices-differ", Kind.REFERENCE_INDICES, excludes={_ONE_TIME}),
+    _rule("batch-differs", Kind.REFERENCE_BATCH, excludes={_ONE_TIME}),
+    _rule("evaluation-differs", Kind.REFERENCE_PREDICTIONS, excludes={_ONE_TIME}),
     # What was given to the step: settings, samples, memory, order, values, random numbers.
-    _rule("declared-override", Kind.OVERRIDE_DIVIDES, excludes={*_ONE_TIME, Kind.REPLAYS_VARY, Kind.SAMPLES_DIFFER}),
+    _rule(
+        "declared-override",
+        Kind.OVERRIDE_DIVIDES,
+        excludes={_ONE_TIME, Kind.REPLAYS_VARY, Kind.SAMPLES_DIFFER},
+    ),
     _rule("batch-differs", Kind.SAMPLES_DIFFER, excludes={Kind.UNWRITTEN_MEMORY}),
     _rule("uninitialized-memory", Kind.UNWRITTEN_MEMORY),
-    _rule("order-differs", Kind.OTHER_ORDER, excludes={Kind.OPERATOR_VARIES, Kind.REPLAYS_VARY, *_ONE_TIME}),
-    _rule("hyperparameter-differs", Kind.HYPERPARAMETER_DIVIDES, excludes={Kind.OTHER_DRAW, *_ONE_TIME}),
-    _rule("generators-differ", Kind.OTHER_DRAW, excludes=_ONE_TIME),
+    _rule("order-differs", Kind.OTHER_ORDER, excludes={Kind.OPERATOR_VARIES, Kind.REPLAYS_VARY, _ONE_TIME}),
+    _rule("hyperparameter-differs", Kind.HYPERPARAMETER_DIVIDES, excludes={Kind.OTHER_DRAW}),
+    _rule("generators-differ", Kind.OTHER_DRAW, excludes={_ONE_TIME}),
     _rule("generators-differ", Kind.DRAWN_FURTHER),
     # What the step does with it: kernels, values, operators, layouts, flags.
     _rule(
         "kernel-differs",
         Kind.KERNELS_DIVIDE,
         any_of={Kind.OPERATOR_MADE_IT, Kind.OPERATOR_VARIES, Kind.OTHER_OPERATORS},
-        excludes={Kind.UNWRITTEN_MEMORY, *_ONE_TIME},
+        excludes={Kind.UNWRITTEN_MEMORY, _ONE_TIME},
     ),
-    _rule("host-value-differs", Kind.OTHER_HOST_VALUE, excludes={Kind.EQUALISED, *_ONE_TIME}),
+    _rule("host-value-differs", Kind.OTHER_HOST_VALUE, excludes={Kind.EQUALISED, _ONE_TIME}),
     _rule(
-        "structure-differs", Kind.OTHER_OPERATORS, excludes={Kind.SEVERAL_RESULTS, Kind.OTHER_HOST_VALUE, *_ONE_TIME}
+        "structure-differs",
+        Kind.OTHER_OPERATORS,
+        excludes={Kind.SEVERAL_RESULTS, Kind.OTHER_HOST_VALUE, Kind.REPLAYS_VARY, _ONE_TIME},
     ),
-    _rule("structure-differs", Kind.MODES_DIVIDE, excludes={Kind.REPLAYS_VARY, *_ONE_TIME}),
+    _rule("structure-differs", Kind.MODES_DIVIDE, excludes={Kind.REPLAYS_VARY, _ONE_TIME}),
     _rule("structure-differs", Kind.OPERATOR_MADE_IT, Kind.LAYOUT_DIVIDES, excludes={Kind.OPERATOR_VARIES}),
     _rule(
         "environment-differs",
@@ -121,6 +132,12 @@ RULES = (
         Kind.REPLAYS_AGREE,
         any_of=TRACES_OF_CODE - {Kind.DRAWN_FURTHER},
         excludes={Kind.MAY_RACE, Kind.SAMPLES_DIFFER},
+    ),
+    _rule(
+        "unreplayed-state",
+        Kind.REPLAYS_VARY,
+        Kind.INPUT_VARIES,
+        excludes={Kind.OPERATOR_VARIES, Kind.UNWRITTEN_MEMORY, Kind.SAMPLES_DIFFER},
     ),
     # Hardware: nothing points to code, and the whole difference is known to be what a fault makes.
     _rule("transient-fault", Kind.REPLAYS_AGREE, Kind.ORIGINAL_DIFFERS, Kind.FEW_BITS, excludes=NOT_HARDWARE),

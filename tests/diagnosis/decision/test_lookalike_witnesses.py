@@ -8,6 +8,7 @@ import pytest
 
 from dreplica.diagnosis.evidence.observation import Decision, Witness, first_difference
 from dreplica.diagnosis.evidence.provenance import Contents
+from dreplica.diagnosis.tracing.memory_tracker import OUTSIDE
 from dreplica.diagnosis.tracing.op_tracer import OpRecord
 from dreplica.environment.manifest import Difference
 from tests.diagnosis.decision.test_decide import CONV, GOOD, RELU, SGD, START, always, bad, decide, digest, witness
@@ -267,17 +268,23 @@ def test_samples_diverging_in_run_and_replays_are_batch_differs() -> None:
 
 
 def test_operator_with_different_inputs_is_not_nondeterministic() -> None:
-    other = replace(RELU, inputs=digest("other"), outputs=digest("other"))
-    place = first_difference([CONV, RELU], [CONV, other])
-    decision = decided(witness(), witness(second=bad("output"), against_itself=place))
-    assert (decision.cause, decision.suspects) == ("unexplained", [1])
+    """An input from outside of the step is unreplayed state; memory that changed in one replay is not."""
+    for origin, cause in ((OUTSIDE, "unreplayed-state"), (0, "unexplained")):
+        one = replace(RELU, origins=(origin,))
+        other = replace(one, inputs=digest("other"), outputs=digest("other"))
+        place = first_difference([CONV, one], [CONV, other])
+        decision = decided(witness(), witness(second=bad("output"), against_itself=place))
+        assert (decision.cause, decision.suspects) == (cause, [1])
 
 
 def test_operator_with_different_scalars_is_deterministic() -> None:
     other = replace(RELU, scalars="0.3", outputs=digest("other"))
     place = first_difference([CONV, RELU], [CONV, other])
     decision = decided(witness(), witness(second=bad("output"), against_itself=place))
-    assert (decision.cause, decision.suspects) == ("unexplained", [1])
+    assert (decision.cause, decision.suspects) == ("unreplayed-state", [1])
+    alike = [witness(second=bad("output"), against_itself=place) for _ in range(2)]
+    alike[1] = replace(alike[1], original=bad("output"))
+    assert decided(*alike).cause == "unexplained", "it varies alike on both, which does not divide them"
 
 
 def test_nondeterministic_operator_explains_only_its_stages() -> None:
