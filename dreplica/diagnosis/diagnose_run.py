@@ -30,7 +30,7 @@ from dreplica.diagnosis.evidence.observation import (
 from dreplica.diagnosis.evidence.tensor_diff import Difference as Changed
 from dreplica.diagnosis.measurement.error_propagation import measure_path
 from dreplica.diagnosis.measurement.full_tensors import compare, compare_memory, compare_outputs
-from dreplica.diagnosis.measurement.original_tensors import compare_original
+from dreplica.diagnosis.measurement.original_step import examine_original
 from dreplica.diagnosis.replay.replay_run import Repeats, Replayed, Replayer
 from dreplica.diagnosis.tracing.op_tracer import OpRecord
 from dreplica.distributed.attempt import AttemptFailed, attempt
@@ -93,7 +93,8 @@ def diagnose(
         own = _witness(original, first, second, indices, None if earlier else found.stage)
         own = replace(own, unreproduced=None if reproduced else step)
         if not earlier:
-            findings = attempt(channel, lambda: compare_original(found.stage, original, first, replayer, channel.rank))
+            parts = replayer, indices, original, first.tracer.records, found.stage, channel.rank
+            findings = attempt(channel, lambda: examine_original(*parts))
             own = replace(own, findings=[*own.findings, *findings])
         if found.stage == "batch":
             examined = attempt(channel, lambda: _examine_samples(dataset, indices))

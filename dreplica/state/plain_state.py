@@ -7,7 +7,7 @@ generator, a tensor that was never registered as a buffer.
 import logging
 import random
 from collections import Counter, OrderedDict, defaultdict, deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from types import BuiltinFunctionType, FunctionType, MethodType
 from typing import Any
@@ -25,10 +25,9 @@ DICT_TYPES = frozenset({dict, OrderedDict, defaultdict, Counter})
 """Mappings whose contents are copied and restored."""
 _SEQUENCES = frozenset({list, deque})
 _LAYOUTS = frozenset({torch.strided, torch.sparse_coo})
-SKIPPED_TYPES = frozenset(
-    {type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.device, torch.Size}
-    | {nn.Parameter, type, FunctionType, BuiltinFunctionType, MethodType}
-)
+VALUE_TYPES = frozenset({type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.device, torch.Size})
+"""Types whose values never change, so that an attribute differs only if it was bound again."""
+SKIPPED_TYPES = VALUE_TYPES | {nn.Parameter, type, FunctionType, BuiltinFunctionType, MethodType}
 """Common types whose values never change, or are not copied here."""
 
 GENERATORS: dict[type, tuple[Callable[[Any], Any], Callable[[Any, Any], Any]]] = {
@@ -147,6 +146,32 @@ class PlainState:
                 array[...] = values
         for generator, state in self._generators:
             GENERATORS[type(generator)][1](generator, state)
+
+    def leaves(self, owners: Mapping[str, object]) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Return what was copied by path: `head.calls`, `optimizer.param_groups.0.lr`.
+
+        Args:
+            owners: The owners whose attributes to return, by path.
+
+        Returns:
+            Numbers, strings and other values that never change, and the states of random generators.
+        """
+        contents: dict[int, Iterable[tuple[Any, Any]]] = {id(held): copied.items() for held, copied in self._dicts}
+        contents |= {id(held): enumerate(items) for held, items in self._sequences}
+        states = {id(generator): state for generator, state in self._generators}
+        values: dict[str, Any] = {}
+        generators: dict[str, Any] = {}
+        pending: list[tuple[str, Any]] = [(path, getattr(owner, "__dict__", None)) for path, owner in owners.items()]
+        while pending:
+            path, value = pending.pop()
+            if type(value) in VALUE_TYPES:
+                values[path] = value
+            elif id(value) in states:
+                generators[path] = states[id(value)]
+            else:
+                for position, (key, item) in enumerate(contents.pop(id(value), ())):
+                    pending.append((f"{path}.{key if isinstance(key, str) else position}", item))
+        return values, generators
 
     def _open(self, owner: object) -> None:
         attributes = getattr(owner, "__dict__", None)

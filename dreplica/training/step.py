@@ -27,6 +27,10 @@ class StepOutput:
     logits: Tensor
     """Outputs of the model, shape (batch, num_classes)."""
 
+    def tensors(self) -> dict[str, Tensor]:
+        """Return the tensors that replicas compare as stage `output`, by name."""
+        return {"logits": self.logits, "loss": self.loss}
+
 
 def training_step(
     replica: Replica, batch: Batch, config: TrainConfig, lap: Callable[[str], None] = lambda _phase: None

@@ -120,6 +120,40 @@ EVIDENCE: Mapping[str, str] = {
     "originals-differ-widely": (
         "the original steps of replicas {replicas} differ from the replays: too many for one fault"
     ),
+    "original-elements-differ": (
+        "the original step of replica {replica} differs from its replay in {count} of {total} tensors of {stage}, in "
+        "{elements} elements and {bits} bits: {some}"
+    ),
+    "original-generators-differ": (
+        "generators of replica {replica} differ in {bits} bits between the original step and its replay: {some}"
+    ),
+    "original-whole-difference": "this is the whole difference of replica {replica}: {proof}",
+    "original-step-wrote": (
+        "in-place operators wrote to {count} tensors of replica {replica} in the original step more or less often than "
+        "in its replay: {some}"
+    ),
+    "original-step-graph": (
+        "the original step of replica {replica} made {original} autograd nodes, its replay {replayed}: it ran other "
+        "code"
+    ),
+    "original-step-attributes": (
+        "attributes of replica {replica} have other values after the original step than after its replay: {some}"
+    ),
+    "original-step-drew": (
+        "the generator {generator} of replica {replica} is {draws} draws {direction} after the original step than "
+        "after its replay"
+    ),
+    "original-step-counted": (
+        "counters of replica {replica} have other values after the original step than after its replay: {some}"
+    ),
+    "original-step-skipped": (
+        "the original step of replica {replica} left all {count} weights that its replay changes as they were before: "
+        "the optimizer did not step"
+    ),
+    "original-step-overwrote": (
+        "{elements} elements of weights of replica {replica} are not what the optimizer makes of the step's gradients: "
+        "{some}"
+    ),
     "more-than-two-results": "the replicas produced more than two results: no single cause accounts for all of them",
     "later-replay-differs": (
         "later in the step, replica {replica}'s replays also differ from the original, first in {stage}: this is a "
@@ -179,10 +213,6 @@ EVIDENCE: Mapping[str, str] = {
     "operator-foreign": (
         "not an operator of torch, and ran in this step: {operators}. It is unknown whether it is deterministic"
     ),
-    "generator-drawn-differently": (
-        "replica {replica}'s generators were drawn from differently in the original step: the states of torch's "
-        "generator differ in more than single bits"
-    ),
     "layout-differs": (
         "parameters, buffers or inputs have different memory layouts (strides, memory format), which changes rounding"
     ),
@@ -208,31 +238,21 @@ EVIDENCE: Mapping[str, str] = {
     "generator-changed": (
         "replica {replica}: torch's generator was changed by no operator, and differs in {bits} bits"
     ),
-    "generator-bits-differ": (
-        "replica {replica}: torch's generator differs from the replay's in {bits} bits and in nothing else"
-    ),
     "memory-writer": "the original contents were written by operator {index}, {operator}",
     "elements-differ": "{difference}",
     "original-tensor-gone": (
         "replica {replica}: the original values of {stage} were overwritten by a later step, so it is unknown how many "
         "bits differed: a fault cannot be told from code that ran once"
     ),
-    "replica-elements-differ": "replica {replica}: {tensor} of {stage}: {difference}",
     "other-tensor": "this is a different tensor, not one with flipped bits",
-    "replica-other-tensor": "replica {replica}: this is a different tensor, not one with flipped bits",
     "memory-overwritten": (
         "{bits} bits of {elements} elements differ, which is not a pattern of bit flips: code other than torch's "
         "operators wrote there"
     ),
     "memory-constant": ("on the intact side all elements are the same number, which may have come from anywhere"),
-    "many-tensors-changed": (
-        "replica {replica}: {count} tensors of {stage} differ, although everything before them agreed: not a single "
-        "fault"
-    ),
     "output-rewritten": (
         "most elements differ in most of their bits: code computes such a result, and no defective unit does"
     ),
-    "many-bits-changed": "replica {replica}: {bits} bits differ: more than a bit flip changes",
     # The operator's two results, and the operator in float64.
     "output-differs": "output {output}: {difference}",
     "outputs-equal-when-repeated": "the operator was run once more and gave the same result on both sides",

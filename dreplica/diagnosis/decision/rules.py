@@ -41,6 +41,7 @@ TRACES_OF_CODE = frozenset(
         Kind.OTHER_GRAPH,
         Kind.ATTRIBUTES_MOVED,
         Kind.NOT_STEPPED,
+        Kind.OUTSIDE_OPTIMIZER,
         Kind.MANY_TENSORS,
         Kind.MANY_BITS,
     }

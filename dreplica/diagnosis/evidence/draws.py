@@ -4,6 +4,7 @@ A generator that was drawn from on one replica only is behind or ahead of the ot
 leads to a state that no small number of draws reaches: it changes words of the twister without moving its position.
 """
 
+import ast
 import struct
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -24,7 +25,7 @@ def draws_between(one: Any, other: Any, most: int = MOST_DRAWS) -> int | None:
 
     Args:
         one: A state as the generator returns it: `random.getstate()`, `numpy.random.get_state()`, the `state` of a
-            NumPy bit generator, `torch.get_rng_state()` or `torch.cuda.get_rng_state()`, the latter two also as bytes.
+            NumPy bit generator, `torch.get_rng_state()` or `torch.cuda.get_rng_state()`; or as `rng_entries` packs it.
         other: A state of the same kind.
         most: Largest number of draws to try.
 
@@ -82,8 +83,8 @@ class _Twister:
 
     @classmethod
     def of(cls, state: Any) -> "_Twister | None":
-        if isinstance(state, bytes) and len(state) == _TORCH_CPU_BYTES:
-            return cls._of_torch(state)
+        if isinstance(state, bytes):
+            return cls._of_torch(state) if len(state) == _TORCH_CPU_BYTES else cls.of(_unpacked(state))
         if not isinstance(state, tuple) or len(state) < 3:
             return None
         if state[0] == "MT19937":
@@ -95,9 +96,9 @@ class _Twister:
     @classmethod
     def _of_torch(cls, state: bytes) -> "_Twister | None":
         # aten/src/ATen/CPUGeneratorImpl.cpp: seed, left, seeded, next, words, a cached double and a cached float.
-        (left,) = struct.unpack_from("<i", state, 8)
-        if not 1 <= left <= _NUM_WORDS:
-            return None
+        left, _, following = struct.unpack_from("<iiQ", state, 8)
+        if not 1 <= left <= _NUM_WORDS or following not in ({_NUM_WORDS + 1 - left} if left > 1 else {0, _NUM_WORDS}):
+            return None  # a fault has changed one of the two
         words = numpy.frombuffer(state, numpy.uint64, _NUM_WORDS, 24)
         cached_double, cached_float = struct.unpack_from("<i", state, 5040)[0], state[5052]
         cached = (state[5016:5040] if cached_double else None, state[5048:5052] if cached_float else None)
@@ -158,6 +159,22 @@ def _numpy_draws(one: dict[str, Any], other: dict[str, Any], most: int) -> int |
 
 def _as_bytes(state: Any) -> Any:
     return state.cpu().numpy().tobytes() if isinstance(state, Tensor) else state
+
+
+def _unpacked(state: bytes) -> Any:
+    """Return a state of Python's or NumPy's generator that `dreplica.state.stages.rng_entries` has packed."""
+    for size, start in ((4 * _NUM_WORDS + 4, b"("), (4 * _NUM_WORDS, b"('MT19937'")):
+        if state[size : size + len(start)] != start:
+            continue
+        try:
+            rest = ast.literal_eval(state[size:].decode())
+        except (SyntaxError, ValueError):
+            continue
+        words = numpy.frombuffer(state, numpy.uint32, size // 4)
+        if len(rest) == 2:
+            return rest[0], tuple(words.tolist()), rest[1]
+        return rest[0], words, *rest[1:]
+    return None
 
 
 def _comparable(state: Any) -> Any:

@@ -72,6 +72,8 @@ class Kind(StrEnum):
     """A mode or a plain attribute of a module, or an attribute of an optimizer, differs from the replay's."""
     NOT_STEPPED = "not-stepped"
     """The weights are those of before the step: the optimizer did not step."""
+    OUTSIDE_OPTIMIZER = "outside-optimizer"
+    """Weights differ from what the optimizer makes of the step's gradients, in more elements than a fault changes."""
     MANY_TENSORS = "many-tensors"
     """More tensors of a stage differ than one fault reaches, and no forward or backward pass spread the difference."""
     MANY_BITS = "many-bits"

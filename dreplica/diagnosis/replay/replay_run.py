@@ -1,10 +1,10 @@
 """Replays of recent steps of a run, from the last agreed snapshot and with the training loop's step function."""
 
-from collections.abc import Callable, Collection, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from operator import itemgetter
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +13,7 @@ from dreplica.agreement.agreement import Agreement
 from dreplica.agreement.protocol import fold
 from dreplica.config.schema import TrainConfig
 from dreplica.data.loading.loader import Batch
+from dreplica.diagnosis.evidence.aftermath import Aftermath, plain_values, stage_tensors, writes_of
 from dreplica.diagnosis.evidence.provenance import Contents, contents_after, contents_before, state_tensors
 from dreplica.diagnosis.tracing.op_tracer import OpTracer
 from dreplica.diagnosis.tracing.output_sampler import OutputSampler
@@ -21,7 +22,9 @@ from dreplica.state.replica import Replica
 from dreplica.state.rng import set_rng_state
 from dreplica.state.snapshot import Snapshot, restore_snapshot, take_snapshot
 from dreplica.state.stages import Stage
+from dreplica.state.walk import MODEL, StateWalk
 from dreplica.training.history import EpochEntry, EvaluationEntry, History, StepEntry
+from dreplica.training.original import StepMeter
 from dreplica.training.step import training_step
 
 Load = Callable[[Tensor, StepEntry], Batch]
@@ -95,6 +98,8 @@ class Replayer:
         self._redraw, self._load = redraw, load
         self._config, self._agreement = config, agreement
         self.present = take_snapshot(replica)
+        self._present_values = plain_values(replica, self.present)
+        self._present_tensors = StateWalk(replica).tensors()
         self._before: Snapshot | None = None
         self._target: StepEntry | None = None
 
@@ -154,33 +159,90 @@ class Replayer:
         strides = layout(self._replica.model, [batch.inputs])
         return Replayed(stages, tracer, contents, generator, strides, batch.indices.cpu())
 
-    @property
-    def original_generator(self) -> bytes:
-        """State of torch's CPU generator after the original step. Empty if it was not kept."""
+    def original(self) -> Aftermath:
+        """Return what is known of the original step."""
         assert self._target is not None, "approach() comes first"
-        original = self._history.originals.get(self._target.step)
-        state = None if original is None else original.generators["torch.cpu"]
-        return state.numpy().tobytes() if isinstance(state, Tensor) else b""
+        tensors: dict[str, Mapping[str, Tensor]] = {}
+        values: dict[str, Any] = {}
+        generators: dict[str, Any] = {}
+        if self.present.steps_done == self._target.step:  # otherwise a later step has overwritten its state
+            tensors, (values, generators) = dict(stage_tensors(self.present)), self._present_values
+        kept = self._history.originals.get(self._target.step)
+        if kept is None:
+            return Aftermath(tensors, values=values, own_generators=generators)
+        tensors["output"] = kept.output.tensors()
+        if kept.batch is not None:
+            tensors |= {"indices": {"indices": kept.batch.indices}, "batch": kept.batch.tensors()}
+        writes = writes_of(kept.footprint, self._present_tensors)
+        return Aftermath(tensors, kept.generators, generators, values, kept.footprint.nodes, writes)
+
+    def untraced(
+        self, indices: Tensor, batch: Batch | None = None, logits: Tensor | None = None
+    ) -> tuple[dict[str, Stage], Aftermath]:
+        """Replay the step as it ran: without a tracer.
+
+        Args:
+            indices: Sample indices, shape (batch,), int64.
+            batch: Replaces the batch that is loaded.
+            logits: Replaces the values of the model's output in training, shape (batch, num_classes).
+
+        Returns:
+            Digests of the state after the step, and the state.
+        """
+        assert self._target is not None, "approach() comes first"
+        assert self._before is not None
+        restore_snapshot(self._replica, self._before)
+        loaded = self._load(indices, self._target)
+        batch = loaded if batch is None else batch
+        meter = StepMeter(self._replica)
+        with nullcontext() if logits is None else _forced_output(self._replica.model, logits):
+            meter.start()
+            output = training_step(self._replica, batch, self._config)
+            footprint = meter.stop()
+        stages = self._agreement.observe(
+            indices=batch.indices, batch=batch.tensors(), outputs=output.logits, loss=output.loss
+        )
+        snapshot = take_snapshot(self._replica)
+        tensors: dict[str, Mapping[str, Tensor]] = {"output": output.tensors(), "batch": batch.tensors()}
+        tensors |= {"indices": {"indices": batch.indices}, **stage_tensors(snapshot)}
+        values, own = plain_values(self._replica, snapshot)
+        writes = writes_of(footprint, StateWalk(self._replica).tensors())
+        return stages, Aftermath(tensors, self._agreement.generator_states, own, values, footprint.nodes, writes)
+
+    def optimize(self, gradients: Mapping[str, Tensor], changed: str | None = None) -> Aftermath:
+        """Run only the optimizer's step, from the state before the step in question.
+
+        Args:
+            gradients: Gradients by name, as in the stage `gradients`.
+            changed: Name of a weight whose first element is changed before, to see what that reaches.
+
+        Returns:
+            The state after it.
+        """
+        assert self._before is not None, "approach() comes first"
+        restore_snapshot(self._replica, self._before)
+        for name, parameter in StateWalk(self._replica).parameters().items():
+            name = name.removeprefix(f"{MODEL}.")
+            parameter.grad = gradients[name].clone() if name in gradients else None
+            if name == changed:
+                parameter.data[(0,) * parameter.dim()] += 1
+        self._replica.optimizer.step()
+        return Aftermath(stage_tensors(take_snapshot(self._replica)))
+
+    def before(self) -> Aftermath:
+        """Return the state before the step in question."""
+        assert self._before is not None, "approach() comes first"
+        return Aftermath(stage_tensors(self._before))
+
+    @property
+    def scaler(self) -> torch.amp.GradScaler | None:
+        """The replica's scaler, which skips steps with infinite gradients."""
+        return self._replica.scaler
 
     def replayed(self, stage: str, name: str) -> Tensor | None:
         """Return a tensor as the last replay left it, on the CPU. None if there is no such tensor."""
         tensor = take_snapshot(self._replica).find(stage, name)
         return None if tensor is None else tensor.cpu()
-
-    def present_and_replayed(self, stage: str, name: str) -> tuple[Tensor, Tensor] | None:
-        """Return a tensor from before the replays, and as the last replay left it.
-
-        Args:
-            stage: The stage, such as `weights`.
-            name: Name of the tensor in the stage.
-
-        Returns:
-            Both tensors on the CPU. None if there is no such tensor, or a later step has overwritten it.
-        """
-        if self.present.steps_done != self._replica.steps_done:
-            return None
-        present, replayed = self.present.find(stage, name), self.replayed(stage, name)
-        return None if present is None or replayed is None else (present.cpu(), replayed)
 
     def close(self) -> None:
         """Restore the state from before the replays, byte for byte."""
@@ -192,6 +254,23 @@ class Replayer:
         return self._agreement.observe(
             indices=batch.indices, batch=batch.tensors(), outputs=output.logits, loss=output.loss
         )
+
+
+@contextmanager
+def _forced_output(model: nn.Module, logits: Tensor) -> Iterator[None]:
+    """Overwrite the model's outputs with the rows of `logits`, unnoticed by autograd."""
+    done = 0
+
+    def overwrite(_model: nn.Module, _inputs: Any, output: Tensor) -> None:
+        nonlocal done
+        output.data.copy_(logits[done : done + len(output)])
+        done += len(output)
+
+    handle = model.register_forward_hook(overwrite)
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 def layout(model: nn.Module, inputs: Sequence[Tensor]) -> bytes:

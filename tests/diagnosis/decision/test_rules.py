@@ -12,14 +12,14 @@ from dreplica.diagnosis.evidence.finding import Finding, Kind
 from tests.diagnosis.decision.test_decide import bad, decide, witness
 from tests.messages import codes
 
-DRAWN = Finding(Kind.DRAWN_FURTHER, [Evidence.of("generator-drawn-differently", replica=1)])
+DRAWN = Finding(Kind.DRAWN_FURTHER, [Evidence.of("original-generators-differ", replica=1, bits=90, some="python")])
 
 
 def test_decide_merges_findings_of_suspects() -> None:
     sides = [witness(), witness(original=bad("weights"), findings=[DRAWN]), witness()]
     decision = decide(sides, {}, [])
     assert (decision.cause, decision.suspects) == ("generators-differ", [1])
-    assert "generator-drawn-differently" in codes(decision.evidence)
+    assert "original-generators-differ" in codes(decision.evidence)
     assert {finding.kind: list(finding.replicas) for finding in decision.findings}[Kind.DRAWN_FURTHER] == [1]
 
 

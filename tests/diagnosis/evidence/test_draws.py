@@ -10,6 +10,7 @@ import torch
 
 from dreplica.diagnosis.evidence.draws import MOST_DRAWS, draws_apart, draws_between, same_generator_state
 from dreplica.state.rng import get_rng_state, set_rng_state
+from dreplica.state.stages import rng_entries
 
 
 @pytest.fixture(autouse=True)
@@ -114,6 +115,32 @@ def test_offset_of_a_gpu_counts() -> None:
     assert draws_between(state(7, 108), state(7, 100)) == -8
     assert draws_between(state(7, 100), state(8, 100)) is None
     assert draws_between(state(7, 0), state(7, 2**40)) is None
+
+
+def test_packed_states_count_as_the_generators_own() -> None:
+    before = dict(rng_entries())
+    random.random()
+    numpy.random.bytes(12)
+    torch.randint(10, (3,))
+    after = dict(rng_entries())
+    assert draws_apart(before, after) == {"numpy": 3, "python": 2, "torch.cpu": 3}
+    random.gauss(0, 1)
+    numpy.random.randn()
+    cached = dict(rng_entries())
+    random.gauss(0, 1)
+    numpy.random.randn()
+    assert draws_apart(cached, dict(rng_entries())) == {"numpy": 0, "python": 0}
+
+
+@pytest.mark.parametrize("bit", range(8))
+@pytest.mark.parametrize("byte", [8, 9, 16, 17])
+def test_flipped_position_is_not_a_draw(byte: int, bit: int) -> None:
+    generator = torch.Generator().manual_seed(5)
+    torch.rand(300, generator=generator)
+    state = generator.get_state()
+    flipped = state.clone()
+    flipped[byte] ^= 1 << bit
+    assert draws_between(state, flipped) is None
 
 
 def test_draws_apart_names_each_generator() -> None:

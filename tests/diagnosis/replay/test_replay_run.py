@@ -15,6 +15,8 @@ from dreplica.agreement.agreement import Agreement
 from dreplica.agreement.protocol import CombinedDigest, fold
 from dreplica.config.schema import TrainConfig
 from dreplica.data.loading.loader import Batch
+from dreplica.diagnosis.evidence.aftermath import compare_tensors
+from dreplica.diagnosis.evidence.tensor_diff import Difference
 from dreplica.diagnosis.replay.replay_run import Load, Replayer
 from dreplica.state.replica import Replica
 from dreplica.state.rng import get_rng_state, seed_generators, set_rng_state
@@ -235,26 +237,35 @@ def test_approach_skips_steps_not_compared() -> None:
     replayer.close()
 
 
-def test_present_and_replayed_needs_current_step() -> None:
+def test_original_has_the_state_of_the_newest_step_only() -> None:
     trained = train(with_momentum)
-    weight = trained.replica.model.body[5].weight
     with torch.no_grad():
-        weight[0, 0] += 1.0
+        trained.replica.model.body[5].weight[0, 0] += 1.0
     replayer = trained.replayer()
     replayer.approach(NUM_STEPS)
-    replayer.again(replayer.indices())
-    pair = replayer.present_and_replayed("weights", "body.5.weight")
-    assert pair is not None
-    present, replayed = pair
-    assert (present != replayed).nonzero().tolist() == [[0, 0]]
-    assert replayer.present_and_replayed("weights", "no.such") is None
-    for stage, name in (("gradients", "body.5.bias"), ("optimizer", "body.5.bias.momentum_buffer")):
-        pair = replayer.present_and_replayed(stage, name)
-        assert pair is not None
-        assert frozen(pair[0]) == frozen(pair[1])
+    original, (stages, replayed) = replayer.original(), replayer.untraced(replayer.indices())
+    assert stages == trained.stages[NUM_STEPS]
+    for stage in ("gradients", "optimizer", "buffers"):
+        assert not compare_tensors(original.tensors[stage], replayed.tensors[stage])
+    (difference,) = compare_tensors(original.tensors["weights"], replayed.tensors["weights"]).values()
+    assert isinstance(difference, Difference)
+    assert (difference.num_differing, difference.first_index) == (1, (0, 0))
     replayer.approach(2)
-    replayer.again(replayer.indices())
-    assert replayer.present_and_replayed("weights", "body.5.weight") is None  # step 5 has written over it
+    assert replayer.original().tensors == {}, "step 5 has overwritten it"
+    replayer.close()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_optimizer_alone_makes_the_weights_of_the_step(kind: Callable[[nn.Module], Replica]) -> None:
+    trained = train(kind)
+    replayer = trained.replayer()
+    replayer.approach(NUM_STEPS)
+    _, replayed = replayer.untraced(replayer.indices())
+    alone = replayer.optimize(replayed.tensors["gradients"])
+    for stage in ("weights", "optimizer"):
+        assert not compare_tensors(replayed.tensors[stage], alone.tensors[stage])
+    changed = replayer.optimize(replayed.tensors["gradients"], changed="body.5.bias")
+    assert list(compare_tensors(replayed.tensors["weights"], changed.tensors["weights"])) == ["body.5.bias"]
     replayer.close()
 
 
