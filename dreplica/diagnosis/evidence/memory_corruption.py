@@ -7,6 +7,8 @@ from dreplica.agreement.verdict.evidence import Evidence
 from dreplica.diagnosis.evidence.finding import Finding, Kind
 from dreplica.diagnosis.evidence.observation import Corruption, Decision, OpDifference, Witness, with_findings
 from dreplica.diagnosis.evidence.provenance import differing_inputs, last_writer, left_unaccounted, reads_unaccounted
+from dreplica.diagnosis.tracing.memory_tracker import ALLOCATED, OUTSIDE
+from dreplica.diagnosis.tracing.op_tracer import OpRecord
 
 FEW_BITS = 8
 """Number of differing bits that a fault of memory explains, in one tensor."""
@@ -40,11 +42,11 @@ def find_corruption(found: Decision, witnesses: Sequence[Witness], stage: str | 
             corrupted[replica_id] = Evidence.of("indices-changed", replica=replica_id)
             few += [Finding(Kind.FEW_BITS, replicas=[replica_id])] if 0 < witness.indices_bits <= FEW_BITS else []
         elif place is not None and place.same_structure and not place.inputs_agree:
-            # Only where replicas differ: a generator's state, an input of operators that draw, is never accounted for.
             differing = differing_inputs([row.records for row in witnesses], place.index)
             positions = differing.intersection(reads_unaccounted(witness.records, witness.contents, place.index))
-            if positions:
+            if any(_is_outside(witness.records[place.index], position) for position in positions):
                 outside.add(replica_id)
+            elif positions:
                 corrupted[replica_id] = Evidence.of(
                     "operator-read-changed-memory", replica=replica_id, index=place.index
                 )
@@ -56,11 +58,12 @@ def find_corruption(found: Decision, witnesses: Sequence[Witness], stage: str | 
                 )
     if place is None and stage == "rng" and not corrupted:
         corrupted, few = _changed_generators(witnesses)
-    if not corrupted:
+    too_many = 2 * len(corrupted) > len(witnesses)
+    if outside or (place is not None and too_many):
+        # What no operator wrote on most replicas is not memory that changed, but data from outside of the step.
+        return with_findings(found, Finding(Kind.OUTSIDE_INPUT))
+    if not corrupted or too_many:
         return found
-    if 2 * len(corrupted) > len(witnesses):
-        # On most of them it is not memory, but data that entered from outside of operators.
-        return with_findings(found, Finding(Kind.OUTSIDE_INPUT)) if outside else found
     changed = Finding(Kind.MEMORY_CHANGED, list(corrupted.values()), list(corrupted))
     found = with_findings(found, changed, *few, suspects=list(corrupted))
     corrupted_id = next(iter(corrupted))
@@ -74,6 +77,11 @@ def find_corruption(found: Decision, witnesses: Sequence[Witness], stage: str | 
     unaccounted = left_unaccounted(witnesses[corrupted_id].records, witnesses[corrupted_id].contents, stage)
     name = next(name for name in unaccounted if name in diverged)
     return replace(found, corrupted=Corruption(corrupted_id, intact_id, None, stage, name))
+
+
+def _is_outside(record: OpRecord, position: int) -> bool:
+    """Return True if an operator read memory that no operator wrote and that is not part of the replica's state."""
+    return record.origins[position : position + 1] in ((OUTSIDE,), (ALLOCATED,))
 
 
 def _with_writer(

@@ -7,6 +7,7 @@ from dreplica.diagnosis.evidence.finding import Kind
 from dreplica.diagnosis.evidence.memory_corruption import find_corruption
 from dreplica.diagnosis.evidence.observation import Decision, Witness, first_difference
 from dreplica.diagnosis.evidence.provenance import Contents
+from dreplica.diagnosis.tracing.memory_tracker import OUTSIDE, STATE
 from dreplica.diagnosis.tracing.op_tracer import OpRecord
 from tests.diagnosis.decision.test_decide import CONV, GOOD, RELU, SGD, START, always, bad, digest, witness
 from tests.messages import data_of, text_of
@@ -101,6 +102,16 @@ def test_contents_unaccounted_on_all_are_outside_inputs() -> None:
     decision = find_corruption(found(rows[0], rows[1], [1]), rows, "output")
     assert decision.kinds == {Kind.OUTSIDE_INPUT}
     assert (decision.suspects, decision.corrupted) == ([1], None)
+
+
+def test_memory_from_outside_of_the_step_is_not_corrupted() -> None:
+    """A closure's tensor that is zero on the other replicas, as the contents of some known tensor are."""
+    for origin, kinds in ((OUTSIDE, {Kind.OUTSIDE_INPUT}), (0, {Kind.MEMORY_CHANGED}), (STATE, {Kind.MEMORY_CHANGED})):
+        row = reads(digest("other"))
+        relu = replace(row.records[1], origins=(origin,))
+        row = replace(row, records=[row.records[0], relu, *row.records[2:]])
+        rows = [witness(), row, witness()]
+        assert find_corruption(found(witness(), row, [1]), rows, "output").kinds == kinds
 
 
 def test_changed_indices_are_few_bits_if_they_are() -> None:
