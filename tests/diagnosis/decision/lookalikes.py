@@ -195,7 +195,7 @@ _libraries: list[torch.library.Library] = []
 
 
 def _computes_wrongly(name: str, ranks: set[int], kernel: Callable[..., Tensor]) -> None:
-    """On these replicas, an operator has another kernel for the CPU: a processor that computes wrongly."""
+    """Register another kernel of an operator for the CPU on these replicas."""
     if rank() in ranks:
         library = torch.library.Library("aten", "IMPL")
         library.impl(name, kernel, "CPU")

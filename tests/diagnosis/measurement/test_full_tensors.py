@@ -3,6 +3,7 @@
 import random
 from dataclasses import replace
 from typing import Any
+from unittest.mock import patch
 
 import numpy
 import pytest
@@ -13,6 +14,8 @@ from dreplica.diagnosis.decision.rules import name_in
 from dreplica.diagnosis.evidence.finding import Finding, Kind
 from dreplica.diagnosis.evidence.observation import Decision, OpDifference
 from dreplica.diagnosis.evidence.tensor_diff import Difference, compare_elements
+from dreplica.diagnosis.measurement import full_tensors
+from dreplica.diagnosis.measurement.float64_arbitration import Arbitration
 from dreplica.diagnosis.measurement.full_tensors import compare, compare_outputs, is_rewritten, was_written
 from dreplica.diagnosis.tracing.op_tracer import OpTracer
 from dreplica.distributed.process_group import World
@@ -172,9 +175,42 @@ def test_is_rewritten_true_for_most_bits_of_most_elements(changed: int, rewritte
     """A patched operator scales its whole result; a defective unit computes some elements wrongly."""
     wrong = TENSORS["weight"].clone()
     wrong.view(-1)[:changed] *= 1.1
-    assert is_rewritten(difference(TENSORS["weight"], wrong)) is rewritten
+    assert is_rewritten(TENSORS["weight"], wrong) is rewritten
+    assert is_rewritten(TENSORS["weight"].relu(), wrong.relu()) is rewritten, "half of the elements are zero"
 
 
 def test_is_rewritten_false_for_a_stuck_bit_in_all_elements() -> None:
     stuck = (TENSORS["weight"].view(torch.int32) | 1 << 20).view(torch.float32)
-    assert not is_rewritten(difference(TENSORS["weight"], stuck))
+    assert not is_rewritten(TENSORS["weight"], stuck)
+
+
+# ---- a processor that is wrong in float64, too
+
+
+def judged(world: World, judges: list[Arbitration | None], decision: Decision) -> Decision:
+    """Let each replica's float64 run come to a judgement of its own."""
+    with patch.object(full_tensors, "arbitrate", lambda *_: judges[world.replica_id]):
+        return settled(world, "mm", (A, B), [None, WRONG, None][: world.num_replicas], decision)
+
+
+RIGHT, MISTAKEN = Arbitration([True, False], []), Arbitration([False, True], [])
+DISTRUSTED = Arbitration([False, True], [], trusted=False)
+
+
+@pytest.mark.parametrize(
+    ("judges", "suspects", "cause", "code"),
+    [
+        ([RIGHT, MISTAKEN], [], "unexplained", "float64-disagrees"),
+        ([RIGHT, MISTAKEN, None], [1], "persistent-fault", "float64-disagrees"),
+        ([RIGHT, DISTRUSTED], [1], "persistent-fault", "float64-not-trusted"),
+        ([DISTRUSTED, RIGHT, None], [1], "persistent-fault", "float64-not-trusted"),
+    ],
+)
+def test_side_that_is_wrong_in_float64_does_not_decide(
+    judges: list[Arbitration | None], suspects: list[int], cause: str, code: str
+) -> None:
+    groups = [[0, 2], [1]] if len(judges) == 3 else [[0], [1]]
+    outvoted = [1] if len(judges) == 3 else []
+    decisions = run_replicas(judged, len(judges), judges, found(suspects=outvoted, groups=groups))
+    assert [(row.cause, row.suspects) for row in decisions] == [(cause, suspects)] * len(judges), decisions
+    assert code in {line.code for line in decisions[0].evidence}
