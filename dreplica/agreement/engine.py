@@ -3,6 +3,7 @@
 import logging
 import time
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from dreplica.agreement.exchange import Compared, Exchange
 from dreplica.agreement.generators import GeneratorUse
 from dreplica.agreement.hasher import Observation, negotiated_hasher
 from dreplica.agreement.kept_state import KeptStates, Original
+from dreplica.agreement.owners import name_owners
 from dreplica.agreement.reference import ReferenceDifference, ReferenceDiffers
 from dreplica.agreement.result import describe_loss, describe_result
 from dreplica.agreement.run_folders import RunFolders
@@ -22,6 +24,7 @@ from dreplica.agreement.trace.report_records import Coverage
 from dreplica.agreement.trace.writer import TraceWriter
 from dreplica.agreement.values import read_values
 from dreplica.agreement.verdict.evidence import Evidence
+from dreplica.agreement.verdict.signs import Sign
 from dreplica.agreement.verdict.verdict import Divergence, Verdict
 from dreplica.distributed.channel import Channel
 from dreplica.distributed.control import open_channel
@@ -126,7 +129,10 @@ class Engine:
         trace = trace or TraceWriter(None, self._channel.size, algorithm=self.hasher.algorithm)
         check_algorithm(trace, self.hasher)
         recorded = internal.get("recorded") or self._folders.reference
-        comparison = self._channel, self.hasher, trace, recorded, asked.expect == "ddp", unseeded
+        is_ddp, wrapped = asked.expect == "ddp", self.subject.is_ddp
+        known = {Sign.LIBRARY: not asked.quiet, Sign.DDP: is_ddp, Sign.WRAPPED: is_ddp and wrapped}
+        signs = [sign for sign, holds in known.items() if holds]
+        comparison = self._channel, self.hasher, trace, recorded, signs, unseeded
         self._exchange = Exchange(*comparison, with_advice=not asked.quiet)
 
     def keep_state(self) -> None:
@@ -263,7 +269,9 @@ class Engine:
                 return {}
             return read_values(self.hasher, compared.stages[stage], entries[stage], names)
 
-        verdict, difference = self._exchange.describe(compared, values)
+        model, optimizers = self.subject.model, self.subject.optimizers
+        owners = partial(name_owners, model, optimizers)
+        verdict, difference = self._exchange.describe(compared, values, owners)
         if difference is not None:
             before = self._settings.steps_done
             resumed = [Evidence.of("run-resumed", step=before)] if before else []

@@ -9,18 +9,18 @@ from dreplica.agreement.hasher import Hasher, Observation
 from dreplica.agreement.reference import Reference, ReferenceDifference, describe_difference
 from dreplica.agreement.trace.writer import TraceWriter
 from dreplica.agreement.values import describe_values, drawn_on_some
+from dreplica.agreement.verdict.advice import advise
+from dreplica.agreement.verdict.causes import CAUSES
 from dreplica.agreement.verdict.evidence import Evidence
 from dreplica.agreement.verdict.location import describe, describe_algorithms
-from dreplica.agreement.verdict.remedy import Remedy
+from dreplica.agreement.verdict.names import list_names
+from dreplica.agreement.verdict.signs import Sign
 from dreplica.agreement.verdict.verdict import Verdict
 from dreplica.distributed.channel import Channel, Posted
 from dreplica.state.fingerprint.stage import Stage
 
-_MOST_VALUES = 8
-"""Differing entries whose values are exchanged."""
-
 ReadValues = Callable[[str, Sequence[str]], dict[str, str]]
-"""Returns the values of a stage's entries by name, as text, for those that are single numbers."""
+"""Returns the values of a stage's entries by name, as text, for the first of those that are single numbers."""
 
 
 @dataclass
@@ -68,9 +68,9 @@ class Exchange:
         hasher: What computes the fingerprints.
         trace: Where comparisons are recorded.
         reference: A recorded run to compare with, on rank 0.
-        ddp: True if replicas are the ranks of one data-parallel model.
+        signs: What is known of the run that remedies depend on: see `Sign`.
         unseeded: Names of the generators that differed between replicas before the first step.
-        with_advice: True to suggest remedies that fit the stage, where no diagnosis follows.
+        with_advice: True to suggest remedies, where no diagnosis follows.
     """
 
     def __init__(
@@ -79,12 +79,12 @@ class Exchange:
         hasher: Hasher,
         trace: TraceWriter,
         reference: Reference | None,
-        ddp: bool,
+        signs: Collection[Sign] = (),
         unseeded: Collection[str] = (),
         with_advice: bool = False,
     ) -> None:
         self._channel, self._hasher, self._trace = channel, hasher, trace
-        self._reference, self._ddp, self._unseeded = reference, ddp, unseeded
+        self._reference, self._signs, self._unseeded = reference, signs, unseeded
         self._with_advice = with_advice
         self._in_progress: _InProgress | None = None
 
@@ -148,12 +148,15 @@ class Exchange:
         own, not_drawn = done.own_difference, done.not_drawn
         return Compared(done.step, done.epoch, done.phase, done.recorded, stages, outcome, own, not_drawn)
 
-    def describe(self, compared: Compared, values: ReadValues) -> tuple[Verdict, ReferenceDifference | None]:
+    def describe(
+        self, compared: Compared, values: ReadValues, owners: Callable[[Sequence[str]], dict[str, str]]
+    ) -> tuple[Verdict, ReferenceDifference | None]:
         """Return the verdict on a difference between replicas or, if they agree, from the reference.
 
         Args:
             compared: The comparison.
             values: Reads values of this replica, where they still are those that were compared.
+            owners: Returns the modules that hold parameters of the optimizer which are not the model's.
         """
         size = self._channel.size
         if compared.outcome.agreed:
@@ -163,19 +166,30 @@ class Exchange:
         if len(set(algorithms)) > 1:
             return describe_algorithms(compared.step, algorithms), None
         place = protocol.locate(self._channel, compared.step, compared.stages, compared.phase)
-        verdict = describe(place, compared.epoch, size, self._ddp, self._with_advice)
+        verdict = describe(place, compared.epoch, size)
         if place.stage is not None:
-            own = values(place.stage, place.differing[:_MOST_VALUES])
+            own = values(place.stage, place.differing)
             rows, not_drawn = zip(*self._channel.gather((own, sorted(compared.not_drawn))), strict=True)
-            differing = describe_values(place.differing, rows)
-            more = [*differing, *drawn_on_some(place.generators, not_drawn)]
-            remedy = verdict.remedy
-            if differing and place.stage == "optimizer" and self._with_advice:
-                remedy = [Remedy.of("set-value-alike", names=list(differing[0].data["values"]))]
+            more = [*describe_values(place.differing, rows), *drawn_on_some(place.generators, not_drawn)]
             unseeded = [name for name in place.generators if name in self._unseeded]
             if unseeded and place.stage in ("batch", "rng"):
-                more.append(Evidence.of("generators-unseeded", generators=unseeded))
-                remedy = [Remedy.of("seed-generators", command=seed_commands(unseeded))]
-            evidence = [*verdict.evidence[:1], *more, *verdict.evidence[1:]]
-            verdict = verdict.with_(evidence=evidence, remedy=remedy)
+                data = {"generators": unseeded, "command": seed_commands(unseeded)}
+                more.append(Evidence.of("generators-unseeded", **data))
+            outside = verdict.signs.get(Sign.OUTSIDE_PARAMETERS)
+            if outside:
+                more.append(self._name_outside(outside, owners))
+            verdict = verdict.with_(
+                evidence=[*verdict.evidence[:1], *more, *verdict.evidence[1:]],
+                signs=verdict.signs | {sign: [] for sign in self._signs},
+            )
+        if self._with_advice:
+            known = list(CAUSES[verdict.cause].remedy) if verdict.cause != "unexplained" else []
+            verdict = verdict.with_(remedy=advise(verdict) or known)
         return verdict, None
+
+    def _name_outside(self, names: Sequence[str], owners: Callable[[Sequence[str]], dict[str, str]]) -> Evidence:
+        """Return the evidence that names parameters which are not the model's, by the module that holds them."""
+        rows = self._channel.gather(owners(names))
+        held = {name: next((row[name] for row in rows if name in row), None) for name in names}
+        labels = [f"{held[name]} ({name})" if held[name] else name for name in names]
+        return Evidence.of("parameters-outside", some=list_names(labels), owners=held)

@@ -1,6 +1,7 @@
 """Values of single numbers, as evidence of what differs: a learning rate, a loss, a loss scale."""
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
+from itertools import islice
 
 from torch import Tensor
 
@@ -11,6 +12,8 @@ from dreplica.state.stages import Entry, with_distinct_names
 
 _LONGEST_VALUE = 60
 """Longest text of a value, in characters."""
+_MOST_VALUES = 12
+"""Entries whose values are read. All values are hashed again, which for a few is cheap."""
 
 
 def read_values(hasher: Hasher, stage: Stage, entries: Iterable[Entry], names: Collection[str]) -> dict[str, str]:
@@ -23,9 +26,12 @@ def read_values(hasher: Hasher, stage: Stage, entries: Iterable[Entry], names: C
         names: The names of the entries to read.
 
     Returns:
-        Name to value, as text. Entries that have other values now than those hashed are left out.
+        Name to value, as text, for the first 12 of them. Entries that have other values now than those hashed are left
+        out.
     """
-    small = {name: value for name, value in with_distinct_names(entries) if name in names and _is_small(value)}
+    wanted = set(names)
+    found = ((name, value) for name, value in with_distinct_names(entries) if name in wanted and _is_small(value))
+    small = dict(islice(found, _MOST_VALUES))
     now = hasher.start({"": small.items()}).stages[""].entries()
     hashed = stage.entries()
     return {name: _text(value) for name, value in small.items() if now[name] == hashed.get(name)}

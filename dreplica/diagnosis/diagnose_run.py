@@ -1,6 +1,5 @@
 """Diagnosis of a divergence in a training run, by replaying the step."""
 
-import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -9,6 +8,7 @@ from typing import Any
 from torch import Tensor
 from torch.utils.data import Dataset, default_collate
 
+from dreplica.agreement.verdict.advice import advise
 from dreplica.agreement.verdict.evidence import Evidence
 from dreplica.agreement.verdict.remedy import Remedy
 from dreplica.agreement.verdict.verdict import Verdict
@@ -48,9 +48,6 @@ def can_replay(found: Verdict, history: History) -> bool:
         return False
     return any(isinstance(entry, StepEntry) and entry.step == found.step for entry in history.entries)
 
-
-_SETTING = re.compile(r"(.+\.)?group\d+\.\w+")
-"""Matches entries of the optimizer stage that are hyperparameters of a parameter group."""
 
 Judge = Callable[[Sequence[Witness], Callable[[], Mapping[str, bytes]]], Decision]
 """Names the cause from the replicas' observations. Its second argument replays the step and returns stage digests."""
@@ -259,7 +256,7 @@ def as_verdict(found: Verdict, decision: Decision) -> Verdict:
     record = None if place is None else place.record
     # What the comparison alone has found (entries that only some replicas have) does not depend on the replays.
     cause = found.cause if decision.cause == "unexplained" else decision.cause
-    return found.with_(
+    verdict = found.with_(
         cause=cause,
         suspects=decision.suspects,
         groups=decision.groups or found.groups,
@@ -267,8 +264,9 @@ def as_verdict(found: Verdict, decision: Decision) -> Verdict:
         operator=record.name if record else None,
         phase=record.phase if record else None,
         evidence=[*found.evidence, *decision.evidence],
-        remedy=(_remedy(found, decision) if cause == "unexplained" else []) or found.remedy,
     )
+    remedy = found.remedy or advise(verdict) or (_remedy(decision) if cause == "unexplained" else [])
+    return verdict.with_(remedy=remedy)
 
 
 def field_evidence(code: str, difference: Difference) -> Evidence:
@@ -276,11 +274,9 @@ def field_evidence(code: str, difference: Difference) -> Evidence:
     return Evidence.of(code, difference=str(difference), field=difference.field, values=list(difference.values))
 
 
-def _remedy(found: Verdict, decision: Decision) -> list[Remedy]:
-    """Return remedies for a known difference with an unknown cause: those of `unexplained` would be misleading."""
+def _remedy(decision: Decision) -> list[Remedy]:
+    """Return remedies for a known place with an unknown cause: those of `unexplained` would be misleading."""
     place = decision.operator
-    if found.stage == "optimizer" and _SETTING.fullmatch(found.tensor or ""):
-        return [Remedy.of("give-optimizer-setting", setting=found.tensor)]
     if place is None or not place.same_structure or place.made_here:
         return []
     record = place.record

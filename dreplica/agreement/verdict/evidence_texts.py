@@ -19,6 +19,7 @@ EVIDENCE: Mapping[str, str] = {
     "steps-differ": "replicas compare different steps: {some}",
     "entries-differ": "{num_differing} of {num_entries} entries of {stage} differ: {some}",
     "values-differ": "values: {some}",
+    "parameters-outside": "parameters of the optimizer that are not the model's: {some}",
     "generators-differ-too": "random number generators that differ after this step, too: {generators}",
     "generators-unseeded": "these generators differed before the first step already: {generators}",
     "generator-drawn-on-some": "{generator} was drawn from on replicas {drawn} and not on replicas {not_drawn}",

@@ -3,19 +3,14 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from dreplica.agreement.verdict.causes import CAUSES
 from dreplica.agreement.verdict.evidence import Evidence
 from dreplica.agreement.verdict.names import list_names
 from dreplica.agreement.verdict.remedy import Remedy
+from dreplica.agreement.verdict.signs import observe_signs
 from dreplica.agreement.verdict.verdict import Verdict, split_into_groups, suspects_of
 from dreplica.state.fingerprint.stage import STAGES, Stage
 
 _CAUSE_OF_STAGE = {"indices": "indices-differ", "batch": "batch-differs", "predictions": "evaluation-differs"}
-_SEED_ALL = ("seed-before-build", "build-without-rank")
-_DDP = ("ddp-no-rank-dependence", "ddp-call-wrapped-model")
-_DDP_BUFFERS = ("ddp-broadcast-buffers", "ddp-sync-batch-norm", "ddp-exclude-buffers")
-_REPLAYED = frozenset({"buffers", "output", "gradients", "optimizer", "weights"})
-"""Stages whose divergence a replay of the step can explain."""
 _MOST_RECORDED = 100
 """Entries kept in the data of a line of evidence."""
 _MOST_NAMED = 5
@@ -54,6 +49,8 @@ class Place:
     first_moved: tuple[int, list[str]] | None = None
     """Where replicas have the same entries in different orders: the first position, from 0, that holds different
     entries, and its entry on each replica."""
+    signs: dict[str, list[str]] = field(default_factory=dict, compare=False)
+    """What the difference shows, with the entries that show it: see `Sign`."""
     moments: list[str] = field(default_factory=list)
     """For each group, what it compared, in words, where replicas are at different steps."""
 
@@ -118,6 +115,7 @@ def first_difference(
         differing=differing,
         generators=_entries(stages, "rng")[2],
         first_moved=None if differing else _first_moved(rows),
+        signs=observe_signs(step, stages, stage, differing),
     )
 
 
@@ -140,17 +138,13 @@ def _entries(stages: Sequence[Mapping[str, Stage]], stage: str) -> tuple[list[di
     return rows, everything, [name for name in everything if len({row.get(name) for row in rows}) > 1]
 
 
-def describe(
-    place: Place, epoch: int | None, num_replicas: int, ddp: bool = False, with_advice: bool = False
-) -> Verdict:
-    """Return the verdict as far as the comparison alone supports it.
+def describe(place: Place, epoch: int | None, num_replicas: int) -> Verdict:
+    """Return the verdict as far as the comparison alone supports it, without remedies.
 
     Args:
         place: The first difference.
         epoch: The epoch of the step, if known.
         num_replicas: Number of replicas compared.
-        ddp: True if the replicas are the ranks of one data-parallel model.
-        with_advice: True to suggest remedies that fit the stage, where no diagnosis follows.
 
     Returns:
         Place, groups and suspects. The cause is named only where the stage alone determines it.
@@ -173,26 +167,9 @@ def describe(
         suspects=suspects,
         groups=place.groups,
         evidence=evidence,
-        remedy=_remedies(place, cause, ddp, with_advice),
         stage_groups=place.stage_groups,
+        signs=place.signs,
     )
-
-
-def _remedies(place: Place, cause: str, ddp: bool, with_advice: bool) -> list[Remedy]:
-    """Return what to do about a difference between replicas, as far as its place shows it."""
-    if ddp and place.stage is not None:
-        return [Remedy.of(code) for code in (_DDP_BUFFERS if place.stage == "buffers" else _DDP)]
-    if place.is_structural or place.stage is None:
-        return []
-    if place.step == 0:
-        return [Remedy.of(code) for code in _SEED_ALL]
-    if not with_advice:
-        return []
-    if place.stage == "rng":
-        return [Remedy.of("draw-alike")]
-    if cause != "unexplained":
-        return list(CAUSES[cause].remedy)
-    return [Remedy.of("diagnose-step")] if place.stage in _REPLAYED else []
 
 
 def describe_algorithms(step: int, algorithms: Sequence[str]) -> Verdict:

@@ -70,13 +70,9 @@ REMEDIES: Mapping[str, RemedyTemplate] = {
     ),
     "tie-tensors": RemedyTemplate("to tie the tensors, register one parameter under both names ({tensor} = {other})"),
     "separate-tensors": RemedyTemplate("to separate the tensors, initialize {tensor} with .detach().clone()"),
-    "give-optimizer-setting": RemedyTemplate(
-        "set the same {setting} in every replica's optimizer: look for code, a file or an environment variable that "
-        "sets it"
-    ),
     "set-value-alike": RemedyTemplate(
-        "set the same value of {names} on every replica: look for code, a file, a local metric or an environment "
-        "variable that sets it on some of them"
+        "set the same value of {some} on every replica: look for code, a file or an environment variable that sets it "
+        "on some of them"
     ),
     "check-learning": RemedyTemplate(
         "check that the learning rate is not 0, that loss.backward() is called, and that the optimizer was created "
@@ -154,12 +150,69 @@ REMEDIES: Mapping[str, RemedyTemplate] = {
     "write-before-read": RemedyTemplate(
         "fill the memory before it is read: torch.zeros instead of torch.empty, or an initialization of the parameter"
     ),
+    # Schedulers, scalers and steps of optimizers.
+    "reduce-metric": RemedyTemplate(
+        "step the scheduler with one value on all ranks: average the metric over the ranks first",
+        "dist.all_reduce(metric); scheduler.step(metric / dist.get_world_size())",
+    ),
+    "evaluate-metric-alike": RemedyTemplate(
+        "step the scheduler with the same metric on every replica: evaluate the same samples in the same batches"
+    ),
+    "step-scheduler-alike": RemedyTemplate(
+        "step the scheduler equally often on every replica ({some}): in no condition that only some replicas meet"
+    ),
+    "unscale-after-all-reduce": RemedyTemplate(
+        "look for inf in the averaged gradients: only a rank that finds inf in its own skips the step and reduces its "
+        "scale",
+        "dist.all_reduce(p.grad) for all p, then scaler.unscale_(optimizer); scaler.step(optimizer); scaler.update()",
+    ),
+    "update-scaler-alike": RemedyTemplate(
+        "call scaler.step and scaler.update on every replica in every step: in no condition that only some replicas "
+        "meet"
+    ),
+    "step-optimizer-alike": RemedyTemplate(
+        "call optimizer.step on every rank in every step: in no condition that only some ranks meet"
+    ),
+    "load-optimizer-alike": RemedyTemplate("load or change the optimizer's state on every rank or on none: {some}"),
+    "seed-outside-parameters": RemedyTemplate(
+        "seed the build of {some}, too: the optimizer has these parameters, and the model does not"
+    ),
     # DistributedDataParallel.
-    "ddp-no-rank-dependence": RemedyTemplate(
-        "set requires_grad, write to parameters and step the optimizer in code that does not depend on the rank"
+    "ddp-broadcast-build": RemedyTemplate(
+        "send rank 0's build to all ranks, as DistributedDataParallel does",
+        "for t in (*model.parameters(), *model.buffers()): dist.broadcast(t.detach(), 0)",
+    ),
+    "ddp-freeze-alike": RemedyTemplate("set requires_grad alike on every rank: {some}"),
+    "ddp-freeze-before-wrapping": RemedyTemplate(
+        "set requires_grad before the model is wrapped: DistributedDataParallel averages the gradients of the "
+        "parameters that require one at that time, except those that it is asked to ignore"
+    ),
+    "ddp-find-unused": RemedyTemplate(
+        "if the forward pass uses {some} on some ranks only",
+        "DistributedDataParallel(model, find_unused_parameters=True)",
+    ),
+    "ddp-sync-last-backward": RemedyTemplate(
+        "run the backward pass of the last micro-batch outside of no_sync(), on every rank"
     ),
     "ddp-call-wrapped-model": RemedyTemplate(
-        "call the wrapped model, not model.module, and run the last backward pass outside of no_sync()"
+        "call the wrapped model, not model.module: gradients are averaged only after a forward pass of the wrapper"
+    ),
+    "ddp-average-all-gradients": RemedyTemplate(
+        "average the gradients of all parameters over all ranks before the optimizer's step"
+    ),
+    "ddp-change-gradients-alike": RemedyTemplate(
+        "change averaged gradients alike on every rank, or on none: clipping, hooks, and code that writes to .grad"
+    ),
+    "ddp-write-alike": RemedyTemplate(
+        "write to parameters alike on every rank, or on none: clamping, averaging, loading of a checkpoint"
+    ),
+    "ddp-wrap-loss": RemedyTemplate(
+        "average the gradients of {some}, too: the optimizer has these parameters, and the wrapped model does not; "
+        "register their module in the model, or wrap it",
+        "criterion = DistributedDataParallel(criterion)",
+    ),
+    "ddp-update-from-all-ranks": RemedyTemplate(
+        "update {some} from the samples of all ranks: all-reduce the statistics, or gather the samples, first"
     ),
     "ddp-broadcast-buffers": RemedyTemplate(
         "by default, sends rank 0's buffers to all ranks before each forward pass", "DistributedDataParallel(model)"
@@ -168,8 +221,15 @@ REMEDIES: Mapping[str, RemedyTemplate] = {
         "before wrapping: statistics of the whole batch",
         "model = torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)",
     ),
+    "forward-alike": RemedyTemplate(
+        "run equally many forward passes in training mode on every rank: these count them: {some}"
+    ),
     "ddp-exclude-buffers": RemedyTemplate(
         "if each rank is meant to have its own buffers",
+        'Agreement(model, optimizer, stages=("gradients", "optimizer", "weights"))',
+    ),
+    "ddp-exclude-stage": RemedyTemplate(
+        "each data-parallel rank has samples, outputs and random numbers of its own: compare what all ranks share",
         'Agreement(model, optimizer, stages=("gradients", "optimizer", "weights"))',
     ),
     # Nondeterministic operators.

@@ -47,16 +47,18 @@ class Verdict:
     """The actions to take against the cause."""
     stage_groups: dict[str, list[list[int]]] = field(default_factory=dict)
     """Groups of every stage compared at that step, in causal order."""
+    signs: dict[str, list[str]] = field(default_factory=dict)
+    """What the comparison shows, from which remedies follow: see `dreplica.agreement.verdict.signs`."""
     path: dict[str, Any] = field(default_factory=dict)
     """Distance of two replicas from the first operator that differs to the outputs, as `measure_path` returns it."""
 
     def as_dict(self) -> dict[str, Any]:
         """Return the fields of `verdict` in report.json as JSON values.
 
-        `stage_groups` and `path` are left out: the report keeps them in `divergence`.
+        `stage_groups` and `path` are left out, since the report keeps them in `divergence`, and so are `signs`.
         """
         values = {each.name: getattr(self, each.name) for each in fields(self)}
-        del values["stage_groups"], values["path"]
+        del values["stage_groups"], values["path"], values["signs"]
         return values | {
             "suspects": list(self.suspects),
             "groups": [list(ids) for ids in self.groups],

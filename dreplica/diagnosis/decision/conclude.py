@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from dreplica.agreement.verdict.advice import advise
 from dreplica.agreement.verdict.causes import CAUSES
 from dreplica.agreement.verdict.evidence import Evidence
 from dreplica.agreement.verdict.remedy import Remedy
@@ -276,7 +277,7 @@ def with_remedy(verdict: Verdict) -> Verdict:
     return verdict.with_(
         summary=f"{verdict.cause}: {verdict.summary}",
         evidence=[explanation, *verdict.evidence],
-        remedy=verdict.remedy or list(cause.remedy),
+        remedy=verdict.remedy or advise(verdict) or list(cause.remedy),
     )
 
 
