@@ -44,7 +44,8 @@ def describe_values(names: Sequence[str], rows: Sequence[Mapping[str, str]]) -> 
         names: The differing entries, in causal order.
         rows: For each replica, entry to value, for the values that could be read.
     """
-    texts, values = [], {}
+    texts: dict[tuple[str, str], list[str]] = {}
+    values = {}
     for name in names:
         column = [row.get(name) for row in rows]
         groups: dict[str, list[int]] = {}
@@ -53,8 +54,10 @@ def describe_values(names: Sequence[str], rows: Sequence[Mapping[str, str]]) -> 
                 groups.setdefault(value, []).append(replica)
         if len(groups) > 1:
             values[name] = column
-            texts.append(f"{name} " + ", ".join(f"{value} on replica {_spell(ids)}" for value, ids in groups.items()))
-    return [Evidence.of("values-differ", some="; ".join(texts), values=values)] if texts else []
+            text = ", ".join(f"{value} on replica {_spell(ids)}" for value, ids in groups.items())
+            texts.setdefault((name.rpartition(".")[2], text), []).append(name)
+    lines = [f"{same[0] if len(same) == 1 else f'*.{key} ({len(same)})'} {text}" for (key, text), same in texts.items()]
+    return [Evidence.of("values-differ", some="; ".join(lines), values=values)] if lines else []
 
 
 def drawn_on_some(generators: Sequence[str], not_drawn: Sequence[Collection[str]]) -> list[Evidence]:

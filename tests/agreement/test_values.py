@@ -39,6 +39,24 @@ def test_describe_values_groups_replicas() -> None:
     assert describe_values(["wd"], rows) == []
 
 
+def test_describe_values_groups_equal_pairs() -> None:
+    names = [f"{name}.step" for name in "abc"]
+    rows = [dict.fromkeys([*names, "lr"], "3.0"), {**dict.fromkeys([*names, "lr"], "2.0"), "c.step": "1.0"}]
+    (line,) = describe_values([*names, "lr"], rows)
+    assert line.text == (
+        "values: *.step (2) 3.0 on replica 0, 2.0 on replica 1; c.step 3.0 on replica 0, 1.0 on replica 1; "
+        "lr 3.0 on replica 0, 2.0 on replica 1"
+    )
+    assert line.data["values"]["b.step"] == ["3.0", "2.0"]
+
+
+def test_read_values_reads_the_first_ones() -> None:
+    """Tensors do not count, so that a scheduler's values are read behind those of any number of parameters."""
+    entries: list[Entry] = [(f"{n}.exp_avg", torch.ones(2)) for n in range(400)] + [(f"v{n}", b"1") for n in range(20)]
+    stage = Hasher().start({"s": entries}).stages["s"]
+    assert list(read_values(Hasher(), stage, entries, [name for name, _ in entries])) == [f"v{n}" for n in range(12)]
+
+
 def test_drawn_on_some_names_replicas() -> None:
     (line,) = drawn_on_some(["python", "torch.cpu"], [["python"], [], ["python"]])
     assert line.data == {"generator": "python", "drawn": [1], "not_drawn": [0, 2]}

@@ -14,9 +14,8 @@ from dreplica.agreement.verdict.verdict import Verdict
 
 _MOST = 4
 """Remedies that are listed."""
-_OPEN = ("unexplained", "hyperparameter-differs")
+_OPEN = ("unexplained", "hyperparameter-differs", "structure-differs")
 """Causes that leave open how the entries came to differ."""
-_STRUCTURE = (*_OPEN, "structure-differs")
 
 
 @dataclass(frozen=True)
@@ -49,8 +48,12 @@ ADVICE = (
     # The build.
     _advice("ddp-broadcast-build", Sign.BUILD, Sign.DDP, but_not=(Sign.WRAPPED, Sign.ONE_SIDED, FIRST["rng"])),
     _advice("ddp-write-alike", Sign.BUILD, Sign.DDP, Sign.WRAPPED, FIRST["weights"], but_not=(Sign.ONE_SIDED,)),
-    _advice("seed-before-build", Sign.BUILD, Sign.LIBRARY, but_not=(Sign.ONE_SIDED, Sign.WRAPPED, "generators-unseeded")),
-    _advice("build-without-rank", Sign.BUILD, Sign.LIBRARY, but_not=(Sign.ONE_SIDED, Sign.WRAPPED, "generators-unseeded")),
+    _advice(
+        "seed-before-build", Sign.BUILD, Sign.LIBRARY, but_not=(Sign.ONE_SIDED, Sign.WRAPPED, "generators-unseeded")
+    ),
+    _advice(
+        "build-without-rank", Sign.BUILD, Sign.LIBRARY, but_not=(Sign.ONE_SIDED, Sign.WRAPPED, "generators-unseeded")
+    ),
     # Learning rates and other settings, schedulers, scalers.
     _advice("reduce-metric", FIRST["optimizer"], Sign.METRIC, Sign.DDP),
     _advice("evaluate-metric-alike", FIRST["optimizer"], Sign.METRIC, but_not=(Sign.DDP,)),
@@ -86,13 +89,13 @@ ADVICE = (
         about="parameters-outside",
     ),
     # Gradients of data-parallel ranks.
-    _advice("ddp-freeze-alike", FIRST["gradients"], Sign.DDP, Sign.FROZEN, about=Sign.FROZEN, causes=_STRUCTURE),
+    _advice("ddp-freeze-alike", FIRST["gradients"], Sign.DDP, Sign.FROZEN, about=Sign.FROZEN),
     _advice("ddp-find-unused", FIRST["gradients"], Sign.DDP, Sign.NO_GRADIENT, about=Sign.NO_GRADIENT),
     _advice(
-        "ddp-sync-last-backward", FIRST["gradients"], Sign.DDP, Sign.WRAPPED, Sign.ALL_ENTRIES, but_not=(Sign.FROZEN,)
+        "ddp-sync-last-backward", FIRST["gradients"], Sign.DDP, Sign.WRAPPED, Sign.MOST_ENTRIES, but_not=(Sign.FROZEN,)
     ),
     _advice(
-        "ddp-call-wrapped-model", FIRST["gradients"], Sign.DDP, Sign.WRAPPED, Sign.ALL_ENTRIES, but_not=(Sign.FROZEN,)
+        "ddp-call-wrapped-model", FIRST["gradients"], Sign.DDP, Sign.WRAPPED, Sign.MOST_ENTRIES, but_not=(Sign.FROZEN,)
     ),
     _advice("ddp-average-all-gradients", FIRST["gradients"], Sign.DDP, but_not=(Sign.WRAPPED, Sign.FROZEN)),
     _advice(
@@ -100,36 +103,37 @@ ADVICE = (
         FIRST["gradients"],
         Sign.DDP,
         Sign.WRAPPED,
-        Sign.SOME_ENTRIES,
+        Sign.FEW_ENTRIES,
         but_not=(Sign.FROZEN,),
     ),
     _advice("ddp-change-gradients-alike", FIRST["gradients"], Sign.DDP, but_not=(Sign.FROZEN, Sign.NO_GRADIENT)),
-    # State that the optimizer keeps: a step that one rank leaves out shows in all of it.
-    _advice(
-        "step-optimizer-alike",
-        FIRST["optimizer"],
-        Sign.DDP,
-        Sign.STATE,
-        Sign.ALL_ENTRIES,
-        but_not=(*_SCALES, Sign.SETTING),
-    ),
-    _advice(
-        "load-optimizer-alike",
-        FIRST["optimizer"],
-        Sign.DDP,
-        Sign.STATE,
-        but_not=(*_SCALES, Sign.SETTING),
-        about=Sign.STATE,
-        causes=_STRUCTURE,
+    # State that the optimizer keeps. A step that is left out shows in all of it, except where gradients are 0.
+    _advice("step-optimizer-alike", FIRST["optimizer"], Sign.DDP, Sign.STEP_COUNT, but_not=(*_SCALES, Sign.SETTING)),
+    *(
+        _advice(
+            remedy,
+            FIRST["optimizer"],
+            Sign.DDP,
+            Sign.STATE,
+            *more,
+            but_not=(*_SCALES, Sign.SETTING, *not_more),
+            about=about,
+        )
+        for remedy, more, not_more, about in (
+            ("step-optimizer-alike", (Sign.MOST_ENTRIES,), (Sign.COUNTS_STEPS,), None),
+            ("load-optimizer-alike", (), (), Sign.STATE),
+            ("step-optimizer-alike", (), (Sign.COUNTS_STEPS,), None),
+        )
     ),
     _advice(
         "ddp-change-gradients-alike", FIRST["optimizer"], Sign.DDP, Sign.STATE, but_not=(SAME["gradients"], *_SCALES)
     ),
     # Weights of data-parallel ranks with the same optimizer: a step that is left out would show in its state.
     _advice(
-        "step-optimizer-alike", FIRST["weights"], Sign.LATER, Sign.DDP, Sign.ALL_ENTRIES, but_not=(Sign.KEEPS_STATE,)
+        "step-optimizer-alike", FIRST["weights"], Sign.LATER, Sign.DDP, Sign.MOST_ENTRIES, but_not=(Sign.KEEPS_STATE,)
     ),
     _advice("ddp-write-alike", FIRST["weights"], Sign.LATER, Sign.DDP),
+    _advice("step-optimizer-alike", FIRST["weights"], Sign.LATER, Sign.DDP, but_not=(Sign.KEEPS_STATE,)),
     _advice("ddp-average-all-gradients", FIRST["weights"], Sign.LATER, Sign.DDP, but_not=(SAME["gradients"],)),
     # Buffers of data-parallel ranks.
     _advice(

@@ -24,10 +24,10 @@ class Sign(StrEnum):
     """The replicas are the ranks of one data-parallel model."""
     WRAPPED = "wrapped"
     """The model is wrapped in DistributedDataParallel, or in a wrapper that averages gradients as it does."""
-    ALL_ENTRIES = "all-entries"
-    """All entries of the stage differ; in the stage `optimizer`, all tensors kept for the model's parameters."""
-    SOME_ENTRIES = "some-entries"
-    """Other entries of the stage agree."""
+    MOST_ENTRIES = "most-entries"
+    """Three quarters of the stage's entries differ; in the stage `optimizer`, of those of the model's parameters."""
+    FEW_ENTRIES = "few-entries"
+    """Fewer entries differ."""
     ONE_SIDED = "one-sided"
     """Entries that only some replicas have."""
     FROZEN = "frozen"
@@ -52,6 +52,8 @@ class Sign(StrEnum):
     """Tensors that the optimizer keeps for the model's parameters."""
     STEP_COUNT = "step-count"
     """The number of steps that the optimizer has taken."""
+    COUNTS_STEPS = "counts-steps"
+    """The optimizer keeps the number of its steps."""
     KEEPS_STATE = "keeps-state"
     """The optimizer keeps tensors for the model's parameters, so that a step that is left out shows in them."""
     OUTSIDE_PARAMETERS = "outside-parameters"
@@ -112,24 +114,26 @@ def observe_signs(step: int, rows: Rows, stage: str | None, differing: Sequence[
             if len({each.digest for each in compared}) == 1:
                 signs[SAME[other]] = []
             elif other == "rng":
-                entries = [each.entries() for each in compared]
-                signs[Sign.GENERATORS] = [name for name in entries[0] if len({row.get(name) for row in entries}) > 1]
+                generators = [each.entries() for each in compared]
+                signs[Sign.GENERATORS] = [
+                    name for name in generators[0] if len({row.get(name) for row in generators}) > 1
+                ]
     parameters = {name for row in rows if "weights" in row for name in row["weights"].names}
-    if any(
-        _of_optimizer(name, parameters) is Sign.STATE
-        for row in rows
-        if "optimizer" in row
-        for name in row["optimizer"].names
-    ):
-        signs[Sign.KEEPS_STATE] = []
+    kept = {_of_optimizer(name, parameters) for row in rows if "optimizer" in row for name in row["optimizer"].names}
+    for kind, sign in ((Sign.STATE, Sign.KEEPS_STATE), (Sign.STEP_COUNT, Sign.COUNTS_STEPS)):
+        if kind in kept:
+            signs[sign] = []
     held = [row[stage].entries() if stage in row else {} for row in rows]
     for name in differing:
         for sign in _signs_of_entry(stage, name, [row.get(name) for row in held], parameters):
-            signs.setdefault(sign, []).append(name)
+            outside = _OUTSIDE.match(name) if sign is Sign.OUTSIDE_PARAMETERS else None
+            entries = signs.setdefault(sign, [])
+            entries += [shown for shown in [outside[0] if outside else name] if shown not in entries]
     everything = list(dict.fromkeys(name for row in held for name in row))
     if stage == "optimizer":
         everything = [name for name in everything if _of_optimizer(name, parameters) in (Sign.STATE, Sign.STEP_COUNT)]
-    signs[Sign.ALL_ENTRIES if set(everything) <= set(differing) else Sign.SOME_ENTRIES] = []
+    share = len(set(everything) & set(differing))
+    signs[Sign.MOST_ENTRIES if 4 * share >= 3 * len(everything) else Sign.FEW_ENTRIES] = []
     return signs
 
 

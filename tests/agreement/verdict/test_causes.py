@@ -11,6 +11,7 @@ from dreplica.config.schema import RunConfig
 LISTED = """none config-differs environment-differs optimizer-not-bound scheduler-not-bound parameters-not-optimized
 storage-shared build-not-seeded build-rng-differs indices-differ batch-differs nondeterministic-operator transient-fault
 persistent-fault declared-override evaluation-differs not-learning structure-differs order-differs replica-lost
+generators-differ hyperparameter-differs host-value-differs kernel-differs uninitialized-memory unreplayed-state
 unexplained"""
 
 SETTINGS = [(cause, str(remedy)) for cause in CAUSES.values() for remedy in cause.remedy if remedy.settings]

@@ -4,7 +4,9 @@ from collections.abc import Sequence
 
 import pytest
 
+from dreplica.agreement.verdict.advice import advise
 from dreplica.agreement.verdict.location import Place, describe, first_difference
+from dreplica.agreement.verdict.signs import Sign
 from dreplica.state.stages import STAGES, Stage
 
 
@@ -141,9 +143,10 @@ def test_describe_omits_missing_names() -> None:
 
 
 @pytest.mark.parametrize(("step", "name", "seeds"), [(0, "weights", True), (0, "rng", True), (1, "weights", False)])
-def test_describe_recommends_seeding_the_build(step: int, name: str, seeds: bool) -> None:
-    rows = [{name: stage(a=letter)} for letter in "xy"]
-    remedy = describe(first_difference([step, step], rows), None, 2).remedy
-    assert ("seed-before-build" in [item.code for item in remedy]) == seeds
-    other = [{name: stage(a="x")}, {name: stage(b="x")}]
-    assert not describe(first_difference([step, step], other), None, 2).remedy, "no seed gives another tensor"
+def test_advise_recommends_seeding_the_build(step: int, name: str, seeds: bool) -> None:
+    def codes(*rows: dict[str, Stage]) -> list[str]:
+        verdict = describe(first_difference([step, step], rows), None, 2)
+        return [item.code for item in advise(verdict.with_(signs=verdict.signs | {Sign.LIBRARY: []}))]
+
+    assert ("seed-before-build" in codes(*({name: stage(a=letter)} for letter in "xy"))) == seeds
+    assert "seed-before-build" not in codes({name: stage(a="x")}, {name: stage(b="x")}), "no seed gives another tensor"
