@@ -4,7 +4,8 @@
 
 Each trial trains a small model for a few steps with one fault. The verdict must name its very step, its stage, the
 corrupted tensor (of a repeated fault in an activation, the module that wrote it), the replica, and whether the fault
-was injected once or repeatedly. A fault is masked if it leaves no trace in any state (a flipped activation bit that the
+was injected once or repeatedly. The cause of a fault that was injected once may be `unexplained`: in the middle of a pass
+it spreads, and code that ran once would spread its own result in the same way. A fault is masked if it leaves no trace in any state (a flipped activation bit that the
 next operator drops), which is checked against a clean run. Any other outcome is a failure, and makes the exit code 1.
 """
 
@@ -111,6 +112,8 @@ def judge(fault: FaultConfig, tensor: str | None, trial: Trial, clean: Trial) ->
         return "WRONG MODULE"
     if verdict.suspects != [fault.replica]:
         return "WRONG SUSPECT" if verdict.suspects else "NO SUSPECT"
+    if not fault.repeat and verdict.cause == "unexplained":
+        return verdict.cause
     if verdict.cause != ("persistent-fault" if fault.repeat else "transient-fault"):
         return f"WRONG CAUSE ({verdict.cause})"
     return verdict.cause
@@ -161,6 +164,8 @@ def print_table(
     print(f"{'injected':<24}" + "".join(f"{column:>28}" for column in columns))
     for (target, kind), row in sorted(table.items()):
         print(f"{target + ', ' + kind:<24}" + "".join(f"{row[column] or '':>28}" for column in columns))
+    unexplained = sum(row["unexplained"] for row in table.values())
+    print(f"unexplained: {unexplained} of {num_faults} ({unexplained / max(num_faults, 1):.1%})")
     print(f"false alarms in {clean_steps} clean steps: {false_alarms}")
 
 
