@@ -28,6 +28,8 @@ CHANGED: Mapping[str, str] = {
     "checkpoint_without_rng": "stage: the recomputation also moves the statistics of BatchNorm, which was overlooked",
     "threads_and_long_sum": "stages: the sum of the forward pass may round alike where that of the backward pass does "
     "not, so `gradients` was added",
+    "fused_on_one": "may_agree: `foreach` chooses an implementation of the same numbers, so it is no setting to compare",
+    "written_through_numpy": "also: the view that NumPy writes through is made by an operator that one replica runs",
     "norm_over_set": "step: a norm may round alike at the first step, so any later step is right where `may_agree`",
 }
 """Name of a kind to the reason why its expectation was changed after a run."""
@@ -233,7 +235,7 @@ KINDS: tuple[Kind, ...] = (
     Kind(setting.nesterov_on_one, "built", "hyperparameter-differs", _OPTIMIZER, when="first"),
     Kind(setting.betas_by_rank, "built", "hyperparameter-differs", _OPTIMIZER, when="first"),
     Kind(setting.epsilon_by_rank, "built", "hyperparameter-differs", _OPTIMIZER, "LTD", when="first"),
-    Kind(setting.fused_on_one, "built", "hyperparameter-differs", _OPTIMIZER, when="first"),
+    Kind(setting.fused_on_one, "built", "hyperparameter-differs", _OPTIMIZER, when="first", may_agree=True),
     Kind(setting.gamma_by_rank, "built", "hyperparameter-differs", _OPTIMIZER, "LTD", when="first"),
     Kind(
         setting.scheduler_twice,
@@ -351,6 +353,7 @@ KINDS: tuple[Kind, ...] = (
         "hidden",
         "unexplained",
         _FORWARD,
+        also=("structure-differs",),
         why="memory changes between two operators, in more bits than a fault changes: no cause of the list says this",
     ),
     Kind(value.weights_through_numpy, "gradients", "unreplayed-state", _WEIGHTS, "LTD", is_once=True),
@@ -549,7 +552,15 @@ KINDS: tuple[Kind, ...] = (
     Kind(data.seeded_for_all, "before", "none", (), "LTD", "all replicas make the same mistake"),
     # ---- DistributedDataParallel
     Kind(ddp.buffers_not_broadcast, "built", "unexplained", ("buffers",), "D", when="first"),
-    Kind(ddp.unused_found, "built", "structure-differs", _GRADIENTS, "D", when="first"),
+    Kind(
+        ddp.frozen_after_wrap,
+        "wrapped",
+        "structure-differs",
+        _GRADIENTS,
+        "D",
+        when="first",
+        helpers={"built": ddp.find_unused},
+    ),
     Kind(ddp.comm_hook_on_one, "wrapped", "unexplained", _GRADIENTS, "D", when="first"),
     Kind(ddp.never_synchronized, "wrapped", "unexplained", _GRADIENTS, "D", when="first"),
     Kind(

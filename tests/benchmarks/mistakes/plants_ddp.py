@@ -12,11 +12,15 @@ def buffers_not_broadcast(site: Site) -> None:
     site.memory["ddp"] = {"broadcast_buffers": False}
 
 
-def unused_found(site: Site) -> None:
-    """Let ranks use different parameters."""
+def find_unused(site: Site) -> None:
+    """Let DistributedDataParallel accept parameters without a gradient."""
     site.memory["ddp"] = {"find_unused_parameters": True}
+
+
+def frozen_after_wrap(site: Site) -> None:
+    """Freeze a parameter of one rank."""
     if site.is_bad:
-        site.model.head.bias.requires_grad_(False)
+        site.bare.head.bias.requires_grad_(False)
 
 
 def comm_hook_on_one(site: Site) -> None:
