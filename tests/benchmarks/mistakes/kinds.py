@@ -26,9 +26,14 @@ from tests.benchmarks.mistakes import plants_values as value
 
 CHANGED: Mapping[str, str] = {
     "checkpoint_without_rng": "stage: the recomputation also moves the statistics of BatchNorm, which was overlooked",
-    "threads_and_long_sum": "stages: the sum of the forward pass may round alike where that of the backward pass does "
-    "not, so `gradients` was added",
-    "fused_on_one": "may_agree: `foreach` chooses an implementation of the same numbers, so it is no setting to compare",
+    "threads_and_long_sum": "stages: the sum of the forward pass may round alike where that of the backward pass, or a "
+    "convolution of a later step, does not, so `gradients` and `buffers` were added",
+    "fused_on_one": "may_agree: `foreach` chooses an implementation of the same numbers, so it need not be compared",
+    "noise_of_own_generator": "also: no replay restores a generator in a variable of the script, which was overlooked",
+    "gradient_noise_by_rank": "also: as noise_of_own_generator",
+    "stochastic_rounding": "also: as noise_of_own_generator",
+    "seed_in_step_by_rank": "also: no replay restores the variable that counts the steps, which was overlooked",
+    "kernel_of_log_softmax": "tensor: the loop returns the loss first, so its name there is `returned.0`",
     "written_through_numpy": "also: the view that NumPy writes through is made by an operator that one replica runs",
     "norm_over_set": "step: a norm may round alike at the first step, so any later step is right where `may_agree`",
 }
@@ -88,6 +93,7 @@ _WEIGHTS = ("weights",)
 _EXTRA_DRAW = "the draw is an operator that only one replica runs, and also what moves its generator"
 _RERUN = "the code runs once, so a replay does not repeat it; that it also drew or set something is as true"
 _VARIES = "the value differs between replicas and also from replay to replay"
+_CLOSURE = "the generator, or its seed, also is in a variable of the script, which no replay restores"
 _SKEWED = "the operator runs on one replica only, in a mode or a patch: both are true"
 _DRAWS = ("generators-differ",)
 
@@ -105,7 +111,7 @@ KINDS: tuple[Kind, ...] = (
     ),
     Kind(rand.seed_by_rank, "built", "none", (), "D", "each rank may draw its own numbers there"),
     Kind(rand.seed_by_pid, "before", "generators-differ", _FORWARD),
-    Kind(rand.seed_in_step_by_rank, "before", "generators-differ", _FORWARD),
+    Kind(rand.seed_in_step_by_rank, "before", "generators-differ", _FORWARD, why=_CLOSURE, also=("unreplayed-state",)),
     Kind(rand.seed_by_clock, "before", "generators-differ", _FORWARD, why=_VARIES, also=("unreplayed-state",)),
     Kind(
         rand.seed_once,
@@ -132,7 +138,9 @@ KINDS: tuple[Kind, ...] = (
         also=("unreplayed-state",),
     ),
     Kind(rand.draw_in_hidden, "hidden", "generators-differ", _FORWARD, why=_EXTRA_DRAW, also=("structure-differs",)),
-    Kind(rand.noise_of_own_generator, "hidden", "generators-differ", _FORWARD),
+    Kind(
+        rand.noise_of_own_generator, "hidden", "generators-differ", _FORWARD, why=_CLOSURE, also=("unreplayed-state",)
+    ),
     Kind(
         rand.noise_of_unseeded_generator,
         "hidden",
@@ -188,7 +196,15 @@ KINDS: tuple[Kind, ...] = (
         also=("unreplayed-state",),
         is_once=True,
     ),
-    Kind(rand.gradient_noise_by_rank, "gradients", "generators-differ", _GRADIENTS, "LTD"),
+    Kind(
+        rand.gradient_noise_by_rank,
+        "gradients",
+        "generators-differ",
+        _GRADIENTS,
+        "LTD",
+        why=_CLOSURE,
+        also=("unreplayed-state",),
+    ),
     Kind(
         rand.reinitialise_head,
         "before",
@@ -199,7 +215,15 @@ KINDS: tuple[Kind, ...] = (
         is_once=True,
     ),
     Kind(rand.reinitialise_head, "before", "unreplayed-state", _WEIGHTS, "D", _RERUN, also=_DRAWS, is_once=True),
-    Kind(rand.stochastic_rounding, "stepped", "generators-differ", _WEIGHTS, "LTD"),
+    Kind(
+        rand.stochastic_rounding,
+        "stepped",
+        "generators-differ",
+        _WEIGHTS,
+        "LTD",
+        why=_CLOSURE,
+        also=("unreplayed-state",),
+    ),
     Kind(
         rand.checkpoint_without_rng,
         "built",
@@ -300,7 +324,13 @@ KINDS: tuple[Kind, ...] = (
         setting.channels_last_on_one, "built", "structure-differs", _INPUT, when="first", network="cnn", may_agree=True
     ),
     Kind(setting.threads_on_one, "built", "environment-differs", (), "T", when="before-training"),
-    Kind(setting.threads_and_long_sum, "hidden", "environment-differs", ("output", "gradients"), may_agree=True),
+    Kind(
+        setting.threads_and_long_sum,
+        "hidden",
+        "environment-differs",
+        ("buffers", "output", "gradients"),
+        may_agree=True,
+    ),
     Kind(setting.flush_denormals_on_one, "hidden", "environment-differs", ("output", "gradients"), may_agree=True),
     Kind(setting.flag_at_build, "built", "environment-differs", (), "T", when="before-training"),
     Kind(setting.flag_in_step, "before", "none", (), "LTD", "no operator depends on the flag"),
@@ -384,7 +414,7 @@ KINDS: tuple[Kind, ...] = (
     Kind(value.kernel_of_addmm, "built", "kernel-differs", _INPUT, when="first"),
     Kind(value.kernel_of_relu, "built", "kernel-differs", _INPUT, when="first"),
     Kind(value.kernel_of_threshold_backward, "built", "kernel-differs", _GRADIENTS, when="first"),
-    Kind(value.kernel_of_log_softmax, "built", "kernel-differs", _FORWARD, when="first", tensor="loss"),
+    Kind(value.kernel_of_log_softmax, "built", "kernel-differs", _FORWARD, when="first"),
     Kind(
         value.kernel_of_relu,
         "stepped",
