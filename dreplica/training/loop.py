@@ -93,9 +93,9 @@ def train(
                     history.settle(agreement.agreed_until)
                     timer.lap("checks")
                 if history.meter is not None:
-                    history.meter.start()
+                    history.meter.start(batch)
                 output = training_step(replica, batch, config.train, timer.lap)
-                footprint = history.meter.stop() if history.meter is not None else None
+                footprint = history.meter.stop(batch, output) if history.meter is not None else None
                 step = agreement.steps_done + 1
                 last = step == config.train.max_steps
                 halts = step == config.run.stop_after

@@ -26,10 +26,8 @@ class Footprint:
     """The watched tensors, named as by `StateWalk.tensors`."""
     writes: tuple[int, ...]
     """Steps of each watched tensor's version counter, which every in-place operator moves."""
-
-    def writes_to(self, name: str) -> int | None:
-        """Return the steps of a watched tensor's version counter, None if the tensor is not watched."""
-        return dict(zip(self.tensors, self.writes, strict=True)).get(name)
+    passing: Mapping[str, int]
+    """The same of the batch, the outputs and the gradients, which are not kept: `batch.inputs`, `gradients.0.bias`."""
 
 
 @dataclass(frozen=True)
@@ -56,26 +54,38 @@ class StepMeter:
     def __init__(self, replica: Replica) -> None:
         self._replica = replica
         self._tensors: dict[str, Tensor] = {}
+        self._parameters: dict[str, Tensor] = {}
         self._num_states = -1
         self._nodes = 0
         self._versions: list[int] = []
+        self._gradients: list[tuple[int, int]] = []
+        self._batch: dict[str, int] = {}
 
-    def start(self) -> None:
-        """Read the counters before a step."""
+    def start(self, batch: Batch) -> None:
+        """Read the counters before a step on a batch."""
         if len(self._replica.optimizer.state) != self._num_states:
             self._list_tensors()
         self._versions = [tensor._version for tensor in self._tensors.values()]
+        grads = (parameter.grad for parameter in self._parameters.values())
+        self._gradients = [(id(grad), 0 if grad is None else grad._version) for grad in grads]
+        self._batch = {name: tensor._version for name, tensor in batch.tensors().items()}
         self._nodes = torch.autograd._get_sequence_nr()
 
-    def stop(self) -> Footprint:
+    def stop(self, batch: Batch, output: StepOutput) -> Footprint:
         """Read the counters after the step."""
         nodes = torch.autograd._get_sequence_nr() - self._nodes
-        writes = (
-            tensor._version - before for tensor, before in zip(self._tensors.values(), self._versions, strict=True)
-        )
-        return Footprint(nodes, self._tensors, tuple(writes))
+        versions = (tensor._version for tensor in self._tensors.values())
+        writes = tuple(after - before for after, before in zip(versions, self._versions, strict=True))
+        passing = {f"batch.{name}": tensor._version - self._batch[name] for name, tensor in batch.tensors().items()}
+        passing |= {f"output.{name}": tensor._version for name, tensor in output.tensors().items()}
+        for (name, parameter), (kept, before) in zip(self._parameters.items(), self._gradients, strict=True):
+            grad = parameter.grad
+            if grad is not None:
+                passing[f"gradients.{name}"] = grad._version - before if id(grad) == kept else grad._version
+        return Footprint(nodes, self._tensors, writes, passing)
 
     def _list_tensors(self) -> None:
-        tensors = StateWalk(self._replica).tensors()
-        self._tensors = {name: tensor for name, tensor in tensors.items() if not tensor.is_inference()}
+        walk = StateWalk(self._replica)
+        self._tensors = {name: tensor for name, tensor in walk.tensors().items() if not tensor.is_inference()}
+        self._parameters = dict(walk.parameters())
         self._num_states = len(self._replica.optimizer.state)

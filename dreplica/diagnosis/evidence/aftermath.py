@@ -28,7 +28,7 @@ class Aftermath:
     nodes: int | None = None
     """Autograd nodes that the step made."""
     writes: Mapping[str, int] = field(default_factory=dict)
-    """Steps of the version counter of each parameter, buffer and tensor of the optimizer's state, by name."""
+    """Steps of version counters by name: of parameters, buffers, optimizer state, batch, outputs and gradients."""
 
 
 @dataclass(frozen=True)
@@ -47,8 +47,9 @@ class Change:
     @property
     def bits(self) -> int | None:
         """Number of bits that differ. None if it is unknown, or if a tensor has another shape."""
-        found = [each.differing_bits for each in self.differences.values() if isinstance(each, Difference)]
-        return sum(found) if len(found) == len(self.names) else None
+        found = [self.differences.get(name) for name in self.names]
+        known = [each.differing_bits for each in found if isinstance(each, Difference)]
+        return sum(known) if len(known) == len(found) else None
 
     @property
     def elements(self) -> int:
@@ -124,4 +125,5 @@ def writes_of(footprint: Footprint, current: Mapping[str, Tensor]) -> dict[str, 
         current: The tensors after the step, by name.
     """
     rows = zip(footprint.tensors.items(), footprint.writes, strict=True)
-    return {name: count for (name, tensor), count in rows if current.get(name) is tensor}
+    held = {name: count for (name, tensor), count in rows if current.get(name) is tensor}
+    return {**held, **footprint.passing}

@@ -5,6 +5,7 @@ every digest of the original step.
 """
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -71,7 +72,10 @@ def examine_original(
         findings += find_skipped_step(happened, base, replayer.before(), replica_id)
         findings += _find_overwritten(replayer, happened, replayed, differing, proof, replica_id)
     spreads = stage in _SPREAD_OVER or _optimizer_spreads(replayer, replayed, stage)
-    findings += find_size(_change(stage, original, stages, happened, replayed), spreads, proof, replica_id)
+    change = _change(stage, original, stages, happened, replayed)
+    if stage == "output" and proof is not None:  # the loss follows from the logits
+        change = replace(change, names=[name for name in change.names if name != "loss"])
+    findings += find_size(change, spreads, proof, replica_id)
     replayer.untraced(indices)  # leaves the replica as a replay does
     return findings
 

@@ -196,9 +196,9 @@ class Replayer:
         batch = loaded if batch is None else batch
         meter = StepMeter(self._replica)
         with nullcontext() if logits is None else _forced_output(self._replica.model, logits):
-            meter.start()
+            meter.start(batch)
             output = training_step(self._replica, batch, self._config)
-            footprint = meter.stop()
+            footprint = meter.stop(batch, output)
         stages = self._agreement.observe(
             indices=batch.indices, batch=batch.tensors(), outputs=output.logits, loss=output.loss
         )
