@@ -229,6 +229,10 @@ class Replayer:
         self._replica.optimizer.step()
         return Aftermath(stage_tensors(take_snapshot(self._replica)))
 
+    def digests(self) -> dict[str, Stage]:
+        """Return the digests of the replica's state as it is now."""
+        return self._agreement.observe()
+
     def before(self) -> Aftermath:
         """Return the state before the step in question."""
         assert self._before is not None, "approach() comes first"
