@@ -224,6 +224,24 @@ EVIDENCE: Mapping[str, str] = {
         "neither the environment nor a declared setting that can change this operator's result divides the replicas as "
         "their results do"
     ),
+    "host-value": (
+        "{operator} was given {one} {where_one}, {other} {where_other}: no operator of the step made these values"
+    ),
+    "host-values-permuted": (
+        "the calls at {source} are given the same values on both sides, in another order, as after iterating over a set"
+    ),
+    "draw-differs": "{operator} draws from a generator in another state; all its other inputs are equal",
+    "draw-extra": "only {where}: {operator} draws from a generator",
+    "first-draws": "first draw of the step {where_one}: {one}; {where_other}: {other}",
+    "inputs-permuted": "{operator} was given the same tensors in another order",
+    "outside-input": (
+        "{operator} read a tensor that is not part of the replica's state and that no operator of the step wrote"
+    ),
+    "other-tensor-read": "{operator} read another of the tensors that both sides have",
+    "unwritten-read": (
+        "{operator} read memory that nothing has written: {elements} of {total} elements, allocated by {allocator} at "
+        "{allocated_at}; all other elements are equal"
+    ),
     # Memory.
     "indices-changed": (
         "replica {replica}: used other indices than it was given; its memory was changed by no operator"

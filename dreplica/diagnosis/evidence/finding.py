@@ -42,6 +42,8 @@ class Kind(StrEnum):
     """The operator read memory that was allocated without contents and that nothing has written."""
     OUTSIDE_INPUT = "outside-input"
     """The operator read a tensor that no operator of the step wrote and that is not part of the replica's state."""
+    OTHER_TENSOR = "other-tensor"
+    """The operator was given another of the tensors that both sides have: code has chosen it."""
     MEMORY_CHANGED = "memory-changed"
     """A tensor's contents changed between the operator that wrote it and the one that read it."""
     SAMPLES_DIFFER = "samples-differ"

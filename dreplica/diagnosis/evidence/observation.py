@@ -6,6 +6,7 @@ from typing import Any
 
 from dreplica.agreement.verdict.evidence import Evidence
 from dreplica.diagnosis.evidence.finding import Finding, Kind
+from dreplica.diagnosis.evidence.place_alignment import align, extra_side
 from dreplica.diagnosis.evidence.provenance import Contents
 from dreplica.diagnosis.tracing.op_tracer import OpRecord
 from dreplica.state.stages import STAGES
@@ -16,7 +17,7 @@ class OpDifference:
     """The first operator at which two records of a step differ."""
 
     index: int
-    """Position of the operator in the step."""
+    """Position of the operator in the step, in the first record."""
     one: OpRecord | None
     """The operator of the first record; None where that record has ended."""
     other: OpRecord | None
@@ -25,6 +26,12 @@ class OpDifference:
     """An operator that only one side has, where the other side continues with the operator after it."""
     suspect: OpRecord | None = None
     """The operator of the suspect's side, if a suspect is known."""
+    other_index: int | None = None
+    """Position in the second record; None if it is the same."""
+
+    def position(self, in_other: bool) -> int:
+        """Return the position of the operator in the first or in the second record."""
+        return self.index if self.other_index is None or not in_other else self.other_index
 
     @property
     def same_structure(self) -> bool:
@@ -231,8 +238,21 @@ def difference_behind(one: Sequence[OpRecord], other: Sequence[OpRecord], stage:
     Returns:
         The difference, or None if no difference can explain it.
     """
-    places = _differences(one, other)
-    return next((place for place in places if not _is_made(stage) or could_have_made(place.record, stage)), None)
+    earlier: list[OpDifference] = []
+    for place in _differences(one, other):
+        if not _is_made(stage) or could_have_made(place.record, stage):
+            return _behind_values(place, earlier)
+        earlier.append(place)
+    return None
+
+
+def _behind_values(place: OpDifference, earlier: Sequence[OpDifference]) -> OpDifference:
+    """Return the first difference if a number that was read from a tensor (`Tensor.item`) may lead from it to another.
+
+    Python computes other arguments from such a number, or runs other operators.
+    """
+    reads = any(row.one is not None and row.one.returned and not row.inputs_agree for row in earlier)
+    return earlier[0] if reads and not place.same_call else place
 
 
 def _is_made(stage: str | None) -> bool:
@@ -240,22 +260,40 @@ def _is_made(stage: str | None) -> bool:
 
 
 def _differences(one: Sequence[OpRecord], other: Sequence[OpRecord]) -> Iterator[OpDifference]:
-    """Yield all differences between two records, up to the first where they have different operators."""
-    for index, (a, b) in enumerate(zip(one, other, strict=False)):
-        place = OpDifference(index, a, b)
+    """Yield all differences between two records, up to the first where they have different operators.
+
+    A view computes nothing. It is a difference if the sides show other parts of a tensor and their numbers differ next.
+    """
+    views: list[OpDifference] = []
+    skipped: tuple[int, int] | None = None
+    at, found = (-1, -1), False
+    for i, j in align(one, other):
+        skipped = skipped or (None if i - at[0] == j - at[1] else (at[0] + 1, at[1] + 1))
+        at = i, j
+        place = _difference_at(one, other, at)
         if not place.same_structure:
-            yield replace(place, extra=_extra(one, other, index))
-            return
-        if not place.made_here or a.outputs != b.outputs:
+            yield from views
             yield place
-    if len(one) != len(other):
-        index = min(len(one), len(other))
-        ends = (side[index] if index < len(side) else None for side in (one, other))
-        yield OpDifference(index, *ends)
+            return
+        assert place.one is not None
+        assert place.other is not None
+        if place.one.is_view and place.other.is_view:
+            views += [] if place.made_here and place.one.outputs == place.other.outputs else [place]
+        elif not place.made_here or place.one.outputs != place.other.outputs:
+            if skipped and not found and place.same_call and place.one.inputs != place.other.inputs:
+                # No operator made these inputs: only code of the side with further operators can have changed them.
+                yield _difference_at(one, other, skipped)
+                return
+            yield from views if not place.inputs_agree else ()
+            views, found = [], True
+            yield place
+    yield from views
+    if not found and not views and (skipped or len(one) != len(other)):
+        yield _difference_at(one, other, skipped or (at[0] + 1, at[1] + 1))
 
 
-def _extra(one: Sequence[OpRecord], other: Sequence[OpRecord], index: int) -> OpRecord | None:
-    for side, across in ((one, other), (other, one)):
-        if index + 1 < len(side) and side[index + 1].same_operator(across[index]):
-            return side[index]
-    return None
+def _difference_at(one: Sequence[OpRecord], other: Sequence[OpRecord], at: tuple[int, int]) -> OpDifference:
+    a, b = (side[position] if position < len(side) else None for side, position in zip((one, other), at, strict=True))
+    place = OpDifference(at[0], a, b, other_index=None if at[0] == at[1] else at[1])
+    side = None if place.same_structure else extra_side(one, other, at)
+    return place if side is None else replace(place, extra=(a, b)[side])

@@ -6,8 +6,8 @@ from dreplica.diagnosis.evidence.observation import OpDifference, first_differen
 from dreplica.diagnosis.tracing.op_tracer import OpRecord
 
 
-def record(name: str, inputs: bytes = b"i", outputs: bytes = b"o", scalars: str = "") -> OpRecord:
-    return OpRecord(f"aten.{name}.default", name, "forward", inputs, outputs, "", scalars)
+def record(name: str, inputs: bytes = b"i", outputs: bytes = b"", scalars: str = "") -> OpRecord:
+    return OpRecord(f"aten.{name}.default", name, "forward", inputs, outputs or name.encode(), "", scalars)
 
 
 A, B, C, D = (record(name) for name in "abcd")
