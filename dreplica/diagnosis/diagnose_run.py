@@ -27,6 +27,7 @@ from dreplica.diagnosis.evidence.observation import (
     with_findings,
     with_lines,
 )
+from dreplica.diagnosis.evidence.place import findings_of_replays
 from dreplica.diagnosis.evidence.tensor_diff import Difference as Changed
 from dreplica.diagnosis.measurement.error_propagation import measure_path
 from dreplica.diagnosis.measurement.full_tensors import compare, compare_memory, compare_outputs
@@ -166,6 +167,7 @@ def _witness(
 ) -> Witness:
     records = first.tracer.records, second.tracer.records
     changed = compare(indices, first.indices)
+    itself = difference_behind(*records, stage) or first_difference(*records)
     return Witness(
         original={name: stage.digest for name, stage in original.items()},
         first=_digests(first),
@@ -177,7 +179,8 @@ def _witness(
         generator_changed=first.tracer.generator_changed,
         indices_intact=first.stages["indices"].digest == tensors_stage({"indices": indices}).digest,
         indices_bits=changed.differing_bits if isinstance(changed, Changed) else 0,
-        against_itself=difference_behind(*records, stage) or first_difference(*records),
+        against_itself=itself,
+        at_itself=findings_of_replays(itself, *records, first.contents.before),
         sample_digests=[],
     )
 

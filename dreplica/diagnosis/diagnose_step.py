@@ -32,6 +32,7 @@ from dreplica.diagnosis.evidence.observation import (
     with_lines,
 )
 from dreplica.diagnosis.evidence.observation import first_difference as first_operator
+from dreplica.diagnosis.evidence.place import findings_of_replays
 from dreplica.diagnosis.measurement.full_tensors import compare_outputs
 from dreplica.diagnosis.replay.replay_run import Replayed
 from dreplica.diagnosis.replay.replay_step import NO_INDICES, Repeated
@@ -198,12 +199,14 @@ def _witness(first: Replayed, second: Replayed, stage: str | None) -> Witness:
     """Return this replica's observations. The first run serves as the original: there is no other."""
     records = first.tracer.records, second.tracer.records
     digests, again = ({name: stage.digest for name, stage in row.stages.items()} for row in (first, second))
+    itself = difference_behind(*records, stage) or first_operator(*records)
     return Witness(
         original=digests,
         first=digests,
         second=again,
         records=first.tracer.records,
-        against_itself=difference_behind(*records, stage) or first_operator(*records),
+        against_itself=itself,
+        at_itself=findings_of_replays(itself, *records, first.contents.before),
         contents=first.contents,
         indices_intact=True,
         generator=first.generator,

@@ -185,9 +185,11 @@ def _find_irreproducible(
         # The operator is to blame then, on every replica on which it was seen to vary.
         return with_findings(found, Finding(Kind.OPERATOR_VARIES, [line]), operator=place, suspects=replica_ids)
     line = _describe_varying(place)
-    if _is_unreplayed(place) and not _all_vary_alike(witnesses, last):
-        return with_findings(found, Finding(Kind.INPUT_VARIES, [line]), operator=place)
-    return with_lines(found, line, operator=place)
+    if _all_vary_alike(witnesses, last):
+        return with_lines(found, line, operator=place)
+    varies = [Finding(Kind.INPUT_VARIES, [line])] if _is_unreplayed(place) else []
+    found = found if varies else with_lines(found, line)
+    return with_findings(found, *varies, *witness.at_itself, operator=place)
 
 
 def _describe_varying(place: OpDifference) -> Evidence:

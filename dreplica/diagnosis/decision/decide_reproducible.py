@@ -23,6 +23,7 @@ from dreplica.diagnosis.evidence.observation import (
     with_findings,
     with_lines,
 )
+from dreplica.diagnosis.evidence.place import findings_at
 from dreplica.diagnosis.tracing.op_tracer import OpRecord
 from dreplica.environment.manifest import Difference
 
@@ -145,14 +146,17 @@ def with_operator(
         blamed = [side for side in (one, other) if side in decision.suspects]
         if len(blamed) == 1:
             place = replace(place, suspect=place.one if blamed == [one] else place.other)
-        return with_lines(decision, describe_structure(place, where), operator=place, sides=(one, other))
+        decision = with_lines(decision, describe_structure(place, where), operator=place, sides=(one, other))
+        return with_findings(decision, *findings_at(place, witnesses, groups))
     if not place.same_call:
-        return with_lines(decision, describe_scalars(place, where), operator=place, sides=None)
+        decision = with_lines(decision, describe_scalars(place, where), operator=place, sides=None)
+        return with_findings(decision, *findings_at(place, witnesses, groups))
     if not place.inputs_agree:
-        draws = ".generator" in place.record.name
+        draws = place.record.generator
         inputs = "a generator in another state or other inputs" if draws else "other inputs"
         line = Evidence.of("operator-inputs-differ", index=place.index, operator=place.record, inputs=inputs)
-        return with_lines(decision, line, operator=place, sides=None)
+        decision = with_lines(decision, line, operator=place, sides=None)
+        return with_findings(decision, *findings_at(place, witnesses, groups))
     line = Evidence.of("operator-outputs-differ", index=place.index, operator=place.record, one=one, other=other)
     return with_lines(decision, line, operator=place, sides=(one, other))
 

@@ -99,6 +99,8 @@ class Witness:
     """An earlier step that the replay does not reproduce; None if there is none."""
     indices_bits: int = 0
     """Bits in which the indices that the first replay used differ from those that it was given."""
+    at_itself: Sequence[Finding] = ()
+    """What differs at `against_itself`."""
     findings: Sequence[Finding] = ()
     """Findings of this replica alone, such as traces that code has left in the original step."""
 

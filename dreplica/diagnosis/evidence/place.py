@@ -68,6 +68,21 @@ def findings_between(place: OpDifference, one: Side, other: Side) -> list[Findin
     return _inputs(place, one, other) if place.one.inputs != place.other.inputs else []
 
 
+def findings_of_replays(
+    place: OpDifference | None, first: Sequence[OpRecord], second: Sequence[OpRecord], before: frozenset[bytes]
+) -> list[Finding]:
+    """Return what differs at an operator between two replays on one replica.
+
+    Args:
+        place: The first operator at which the replays differ; None if there is none.
+        first: The operators of the first replay.
+        second: The operators of the second replay.
+        before: Digests of the contents that both began with.
+    """
+    sides = Side(first, "in one replay", before), Side(second, "in the other", before)
+    return [] if place is None else findings_between(place, *sides)
+
+
 def spell(record: OpRecord) -> str:
     """Return an operator with its module, phase and line of code."""
     return f"{record} at {record.source}" if record.source else str(record)
