@@ -16,6 +16,7 @@ _MOST = 4
 """Remedies that are listed."""
 _OPEN = ("unexplained", "hyperparameter-differs", "structure-differs")
 """Causes that leave open how the entries came to differ."""
+_ONCE = ("unreplayed-state",)
 
 
 @dataclass(frozen=True)
@@ -169,6 +170,19 @@ ADVICE = (
     ),
     _advice(
         "set-value-alike", FIRST["optimizer"], Sign.OTHER_OBJECT, but_not=(Sign.ONE_SIDED,), about=Sign.OTHER_OBJECT
+    ),
+    # Code that ran once, by the trace that it has left.
+    *(
+        _advice(remedy, evidence, about=evidence, causes=_ONCE)
+        for remedy, evidence in (
+            ("find-skipped-step", "original-step-skipped"),
+            ("find-forward", "original-step-counted"),
+            ("find-write", "original-step-wrote"),
+            ("find-attribute", "original-step-attributes"),
+            ("find-branch", "original-step-graph"),
+            ("find-overwritten-weights", "original-step-overwrote"),
+            ("keep-counters-in-state", "original-differs"),
+        )
     ),
 )
 """All advice, the likelier first."""

@@ -122,38 +122,38 @@ EVIDENCE: Mapping[str, str] = {
         "the original steps of replicas {replicas} differ from the replays: too many for one fault"
     ),
     "original-elements-differ": (
-        "the original step of replica {replica} differs from its replay in {count} of {total} tensors of {stage}, in "
-        "{elements} elements and {bits} bits: {some}"
+        "replica {replica}: the original step differs from its replay in {stage}: tensors {count} of {total}, elements "
+        "{elements}, bits {bits}: {some}"
     ),
     "original-generators-differ": (
-        "generators of replica {replica} differ in {bits} bits between the original step and its replay: {some}"
+        "replica {replica}: the state of generators differs between the original step and its replay, bits {bits}: "
+        "{some}"
     ),
     "original-whole-difference": "this is the whole difference of replica {replica}: {proof}",
     "original-step-wrote": (
-        "in-place operators wrote to {count} tensors of replica {replica} in the original step more or less often than "
-        "in its replay: {some}"
+        "replica {replica}: in-place operators wrote more often or less often in the original step than in its replay "
+        "to {some}"
     ),
     "original-step-graph": (
-        "the original step of replica {replica} made {original} autograd nodes, its replay {replayed}: it ran other "
-        "code"
+        "replica {replica}: the original step made {original} autograd nodes, and its replay {replayed}: other code ran"
     ),
     "original-step-attributes": (
-        "attributes of replica {replica} have other values after the original step than after its replay: {some}"
+        "replica {replica}: attributes have other values after the original step than after its replay: {some}"
     ),
     "original-step-drew": (
-        "the generator {generator} of replica {replica} is {draws} draws {direction} after the original step than "
-        "after its replay"
+        "replica {replica}: the generator {generator} is {direction} after the original step than after its replay, by "
+        "draws of 32 bits: {draws}"
     ),
     "original-step-counted": (
-        "counters of replica {replica} have other values after the original step than after its replay: {some}"
+        "replica {replica}: counters have other values after the original step than after its replay: {some}"
     ),
     "original-step-skipped": (
-        "the original step of replica {replica} left all {count} weights that its replay changes as they were before: "
-        "the optimizer did not step"
+        "replica {replica}: the original step changed none of the {count} weights that its replay changes: the "
+        "optimizer did not step"
     ),
     "original-step-overwrote": (
-        "{elements} elements of weights of replica {replica} are not what the optimizer makes of the step's gradients: "
-        "{some}"
+        "replica {replica}: the optimizer alone does not make these weights of the gradients of the original step, "
+        "elements {elements}: {some}"
     ),
     "more-than-two-results": "the replicas produced more than two results: no single cause accounts for all of them",
     "later-replay-differs": (

@@ -129,6 +129,27 @@ REMEDIES: Mapping[str, RemedyTemplate] = {
     "step-without-hidden-inputs": RemedyTemplate(
         "make the model and the step independent of the rank, the host, the time and unseeded draws"
     ),
+    "find-write": RemedyTemplate(
+        "search for code that writes in place to {names} in some steps only: an initialization, a clamp, a forward "
+        "pass in training mode, a hook"
+    ),
+    "find-forward": RemedyTemplate(
+        "search for a forward pass in training mode outside of the step, which moves {names}: run it with model.eval()"
+    ),
+    "find-skipped-step": RemedyTemplate(
+        "search for a path around optimizer.step(): a condition, or an exception that is caught"
+    ),
+    "find-overwritten-weights": RemedyTemplate(
+        "search for code that writes to {some} without the optimizer: through .data, a NumPy array or load_state_dict"
+    ),
+    "find-attribute": RemedyTemplate("search for code that sets {names} in some steps only"),
+    "find-branch": RemedyTemplate(
+        "search the forward pass and the loss for a branch that only some steps take: on a counter, the rank, a file "
+        "or the time"
+    ),
+    "keep-counters-in-state": RemedyTemplate(
+        "keep what a step depends on in attributes of modules or in buffers, which a replay and a checkpoint restore"
+    ),
     "order-parameters-alike": RemedyTemplate(
         "keep parameters in the order of the model, or sort them: a set has another order in each process",
         "sorted(names)",

@@ -41,7 +41,8 @@ def find_traces(original: Aftermath, replayed: Aftermath, replica_id: int) -> li
     if original.values and replayed.values:
         moved = _other_values(original, replayed)
         if moved:
-            findings.append(_finding(Kind.ATTRIBUTES_MOVED, "original-step-attributes", replica_id, some=_some(moved)))
+            data = {"names": _some([*moved]), "some": _some([*moved.values()])}
+            findings.append(_finding(Kind.ATTRIBUTES_MOVED, "original-step-attributes", replica_id, **data))
     return findings
 
 
@@ -63,7 +64,7 @@ def find_draws(original: Aftermath, replayed: Aftermath, replica_id: int) -> lis
                 continue
             count = draws_between(one[name], other[name], MOST_DRAWS)
             if count is not None:
-                direction = "behind" if count < 0 else "further"
+                direction = "less far" if count < 0 else "further"
                 data = {"generator": name, "draws": abs(count), "direction": direction}
                 findings.append(_finding(Kind.DRAWN_FURTHER, "original-step-drew", replica_id, **data))
     return findings
@@ -82,15 +83,18 @@ def find_counters(original: Aftermath, replayed: Aftermath, replica_id: int) -> 
     few = [each for each in changed.values() if isinstance(each, Difference) and each.differing_bits <= FEW_BITS]
     if len(few) == len(changed) <= 1:
         return []
-    moved = [
-        f"{name} {difference.first_values[0]} and {difference.first_values[1]}"
+    moved = {
+        name: f"{name} ({difference.first_values[0]} and {difference.first_values[1]})"
         for name, difference in changed.items()
         if isinstance(difference, Difference)
         and _is_counter(buffers[0][name])
         and difference.max_absolute is not None
         and difference.max_absolute <= MOST_DRAWS
-    ]
-    return [_finding(Kind.COUNTER_MOVED, "original-step-counted", replica_id, some=_some(moved))] if moved else []
+    }
+    if not moved:
+        return []
+    data = {"names": _some([*moved]), "some": _some([*moved.values()])}
+    return [_finding(Kind.COUNTER_MOVED, "original-step-counted", replica_id, **data)]
 
 
 def find_skipped_step(original: Aftermath, replayed: Aftermath, before: Aftermath, replica_id: int) -> list[Finding]:
@@ -200,16 +204,16 @@ def _other_writes(original: Aftermath, replayed: Aftermath, replica_id: int) -> 
     moved = [name for name in names if original.writes[name] != replayed.writes[name]]
     if not moved:
         return []
-    some = _some([f"{name} {original.writes[name]} times and {replayed.writes[name]} times" for name in moved])
-    return [_finding(Kind.WRITTEN_BY_CODE, "original-step-wrote", replica_id, count=len(moved), some=some)]
+    some = _some([f"{name} ({original.writes[name]} and {replayed.writes[name]} times)" for name in moved])
+    return [_finding(Kind.WRITTEN_BY_CODE, "original-step-wrote", replica_id, names=_some(moved), some=some)]
 
 
-def _other_values(original: Aftermath, replayed: Aftermath) -> list[str]:
-    found = []
+def _other_values(original: Aftermath, replayed: Aftermath) -> dict[str, str]:
+    found = {}
     for name in sorted(original.values.keys() | replayed.values.keys()):
         one, other = (repr(side.values[name]) if name in side.values else "missing" for side in (original, replayed))
         if one != other:
-            found.append(f"{name} {one} and {other}")
+            found[name] = f"{name} ({one} and {other})"
     return found
 
 

@@ -1,5 +1,6 @@
 """Small models, one correct and the others each with a fault in its forward pass, for `model.factory`."""
 
+import itertools
 import time
 
 import numpy
@@ -73,6 +74,27 @@ class _BranchesByRank(_Wrapped):
 def branches_by_rank(num_classes: int) -> nn.Module:
     """Return a model whose forward pass runs one more operator on replica 1, in a branch on the rank."""
     return _BranchesByRank(num_classes)
+
+
+class _MonitorsOnce(_Wrapped):
+    def __init__(self, num_classes: int) -> None:
+        super().__init__(num_classes)
+        # A replay restores numbers, but not the position of an iterator.
+        self._calls = itertools.count(1)
+
+    def forward(self, images: Tensor) -> Tensor:
+        if self.training and next(self._calls) == 3 and self.replica_id == 1:
+            with torch.no_grad():
+                self.body[1](self.body[0](images * 0.5))
+        return self.body(images)
+
+
+def monitors_once(num_classes: int) -> nn.Module:
+    """Return a model whose third training step on replica 1 runs a part once more, which moves BatchNorm's statistics.
+
+    This is what happens when monitoring code looks at activations in training mode.
+    """
+    return _MonitorsOnce(num_classes)
 
 
 class _StaysInTraining(_Wrapped):
