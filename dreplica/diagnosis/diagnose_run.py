@@ -17,6 +17,7 @@ from dreplica.diagnosis.decision.decide import decide
 from dreplica.diagnosis.decision.facts import RunFacts
 from dreplica.diagnosis.decision.nondeterministic_ops import is_picked_by_timing, may_vary
 from dreplica.diagnosis.decision.rules import may_be_hardware, name_in
+from dreplica.diagnosis.evidence.data_source import compare_held, describe_held
 from dreplica.diagnosis.evidence.finding import Finding, Kind
 from dreplica.diagnosis.evidence.observation import (
     Decision,
@@ -111,6 +112,10 @@ def diagnose(
             index = int(indices[decision.positions[0]])
             line = Evidence.of("first-differing-sample", sample=describe(dataset, index), index=index)
             decision = with_lines(decision, line)
+        if decision.cause == "batch-differs":
+            decision = with_lines(
+                decision, *compare_held(channel.gather(attempt(channel, lambda: describe_held(dataset))))
+            )
         if earlier:
             decision = with_lines(decision, Evidence.of("earlier-step-not-reproducible", step=step))
         if decision.cause == "unexplained":

@@ -43,6 +43,11 @@ _SCHEDULES = (Sign.METRIC, Sign.SCHEDULE_POSITION)
 _SCALES = (Sign.LOSS_SCALE, Sign.SCALER_COUNT)
 _BY_CAUSE = ("indices-differ", "batch-differs", "evaluation-differs")
 
+_OF_BATCH: dict[str, Any] = {"causes": ("batch-differs",)}
+_LOADED_DIFFERENTLY = ("batch-varies", "batch-never-reproduced")
+"""Loading the same samples again gives other ones."""
+_HELD_DIFFER = ("data-split-differs", "data-names-moved", "data-rows-moved", "data-differ", "data-generators")
+
 ADVICE = (
     # Generators that nothing has seeded.
     _advice("seed-generators", "generators-unseeded", about="generators-unseeded", causes=(*_OPEN, *_BY_CAUSE)),
@@ -155,6 +160,29 @@ ADVICE = (
         for stage in ("indices", "batch", "output", "rng", "predictions")
     ),
     _advice("draw-alike", FIRST["rng"], Sign.LATER, Sign.LIBRARY, but_not=("generators-unseeded",)),
+    # Samples, where the data sets could be compared.
+    _advice("seed-split", "data-split-differs", **_OF_BATCH),
+    _advice("number-in-order", "data-names-moved", about="data-names-moved", **_OF_BATCH),
+    *(
+        _advice(remedy, "data-rows-moved", about="data-rows-moved", but_not=("data-names-moved",), **_OF_BATCH)
+        for remedy in ("seed-data", "number-in-order")
+    ),
+    _advice("seed-data", "data-differ", about="data-differ", but_not=("data-split-differs",), **_OF_BATCH),
+    _advice("stable-hash", "data-differ", "hashes-differ", but_not=("data-split-differs",), **_OF_BATCH),
+    _advice("seed-workers", "samples-random-in-workers", **_OF_BATCH),
+    *(
+        _advice("seed-sample-generator", "data-generators", varies, about="data-generators", **_OF_BATCH)
+        for varies in _LOADED_DIFFERENTLY
+    ),
+    *(_advice("sample-from-index", varies, but_not=_HELD_DIFFER, **_OF_BATCH) for varies in _LOADED_DIFFERENTLY),
+    _advice("stable-hash", "data-same", "samples-differ", "hashes-differ", **_OF_BATCH),
+    _advice("compare-data-files", "data-from-files", "samples-differ", but_not=("data-split-differs",), **_OF_BATCH),
+    _advice("sample-from-index", "data-same", "samples-differ", **_OF_BATCH),
+    # Dropout in a model that is compiled on some replicas only.
+    *(
+        _advice(remedy, "compiled-draws-differ", causes=("declared-override",))
+        for remedy in ("fallback-random", "remove-override")
+    ),
     # In custom loops, before a diagnosis.
     *(
         _advice("diagnose-step", FIRST[stage], Sign.LATER, Sign.LIBRARY, but_not=(Sign.DDP, Sign.ONE_SIDED))

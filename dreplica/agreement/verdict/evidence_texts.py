@@ -174,6 +174,17 @@ EVIDENCE: Mapping[str, str] = {
     ),
     "samples-differ": "samples of the batch that are different data on different replicas: {count}",
     "first-differing-sample": "first such sample: {sample}",
+    "data-split-differs": "the data sets were split differently: {some}",
+    "data-names-moved": "the data sets hold the same names in another order: {some}{shown}",
+    "data-rows-moved": "the data sets hold the same rows or numbers in another order: {some}{shown}",
+    "data-differ": "the data sets hold different data: {some}{shown}",
+    "data-same": "the data sets hold the same data ({count} attributes compared): samples become different when read",
+    "data-generators": "the data set has generators: {some}",
+    "data-from-files": "the data set reads files: {name}",
+    "hashes-differ": "hash() of the same text differs between the replicas: PYTHONHASHSEED is not set to one number",
+    "compiled-draws-differ": (
+        "torch's generator differs after the step: a compiled model draws random numbers otherwise than an eager one"
+    ),
     # Operators.
     "operators-agree": "every operator gave the same result on both sides: the difference was made outside operators",
     "operators-agree-twice": (

@@ -122,6 +122,33 @@ REMEDIES: Mapping[str, RemedyTemplate] = {
         "draw augmentation from a generator seeded with (seed, epoch, sample index), not from a worker's or the "
         "global one"
     ),
+    "seed-split": RemedyTemplate(
+        "the data are split before anything is seeded: split them with a generator that has a fixed seed",
+        "random_split(dataset, lengths, generator=torch.Generator().manual_seed(42))",
+    ),
+    "seed-data": RemedyTemplate(
+        "draw {some} from a generator with a fixed seed: the data are made before anything is seeded"
+    ),
+    "seed-sample-generator": RemedyTemplate(
+        "seed a generator anew for each sample, from (seed, epoch, index): {some} continues from sample to sample, and "
+        "from one replay to the next"
+    ),
+    "number-in-order": RemedyTemplate(
+        "number classes, files and words in sorted order, not in that of a set, os.listdir or glob: {some}",
+        "sorted(names)",
+    ),
+    "stable-hash": RemedyTemplate(
+        "hash() of a text differs between processes: use hashlib, or set PYTHONHASHSEED before Python starts",
+        "PYTHONHASHSEED=0 dreplica train ...",
+    ),
+    "sample-from-index": RemedyTemplate(
+        "make dataset[index] depend on the index alone, not on the rank, the host, the clock, the environment or an "
+        "unseeded generator"
+    ),
+    "seed-workers": RemedyTemplate(
+        "draw nothing in worker processes that the global generators decide: each worker has its own",
+        "generator = numpy.random.default_rng((seed, epoch, index))",
+    ),
     "evaluate-alike": RemedyTemplate(
         "call model.eval() on every replica before evaluating, and evaluate the same samples in the same batches"
     ),
@@ -285,6 +312,10 @@ REMEDIES: Mapping[str, RemedyTemplate] = {
     "report-to-pytorch": RemedyTemplate(
         "run the replica on another device: if the operator is deterministic there, suspect this device; if not, "
         f"report it to {_PYTORCH_ISSUES}"
+    ),
+    "fallback-random": RemedyTemplate(
+        "before the model is compiled: it then draws as an eager one does",
+        "torch._inductor.config.fallback_random = True",
     ),
     "use-global-generator": RemedyTemplate(
         "draw from torch's global generator, not from a torch.Generator that the model keeps"

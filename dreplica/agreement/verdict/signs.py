@@ -124,11 +124,12 @@ def observe_signs(step: int, rows: Rows, stage: str | None, differing: Sequence[
         if kind in kept:
             signs[sign] = []
     held = [row[stage].entries() if stage in row else {} for row in rows]
+    seen: dict[str, dict[str, None]] = {}
     for name in differing:
         for sign in _signs_of_entry(stage, name, [row.get(name) for row in held], parameters):
             outside = _OUTSIDE.match(name) if sign is Sign.OUTSIDE_PARAMETERS else None
-            entries = signs.setdefault(sign, [])
-            entries += [shown for shown in [outside[0] if outside else name] if shown not in entries]
+            seen.setdefault(sign, {})[outside[0] if outside else name] = None
+    signs |= {sign: list(names) for sign, names in seen.items()}
     everything = list(dict.fromkeys(name for row in held for name in row))
     if stage == "optimizer":
         everything = [name for name in everything if _of_optimizer(name, parameters) in (Sign.STATE, Sign.STEP_COUNT)]

@@ -7,6 +7,7 @@ from dreplica.agreement.verdict.advice import advise
 from dreplica.agreement.verdict.causes import CAUSES
 from dreplica.agreement.verdict.evidence import Evidence
 from dreplica.agreement.verdict.remedy import Remedy
+from dreplica.agreement.verdict.signs import Sign
 from dreplica.agreement.verdict.verdict import Verdict, split_into_groups, suspects_of
 from dreplica.agreement.wiring.fault import WiringError
 from dreplica.diagnosis.decision.facts import RunFacts
@@ -29,7 +30,8 @@ def conclude(found: Verdict, facts: RunFacts) -> Verdict:
     environment = [_difference("allowed-difference", difference) for difference in facts.differences]
     if verdict.cause == "declared-override" and not verdict.suspects and found.groups:
         verdict = verdict.with_(suspects=_singled_out(found.groups, facts.overrides))
-    verdict = with_remedy(verdict.with_(evidence=[*verdict.evidence, *declared, *environment]))
+    lines = [*verdict.evidence, *declared, *_compiled_draws(verdict, facts), *environment]
+    verdict = with_remedy(verdict.with_(evidence=lines))
     return _with_cards(verdict, facts.manifests)
 
 
@@ -239,6 +241,13 @@ def _explain_nondeterminism(found: Verdict, facts: RunFacts) -> Verdict:
         "operator-documented", explanation=explanation.text, operator=found.operator, documented=explanation.known
     )
     return found.with_(evidence=[*found.evidence, evidence], remedy=list(explanation.remedy))
+
+
+def _compiled_draws(verdict: Verdict, facts: RunFacts) -> list[Evidence]:
+    """Return evidence that a model which is compiled on some replicas only has drawn random numbers otherwise."""
+    compiled = any("compile" in partial.get("model", {}) for partial in facts.overrides.values())
+    drawn = verdict.signs.get(Sign.GENERATORS)
+    return [Evidence.of("compiled-draws-differ", generators=drawn)] if compiled and drawn else []
 
 
 def _with_cards(verdict: Verdict, manifests: Sequence[Mapping[str, Any]]) -> Verdict:

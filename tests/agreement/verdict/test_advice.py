@@ -341,6 +341,14 @@ def test_a_diagnosed_cause_gets_no_advice_on_the_place() -> None:
     assert advise(verdict.with_(cause="transient-fault")) == []
 
 
+def test_compiled_dropout_gets_its_setting() -> None:
+    """Beside the override itself, and only if a generator shows that something was drawn."""
+    line = Evidence.of("compiled-draws-differ", generators=["torch.cpu"])
+    verdict = Verdict(False, "declared-override", "x", evidence=[line])
+    assert [remedy.code for remedy in advise(verdict)] == ["fallback-random", "remove-override"]
+    assert advise(verdict.with_(evidence=[])) == []
+
+
 def test_every_need_can_be_observed() -> None:
     """All preconditions are signs, or codes of evidence."""
     known = {*Sign, *FIRST.values(), *SAME.values(), *EVIDENCE}
