@@ -169,6 +169,7 @@ class Agreement(Results):
         """
         self._engine.check_open()
         check_epoch(epoch)
+        self._engine.watch(batch, loss, check)
         return self._engine.step(partial(self._subject.after_step, indices, batch, outputs, loss), epoch, stop, check)
 
     def evaluation(self, predictions: Batch, epoch: int | None = None, batch: Batch | None = None) -> None:

@@ -7,6 +7,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from dreplica.agreement import protocol
 from dreplica.agreement.arguments import InternalArguments, check_algorithm
@@ -14,12 +15,13 @@ from dreplica.agreement.exchange import Compared, Exchange
 from dreplica.agreement.generators import GeneratorUse
 from dreplica.agreement.hasher import Observation, negotiated_hasher
 from dreplica.agreement.kept_state import KeptStates, Original
+from dreplica.agreement.notices.notices import Notices
 from dreplica.agreement.owners import name_owners
 from dreplica.agreement.reference import ReferenceDifference, ReferenceDiffers
-from dreplica.agreement.result import describe_loss, describe_result
+from dreplica.agreement.result import count_warnings, describe_loss, describe_result
 from dreplica.agreement.run_folders import RunFolders
 from dreplica.agreement.settings import Settings, exchange_settings
-from dreplica.agreement.subject import Subject
+from dreplica.agreement.subject import Batch, Subject
 from dreplica.agreement.trace.report_records import Coverage
 from dreplica.agreement.trace.writer import TraceWriter
 from dreplica.agreement.values import read_values
@@ -109,6 +111,7 @@ class Engine:
             if not self.steps_done:
                 build.pop("optimizer", None)  # it has no state yet, and its settings are compared at step 1
             self._check(self.steps_done, None, self._start(build), lag=0, recorded=not self.steps_done)
+            self.notices.built(self.steps_done)
 
     def _open(self, record: str | None, reference: str | None, internal: InternalArguments) -> None:
         """Agree with the other ranks on the settings, and open the run folders."""
@@ -134,6 +137,13 @@ class Engine:
         signs = [sign for sign, holds in known.items() if holds]
         comparison = self._channel, self.hasher, trace, recorded, signs, unseeded
         self._exchange = Exchange(*comparison, with_advice=not asked.quiet)
+        self.notices = Notices(self.subject, self._channel, self.hasher, asked.expect == "ddp")
+
+    def watch(self, batch: Batch | None, loss: Tensor | None, check: bool) -> None:
+        """Look for mistakes that all replicas share, after a training step and before its comparison."""
+        every, step = self._settings.every, self.steps_done + 1
+        if every:
+            self.notices.step(step, batch, loss, is_compared=check or step % every == 0)
 
     def keep_state(self) -> None:
         """Copy the state that the coming step begins with, if that step will be compared."""
@@ -194,16 +204,20 @@ class Engine:
         self.complete()
         self._compare_state()
         self._check(self.steps_done, None, self._start({}), lag=0)
+        self.notices.finish(self.steps_done)
         self._channel.rest()
         taken, compared = self.steps_done - self._settings.steps_done, self._settings.compared
         if self._settings.every and taken and not self.steps_checked and compared <= _PASSED_TO_STEP:
             missing = ", ".join(stage for stage in STAGES if stage in compared)
             log.warning("nothing was compared in %d steps: step() was given none of %s", taken, missing)
         coverage = self._coverage(self._folders.equal_to_reference())
+        warnings = self.notices.warnings
         line = describe_result(coverage, taken, self.steps_checked, self.stages_seen, self._folders.record)
-        verdict = self.divergence or Verdict(agreed=coverage.has_second_copy, cause="none", summary=line)
+        line += count_warnings(warnings)
+        agreed = Verdict(agreed=coverage.has_second_copy, cause="none", summary=line, evidence=list(warnings))
+        verdict = self.divergence or agreed
         digests = self.fingerprints() if self._folders.record else []
-        self._folders.conclude(verdict, coverage, self.steps_checked, self.steps_done, digests)
+        self._folders.conclude(verdict, coverage, self.steps_checked, self.steps_done, digests, warnings)
         if not self._settings.quiet and self._channel.rank == 0:
             log.info(line if self.divergence is None else f"DIVERGED {verdict.summary}")
         return verdict
@@ -212,6 +226,8 @@ class Engine:
         """Release what this object holds, and report to the other ranks the error that only this one raises."""
         self._is_closed = True
         try:
+            if hasattr(self, "notices"):
+                self.notices.close()
             if hasattr(self, "_folders"):  # otherwise the constructor has failed before
                 self._folders.close()
         finally:
@@ -227,6 +243,8 @@ class Engine:
         """Complete the comparison in progress, if there is one, and return the same as `step`."""
         try:
             compared = self._exchange.complete()
+            if compared is not None and self.divergence is None:
+                self._notice(compared)
         except ReplicaLost as error:
             self._conclude(describe_loss(error, self.agreed_until))
             raise
@@ -250,6 +268,12 @@ class Engine:
             if self._settings.on_divergence == "stop":
                 self._raise(self.divergence)
         return self._stop
+
+    def _notice(self, compared: Compared) -> None:
+        """Look for mistakes that all replicas share in a state on which all agree."""
+        outcome = compared.outcome
+        if compared.stages and compared.phase is None and outcome.agreed and not outcome.differs_from_reference:
+            self.notices.compared(compared.step, compared.stages)
 
     def _raise(self, divergence: Verdict) -> None:
         """Write the report, and raise the divergence."""
@@ -283,7 +307,7 @@ class Engine:
         """Write the report of a run that does not finish, without communication."""
         reference = self._folders.reference
         coverage = self._coverage(None if reference is None else (reference.num_steps, reference.stages))
-        self._folders.conclude(verdict, coverage, self.steps_checked, None)
+        self._folders.conclude(verdict, coverage, self.steps_checked, None, (), self.notices.warnings)
 
     def _coverage(self, equal: tuple[int, Collection[str]] | None) -> Coverage:
         settings = self._settings

@@ -16,6 +16,7 @@ from dreplica.agreement.trace.run_metadata import manifest_differences, read_run
 from dreplica.agreement.trace.run_report import REPORT_NAME, RunReport
 from dreplica.agreement.trace.tensor_digests import TensorRecord
 from dreplica.agreement.trace.writer import TraceWriter
+from dreplica.agreement.verdict.evidence import Evidence
 from dreplica.agreement.verdict.verdict import Verdict
 from dreplica.errors import UsageError
 
@@ -106,6 +107,7 @@ class Recording:
         steps_checked: int,
         last_step: int | None,
         fingerprints: Sequence[Mapping[str, str]] = (),
+        warnings: Sequence[Evidence] = (),
     ) -> None:
         """Write `report.json`.
 
@@ -115,8 +117,10 @@ class Recording:
             steps_checked: Number of steps that were hashed and recorded.
             last_step: The step to which `fingerprints` belong, or None if training did not end.
             fingerprints: For each rank, stage name to the digest of its final state.
+            warnings: Warnings about what all ranks share.
         """
         self._report.conclude(verdict)
+        self._report.set_notices(warnings)
         self._report.coverage = coverage
         self._report.steps_checked = steps_checked
         self._report.run.last_step = last_step

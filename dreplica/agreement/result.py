@@ -48,6 +48,12 @@ def describe_result(
     return f"NOT COMPARED {steps}: this process is alone. Pass record= to compare two runs, or start several processes"
 
 
+def count_warnings(warnings: Sequence[Evidence]) -> str:
+    """Return the number of warnings as the end of the line, or an empty string."""
+    count = len(warnings)
+    return f"; {count} {'warning' if count == 1 else 'warnings'}" if count else ""
+
+
 def _fewer(compared: Sequence[str] | None, stages: str) -> str:
     """Return the stages compared with the reference in parentheses, if they are fewer than those in `stages`."""
     listed = ", ".join(compared or ())
@@ -77,6 +83,14 @@ def describe_loss(error: ReplicaLost, agreed_until: int) -> Verdict:
     )
 
 
+class _Formatter(logging.Formatter):
+    """Formatter that says which lines are warnings."""
+
+    def formatMessage(self, record: logging.LogRecord) -> str:  # the name in logging
+        line = super().formatMessage(record)
+        return line.replace("dreplica: ", "dreplica: warning: ", 1) if record.levelno >= logging.WARNING else line
+
+
 def show_log() -> None:
     """Print the log of dreplica to stderr, unless the program has configured logging.
 
@@ -87,6 +101,6 @@ def show_log() -> None:
         handler = logging.StreamHandler()
         # If the program configures logging later, its handlers take over.
         handler.addFilter(lambda record: not logging.getLogger().handlers)
-        handler.setFormatter(logging.Formatter("dreplica: %(message)s"))
+        handler.setFormatter(_Formatter("dreplica: %(message)s"))
         logger.addHandler(handler)
         logger.setLevel(logging.INFO)

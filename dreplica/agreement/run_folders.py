@@ -149,6 +149,7 @@ class RunFolders:
         steps_checked: int,
         last_step: int | None,
         digests: Sequence[Any] = (),
+        warnings: Sequence[Evidence] = (),
     ) -> None:
         """Write the report of the recorded run, on rank 0.
 
@@ -158,9 +159,10 @@ class RunFolders:
             steps_checked: Number of steps that were hashed.
             last_step: The step to which `digests` belong, or None if training did not end.
             digests: For each rank, stage name to the digest of its final state.
+            warnings: Warnings about what all ranks share.
         """
         if self._recording is not None:
-            self._recording.conclude(verdict, coverage, steps_checked, last_step, digests)
+            self._recording.conclude(verdict, coverage, steps_checked, last_step, digests, warnings)
 
     def close(self) -> None:
         """Close the files."""

@@ -9,6 +9,7 @@ from dreplica.agreement.hasher import Hasher
 from dreplica.agreement.kept_state import Original
 from dreplica.agreement.protocol import CombinedDigest
 from dreplica.agreement.reference import ReferenceDifference
+from dreplica.agreement.verdict.evidence import Evidence
 from dreplica.agreement.verdict.verdict import Verdict
 from dreplica.state.stages import Stage
 
@@ -27,6 +28,11 @@ class Results:
     def divergence(self) -> Verdict | None:
         """Verdict of the first difference, or None."""
         return self._engine.divergence
+
+    @property
+    def warnings(self) -> list[Evidence]:
+        """Warnings about what all replicas share, such as a loss of NaN: each has `code`, `text` and `data`."""
+        return self._engine.notices.warnings
 
     @property
     def steps_done(self) -> int:

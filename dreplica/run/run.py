@@ -269,10 +269,17 @@ class Run:
         """Write the report with the verdict, and return the exit code."""
         if self.recorder.report is None:
             self.open_record(new_folder=True)
+        self.record_notices()
         self.recorder.conclude(verdict, self.steps_checked, self.stages_seen)
         if verdict.cause == "none":
             return self.stopped_with or ExitCode.AGREED
         return ExitCode.DIVERGED
+
+    def record_notices(self) -> None:
+        """Write the warnings about what all replicas share, which are logged already, into the report."""
+        if self.agreement is not None and self.recorder.report is not None:
+            self.recorder.report.set_notices(self.agreement.warnings)
+            self.recorder.announced += [each.text for each in self.agreement.warnings]
 
     @property
     def steps_checked(self) -> int:
@@ -299,6 +306,7 @@ class Run:
             traceback.print_exception(error)
             get_error_handler().record_exception(error)
         lost = find_lost_replicas(self.world.monitor, error)
+        self.record_notices()
         steps_done = None if self.agreement is None else self.agreement.steps_done
         seen = self.stages_seen
         self.recorder.conclude_without(lost, error, self.facts.manifests, steps_done, self.steps_checked, seen)

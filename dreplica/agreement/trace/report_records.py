@@ -57,6 +57,14 @@ class NotCompared(Record):
     text: str
 
 
+class Notice(Record):
+    """A warning about what all replicas share, such as a loss of NaN."""
+
+    code: str
+    text: str
+    data: dict[str, Any] = {}
+
+
 class ReferenceCoverage(Record):
     """Comparison with a recorded run."""
 

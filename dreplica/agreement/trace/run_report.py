@@ -20,6 +20,7 @@ from dreplica.agreement.trace.report_records import (
     DivergenceRecord,
     EpochRecord,
     Fingerprints,
+    Notice,
     Record,
     ReplicaInfo,
     RunInfo,
@@ -27,6 +28,7 @@ from dreplica.agreement.trace.report_records import (
     SpreadRecord,
 )
 from dreplica.agreement.trace.run_report_schema1 import upgrade_schema_1
+from dreplica.agreement.verdict.evidence import Evidence
 from dreplica.agreement.verdict.verdict import Verdict
 from dreplica.errors import DreplicaError
 
@@ -62,6 +64,9 @@ class RunReport(Record):
     """Distances after a divergence, one record per epoch."""
     skipped: SkippedSamples = Field(default_factory=SkippedSamples)
     warnings: list[str] = Field(default_factory=list)
+    """All warnings as text."""
+    notices: list[Notice] = Field(default_factory=list)
+    """The warnings about what all replicas share, as data. Their texts are also in `warnings`."""
 
     @field_serializer("verdict")
     def _serialize_verdict(self, verdict: Verdict | None) -> dict[str, Any] | None:
@@ -70,6 +75,11 @@ class RunReport(Record):
     def set_fingerprints(self, digests: Sequence[Mapping[str, str]]) -> None:
         """Set the final digests from one mapping of stages to digests per replica."""
         self.fingerprints = [Fingerprints(replica=index, **stages) for index, stages in enumerate(digests)]
+
+    def set_notices(self, warnings: Sequence[Evidence]) -> None:
+        """Set the warnings about what all replicas share, and add their texts to all warnings."""
+        self.notices = [Notice(**each.as_dict()) for each in warnings]
+        self.warnings += [each.text for each in warnings if each.text not in self.warnings]
 
     def conclude(self, verdict: Verdict) -> None:
         """Set the verdict and the details of its divergence."""
