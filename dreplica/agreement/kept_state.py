@@ -4,6 +4,9 @@ from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from torch import Tensor
+
+from dreplica.agreement.hasher import Hasher
 from dreplica.agreement.subject import Subject
 from dreplica.agreement.verdict.verdict import Verdict
 from dreplica.state.replica import LoopParts
@@ -25,6 +28,17 @@ class Original:
     """The state that the step began with; None if it was not kept."""
     is_ddp: bool
     """True if replicas are the ranks of one data-parallel model, each with its own batch."""
+    hasher: Hasher
+    """What computed the digests."""
+
+    def observe(self) -> dict[str, Stage]:
+        """Return the digests of the present state, as the comparison computes them."""
+        entries = self.subject.after_step(None, None, None, None)
+        return self.hasher.start({name: entries[name] for name in self.stages if name in entries}).stages
+
+    def digest(self, name: str, tensor: Tensor) -> bytes:
+        """Return the digest of a tensor under a name, as the comparison computes it."""
+        return self.hasher.start({"": [(name, tensor)]}).stages[""].digests
 
 
 class KeptStates:

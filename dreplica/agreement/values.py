@@ -48,16 +48,21 @@ def describe_values(names: Sequence[str], rows: Sequence[Mapping[str, str]]) -> 
     values = {}
     for name in names:
         column = [row.get(name) for row in rows]
-        groups: dict[str, list[int]] = {}
-        for replica, value in enumerate(column):
-            if value is not None:
-                groups.setdefault(value, []).append(replica)
-        if len(groups) > 1:
+        if len(set(column) - {None}) > 1:
             values[name] = column
-            text = ", ".join(f"{value} on replica {_spell(ids)}" for value, ids in groups.items())
+            text = spell_values(column)
             texts.setdefault((name.rpartition(".")[2], text), []).append(name)
     lines = [f"{same[0] if len(same) == 1 else f'*.{key} ({len(same)})'} {text}" for (key, text), same in texts.items()]
     return [Evidence.of("values-differ", some="; ".join(lines), values=values)] if lines else []
+
+
+def spell_values(column: Sequence[str | None]) -> str:
+    """Return a value per replica in words: `0.1 on replica 0, 2, 0.5 on replica 1`. None values are left out."""
+    groups: dict[str, list[int]] = {}
+    for replica, value in enumerate(column):
+        if value is not None:
+            groups.setdefault(value, []).append(replica)
+    return ", ".join(f"{value} on replica {_spell(ids)}" for value, ids in groups.items())
 
 
 def drawn_on_some(generators: Sequence[str], not_drawn: Sequence[Collection[str]]) -> list[Evidence]:

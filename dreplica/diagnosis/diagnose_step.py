@@ -1,23 +1,23 @@
 """`dreplica.diagnose`: the cause of a divergence in a custom training loop."""
 
 import socket
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
 
-from dreplica.agreement.agreement import Batch
+from dreplica.agreement.agreement import Agreement, Batch
+from dreplica.agreement.kept_state import Original
 from dreplica.agreement.subject import Models, Subject
 from dreplica.agreement.verdict.evidence import Evidence
-from dreplica.agreement.verdict.location import describe, first_difference
 from dreplica.agreement.verdict.remedy import Remedy
-from dreplica.agreement.verdict.verdict import Verdict, split_into_groups, suspects_of
-from dreplica.diagnosis.decision.code_remedies import as_code
-from dreplica.diagnosis.decision.conclude import conclude
+from dreplica.agreement.verdict.verdict import Verdict
 from dreplica.diagnosis.decision.decide import decide
-from dreplica.diagnosis.decision.decide_layout import explained_by_order, find_layout, structure_verdict
+from dreplica.diagnosis.decision.decide_layout import find_layout, structure_verdict
+from dreplica.diagnosis.decision.equal_values import describe_values, find_equal_values, what_of
 from dreplica.diagnosis.decision.facts import RunFacts
+from dreplica.diagnosis.decision.loop_verdicts import all_agree, diverged, failed, finish, kept_remedies, unexplained
 from dreplica.diagnosis.decision.overrides import divides_as
 from dreplica.diagnosis.decision.rules import may_be_hardware, name_in
 from dreplica.diagnosis.diagnose_run import as_verdict, close_replayer, field_evidence
@@ -27,17 +27,18 @@ from dreplica.diagnosis.evidence.observation import (
     Witness,
     could_have_made,
     difference_behind,
-    first_stage,
     with_findings,
     with_lines,
 )
 from dreplica.diagnosis.evidence.observation import first_difference as first_operator
 from dreplica.diagnosis.evidence.place import findings_of_replays
 from dreplica.diagnosis.measurement.full_tensors import compare_outputs
+from dreplica.diagnosis.replay.own_runs import groups_of, run_with_own
 from dreplica.diagnosis.replay.replay_run import Replayed
 from dreplica.diagnosis.replay.replay_step import NO_INDICES, Repeated
-from dreplica.diagnosis.replay.shared_state import share_state
-from dreplica.diagnosis.replay.state_layout import LayoutDifferences, gather_layouts
+from dreplica.diagnosis.replay.reproduction import original_digests
+from dreplica.diagnosis.replay.start import begin
+from dreplica.diagnosis.replay.state_layout import gather_layouts
 from dreplica.distributed.attempt import AttemptFailed, attempt
 from dreplica.distributed.channel import Channel
 from dreplica.distributed.control import channel_of_body
@@ -46,9 +47,7 @@ from dreplica.distributed.process_group import World
 from dreplica.environment.device import Device
 from dreplica.environment.manifest import Difference, collect_manifest, compare_manifests, gather_manifests
 from dreplica.errors import UsageError
-from dreplica.state.stages import STAGES, Optimizers, Stage
-
-_COLLECTIVES = ("c10d.", "_c10d_functional.")
+from dreplica.state.stages import STAGES, Optimizers
 
 
 def diagnose(
@@ -59,21 +58,29 @@ def diagnose(
     *,
     others: Sequence[Any] = (),
     found: Verdict | None = None,
+    agreement: Agreement | None = None,
     channel: Channel | None = None,
 ) -> Verdict:
-    """Run a training step twice on every replica, from one state, and locate the first operator that differs.
+    """Replay a training step on every replica, and find the cause of a divergence in it.
 
     ```python
+    agreement.keep_state()
+    loss = training_step(batch)
     try:
         agreement.step(batch=batch, loss=loss)
-    except dreplica.Divergence as divergence:
-        verdict = dreplica.diagnose(training_step, batch, model, optimizer, found=divergence.verdict)
-        print(verdict.cause, verdict.operator)
+    except dreplica.Divergence:
+        verdict = dreplica.diagnose(training_step, batch, model, optimizer, agreement=agreement)
+        print(verdict)
     ```
 
-    If replicas hold different states, all use the state of the first replica of the largest group during the
-    diagnosis. Afterwards model, optimizer, `others` and the global generators are restored byte for byte. Anything else
-    that the step changes (its own counter, a file) stays changed. The verdict's step and epoch are those of `found`.
+    With an `agreement` that has kept the state (`Agreement.keep_state`), each replica replays the step from the state
+    that it had, and the replays are compared with the original step. Otherwise all replicas get the present tensors of
+    the first replica of the largest group, if they differ. In both cases each replica keeps its own generators,
+    settings of optimizers and schedulers, modes and plain attributes. What differs of these is then made equal, one by
+    one, to see whether the divergence is gone.
+
+    Afterwards model, optimizer, `others` and the global generators are restored byte for byte. Anything else that the
+    step changes (its own counter, a file) stays changed. The verdict's step and epoch are those of the divergence.
 
     Note:
         Collective: call it on every rank, with the same batch.
@@ -88,7 +95,8 @@ def diagnose(
             run.
         optimizer: The optimizer of the model, or several optimizers by name.
         others: Further objects with a `state_dict` that the step changes, such as a scheduler or a GradScaler.
-        found: The verdict of the `Divergence` to explain.
+        found: The verdict of the `Divergence` to explain. By default, that of `agreement`.
+        agreement: The `Agreement` that has found the divergence.
         channel: Internal, may change without notice: the control channel. By default, a new gloo group of all ranks.
 
     Returns:
@@ -102,28 +110,35 @@ def diagnose(
     """
     if channel is None:
         with channel_of_body() as own:
-            return diagnose(step, batch, model, optimizer, others=others, found=found, channel=own)
+            given = {"others": others, "found": found, "agreement": agreement, "channel": own}
+            return diagnose(step, batch, model, optimizer, **given)  # type: ignore[arg-type]
     world = World(channel.rank, channel.size, channel, None, socket.gethostname())
-    subject = world.together(lambda: _subject(model, optimizer, others))
+    original = None if agreement is None else agreement.original
+    if found is None and original is not None:
+        found = original.found
+    subject = world.together(lambda: _subject(model, optimizer, others, original))
     facts = RunFacts(channel.size)
     try:
         facts, differing = _environment(subject, world)
         repeated = attempt(channel, lambda: Repeated(step, batch, subject))
     except AttemptFailed as error:
-        return _conclude(_failed(found, channel, error), facts)
+        return finish(failed(found, channel, error), facts)
     try:
-        verdict = _diagnose(repeated, found, channel, differing)
+        verdict = _diagnose(repeated, found, original, channel, differing)
     except AttemptFailed as error:
-        verdict = _failed(found, channel, error)
+        verdict = failed(found, channel, error)
     except BaseException:  # Ctrl-C, or a lost replica: the replicas cannot agree on anything any more.
         repeated.close()
         raise
-    return _conclude(close_replayer(verdict, repeated, channel), facts)
+    return finish(close_replayer(verdict, repeated, channel), facts)
 
 
-def _subject(model: Models, optimizer: Optimizers, others: Sequence[Any]) -> Subject:
+def _subject(model: Models, optimizer: Optimizers, others: Sequence[Any], original: Original | None) -> Subject:
     try:
+        if original is not None:
+            optimizer, others = optimizer or original.subject.optimizers, others or original.subject.others
         subject = Subject(model, optimizer, others)
+        is_other = original is not None and _objects(subject) != _objects(original.subject)
     except UsageError:
         raise
     except Exception as error:  # the other replicas would wait for this one
@@ -135,64 +150,77 @@ def _subject(model: Models, optimizer: Optimizers, others: Sequence[Any]) -> Sub
             "model.module, a step that calls it, and the same batch on all ranks, which must then get the same result.",
             code="ddp-model",
         )
+    if is_other:
+        raise UsageError(
+            "agreement compares another model, optimizer or others than those passed. Pass the same ones, under the "
+            "same names, as to dreplica.Agreement.",
+            code="other-subject",
+        )
     return subject
 
 
-def _diagnose(repeated: Repeated, found: Verdict | None, channel: Channel, differing: Sequence[Difference]) -> Verdict:
+def _objects(subject: Subject) -> Any:
+    """Return the identities of everything whose state is kept."""
+    parameters = {name: id(parameter) for name, parameter in subject.model.named_parameters()}
+    return parameters, {name: id(each) for name, each in subject.optimizers.items()}, list(map(id, subject.others))
+
+
+def _diagnose(
+    repeated: Repeated,
+    found: Verdict | None,
+    original: Original | None,
+    channel: Channel,
+    differing: Sequence[Difference],
+) -> Verdict:
     batches = channel.gather(repeated.batch)
     layouts = gather_layouts(repeated.parts, repeated.given, channel)
-    if len(_groups(batches)) > 1:
-        verdict = _diverged(found, "replicas were given different batches", batches).with_(cause="batch-differs")
+    if len(groups_of(batches)) > 1:
+        verdict = diverged(found, "replicas were given different batches", batches).with_(cause="batch-differs")
         return verdict if layouts.batch is None else verdict.with_(evidence=[*verdict.evidence, layouts.batch])
     structure = layouts.structure()
     if structure is not None:
         return structure_verdict(structure, found)
     repeated.by_name = layouts.order is not None
-    lines = _begin(repeated, channel.gather(attempt(channel, repeated.state)), channel)
-    first, second = attempt(channel, lambda: (repeated.again(), repeated.again()))
-    runs = list(zip(*channel.gather((first.stages, second.stages)), strict=True))
-    if len(_groups(runs[0])) == 1 < len(_groups(runs[1])):
-        first, second, runs = second, first, runs[::-1]
-    stage = first_stage([{name: made.digest for name, made in row.items()} for row in runs[0]])
-    witnesses = channel.gather(_witness(first, second, stage))
-    talks = sorted({r.name for row in witnesses for r in row.records if r.name.startswith(_COLLECTIVES)})
-    if talks:
-        line = Evidence.of("step-communicates", operators=talks)
-        return _unexplained(found, channel, "the step could not be diagnosed", [*lines, line])
-    if stage is None and all(row.first == row.second for row in witnesses):
-        return _all_agree(found, channel, lines, layouts)
+    start = begin(repeated, original, found, channel)
+    done = run_with_own(repeated, start, found, original, channel)
+    runs, stage = done.runs, done.runs.stage
+    lines = [*start.lines, *done.equalised]
+    if runs.collectives:
+        line = Evidence.of("step-communicates", operators=runs.collectives)
+        return unexplained(found, channel, "the step could not be diagnosed", [*lines, line])
+    if done.without_effect:
+        lines += describe_values(done.without_effect)
+        lines.append(Evidence.of("equal-values-diverge", what=what_of(done.without_effect)))
+    witnesses = channel.gather(replace(_witness(runs.first, runs.second, stage), findings=done.findings))
+    originals = original_digests([row.first for row in witnesses], done.reproductions) if done.reproductions else None
+    if done.reproductions and originals is None:
+        lines.append(Evidence.of("original-not-reproduced"))
+    if originals is not None:
+        witnesses = [replace(row, original=each) for row, each in zip(witnesses, originals, strict=True)]
+    if stage is None and runs.repeats and all(row.original == row.first for row in witnesses):
+        return all_agree(found, channel, start, lines, layouts)
     if stage is None:
-        verdict = _unexplained(found, channel, "the step does not give the same result twice", [])
+        summary = "the step does not give the same result twice"
+        verdict = unexplained(found, channel, summary, [])
     else:
-        verdict = _diverged(found, "run from one state, the step diverges", runs[0])
+        how = "from the state that each replica had" if start.kept else "run from one state"
+        verdict = diverged(found, f"{how}, the step diverges", runs.rows)
     decision = decide(witnesses, {}, differing)
+    decision = find_equal_values(decision, done.needed, witnesses, stage, found, start.is_ddp)
+    if start.equalised:
+        decision = with_findings(decision, Finding(Kind.EQUALISED))
     arbitrates = may_be_hardware(decision)
     decision = compare_outputs(decision, repeated, NO_INDICES, channel, arbitrates=arbitrates, votes=False)
     decision = _find_varying(decision, witnesses)
-    decision = _find_differences(decision, stage, found, differing)
+    decision = _find_differences(decision, stage, None if originals is not None else found, differing)
     decision = name_in(find_layout(decision, witnesses, layouts, stage, found))
     verdict = as_verdict(verdict, replace(decision, evidence=[*lines, *decision.evidence]))
+    if decision.cause == "unexplained":
+        return verdict.with_(remedy=verdict.remedy or kept_remedies(found))
     if decision.cause != "environment-differs":
         return verdict
     fields = [row.field for row in differing if not row.allowed]
     return verdict.with_(remedy=[Remedy.of("set-field-alike", field=field) for field in fields])
-
-
-def _begin(repeated: Repeated, states: Sequence[Mapping[str, Stage]], channel: Channel) -> list[Evidence]:
-    """Make all replicas begin with one state. Collective. Returns evidence if their states differed."""
-    groups = _groups(states)
-    lines = []
-    if len(groups) > 1:
-        source, place = groups[0][0], first_difference([0] * channel.size, states)
-        share_state(repeated.parts, source, channel)
-        where = f"{place.stage}, {place.tensor}" if place.tensor else place.stage
-        lines.append(Evidence.of("state-shared", place=where, replica=source))
-    attempt(channel, repeated.begin)
-    return lines
-
-
-def _groups(rows: Sequence[Mapping[str, Stage]]) -> list[list[int]]:
-    return split_into_groups([b"".join(stage.digest for stage in row.values()) for row in rows])
 
 
 def _witness(first: Replayed, second: Replayed, stage: str | None) -> Witness:
@@ -214,23 +242,6 @@ def _witness(first: Replayed, second: Replayed, stage: str | None) -> Witness:
         sample_digests=[],
         layout=first.layout,
     )
-
-
-def _all_agree(found: Verdict | None, channel: Channel, lines: list[Evidence], layouts: LayoutDifferences) -> Verdict:
-    """Return the verdict on a step that gives the same result on every replica, both times."""
-    order = layouts.order
-    lines = [*lines, *(line for line in (order, layouts.modes) if line is not None)]
-    if order is not None and explained_by_order(found):
-        groups = split_into_groups([repr(name).encode() for name in order.data["names"]])
-        summary = "replicas hold the same values under the same names, in different orders"
-        own = Verdict(False, "order-differs", f"{summary}; groups {groups}", stage=order.data["stage"], groups=groups)
-        verdict = found or own.with_(suspects=suspects_of(groups))
-        return verdict.with_(cause="order-differs", remedy=[], evidence=[*verdict.evidence, *lines])
-    if found is not None:
-        return _unexplained(found, channel, "", [*lines, Evidence.of("step-agrees")])
-    replicas = f"{channel.size} replica{'s' * (channel.size > 1)}"
-    summary = f"{replicas}: from one state, the step gives bit-identical results on each, both times"
-    return Verdict(True, "none", summary, groups=[list(range(channel.size))], evidence=lines)
 
 
 def _find_varying(decision: Decision, witnesses: Sequence[Witness]) -> Decision:
@@ -274,30 +285,3 @@ def _environment(subject: Subject, world: World) -> tuple[RunFacts, list[Differe
     differing = compare_manifests(manifests, {})
     allowed = [difference for difference in differing if difference.allowed]
     return RunFacts(world.num_replicas, differences=allowed, manifests=manifests), differing
-
-
-def _diverged(found: Verdict | None, how: str, rows: Sequence[Mapping[str, Stage]]) -> Verdict:
-    place = first_difference([0] * len(rows), rows)
-    where = ", ".join(part for part in (place.stage, place.tensor) if part)
-    summary = f"{how}: {where}; groups {place.groups}"
-    verdict = describe(place, None, len(rows)).with_(summary=summary, step=None, remedy=[])
-    return verdict if found is None else verdict.with_(step=found.step, epoch=found.epoch)
-
-
-def _unexplained(found: Verdict | None, channel: Channel, summary: str, lines: list[Evidence]) -> Verdict:
-    if found is not None:
-        kept = [remedy for remedy in found.remedy if remedy.code != "diagnose-step"]
-        return found.with_(cause="unexplained", remedy=kept, evidence=[*found.evidence, *lines])
-    return Verdict(False, "unexplained", summary, groups=[list(range(channel.size))], evidence=lines)
-
-
-def _failed(found: Verdict | None, channel: Channel, error: AttemptFailed) -> Verdict:
-    line = Evidence.of("replay-failed", error=error)
-    return _unexplained(found, channel, "the step could not be replayed", [line])
-
-
-def _conclude(verdict: Verdict, facts: RunFacts) -> Verdict:
-    if verdict.agreed:
-        return verdict
-    concluded = conclude(verdict, facts)
-    return concluded.with_(remedy=as_code(concluded.remedy))

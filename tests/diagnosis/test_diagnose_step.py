@@ -147,7 +147,8 @@ def _all_loops(world: World) -> dict[str, tuple[Verdict, bool]]:
         torch.rand(3)
     diverged = Verdict(False, "unexplained", "diverged", step=7, epoch=2, stage="weights", tensor="head.bias")
     found["diverged"] = ask(loop)
-    found["diverged, and explained"] = ask(loop, found=diverged.with_(groups=[[0], [1]]))
+    agreed = {stage: [[0, 1]] for stage in ("batch", "buffers", "output", "gradients", "rng")}
+    found["diverged, and explained"] = ask(loop, found=diverged.with_(groups=[[0], [1]], stage_groups=agreed))
 
     loop = make(only_on_one)
     found["if, diverged before"] = ask(loop, found=diverged.with_(stage="batch", tensor="inputs", groups=[[0], [1]]))
@@ -178,8 +179,8 @@ EXPECTED: dict[str, tuple[str, str | None, str | None]] = {
     "talking": ("unexplained", None, None),
     "weight of classes": ("unexplained", "output", "aten.nll_loss_forward.default"),
     "batch": ("batch-differs", "batch", None),
-    "diverged": ("none", None, None),
-    "diverged, and explained": ("unexplained", "weights", None),
+    "diverged": ("hyperparameter-differs", "optimizer", "aten.mul_.Tensor"),
+    "diverged, and explained": ("hyperparameter-differs", "optimizer", "aten.mul_.Tensor"),
     "if, diverged before": ("unexplained", "output", "aten.mul.Tensor"),
     "if, explained": ("structure-differs", "output", "aten.mul.Tensor"),
     "other tensors": ("structure-differs", "weights", None),
@@ -402,7 +403,7 @@ def test_faults_in_a_compiled_loop() -> None:
     diverged, asked, other_line = one
     assert (diverged.step, diverged.stage, diverged.tensor) == (2, "weights", "head.weight")
     assert asked.cause == "unexplained"
-    assert asked.evidence[-1].code == "step-agrees"
+    assert asked.evidence[-1].code == "step-agrees-equalised"
     assert (other_line.cause, other_line.stage, other_line.operator) == (
         "structure-differs",
         "output",

@@ -325,9 +325,30 @@ EVIDENCE: Mapping[str, str] = {
     ),
     "modes-differ": "modules are not in the same mode: {places}",
     "step-communicates": ("the step communicates ({operators}): what one replica computes depends on the others"),
-    "step-agrees": (
-        "taken twice from one state, the step gives the same result on every replica: something outside of it caused "
-        "the divergence, such as a random draw, a setting or a file, or it happened only once"
+    "step-agrees-equalised": (
+        "from that state, the step agrees on all replicas, both times: the cause may be in what was made equal, in "
+        "code outside of the step function, or in something that happened only once"
+    ),
+    "step-agrees-own": (
+        "with each replica's own generators and settings, the step agrees on all replicas, both times: the cause may "
+        "be in code outside of the step function, or in something that happened only once"
+    ),
+    "state-differed-before": "replicas already differed before this step ({place}): the divergence began earlier",
+    "original-not-reproduced": (
+        "no replica reproduces its original step: the step function does not do all that the loop does between "
+        "keep_state() and step(), or depends on more than the state that was kept"
+    ),
+    "own-values-differ": "{what}: {some}",
+    "equal-values-agree": "with {what} made equal, the step agrees on all replicas",
+    "equal-values-diverge": "with {what} made equal, the replicas diverge nevertheless",
+    "values-equalised": (
+        "made equal for the replays: {what}. With values of their own, replicas would diverge in {stage}, which had "
+        "agreed"
+    ),
+    "first-draw-differs": "first draw that differs: {some}",
+    "draws-by-design": (
+        "ranks of DistributedDataParallel may draw different numbers in the forward pass: this alone does not explain "
+        "different gradients or weights"
     ),
     "vote-only": (
         "only the majority shows which side is wrong, and the tensors of some replicas may have another memory layout"

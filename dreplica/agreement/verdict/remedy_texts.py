@@ -377,6 +377,11 @@ REMEDIES: Mapping[str, RemedyTemplate] = {
         "replays the step on all replicas and names the operator at which they diverge",
         "dreplica.diagnose(train_step, batch, model, optimizer)",
     ),
+    "keep-state": RemedyTemplate(
+        "at the start of each step, and pass agreement=agreement to dreplica.diagnose: it then replays the step from "
+        "the state that it had",
+        "agreement.keep_state()",
+    ),
     "compare-every-step": RemedyTemplate(
         "so that the step can be replayed from a recent snapshot",
         settings={"agreement.every": 1, "agreement.snapshot_every": 10},

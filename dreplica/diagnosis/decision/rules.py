@@ -111,7 +111,7 @@ RULES = (
         any_of={Kind.OPERATOR_MADE_IT, Kind.OPERATOR_VARIES, Kind.OTHER_OPERATORS},
         excludes={Kind.UNWRITTEN_MEMORY, _ONE_TIME},
     ),
-    _rule("host-value-differs", Kind.OTHER_HOST_VALUE, excludes={Kind.EQUALISED, _ONE_TIME}),
+    _rule("host-value-differs", Kind.OTHER_HOST_VALUE, excludes={_ONE_TIME}),
     _rule(
         "structure-differs",
         Kind.OTHER_OPERATORS,

@@ -12,7 +12,9 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from dreplica.agreement.agreement import Batch
 from dreplica.agreement.subject import Subject
+from dreplica.diagnosis.evidence.aftermath import Aftermath, plain_values, stage_tensors
 from dreplica.diagnosis.evidence.provenance import DIGEST_BYTES, Contents, state_tensors
+from dreplica.diagnosis.replay.own_values import DifferingValue, write_values
 from dreplica.diagnosis.replay.replay_run import Replayed, layout
 from dreplica.diagnosis.tracing.op_tracer import OpRecord, OpTracer
 from dreplica.state.replica import LoopParts
@@ -21,6 +23,13 @@ from dreplica.state.stages import STAGES, Stage, batch_stage, make_stage
 
 NO_INDICES = torch.empty(0, dtype=torch.int64)
 """Placeholder: the step is given its batch, so no samples are loaded."""
+
+
+class StepExit(Exception):
+    """The step function called `sys.exit`."""
+
+    def __init__(self, code: Any) -> None:
+        super().__init__(f"the step function called sys.exit({'' if code is None else repr(code)})")
 
 
 class Repeated:
@@ -37,6 +46,10 @@ class Repeated:
         batch: Digests of the batch, by stage.
         by_name: Set it to compare the entries of each stage in the order of their names, where replicas have the same
             ones in different orders.
+        equal: Set it to values that every replay begins with, instead of this replica's own.
+        before: The state that every replay begins with; None before `begin`.
+        returned: The tensors that the last replay returned.
+        present: Snapshot of the state from before the replays.
     """
 
     def __init__(self, step: Callable[[Any], Any], batch: Batch, subject: Subject) -> None:
@@ -44,19 +57,29 @@ class Repeated:
         self.batch = {"batch": batch_stage(batch)}
         self.by_name = False
         self.given = batch
+        self.equal: Sequence[DifferingValue] = ()
+        self.returned: list[Tensor] = []
         self._step, self._subject = step, subject
-        self._present = take_snapshot(self.parts)
-        self._before: Snapshot | None = None
+        self._undo: list[Callable[[], None]] = []
+        self.present = take_snapshot(self.parts)
+        self.before: Snapshot | None = None
 
     def state(self) -> dict[str, Stage]:
         """Return the digests of the present state, by stage."""
         return {name: self._ordered(make_stage(entries)) for name, entries in self._subject.state().items()}
 
-    def begin(self) -> None:
-        """Clear the gradients, and take the present state as the start of every replay."""
+    def restore(self, before: Snapshot) -> None:
+        """Restore the state that the step began with."""
+        restore_snapshot(self.parts, before)
+
+    def clear_gradients(self) -> None:
+        """Remove the gradients, which are those of the step that has diverged."""
         for parameter in self.parts.model.parameters():
             parameter.grad = None
-        self._before = take_snapshot(self.parts)
+
+    def begin(self) -> None:
+        """Take the present state as the start of every replay."""
+        self.before = take_snapshot(self.parts)
 
     def again(self, indices: Tensor = NO_INDICES, capture: int | None = None) -> Replayed:
         """Replay the step.
@@ -65,16 +88,17 @@ class Repeated:
             indices: Not used.
             capture: Position of the operator whose tensors to capture. None to record every operator.
         """
-        assert self._before is not None, "begin() comes first"
-        restore_snapshot(self.parts, self._before)
+        assert self.before is not None, "begin() comes first"
+        self._restore(self.before)
+        self._undo = write_values(self.parts, self.equal)
         batch = tree_map(lambda leaf: leaf.detach().clone() if isinstance(leaf, Tensor) else leaf, self.given)
         inputs = [leaf for leaf in tree_leaves(batch) if isinstance(leaf, Tensor)]
         state = [*state_tensors(self.parts), *inputs]
         tracer = OpTracer(self.parts.optimizers, capture, self._subject.given, generators=True, state=state)
         with _gradients_used(self._subject) as gradients, tracer:
-            returned = self._step(batch)
+            returned = self._call(batch)
         tracer.records = _with_turns(tracer.records)
-        outputs = [leaf for leaf in tree_leaves(returned) if isinstance(leaf, Tensor)]
+        outputs = self.returned = [leaf.detach() for leaf in tree_leaves(returned) if isinstance(leaf, Tensor)]
         made = self.state()
         made["gradients"] = self._ordered(_joined(gradients or [make_stage(self._subject.gradients())]))
         if outputs:
@@ -82,6 +106,12 @@ class Repeated:
         stages = {name: made[name] for name in STAGES if name in made}
         generator = torch.get_rng_state().numpy().tobytes()
         return Replayed(stages, tracer, _all_accounted(tracer), generator, layout(self.parts.model, inputs))
+
+    def _call(self, batch: Any) -> Any:
+        try:
+            return self._step(batch)
+        except SystemExit as error:  # it would end this process, and the other replicas would wait for it
+            raise StepExit(error.code) from error
 
     def _ordered(self, stage: Stage) -> Stage:
         if not self.by_name:
@@ -94,9 +124,21 @@ class Repeated:
         tensor = take_snapshot(self.parts).find(stage, name)
         return None if tensor is None else tensor.cpu()
 
+    def aftermath(self, snapshot: Snapshot | None = None) -> Aftermath:
+        """Return what a snapshot shows that a run of the step has left, by default the present state."""
+        snapshot = snapshot or take_snapshot(self.parts)
+        values, own = plain_values(self.parts, snapshot)
+        return Aftermath(stage_tensors(snapshot), snapshot.rng, own, values)
+
     def close(self) -> None:
         """Restore the state from before the replays, byte for byte."""
-        restore_snapshot(self.parts, self._present)
+        self._restore(self.present)
+
+    def _restore(self, snapshot: Snapshot) -> None:
+        for write in reversed(self._undo):
+            write()
+        self._undo = []
+        restore_snapshot(self.parts, snapshot)
 
 
 @contextmanager
