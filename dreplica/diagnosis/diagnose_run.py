@@ -16,7 +16,7 @@ from dreplica.data.samples import describe
 from dreplica.diagnosis.decision.decide import decide
 from dreplica.diagnosis.decision.facts import RunFacts
 from dreplica.diagnosis.decision.nondeterministic_ops import is_picked_by_timing, may_vary
-from dreplica.diagnosis.decision.rules import may_be_hardware, name_in
+from dreplica.diagnosis.decision.rules import HARDWARE, may_be_hardware, name_in
 from dreplica.diagnosis.evidence.data_source import compare_held, describe_held
 from dreplica.diagnosis.evidence.finding import Finding, Kind
 from dreplica.diagnosis.evidence.observation import (
@@ -273,6 +273,8 @@ def as_verdict(found: Verdict, decision: Decision) -> Verdict:
         phase=record.phase if record else None,
         evidence=[*found.evidence, *decision.evidence],
     )
+    if cause in HARDWARE:  # whose first remedy says what was excluded
+        return verdict.with_(remedy=[])
     remedy = found.remedy or advise(verdict) or (_remedy(decision) if cause == "unexplained" else [])
     return verdict.with_(remedy=remedy)
 

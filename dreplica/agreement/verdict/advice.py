@@ -51,6 +51,12 @@ _HELD_DIFFER = ("data-split-differs", "data-names-moved", "data-rows-moved", "da
 ADVICE = (
     # Generators that nothing has seeded.
     _advice("seed-generators", "generators-unseeded", about="generators-unseeded", causes=(*_OPEN, *_BY_CAUSE)),
+    # A difference that happened once, and is not known to be a few bits.
+    *(
+        _advice(remedy, code, causes=("unexplained",))
+        for code in ("original-spread", "original-tensor-gone")
+        for remedy in ("look-for-code-once", "rerun-from-agreement", "watch-hardware")
+    ),
     # The build.
     _advice("ddp-broadcast-build", Sign.BUILD, Sign.DDP, but_not=(Sign.WRAPPED, Sign.ONE_SIDED, FIRST["rng"])),
     _advice("ddp-write-alike", Sign.BUILD, Sign.DDP, Sign.WRAPPED, FIRST["weights"], but_not=(Sign.ONE_SIDED,)),

@@ -270,6 +270,10 @@ EVIDENCE: Mapping[str, str] = {
     ),
     "memory-writer": "the original contents were written by operator {index}, {operator}",
     "elements-differ": "{difference}",
+    "original-spread": (
+        "replica {replica}: one wrong value in the middle of the step spreads like this, whether a fault or code that "
+        "ran once made it"
+    ),
     "original-tensor-gone": (
         "replica {replica}: the original values of {stage} were overwritten by a later step, so it is unknown how many "
         "bits differed: a fault cannot be told from code that ran once"

@@ -345,6 +345,10 @@ REMEDIES: Mapping[str, RemedyTemplate] = {
         "excluded: {excluded}. Not excluded: code that writes past PyTorch's operators (NumPy, a C extension), and "
         "libraries or firmware that differ in the same version. Look for these before you suspect the hardware"
     ),
+    "look-for-code-once": RemedyTemplate(
+        "look for code that ran once on that replica: a callback, monitoring, the first call of something, another "
+        "thread. If there is none, suspect the hardware"
+    ),
     "rerun-from-agreement": RemedyTemplate(
         "run again from the last agreed state: results after the fault cannot be trusted"
     ),

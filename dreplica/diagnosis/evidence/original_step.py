@@ -147,7 +147,7 @@ def find_size(change: Change, spreads: bool, proof: str | None, replica_id: int)
         return [Finding(Kind.MANY_TENSORS, [line], [replica_id])]
     if not spreads and bits is not None and bits > MOST_FLIPPED_BITS:
         return [Finding(Kind.MANY_BITS, [line], [replica_id])]
-    return [Finding(Kind.SPREAD, [line], [replica_id])]
+    return [Finding(Kind.SPREAD, [line, Evidence.of("original-spread", replica=replica_id)], [replica_id])]
 
 
 def find_generator_size(original: Aftermath, replayed: Aftermath, replica_id: int) -> list[Finding]:
