@@ -203,7 +203,7 @@ def test_bits_that_are_still_there_are_compared_with_the_replay() -> None:
         trained.replica.model.body[5].weight[0, 2] *= -1.0
     verdict = diagnosed(trained, NUM_STEPS, without(trained.stages[NUM_STEPS], "weights"))
     line = text_of(verdict.evidence, "original-elements-differ")
-    assert "in 1 of 6 tensors of weights, in 1 elements and 1 bits: body.5.weight: 1 of 2560 elements differ" in line
+    assert "weights: tensors 1 of 6, elements 1, bits 1: body.5.weight: 1 of 2560 elements differ" in line
     assert "index [0, 2]" in line
     earlier = diagnosed(trained, 2, without(trained.stages[2], "weights"))
     assert "original-elements-differ" not in codes(earlier.evidence)
