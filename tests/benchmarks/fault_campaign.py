@@ -117,8 +117,6 @@ def judge(fault: FaultConfig, tensor: str | None, trial: Trial, clean: Trial) ->
         return "WRONG SUSPECT" if verdict.suspects else "NO SUSPECT"
     if not fault.repeat and verdict.cause == "unexplained":
         return verdict.cause
-    if verdict.cause == "unexplained":
-        return "unexplained"
     if verdict.cause != ("persistent-fault" if fault.repeat else "transient-fault"):
         return f"WRONG CAUSE ({verdict.cause})"
     return verdict.cause
@@ -154,8 +152,6 @@ def campaign(world: World, num_faults: int, clean_steps: int, seed: int, device:
         print_table(table, num_faults, clean_steps, false_alarms, world.num_replicas)
     outcomes = sum(table.values(), Counter())
     unexplained = outcomes["unexplained"] / max(1, outcomes.total() - outcomes["masked"])
-    if world.is_coordinator:
-        print(f"unexplained: {100 * unexplained:.1f} % of the faults that are not masked")
     return not false_alarms and unexplained <= MOST_UNEXPLAINED and not any(map(is_wrong, outcomes))
 
 

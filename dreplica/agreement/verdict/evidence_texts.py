@@ -130,6 +130,10 @@ EVIDENCE: Mapping[str, str] = {
         "{some}"
     ),
     "original-whole-difference": "this is the whole difference of replica {replica}: {proof}",
+    "original-activation-flipped": (
+        "replica {replica}: a replay in which {places} of the output of {module} is flipped gives all results of the "
+        "original step"
+    ),
     "original-step-wrote": (
         "replica {replica}: in-place operators wrote more often or less often in the original step than in its replay "
         "to {some}"

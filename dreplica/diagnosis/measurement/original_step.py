@@ -4,11 +4,14 @@ A change is proved to be whole by intervention: the replay is repeated with exac
 every digest of the original step.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from dreplica.data.loading.loader import Batch
 from dreplica.diagnosis.evidence.aftermath import Aftermath, Change, compare_tensors
@@ -23,6 +26,7 @@ from dreplica.diagnosis.evidence.original_step import (
     reads_values,
 )
 from dreplica.diagnosis.evidence.tensor_diff import Difference
+from dreplica.diagnosis.measurement.activation_flip import find_activation_flip, flipped_activation
 from dreplica.diagnosis.replay.replay_run import Replayer
 from dreplica.diagnosis.tracing.op_tracer import OpRecord
 from dreplica.state.fingerprint.changed_word import recover_tensor
@@ -77,7 +81,11 @@ def examine_original(
     change = _change(stage, original, stages, happened, replayed)
     if stage == "output" and proof is not None:  # the loss follows from the logits
         change = replace(change, names=[name for name in change.names if name != "loss"])
-    findings += find_size(change, spreads, proof, replica_id)
+    sizes = find_size(change, spreads, proof, replica_id)
+    if not findings and [each.kind for each in sizes] == [Kind.SPREAD] and "output" in happened.tensors:
+        flips = find_activation_flip(replayer, indices, original, happened.tensors["output"]["logits"])
+        sizes = [flipped_activation(flips, replica_id)] if flips else sizes
+    findings += sizes
     replayer.untraced(indices)  # leaves the replica as a replay does
     return findings
 
@@ -136,12 +144,29 @@ def _reproduce(
         own = {name: tensor.clone() for name, tensor in changed.items()}
         stages, again = replayer.untraced(indices, batch=Batch(indices, **own))
     elif first == "output" and "logits" in changed:
-        stages, again = replayer.untraced(indices, logits=changed["logits"])
+        stages, again = replayer.untraced(indices, within=partial(_forced_output, changed["logits"]))
     else:
         return None, replayed
     if _differing(original, stages):
         return None, replayed
     return f"a replay with the original step's {first} gives all of its results", again
+
+
+@contextmanager
+def _forced_output(logits: Tensor, model: nn.Module) -> Iterator[None]:
+    """Overwrite the model's outputs with the rows of `logits`, unnoticed by autograd."""
+    done = 0
+
+    def overwrite(_model: nn.Module, _inputs: Any, output: Tensor) -> None:
+        nonlocal done
+        output.data.copy_(logits[done : done + len(output)])
+        done += len(output)
+
+    handle = model.register_forward_hook(overwrite)
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 def _find_overwritten(

@@ -1,7 +1,7 @@
 """Replays of recent steps of a run, from the last agreed snapshot and with the training loop's step function."""
 
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from operator import itemgetter
 from typing import Any, Protocol
@@ -29,6 +29,8 @@ from dreplica.training.step import training_step
 
 Load = Callable[[Tensor, StepEntry], Batch]
 """Function that loads samples by index as the training loop did for a step, with the same augmentation."""
+Within = Callable[[nn.Module], AbstractContextManager[None]]
+"""Makes a context for a replay, such as hooks on the model."""
 
 
 @dataclass(frozen=True)
@@ -177,14 +179,14 @@ class Replayer:
         return Aftermath(tensors, kept.generators, generators, values, kept.footprint.nodes, writes)
 
     def untraced(
-        self, indices: Tensor, batch: Batch | None = None, logits: Tensor | None = None
+        self, indices: Tensor, batch: Batch | None = None, within: Within | None = None
     ) -> tuple[dict[str, Stage], Aftermath]:
         """Replay the step as it ran: without a tracer.
 
         Args:
             indices: Sample indices, shape (batch,), int64.
             batch: Replaces the batch that is loaded.
-            logits: Replaces the values of the model's output in training, shape (batch, num_classes).
+            within: Given the model, makes the context that the step runs in.
 
         Returns:
             Digests of the state after the step, and the state.
@@ -195,7 +197,7 @@ class Replayer:
         loaded = self._load(indices, self._target)
         batch = loaded if batch is None else batch
         meter = StepMeter(self._replica)
-        with nullcontext() if logits is None else _forced_output(self._replica.model, logits):
+        with nullcontext() if within is None else within(self._replica.model):
             meter.start(batch)
             output = training_step(self._replica, batch, self._config)
             footprint = meter.stop(batch, output)
@@ -258,23 +260,6 @@ class Replayer:
         return self._agreement.observe(
             indices=batch.indices, batch=batch.tensors(), outputs=output.logits, loss=output.loss
         )
-
-
-@contextmanager
-def _forced_output(model: nn.Module, logits: Tensor) -> Iterator[None]:
-    """Overwrite the model's outputs with the rows of `logits`, unnoticed by autograd."""
-    done = 0
-
-    def overwrite(_model: nn.Module, _inputs: Any, output: Tensor) -> None:
-        nonlocal done
-        output.data.copy_(logits[done : done + len(output)])
-        done += len(output)
-
-    handle = model.register_forward_hook(overwrite)
-    try:
-        yield
-    finally:
-        handle.remove()
 
 
 def layout(model: nn.Module, inputs: Sequence[Tensor]) -> bytes:

@@ -359,10 +359,13 @@ def test_flip_within_the_step_is_proved_by_a_replay(flips: Callable[[int], Act],
     assert "original-whole-difference" in [line.code for line in evidence(findings)]
 
 
-def flips_activation(index: int) -> Act:
+def flips_activation(index: int, bits: int, draw: random.Random, bit: int | None = None) -> Act:
     def act(replica: Replica, _images: Tensor) -> None:
         def once(_module: nn.Module, _inputs: Any, output: Tensor) -> None:
-            flip_bits(output, 1, random.Random(1), bit=27)
+            with torch.no_grad():
+                active = (output.flatten() > 0.5).nonzero().flatten().tolist()
+                for element in draw.sample(active, bits):
+                    flip_bits(output, 1, draw, element=element, bit=bit)
             handle.remove()
 
         handle = replica.model.body[index].register_forward_hook(once)
@@ -370,10 +373,43 @@ def flips_activation(index: int) -> Act:
     return act
 
 
+@pytest.mark.parametrize("bit", [None, 0, 22, 27, 30, 31])
 @pytest.mark.parametrize("index", [0, 1, 2, 4])
-def test_flipped_activation_leaves_no_trace_of_code(index: int) -> None:
-    findings, _ = findings_on(flips_activation(index))
+def test_flipped_activation_leaves_no_trace_of_code(index: int, bit: int | None) -> None:
+    findings, _ = findings_on(flips_activation(index, 1, random.Random(1), bit))
     assert not kinds_of(findings) & TRACES_OF_CODE
+
+
+@pytest.mark.parametrize("bit", [18, 21, 22, 23, 31])
+@pytest.mark.parametrize("index", [1, 2, 3, 4])
+def test_flipped_activation_is_proved_by_a_search(index: int, bit: int) -> None:
+    """One of the modules through which the same number passes is named."""
+    findings, differing = findings_on(flips_activation(index, 1, random.Random(bit), bit))
+    assert kinds_of(findings) == {Kind.FEW_BITS} or not differing, "or dropout has masked it"
+    if findings:
+        line = data_of(evidence(findings), "original-activation-flipped")
+        assert line["module"] in {"body.1", "body.2", "body.3", "body.4"}
+        assert len(line["places"]) == 1
+
+
+def test_several_flipped_bits_of_one_activation_are_proved() -> None:
+    findings, _ = findings_on(flips_activation(4, 3, random.Random(3), bit=21))
+    assert kinds_of(findings) == {Kind.FEW_BITS}
+    assert len(data_of(evidence(findings), "original-activation-flipped")["places"]) == 3
+
+
+@pytest.mark.parametrize("factor", [1.001, 0.5])
+def test_scaled_activation_is_no_flipped_bit(factor: float) -> None:
+    def act(replica: Replica, _images: Tensor) -> None:
+        def once(_module: nn.Module, _inputs: Any, output: Tensor) -> None:
+            output.data.mul_(factor)
+            handle.remove()
+
+        handle = replica.model.body[2].register_forward_hook(once)
+
+    findings, differing = findings_on(act)
+    assert differing[0] == "output"
+    assert kinds_of(findings) == {Kind.SPREAD}
 
 
 # ---- a clean step leaves nothing
