@@ -185,6 +185,7 @@ def _witness(
         indices_intact=first.stages["indices"].digest == tensors_stage({"indices": indices}).digest,
         indices_bits=changed.differing_bits if isinstance(changed, Changed) else 0,
         against_itself=itself,
+        foreign=first.foreign,
         at_itself=findings_of_replays(itself, *records, first.contents.before),
         sample_digests=[],
     )

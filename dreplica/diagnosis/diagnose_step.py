@@ -234,6 +234,7 @@ def _witness(first: Replayed, second: Replayed, stage: str | None) -> Witness:
         second=again,
         records=first.tracer.records,
         against_itself=itself,
+        foreign=first.foreign,
         at_itself=findings_of_replays(itself, *records, first.contents.before),
         contents=first.contents,
         indices_intact=True,

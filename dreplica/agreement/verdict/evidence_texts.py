@@ -245,6 +245,7 @@ EVIDENCE: Mapping[str, str] = {
     "host-values-permuted": (
         "the calls at {source} are given the same values on both sides, in another order, as after iterating over a set"
     ),
+    "kernel-differs": "{what}: {places}",
     "draw-differs": "{operator} draws from a generator in another state; all its other inputs are equal",
     "draw-extra": "only {where}: {operator} draws from a generator",
     "first-draws": "first draw of the step {where_one}: {one}; {where_other}: {other}",
@@ -253,6 +254,10 @@ EVIDENCE: Mapping[str, str] = {
         "{operator} read a tensor that is not part of the replica's state and that no operator of the step wrote"
     ),
     "other-tensor-read": "{operator} read another of the tensors that both sides have",
+    "unwritten-tensor": (
+        "the build allocated {tensor} by {allocator} at {allocated_at}, and wrote nothing to {elements} of its {total} "
+        "elements"
+    ),
     "unwritten-read": (
         "{operator} read memory that nothing has written: {elements} of {total} elements, allocated by {allocator} at "
         "{allocated_at}; all other elements are equal"

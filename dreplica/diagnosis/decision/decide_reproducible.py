@@ -24,6 +24,7 @@ from dreplica.diagnosis.evidence.observation import (
     with_lines,
 )
 from dreplica.diagnosis.evidence.place import findings_at
+from dreplica.diagnosis.evidence.place_kernels import kernels_at
 from dreplica.diagnosis.tracing.op_tracer import OpRecord
 from dreplica.environment.manifest import Difference
 
@@ -147,6 +148,7 @@ def with_operator(
         if len(blamed) == 1:
             place = replace(place, suspect=place.one if blamed == [one] else place.other)
         decision = with_lines(decision, describe_structure(place, where), operator=place, sides=(one, other))
+        decision = with_findings(decision, *kernels_at(place, witnesses, groups))
         return with_findings(decision, *findings_at(place, witnesses, groups))
     if not place.same_call:
         decision = with_lines(decision, describe_scalars(place, where), operator=place, sides=None)
@@ -157,6 +159,7 @@ def with_operator(
         line = Evidence.of("operator-inputs-differ", index=place.index, operator=place.record, inputs=inputs)
         decision = with_lines(decision, line, operator=place, sides=None)
         return with_findings(decision, *findings_at(place, witnesses, groups))
+    decision = with_findings(decision, *kernels_at(place, witnesses, groups))
     line = Evidence.of("operator-outputs-differ", index=place.index, operator=place.record, one=one, other=other)
     return with_lines(decision, line, operator=place, sides=(one, other))
 

@@ -8,6 +8,7 @@ from dreplica.agreement.verdict.evidence import Evidence
 from dreplica.diagnosis.evidence.finding import Finding, Kind
 from dreplica.diagnosis.evidence.place_alignment import align, extra_side
 from dreplica.diagnosis.evidence.provenance import Contents
+from dreplica.diagnosis.tracing.foreign_code import Foreign
 from dreplica.diagnosis.tracing.op_tracer import OpRecord
 from dreplica.state.stages import STAGES
 
@@ -101,6 +102,8 @@ class Witness:
     """Bits in which the indices that the first replay used differ from those that it was given."""
     at_itself: Sequence[Finding] = ()
     """What differs at `against_itself`."""
+    foreign: Foreign = field(default_factory=Foreign)
+    """Code of this replica's process that stands in for torch's own."""
     findings: Sequence[Finding] = ()
     """Findings of this replica alone, such as traces that code has left in the original step."""
 

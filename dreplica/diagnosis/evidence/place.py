@@ -152,7 +152,10 @@ def _extra_draw(place: OpDifference, one: Side, other: Side) -> list[Finding]:
     position = place.position(in_other)
     drawn = set(split(extra.outputs))
     used = any(drawn.intersection(split(record.inputs)) for record in side.records[position + 1 :])
-    repeated = any(_same_line(record, extra) for record in [*side.records[:position], *across.records])
+    repeated = any(
+        (record.name, record.module) == (extra.name, extra.module)
+        for record in [*side.records[:position], *across.records]
+    )
     if used and not repeated:
         return []
     line = Evidence.of("draw-extra", operator=spell(extra), where=side.where, source=extra.source)

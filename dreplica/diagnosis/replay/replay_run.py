@@ -15,6 +15,7 @@ from dreplica.config.schema import TrainConfig
 from dreplica.data.loading.loader import Batch
 from dreplica.diagnosis.evidence.aftermath import Aftermath, plain_values, stage_tensors, writes_of
 from dreplica.diagnosis.evidence.provenance import Contents, contents_after, contents_before, state_tensors
+from dreplica.diagnosis.tracing.foreign_code import Foreign, collect_foreign
 from dreplica.diagnosis.tracing.op_tracer import OpTracer
 from dreplica.diagnosis.tracing.output_sampler import OutputSampler
 from dreplica.state.fingerprint.fingerprint import digest_bytes
@@ -49,6 +50,8 @@ class Replayed:
     """Digest of 16 bytes over the strides of parameters, buffers and inputs."""
     indices: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int64))
     """The sample indices that the replay used, on the CPU."""
+    foreign: Foreign = field(default_factory=Foreign)
+    """Code that stands in for torch's own, of a replay that recorded every operator."""
 
 
 class Repeats(Protocol):
@@ -159,7 +162,8 @@ class Replayer:
         generator = torch.get_rng_state().numpy().tobytes()
         contents = Contents(before, contents_after(self._replica))
         strides = layout(self._replica.model, [batch.inputs])
-        return Replayed(stages, tracer, contents, generator, strides, batch.indices.cpu())
+        foreign = collect_foreign(self._replica.model) if capture is None and not sampled else Foreign()
+        return Replayed(stages, tracer, contents, generator, strides, batch.indices.cpu(), foreign)
 
     def original(self) -> Aftermath:
         """Return what is known of the original step."""

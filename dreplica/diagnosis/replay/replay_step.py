@@ -16,6 +16,7 @@ from dreplica.diagnosis.evidence.aftermath import Aftermath, plain_values, stage
 from dreplica.diagnosis.evidence.provenance import DIGEST_BYTES, Contents, state_tensors
 from dreplica.diagnosis.replay.own_values import DifferingValue, write_values
 from dreplica.diagnosis.replay.replay_run import Replayed, layout
+from dreplica.diagnosis.tracing.foreign_code import Foreign, collect_foreign
 from dreplica.diagnosis.tracing.op_tracer import OpRecord, OpTracer
 from dreplica.state.replica import LoopParts
 from dreplica.state.snapshot import Snapshot, restore_snapshot, take_snapshot
@@ -105,7 +106,9 @@ class Repeated:
             made["output"] = batch_stage({f"returned.{number}": tensor for number, tensor in enumerate(outputs)})
         stages = {name: made[name] for name in STAGES if name in made}
         generator = torch.get_rng_state().numpy().tobytes()
-        return Replayed(stages, tracer, _all_accounted(tracer), generator, layout(self.parts.model, inputs))
+        strides = layout(self.parts.model, inputs)
+        foreign = collect_foreign(self.parts.model) if capture is None else Foreign()
+        return Replayed(stages, tracer, _all_accounted(tracer), generator, strides, foreign=foreign)
 
     def _call(self, batch: Any) -> Any:
         try:
