@@ -51,10 +51,13 @@ class Agreement(Results):
         record: Path of a new run folder, which rank 0 writes: the digests of every step and tensor, the environment,
             the script's arguments and commit, and the report. Compare two of them with `dreplica compare A B`.
         reference: Path of a recorded run to compare with, step by step.
+        mesh: The DeviceMesh of all ranks, for a model that is sharded over some of its axes. Each tensor is compared
+            along the axes over which it is not split. Default: the mesh of the model's DTensors.
+        partitioned: The names of the mesh's axes along which ranks hold different tensors, such as pipeline stages.
         expect: What must agree. "identical": all of `stages`. "independent" (replicas with different seeds): `indices`
             and `batch` only. "ddp" (each rank has its own batch and gradients are averaged): `gradients`, `optimizer`,
             `weights`, and `buffers` unless DistributedDataParallel broadcasts them (`broadcast_buffers`, its default).
-            Default: "ddp" if a model is wrapped in DistributedDataParallel, otherwise "identical".
+            Default: "ddp" if a model is wrapped in DistributedDataParallel or sharded, otherwise "identical".
         stages: The names of the stages to compare. Default: every stage that must agree.
         every: Compare every this many steps. 0 disables comparisons; steps are still counted.
         on_divergence: "stop" raises `Divergence` at the first difference. "continue" stores its verdict in
@@ -82,6 +85,8 @@ class Agreement(Results):
         others: Sequence[Any] = (),
         record: str | os.PathLike[str] | None = None,
         reference: str | os.PathLike[str] | None = None,
+        mesh: Any = None,
+        partitioned: Collection[str] = (),
         expect: Expect | None = None,
         stages: Collection[str] | None = None,
         every: int = 1,
@@ -99,7 +104,9 @@ class Agreement(Results):
         expect = expect or ("ddp" if self._subject.is_ddp else "identical")
         check_stages(stages, expect)
         compared = self._subject.compared(expect, stages)
-        settings = Settings(expect, compared, every, on_divergence, lag, timeout, steps_done, quiet)
+        settings = Settings(
+            expect, compared, every, on_divergence, lag, timeout, steps_done, quiet, mesh, tuple(partitioned)
+        )
         if not quiet:
             show_log()
         self._engine = Engine(self._subject, generators, settings, *paths, internal)

@@ -15,6 +15,7 @@ from dreplica.agreement.exchange import Compared, Exchange
 from dreplica.agreement.generators import GeneratorUse
 from dreplica.agreement.hasher import Observation, negotiated_hasher
 from dreplica.agreement.kept_state import KeptStates, Original
+from dreplica.agreement.mesh.shards import open_shards
 from dreplica.agreement.notices.notices import Notices
 from dreplica.agreement.owners import name_owners
 from dreplica.agreement.reference import ReferenceDifference, ReferenceDiffers
@@ -116,9 +117,11 @@ class Engine:
     def _open(self, record: str | None, reference: str | None, internal: InternalArguments) -> None:
         """Agree with the other ranks on the settings, and open the run folders."""
         asked = self._settings
+        self._shards = open_shards(self.subject, asked.mesh, asked.partitioned, self._channel)
         settings: dict[str, Any] = {"expect": asked.expect, "stages": sorted(asked.compared), "every": asked.every}
         settings |= {"lag": asked.lag, "on_divergence": asked.on_divergence, "steps_done": self.steps_done}
-        settings |= {"record": record, "reference": reference}
+        settings |= {"record": record, "reference": reference, "partitioned": sorted(asked.partitioned)}
+        settings |= {"mesh": str(self._shards.axes) if self._shards is not None else None}
         compares_rng = "rng" in asked.compared and asked.every and self.generators.not_drawn
         unseeded = exchange_settings(self._channel, settings, self.generators.first_digests if compares_rng else {})
         devices = [tensor.device for tensor in self.subject.tensors()]
@@ -136,7 +139,7 @@ class Engine:
         known = {Sign.LIBRARY: not asked.quiet, Sign.DDP: is_ddp, Sign.WRAPPED: is_ddp and wrapped}
         signs = [sign for sign, holds in known.items() if holds]
         comparison = self._channel, self.hasher, trace, recorded, signs, unseeded
-        self._exchange = Exchange(*comparison, with_advice=not asked.quiet)
+        self._exchange = Exchange(*comparison, with_advice=not asked.quiet, shards=self._shards)
         self.notices = Notices(self.subject, self._channel, self.hasher, asked.expect == "ddp")
 
     def watch(self, batch: Batch | None, loss: Tensor | None, check: bool) -> None:
@@ -351,4 +354,10 @@ class Engine:
     def _start(self, entries: Entries) -> Observation:
         """Start hashing the compared ones of the given stages, in causal order."""
         compared = self._settings.compared
-        return self.hasher.start({name: entries[name] for name in STAGES if name in entries and name in compared})
+        stages = {name: entries[name] for name in STAGES if name in entries and name in compared}
+        if self._shards is None:
+            return self.hasher.start(stages)
+        parts, splits = self._shards.parts(stages)
+        observation = self.hasher.start(parts)
+        observation.splits = splits
+        return observation

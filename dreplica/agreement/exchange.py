@@ -6,6 +6,9 @@ from dataclasses import dataclass, field
 from dreplica.agreement import protocol
 from dreplica.agreement.generators import seed_commands
 from dreplica.agreement.hasher import Hasher, Observation
+from dreplica.agreement.mesh import keyed_sum
+from dreplica.agreement.mesh.description import describe_located
+from dreplica.agreement.mesh.shards import EntrySplits, Shards
 from dreplica.agreement.reference import Reference, ReferenceDifference, describe_difference
 from dreplica.agreement.trace.writer import TraceWriter
 from dreplica.agreement.values import describe_values, drawn_on_some
@@ -55,6 +58,8 @@ class Compared:
     """On rank 0, the difference from the reference."""
     not_drawn: frozenset[str]
     """The generators that nothing had drawn from on this replica."""
+    splits: EntrySplits = field(default_factory=dict)
+    """On a device mesh, stage to the axes over which each entry is split."""
 
 
 class Exchange:
@@ -71,6 +76,7 @@ class Exchange:
         signs: What is known of the run that remedies depend on: see `Sign`.
         unseeded: Names of the generators that differed between replicas before the first step.
         with_advice: True to suggest remedies, where no diagnosis follows.
+        shards: The parts of tensors that this rank of a mesh holds. None if all ranks are to hold the same.
     """
 
     def __init__(
@@ -82,10 +88,11 @@ class Exchange:
         signs: Collection[Sign] = (),
         unseeded: Collection[str] = (),
         with_advice: bool = False,
+        shards: Shards | None = None,
     ) -> None:
         self._channel, self._hasher, self._trace = channel, hasher, trace
         self._reference, self._signs, self._unseeded = reference, signs, unseeded
-        self._with_advice = with_advice
+        self._with_advice, self._shards = with_advice, shards
         self._in_progress: _InProgress | None = None
 
     def start(
@@ -129,15 +136,26 @@ class Exchange:
                 current.step, is_evaluation, current.observation.stages, current.not_drawn
             )
         differs = current.own_difference is not None
-        current.posted = protocol.post(self._channel, current.combined.value, current.wants_stop, differs)
+        if self._shards is None:
+            current.posted = protocol.post(self._channel, current.combined.value, current.wants_stop, differs)
+        else:
+            observation = current.observation
+            digests = self._shards.digests(current.step, observation.stages, observation.splits)
+            message = keyed_sum.message(digests, current.wants_stop, differs)
+            current.posted = self._channel.post_sum(message)
         return current.posted
+
+    def _read(self, posted: Posted) -> protocol.Outcome:
+        if self._shards is None:
+            return protocol.read(self._channel, posted)
+        return keyed_sum.outcome(self._channel.wait(posted))
 
     def complete(self) -> Compared | None:
         """Complete and record the comparison in progress, or return None if there is none."""
         done, self._in_progress = self._in_progress, None
         if done is None:
             return None
-        outcome = protocol.read(self._channel, done.posted or self._post(done))
+        outcome = self._read(done.posted or self._post(done))
         stages = done.observation.stages
         if stages and done.recorded:
             is_evaluation = done.phase is not None
@@ -146,7 +164,8 @@ class Exchange:
         if not outcome.agreed or outcome.differs_from_reference:
             self._reference = None
         own, not_drawn = done.own_difference, done.not_drawn
-        return Compared(done.step, done.epoch, done.phase, done.recorded, stages, outcome, own, not_drawn)
+        splits = done.observation.splits
+        return Compared(done.step, done.epoch, done.phase, done.recorded, stages, outcome, own, not_drawn, splits)
 
     def describe(
         self, compared: Compared, values: ReadValues, owners: Callable[[Sequence[str]], dict[str, str]]
@@ -165,6 +184,11 @@ class Exchange:
         algorithms = self._channel.gather(self._hasher.algorithm)
         if len(set(algorithms)) > 1:
             return describe_algorithms(compared.step, algorithms), None
+        if self._shards is not None:
+            located = self._shards.locate(
+                self._channel, compared.step, compared.stages, compared.splits, compared.phase
+            )
+            return describe_located(located, self._shards.axes, compared.epoch, self._with_advice), None
         place = protocol.locate(self._channel, compared.step, compared.stages, compared.phase)
         verdict = describe(place, compared.epoch, size)
         if place.stage is not None:

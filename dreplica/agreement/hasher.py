@@ -1,7 +1,7 @@
 """Hashing of all stages of a step: on the CPU, and for tensors on an NVIDIA GPU on that GPU where Triton works."""
 
 import logging
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import lru_cache
 from typing import TYPE_CHECKING
 
@@ -40,6 +40,7 @@ class Observation:
 
     Attributes:
         num_bytes: Bytes of tensors hashed.
+        splits: On a device mesh, stage to the axes over which each entry is split.
     """
 
     def __init__(
@@ -50,6 +51,7 @@ class Observation:
     ) -> None:
         self.num_bytes = sum(sizes.values())
         self._parts, self._sizes, self._on_devices = parts, sizes, on_devices
+        self.splits: Mapping[str, Sequence[frozenset[int]]] = {}
         self._stages: dict[str, Stage] | None = None
 
     @property

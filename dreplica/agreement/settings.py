@@ -32,6 +32,10 @@ class Settings:
     """Number of steps taken before."""
     quiet: bool
     """Leave it to the caller to say what was compared."""
+    mesh: Any = None
+    """The DeviceMesh of all ranks, or None for that of the model's DTensors."""
+    partitioned: tuple[str, ...] = ()
+    """Axes of the mesh along which ranks hold different tensors."""
 
 
 def exchange_settings(channel: Channel, settings: Mapping[str, Any], generators: Mapping[str, str]) -> list[str]:

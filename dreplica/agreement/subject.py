@@ -31,7 +31,6 @@ Batch = Tensor | Mapping[str, Any] | Sequence[Any]
 
 Expect = Literal["identical", "independent", "ddp"]
 
-_WHOLE_DTENSORS = "dreplica.fingerprint({name: p.full_tensor() for name, p in model.named_parameters()})"
 _WHOLE_FLAT_PARAMETERS = (
     "with FullyShardedDataParallel.summon_full_params(model): dreplica.fingerprint(dict(model.named_parameters()))"
 )
@@ -50,14 +49,16 @@ class Subject:
         generators: Returns the entries of the stage `rng`.
 
     Raises:
-        UsageError: If an argument has the wrong type, a model is sharded, or a model's name is invalid.
+        UsageError: If an argument has the wrong type, a model is in FullyShardedDataParallel, or a model's name is
+            invalid.
 
     Attributes:
         model: The model without DistributedDataParallel and `torch.compile`; several models as one `nn.ModuleDict`.
         given: The model as it was passed, with its wrappers.
         optimizers: Name to optimizer; a single optimizer has the name "".
         others: Further objects with a `state_dict`.
-        is_ddp: True if a model is wrapped in DistributedDataParallel or FullyShardedDataParallel (NO_SHARD).
+        is_ddp: True if a model is wrapped in DistributedDataParallel or FullyShardedDataParallel (NO_SHARD), or has
+            DTensors as parameters.
     """
 
     def __init__(
@@ -75,9 +76,9 @@ class Subject:
         self._generators = generators
         self.others = tuple(other for other in others if other is not None)
         wrapped = [each for each in models.values() if _in_ddp(each) is not None or _fsdp_modules(each)]
-        self.is_ddp = bool(wrapped)
+        self.is_ddp = bool(wrapped) or any(hasattr(each, "placements") for each in self.model.parameters())
         in_ddp = [_in_ddp(each) for each in wrapped]
-        self._broadcasts_buffers = all(each is not None and each.broadcast_buffers for each in in_ddp)
+        self._broadcasts_buffers = all(each is not None and each.broadcast_buffers for each in in_ddp or [None])
 
     def tensors(self) -> Iterable[Tensor]:
         """Return all parameters and buffers."""
@@ -158,10 +159,6 @@ def _check_arguments(models: Mapping[str, Any], optimizers: Mapping[str, Any], o
     for each in models.values():
         if not isinstance(each, nn.Module):
             raise _wrong_type("model", each, "an nn.Module, or several by name: {'generator': g, 'critic': c}")
-        for name, parameter in each.named_parameters():
-            if hasattr(parameter, "placements"):
-                what = f"{name!r} is a {type(parameter).__name__}"
-                raise _sharded(each, what, "as fully_shard makes it", _WHOLE_DTENSORS)
         for module in _fsdp_modules(each):
             strategy = module.sharding_strategy.name
             if strategy != "NO_SHARD":

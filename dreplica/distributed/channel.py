@@ -54,7 +54,8 @@ class Channel:
         timeout_name: The name of the setting that `timeout` is from.
 
     Note:
-        `post_max`, `wait`, `broadcast`, `sum` and `gather` are collectives: call them on every rank, in the same order.
+        `post_max`, `post_sum`, `wait`, `broadcast`, `sum` and `gather` are collectives: call them on every rank, in the
+        same order.
     """
 
     def __init__(
@@ -97,6 +98,13 @@ class Channel:
         `wait` completes it.
         """
         return Posted(tensor, self._all_reduce(tensor, dist.ReduceOp.MAX) if self.size > 1 else None)
+
+    def post_sum(self, tensor: Tensor) -> Posted:
+        """Start the sum of a CPU tensor over all replicas, in place.
+
+        `wait` completes it.
+        """
+        return Posted(tensor, self._all_reduce(tensor, dist.ReduceOp.SUM) if self.size > 1 else None)
 
     def wait(self, posted: Posted) -> Tensor:
         """Wait for a collective in flight and return its result.
@@ -171,9 +179,7 @@ class Channel:
 
     def sum(self, tensor: Tensor) -> Tensor:
         """Sum a CPU tensor over all replicas, in place."""
-        if self.size > 1:
-            self.wait(Posted(tensor, self._all_reduce(tensor, dist.ReduceOp.SUM)))
-        return tensor
+        return self.wait(self.post_sum(tensor))
 
     def gather(self, value: Any) -> list[Any]:
         """Return the `value` of each replica, in the order of ranks.

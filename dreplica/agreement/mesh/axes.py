@@ -4,6 +4,7 @@ A tensor is split over an axis if the ranks along it hold different parts of it 
 on all axes over which a tensor is split must hold the same bytes of it.
 """
 
+import importlib
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -109,6 +110,14 @@ def axes_of(mesh: Any, rank: int) -> Axes:
     """
     names = mesh.mesh_dim_names or tuple(f"axis{axis}" for axis in range(mesh.ndim))
     return Axes(tuple(names), tuple(mesh.mesh.shape), tuple(mesh.mesh.flatten().tolist()), rank)
+
+
+def root_of(mesh: Any) -> Any:
+    """Return the DeviceMesh that a mesh is a part of, or the mesh itself."""
+    if hasattr(mesh, "_get_root_mesh"):
+        return mesh._get_root_mesh()
+    device_mesh = importlib.import_module("torch.distributed.device_mesh")
+    return device_mesh._mesh_resources.get_root_mesh(mesh)
 
 
 class Splits:

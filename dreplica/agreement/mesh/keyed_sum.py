@@ -15,26 +15,17 @@ digests of different tensors. A rank without a second copy has one edge to itsel
 
 import struct
 from collections.abc import Iterable
-from dataclasses import dataclass
 
 import torch
 import xxhash
 from torch import Tensor
 
 from dreplica.agreement.mesh.axes import Copies
+from dreplica.agreement.protocol import Outcome
 
 _LIMBS = struct.Struct("<4I")
 _DIFFERS = 1 << 32
 """Added for a difference from the reference; `stop` adds 1. Fewer than 2^31 ranks add either."""
-
-
-@dataclass(frozen=True)
-class Sum:
-    """The result of the message of one step, the same on every rank."""
-
-    agreed: bool
-    stop: bool
-    differs_from_reference: bool
 
 
 def message(digests: Iterable[tuple[Copies, bytes]], stop: bool, differs_from_reference: bool = False) -> Tensor:
@@ -58,11 +49,11 @@ def message(digests: Iterable[tuple[Copies, bytes]], stop: bool, differs_from_re
     return torch.tensor([*(limb % 2**32 for limb in limbs), flags], dtype=torch.int64, device="cpu")
 
 
-def outcome(total: Tensor) -> Sum:
+def outcome(total: Tensor) -> Outcome:
     """Return the result of a step from the sum of all ranks' messages."""
     *limbs, flags = total.tolist()
     differs, stop = divmod(flags, _DIFFERS)
-    return Sum(agreed=not any(limb % 2**32 for limb in limbs), stop=stop > 0, differs_from_reference=differs > 0)
+    return Outcome(agreed=not any(limb % 2**32 for limb in limbs), stop=stop > 0, differs_from_reference=differs > 0)
 
 
 def _at_edge(copies: Copies, edge: int, digest: bytes) -> tuple[int, ...]:

@@ -26,6 +26,8 @@ EVIDENCE: Mapping[str, str] = {
     "entry-order-differs": (
         "the same {num_entries} entries of {stage} are in different orders: the entry at position {position} is {some}"
     ),
+    "shard-differs": "copies along {axes} of {shard} on {ranks} differ",
+    "shards-differ-too": "{count} more parts of tensors of this stage differ between their copies: {some}",
     "stage-missing": "some replicas do not have the stage {stage}",
     "differing-stages": "differing stages: {stages}",
     "entries-missing": "{count} entries exist on some replicas only: {some}",

@@ -196,7 +196,9 @@ def count_differing_entries(place: Place) -> Evidence:
     """Return the evidence that counts the differing entries of the first differing stage."""
     if place.first_moved is not None:
         position, names = place.first_moved
-        groups = [[replica for replica, name in enumerate(names) if name == each] for each in dict.fromkeys(names)]
+        groups = [
+            [replica for replica, name in enumerate(names) if name == each] for each in dict.fromkeys(names) if each
+        ]
         some = [f"{names[ids[0]]} on replicas {ids}" for ids in groups]
         facts = {"num_entries": place.num_entries, "stage": place.stage, "position": position, "names": names}
         return Evidence.of("entry-order-differs", some="; ".join(some), **facts)

@@ -280,6 +280,22 @@ REMEDIES: Mapping[str, RemedyTemplate] = {
         "each data-parallel rank has samples, outputs and random numbers of its own: compare what all ranks share",
         'Agreement(model, optimizer, stages=("gradients", "optimizer", "weights"))',
     ),
+    # Device meshes.
+    "mesh-seed-alike": RemedyTemplate(
+        "seed torch alike on every rank and build before sharding; parameters that are initialized after sharding get "
+        "the same numbers only from DTensor's own initialization under one seed",
+        "torch.manual_seed(42)",
+    ),
+    "mesh-reduce-gradient": RemedyTemplate(
+        "reduce this gradient over {axes}: shard the module's parameters with the mesh that has this axis, or "
+        "all_reduce the gradient before the optimizer steps"
+    ),
+    "mesh-clip-whole-norm": RemedyTemplate(
+        "clip by the norm of all shards, not by that of the local ones",
+        "torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm)",
+    ),
+    "mesh-buffers-alike": RemedyTemplate("compute or broadcast buffers alike along {axes}"),
+    "mesh-update-alike": RemedyTemplate("step the optimizer and write to parameters alike on all ranks along {axes}"),
     # Nondeterministic operators.
     "strict-mode": RemedyTemplate("choose deterministic algorithms", settings=_STRICT),
     "strict-mode-or-named": RemedyTemplate("or the setting named above, if there is one", settings=_STRICT),

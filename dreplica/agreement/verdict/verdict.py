@@ -49,6 +49,10 @@ class Verdict:
     """Groups of every stage compared at that step, in causal order."""
     signs: dict[str, list[str]] = field(default_factory=dict)
     """What the comparison shows, from which remedies follow: see `dreplica.agreement.verdict.signs`."""
+    shard: dict[str, int] | None = None
+    """On a device mesh, the part of a split tensor: axis to coordinate."""
+    mesh: dict[str, int] | None = None
+    """On a device mesh, its axes with their sizes."""
     path: dict[str, Any] = field(default_factory=dict)
     """Distance of two replicas from the first operator that differs to the outputs, as `measure_path` returns it."""
 
@@ -59,6 +63,9 @@ class Verdict:
         """
         values = {each.name: getattr(self, each.name) for each in fields(self)}
         del values["stage_groups"], values["path"], values["signs"]
+        for name in ("shard", "mesh"):
+            if values[name] is None:
+                del values[name]
         return values | {
             "suspects": list(self.suspects),
             "groups": [list(ids) for ids in self.groups],

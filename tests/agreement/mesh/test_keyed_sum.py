@@ -10,7 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dreplica.agreement.mesh.axes import Axes, Split
-from dreplica.agreement.mesh.keyed_sum import Sum, message, outcome
+from dreplica.agreement.mesh.keyed_sum import message, outcome
+from dreplica.agreement.protocol import Outcome
 
 MESH = ("replicate", "shard", "tp"), (3, 2, 2)
 SPLITS: tuple[Split, ...] = tuple(
@@ -26,7 +27,7 @@ def mesh(sizes: Sequence[int] = MESH[1]) -> list[Axes]:
     return [Axes(names, tuple(sizes), ranks, rank) for rank in range(count)]
 
 
-def reduced(places: Sequence[Axes], digests: Sequence[Mapping[Split, bytes]]) -> Sum:
+def reduced(places: Sequence[Axes], digests: Sequence[Mapping[Split, bytes]]) -> Outcome:
     messages = [
         message([(place.copies(split), digest) for split, digest in row.items()], stop=False)
         for place, row in zip(places, digests, strict=True)
