@@ -51,6 +51,8 @@ class Agreement(Results):
         record: Path of a new run folder, which rank 0 writes: the digests of every step and tensor, the environment,
             the script's arguments and commit, and the report. Compare two of them with `dreplica compare A B`.
         reference: Path of a recorded run to compare with, step by step.
+        group: The process group of the ranks to compare, of which this rank is a member. Default: that in which
+            DistributedDataParallel averages the model's gradients, otherwise the default group.
         mesh: The DeviceMesh of all ranks, for a model that is sharded over some of its axes. Each tensor is compared
             along the axes over which it is not split. Default: the mesh of the model's DTensors.
         partitioned: The names of the mesh's axes along which ranks hold different tensors, such as pipeline stages.
@@ -85,6 +87,7 @@ class Agreement(Results):
         others: Sequence[Any] = (),
         record: str | os.PathLike[str] | None = None,
         reference: str | os.PathLike[str] | None = None,
+        group: Any = None,
         mesh: Any = None,
         partitioned: Collection[str] = (),
         expect: Expect | None = None,
@@ -105,7 +108,17 @@ class Agreement(Results):
         check_stages(stages, expect)
         compared = self._subject.compared(expect, stages)
         settings = Settings(
-            expect, compared, every, on_divergence, lag, timeout, steps_done, quiet, mesh, tuple(partitioned)
+            expect,
+            compared,
+            every,
+            on_divergence,
+            lag,
+            timeout,
+            steps_done,
+            quiet,
+            group=group,
+            mesh=mesh,
+            partitioned=tuple(partitioned),
         )
         if not quiet:
             show_log()

@@ -32,6 +32,7 @@ from dreplica.agreement.verdict.verdict import Divergence, Verdict
 from dreplica.distributed.channel import Channel
 from dreplica.distributed.control import open_channel
 from dreplica.distributed.liveness.lost import ReplicaLost
+from dreplica.distributed.rank_names import name_ranks
 from dreplica.environment.facts import collect_environment
 from dreplica.errors import SharedUsageError, UsageError
 from dreplica.state.stages import STAGES, Entry, Stage, make_stage
@@ -93,7 +94,9 @@ class Engine:
         self.reference_difference: ReferenceDifference | None = None
         self._stoppable = internal.get("stoppable", False)
         self._own_channel = internal.get("channel") is None
-        self._channel: Channel = internal.get("channel") or open_channel(timeout=settings.timeout)
+        self._channel: Channel = internal.get("channel") or open_channel(
+            settings.group or subject.group, settings.timeout
+        )
         self._read_entries: Callable[[], Entries] = subject.state
         self._kept = KeptStates(subject, steps=1 + settings.lag)
         self._wants_stop = self._stop = self._is_closed = False
@@ -258,7 +261,10 @@ class Engine:
         outcome, stages = compared.outcome, compared.stages
         is_same = outcome.agreed and not outcome.differs_from_reference
         self.stages_compared += len(stages)
-        self.stages_seen.update(name for name, stage in stages.items() if stage.names)
+        shards = self._shards
+        self.stages_seen.update(
+            name for name, stage in stages.items() if stage.names and (shards is None or shards.has_copies(name))
+        )
         self._stop = self._stop or outcome.stop
         if stages and compared.phase is None:
             self._last_checked = compared.step
@@ -300,6 +306,10 @@ class Engine:
         model, optimizers = self.subject.model, self.subject.optimizers
         owners = partial(name_owners, model, optimizers)
         verdict, difference = self._exchange.describe(compared, values, owners)
+        ranks = self._channel.ranks_of_job
+        if ranks != list(range(len(ranks))):
+            line = Evidence.of("group-ranks", ranks=ranks, some=name_ranks(ranks))
+            verdict = verdict.with_(evidence=[*verdict.evidence, line])
         if difference is not None:
             before = self._settings.steps_done
             resumed = [Evidence.of("run-resumed", step=before)] if before else []
@@ -314,8 +324,13 @@ class Engine:
         self._folders.conclude(verdict, coverage, self.steps_checked, None, (), self.notices.warnings)
 
     def _coverage(self, equal: tuple[int, Collection[str]] | None) -> Coverage:
-        settings = self._settings
-        return self._folders.coverage(settings.every, self.steps_checked, self.stages_seen, settings.compared, equal)
+        settings, shards = self._settings, self._shards
+        seen = self.steps_checked, self.stages_seen
+        coverage = self._folders.coverage(settings.every, *seen, settings.compared, equal)
+        if shards is None:
+            return coverage
+        lines = [*coverage.not_compared, *shards.not_compared()]
+        return coverage.model_copy(update={"mesh": str(shards.axes), "not_compared": lines})
 
     def fingerprints(self) -> list[dict[str, str]]:
         """Gather digests of the weights, buffers and optimizer of every replica, as 32 hex digits."""

@@ -11,6 +11,8 @@ from dreplica.distributed.liveness.lost import ReplicaLost
 from dreplica.state.fingerprint.stage import STAGES
 
 _PACKAGE = "dreplica"
+_OF_TENSORS = frozenset({"no-second-copy", "partial"})
+"""Codes of what is not compared that the line names: a part of the stages that it lists."""
 
 
 def describe_result(
@@ -34,13 +36,16 @@ def describe_result(
     if reference is not None and not reference.steps:
         nothing = f"; {reference.run} has none of these steps and stages, so nothing was compared with it"
     if coverage.has_second_copy and stages:
-        sides = [f"{coverage.ranks} ranks"] if coverage.ranks > 1 else []
+        mesh = f" ({coverage.mesh})" if coverage.mesh else ""
+        sides = [f"{coverage.ranks} ranks{mesh}"] if coverage.ranks > 1 else []
         if reference is not None and reference.steps:
             sides.append(f"with {reference.run}{_fewer(reference.stages, stages)}")
             steps = _count(reference.steps, steps_taken)
         when = steps if steps_taken else "the build"
         end = f"; recorded in {recorded}" if recorded else ""
-        return f"AGREED {' and '.join(sides)}, {when}: {stages}{end}{nothing}"
+        parts = [each.text for each in coverage.not_compared if each.code in _OF_TENSORS]
+        rest = "".join(f"; not compared: {text}" for text in parts)
+        return f"AGREED {' and '.join(sides)}, {when}: {stages}{rest}{end}{nothing}"
     if recorded and stages:
         return f"RECORDED {steps} in {recorded}: {stages}{nothing}"
     if coverage.ranks > 1 or coverage.every == 0 or reference is not None:

@@ -32,6 +32,8 @@ class Settings:
     """Number of steps taken before."""
     quiet: bool
     """Leave it to the caller to say what was compared."""
+    group: Any = None
+    """The process group of the ranks to compare, or None for that of the model or the default one."""
     mesh: Any = None
     """The DeviceMesh of all ranks, or None for that of the model's DTensors."""
     partitioned: tuple[str, ...] = ()

@@ -59,6 +59,7 @@ class Subject:
         others: Further objects with a `state_dict`.
         is_ddp: True if a model is wrapped in DistributedDataParallel or FullyShardedDataParallel (NO_SHARD), or has
             DTensors as parameters.
+        group: The process group in which DistributedDataParallel averages the gradients, None without it.
     """
 
     def __init__(
@@ -78,6 +79,8 @@ class Subject:
         wrapped = [each for each in models.values() if _in_ddp(each) is not None or _fsdp_modules(each)]
         self.is_ddp = bool(wrapped) or any(hasattr(each, "placements") for each in self.model.parameters())
         in_ddp = [_in_ddp(each) for each in wrapped]
+        groups = {each.process_group for each in in_ddp if each is not None}
+        self.group = groups.pop() if len(groups) == 1 else None
         self._broadcasts_buffers = all(each is not None and each.broadcast_buffers for each in in_ddp or [None])
 
     def tensors(self) -> Iterable[Tensor]:

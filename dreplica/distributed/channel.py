@@ -53,6 +53,9 @@ class Channel:
         timeout: Longest wait for the other replicas, in seconds.
         timeout_name: The name of the setting that `timeout` is from.
 
+    Attributes:
+        ranks_of_job: The rank of each replica in the default process group.
+
     Note:
         `post_max`, `post_sum`, `wait`, `broadcast`, `sum` and `gather` are collectives: call them on every rank, in the
         same order.
@@ -71,6 +74,7 @@ class Channel:
         self._timeout_name = timeout_name
         self.rank = 0 if self._group is None else self._group.rank()
         self.size = 1 if self._group is None else self._group.size()
+        self.ranks_of_job = list(range(self.size))
 
     def progress(self, step: int) -> None:
         """Note that this replica has taken `step` steps, before it compares the last one."""

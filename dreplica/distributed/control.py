@@ -103,11 +103,13 @@ class Control:
         gloo: The gloo group, or None after the release.
         monitor: The liveness monitor.
         channels: The channels that are not closed.
+        ranks: The ranks of the process group's members in the default one.
         works: Collectives of these channels, which may be in flight.
     """
 
     def __init__(self, base: dist.ProcessGroup, number: int, timeout: float) -> None:
-        ranks, rank = dist.get_process_group_ranks(base), base.rank()
+        self.ranks, rank = dist.get_process_group_ranks(base), base.rank()
+        ranks = self.ranks
         store = dist.PrefixStore(f"control/{number}", _store_of(base))
         launcher_holds_store = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == str(True)
         self.channels: set[SharedChannel] = set()
@@ -195,6 +197,7 @@ class SharedChannel(Channel):
 
     def __init__(self, control: Control, timeout: float) -> None:
         super().__init__(control.gloo, control.monitor, timeout)
+        self.ranks_of_job = control.ranks
         self.is_resting = False
         self._control = control
         control.channels.add(self)

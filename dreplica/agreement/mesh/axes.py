@@ -5,7 +5,7 @@ on all axes over which a tensor is split must hold the same bytes of it.
 """
 
 import importlib
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import combinations
@@ -14,6 +14,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+from dreplica.distributed.rank_names import name_ranks
 
 Split = frozenset[int]
 """The numbers of the axes over which a tensor is split."""
@@ -101,15 +103,22 @@ class Axes:
         return " x ".join(f"{name} {size}" for name, size in zip(self.names, self.sizes, strict=True))
 
 
-def axes_of(mesh: Any, rank: int) -> Axes:
+def axes_of(mesh: Any, rank: int, numbers: Mapping[int, int]) -> Axes:
     """Return the axes of a DeviceMesh.
 
     Args:
         mesh: The mesh, of all ranks that are compared.
-        rank: This rank.
+        rank: The number of this rank among those that are compared.
+        numbers: Rank of the job to its number among those that are compared.
+
+    Raises:
+        LookupError: If the mesh does not have exactly the ranks that are compared.
     """
     names = mesh.mesh_dim_names or tuple(f"axis{axis}" for axis in range(mesh.ndim))
-    return Axes(tuple(names), tuple(mesh.mesh.shape), tuple(mesh.mesh.flatten().tolist()), rank)
+    ranks = mesh.mesh.flatten().tolist()
+    if sorted(ranks) != sorted(numbers):
+        raise LookupError(f"the mesh has the {name_ranks(ranks)}, and the {name_ranks(numbers)} are compared")
+    return Axes(tuple(names), tuple(mesh.mesh.shape), tuple(numbers[each] for each in ranks), rank)
 
 
 def root_of(mesh: Any) -> Any:
@@ -125,11 +134,12 @@ class Splits:
 
     Args:
         axes: The mesh of all ranks.
+        numbers: Rank of the job to its number in `axes`.
         partitioned: Axes along which ranks hold different tensors, such as pipeline stages.
     """
 
-    def __init__(self, axes: Axes, partitioned: Collection[str] = ()) -> None:
-        self.axes = axes
+    def __init__(self, axes: Axes, numbers: Mapping[int, int], partitioned: Collection[str] = ()) -> None:
+        self.axes, self._numbers = axes, numbers
         self.partitioned: Split = frozenset(axes.names.index(name) for name in partitioned)
         self._known: dict[tuple[int, tuple[Any, ...]], Split | None] = {}
         self._meshes: list[Any] = []
@@ -155,7 +165,7 @@ class Splits:
             if placement.is_partial():
                 return None
             line = mesh.mesh[tuple(slice(None) if i == axis else own[i] for i in range(mesh.ndim))]
-            split |= self.axes.find(line.flatten().tolist())
+            split |= self.axes.find([self._numbers.get(rank, -1) for rank in line.flatten().tolist()])
         return frozenset(split)
 
 

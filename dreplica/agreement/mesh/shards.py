@@ -10,7 +10,9 @@ from torch import Tensor
 from dreplica.agreement.arguments import invalid_argument
 from dreplica.agreement.mesh.axes import Copies, Split, Splits, axes_of, is_sharded, local, root_of
 from dreplica.agreement.subject import Subject
+from dreplica.agreement.trace.report_records import NotCompared
 from dreplica.agreement.verdict.location import Place, first_difference
+from dreplica.agreement.verdict.names import list_names
 from dreplica.config.messages import nearest
 from dreplica.distributed.channel import Channel
 from dreplica.state.fingerprint.stage import STAGES, Stage
@@ -49,7 +51,9 @@ class Shards:
         self._of_names: dict[str, Split] = {}
         self._copies: dict[Split, Copies] = {}
         self.partial: set[str] = set()
+        """Stage and name of the tensors that are parts of sums."""
         self.counts: dict[str, tuple[int, int]] = {}
+        """Stage to the number of entries with a second copy, and the number of all entries, when last read."""
 
     def parts(self, stages: Mapping[str, Iterable[Entry]]) -> tuple[dict[str, Iterable[Entry]], EntrySplits]:
         """Return the entries of stages with this rank's part in place of each DTensor.
@@ -90,6 +94,26 @@ class Shards:
             split = None if owner is None else self._splits.of(owner)
             self._of_names[name] = self._splits.partitioned if split is None else split
         return self._of_names[name]
+
+    def not_compared(self) -> list[NotCompared]:
+        """Return which tensors have no second copy, and which are parts of sums."""
+        missing = [
+            f"{total - with_copy} of {total} entries of {stage}"
+            for stage, (with_copy, total) in self.counts.items()
+            if with_copy < total
+        ]
+        lines = []
+        if missing:
+            text = f"split over all axes of the mesh ({self.axes}), so without a second copy: {', '.join(missing)}"
+            lines.append(NotCompared(code="no-second-copy", text=text))
+        if self.partial:
+            text = f"parts of sums (Partial), which differ by design: {list_names(sorted(self.partial))}"
+            lines.append(NotCompared(code="partial", text=text))
+        return lines
+
+    def has_copies(self, stage: str) -> bool:
+        """Return True if any entry of a stage has a second copy."""
+        return self.counts.get(stage, (0, 0))[0] > 0
 
     def copies(self, split: Split) -> Copies:
         """Return the ranks that hold the same part as this one of a tensor that is split over these axes."""
@@ -238,23 +262,20 @@ def open_shards(subject: Subject, mesh: Any, partitioned: Collection[str], chann
     Raises:
         UsageError: If the mesh is not one of all ranks, or has no axis of a name.
     """
-    sharded = next((tensor for tensor in subject.tensors() if is_sharded(tensor)), None)
+    sharded: Any = next((tensor for tensor in subject.tensors() if is_sharded(tensor)), None)
     if mesh is None and sharded is None:
         if partitioned:
             text = f"partitioned={tuple(partitioned)!r} names axes of a mesh. Pass it, too: mesh=device_mesh."
             raise invalid_argument("partitioned", partitioned, text)
         return None
-    if mesh is None:
-        mesh = root_of(sharded.device_mesh)  # type: ignore[union-attr]
-    axes = axes_of(mesh, channel.rank)
-    if sorted(axes.ranks) != list(range(channel.size)):
-        text = (
-            f"mesh has the ranks {sorted(axes.ranks)}, but {channel.size} ranks are compared. Pass the DeviceMesh of "
-            "all ranks, of which the model's meshes are parts: mesh=init_device_mesh(...)."
-        )
-        raise invalid_argument("mesh", str(mesh), text)
+    numbers = {rank: number for number, rank in enumerate(channel.ranks_of_job)}
+    try:
+        axes = axes_of(root_of(sharded.device_mesh) if mesh is None else mesh, channel.rank, numbers)
+    except LookupError as error:
+        text = f"mesh: {error}. Pass the DeviceMesh of all these ranks, of which the model's meshes are parts."
+        raise invalid_argument("mesh", str(mesh), text) from error
     for name in partitioned:
         if name not in axes.names:
             text = f"partitioned: {name!r} is no axis of the mesh. {nearest(name, axes.names)}"
             raise invalid_argument("partitioned", partitioned, text)
-    return Shards(Splits(axes, partitioned), lambda: named_weights(subject.model))
+    return Shards(Splits(axes, numbers, partitioned), lambda: named_weights(subject.model))

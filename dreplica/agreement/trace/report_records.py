@@ -87,6 +87,8 @@ class Coverage(Record):
     """Stages compared, in causal order."""
     reference: ReferenceCoverage | None = None
     not_compared: list[NotCompared] = []
+    mesh: str | None = None
+    """The axes of the device mesh with their sizes, such as `dp_replicate 2 x dp_shard 4`."""
 
     @property
     def has_second_copy(self) -> bool:

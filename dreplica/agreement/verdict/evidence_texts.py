@@ -26,6 +26,7 @@ EVIDENCE: Mapping[str, str] = {
     "entry-order-differs": (
         "the same {num_entries} entries of {stage} are in different orders: the entry at position {position} is {some}"
     ),
+    "group-ranks": "the replicas are numbered in their process group, from 0: it has the job's {some}",
     "shard-differs": "copies along {axes} of {shard} on {ranks} differ",
     "shards-differ-too": "{count} more parts of tensors of this stage differ between their copies: {some}",
     "stage-missing": "some replicas do not have the stage {stage}",
