@@ -33,6 +33,7 @@ from dreplica.distributed.channel import Channel
 from dreplica.distributed.control import open_channel
 from dreplica.distributed.liveness.lost import ReplicaLost
 from dreplica.distributed.rank_names import name_ranks
+from dreplica.distributed.together import together
 from dreplica.environment.facts import collect_environment
 from dreplica.errors import SharedUsageError, UsageError
 from dreplica.state.stages import STAGES, Entry, Stage, make_stage
@@ -120,7 +121,11 @@ class Engine:
     def _open(self, record: str | None, reference: str | None, internal: InternalArguments) -> None:
         """Agree with the other ranks on the settings, and open the run folders."""
         asked = self._settings
-        self._shards = open_shards(self.subject, asked.mesh, asked.partitioned, self._channel)
+        mesh = self.subject, asked.mesh, asked.partitioned, self._channel
+        self._shards = together(self._channel, lambda: open_shards(*mesh))
+        if self._shards is not None and (record or reference):
+            text = "record and reference are not possible for a model on a device mesh. Omit them."
+            raise SharedUsageError(text, code="mesh-not-recorded")
         settings: dict[str, Any] = {"expect": asked.expect, "stages": sorted(asked.compared), "every": asked.every}
         settings |= {"lag": asked.lag, "on_divergence": asked.on_divergence, "steps_done": self.steps_done}
         settings |= {"record": record, "reference": reference, "partitioned": sorted(asked.partitioned)}

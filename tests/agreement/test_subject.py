@@ -172,27 +172,6 @@ def test_subject_rejects_wrong_types(arguments: Any, text: str) -> None:
     assert re.fullmatch(re.escape(text).replace(r"\.\*", ".*"), str(raised.value))
 
 
-def _sharded(world: World) -> list[str]:
-    """Check the error for a sharded model, and return the digests of its whole tensors as the error describes."""
-    from torch.distributed import init_device_mesh  # this takes a while, and one test needs it
-    from torch.distributed.fsdp import fully_shard
-
-    seed_everything(0)
-    model = nn.Linear(3, 4)
-    whole = dreplica.fingerprint(dict(model.named_parameters()))
-    fully_shard(model, mesh=init_device_mesh("cpu", (2,)))
-    with pytest.raises(ValueError, match=r"'weight' is a DTensor, so each rank .*: p\.full_tensor\(\) for"):
-        Agreement(model)
-    assert dreplica.fingerprint({name: p.full_tensor() for name, p in model.named_parameters()}) == whole
-    return list(whole.values())
-
-
-def test_sharded_model_is_rejected_with_a_working_remedy() -> None:
-    one, two = run_replicas(_sharded, 2)
-    assert isinstance(one, list), one
-    assert one == two
-
-
 def _in_fsdp(world: World, strategy: str, use_orig_params: bool) -> Any:
     """Check the error for a model in FSDP, and return the digests of its whole tensors, or the verdict."""
     from torch.distributed.fsdp import FullyShardedDataParallel, ShardingStrategy
