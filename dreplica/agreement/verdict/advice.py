@@ -57,6 +57,7 @@ ADVICE = (
         for code in ("original-spread", "original-tensor-gone")
         for remedy in ("look-for-code-once", "rerun-from-agreement", "watch-hardware")
     ),
+    _advice("compare-every-step", "original-began-unknown", causes=("unexplained",)),
     # The build.
     _advice("ddp-broadcast-build", Sign.BUILD, Sign.DDP, but_not=(Sign.WRAPPED, Sign.ONE_SIDED, FIRST["rng"])),
     _advice("ddp-write-alike", Sign.BUILD, Sign.DDP, Sign.WRAPPED, FIRST["weights"], but_not=(Sign.ONE_SIDED,)),

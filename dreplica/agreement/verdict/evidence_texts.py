@@ -282,6 +282,9 @@ EVIDENCE: Mapping[str, str] = {
     ),
     "memory-writer": "the original contents were written by operator {index}, {operator}",
     "elements-differ": "{difference}",
+    "original-began-unknown": (
+        "replica {replica}: the step before was not compared, so what differed may have begun earlier"
+    ),
     "original-spread": (
         "replica {replica}: one wrong value in the middle of the step spreads like this, whether a fault or code that "
         "ran once made it"

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dreplica.agreement.verdict.evidence import Evidence
 from dreplica.data.loading.loader import Batch
 from dreplica.diagnosis.evidence.aftermath import Aftermath, Change, compare_tensors
 from dreplica.diagnosis.evidence.finding import Finding, Kind
@@ -70,6 +71,9 @@ def examine_original(
     findings = find_traces(happened, base, replica_id)
     if proof is None and differing[0] in STAGES[: STAGES.index("optimizer")] and reads_values(records):
         findings = []  # a wrong value may have taken the step's code down another path
+    if proof is None and not replayer.follows_comparison:  # the step may have begun with another state
+        line = Evidence.of("original-began-unknown", replica=replica_id)
+        return [*findings, Finding(Kind.SPREAD, [line], [replica_id])]
     if differing == ["rng"]:
         drawn = any(finding.kind is Kind.DRAWN_FURTHER for finding in findings)
         return findings if drawn else findings + find_generator_size(happened, replayed, replica_id)

@@ -87,6 +87,8 @@ class Replayer:
 
     Attributes:
         present: Snapshot of the state from before the replays.
+        follows_comparison: False if the step before the one in question was not compared, so that the original step may
+            have begun with another state.
     """
 
     def __init__(
@@ -107,6 +109,7 @@ class Replayer:
         self._present_tensors = StateWalk(replica).tensors()
         self._before: Snapshot | None = None
         self._target: StepEntry | None = None
+        self.follows_comparison = True
 
     def approach(self, step: int) -> int | None:
         """Restore the snapshot, and replay the steps before `step`.
@@ -117,6 +120,7 @@ class Replayer:
         """
         assert self._history.snapshot is not None
         restore_snapshot(self._replica, self._history.snapshot)
+        compared = True
         for entry in self._history.entries:
             if isinstance(entry, EpochEntry):
                 self._replica.advance_scheduler("epoch")
@@ -129,9 +133,11 @@ class Replayer:
                 self._replica.model.train()
             if entry.step == step:
                 self._target = entry
+                self.follows_comparison = compared
                 self._before = take_snapshot(self._replica)
                 return None
             stages = self._take(self._load(entry.indices, entry))
+            compared = entry.word is not None
             if entry.word is not None and fold(entry.step, stages) != entry.word.value:
                 return entry.step
         raise AssertionError(f"step {step} is not in the history")

@@ -10,6 +10,7 @@ from dreplica.agreement.verdict.evidence import Evidence
 from dreplica.agreement.verdict.remedy import Remedy
 from dreplica.agreement.verdict.verdict import Verdict
 from dreplica.diagnosis.decision import decide as decision_module
+from dreplica.diagnosis.decision.conclude import with_remedy
 from dreplica.diagnosis.decision.rules import HARDWARE, name_in
 from dreplica.diagnosis.diagnose_run import as_verdict
 from dreplica.diagnosis.evidence.finding import Finding, Kind
@@ -154,16 +155,28 @@ def test_a_custom_operator_is_not_called_a_fault() -> None:
     assert decide(witnesses, {}, []).cause == "unexplained"
 
 
-def test_decide_different_scalars_are_unexplained() -> None:
-    """Different scalar arguments may come from anywhere, such as a clock or the rank."""
+def test_decide_different_scalars_are_host_values() -> None:
     scaled = replace(CONV, scalars="2", outputs=digest("conv'"))
     decision = decide([witness(), always(bad("output"), records=[scaled, RELU, SGD])], {}, [])
-    assert decision.cause == "unexplained"
+    assert decision.cause == "host-value-differs"
     assert "operator-scalars-differ" in codes(decision.evidence)
-    verdict = as_verdict(Verdict(False, "unexplained", "diverged", stage="output"), decision)
-    (remedy,) = verdict.remedy
+
+
+def test_as_verdict_names_operator_with_unknown_input() -> None:
+    other = replace(RELU, inputs=digest("outside"), outputs=digest("relu'"))
+    found = Decision("unexplained", [], [], first_difference([CONV, RELU], [CONV, other]))
+    (remedy,) = as_verdict(Verdict(False, "unexplained", "diverged", stage="output"), found).remedy
     assert remedy.code == "make-input-equal"
-    assert str(remedy.data["operator"]).startswith(CONV.name)
+    assert str(remedy.data["operator"]).startswith(RELU.name)
+
+
+@pytest.mark.parametrize("cause", HARDWARE)
+def test_as_verdict_first_says_what_was_excluded(cause: str) -> None:
+    """Whatever the comparison advised: before hardware is replaced, what could not be excluded is looked for."""
+    found = Verdict(False, "unexplained", "diverged", stage="weights", remedy=[Remedy.of("one-thread")])
+    verdict = with_remedy(as_verdict(found, Decision(cause, [1], [])))
+    assert codes(verdict.remedy)[0].startswith("excluded-")
+    assert verdict.remedy[0].data["excluded"]
 
 
 def test_as_verdict_keeps_cause_of_the_comparison() -> None:
@@ -175,24 +188,12 @@ def test_as_verdict_keeps_cause_of_the_comparison() -> None:
     assert as_verdict(found, Decision("declared-override", [], [])).cause == "declared-override"
 
 
-@pytest.mark.parametrize(("name", "named"), [("aten.rand.generator", True), ("aten.rand.default", False)])
-def test_decide_mentions_private_generator(name: str, named: bool) -> None:
-    rand = OpRecord(name, "drop", "forward", digest("state"), digest("mask"), "")
-    other = replace(rand, inputs=digest("state'"), outputs=digest("mask'"))
+def test_decide_other_generator_state_is_generators_differ() -> None:
+    rand = OpRecord("aten.rand.generator", "drop", "forward", b"", digest("mask"), "", generator=digest("state"))
+    other = replace(rand, generator=digest("state'"), outputs=digest("mask'"))
     decision = decide([witness(records=[rand, RELU]), always(bad("output"), records=[other, RELU])], {}, [])
-    assert decision.cause == "unexplained"
-    assert ("a generator in another state" in text_of(decision.evidence, "operator-inputs-differ")) is named
-
-
-@pytest.mark.parametrize(
-    ("tensor", "named"), [("group0.lr", True), ("critic.group1.eps", True), ("head.weight.exp_avg", False)]
-)
-def test_remedy_names_diverged_optimizer_setting(tensor: str, named: bool) -> None:
-    found = Verdict(False, "unexplained", "diverged", stage="optimizer", tensor=tensor)
-    verdict = as_verdict(found, Decision("unexplained", [], []))
-    assert ([item.data.get("setting") for item in verdict.remedy] == [tensor]) is named
-    declared = as_verdict(found, Decision("declared-override", [], []))
-    assert not declared.remedy
+    assert decision.cause == "generators-differ"
+    assert "a generator in another state" in text_of(decision.evidence, "operator-inputs-differ")
 
 
 def test_one_operator_more_is_another_structure_and_it_is_named() -> None:

@@ -230,7 +230,7 @@ def test_optimizer_setting_explains_only_the_optimizer_stage() -> None:
 @pytest.mark.parametrize("override", [{"checkpoint": {"keep": 1}}, {"run": {"resume": "never"}}])
 def test_a_setting_that_no_replay_reads_explains_nothing(override: dict[str, Any]) -> None:
     decision = decide([witness(), slower(), witness()], {1: override}, [])
-    assert (decision.cause, decision.suspects) == ("unexplained", [1])
+    assert (decision.cause, decision.suspects) == ("host-value-differs", [1])
 
 
 def test_setting_may_explain_difference_of_uncompared_step() -> None:
