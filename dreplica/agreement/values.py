@@ -50,8 +50,8 @@ def describe_values(names: Sequence[str], rows: Sequence[Mapping[str, str]]) -> 
         column = [row.get(name) for row in rows]
         if len(set(column) - {None}) > 1:
             values[name] = column
-            text = spell_values(column)
-            texts.setdefault((name.rpartition(".")[2], text), []).append(name)
+            key, text = name.rpartition(".")[2], spell_values(column)
+            texts.setdefault((name if key.isdigit() else key, text), []).append(name)
     lines = [f"{same[0] if len(same) == 1 else f'*.{key} ({len(same)})'} {text}" for (key, text), same in texts.items()]
     return [Evidence.of("values-differ", some="; ".join(lines), values=values)] if lines else []
 

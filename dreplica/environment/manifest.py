@@ -12,7 +12,7 @@ from dreplica.distributed.process_group import World
 from dreplica.environment.device import Device
 from dreplica.environment.distributions import runs_kernels
 from dreplica.environment.facts import collect_environment, describe_device
-from dreplica.environment.variables import HARMLESS, STRICT, variable_may_round
+from dreplica.environment.variables import HARMLESS, STRICT, change_by, variable_may_round
 
 # Fields that may differ between replicas without an error. A difference is recorded as a possible cause.
 _MAY_DIFFER = {
@@ -82,7 +82,9 @@ class Difference:
         parts = (
             f"{value} on replica{'s' * (len(ids) > 1)} {', '.join(map(str, ids))}" for value, ids in groups.items()
         )
-        return f"{self.field}: {'; '.join(parts)}"
+        section, _, name = self.field.partition(".")
+        change = change_by(name) if section == "variables" else None
+        return f"{self.field}: {'; '.join(parts)}{f' (it can change {change})' if change else ''}"
 
 
 def collect_manifest(

@@ -26,24 +26,39 @@ STRICT = (
 Replicas must have equal values. A manifest has a value or None for each.
 """
 
-_RECORDED = re.compile(
-    "|".join(
-        (
-            # Threads, and kernels by instruction set, of CPU libraries. The number of threads splits sums.
-            "(OMP|GOMP|KMP|MKL|DNNL|ONEDNN|OPENBLAS|GOTO|BLIS|VECLIB|NUMEXPR|NPY|ATEN|ARM_COMPUTE|LPCNET)_.*",
-            # libm chooses its kernels by the CPU features that GLIBC_TUNABLES masks. Preloaded libraries replace any.
-            "GLIBC_TUNABLES|LD_PRELOAD|LD_LIBRARY_PATH|LD_BIND_NOW",
-            # Algorithm, protocol and topology decide the order of additions in a collective.
-            "(NCCL|RCCL|GLOO|UCC|TORCH_UCC|SHARP)_.*",
-            # Libraries on GPUs.
-            "(CUBLAS|CUBLASLT|CUDNN|CUDA|NVIDIA|NVTE|MIOPEN|ROCBLAS|HIPBLAS|HIPBLASLT|HIP|HSA|FLASH_ATTENTION|XFORMERS)_.*",
-            # torch, and what compiles for it.
-            "(TORCH|PYTORCH|TORCHINDUCTOR|TORCHDYNAMO|TRITON|DISABLE_ADDMM|XLA|NUMBA|ACCELERATE)_.*",
-            # The order of sets and of sorted names, and which code is imported.
-            "PYTHONHASHSEED|PYTHONPATH|PYTHONOPTIMIZE|LC_ALL|LC_COLLATE|LANG|TOKENIZERS_PARALLELISM",
-        )
-    )
+_CHANGES = (
+    # libm chooses its kernels by the CPU features that GLIBC_TUNABLES masks. Preloaded libraries replace any.
+    ("GLIBC_TUNABLES", "the rounding of functions such as exp on the CPU"),
+    ("LD_PRELOAD|LD_LIBRARY_PATH|LD_BIND_NOW", "which libraries are loaded"),
+    (
+        "NPY_.*|ATEN_.*|(DNNL|ONEDNN)_MAX_CPU_ISA|OPENBLAS_CORETYPE|MKL_(CBWR|ENABLE_INSTRUCTIONS)|BLIS_ARCH_.*|NUMBA_CPU_.*",
+        "which instructions of the CPU are used, and so the rounding",
+    ),
+    # The number of threads splits sums.
+    (
+        "(OMP|GOMP|KMP|MKL|DNNL|ONEDNN|OPENBLAS|GOTO|BLIS|VECLIB|NUMEXPR|ARM_COMPUTE|LPCNET|NUMBA)_.*",
+        "how sums are split between threads, and so the rounding",
+    ),
+    # Algorithm, protocol and topology decide the order of additions.
+    ("(NCCL|RCCL|GLOO|UCC|TORCH_UCC|SHARP)_.*", "the order of additions in a collective"),
+    (
+        "NVTE_ALLOW_NONDETERMINISTIC_ALGO|FLASH_ATTENTION_DETERMINISTIC|XFORMERS_.*",
+        "whether attention is deterministic, and its rounding",
+    ),
+    ("(NVIDIA|TORCH|CUBLAS|CUDNN|XLA)_.*TF32.*", "the precision of matrix products on GPUs"),
+    (
+        "(CUBLAS|CUBLASLT|CUDNN|CUDA|NVIDIA|NVTE|MIOPEN|ROCBLAS|HIPBLAS|HIPBLASLT|HIP|HSA|FLASH_ATTENTION)_.*",
+        "which kernels run on GPUs, and so the rounding",
+    ),
+    ("(TORCHINDUCTOR|TORCHDYNAMO|TRITON|XLA)_.*", "which kernels are compiled, and so the rounding"),
+    ("(TORCH|PYTORCH|DISABLE_ADDMM|ACCELERATE)_.*", "which kernels torch chooses"),
+    ("PYTHONHASHSEED", "the order of sets and the value of hash()"),
+    ("LC_ALL|LC_COLLATE|LANG", "the order of sorted names"),
+    ("PYTHONPATH|PYTHONOPTIMIZE", "which code is imported and which assertions run"),
+    ("TOKENIZERS_PARALLELISM", "how tokenizers split their work"),
 )
+"""Patterns of the variables that are recorded, and what each can change. The first that matches counts."""
+_RECORDED = re.compile("|".join(f"(?:{pattern})" for pattern, _ in _CHANGES))
 _NOT_RECORDED = re.compile(
     # Folders of caches and installations, and the identity of a process, differ without any effect.
     "(?!LD_|PYTHON).*_(HOME|DIR|DIRS|PATH|ROOT|FILE|FILES)"
@@ -79,3 +94,10 @@ def relevant_variables() -> dict[str, str | None]:
 def variable_may_round(name: str) -> bool:
     """Return True if a recorded variable can change how an operator of torch rounds."""
     return name not in _NO_ROUNDING
+
+
+def change_by(name: str) -> str | None:
+    """Return what a variable can change, in words, or None for one that is not recorded or changes no result."""
+    if name in HARMLESS:
+        return None
+    return next((change for pattern, change in _CHANGES if re.fullmatch(pattern, name)), None)

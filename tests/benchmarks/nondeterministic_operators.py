@@ -22,7 +22,8 @@ import torch
 
 from dreplica.agreement.verdict.remedy import Remedy
 from dreplica.config.schema import DeterminismConfig
-from dreplica.diagnosis.decision.nondeterministic_ops import DOCUMENTED, explain_operator
+from dreplica.diagnosis.decision.documented_ops import DOCUMENTED
+from dreplica.diagnosis.decision.nondeterministic_ops import explain_operator
 from dreplica.diagnosis.evidence.observation import first_difference
 from dreplica.diagnosis.tracing.op_tracer import OpRecord, OpTracer
 from dreplica.environment.determinism import apply_determinism, numerics_flags, set_environment

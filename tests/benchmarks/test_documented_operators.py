@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from dreplica.config.schema import DeterminismConfig
-from dreplica.diagnosis.decision.nondeterministic_ops import DOCUMENTED
+from dreplica.diagnosis.decision.documented_ops import DOCUMENTED
 from dreplica.diagnosis.tracing.op_tracer import OpTracer
 from dreplica.environment.determinism import apply_determinism
 from tests.benchmarks import nondeterministic_operators as benchmark

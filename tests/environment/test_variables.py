@@ -4,7 +4,7 @@ import os
 
 import pytest
 
-from dreplica.environment.variables import HARMLESS, STRICT, relevant_variables, variable_may_round
+from dreplica.environment.variables import HARMLESS, STRICT, change_by, relevant_variables, variable_may_round
 
 
 @pytest.fixture(autouse=True)
@@ -53,6 +53,40 @@ def test_strict_variable_has_a_row_in_any_case(monkeypatch: pytest.MonkeyPatch) 
     assert relevant_variables() == dict.fromkeys(STRICT)
     monkeypatch.setenv("MKL_CBWR", "AVX2")
     assert relevant_variables() == {**dict.fromkeys(STRICT), "MKL_CBWR": "AVX2"}
+
+
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        ("NCCL_ALGO", "the order of additions in a collective"),
+        ("NCCL_PROTO", "the order of additions in a collective"),
+        ("NCCL_NVLS_ENABLE", "the order of additions in a collective"),
+        ("NCCL_COLLNET_ENABLE", "the order of additions in a collective"),
+        ("NVTE_ALLOW_NONDETERMINISTIC_ALGO", "whether attention is deterministic, and its rounding"),
+        ("FLASH_ATTENTION_DETERMINISTIC", "whether attention is deterministic, and its rounding"),
+        ("NPY_DISABLE_CPU_FEATURES", "which instructions of the CPU are used, and so the rounding"),
+        ("ATEN_CPU_CAPABILITY", "which instructions of the CPU are used, and so the rounding"),
+        ("DNNL_MAX_CPU_ISA", "which instructions of the CPU are used, and so the rounding"),
+        ("MKL_CBWR", "which instructions of the CPU are used, and so the rounding"),
+        ("OPENBLAS_CORETYPE", "which instructions of the CPU are used, and so the rounding"),
+        ("OPENBLAS_NUM_THREADS", "how sums are split between threads, and so the rounding"),
+        ("GLIBC_TUNABLES", "the rounding of functions such as exp on the CPU"),
+        ("NVIDIA_TF32_OVERRIDE", "the precision of matrix products on GPUs"),
+        ("TORCH_ALLOW_TF32_CUBLAS_OVERRIDE", "the precision of matrix products on GPUs"),
+        ("TORCHINDUCTOR_MAX_AUTOTUNE", "which kernels are compiled, and so the rounding"),
+        ("XLA_FLAGS", "which kernels are compiled, and so the rounding"),
+        ("PYTHONHASHSEED", "the order of sets and the value of hash()"),
+        ("CUDA_VISIBLE_DEVICES", None),
+        ("HOME", None),
+    ],
+)
+def test_change_by_a_variable(name: str, change: str | None) -> None:
+    assert change_by(name) == change
+
+
+def test_every_strict_variable_can_change_something() -> None:
+    assert [name for name in STRICT if change_by(name) is None] == []
+    assert all(variable_may_round(name) for name in STRICT)
 
 
 def test_secret_in_a_value_is_masked(monkeypatch: pytest.MonkeyPatch) -> None:

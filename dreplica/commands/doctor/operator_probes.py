@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from dreplica.diagnosis.decision.nondeterministic_ops import DOCUMENTED
+from dreplica.diagnosis.decision.documented_ops import DOCUMENTED
 
 _REFUSES = "deterministic"
 """Text in the error that torch raises if an operator has no deterministic algorithm."""

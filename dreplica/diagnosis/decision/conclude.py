@@ -238,7 +238,11 @@ def _explain_nondeterminism(found: Verdict, facts: RunFacts) -> Verdict:
     manifest = facts.manifests[found.suspects[0]]
     explanation = explain_operator(found.operator, manifest["device"]["type"], manifest["numerics"])
     evidence = Evidence.of(
-        "operator-documented", explanation=explanation.text, operator=found.operator, documented=explanation.known
+        "operator-documented",
+        explanation=explanation.text,
+        operator=found.operator,
+        documented=explanation.known,
+        status=explanation.status,
     )
     return found.with_(evidence=[*found.evidence, evidence], remedy=list(explanation.remedy))
 

@@ -8,7 +8,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dreplica.commands.doctor.operator_probes import PROBES, run_probes, unstopped
-from dreplica.diagnosis.decision.nondeterministic_ops import DOCUMENTED
+from dreplica.diagnosis.decision.documented_ops import DOCUMENTED
 
 _CPU = torch.device("cpu")
 

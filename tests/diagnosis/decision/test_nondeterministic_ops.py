@@ -10,7 +10,8 @@ import torch
 from dreplica.agreement.verdict.remedy import Remedy
 from dreplica.config.load import load_config
 from dreplica.config.schema import RunConfig
-from dreplica.diagnosis.decision.nondeterministic_ops import DOCUMENTED, Explanation, explain_operator, may_vary
+from dreplica.diagnosis.decision.documented_ops import DOCUMENTED, UNVERIFIED
+from dreplica.diagnosis.decision.nondeterministic_ops import Explanation, explain_operator, may_vary
 from dreplica.environment.determinism import numerics_flags
 from tests.messages import codes, commands, data_of
 
@@ -53,7 +54,7 @@ def settings_in(explanation: Explanation) -> list[str]:
     return [remedy.command or "" for remedy in explanation.remedy if remedy.settings]
 
 
-@pytest.mark.parametrize("name", DOCUMENTED)
+@pytest.mark.parametrize("name", [*DOCUMENTED, *UNVERIFIED])
 def test_every_operator_exists(name: str) -> None:
     assert name.startswith("aten.")
     packet, _, overload = name.removeprefix("aten.").partition(".")
@@ -94,7 +95,7 @@ def test_correct_settings_are_not_recommended(operator: str) -> None:
 def test_strict_mode_makes_index_add_deterministic() -> None:
     found = explain("aten.index_add_.default", deterministic_algorithms=False)
     assert found == Explanation(
-        True,
+        "documented",
         "aten.index_add_.default on CUDA adds with atomics, in the order in which its threads arrive; on this replica "
         "deterministic_algorithms was False, deterministic_warn_only was False, so no deterministic algorithm was "
         "requested.",
@@ -232,3 +233,23 @@ def test_custom_operators_are_not_documented() -> None:
 def test_unknown_operator_is_not_documented() -> None:
     found = explain("aten.no_such_operator.default")
     assert not found.known
+
+
+@pytest.mark.parametrize("flags", [STRICT, WARN, OFF, {}], ids=["strict", "warn", "off", "unknown"])
+@pytest.mark.parametrize("name", UNVERIFIED)
+def test_unverified_operator_may_vary_on_cuda(name: str, flags: dict[str, Any]) -> None:
+    """Whatever the settings are: hardware is not accused where such an operator ran."""
+    operator = overload_of(name)
+    explanation = explain_operator(operator, "cuda", flags)
+    assert (explanation.status, explanation.known) == ("unverified", False)
+    assert "This is unverified: PyTorch does not document" in explanation.text
+    assert may_vary(operator, "cuda", flags)
+    assert not may_vary(operator, "cpu", flags)
+    assert explain_operator(operator, "cpu", flags).status == "undocumented"
+    assert name not in DOCUMENTED
+
+
+def test_status_of_documented_and_other_operators() -> None:
+    assert explain("aten.histc.default").status == "documented"
+    assert explain("aten.relu.default").status == "undocumented"
+    assert explain("mine.sum.default").status == "undocumented"
