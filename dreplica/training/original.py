@@ -4,6 +4,7 @@ Tensors are kept by reference, and counters are read without touching memory tha
 agrees, nothing is kept.
 """
 
+import weakref
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -58,7 +59,7 @@ class StepMeter:
         self._num_states = -1
         self._nodes = 0
         self._versions: list[int] = []
-        self._gradients: list[tuple[int, int]] = []
+        self._gradients: list[tuple[weakref.ref[Tensor] | None, int]] = []
         self._batch: dict[str, int] = {}
 
     def start(self, batch: Batch) -> None:
@@ -67,7 +68,8 @@ class StepMeter:
             self._list_tensors()
         self._versions = [tensor._version for tensor in self._tensors.values()]
         grads = (parameter.grad for parameter in self._parameters.values())
-        self._gradients = [(id(grad), 0 if grad is None else grad._version) for grad in grads]
+        # Weak references: most gradients are freed when the step begins, and others may take their place in memory.
+        self._gradients = [(None, 0) if grad is None else (weakref.ref(grad), grad._version) for grad in grads]
         self._batch = {name: tensor._version for name, tensor in batch.tensors().items()}
         self._nodes = torch.autograd._get_sequence_nr()
 
@@ -81,7 +83,8 @@ class StepMeter:
         for (name, parameter), (kept, before) in zip(self._parameters.items(), self._gradients, strict=True):
             grad = parameter.grad
             if grad is not None:
-                passing[f"gradients.{name}"] = grad._version - before if id(grad) == kept else grad._version
+                is_same = kept is not None and kept() is grad
+                passing[f"gradients.{name}"] = grad._version - before * is_same
         return Footprint(nodes, self._tensors, writes, passing)
 
     def _list_tensors(self) -> None:

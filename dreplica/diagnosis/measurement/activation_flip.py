@@ -11,6 +11,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from operator import itemgetter
 from typing import Any
 
 import torch
@@ -28,7 +29,7 @@ log = logging.getLogger(__name__)
 _INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 _NUM_PRODUCTS = 6
 """Vector-Jacobian products for each step of the search."""
-_MOST_CANDIDATES = 6
+_MOST_CANDIDATES = 24
 """Candidates that are tried in each step of the search, with a replay each."""
 _MOST_SECONDS = 60.0
 """Time after which the search ends without a result."""
@@ -81,6 +82,7 @@ def _search(replayer: Replayer, indices: Tensor, original: Mapping[str, Stage], 
     while len(flips) < FEW_BITS:
         probe = _Probe(flips, logits, scores=True)
         replayer.untraced(indices, within=probe.attach)
+        nearest, distance = None, _IMPROVES * probe.distance
         for flip in probe.candidates[:_MOST_CANDIDATES]:
             if time.monotonic() - started > _MOST_SECONDS:
                 return []
@@ -90,11 +92,11 @@ def _search(replayer: Replayer, indices: Tensor, original: Mapping[str, Stage], 
             stages, _ = replayer.untraced(indices, within=trial.attach)
             if all(stages[name].digest == stage.digest for name, stage in original.items() if name in stages):
                 return [*flips, flip]
-            if trial.distance <= _IMPROVES * probe.distance:
-                flips = [*flips, flip]
-                break
-        else:
+            if trial.distance <= distance:
+                nearest, distance = flip, trial.distance
+        if nearest is None:
             return []
+        flips = [*flips, nearest]
     return []
 
 
@@ -146,7 +148,7 @@ class _Probe:
             self._outputs.clear()
 
     def _hook(self, name: str) -> Any:
-        """Return the hook of one module, which flips its bits and keeps its output for the scores."""
+        """Make the hook of one module, which flips its bits and keeps its output for the scores."""
 
         def visit(_module: nn.Module, _inputs: Any, output: Any) -> None:
             if not isinstance(output, Tensor) or not output.is_floating_point() or output.element_size() == 1:
@@ -190,30 +192,33 @@ class _Probe:
                 if gradient is not None:
                     products[number] += gradient.double() * wanted
                     squares[number] += gradient.double() ** 2
-        found: list[tuple[float, Flip]] = []
+        found: list[tuple[float, float, Flip]] = []
         for (name, call), tensor, product, square in zip(keys, outputs, products, squares, strict=True):
             explained = torch.where(square > 0, product**2 / square, 0.0).flatten() / total
             best = torch.topk(explained, min(4, explained.numel()))
             for score, element in zip(best.values.tolist(), best.indices.tolist(), strict=True):
                 distance = float(product.flatten()[element] / square.flatten()[element])
                 bits = _bits_at_distance(tensor.detach().flatten()[element], distance)
-                found += [(score, Flip(name, call, element, bit)) for bit in bits]
-        self.candidates = [flip for _, flip in sorted(found, key=lambda row: -row[0])]
+                found += [(round(-score, 4), error, Flip(name, call, element, bit)) for bit, error in bits.items()]
+        self.candidates = [flip for *_, flip in sorted(found, key=itemgetter(0, 1))]
 
 
-def _bits_at_distance(value: Tensor, distance: float) -> list[int]:
-    """Return the bits whose flip changes a number, or its positive part, by about a distance.
+def _bits_at_distance(value: Tensor, distance: float) -> dict[int, float]:
+    """Find the bits whose flip changes a number, or its positive part, by about a distance.
 
     A rectifier behind the number passes only its positive part on.
+
+    Returns:
+        Bit to the relative error of the distance.
     """
-    bits, before = [], float(value)
+    bits, before = {}, float(value)
     for bit in range(8 * value.element_size()):
         flipped = value.clone().reshape(1)
         _flip(flipped, Flip("", 0, 0, bit))
         after = float(flipped)
         errors = abs(after - before - distance), abs(max(after, 0.0) - max(before, 0.0) - distance)
         if min(errors) <= _TOLERANCE * abs(distance):
-            bits.append(bit)
+            bits[bit] = min(errors) / abs(distance)
     return bits
 
 
