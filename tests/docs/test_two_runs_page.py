@@ -15,6 +15,7 @@ from typing import Any
 import numpy
 import pytest
 import torch
+import torch._inductor.config
 from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.data import DataLoader, DistributedSampler, TensorDataset, random_split
@@ -56,6 +57,7 @@ def names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
         "inputs": inputs,
         "labels": labels,
     }
+    torch._inductor.config.fallback_random = False
     torch.set_num_threads(threads)
     torch.set_float32_matmul_precision(precision)
     torch.use_deterministic_algorithms(flags[0])
