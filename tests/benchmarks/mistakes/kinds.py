@@ -32,6 +32,8 @@ CHANGED: Mapping[str, str] = {
     "noise_of_own_generator": "also: no replay restores a generator in a variable of the script, which was overlooked",
     "gradient_noise_by_rank": "also: as noise_of_own_generator",
     "stochastic_rounding": "also: as noise_of_own_generator",
+    "array_of_numpy_generator": "also: an array of NumPy is a value of the host, which the list of causes leaves open",
+    "dropout_from_own_mask": "also: as array_of_numpy_generator",
     "seed_in_step_by_rank": "also: no replay restores the variable that counts the steps, which was overlooked",
     "kernel_of_log_softmax": "tensor: the loop returns the loss first, so its name there is `returned.0`",
     "written_through_numpy": "also: the view that NumPy writes through is made by an operator that one replica runs",
@@ -167,7 +169,7 @@ KINDS: tuple[Kind, ...] = (
         "unreplayed-state",
         _FORWARD,
         why="the array comes from outside of the step, and is another one in each replay; its generator is not seen",
-        also=_DRAWS,
+        also=("generators-differ", "host-value-differs"),
     ),
     Kind(
         rand.dropout_from_own_mask,
@@ -175,7 +177,7 @@ KINDS: tuple[Kind, ...] = (
         "unreplayed-state",
         _FORWARD,
         why="the mask comes from outside of the step, and is another one in each replay; its generator is not seen",
-        also=_DRAWS,
+        also=("generators-differ", "host-value-differs"),
     ),
     Kind(
         rand.gradient_noise_on_one,
