@@ -10,6 +10,8 @@ from tests.benchmarks.mistakes.run_plant import PER_EPOCH
 from tests.benchmarks.mistakes.site import Site
 
 HARDWARE = frozenset({"transient-fault", "persistent-fault"})
+_AMBIGUOUS = re.compile("code that ran once|inconclusive")
+"""Words of a first line of evidence that leaves open whether code or a fault changed a few bits."""
 _LINE = re.compile(r"\w+\.py:\d+")
 
 
@@ -60,9 +62,15 @@ def judge(kind: Kind, site: Site, verdict: Verdict | None) -> Judged:
     elif not judged.is_right and site.setting != "ddp" and not kind.is_small:
         add("not explained")
     text = "\n".join(map(str, [*verdict.evidence, *verdict.remedy]))
-    if verdict.cause == "unexplained" and site.setting != "ddp" and verdict.step and not _LINE.search(text):
+    if (
+        verdict.cause == "unexplained"
+        and not kind.is_small
+        and site.setting != "ddp"
+        and verdict.step
+        and not _LINE.search(text)
+    ):
         add("no line")
-    if kind.is_small and not any(line.code.startswith("ambiguous") for line in verdict.evidence[:2]):
+    if kind.is_small and not judged.is_right and not _AMBIGUOUS.search(str(verdict.evidence[0])):
         add("ambiguity not said")
     return judged
 
