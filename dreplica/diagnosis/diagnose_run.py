@@ -104,6 +104,7 @@ def diagnose(
             decision = decide(witnesses, facts.overrides, differences)
         else:
             decision = judge(witnesses, lambda: _digests(attempt(channel, lambda: replayer.again(indices))))
+        decision = find_settings(decision, found)
         decision = _find_races(decision, first.tracer.records, found.stage, channel, facts)
         decision = compare_memory(decision, replayer, indices, channel)
         decision = compare_outputs(decision, replayer, indices, channel, arbitrates=may_be_hardware(decision))
@@ -278,6 +279,13 @@ def as_verdict(found: Verdict, decision: Decision) -> Verdict:
         return verdict.with_(remedy=[])
     remedy = found.remedy or advise(verdict) or (_remedy(decision) if cause == "unexplained" else [])
     return verdict.with_(remedy=remedy)
+
+
+def find_settings(decision: Decision, found: Verdict) -> Decision:
+    """Add a finding if the comparison has shown that settings of the optimizer, a scheduler or the scaler differ."""
+    if found.cause != "hyperparameter-differs":
+        return decision
+    return with_findings(decision, Finding(Kind.HYPERPARAMETER_DIVIDES))
 
 
 def field_evidence(code: str, difference: Difference) -> Evidence:

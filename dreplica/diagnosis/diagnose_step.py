@@ -20,7 +20,7 @@ from dreplica.diagnosis.decision.facts import RunFacts
 from dreplica.diagnosis.decision.loop_verdicts import all_agree, diverged, failed, finish, kept_remedies, unexplained
 from dreplica.diagnosis.decision.overrides import divides_as
 from dreplica.diagnosis.decision.rules import may_be_hardware, name_in
-from dreplica.diagnosis.diagnose_run import as_verdict, close_replayer, field_evidence
+from dreplica.diagnosis.diagnose_run import as_verdict, close_replayer, field_evidence, find_settings
 from dreplica.diagnosis.evidence.finding import Finding, Kind
 from dreplica.diagnosis.evidence.observation import (
     Decision,
@@ -207,6 +207,7 @@ def _diagnose(
         verdict = diverged(found, f"{how}, the step diverges", runs.rows)
     decision = decide(witnesses, {}, differing)
     decision = find_equal_values(decision, done.needed, witnesses, stage, found, start.is_ddp)
+    decision = find_settings(decision, found) if found is not None else decision
     if start.equalised:
         decision = with_findings(decision, Finding(Kind.EQUALISED))
     arbitrates = may_be_hardware(decision)

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from dreplica.agreement.verdict.evidence import Evidence
 from dreplica.agreement.verdict.names import list_names
 from dreplica.agreement.verdict.remedy import Remedy
-from dreplica.agreement.verdict.signs import observe_signs
+from dreplica.agreement.verdict.signs import observe_signs, settings_differ
 from dreplica.agreement.verdict.verdict import Verdict, split_into_groups, suspects_of
 from dreplica.state.fingerprint.stage import STAGES, Stage
 
@@ -154,6 +154,8 @@ def describe(place: Place, epoch: int | None, num_replicas: int) -> Verdict:
     if not suspects:
         evidence.append(Evidence.of("no-majority", num_replicas=num_replicas))
     cause = _CAUSE_OF_STAGE.get(place.stage or "", "unexplained")
+    if settings_differ(place.signs, place.tensor):
+        cause = "hyperparameter-differs"
     return Verdict(
         agreed=False,
         cause="order-differs" if place.is_order else "structure-differs" if place.is_structural else cause,

@@ -70,6 +70,36 @@ class Sign(StrEnum):
     """Random number generators, in whichever stage replicas differ first."""
 
 
+_OF_SETTINGS = frozenset(
+    {
+        Sign.SETTING,
+        Sign.METRIC,
+        Sign.SCHEDULE_POSITION,
+        Sign.SCHEDULER,
+        Sign.LOSS_SCALE,
+        Sign.SCALER_COUNT,
+        Sign.SCALER_SETTING,
+    }
+)
+"""Signs of settings: of parameter groups, schedulers and scalers."""
+_OF_KEPT_STATE = frozenset({Sign.STATE, Sign.STEP_COUNT, Sign.OUTSIDE_PARAMETERS, Sign.OTHER_OBJECT})
+"""Signs of what an optimizer, or another object, computes from gradients or weights."""
+
+
+def settings_differ(signs: Mapping[str, Sequence[str]], first: str | None) -> bool:
+    """Return True if a setting of a parameter group differs first, or only settings of schedulers and scalers differ.
+
+    Args:
+        signs: The signs of the difference.
+        first: The first entry that differs.
+    """
+    if FIRST["optimizer"] not in signs or Sign.ONE_SIDED in signs:
+        return False
+    return first in signs.get(Sign.SETTING, ()) or bool(
+        _OF_SETTINGS & signs.keys() and not _OF_KEPT_STATE & signs.keys()
+    )
+
+
 FIRST = {stage: f"first-in-{stage}" for stage in STAGES}
 """Stage to the sign that it is the first that differs."""
 SAME = {stage: f"same-{stage}" for stage in STAGES}

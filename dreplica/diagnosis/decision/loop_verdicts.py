@@ -33,7 +33,7 @@ def diverged(found: Verdict | None, how: str, rows: Sequence[Mapping[str, Stage]
 
 
 def unexplained(found: Verdict | None, channel: Channel, summary: str, lines: Sequence[Evidence]) -> Verdict:
-    """Return the verdict without a cause, with what the comparison has found already.
+    """Return the verdict without a cause, except one that the comparison has found already.
 
     Args:
         found: The verdict of the divergence to explain, if there is one.
@@ -42,7 +42,7 @@ def unexplained(found: Verdict | None, channel: Channel, summary: str, lines: Se
         lines: The evidence of the diagnosis.
     """
     if found is not None:
-        return found.with_(cause="unexplained", remedy=kept_remedies(found), evidence=[*found.evidence, *lines])
+        return found.with_(remedy=kept_remedies(found), evidence=[*found.evidence, *lines])
     return Verdict(False, "unexplained", summary, groups=[list(range(channel.size))], evidence=list(lines))
 
 

@@ -103,7 +103,7 @@ def test_first_difference_finds_different_steps() -> None:
         ("gradients", "head.bias", "unexplained", "head"),
         ("buffers", "bn.running_var", "unexplained", "bn"),
         ("weights", "scale", "unexplained", None),
-        ("optimizer", "group0.lr", "unexplained", None),
+        ("optimizer", "group0.lr", "hyperparameter-differs", None),
         ("output", "loss", "unexplained", None),
         ("rng", "torch.cpu", "unexplained", None),
     ],
@@ -150,3 +150,27 @@ def test_advise_recommends_seeding_the_build(step: int, name: str, seeds: bool) 
 
     assert ("seed-before-build" in codes(*({name: stage(a=letter)} for letter in "xy"))) == seeds
     assert "seed-before-build" not in codes({name: stage(a="x")}, {name: stage(b="x")}), "no seed gives another tensor"
+
+
+@pytest.mark.parametrize(
+    ("differing", "cause"),
+    [
+        (["group0.lr"], "hyperparameter-differs"),
+        (["group0.lr", "w.momentum_buffer"], "hyperparameter-differs"),  # which follows from it
+        (["critic.group1.betas.0"], "hyperparameter-differs"),
+        (["GradScaler.scale", "GradScaler._growth_tracker"], "hyperparameter-differs"),
+        (["ReduceLROnPlateau.best"], "hyperparameter-differs"),
+        (["StepLR.last_epoch", "StepLR._step_count"], "hyperparameter-differs"),
+        (["w.momentum_buffer"], "unexplained"),
+        (["w.momentum_buffer", "GradScaler.scale"], "unexplained"),  # a step was skipped
+        (["Average.w"], "unexplained"),
+        (["group0.params.1"], "unexplained"),
+    ],
+)
+def test_describe_names_settings_that_differ(differing: list[str], cause: str) -> None:
+    weights = {"weights": stage(w="x")}
+    one, other = (
+        weights | {"optimizer": Stage(tuple(differing), b"".join(value * 16 for _ in differing))}
+        for value in (b"a", b"b")
+    )
+    assert describe(first_difference([1, 1], [one, other]), None, 2).cause == cause

@@ -201,6 +201,52 @@ def reversed_parameters(config: "RunConfig", num_classes: int, device: torch.dev
     return _replica(config, model, optimizer)
 
 
+def learning_rate_of_rank(config: "RunConfig", num_classes: int, device: torch.device) -> Replica:
+    """Halve the learning rate on replica 1, as a value from the environment may.
+
+    Args:
+        config: The run's config.
+        num_classes: Number of outputs of the model.
+        device: The device to build on.
+    """
+    model = _model(config, num_classes, device)
+    optimizer = build_optimizer(config.optim, model)
+    if env_rank() == 1:
+        optimizer.param_groups[0]["lr"] *= 0.5
+    return _replica(config, model, optimizer)
+
+
+def noise_seeded_by_rank(config: "RunConfig", num_classes: int, device: torch.device) -> Replica:
+    """Add noise to the inputs from a generator that is seeded with the rank.
+
+    Args:
+        config: The run's config.
+        num_classes: Number of outputs of the model.
+        device: The device to build on.
+    """
+    model = nn.Sequential(Noise(seed=env_rank()), *_model(config, num_classes, device))
+    return _replica(config, model, build_optimizer(config.optim, model))
+
+
+class Noise(nn.Module):
+    """Add normal noise in training mode, from a private generator.
+
+    Args:
+        seed: The seed of the generator.
+    """
+
+    def __init__(self, seed: int) -> None:
+        super().__init__()
+        self.generator = torch.Generator().manual_seed(seed)
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        """Return the inputs with noise, of the same shape."""
+        if not self.training:
+            return inputs
+        noise = torch.randn(inputs.shape, generator=self.generator, device="cpu")
+        return inputs + 0.1 * noise.to(inputs.device)
+
+
 def _model(config: "RunConfig", num_classes: int, device: torch.device) -> nn.Sequential:
     model = build_model(config.model, num_classes)
     assert isinstance(model, nn.Sequential), (
