@@ -200,7 +200,7 @@ def conclude_build(found: Verdict, facts: RunFacts) -> Verdict:
 
 
 def _find_in_build(found: Verdict, facts: RunFacts) -> tuple[Finding | None, list[Remedy]]:
-    """Return the first finding on the seeds and generators of the build, with remedies of its own."""
+    """Return the first finding on the seeds and generators of the build, with its remedies."""
     if _declares_build(facts.overrides, found.groups):
         return Finding(Kind.BUILD_SEEDS_DECLARED, [Evidence.of("build-matches-overrides")]), []
     if found.cause != "unexplained":

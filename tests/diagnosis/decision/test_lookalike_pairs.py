@@ -85,7 +85,6 @@ PAIRS: list[tuple[Collection[Kind], str, Collection[Kind], str]] = [
     ({*LASTING, K.OTHER_HOST_VALUE}, "host-value-differs", {K.HYPERPARAMETER_DIVIDES}, "hyperparameter-differs"),
     ({*LASTING, K.OTHER_HOST_VALUE}, "host-value-differs", {K.OVERRIDE_DIVIDES}, "declared-override"),
     ({*LASTING, K.OTHER_HOST_VALUE}, "host-value-differs", {K.OTHER_ORDER}, "order-differs"),
-    ({*LASTING, K.OTHER_HOST_VALUE}, "host-value-differs", {K.EQUALISED}, "unexplained"),
     ({*LASTING, K.OTHER_OPERATORS}, "structure-differs", {K.KERNELS_DIVIDE}, "kernel-differs"),
     ({*LASTING, K.OTHER_OPERATORS}, "structure-differs", {K.OTHER_DRAW}, "generators-differ"),
     ({*LASTING, K.OTHER_OPERATORS}, "structure-differs", {K.OTHER_HOST_VALUE}, "host-value-differs"),
