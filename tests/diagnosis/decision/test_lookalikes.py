@@ -216,7 +216,7 @@ def test_verdict_is_first_of_override_and_fault() -> None:
     assert data_of(verdict["evidence"], "later-groups-split")["stage"] == "weights"
 
 
-KERNELS = {"kernel-differs", "unexplained"}
+KERNELS = {"kernel-differs"}
 CAUSES_WITHOUT_TENSORS = {"unexplained"}
 """A forward pass has spread the flipped bits, and code that ran once would spread its own in the same way."""
 SLOWER = "--overrides.1.optim.lr=0.2"
