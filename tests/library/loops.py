@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
@@ -42,7 +43,7 @@ def digits() -> TensorDataset:
     )
 
 
-def mnist(plant: bool) -> dreplica.Agreement:
+def mnist(plant: bool, epochs: int = 3) -> dreplica.Agreement:
     """Train an independent replica, as https://github.com/pytorch/examples/blob/main/mnist/main.py does."""
     random.seed(1), numpy.random.seed(1), torch.manual_seed(1)
     train_loader = DataLoader(digits(), batch_size=32, shuffle=True)
@@ -50,7 +51,7 @@ def mnist(plant: bool) -> dreplica.Agreement:
     optimizer = torch.optim.Adadelta(model.parameters(), lr=1.0)
     scheduler = torch.optim.lr_scheduler.StepLR(optimizer, step_size=1, gamma=0.7)
     agreement = dreplica.Agreement(model, optimizer, others=[scheduler])
-    for epoch in range(1, 4):
+    for epoch in range(1, epochs + 1):
         model.train()
         for data, target in train_loader:
             optimizer.zero_grad()
@@ -66,7 +67,7 @@ def mnist(plant: bool) -> dreplica.Agreement:
     return agreement
 
 
-def ddp(plant: bool) -> dreplica.Agreement:
+def ddp(plant: bool, epochs: int = 3) -> dreplica.Agreement:
     """Train one model on all ranks, with gradients accumulated over two batches."""
     torch.manual_seed(1)
     dataset = digits()
@@ -74,8 +75,9 @@ def ddp(plant: bool) -> dreplica.Agreement:
     network = Net()
     model = DistributedDataParallel(network)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    torch.manual_seed(1 + dist.get_rank())  # ranks draw different dropout
     agreement = dreplica.Agreement(model, optimizer)
-    for epoch in range(1, 4):
+    for epoch in range(1, epochs + 1):
         loader.sampler.set_epoch(epoch)
         for number, (data, target) in enumerate(loader, start=1):
             if number % 2:
@@ -92,7 +94,7 @@ def ddp(plant: bool) -> dreplica.Agreement:
     return agreement
 
 
-def lightning(plant: bool) -> dreplica.Agreement:
+def lightning(plant: bool, epochs: int = 3) -> dreplica.Agreement:
     """Train a LightningModule with Lightning's DDP strategy."""
     from lightning.pytorch import LightningModule, Trainer, seed_everything
 
@@ -102,6 +104,9 @@ def lightning(plant: bool) -> dreplica.Agreement:
         def __init__(self) -> None:
             super().__init__()
             self.net = Net()
+
+        def on_train_start(self) -> None:
+            torch.manual_seed(1 + self.global_rank)
 
         def training_step(self, batch: Any, batch_idx: int) -> Tensor:
             if plant and self.global_step + 1 == STEP:
@@ -124,7 +129,7 @@ def lightning(plant: bool) -> dreplica.Agreement:
         strategy="ddp",
         devices=2,
         accelerator="cpu",
-        max_epochs=3,
+        max_epochs=epochs,
         accumulate_grad_batches=2,
         callbacks=[callback],
         **quiet,
@@ -134,9 +139,9 @@ def lightning(plant: bool) -> dreplica.Agreement:
     return callback.agreement
 
 
-def transformers(plant: bool) -> dreplica.Agreement:
+def transformers(plant: bool, epochs: int = 3) -> dreplica.Agreement:
     """Train a model with Hugging Face's Trainer, whose forward pass clamps weights where `plant` is set."""
-    from transformers import Trainer, TrainingArguments, set_seed
+    from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
 
     from dreplica.transformers import AgreementCallback
 
@@ -152,6 +157,10 @@ def transformers(plant: bool) -> dreplica.Agreement:
             logits = self.net(data)
             return {"loss": F.nll_loss(logits, labels), "logits": logits}
 
+    class OwnSeeds(TrainerCallback):
+        def on_train_begin(self, args: TrainingArguments, *_: Any, **__: Any) -> None:
+            torch.manual_seed(1 + args.process_index)
+
     set_seed(1)
     samples = [{"data": data, "labels": label} for data, label in digits()]
     callback = AgreementCallback(keep_state=True)
@@ -161,16 +170,16 @@ def transformers(plant: bool) -> dreplica.Agreement:
             folder,
             per_device_train_batch_size=8,
             gradient_accumulation_steps=2,
-            num_train_epochs=3,
+            num_train_epochs=epochs,
             use_cpu=True,
             **quiet,
         )
-        Trainer(Classifier(), arguments, train_dataset=samples, callbacks=[callback]).train()
+        Trainer(Classifier(), arguments, train_dataset=samples, callbacks=[OwnSeeds(), callback]).train()
     assert callback.agreement is not None
     return callback.agreement
 
 
-LOOPS: Mapping[str, Callable[[bool], dreplica.Agreement]] = {
+LOOPS: Mapping[str, Callable[..., dreplica.Agreement]] = {
     "mnist": mnist,
     "ddp": ddp,
     "lightning": lightning,

@@ -98,7 +98,7 @@ class Notices:
         Args:
             step: Number of steps taken.
         """
-        self._leftover.close()
+        self.close()
         self._add(self._loss.finish())
         self._add(self._rates.finish())
         self._add(self._averages.finish())
@@ -107,8 +107,9 @@ class Notices:
         self._merge(self._channel.gather([each.as_dict() for each in self.warnings]))
 
     def close(self) -> None:
-        """Remove hooks from parameters."""
+        """Remove hooks from parameters and optimizers."""
         self._leftover.close()
+        self._parameters.close()
 
     def _has(self, code: str) -> bool:
         return any(each.code == code for each in self.warnings)

@@ -4,7 +4,8 @@ import re
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor
 from torch.optim.swa_utils import AveragedModel
 
 from dreplica.agreement.notices.rates import has_rate
@@ -20,6 +21,8 @@ _UNHELD_STEPS = 20
 """Compared steps after which a parameter that no optimizer moves is reported. A loss scaler skips fewer at first."""
 _HELD_STEPS = 100
 """The same for a parameter whose optimizer has a learning rate: it may be trained later, or in very small updates."""
+_NEGLIGIBLE = 1e-3
+"""Fraction of the optimizer's largest gradient below which one may be rounding only: that of a bias before a norm."""
 _AVERAGE_STEPS = 100
 """The same for a moving average. Some begin after a number of steps."""
 
@@ -32,7 +35,8 @@ class ParameterWatch:
     """Watch for parameters that have a gradient and never change.
 
     The digests show which parameters did not change since the first comparison. Their gradients are read only for
-    those, in the step after. A parameter that then still has not changed is reported.
+    those, in the step after: when their optimizer steps, since another loss may add to them later. A parameter that
+    then still has not changed is reported.
 
     Args:
         subject: The models and optimizers.
@@ -43,16 +47,30 @@ class ParameterWatch:
         self._first: Mapping[str, bytes] = {}
         self._steps = 0
         self._candidates: list[str] = []
-        self._with_gradient: list[str] = []
+        self._with_gradient: set[str] = set()
         self._reported: set[str] = set()
+        self._at_step: dict[int, set[int]] = {}
+        self._hooks: list[Any] = []
 
     def step(self) -> None:
         """Read the gradients of the parameters that did not change, if there are any."""
         if not self._candidates:
             return
+        self.close()
         named = named_weights(self._subject.model)
-        self._with_gradient = [name for name in self._candidates if _has_gradient(named.get(name))]
-        self._candidates = []
+        for name in self._candidates:
+            parameter = named.get(name)
+            optimizer = None if parameter is None else self._optimizer_of(parameter)
+            if parameter is None or not _has_gradient(parameter):
+                continue
+            if optimizer is None or not has_rate(_group_of(optimizer, parameter)):
+                self._with_gradient.add(name)
+            elif id(_inner(optimizer)) in self._at_step:
+                if id(parameter) in self._at_step[id(_inner(optimizer))]:
+                    self._with_gradient.add(name)
+            elif {id(each) for each in held_parameters(optimizer)} <= {id(named[each]) for each in self._candidates}:
+                self._with_gradient.add(name)  # the optimizer did not step, and none of its parameters ever changed
+        self._candidates, self._at_step = [], {}
 
     def compared(self, weights: Stage) -> Iterable[Evidence]:
         """Count a comparison in which all replicas agreed, and return warnings.
@@ -66,11 +84,40 @@ class ParameterWatch:
         self._steps += 1
         found: Iterable[Evidence] = ()
         if self._with_gradient:
-            found, self._with_gradient = [*self._report(self._unchanged(weights) & set(self._with_gradient))], []
+            found, self._with_gradient = [*self._report(self._unchanged(weights) & self._with_gradient)], set()
         if self._steps in (_UNHELD_STEPS, _HELD_STEPS):
             unchanged = self._unchanged(weights)
             self._candidates = [name for name in weights.names if name in unchanged - self._reported]
+            if self._candidates and self._steps == _HELD_STEPS:
+                self._look_at_next_step()
         return found
+
+    def close(self) -> None:
+        """Remove the hooks from the optimizers."""
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks = []
+
+    def _look_at_next_step(self) -> None:
+        for optimizer in self._subject.optimizers.values():
+            inner = _inner(optimizer)
+            if hasattr(inner, "_optimizer_step_pre_hooks"):  # otherwise not an optimizer of torch
+                self._hooks.append(inner.register_step_pre_hook(self._before_step))
+
+    def _before_step(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
+        """Note which parameters of an optimizer have a gradient that is not negligible among all of its gradients."""
+        held = [each for each in held_parameters(optimizer) if _has_gradient(each)]
+        sizes = [float(each.grad.abs().max()) for each in held if each.grad is not None and not each.grad.is_sparse]
+        largest = max(sizes, default=0.0)
+        kept = self._at_step.setdefault(id(optimizer), set())
+        dense = [each for each in held if each.grad is not None and not each.grad.is_sparse]
+        kept.update(id(each) for each, size in zip(dense, sizes, strict=True) if size >= _NEGLIGIBLE * largest)
+
+    def _optimizer_of(self, parameter: Tensor) -> torch.optim.Optimizer | None:
+        for optimizer in self._subject.optimizers.values():
+            if any(each is parameter for each in held_parameters(optimizer)):
+                return optimizer
+        return None
 
     def _unchanged(self, weights: Stage) -> set[str]:
         return {name for name, digest in weights.entries().items() if self._first.get(name) == digest}
@@ -82,12 +129,11 @@ class ParameterWatch:
         all_groups = [group for each in self._subject.optimizers.values() for group in each.param_groups]
         if not any(map(has_rate, all_groups)):
             return  # RateWatch looks for that
-        groups = {id(parameter): group for group in all_groups for parameter in group["params"]}
         for name in [name for name in named if name in unchanged]:
-            group = groups.get(id(named[name]))
-            if group is None:
+            optimizer = self._optimizer_of(named[name])
+            if optimizer is None:
                 code = "parameter-not-optimized"
-            elif not has_rate(group):
+            elif not has_rate(_group_of(optimizer, named[name])):
                 code = "parameter-rate-zero"
             else:
                 code = "parameter-unmoved"
@@ -99,9 +145,20 @@ class ParameterWatch:
             yield warning(code, tensors=list_names(names), names=names, tensor=names[0], steps=self._steps, dtype=dtype)
 
 
-def _has_gradient(parameter: nn.Parameter | None) -> bool:
+def _inner(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
+    """Return the optimizer inside a wrapper, such as accelerate's, or the optimizer itself."""
+    inner = getattr(optimizer, "optimizer", None)
+    return inner if isinstance(inner, torch.optim.Optimizer) else optimizer
+
+
+def _group_of(optimizer: torch.optim.Optimizer, parameter: Tensor) -> Mapping[str, Any]:
+    groups = optimizer.param_groups
+    return next(group for group in groups if any(each is parameter for each in group["params"]))
+
+
+def _has_gradient(parameter: Tensor) -> bool:
     """Return True if a parameter has a gradient that is finite and not 0. Waits for the device."""
-    if parameter is None or parameter.grad is None or not parameter.requires_grad:
+    if parameter.grad is None or not parameter.requires_grad:
         return False
     gradient = parameter.grad.detach()
     gradient = gradient.coalesce().values() if gradient.is_sparse else gradient

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
+from dreplica import Agreement
 from tests.agreement.notices.loop import codes, make_model, sgd, train
 
 
@@ -44,6 +45,26 @@ def test_update_lost_in_rounding_is_reported_later() -> None:
     assert codes(train(model, optimizer, steps=60, **arguments)) == []
     (found,) = train(model, optimizer, steps=120, **arguments).warnings
     assert (found.code, found.data["names"], found.data["dtype"]) == ("parameter-unmoved", ["0.bias"], "bfloat16")
+
+
+class Wrapper:
+    """An optimizer around another one, which has no hooks of its own, as accelerate's."""
+
+    def __init__(self, optimizer: torch.optim.Optimizer) -> None:
+        self.optimizer = optimizer
+        self.param_groups, self.state, self.defaults = optimizer.param_groups, optimizer.state, optimizer.defaults
+
+    def zero_grad(self) -> None:
+        self.optimizer.zero_grad()
+
+    def step(self) -> None:
+        self.optimizer.step()
+
+
+def test_update_lost_in_a_wrapped_optimizer() -> None:
+    model = make_model()
+    (found,) = train(model, Wrapper(two_groups(model, lr=1e-30)), steps=120).warnings
+    assert (found.code, found.data["names"]) == ("parameter-unmoved", ["2.weight", "2.bias"])
 
 
 def test_optimizer_that_never_steps() -> None:
@@ -116,6 +137,38 @@ def test_skipped_steps_of_loss_scaler_give_no_warning() -> None:
 
     optimizer.step = lambda: None  # type: ignore[method-assign,assignment]
     assert codes(train(model, optimizer, before_step=overflow, steps=130)) == []
+
+
+def test_gradient_of_another_loss_gives_no_warning() -> None:
+    """The critic's own gradient of its bias is 0, and the generator's loss adds to it after the critic's step."""
+    torch.manual_seed(0)
+    generator, critic = nn.Linear(8, 8), nn.Linear(8, 1)
+    optimizers = {"generator": sgd(generator), "critic": sgd(critic)}
+    agreement = Agreement({"generator": generator, "critic": critic}, optimizers)
+    for _ in range(120):
+        fake, real = generator(torch.randn(4, 8)), torch.randn(4, 8)
+        optimizers["critic"].zero_grad()
+        (critic(fake.detach()).mean() - critic(real).mean()).backward()
+        optimizers["critic"].step()
+        optimizers["generator"].zero_grad()
+        (-critic(fake).mean()).backward()
+        optimizers["generator"].step()
+        agreement.step()
+    agreement.finish()
+    assert critic.bias.grad
+    assert codes(agreement) == []
+
+
+def test_negligible_gradient_gives_no_warning() -> None:
+    """The gradient of a bias before a norm is rounding."""
+    model = make_model()
+
+    def rounding(step: int) -> None:
+        model[0].bias.grad.fill_(1e-20)
+
+    optimizer = sgd(model)
+    assert codes(train(model, optimizer, before_step=rounding, steps=120)) == []
+    assert not optimizer._optimizer_step_pre_hooks
 
 
 # ---- moving averages
