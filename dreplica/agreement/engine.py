@@ -167,8 +167,9 @@ class Engine:
         """What is known of the step at which replicas diverged."""
         found = self.divergence
         before = None if found is None or found.phase == "evaluation" else self._kept.before(found.step)
+        versions = self._kept.versions(None if found is None else found.step)
         is_ddp = self._settings.expect == "ddp"
-        return Original(self.subject, found, self.diverged_stages, before, is_ddp, self.hasher)
+        return Original(self.subject, found, self.diverged_stages, before, versions, is_ddp, self.hasher)
 
     def step(self, entries: Callable[[], Entries], epoch: int | None, stop: bool, check: bool) -> bool:
         """Count a training step, and compare the state after it.

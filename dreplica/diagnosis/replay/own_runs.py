@@ -89,9 +89,9 @@ def run_with_own(
             after = original.observe()
             reproduction.update(compare_with_original(original, after, repeated.returned))
             if start.present_is_original and found is not None:
-                states = repeated.present, None, repeated.before
-                one, other, before = (repeated.aftermath(state) for state in states)
-                sides = one, other, before
+                happened = repeated.aftermath(repeated.present, start.writes)
+                replayed = repeated.aftermath(None, repeated.writes)
+                sides = happened, replayed, repeated.aftermath(repeated.before, {})
                 findings.extend(examine(original, after, reproduction, found.stage, sides, channel.rank))
         return first, repeated.again()
 

@@ -1,6 +1,6 @@
 """Repeated replay of a step of a custom training loop from one state."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -11,6 +11,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_leaves, tree_map
 
 from dreplica.agreement.agreement import Batch
+from dreplica.agreement.kept_state import steps_since, versions_of
 from dreplica.agreement.subject import Subject
 from dreplica.diagnosis.evidence.aftermath import Aftermath, plain_values, stage_tensors
 from dreplica.diagnosis.evidence.provenance import DIGEST_BYTES, Contents, state_tensors
@@ -50,6 +51,7 @@ class Repeated:
         equal: Set it to values that every replay begins with, instead of this replica's own.
         before: The state that every replay begins with; None before `begin`.
         returned: The tensors that the last replay returned.
+        writes: Steps of the version counters of tensors in the last replay, by the names of `StateWalk.tensors`.
         present: Snapshot of the state from before the replays.
     """
 
@@ -60,6 +62,7 @@ class Repeated:
         self.given = batch
         self.equal: Sequence[DifferingValue] = ()
         self.returned: list[Tensor] = []
+        self.writes: dict[str, int] = {}
         self._step, self._subject = step, subject
         self._undo: list[Callable[[], None]] = []
         self.present = take_snapshot(self.parts)
@@ -96,8 +99,10 @@ class Repeated:
         inputs = [leaf for leaf in tree_leaves(batch) if isinstance(leaf, Tensor)]
         state = [*state_tensors(self.parts), *inputs]
         tracer = OpTracer(self.parts.optimizers, capture, self._subject.given, generators=True, state=state)
+        versions = versions_of(self.parts)
         with _gradients_used(self._subject) as gradients, tracer:
             returned = self._call(batch)
+        self.writes = steps_since(versions, versions_of(self.parts))
         tracer.records = _with_turns(tracer.records)
         outputs = self.returned = [leaf.detach() for leaf in tree_leaves(returned) if isinstance(leaf, Tensor)]
         made = self.state()
@@ -127,11 +132,16 @@ class Repeated:
         tensor = take_snapshot(self.parts).find(stage, name)
         return None if tensor is None else tensor.cpu()
 
-    def aftermath(self, snapshot: Snapshot | None = None) -> Aftermath:
-        """Return what a snapshot shows that a run of the step has left, by default the present state."""
+    def aftermath(self, snapshot: Snapshot | None, writes: Mapping[str, int]) -> Aftermath:
+        """Return what a run of the step has left.
+
+        Args:
+            snapshot: The state after it. None for the present state.
+            writes: Steps of the version counters of tensors in it.
+        """
         snapshot = snapshot or take_snapshot(self.parts)
         values, own = plain_values(self.parts, snapshot)
-        return Aftermath(stage_tensors(snapshot), snapshot.rng, own, values)
+        return Aftermath(stage_tensors(snapshot), snapshot.rng, own, values, writes=writes)
 
     def close(self) -> None:
         """Restore the state from before the replays, byte for byte."""

@@ -1,9 +1,9 @@
 """The state from which a custom step is replayed: the one that it had, or the present one with equal tensors."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from dreplica.agreement.kept_state import Original
+from dreplica.agreement.kept_state import Original, steps_since, versions_of
 from dreplica.agreement.verdict.evidence import Evidence
 from dreplica.agreement.verdict.location import first_difference
 from dreplica.agreement.verdict.verdict import Verdict, split_into_groups
@@ -26,6 +26,8 @@ class Start:
     """True if the state is the one that the original step had."""
     present_is_original: bool
     """True if this replica's state from before the replays is still that of the original step."""
+    writes: Mapping[str, int]
+    """Steps of the version counters of tensors in the original step. Empty where they are not known."""
     is_ddp: bool
     """True if replicas are the ranks of one data-parallel model, each with its own batch."""
     values: Sequence[DifferingValue]
@@ -53,6 +55,7 @@ def begin(repeated: Repeated, original: Original | None, found: Verdict | None, 
     """
     before = original.before if original is not None else None
     present = attempt(channel, lambda: original is not None and _is_intact(original))
+    writes = steps_since(original.versions, versions_of(repeated.parts)) if original is not None else {}
     kept = all(channel.gather(before is not None))
     if kept and before is not None:
         attempt(channel, lambda: repeated.restore(before))
@@ -73,7 +76,7 @@ def begin(repeated: Repeated, original: Original | None, found: Verdict | None, 
     drawn_alike = found is not None and len(found.stage_groups.get("rng", ())) == 1
     always = [each for each in values if each.is_global_generator and drawn_alike and not kept]
     own = [each for each in values if each not in always]
-    return Start(lines, len(groups) > 1, kept, present, _is_ddp(found, original), own, always)
+    return Start(lines, len(groups) > 1, kept, present, writes, _is_ddp(found, original), own, always)
 
 
 def _is_intact(original: Original) -> bool:
