@@ -256,8 +256,10 @@ def _behind_values(place: OpDifference, earlier: Sequence[OpDifference]) -> OpDi
 
     Python computes other arguments from such a number, or runs other operators.
     """
-    reads = any(row.one is not None and row.one.returned and not row.inputs_agree for row in earlier)
-    return earlier[0] if reads and not place.same_call else place
+    rows = [*earlier, place]
+    reads = any(row.one is not None and row.one.returned and not row.inputs_agree for row in rows)
+    follows = not place.same_call or (place.one is not None and place.one.returned)
+    return rows[0] if reads and follows else place
 
 
 def _is_made(stage: str | None) -> bool:

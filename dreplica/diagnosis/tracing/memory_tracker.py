@@ -92,8 +92,14 @@ class MemoryTracker:
             fill: True to write zeros to the memory.
         """
         key = _key(tensor)
-        if key is None or key in self._allocations or self._writers.get(key, OUTSIDE) != OUTSIDE:
-            return  # `resize_` of a tensor that has contents keeps them
+        if key is None:
+            return
+        allocation = self._allocations.get(key)
+        if allocator.startswith("aten.resize_") and (
+            self._writers.get(key) != ALLOCATED or (allocation is not None and allocation.written is not None)
+        ):
+            self._allocations.pop(key, None)
+            return  # it keeps contents
         storage = tensor.untyped_storage()
         self._note(tensor, ALLOCATED)
         if not 0 < storage.nbytes() <= _MOST_BYTES or tensor.numel() == 0:

@@ -1,6 +1,7 @@
 """Small models, one correct and the others each with a fault in its forward pass, for `model.factory`."""
 
 import itertools
+import os
 import time
 
 import numpy
@@ -74,6 +75,48 @@ class _BranchesByRank(_Wrapped):
 def branches_by_rank(num_classes: int) -> nn.Module:
     """Return a model whose forward pass runs one more operator on replica 1, in a branch on the rank."""
     return _BranchesByRank(num_classes)
+
+
+class _ScalesByRank(_Wrapped):
+    def forward(self, images: Tensor) -> Tensor:
+        return self.body(images * (1.0 + 1e-6 * self.replica_id))
+
+
+def scales_by_rank(num_classes: int) -> nn.Module:
+    """Return a model that multiplies its input by a number that depends on the rank."""
+    return _ScalesByRank(num_classes)
+
+
+class _PadsWithGarbage(_Wrapped):
+    def forward(self, images: Tensor) -> Tensor:
+        # What any process leaves in its heap: random numbers here, so that the case does not depend on chance.
+        litter = [bytearray((os.urandom(2) + b"\x80\x3e") * (images.nbytes // 4)) for _ in range(8)]
+        del litter
+        padded = torch.empty(images.shape)
+        padded[..., :-1] = images[..., :-1]
+        return self.body(padded)
+
+
+def pads_with_garbage(num_classes: int) -> nn.Module:
+    """Return a model that copies its input to new memory, except the last column, which stays unwritten."""
+    return _PadsWithGarbage(num_classes)
+
+
+_libraries: list[torch.library.Library] = []
+"""Keeps registered kernels alive: torch removes them together with their library."""
+
+
+def _addmm_in_bfloat16(bias: Tensor, a: Tensor, b: Tensor, *, beta: float = 1, alpha: float = 1) -> Tensor:
+    return bias * beta + alpha * (a.bfloat16().float().unsqueeze(-1) * b.bfloat16().float()).sum(1)
+
+
+def registers_a_kernel(num_classes: int) -> nn.Module:
+    """Return a correct model, and register another kernel for `aten::addmm` on replica 1, as a library may."""
+    if env_rank() == 1:
+        library = torch.library.Library("aten", "IMPL")
+        library.impl("addmm", _addmm_in_bfloat16, "CPU")
+        _libraries.append(library)
+    return tiny_cnn(num_classes)
 
 
 class _MonitorsOnce(_Wrapped):
