@@ -17,12 +17,14 @@ from tests.benchmarks.mistakes_campaign import SETTINGS, campaign, list_plants
 from tests.harness import run_replicas
 
 FEW = {
-    "lr_by_rank": {"ddp"},
+    "lr_by_rank": {"loop", "ddp", "trainer"},
     "shuffled_by_rank": {"loop", "ddp", "trainer"},
     "flag_at_build": {"trainer"},
     "optimizer_of_a_copy": {"trainer"},
     "wrong_for_all": {"loop", "ddp", "trainer"},
     "scale_head_once": {"ddp"},
+    "scale_by_rank": {"loop"},
+    "kernel_of_relu": {"loop"},
 }
 """Plants of which everything is known in less than a second each: name to settings."""
 

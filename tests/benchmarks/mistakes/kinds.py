@@ -28,6 +28,7 @@ CHANGED: Mapping[str, str] = {
     "checkpoint_without_rng": "stage: the recomputation also moves the statistics of BatchNorm, which was overlooked",
     "threads_and_long_sum": "stages: the sum of the forward pass may round alike where that of the backward pass, or a "
     "convolution of a later step, does not, so `gradients` and `buffers` were added",
+    "evaluation_mode_for_a_step_once": "also: dropout draws nothing in that step, so the generator is behind as well",
     "fused_on_one": "may_agree: `foreach` chooses an implementation of the same numbers, so it need not be compared",
     "noise_of_own_generator": "also: no replay restores a generator in a variable of the script, which was overlooked",
     "gradient_noise_by_rank": "also: as noise_of_own_generator",
@@ -496,6 +497,8 @@ KINDS: tuple[Kind, ...] = (
         "inputs",
         "unreplayed-state",
         ("buffers",),
+        why="modules are in another mode for one step, in which dropout draws nothing",
+        also=_DRAWS,
         is_once=True,
         helpers={"loss": once.back_to_training},
     ),
