@@ -114,9 +114,8 @@ def diagnose(
             line = Evidence.of("first-differing-sample", sample=describe(dataset, index), index=index)
             decision = with_lines(decision, line)
         if decision.cause == "batch-differs":
-            decision = with_lines(
-                decision, *compare_held(channel.gather(attempt(channel, lambda: describe_held(dataset))))
-            )
+            held = channel.gather(attempt(channel, lambda: describe_held(dataset)))
+            decision = with_lines(decision, *compare_held(held, len(decision.positions), len(indices)))
         if earlier:
             decision = with_lines(decision, Evidence.of("earlier-step-not-reproducible", step=step))
         if decision.cause == "unexplained":

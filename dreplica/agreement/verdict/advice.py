@@ -174,8 +174,12 @@ ADVICE = (
         _advice(remedy, "data-rows-moved", about="data-rows-moved", but_not=("data-names-moved",), **_OF_BATCH)
         for remedy in ("seed-data", "number-in-order")
     ),
-    _advice("seed-data", "data-differ", about="data-differ", but_not=("data-split-differs",), **_OF_BATCH),
-    _advice("stable-hash", "data-differ", "hashes-differ", but_not=("data-split-differs",), **_OF_BATCH),
+    _advice("compare-data-files", "data-differ", "data-few-samples", **_OF_BATCH),
+    _advice(
+        "seed-data", "data-differ", about="data-differ", but_not=("data-split-differs", "data-few-samples"), **_OF_BATCH
+    ),
+    _advice("stable-hash", "data-differ", "hashes-differ", but_not=("data-few-samples",), **_OF_BATCH),
+    _advice("compare-data-files", "data-differ", but_not=("data-split-differs",), **_OF_BATCH),
     _advice("seed-workers", "samples-random-in-workers", **_OF_BATCH),
     *(
         _advice("seed-sample-generator", "data-generators", varies, about="data-generators", **_OF_BATCH)

@@ -185,6 +185,9 @@ EVIDENCE: Mapping[str, str] = {
     "data-names-moved": "the data sets hold the same names in another order: {some}{shown}",
     "data-rows-moved": "the data sets hold the same rows or numbers in another order: {some}{shown}",
     "data-differ": "the data sets hold different data: {some}{shown}",
+    "data-few-samples": (
+        "{count} of the {size} samples of the batch are the same: the data were changed in places, not made anew"
+    ),
     "data-same": "the data sets hold the same data ({count} attributes compared): samples become different when read",
     "data-generators": "the data set has generators: {some}",
     "data-from-files": "the data set reads files: {name}",

@@ -67,11 +67,13 @@ def describe_held(dataset: Dataset[Any]) -> Held:
     return held
 
 
-def compare_held(rows: Sequence[Held]) -> list[Evidence]:
+def compare_held(rows: Sequence[Held], num_differing: int, batch_size: int) -> list[Evidence]:
     """Return evidence of what the replicas' data sets hold alike, and what differs.
 
     Args:
         rows: What each replica's data set holds, by replica id.
+        num_differing: Samples of the batch that are different data on different replicas, each loaded alone.
+        batch_size: Samples in the batch.
     """
     names = [name for name in rows[0]["values"] if all(name in row["values"] for row in rows)]
     differing = [name for name in names if len({row["values"][name][0] for row in rows}) > 1]
@@ -92,6 +94,8 @@ def compare_held(rows: Sequence[Held]) -> list[Evidence]:
             values = [row["values"][some[0]][2] for row in rows]
             shown = f": {values[0]} on replica 0, {values[-1]} on replica {len(rows) - 1}" if values[0] else ""
             lines.append(Evidence.of(code, some=list_names(some), shown=shown, names=some, values=values))
+    if kinds["data-differ"] and 0 < 2 * num_differing <= batch_size:
+        lines.append(Evidence.of("data-few-samples", count=batch_size - num_differing, size=batch_size))
     if names and not differing:
         lines.append(Evidence.of("data-same", count=len(names)))
     generators = rows[0]["generators"]
@@ -99,7 +103,7 @@ def compare_held(rows: Sequence[Held]) -> list[Evidence]:
         lines.append(Evidence.of("data-generators", some=list_names(generators), names=generators))
     if rows[0]["files"]:
         lines.append(Evidence.of("data-from-files", name=rows[0]["files"]))
-    explained = splits or generators or kinds["data-rows-moved"]
+    explained = splits or generators or kinds["data-rows-moved"] or 2 * num_differing <= batch_size
     if not explained and len({row["hash"] for row in rows}) > 1:
         lines.append(Evidence.of("hashes-differ"))
     return lines

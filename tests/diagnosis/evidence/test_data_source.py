@@ -78,8 +78,13 @@ KINDS: dict[str, tuple[Callable[[int], Dataset[Any]], str, list[str], list[str]]
         ["data-rows-moved"],
         ["seed-data", "number-in-order"],
     ),
-    "unseeded": (lambda r: Samples(noise=torch.full((3,), float(r))), "samples-differ", ["data-differ"], ["seed-data"]),
-    "mean": (lambda r: Samples(mean=0.5 + r), "samples-differ", ["data-differ"], ["seed-data"]),
+    "unseeded": (
+        lambda r: Samples(noise=torch.full((3,), float(r))),
+        "samples-differ",
+        ["data-differ"],
+        ["seed-data", "compare-data-files"],
+    ),
+    "mean": (lambda r: Samples(mean=0.5 + r), "samples-differ", ["data-differ"], ["seed-data", "compare-data-files"]),
     "nothing": (lambda r: Samples(), "samples-differ", ["data-same"], ["sample-from-index"]),
     "generator": (
         lambda r: Samples(noise=numpy.random.default_rng(r)),
@@ -113,21 +118,29 @@ def _remedies(code: str, lines: list[Evidence]) -> list[str]:
 @pytest.mark.parametrize("kind", KINDS)
 def test_held_data_show_where_samples_come_from(kind: str) -> None:
     make, observed, codes, remedies = KINDS[kind]
-    lines = compare_held([describe_held(make(replica)) for replica in (0, 1)])
+    lines = compare_held([describe_held(make(replica)) for replica in (0, 1)], 4, 4)
     assert [line.code for line in lines] == codes
     assert _remedies(observed, lines) == remedies
 
 
 def test_equal_hashes_exclude_hash_order() -> None:
     rows = [describe_held(Samples()) for _ in (0, 1)]
-    assert "hashes-differ" not in [line.code for line in compare_held(rows)]
-    lines = compare_held([row | {"hash": number} for number, row in enumerate(rows)])
+    assert "hashes-differ" not in [line.code for line in compare_held(rows, 4, 4)]
+    lines = compare_held([row | {"hash": number} for number, row in enumerate(rows)], 4, 4)
     assert [line.code for line in lines] == ["data-same", "hashes-differ"]
     assert _remedies("samples-differ", lines) == ["stable-hash", "sample-from-index"]
 
 
+def test_few_samples_were_changed_and_not_drawn() -> None:
+    images = [torch.ones(6, 2), torch.ones(6, 2)]
+    images[1][3, 0] = 2
+    lines = compare_held([describe_held(Samples(x=each)) | {"hash": n} for n, each in enumerate(images)], 1, 4)
+    assert [line.code for line in lines] == ["data-differ", "data-few-samples"]
+    assert _remedies("samples-differ", lines) == ["compare-data-files"]
+
+
 def test_short_values_are_shown() -> None:
-    (line,) = compare_held([describe_held(_numbered("a", "b")), describe_held(_numbered("b", "a"))])
+    (line,) = compare_held([describe_held(_numbered("a", "b")), describe_held(_numbered("b", "a"))], 4, 4)
     assert line.text == (
         "the data sets hold the same names in another order: numbers: {'a': 0, 'b': 1} on replica 0, {'b': 0, 'a': 1} "
         "on replica 1"
@@ -136,7 +149,7 @@ def test_short_values_are_shown() -> None:
 
 def test_order_of_sets_does_not_count() -> None:
     """A set has another order in each process, which changes nothing for a test of membership."""
-    assert [line.code for line in compare_held([describe_held(Samples(ignored=set("ab")))] * 2)] == ["data-same"]
+    assert [line.code for line in compare_held([describe_held(Samples(ignored=set("ab")))] * 2, 4, 4)] == ["data-same"]
     assert "ignored" not in describe_held(Samples(ignored=set("ab")))["values"]
 
 
