@@ -170,6 +170,7 @@ class Control:
         if not is_over:
             self._report_end(getattr(sys, "last_exc", None) or getattr(sys, "last_value", None))
         self.release(keep_gloo=self.monitor.losses is not None)
+        self.monitor.close()  # its thread may have begun the release meanwhile
 
     def _report_end(self, error: BaseException | None) -> None:
         if error is None or isinstance(error, DreplicaError):  # such as Divergence, which all ranks raise
