@@ -77,7 +77,7 @@ def train(how: str, lost: int) -> None:
     if how == "uneven":
         model = DistributedDataParallel(model)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    timeout = 60 if how in ("unfinished", "forks") else 10  # without a lost rank, however busy the machine is
+    timeout = 60 if how in ("unfinished", "forks", "diverges") else 10  # without a lost rank, however busy the machine is
     agreement = dreplica.Agreement(model, optimizer, timeout=timeout)
     num_steps = NUM_STEPS - 1 if how == "uneven" and rank == lost else NUM_STEPS
     reached = time.time()
@@ -88,6 +88,8 @@ def train(how: str, lost: int) -> None:
             loss.backward()
             optimizer.step()
             reached = time.time()
+            if step == LAST and rank == lost and how == "diverges":
+                model.weight.data += 1
             if step == LAST and rank == lost and how in FAULTS:
                 print(json.dumps({"at": reached}), flush=True)
                 FAULTS[how]()
@@ -95,6 +97,9 @@ def train(how: str, lost: int) -> None:
         if how != "unfinished":
             agreement.finish()
         print("trained", flush=True)
+    except dreplica.Divergence:
+        print("diverged", flush=True)
+        dist.destroy_process_group()
     except dreplica.ReplicaLost as error:
         row = {"rank": rank, "seconds": time.time() - reached, "text": str(error), "code": error.code}
         print(json.dumps(row | {"lost": [item.as_dict() for item in error.lost]}), flush=True)

@@ -32,7 +32,7 @@ LATE_SECONDS = 10.0
 def rows(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[int, dict[str, Any]]]:
     """Return the exit code, the time of the end and the output of each rank of each job."""
     folder = tmp_path_factory.mktemp("lost")
-    jobs = [*JOBS, "uneven-1", "unfinished-0", "forks-1"]
+    jobs = [*JOBS, "uneven-1", "unfinished-0", "forks-1", "diverges-1"]
     command = [sys.executable, "-m", "tests.library.lost_ranks", str(folder), *jobs]
     process = subprocess.run(
         command, capture_output=True, text=True, timeout=170, cwd=REPOSITORY, env=environment(), check=False
@@ -109,6 +109,13 @@ def test_healthy_script_without_finish_ends_silently(rows: dict[str, dict[int, d
     for row in rows["unfinished-0"].values():
         assert row["code"] == 0
         assert row["output"] == "trained\n"
+
+
+def test_script_that_catches_a_divergence_ends_normally(rows: dict[str, dict[int, dict[str, Any]]]) -> None:
+    """Its interpreter ends while the liveness thread finds that the process group is gone."""
+    for row in rows["diverges-1"].values():
+        assert row["code"] == 0, row["output"]
+        assert row["output"].endswith("diverged\n")
 
 
 def test_forked_process_ends_without_disturbing_its_parent(rows: dict[str, dict[int, dict[str, Any]]]) -> None:
