@@ -147,7 +147,7 @@ def test_examples_print_what_the_page_says() -> None:
     one, two = results()
     assert isinstance(one, tuple), one
     _, examples = examples_of(PAGE)
-    assert len(examples) == len(one[1]) == 13
+    assert len(examples) == len(one[1]) == 14
     for example, printed in zip(examples, one[1], strict=True):
         assert example.prints(printed), f"{example.code}\nprints\n{printed}"
         assert example.output, example.code
