@@ -77,7 +77,8 @@ def train(how: str, lost: int) -> None:
     if how == "uneven":
         model = DistributedDataParallel(model)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    timeout = 60 if how in ("unfinished", "forks", "diverges") else 10  # without a lost rank, however busy the machine is
+    loses_none = how in ("unfinished", "forks", "diverges")
+    timeout = 60 if loses_none else 10  # however busy the machine is
     agreement = dreplica.Agreement(model, optimizer, timeout=timeout)
     num_steps = NUM_STEPS - 1 if how == "uneven" and rank == lost else NUM_STEPS
     reached = time.time()
