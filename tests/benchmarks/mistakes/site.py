@@ -120,6 +120,7 @@ class Site:
         self.steps = 0
         if self.point not in {"building", "built"}:
             self.acted = None
+            self.memory.pop("hit", None)
 
     def close(self) -> None:
         """Undo what the mistake has changed in the whole process."""
