@@ -77,11 +77,14 @@ class Subject:
         self._generators = generators
         self.others = tuple(other for other in others if other is not None)
         wrapped = [each for each in models.values() if _in_ddp(each) is not None or _fsdp_modules(each)]
-        self.is_ddp = bool(wrapped) or any(hasattr(each, "placements") for each in self.model.parameters())
+        is_sharded = any(hasattr(each, "placements") for each in self.model.parameters())
+        self.is_ddp = bool(wrapped) or is_sharded
         in_ddp = [_in_ddp(each) for each in wrapped]
         groups = {each.process_group for each in in_ddp if each is not None}
         self.group = groups.pop() if len(groups) == 1 else None
-        self._broadcasts_buffers = all(each is not None and each.broadcast_buffers for each in in_ddp or [None])
+        self._broadcasts_buffers = not is_sharded and all(
+            each is not None and each.broadcast_buffers for each in in_ddp
+        )
 
     def tensors(self) -> Iterable[Tensor]:
         """Return all parameters and buffers."""
