@@ -1,12 +1,15 @@
 """One replica whose code acts once, in its third step, and the findings on that step."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from dreplica.agreement.agreement import Agreement
+from dreplica.agreement.protocol import CombinedDigest, fold
 from dreplica.config.schema import TrainConfig
 from dreplica.data.loading.loader import Batch
 from dreplica.diagnosis.decision.rules import name_cause
@@ -107,6 +110,7 @@ def findings_on(
         stages = agreement.observe(
             indices=batch.indices, batch=batch.tensors(), outputs=output.logits, loss=output.loss
         )
+        entry = replace(entry, word=CombinedDigest(partial(fold, step, stages)))
         history.step(entry, step - 1, Original(batch, output, agreement.generator_states, footprint))
     replayer = Replayer(replica, history, lambda entry: entry.indices, load, config, agreement)
     assert replayer.approach(at) is None
