@@ -151,7 +151,13 @@ class Engine:
         self.notices = Notices(self.subject, self._channel, self.hasher, asked.expect == "ddp")
 
     def watch(self, batch: Batch | None, loss: Tensor | None, check: bool) -> None:
-        """Look for mistakes that all replicas share, after a training step and before its comparison."""
+        """Look for mistakes that all replicas share, after a training step and before its comparison.
+
+        Args:
+            batch: What the model was given, if it is known.
+            loss: The loss, if it is known.
+            check: True if this step is compared even if `every` skips it.
+        """
         every, step = self._settings.every, self.steps_done + 1
         if every:
             self.notices.step(step, batch, loss, is_compared=check or step % every == 0)

@@ -34,7 +34,7 @@ class Posted:
 
 @dataclass(frozen=True)
 class _Unsent:
-    """Stands for a value that cannot be sent."""
+    """Represents a value that cannot be sent."""
 
     reason: str
 

@@ -2,7 +2,7 @@
 
 A message is MessagePack (https://github.com/msgpack/msgpack/blob/master/spec.md). What MessagePack has no type for is
 an extension of it: tuples, sets, tensors and arrays as raw bytes, and dreplica's own dataclasses, by name and fields. A
-message cannot name any other class, so whoever sends one cannot make the receiver run anything.
+message cannot name any other class, so a sender cannot make the receiver run anything.
 """
 
 import dataclasses
@@ -96,7 +96,7 @@ def _check_depth(depth: int) -> None:
 
 
 def _extend(value: Any, depth: int) -> Any:
-    """Return what stands for a value that MessagePack has no type for."""
+    """Return what represents a value that MessagePack has no type for."""
     kind, pack = type(value), partial(_pack, depth=depth)
     if kind in _OF_SEQUENCE:
         return msgpack.ExtType(_OF_SEQUENCE[kind], pack(list(value)))
@@ -127,7 +127,7 @@ def _extend(value: Any, depth: int) -> Any:
 
 
 def _restore(code: int, data: bytes, depth: int) -> Any:
-    """Return the value that an extension stands for."""
+    """Return the value that an extension represents."""
     unpack = partial(_unpack, depth=depth)
     if code in _SEQUENCES:
         return _SEQUENCES[code](unpack(data))

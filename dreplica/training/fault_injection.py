@@ -196,7 +196,7 @@ class FaultyCoordinator(IndexSampler):
 
 
 class _FaultyStream(IndexStream):
-    """The batches of a training epoch, with faults injected into each as soon as it has been received."""
+    """The batches of a training epoch, with faults injected into each on its arrival."""
 
     def __init__(self, inject: Callable[[int, Tensor], None], *arguments: Any) -> None:
         self._inject = inject

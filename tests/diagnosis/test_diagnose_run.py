@@ -153,7 +153,7 @@ def test_unreproduced_flip_is_transient_and_state_is_restored() -> None:
 
 @pytest.mark.parametrize("step", [1, 3])
 def test_difference_in_a_tensor_that_is_gone_is_unexplained(step: int) -> None:
-    """Without the tensor itself, nobody knows how many of its bits differed."""
+    """Without the tensor itself, it is not known how many of its bits differed."""
     trained = train(with_adamw)
     verdict = diagnosed(trained, step, without(trained.stages[step], "weights"))
     assert (verdict.cause, verdict.suspects, verdict.step) == ("unexplained", [0], step)

@@ -1,7 +1,7 @@
 """One message per step for a mesh: do all ranks that should hold the same bytes have the same digests?
 
-The ranks that hold copies of a tensor stand in a ring. Between a rank and the one before it lies an edge, and every
-edge has a function of its own from digests to 128 bits: XXH3 over the copies' label, the number of the edge, and the
+The ranks that hold copies of a tensor form a ring. Between a rank and the one before it lies an edge, and every
+edge has a separate function from digests to 128 bits: XXH3 over the copies' label, the number of the edge, and the
 digest. A rank adds the value of its digest at the edge before it, and subtracts that at the edge behind it, as four
 numbers of 32 bits. The sum over all ranks is taken by one all-reduce of 40 bytes, for any number of ranks, tensors and
 axes.

@@ -41,7 +41,7 @@ _NOT_ALWAYS = (
     "memory layout",
     "uninitialized memory",
 )
-"""What differs between replicas for good, none of which divides them as their results do."""
+"""What differs between replicas in every step, none of which divides them as their results do."""
 _CHECK_MEMORY = ("check-host-memory", "check-gpu-memory", "test-host-memory")
 
 _ALL = (

@@ -294,7 +294,7 @@ EVIDENCE: Mapping[str, str] = {
     ),
     "original-tensor-gone": (
         "replica {replica}: the original values of {stage} were overwritten by a later step, so it is unknown how many "
-        "bits differed: a fault cannot be told from code that ran once"
+        "bits differed: a fault and code that ran once look the same"
     ),
     "other-tensor": "this is a different tensor, not one with flipped bits",
     "memory-overwritten": (
@@ -364,8 +364,7 @@ EVIDENCE: Mapping[str, str] = {
     "equal-values-agree": "with {what} made equal, the step agrees on all replicas",
     "equal-values-diverge": "with {what} made equal, the replicas diverge nevertheless",
     "values-equalised": (
-        "made equal for the replays: {what}. With values of their own, replicas would diverge in {stage}, which had "
-        "agreed"
+        "made equal for the replays: {what}. With their own values, replicas would diverge in {stage}, which had agreed"
     ),
     "first-draw-differs": "first draw that differs: {some}",
     "draws-by-design": (

@@ -129,7 +129,7 @@ LOOP_REMEDIES: Mapping[str, RemedyTemplate] = {
         'Agreement(model, optimizer, stages=("gradients", "optimizer", "weights"))',
     ),
     "ddp-exclude-stage": RemedyTemplate(
-        "each data-parallel rank has samples, outputs and random numbers of its own: compare what all ranks share",
+        "each data-parallel rank has its own samples, outputs and random numbers: compare what all ranks share",
         'Agreement(model, optimizer, stages=("gradients", "optimizer", "weights"))',
     ),
     # Device meshes.

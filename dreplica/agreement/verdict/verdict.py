@@ -87,7 +87,7 @@ class Verdict:
         place = [f"{name} {value}" for name in _PLACE if (value := getattr(self, name)) not in (None, "")]
         if place:
             yield "where", ", ".join(place)
-        if self.suspects or sum(map(len, self.groups)) > 1:  # one process alone is nobody to name
+        if self.suspects or sum(map(len, self.groups)) > 1:  # one process alone has no suspect
             yield "who", f"suspects {self.suspects or 'none'}, groups {self.groups}"
         yield from (("evidence", str(item)) for item in self.evidence)
         yield from (("remedy", str(item)) for item in self.remedy)

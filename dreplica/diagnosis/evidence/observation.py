@@ -103,7 +103,7 @@ class Witness:
     at_itself: Sequence[Finding] = ()
     """What differs at `against_itself`."""
     foreign: Foreign = field(default_factory=Foreign)
-    """Code of this replica's process that stands in for torch's own."""
+    """Code of this replica's process that replaces torch's own."""
     findings: Sequence[Finding] = ()
     """Findings of this replica alone, such as traces that code has left in the original step."""
 

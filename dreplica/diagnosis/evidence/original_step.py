@@ -98,7 +98,7 @@ def find_counters(original: Aftermath, replayed: Aftermath, replica_id: int) -> 
 
 
 def find_skipped_step(original: Aftermath, replayed: Aftermath, before: Aftermath, replica_id: int) -> list[Finding]:
-    """Find that the original step left the weights as they were, where its replay changes them.
+    """Find that the original step left the weights unchanged, where its replay changes them.
 
     Args:
         original: The original step.

@@ -68,7 +68,7 @@ def first_stage_between(rows: Sequence[Mapping[str, Stage]], draws_own: bool) ->
 
     Args:
         rows: Each replica's stages.
-        draws_own: True if replicas have generators of their own, which are then not compared.
+        draws_own: True if replicas have their own generators, which are then not compared.
     """
     names = [name for name in STAGES if not (draws_own and name == "rng")]
     return next((name for name in names if len({row[name].digest if name in row else b"" for row in rows}) > 1), None)

@@ -147,7 +147,7 @@ def _run(repeated: Repeated, channel: Channel) -> Runs:
 
 
 def _gather(first: Replayed, second: Replayed, channel: Channel, draws_own: bool) -> Runs:
-    """Gather two replays. Where replicas have generators of their own, the states of these are not compared."""
+    """Gather two replays. Where replicas have their own generators, the states of these are not compared."""
     if draws_own:
         for run in (first, second):
             run.stages.pop("rng", None)

@@ -1,4 +1,4 @@
-"""Values that each replica has of its own besides tensors: generators, settings, modes, attributes, gradients.
+"""The replica's own values besides tensors: generators, settings, modes, attributes, gradients.
 
 Any of them may be the cause of a divergence. So a replay begins with each replica's own, and each that differs is then
 made equal to see whether the divergence is gone.
@@ -67,7 +67,7 @@ class OwnValue:
     name: str
     """The value's name, such as `group0.lr`."""
     value: Any
-    """The value, as it is sent to other replicas. None for gradients, which are cleared."""
+    """The value in the form that is sent to other replicas. None for gradients, which are cleared."""
     digest: bytes
     """Digest of the value."""
     text: str

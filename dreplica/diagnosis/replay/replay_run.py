@@ -51,7 +51,7 @@ class Replayed:
     indices: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int64))
     """The sample indices that the replay used, on the CPU."""
     foreign: Foreign = field(default_factory=Foreign)
-    """Code that stands in for torch's own, of a replay that recorded every operator."""
+    """Code that replaces torch's own, of a replay that recorded every operator."""
 
 
 class Repeats(Protocol):
@@ -242,7 +242,7 @@ class Replayer:
         return Aftermath(stage_tensors(take_snapshot(self._replica)))
 
     def digests(self) -> dict[str, Stage]:
-        """Return the digests of the replica's state as it is now."""
+        """Return the digests of the replica's present state."""
         return self._agreement.observe()
 
     def before(self) -> Aftermath:

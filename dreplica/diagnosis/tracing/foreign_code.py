@@ -1,4 +1,4 @@
-"""Code that stands in for torch's own: registered kernels, dispatch modes, and replaced functions.
+"""Code that replaces torch's own: registered kernels, dispatch modes, and replaced functions.
 
 Two replicas with the same torch differ in these only through code that ran on one of them.
 """
@@ -28,10 +28,10 @@ _PACKAGE = str(Path(torch.__file__).parent)
 
 @dataclass(frozen=True)
 class ForeignCode:
-    """Code that is not torch's and that stands in for torch's own."""
+    """Code that is not torch's and that replaces torch's own."""
 
     what: str
-    """What it stands in for, such as `kernels of aten.addmm.default`."""
+    """What it replaces, such as `kernels of aten.addmm.default`."""
     origin: str
     """Where it comes from: `FILE:LINE` and a digest of the code."""
     operator: str | None = None
@@ -46,17 +46,17 @@ class ForeignCode:
 
 @dataclass(frozen=True)
 class Foreign:
-    """All code of one process that stands in for torch's own."""
+    """All code of one process that replaces torch's own."""
 
     code: Mapping[str, ForeignCode] = field(default_factory=dict)
-    """The code by what it stands in for."""
+    """The code by what it replaces."""
 
 
 def collect_foreign(model: nn.Module) -> Foreign:
-    """Return the code of this process that stands in for torch's own.
+    """Return the code of this process that replaces torch's own.
 
     Args:
-        model: The model, whose modules may have a forward method of their own.
+        model: The model, whose modules may have their own forward methods.
     """
     return Foreign({each.what: each for rows in (_kernels(), _functions(model), _modes()) for each in rows})
 

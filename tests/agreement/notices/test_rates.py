@@ -1,4 +1,4 @@
-"""The warning about a learning rate of 0: for good only, never for a warm-up or the last steps of a schedule."""
+"""The warning about a learning rate of 0: only where it stays 0, not for a warm-up or the last steps of a schedule."""
 
 import warnings
 from collections.abc import Callable, Iterator

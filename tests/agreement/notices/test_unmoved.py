@@ -48,7 +48,7 @@ def test_update_lost_in_rounding_is_reported_later() -> None:
 
 
 class Wrapper:
-    """An optimizer around another one, which has no hooks of its own, as accelerate's."""
+    """An optimizer around another one, which has no own hooks, as accelerate's."""
 
     def __init__(self, optimizer: torch.optim.Optimizer) -> None:
         self.optimizer = optimizer
@@ -115,7 +115,7 @@ def test_parameter_that_moves_late_gives_no_warning() -> None:
 
 
 def test_gradient_that_begins_when_it_is_read_gives_no_warning() -> None:
-    """The layer has no gradient for 20 steps: it moves as soon as it has one."""
+    """The layer has no gradient for 20 steps: it moves with the first one."""
     model = make_model()
     model[2].requires_grad_(False)
     optimizer = sgd(model)

@@ -176,8 +176,8 @@ PLANTS: dict[str, tuple[Plant, str, tuple[str, ...], float | None, tuple[str, ..
         ("unscale-after-all-reduce",),
     ),
     "update left out": (lambda r: setattr(r, "updates", False), "forward", DDP, 0.9, ("update-scaler-alike",)),
-    "scale of its own": (lambda r: r.scaler._scale.fill_(2.0), "end", DDP, 0, ("set-value-alike",)),
-    "growth of its own": (lambda r: r.scaler.set_growth_interval(5), "end", LIBRARY, 0, ("set-value-alike",)),
+    "own scale": (lambda r: r.scaler._scale.fill_(2.0), "end", DDP, 0, ("set-value-alike",)),
+    "own growth": (lambda r: r.scaler.set_growth_interval(5), "end", LIBRARY, 0, ("set-value-alike",)),
     # Parameters of a loss.
     "loss outside DDP": (lambda r: r.loss.weight.add_(1), "end", WRAPPED_DDP, 0, ("ddp-wrap-loss",)),
     "loss, identical": (lambda r: r.loss.weight.add_(1), "end", LIBRARY, 0, ("seed-outside-parameters",)),
@@ -342,7 +342,7 @@ def test_a_diagnosed_cause_gets_no_advice_on_the_place() -> None:
 
 
 def test_compiled_dropout_gets_its_setting() -> None:
-    """Beside the override itself, and only if a generator shows that something was drawn."""
+    """In addition to the override, and only if a generator shows that something was drawn."""
     line = Evidence.of("compiled-draws-differ", generators=["torch.cpu"])
     verdict = Verdict(False, "declared-override", "x", evidence=[line])
     assert [remedy.code for remedy in advise(verdict)] == ["fallback-random", "remove-override"]

@@ -172,7 +172,7 @@ def test_as_verdict_names_operator_with_unknown_input() -> None:
 
 @pytest.mark.parametrize("cause", HARDWARE)
 def test_as_verdict_first_says_what_was_excluded(cause: str) -> None:
-    """Whatever the comparison advised: before hardware is replaced, what could not be excluded is looked for."""
+    """For any advice of the comparison: before hardware is replaced, what could not be excluded is looked for."""
     found = Verdict(False, "unexplained", "diverged", stage="weights", remedy=[Remedy.of("one-thread")])
     verdict = with_remedy(as_verdict(found, Decision(cause, [1], [])))
     assert codes(verdict.remedy)[0].startswith("excluded-")

@@ -38,7 +38,7 @@ PAIRS: list[tuple[Collection[Kind], str, Collection[Kind], str]] = [
         (FLIP, "transient-fault", {doubt}, "unexplained")
         for doubt in (K.MAY_RACE, K.FOREIGN_OPERATOR, K.ORIGINAL_GONE, K.SPREAD, K.SEVERAL_RESULTS, K.OUTSIDE_INPUT)
     ),
-    # A fault that lasts, and code that differs for good.
+    # A fault that lasts, and code that differs in every step.
     *(
         (fault, "persistent-fault", {finding}, cause)
         for fault in (STORED, COMPUTED)

@@ -238,7 +238,7 @@ def test_unknown_operator_is_not_documented() -> None:
 @pytest.mark.parametrize("flags", [STRICT, WARN, OFF, {}], ids=["strict", "warn", "off", "unknown"])
 @pytest.mark.parametrize("name", UNVERIFIED)
 def test_unverified_operator_may_vary_on_cuda(name: str, flags: dict[str, Any]) -> None:
-    """Whatever the settings are: hardware is not accused where such an operator ran."""
+    """With any settings: hardware is not accused where such an operator ran."""
     operator = overload_of(name)
     explanation = explain_operator(operator, "cuda", flags)
     assert (explanation.status, explanation.known) == ("unverified", False)

@@ -102,7 +102,7 @@ LEFT_BY_FAULTS = {
 
 @pytest.mark.parametrize("kind", sorted(set(Kind) - LEFT_BY_FAULTS))
 def test_hardware_is_excluded_by_all_else(kind: Kind) -> None:
-    """Whatever is not about replays, memory or a result itself points to code, or leaves the cause open."""
+    """What is not about replays, memory or a result itself points to code, or leaves the cause open."""
     for rule in RULES:
         if rule.cause in HARDWARE:
             assert name_cause(rule.needs | {kind}) not in HARDWARE

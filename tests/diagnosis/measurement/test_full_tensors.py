@@ -188,7 +188,7 @@ def test_is_rewritten_false_for_a_stuck_bit_in_all_elements() -> None:
 
 
 def judged(world: World, judges: list[Arbitration | None], decision: Decision) -> Decision:
-    """Let each replica's float64 run come to a judgement of its own."""
+    """Let each replica's float64 run give its own judgement."""
     with patch.object(full_tensors, "arbitrate", lambda *_: judges[world.replica_id]):
         return settled(world, "mm", (A, B), [None, WRONG, None][: world.num_replicas], decision)
 

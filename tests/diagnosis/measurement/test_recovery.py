@@ -34,7 +34,7 @@ def test_recover_adds_the_tensors_of_the_stage() -> None:
     original = changed(a=(7, -7.0))
     found = recovered(original).tensors["weights"]
     assert {name: tensor.tolist() for name, tensor in found.items()} == {n: t.tolist() for n, t in original.items()}
-    assert WEIGHTS["a"][1, 3] == 7.0, "the replayed tensor is left as it is"
+    assert WEIGHTS["a"][1, 3] == 7.0, "the replayed tensor is not changed"
 
 
 def test_recover_adds_nothing_where_more_differs() -> None:

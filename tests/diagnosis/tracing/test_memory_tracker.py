@@ -1,4 +1,4 @@
-"""MemoryTracker: who wrote the memory that an operator reads, and what of it nobody wrote."""
+"""MemoryTracker: who wrote the memory that an operator reads, and what of it was never written."""
 
 from collections.abc import Callable
 
