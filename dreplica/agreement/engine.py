@@ -4,37 +4,29 @@ import logging
 import time
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from functools import partial
-from typing import Any
 
-import torch
 from torch import Tensor
 
 from dreplica.agreement import protocol
-from dreplica.agreement.arguments import InternalArguments, check_algorithm
-from dreplica.agreement.exchange import Compared, Exchange
+from dreplica.agreement.arguments import InternalArguments
+from dreplica.agreement.exchange import Compared
 from dreplica.agreement.generators import GeneratorUse
-from dreplica.agreement.hasher import Observation, negotiated_hasher
+from dreplica.agreement.hasher import Observation
 from dreplica.agreement.kept_state import KeptStates, Original
-from dreplica.agreement.mesh.shards import open_shards
-from dreplica.agreement.notices.notices import Notices
+from dreplica.agreement.opening import open_parts
 from dreplica.agreement.owners import name_owners
 from dreplica.agreement.reference import ReferenceDifference, ReferenceDiffers
 from dreplica.agreement.result import count_warnings, describe_loss, describe_result
-from dreplica.agreement.run_folders import RunFolders
-from dreplica.agreement.settings import Settings, exchange_settings
+from dreplica.agreement.settings import Settings
 from dreplica.agreement.subject import Batch, Subject
 from dreplica.agreement.trace.report_records import Coverage
-from dreplica.agreement.trace.writer import TraceWriter
 from dreplica.agreement.values import read_values
 from dreplica.agreement.verdict.evidence import Evidence
-from dreplica.agreement.verdict.signs import Sign
 from dreplica.agreement.verdict.verdict import Divergence, Verdict
 from dreplica.distributed.channel import Channel
 from dreplica.distributed.control import open_channel
 from dreplica.distributed.liveness.lost import ReplicaLost
 from dreplica.distributed.rank_names import name_ranks
-from dreplica.distributed.together import together
-from dreplica.environment.facts import collect_environment
 from dreplica.errors import SharedUsageError, UsageError
 from dreplica.state.stages import STAGES, Entry, Stage, make_stage
 
@@ -109,46 +101,16 @@ class Engine:
             raise
 
     def _begin(self, record: str | None, reference: str | None, internal: InternalArguments) -> None:
-        """Open the run folders, and compare the build."""
-        self._open(record, reference, internal)
+        """Open what the comparison needs, and compare the build."""
+        parts = open_parts(self.subject, self.generators, self._settings, self._channel, record, reference, internal)
+        self.hasher, self.notices = parts.hasher, parts.notices
+        self._shards, self._folders, self._exchange = parts.shards, parts.folders, parts.exchange
         if self._settings.every:
             build = self.subject.state()
             if not self.steps_done:
                 build.pop("optimizer", None)  # it has no state yet, and its settings are compared at step 1
             self._check(self.steps_done, None, self._start(build), lag=0, recorded=not self.steps_done)
             self.notices.built(self.steps_done)
-
-    def _open(self, record: str | None, reference: str | None, internal: InternalArguments) -> None:
-        """Agree with the other ranks on the settings, and open the run folders."""
-        asked = self._settings
-        mesh = self.subject, asked.mesh, asked.partitioned, self._channel
-        self._shards = together(self._channel, lambda: open_shards(*mesh))
-        if self._shards is not None and (record or reference):
-            text = "record and reference are not possible for a model on a device mesh. Omit them."
-            raise SharedUsageError(text, code="mesh-not-recorded")
-        settings: dict[str, Any] = {"expect": asked.expect, "stages": sorted(asked.compared), "every": asked.every}
-        settings |= {"lag": asked.lag, "on_divergence": asked.on_divergence, "steps_done": self.steps_done}
-        settings |= {"record": record, "reference": reference, "partitioned": sorted(asked.partitioned)}
-        settings |= {"mesh": str(self._shards.axes) if self._shards is not None else None}
-        compares_rng = "rng" in asked.compared and asked.every and self.generators.not_drawn
-        unseeded = exchange_settings(self._channel, settings, self.generators.first_digests if compares_rng else {})
-        devices = [tensor.device for tensor in self.subject.tensors()]
-        self.hasher = internal.get("hasher") or negotiated_hasher(devices, self._channel if asked.every else None)
-        manifest = collect_environment(devices[0] if devices else torch.device("cpu")) if record or reference else {}
-        run = self.hasher.algorithm, asked.expect, self.steps_done
-        self._folders = RunFolders(self._channel, record, reference, manifest, *run)
-        if self.steps_done:
-            self.generators.resume(self._folders.not_drawn())
-        trace = internal.get("trace") or self._folders.trace
-        trace = trace or TraceWriter(None, self._channel.size, algorithm=self.hasher.algorithm)
-        check_algorithm(trace, self.hasher)
-        recorded = internal.get("recorded") or self._folders.reference
-        is_ddp, wrapped = asked.expect == "ddp", self.subject.is_ddp
-        known = {Sign.LIBRARY: not asked.quiet, Sign.DDP: is_ddp, Sign.WRAPPED: is_ddp and wrapped}
-        signs = [sign for sign, holds in known.items() if holds]
-        comparison = self._channel, self.hasher, trace, recorded, signs, unseeded
-        self._exchange = Exchange(*comparison, with_advice=not asked.quiet, shards=self._shards)
-        self.notices = Notices(self.subject, self._channel, self.hasher, asked.expect == "ddp")
 
     def watch(self, batch: Batch | None, loss: Tensor | None, check: bool) -> None:
         """Look for mistakes that all replicas share, after a training step and before its comparison.
@@ -245,9 +207,8 @@ class Engine:
         """Release what this object holds, and report to the other ranks the error that only this one raises."""
         self._is_closed = True
         try:
-            if hasattr(self, "notices"):
-                self.notices.close()
             if hasattr(self, "_folders"):  # otherwise the constructor has failed before
+                self.notices.close()
                 self._folders.close()
         finally:
             if self._own_channel:

@@ -62,7 +62,7 @@ def test_each_kind_is_used() -> None:
     assert set(Kind) == used
 
 
-MINIMAL = [(rule, rule.needs | {kind}) for rule in RULES for kind in rule.any_of or rule.needs]
+MINIMAL = [(rule, rule.needs | {kind}) for rule in RULES for kind in sorted(rule.any_of or rule.needs)]
 """Each rule with the least that fulfils it."""
 
 
