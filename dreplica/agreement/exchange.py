@@ -15,7 +15,7 @@ from dreplica.agreement.values import describe_values, drawn_on_some
 from dreplica.agreement.verdict.advice import advise
 from dreplica.agreement.verdict.causes import CAUSES
 from dreplica.agreement.verdict.evidence import Evidence
-from dreplica.agreement.verdict.location import describe, describe_algorithms
+from dreplica.agreement.verdict.location import Place, describe, describe_algorithms
 from dreplica.agreement.verdict.names import list_names
 from dreplica.agreement.verdict.signs import Sign
 from dreplica.agreement.verdict.verdict import Verdict
@@ -188,7 +188,8 @@ class Exchange:
             located = self._shards.locate(
                 self._channel, compared.step, compared.stages, compared.splits, compared.phase
             )
-            return describe_located(located, self._shards.axes, compared.epoch, self._with_advice), None
+            verdict = describe_located(located, self._shards.axes, compared.epoch, self._with_advice)
+            return self._with_settings(verdict, located.place, values), None
         place = protocol.locate(self._channel, compared.step, compared.stages, compared.phase)
         verdict = describe(place, compared.epoch, size)
         if place.stage is not None:
@@ -210,6 +211,19 @@ class Exchange:
             known = list(CAUSES[verdict.cause].remedy) if verdict.cause != "unexplained" else []
             verdict = verdict.with_(remedy=advise(verdict) or known)
         return verdict, None
+
+    def _with_settings(self, verdict: Verdict, place: Place, values: ReadValues) -> Verdict:
+        """Return the verdict on a mesh with the values and the remedies of settings that differ."""
+        if verdict.cause != "hyperparameter-differs" or place.stage is None:
+            return verdict
+        rows = self._channel.gather(values(place.stage, place.differing))
+        members = {rank for ids in place.groups for rank in ids}
+        lines = describe_values(place.differing, [row if rank in members else {} for rank, row in enumerate(rows)])
+        verdict = verdict.with_(
+            evidence=[*verdict.evidence[:1], *lines, *verdict.evidence[1:]],
+            signs=verdict.signs | {sign: [] for sign in self._signs},
+        )
+        return verdict.with_(remedy=advise(verdict) or verdict.remedy) if self._with_advice else verdict
 
     def _name_outside(self, names: Sequence[str], owners: Callable[[Sequence[str]], dict[str, str]]) -> Evidence:
         """Return the evidence that names parameters which are not the model's, by the module that holds them."""

@@ -57,12 +57,12 @@ def describe_values(names: Sequence[str], rows: Sequence[Mapping[str, str]]) -> 
 
 
 def spell_values(column: Sequence[str | None]) -> str:
-    """Return a value per replica in words: `0.1 on replica 0, 2, 0.5 on replica 1`. None values are left out."""
+    """Return a value per replica in words: `0.1 on replicas 0, 2, 0.5 on replica 1`. None values are left out."""
     groups: dict[str, list[int]] = {}
     for replica, value in enumerate(column):
         if value is not None:
             groups.setdefault(value, []).append(replica)
-    return ", ".join(f"{value} on replica {_spell(ids)}" for value, ids in groups.items())
+    return ", ".join(f"{value} on replica{'s' if len(ids) > 1 else ''} {_spell(ids)}" for value, ids in groups.items())
 
 
 def drawn_on_some(generators: Sequence[str], not_drawn: Sequence[Collection[str]]) -> list[Evidence]:

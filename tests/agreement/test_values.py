@@ -34,7 +34,7 @@ def test_read_values_omits_what_has_changed_since() -> None:
 def test_describe_values_groups_replicas() -> None:
     rows = [{"lr": "0.1", "wd": "0"}, {"lr": "0.2", "wd": "0"}, {"lr": "0.1"}]
     (line,) = describe_values(["lr", "wd"], rows)
-    assert line.text == "values: lr 0.1 on replica 0, 2, 0.2 on replica 1"
+    assert line.text == "values: lr 0.1 on replicas 0, 2, 0.2 on replica 1"
     assert line.data["values"] == {"lr": ["0.1", "0.2", "0.1"]}
     assert describe_values(["wd"], rows) == []
 

@@ -135,7 +135,8 @@ LOOP_REMEDIES: Mapping[str, RemedyTemplate] = {
     # Device meshes.
     "mesh-seed-alike": RemedyTemplate(
         "seed torch alike on every rank and build before sharding; parameters that are initialized after sharding get "
-        "the same numbers only from DTensor's own initialization under one seed",
+        "the same numbers only from DTensor's own initialization under one seed, and after to_empty() each parameter "
+        "and buffer needs one",
         "torch.manual_seed(42)",
     ),
     "mesh-reduce-gradient": RemedyTemplate(

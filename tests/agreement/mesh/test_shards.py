@@ -86,6 +86,8 @@ def train(world: World, kind: str, what: str, name: str, rank: int, steps: int) 
                 scale = 0.01 / torch.stack([each.norm() for each in own if each is not None]).norm()
                 for each in own:
                     each.mul_(scale)  # type: ignore[union-attr]
+            if what == "lr" and step == STEP and dist.get_rank() >= rank:
+                optimizer.param_groups[0]["lr"] = 0.02
             optimizer.step()
             parameter = model.get_parameter(name) if name else None
             if what in ("weight", "exp_avg") and step == STEP and dist.get_rank() == rank:
@@ -156,6 +158,14 @@ def test_a_parameter_left_out_of_fully_shard_is_found() -> None:
     verdict = result("left-out")
     assert (verdict["step"], verdict["stage"], verdict["tensor"]) == (1, "gradients", "2.bias")
     assert (verdict["groups"], verdict.get("shard")) == ([[0], [1], [2], [3]], None)
+
+
+def test_learning_rate_is_named_with_values_and_remedy() -> None:
+    verdict = result("hsdp", "lr", rank=2)
+    assert (verdict["cause"], verdict["tensor"]) == ("hyperparameter-differs", "group0.lr")
+    texts = [each["text"] for each in verdict["evidence"]]
+    assert "values: group0.lr 0.01 on replicas 0, 1, 0.02 on replicas 2, 3" in texts
+    assert [each["code"] for each in verdict["remedy"]] == ["set-value-alike"]
 
 
 def test_clipping_by_the_local_norm_is_found_under_tp_only() -> None:
