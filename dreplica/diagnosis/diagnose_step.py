@@ -104,8 +104,8 @@ def diagnose(
         `unexplained` if `found` cannot be reproduced or the observations do not explain it.
 
     Raises:
-        UsageError: If an argument cannot be used, such as a model wrapped in DistributedDataParallel. It is raised on
-            all ranks, also if the arguments of one rank are wrong.
+        UsageError: If an argument cannot be used, such as a model that is sharded or in DistributedDataParallel. It
+            is raised on all ranks, also if the arguments of one rank are wrong.
         ReplicaLost: If another replica ended, failed or stopped responding.
     """
     if channel is None:
@@ -144,6 +144,12 @@ def _subject(model: Models, optimizer: Optimizers, others: Sequence[Any], origin
     except Exception as error:  # the other replicas would wait for this one
         text = f"model, optimizer or others cannot be read: {describe_exception(error)}"
         raise UsageError(text, code="unreadable-state") from error
+    if any(hasattr(parameter, "placements") for parameter in subject.model.parameters()):
+        raise UsageError(
+            "model is sharded, so its step communicates, and one rank cannot replay it alone. Build the model without "
+            "sharding, and pass it with a step that calls it, and the same batch on all ranks.",
+            code="sharded-model",
+        )
     if subject.is_ddp:
         raise UsageError(
             "model is wrapped in DistributedDataParallel, whose backward pass waits for other ranks. Pass "
@@ -217,6 +223,8 @@ def _diagnose(
     decision = name_in(find_layout(decision, witnesses, layouts, stage, found))
     verdict = as_verdict(verdict, replace(decision, evidence=[*lines, *decision.evidence]))
     if decision.cause == "unexplained":
+        if found is not None and any(line.code == "draws-by-design" for line in decision.evidence):
+            return unexplained(found, channel, found.summary, [*lines, *decision.evidence])
         return verdict.with_(remedy=verdict.remedy or kept_remedies(found))
     if decision.cause != "environment-differs":
         return verdict

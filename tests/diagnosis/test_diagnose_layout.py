@@ -302,6 +302,7 @@ def _fail(world: World) -> dict[str, Any]:
     attempt("unreadable", loop(), model=wrapped)
     nn.Module.__init__(wrapped)
     wrapped.module, wrapped.broadcast_buffers = nn.Linear(8, 3), True
+    wrapped.process_group = None
     attempt("ddp", loop(), model=wrapped)
     attempt("no model", loop(), model=3)
     attempt("no optimizer", loop(), optimizer={"a": 3})

@@ -281,12 +281,49 @@ def test_own_value_is_named_as_the_cause(name: str, keep: bool, verdicts: dict[t
     lines = texts(verdict.evidence)
     assert verdict.cause == cause, lines
     assert any(value in line for line in lines), lines
-    assert "equal-values-agree" in codes(verdict.evidence)
+    is_mode = name in ("module_left_in_eval", "frozen_parameter")
+    assert ("equal-modes-agree" if is_mode else "equal-values-agree") in codes(verdict.evidence)
+    assert ("set-modes-alike" in codes(verdict.remedy)) == is_mode
     assert codes(verdict.evidence).count("own-values-differ") == 1
     assert verdict.step == found.step
     assert verdict.remedy
     if cause == "generators-differ":
         assert __file__ in data_of(verdict.evidence, "first-draw-differs")["draws"][0]
+
+
+def _ddp_write(world: World) -> tuple[Verdict, Verdict]:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 16), nn.Dropout(0.5), nn.Linear(16, 3))
+    ddp = nn.parallel.DistributedDataParallel(model)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    torch.manual_seed(100 + world.replica_id)
+    batch = torch.ones(6, 8), torch.arange(6) % 3
+
+    def step(net: nn.Module) -> Tensor:
+        optimizer.zero_grad()
+        loss = nn.functional.cross_entropy(net(batch[0]), batch[1])
+        loss.backward()
+        optimizer.step()
+        return loss
+
+    agreement = dreplica.Agreement(ddp, optimizer)
+    agreement.keep_state()
+    step(ddp)
+    if world.replica_id == 0:
+        model[0].weight.data.clamp_(-0.1, 0.1)
+    with pytest.raises(dreplica.Divergence) as raised:
+        agreement.step()
+    return raised.value.verdict, dreplica.diagnose(lambda _: step(model), batch, model, optimizer, agreement=agreement)
+
+
+@pytest.mark.process
+def test_dropout_of_ddp_ranks_keeps_place_and_remedy() -> None:
+    """The ranks' draws differ by design, so that replays show nothing of a write outside of the step."""
+    found, verdict = run_replicas(_ddp_write, 2)[0]
+    assert (verdict.cause, verdict.stage, verdict.tensor) == ("unexplained", "weights", found.tensor)
+    assert "draws-by-design" in codes(verdict.evidence)
+    assert codes(verdict.remedy) == codes(found.remedy)
+    assert codes(verdict.remedy)[0] == "ddp-write-alike"
 
 
 def test_every_plant_is_expected() -> None:

@@ -10,6 +10,7 @@ from typing import Any
 import numpy
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -357,6 +358,21 @@ def _in_ddp(world: World) -> Any:
 
 def test_of_a_model_in_ddp_the_module_within_is_diagnosed() -> None:
     assert run_replicas(_in_ddp, 2) == ["none", "none"]
+
+
+def _sharded(world: World) -> None:
+    from torch.distributed.fsdp import fully_shard
+
+    loop = make()
+    fully_shard(loop.model, mesh=dist.init_device_mesh("cpu", (2,)))
+    loop.optimizer = torch.optim.SGD(loop.model.parameters(), lr=0.1)
+    with pytest.raises(ValueError, match="model is sharded"):
+        dreplica.diagnose(loop.step, loop.batch, loop.model, loop.optimizer)
+
+
+@pytest.mark.process
+def test_sharded_model_is_rejected() -> None:
+    assert run_replicas(_sharded, 2, imports=("torch.distributed.fsdp", "dreplica")) == [None, None]
 
 
 def compile_net(world: World | None = None, backend: Any = "aot_eager") -> tuple[Loop, nn.Module]:

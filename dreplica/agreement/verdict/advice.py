@@ -51,6 +51,8 @@ _HELD_DIFFER = ("data-split-differs", "data-names-moved", "data-rows-moved", "da
 ADVICE = (
     # Generators that nothing has seeded.
     _advice("seed-generators", "generators-unseeded", about="generators-unseeded", causes=(*_OPEN, *_BY_CAUSE)),
+    # Modules that were left in another mode.
+    _advice("set-modes-alike", "equal-modes-agree", about="equal-modes-agree", causes=("structure-differs",)),
     # A difference that happened once, and is not known to be a few bits.
     *(
         _advice(remedy, code, causes=("unexplained",))

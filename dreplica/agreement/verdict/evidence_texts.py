@@ -362,6 +362,7 @@ EVIDENCE: Mapping[str, str] = {
     ),
     "own-values-differ": "{what}: {some}",
     "equal-values-agree": "with {what} made equal, the step agrees on all replicas",
+    "equal-modes-agree": "with {what} made equal, the step agrees on all replicas",
     "equal-values-diverge": "with {what} made equal, the replicas diverge nevertheless",
     "values-equalised": (
         "made equal for the replays: {what}. With their own values, replicas would diverge in {stage}, which had agreed"

@@ -85,7 +85,7 @@ REMEDIES: Mapping[str, RemedyTemplate] = {
         "build the same modules in the same order on every replica, without draws that depend on the rank"
     ),
     "build-without-hidden-inputs": RemedyTemplate(
-        "make the build independent of the rank, the host, the time and unseeded generators"
+        "make the build independent of the rank, the host, the time, hash(), the order of a set and unseeded generators"
     ),
     "do-not-seed-in-build": RemedyTemplate(
         "remove the seeding from the build: every generator is seeded from seed.model before it"
@@ -99,6 +99,10 @@ REMEDIES: Mapping[str, RemedyTemplate] = {
     # Structure and inputs of a step.
     "step-without-hidden-inputs": RemedyTemplate(
         "make the model and the step independent of the rank, the host, the time and unseeded draws"
+    ),
+    "set-modes-alike": RemedyTemplate(
+        "set {what} alike on every replica: call model.train(), model.eval() and requires_grad_() in no condition that "
+        "only some replicas meet"
     ),
     "find-write": RemedyTemplate(
         "search for code that writes in place to {names} in some steps only: an initialization, a clamp, a forward "
@@ -137,7 +141,8 @@ REMEDIES: Mapping[str, RemedyTemplate] = {
         "the order of a set"
     ),
     "register-kernel-alike": RemedyTemplate(
-        "import the same extensions, in the same order, on every replica, or on none"
+        "import the same extensions and replace the same functions of torch on every replica, in the same order, or on "
+        "none"
     ),
     "write-before-read": RemedyTemplate(
         "fill the memory before it is read: torch.zeros instead of torch.empty, or an initialization of the parameter"
@@ -241,7 +246,7 @@ REMEDIES: Mapping[str, RemedyTemplate] = {
     # Unexplained.
     "diagnose-step": RemedyTemplate(
         "replays the step on all replicas and names the operator at which they diverge",
-        "dreplica.diagnose(train_step, batch, model, optimizer)",
+        "dreplica.diagnose(train_step, batch, model, optimizer, found=divergence.verdict)",
     ),
     "keep-state": RemedyTemplate(
         "at the start of each step, and pass agreement=agreement to dreplica.diagnose: it then replays the step from "

@@ -54,7 +54,8 @@ def find_equal_values(
                 lines.append(Evidence.of("draws-by-design"))
                 decision = with_findings(decision, Finding(Kind.NOT_EXPLAINED, lines))
                 continue
-        lines.append(Evidence.of("equal-values-agree", what=what_of(values)))
+        code = "equal-modes-agree" if section is Section.MODES else "equal-values-agree"
+        lines.append(Evidence.of(code, what=what_of(values)))
         decision = with_findings(decision, Finding(_kind_of(section, values), lines))
     return decision
 
@@ -75,8 +76,13 @@ def describe_values(values: Sequence[DifferingValue]) -> list[Evidence]:
 
 
 def what_of(values: Sequence[DifferingValue]) -> str:
-    """Return values in words, as in `group0.lr` or `torch's generator`."""
-    return list_names([each.name for each in values])
+    """Return values in words, as in `group0.lr`, `torch's generator` or `training mode of 2.drop`."""
+    return list_names([_spell_name(each) for each in values])
+
+
+def _spell_name(value: DifferingValue) -> str:
+    is_mode = value.section is Section.MODES and not value.name.endswith(".requires_grad")
+    return f"training mode of {value.name}" if is_mode else value.name
 
 
 def _kind_of(section: Section, values: Sequence[DifferingValue]) -> Kind:

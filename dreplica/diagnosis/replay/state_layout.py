@@ -98,7 +98,11 @@ class LayoutDifferences:
         rows = self.columns.get("modes", ())
         if not rows:
             return None
-        return Evidence.of("modes-differ", places=_spell(rows), modules=[row.name for row in rows])
+        alike: dict[tuple[str, ...], list[str]] = {}
+        for row in rows:
+            alike.setdefault(tuple(map(str, row.values)), []).append(row.name)
+        columns = [Column(_some(names), list(values)) for values, names in alike.items()]
+        return Evidence.of("modes-differ", places=_spell(columns), modules=[row.name for row in rows])
 
     def structure(self) -> Structure | None:
         """Return the first difference in structure, or None if every state can be copied to all replicas."""
@@ -232,6 +236,11 @@ def _tensors(rows: Sequence[Column], what: str) -> Evidence:
     return Evidence.of(
         "tensors-differ", what=what, count=len(rows), places=_spell(rows), tensors=[row.name for row in rows]
     )
+
+
+def _some(names: Sequence[str]) -> str:
+    more = f" and {len(names) - _MOST_NAMED} more" if len(names) > _MOST_NAMED else ""
+    return ", ".join(names[:_MOST_NAMED]) + more
 
 
 def _spell(rows: Sequence[Column]) -> str:
