@@ -101,7 +101,7 @@ class LayoutDifferences:
         alike: dict[tuple[str, ...], list[str]] = {}
         for row in rows:
             alike.setdefault(tuple(map(str, row.values)), []).append(row.name)
-        columns = [Column(_some(names), list(values)) for values, names in alike.items()]
+        columns = [Column(_some(names), values) for values, names in alike.items()]
         return Evidence.of("modes-differ", places=_spell(columns), modules=[row.name for row in rows])
 
     def structure(self) -> Structure | None:
