@@ -9,10 +9,10 @@ from torch import Tensor
 from dreplica.agreement.hasher import Hasher
 from dreplica.agreement.subject import Subject
 from dreplica.agreement.verdict.verdict import Verdict
-from dreplica.state.replica import LoopParts, Parts
+from dreplica.state.replica import LoopParts
 from dreplica.state.snapshot import Snapshot, take_snapshot
 from dreplica.state.stages import Stage
-from dreplica.state.walk import StateWalk
+from dreplica.state.version_counters import VersionCounters
 
 
 @dataclass(frozen=True)
@@ -27,8 +27,8 @@ class Original:
     """Digests of the stages that were compared."""
     before: Snapshot | None
     """The state that the step began with; None if it was not kept."""
-    versions: Mapping[str, int]
-    """Version counters of the tensors when `before` was copied, by the names of `StateWalk.tensors`."""
+    versions: VersionCounters | None
+    """Version counters of the tensors when `before` was copied; None if it was not kept."""
     is_ddp: bool
     """True if replicas are the ranks of one data-parallel model, each with its own batch."""
     hasher: Hasher
@@ -56,7 +56,7 @@ class KeptStates:
         self._parts = LoopParts(subject.model, subject.optimizers, subject.others)
         self._most = steps
         self._kept: deque[tuple[int, Snapshot]] = deque()
-        self._versions: dict[int, dict[str, int]] = {}
+        self._versions: dict[int, VersionCounters] = {}
 
     def keep(self, step: int) -> None:
         """Copy the present state as the one that `step` begins with, over the oldest copy."""
@@ -66,24 +66,14 @@ class KeptStates:
         elif len(self._kept) == self._most:
             _, oldest = self._kept.popleft()
         self._kept.append((step, take_snapshot(self._parts, oldest)))
-        self._versions = {number: self._versions.get(number, {}) for number, _ in self._kept}
-        self._versions[step] = versions_of(self._parts)
+        numbers = {number for number, _ in self._kept}
+        self._versions = {number: each for number, each in self._versions.items() if number in numbers}
+        self._versions[step] = VersionCounters(self._parts)
 
     def before(self, step: int | None) -> Snapshot | None:
         """Return the state that `step` began with, or None if it was not kept."""
         return next((snapshot for number, snapshot in self._kept if number == step), None)
 
-    def versions(self, step: int | None) -> dict[str, int]:
+    def versions(self, step: int | None) -> VersionCounters | None:
         """Return the version counters of the tensors when the state before `step` was copied."""
-        return {} if step is None else self._versions.get(step, {})
-
-
-def versions_of(parts: Parts) -> dict[str, int]:
-    """Return the version counter of each tensor, which every operator that writes to it in place increases."""
-    tensors = StateWalk(parts).tensors()
-    return {name: tensor._version for name, tensor in tensors.items() if not tensor.is_inference()}
-
-
-def steps_since(before: Mapping[str, int], after: Mapping[str, int]) -> dict[str, int]:
-    """Return the steps of each version counter between two results of `versions_of`."""
-    return {name: after[name] - count for name, count in before.items() if name in after}
+        return None if step is None else self._versions.get(step)

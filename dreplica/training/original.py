@@ -4,7 +4,6 @@ Tensors are kept by reference, and counters are read without touching memory tha
 agrees, nothing is kept.
 """
 
-import weakref
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -13,6 +12,7 @@ from torch import Tensor
 
 from dreplica.data.loading.loader import Batch
 from dreplica.state.replica import Replica
+from dreplica.state.version_counters import GradientCounters
 from dreplica.state.walk import StateWalk
 from dreplica.training.step import StepOutput
 
@@ -59,7 +59,7 @@ class StepMeter:
         self._num_states = -1
         self._nodes = 0
         self._versions: list[int] = []
-        self._gradients: list[tuple[weakref.ref[Tensor] | None, int]] = []
+        self._gradients = GradientCounters({})
         self._batch: dict[str, int] = {}
 
     def start(self, batch: Batch) -> None:
@@ -67,9 +67,7 @@ class StepMeter:
         if len(self._replica.optimizer.state) != self._num_states:
             self._list_tensors()
         self._versions = [tensor._version for tensor in self._tensors.values()]
-        grads = (parameter.grad for parameter in self._parameters.values())
-        # Weak references: most gradients are freed when the step begins, and others may take their place in memory.
-        self._gradients = [(None, 0) if grad is None else (weakref.ref(grad), grad._version) for grad in grads]
+        self._gradients = GradientCounters(self._parameters)
         self._batch = {name: tensor._version for name, tensor in batch.tensors().items()}
         self._nodes = torch.autograd._get_sequence_nr()
 
@@ -80,12 +78,7 @@ class StepMeter:
         writes = tuple(after - before for after, before in zip(versions, self._versions, strict=True))
         passing = {f"batch.{name}": tensor._version - self._batch[name] for name, tensor in batch.tensors().items()}
         passing |= {f"output.{name}": tensor._version for name, tensor in output.tensors().items()}
-        for (name, parameter), (kept, before) in zip(self._parameters.items(), self._gradients, strict=True):
-            grad = parameter.grad
-            if grad is not None:
-                is_same = kept is not None and kept() is grad
-                passing[f"gradients.{name}"] = grad._version - before * is_same
-        return Footprint(nodes, self._tensors, writes, passing)
+        return Footprint(nodes, self._tensors, writes, passing | self._gradients.steps())
 
     def _list_tensors(self) -> None:
         walk = StateWalk(self._replica)

@@ -34,11 +34,22 @@ def draw(_: Tensor) -> None:
     torch.rand(3)
 
 
+def clip(weight: Tensor) -> None:
+    nn.utils.clip_grad_norm_([weight], 1e-3)
+
+
+def flip_gradient(weight: Tensor) -> None:
+    assert weight.grad is not None
+    flip(weight.grad)
+
+
 ONCE: dict[str, tuple[Callable[[Tensor], None], str]] = {
     "bit past PyTorch's operators": (flip, "transient-fault"),
     "bit by an operator": (negate, "unreplayed-state"),
     "many elements": (clamp, "unreplayed-state"),
     "draw": (draw, "generators-differ"),
+    "gradients by an operator": (clip, "unreplayed-state"),
+    "bit of a gradient": (flip_gradient, "transient-fault"),
 }
 
 
@@ -105,7 +116,8 @@ def test_without_kept_state_nothing_is_acquitted(name: str, verdicts: dict[Any, 
         assert verdict.cause == "generators-differ"
         return
     assert (verdict.cause, verdict.suspects) == ("unexplained", [])
-    assert codes(verdict.evidence)[-1] == "step-agrees-equalised"
+    agrees = "step-agrees-own" if "gradient" in name else "step-agrees-equalised"  # gradients are made anew
+    assert codes(verdict.evidence)[-1] == agrees
     assert codes(verdict.remedy) == ["keep-state"]
 
 

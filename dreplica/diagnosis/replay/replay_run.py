@@ -222,7 +222,7 @@ class Replayer:
         return stages, Aftermath(tensors, self._agreement.generator_states, own, values, footprint.nodes, writes)
 
     def optimize(self, gradients: Mapping[str, Tensor], changed: str | None = None) -> Aftermath:
-        """Run only the optimizer's step, from the state before the step in question.
+        """Run only the optimizer's step and the scheduler's, from the state before the step in question.
 
         Args:
             gradients: Gradients by name, as in the stage `gradients`.
@@ -239,6 +239,7 @@ class Replayer:
             if name == changed:
                 parameter.data[(0,) * parameter.dim()] += 1
         self._replica.optimizer.step()
+        self._replica.advance_scheduler("step")
         return Aftermath(stage_tensors(take_snapshot(self._replica)))
 
     def digests(self) -> dict[str, Stage]:

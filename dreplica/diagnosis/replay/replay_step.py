@@ -11,7 +11,6 @@ from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_leaves, tree_map
 
 from dreplica.agreement.agreement import Batch
-from dreplica.agreement.kept_state import steps_since, versions_of
 from dreplica.agreement.subject import Subject
 from dreplica.diagnosis.evidence.aftermath import Aftermath, plain_values, stage_tensors
 from dreplica.diagnosis.evidence.provenance import DIGEST_BYTES, Contents, state_tensors
@@ -22,6 +21,7 @@ from dreplica.diagnosis.tracing.op_tracer import OpRecord, OpTracer
 from dreplica.state.replica import LoopParts
 from dreplica.state.snapshot import Snapshot, restore_snapshot, take_snapshot
 from dreplica.state.stages import STAGES, Stage, batch_stage, make_stage
+from dreplica.state.version_counters import VersionCounters
 
 NO_INDICES = torch.empty(0, dtype=torch.int64)
 """Placeholder: the step is given its batch, so no samples are loaded."""
@@ -51,7 +51,7 @@ class Repeated:
         equal: Set it to values that every replay begins with, instead of this replica's own.
         before: The state that every replay begins with; None before `begin`.
         returned: The tensors that the last replay returned.
-        writes: Steps of the version counters of tensors in the last replay, by the names of `StateWalk.tensors`.
+        writes: Steps of the version counters of tensors in the last replay, by name.
         present: Snapshot of the state from before the replays.
     """
 
@@ -99,10 +99,10 @@ class Repeated:
         inputs = [leaf for leaf in tree_leaves(batch) if isinstance(leaf, Tensor)]
         state = [*state_tensors(self.parts), *inputs]
         tracer = OpTracer(self.parts.optimizers, capture, self._subject.given, generators=True, state=state)
-        versions = versions_of(self.parts)
+        versions = VersionCounters(self.parts)
         with _gradients_used(self._subject) as gradients, tracer:
             returned = self._call(batch)
-        self.writes = steps_since(versions, versions_of(self.parts))
+        self.writes = versions.steps()
         tracer.records = _with_turns(tracer.records)
         outputs = self.returned = [leaf.detach() for leaf in tree_leaves(returned) if isinstance(leaf, Tensor)]
         made = self.state()

@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from dreplica.agreement.kept_state import Original, steps_since, versions_of
+from dreplica.agreement.kept_state import Original
 from dreplica.agreement.verdict.evidence import Evidence
 from dreplica.agreement.verdict.location import first_difference
 from dreplica.agreement.verdict.verdict import Verdict, split_into_groups
@@ -55,7 +55,7 @@ def begin(repeated: Repeated, original: Original | None, found: Verdict | None, 
     """
     before = original.before if original is not None else None
     present = attempt(channel, lambda: original is not None and _is_intact(original))
-    writes = steps_since(original.versions, versions_of(repeated.parts)) if original is not None else {}
+    writes = original.versions.steps() if original is not None and original.versions is not None else {}
     kept = all(channel.gather(before is not None))
     if kept and before is not None:
         attempt(channel, lambda: repeated.restore(before))

@@ -530,3 +530,43 @@ def test_flip_after_a_step_leaves_no_trace_in_any_model(name: str) -> None:
     )
     assert differing == ["weights"]
     assert kinds_of(findings) == {Kind.FEW_BITS}
+
+
+class Logging(nn.Module):
+    """A model that reads a value into Python in each step."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = tiny_model(5)
+
+    def __getitem__(self, index: int) -> nn.Module:
+        return self.body[index]
+
+    def forward(self, images: Tensor) -> Tensor:
+        images.mean().item()
+        return self.body(images)
+
+
+def with_scheduler(model: nn.Module) -> Replica:
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
+    scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 3, gamma=0.5)
+    return Replica(model, nn.CrossEntropyLoss(), optimizer, scheduler, scheduler_per="step")
+
+
+def scale_gradient(weight: nn.Parameter) -> None:
+    assert weight.grad is not None
+    weight.grad.mul_(1.5)
+
+
+def flip_gradient(weight: nn.Parameter) -> None:
+    assert weight.grad is not None
+    flip_bits(weight.grad, 1, random.Random(0))
+
+
+@pytest.mark.parametrize(
+    ("change", "cause"), [(scale_gradient, "unreplayed-state"), (flip_gradient, "transient-fault")]
+)
+def test_gradient_beside_scheduler_and_logged_values(change: Callable[[nn.Parameter], None], cause: str) -> None:
+    findings, differing = findings_on(hooks_gradient(change), build=with_scheduler, body=Logging)
+    assert differing[0] == "gradients"
+    assert cause_of(findings) == cause
