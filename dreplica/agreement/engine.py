@@ -9,7 +9,7 @@ from torch import Tensor
 
 from dreplica.agreement import protocol
 from dreplica.agreement.arguments import InternalArguments
-from dreplica.agreement.exchange import Compared
+from dreplica.agreement.exchange import Compared, OwnEntries
 from dreplica.agreement.generators import GeneratorUse
 from dreplica.agreement.hasher import Observation
 from dreplica.agreement.kept_state import KeptStates, Original
@@ -20,7 +20,7 @@ from dreplica.agreement.result import count_warnings, describe_loss, describe_re
 from dreplica.agreement.settings import Settings
 from dreplica.agreement.subject import Batch, Subject
 from dreplica.agreement.trace.report_records import Coverage
-from dreplica.agreement.values import read_values
+from dreplica.agreement.values import read_forms, read_unchanged, read_values
 from dreplica.agreement.verdict.evidence import Evidence
 from dreplica.agreement.verdict.verdict import Divergence, Verdict
 from dreplica.distributed.channel import Channel
@@ -270,15 +270,19 @@ class Engine:
     def _describe(self, compared: Compared) -> tuple[Verdict, ReferenceDifference | None]:
         """Return the verdict on a difference, the same on all ranks."""
 
-        def values(stage: str, names: Sequence[str]) -> dict[str, str]:
+        def read(stage: str, names: Sequence[str]) -> OwnEntries:
             entries = self._read_entries()
             if stage not in compared.stages or stage not in entries:
-                return {}
-            return read_values(self.hasher, compared.stages[stage], entries[stage], names)
+                return OwnEntries()
+            own = list(entries[stage])
+            values = read_values(self.hasher, compared.stages[stage], own, names)
+            states = self.generators.states if stage == "rng" else {}
+            unchanged = read_unchanged(self.hasher, compared.stages[stage], own, states)
+            return OwnEntries(values, read_forms(own, names), {name: states[name] for name in unchanged})
 
         model, optimizers = self.subject.model, self.subject.optimizers
         owners = partial(name_owners, model, optimizers)
-        verdict, difference = self._exchange.describe(compared, values, owners)
+        verdict, difference = self._exchange.describe(compared, read, owners)
         ranks = self._channel.ranks_of_job
         if ranks != list(range(len(ranks))):
             line = Evidence.of("group-ranks", ranks=ranks, some=name_ranks(ranks))

@@ -1,17 +1,18 @@
 """Comparison of digests between replicas and with a reference, one comparison in progress at a time."""
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from dreplica.agreement import protocol
-from dreplica.agreement.generators import seed_commands
+from dreplica.agreement.generators import compare_states, seed_commands
 from dreplica.agreement.hasher import Hasher, Observation
 from dreplica.agreement.mesh import keyed_sum
 from dreplica.agreement.mesh.description import describe_located
 from dreplica.agreement.mesh.shards import EntrySplits, Shards
 from dreplica.agreement.reference import Reference, ReferenceDifference, describe_difference
 from dreplica.agreement.trace.writer import TraceWriter
-from dreplica.agreement.values import describe_values, drawn_on_some
+from dreplica.agreement.values import STAGES_OF_STATE, describe_forms, describe_values, drawn_on_some
 from dreplica.agreement.verdict.advice import advise
 from dreplica.agreement.verdict.causes import CAUSES
 from dreplica.agreement.verdict.evidence import Evidence
@@ -22,8 +23,21 @@ from dreplica.agreement.verdict.verdict import Verdict
 from dreplica.distributed.channel import Channel, Posted
 from dreplica.state.fingerprint.stage import Stage
 
-ReadValues = Callable[[str, Sequence[str]], dict[str, str]]
-"""Returns the values of a stage's entries by name, as text, for the first of those that are single numbers."""
+
+@dataclass(frozen=True)
+class OwnEntries:
+    """What this replica knows of entries that differ, where they still are those that were compared."""
+
+    values: Mapping[str, str] = field(default_factory=dict)
+    """Values, as text, of the first of those that are single numbers."""
+    forms: Mapping[str, str] = field(default_factory=dict)
+    """Element types and shapes of the first of those that are tensors."""
+    states: Mapping[str, Any] = field(default_factory=dict)
+    """States of generators, for the stage `rng`."""
+
+
+ReadEntries = Callable[[str, Sequence[str]], OwnEntries]
+"""Reads the entries of a stage with the given names."""
 
 
 @dataclass
@@ -168,13 +182,13 @@ class Exchange:
         return Compared(done.step, done.epoch, done.phase, done.recorded, stages, outcome, own, not_drawn, splits)
 
     def describe(
-        self, compared: Compared, values: ReadValues, owners: Callable[[Sequence[str]], dict[str, str]]
+        self, compared: Compared, read: ReadEntries, owners: Callable[[Sequence[str]], dict[str, str]]
     ) -> tuple[Verdict, ReferenceDifference | None]:
         """Return the verdict on a difference between replicas or, if they agree, from the reference.
 
         Args:
             compared: The comparison.
-            values: Reads values of this replica, where they still are those that were compared.
+            read: Reads entries of this replica, where they still are those that were compared.
             owners: Returns the modules that hold parameters of the optimizer which are not the model's.
         """
         size = self._channel.size
@@ -189,13 +203,23 @@ class Exchange:
                 self._channel, compared.step, compared.stages, compared.splits, compared.phase
             )
             verdict = describe_located(located, self._shards.axes, compared.epoch, self._with_advice)
-            return self._with_settings(verdict, located.place, values), None
+            return self._with_settings(verdict, located.place, read), None
         place = protocol.locate(self._channel, compared.step, compared.stages, compared.phase)
         verdict = describe(place, compared.epoch, size)
         if place.stage is not None:
-            own = values(place.stage, place.differing)
+            own = read(place.stage, place.differing)
             rows, not_drawn = zip(*self._channel.gather((own, sorted(compared.not_drawn))), strict=True)
-            more = [*describe_values(place.differing, rows), *drawn_on_some(place.generators, not_drawn)]
+            more = [
+                *describe_values(place.differing, [row.values for row in rows]),
+                *describe_forms(place.differing, [row.forms for row in rows]),
+                *drawn_on_some(place.generators, not_drawn),
+            ]
+            if place.stage in STAGES_OF_STATE and any(line.code == "tensor-forms-differ" for line in more):
+                verdict = verdict.with_(cause="structure-differs")
+            if place.stage == "rng" and not place.is_structural:
+                apart = compare_states(place.generators, [row.states for row in rows])
+                more += apart
+                verdict = verdict.with_(cause="generators-differ") if apart else verdict
             unseeded = [name for name in place.generators if name in self._unseeded]
             if unseeded and place.stage in ("batch", "rng"):
                 data = {"generators": unseeded, "command": seed_commands(unseeded)}
@@ -212,11 +236,11 @@ class Exchange:
             verdict = verdict.with_(remedy=advise(verdict) or known)
         return verdict, None
 
-    def _with_settings(self, verdict: Verdict, place: Place, values: ReadValues) -> Verdict:
+    def _with_settings(self, verdict: Verdict, place: Place, read: ReadEntries) -> Verdict:
         """Return the verdict on a mesh with the values and the remedies of settings that differ."""
         if verdict.cause != "hyperparameter-differs" or place.stage is None:
             return verdict
-        rows = self._channel.gather(values(place.stage, place.differing))
+        rows = self._channel.gather(read(place.stage, place.differing).values)
         members = {rank for ids in place.groups for rank in ids}
         lines = describe_values(place.differing, [row if rank in members else {} for rank, row in enumerate(rows)])
         verdict = verdict.with_(

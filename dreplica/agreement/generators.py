@@ -5,13 +5,18 @@ as long as nothing draws from them. So their states are compared once something 
 fact that nothing has.
 """
 
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from typing import Any
 
 from torch import Tensor
 
 from dreplica.agreement.trace.line import GENERATORS
+from dreplica.agreement.verdict.evidence import Evidence
+from dreplica.state.draws import MOST_DRAWS, draws_between
 from dreplica.state.stages import Entry, digest_entry, rng_entries
 
+MOST_FLIPPED_BITS = 64
+"""Bits of a state up to which a fault of memory may have changed it."""
 _NOT_DRAWN = b"not drawn from"
 _NAMES = {"python": "Python's `random`", "numpy": "NumPy's global generator"}
 _SEED = {"python": "random.seed(0)", "numpy": "numpy.random.seed(0)"}
@@ -76,3 +81,33 @@ def differing(rows: Iterable[Mapping[str, str]]) -> list[str]:
         for name, digest in row.items():
             values.setdefault(name, set()).add(digest)
     return [name for name in GENERATORS if len(values.get(name, ())) > 1]
+
+
+def compare_states(names: Iterable[str], rows: Sequence[Mapping[str, Any]]) -> list[Evidence]:
+    """Return a line for each generator whose states code has moved apart, and not a few flipped bits.
+
+    Args:
+        names: The generators that differ between replicas.
+        rows: For each replica, generator to its state, packed as in the stage `rng`, where it is known.
+    """
+    lines = []
+    for name in names:
+        states = [_packed(row.get(name)) for row in rows]
+        other = next((replica for replica, state in enumerate(states) if state != states[0]), 0)
+        if not other or None in states:
+            continue
+        one, two = states[0], states[other]
+        data = {"generator": name, "replicas": [0, other]}
+        draws = draws_between(one, two)
+        if draws is not None:
+            direction = "further" if draws > 0 else "less far"
+            lines.append(Evidence.of("generators-drawn-apart", direction=direction, draws=abs(draws), **data))
+            continue
+        bits = sum((a ^ b).bit_count() for a, b in zip(one, two, strict=False))
+        if len(one) == len(two) and bits > MOST_FLIPPED_BITS:
+            lines.append(Evidence.of("generators-seeded-apart", bits=bits, most=MOST_DRAWS, **data))
+    return lines
+
+
+def _packed(state: Any) -> Any:
+    return state.cpu().numpy().tobytes() if isinstance(state, Tensor) else state

@@ -1,4 +1,4 @@
-"""Values of single numbers, as evidence of what differs: a learning rate, a loss, a loss scale."""
+"""Values of single numbers and forms of tensors, as evidence of what differs: a learning rate, a loss, a dtype."""
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from itertools import islice
@@ -12,6 +12,8 @@ from dreplica.state.stages import Entry, with_distinct_names
 
 _LONGEST_VALUE = 60
 """Longest text of a value, in characters."""
+STAGES_OF_STATE = ("buffers", "gradients", "optimizer", "weights")
+"""Stages of tensors that a replica keeps, whose form no batch decides."""
 _MOST_VALUES = 12
 """Entries whose values are read. All values are hashed again, which for a few is cheap."""
 
@@ -32,9 +34,46 @@ def read_values(hasher: Hasher, stage: Stage, entries: Iterable[Entry], names: C
     wanted = set(names)
     found = ((name, value) for name, value in with_distinct_names(entries) if name in wanted and _is_small(value))
     small = dict(islice(found, _MOST_VALUES))
-    now = hasher.start({"": small.items()}).stages[""].entries()
-    hashed = stage.entries()
-    return {name: _text(value) for name, value in small.items() if now[name] == hashed.get(name)}
+    return {name: _text(small[name]) for name in read_unchanged(hasher, stage, small.items(), small)}
+
+
+def read_unchanged(hasher: Hasher, stage: Stage, entries: Iterable[Entry], names: Collection[str]) -> list[str]:
+    """Return the names of entries that have not changed since they were hashed.
+
+    Args:
+        hasher: The hasher that computed the digests.
+        stage: The digests of the entries at the time of the comparison.
+        entries: The entries now.
+        names: The names of the entries to compare.
+    """
+    wanted = [(name, value) for name, value in with_distinct_names(entries) if name in names]
+    now, hashed = hasher.start({"": wanted}).stages[""].entries(), stage.entries()
+    return [name for name, _ in wanted if now[name] == hashed.get(name)]
+
+
+def read_forms(entries: Iterable[Entry], names: Collection[str]) -> dict[str, str]:
+    """Return element type and shape of the first 12 tensors with one of the given names."""
+    wanted = set(names)
+    found = (
+        (name, value) for name, value in with_distinct_names(entries) if name in wanted and isinstance(value, Tensor)
+    )
+    return {
+        name: f"{str(value.dtype).removeprefix('torch.')} of shape {tuple(value.shape)}"
+        for name, value in islice(found, _MOST_VALUES)
+    }
+
+
+def describe_forms(names: Sequence[str], rows: Sequence[Mapping[str, str]]) -> list[Evidence]:
+    """Return a line with the element types and shapes of differing entries, if these differ.
+
+    Args:
+        names: The differing entries, in causal order.
+        rows: For each replica, entry to form, for the tensors that could be read.
+    """
+    columns = {name: [row.get(name) for row in rows] for name in names}
+    forms = {name: column for name, column in columns.items() if len(set(column) - {None}) > 1}
+    some = "; ".join(f"{name} is {spell_values(column)}" for name, column in forms.items())
+    return [Evidence.of("tensor-forms-differ", some=some, forms=forms)] if forms else []
 
 
 def describe_values(names: Sequence[str], rows: Sequence[Mapping[str, str]]) -> list[Evidence]:

@@ -281,10 +281,9 @@ def as_verdict(found: Verdict, decision: Decision) -> Verdict:
 
 
 def find_settings(decision: Decision, found: Verdict) -> Decision:
-    """Add a finding if the comparison has shown that settings of the optimizer, a scheduler or the scaler differ."""
-    if found.cause != "hyperparameter-differs":
-        return decision
-    return with_findings(decision, Finding(Kind.HYPERPARAMETER_DIVIDES))
+    """Add a finding if the comparison has shown that settings, or nothing but generators, differ."""
+    kinds = {"hyperparameter-differs": Kind.HYPERPARAMETER_DIVIDES, "generators-differ": Kind.GENERATORS_DIVIDE}
+    return with_findings(decision, Finding(kinds[found.cause])) if found.cause in kinds else decision
 
 
 def field_evidence(code: str, difference: Difference) -> Evidence:

@@ -3,7 +3,7 @@
 import torch
 
 from dreplica.agreement.hasher import Hasher
-from dreplica.agreement.values import describe_values, drawn_on_some, read_values
+from dreplica.agreement.values import describe_forms, describe_values, drawn_on_some, read_forms, read_values
 from dreplica.state.stages import Entry
 from tests.agreement.own_loop import train_on_rank
 from tests.harness import run_replicas
@@ -67,3 +67,12 @@ def test_divergence_has_values_with_and_without_lag() -> None:
         texts = run_replicas(train_on_rank, 2, "lr", {"lag": lag})
         assert "evidence: values: group0.lr 0.1 on replica 0, 0.5 on replica 1\n" in texts[0]
         assert "remedy: set the same value of group0.lr on every replica" in texts[0]
+
+
+def test_describe_forms_names_dtypes_that_differ() -> None:
+    names = ["weight", "scale"]
+    rows = [read_forms(ENTRIES, names), read_forms([("weight", torch.ones(2, 2).bfloat16())], names)]
+    (line,) = describe_forms(names, rows)
+    form = "of shape (2, 2) on replica"
+    assert line.text == f"tensors of different form: weight is float32 {form} 0, bfloat16 {form} 1"
+    assert describe_forms(names, [rows[0], rows[0]]) == describe_forms(names, [rows[0], {}]) == []

@@ -14,7 +14,7 @@ from dreplica.agreement.verdict.verdict import Verdict
 
 _MOST = 4
 """Remedies that are listed."""
-_OPEN = ("unexplained", "hyperparameter-differs", "structure-differs")
+_OPEN = ("unexplained", "generators-differ", "hyperparameter-differs", "structure-differs")
 """Causes that leave open why the entries differ."""
 _ONCE = ("unreplayed-state",)
 

@@ -23,6 +23,15 @@ EVIDENCE: Mapping[str, str] = {
     "generators-differ-too": "random number generators that differ after this step, too: {generators}",
     "generators-unseeded": "these generators differed before the first step already: {generators}",
     "generator-drawn-on-some": "{generator} was drawn from on replicas {drawn} and not on replicas {not_drawn}",
+    "generators-drawn-apart": (
+        "the generator {generator} is {direction} on replica {replicas[1]} than on replica {replicas[0]}, by draws of "
+        "32 bits: {draws}"
+    ),
+    "generators-seeded-apart": (
+        "the generator {generator} was seeded differently on replicas {replicas}: its states differ in {bits} bits, "
+        "and {most} draws do not lead from one to the other"
+    ),
+    "tensor-forms-differ": "tensors of different form: {some}",
     "entry-order-differs": (
         "the same {num_entries} entries of {stage} are in different orders: the entry at position {position} is {some}"
     ),

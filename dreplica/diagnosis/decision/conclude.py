@@ -194,6 +194,8 @@ def conclude_build(found: Verdict, facts: RunFacts) -> Verdict:
     if finding is None:
         return found
     cause = name_cause([finding.kind])
+    if cause == "unexplained" and found.cause != "unexplained":
+        return found  # something drew after the build
     if cause == "unexplained":
         remedy = [Remedy.of("build-without-hidden-inputs")]
     return found.with_(cause=cause, evidence=[*found.evidence, *finding.lines], remedy=remedy)
@@ -203,7 +205,7 @@ def _find_in_build(found: Verdict, facts: RunFacts) -> tuple[Finding | None, lis
     """Return the first finding on the seeds and generators of the build, with its remedies."""
     if _declares_build(facts.overrides, found.groups):
         return Finding(Kind.BUILD_SEEDS_DECLARED, [Evidence.of("build-matches-overrides")]), []
-    if found.cause != "unexplained":
+    if found.cause not in ("unexplained", "generators-differ"):
         return None, []
     seeds = [build.seed for build in facts.builds]
     seeds_after = [build.seed_after for build in facts.builds]

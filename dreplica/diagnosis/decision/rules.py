@@ -104,6 +104,7 @@ RULES = (
     _rule("hyperparameter-differs", Kind.HYPERPARAMETER_DIVIDES, excludes={Kind.OTHER_DRAW}),
     _rule("generators-differ", Kind.OTHER_DRAW, excludes={_ONE_TIME}),
     _rule("generators-differ", Kind.DRAWN_FURTHER),
+    _rule("generators-differ", Kind.GENERATORS_DIVIDE),
     # What the step does with it: kernels, values, operators, layouts, flags.
     _rule(
         "kernel-differs",

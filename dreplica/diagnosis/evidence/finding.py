@@ -64,6 +64,8 @@ class Kind(StrEnum):
     # Traces that code leaves and a fault of memory does not.
     DRAWN_FURTHER = "drawn-further"
     """A bounded number of draws leads from one state of a generator to the other."""
+    GENERATORS_DIVIDE = "generators-divide"
+    """Nothing but generators differs between replicas, by draws or in more bits than any fault flips."""
     COUNTER_MOVED = "counter-moved"
     """An integer buffer differs by more than a few bits, or by a small number of counts."""
     WRITTEN_BY_CODE = "written-by-code"

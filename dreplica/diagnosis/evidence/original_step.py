@@ -12,11 +12,11 @@ from torch import Tensor
 
 from dreplica.agreement.verdict.evidence import Evidence
 from dreplica.diagnosis.evidence.aftermath import Aftermath, Change, compare_tensors
-from dreplica.diagnosis.evidence.draws import MOST_DRAWS, draws_between, same_generator_state
 from dreplica.diagnosis.evidence.finding import Finding, Kind
 from dreplica.diagnosis.evidence.memory_corruption import FEW_BITS, MOST_FLIPPED_BITS
 from dreplica.diagnosis.evidence.tensor_diff import Difference, compare_elements
 from dreplica.diagnosis.tracing.op_tracer import OpRecord
+from dreplica.state.draws import MOST_DRAWS, draws_between, same_generator_state
 
 _MOST_TENSORS = 2
 """Number of tensors of a stage that one fault of memory reaches: one, or two that are adjacent."""

@@ -8,7 +8,7 @@ import numpy
 import pytest
 import torch
 
-from dreplica.diagnosis.evidence.draws import MOST_DRAWS, draws_apart, draws_between, same_generator_state
+from dreplica.state.draws import MOST_DRAWS, draws_apart, draws_between, same_generator_state
 from dreplica.state.rng import get_rng_state, set_rng_state
 from dreplica.state.stages import rng_entries
 
