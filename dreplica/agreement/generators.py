@@ -99,7 +99,7 @@ def compare_states(names: Iterable[str], rows: Sequence[Mapping[str, Any]]) -> l
         one, two = states[0], states[other]
         data = {"generator": name, "replicas": [0, other]}
         draws = draws_between(one, two)
-        if draws is not None:
+        if draws:  # 0 leaves a flipped bit of the seed or of a cached number possible
             direction = "further" if draws > 0 else "less far"
             lines.append(Evidence.of("generators-drawn-apart", direction=direction, draws=abs(draws), **data))
             continue
