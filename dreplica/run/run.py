@@ -243,9 +243,9 @@ class Run:
         assert injector is not None
         report.set_fingerprints(agreement.fingerprints())
         report.run.last_step = agreement.steps_done
-        for faults in self.channel.gather(injector.not_injected):
-            due = [fault for fault in faults if fault.repeat or fault.step > self.start.step]
-            report.warnings += [f"fault injection: not injected: {fault}" for fault in due]
+        due = [str(fault) for fault in injector.not_injected if fault.repeat or fault.step > self.start.step]
+        for faults in self.channel.gather(due):
+            report.warnings += [f"fault injection: not injected: {fault}" for fault in faults]
         if self.expect == "independent" and report.epochs:
             evaluation = self.recorder.last_evaluation
             if evaluation is not None:  # None if a resumed run had no epoch left to evaluate

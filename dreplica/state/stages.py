@@ -13,8 +13,8 @@ import numpy
 import torch
 from torch import Tensor, nn
 
-from dreplica.state.fingerprint.fingerprint import ABSENT, UnhashableError, digest_bytes, digest_tensor, num_bytes
-from dreplica.state.fingerprint.stage import STAGES, Stage
+from dreplica.state.fingerprint.fingerprint import UnhashableError, digest_bytes, digest_tensor, num_bytes
+from dreplica.state.fingerprint.stage import ABSENT, STAGES, Stage
 
 __all__ = [
     "STAGES",

@@ -40,11 +40,20 @@ PLAIN = st.recursive(
 )
 
 
+def typed(value: Any) -> Any:
+    """Return a value with the types of all that it contains."""
+    if isinstance(value, set | frozenset):
+        return type(value), value
+    if isinstance(value, dict):
+        return dict, [(typed(key), typed(item)) for key, item in value.items()]
+    if isinstance(value, list | tuple):
+        return type(value), [typed(item) for item in value]
+    return type(value), value
+
+
 @given(PLAIN)
 def test_plain_values_survive_with_their_types(value: Any) -> None:
-    again = decode(encode(value))
-    assert again == value
-    assert repr(again) == repr(value) or "set" in repr(value)
+    assert typed(decode(encode(value))) == typed(value)
 
 
 def test_a_nan_keeps_its_bits() -> None:

@@ -103,7 +103,10 @@ def flip(kind: Kind, *arguments: str) -> Job:
 
 @pytest.mark.parametrize("name", ALL)
 def test_sound_replicas_agree_and_flipped_bit_is_found(name: str) -> None:
-    """Two sound replicas agree; one flipped bit is found without changing the others."""
+    """Two sound replicas agree; one flipped bit is found without changing the others.
+
+    The run goes on, so the original weights are gone when it is examined, and with them the number of flipped bits.
+    """
     kind = ALL[name]
     sound, flipped = run_job(*BASE, *kind.arguments), flip(kind)
     assert sound.returncode == 0, sound.output
@@ -111,7 +114,7 @@ def test_sound_replicas_agree_and_flipped_bit_is_found(name: str) -> None:
     assert (report["verdict"]["cause"], report["verdict"]["agreed"]) == ("none", True)
     assert report["steps_checked"] == flipped.report["steps_checked"] == STEPS
     assert len(set(digests_of(sound, "weights"))) == 1 + STEPS, "it learned"
-    assert found(flipped, "stage", "tensor") == ("transient-fault", 3, [1], "weights", kind.weight), flipped.output
+    assert found(flipped, "stage", "tensor") == ("unexplained", 3, [1], "weights", kind.weight), flipped.output
     one, *others = ({**row, "replica": None} for row in report["fingerprints"] + flipped.report["fingerprints"])
     assert [other == one for other in others] == [True, True, False, True]
 

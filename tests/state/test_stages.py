@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from dreplica.state.fingerprint.fingerprint import ABSENT, digest_tensor
+from dreplica.state.fingerprint.fingerprint import digest_tensor
+from dreplica.state.fingerprint.stage import ABSENT
 from dreplica.state.stages import (
     Stage,
     batch_stage,

@@ -4,8 +4,7 @@ import re
 from collections.abc import Mapping, Sequence
 from enum import StrEnum
 
-from dreplica.state.fingerprint.fingerprint import ABSENT
-from dreplica.state.fingerprint.stage import STAGES, Stage
+from dreplica.state.fingerprint.stage import ABSENT, STAGES, Stage
 
 Rows = Sequence[Mapping[str, Stage]]
 """The stages that each replica compared, by replica id."""

@@ -5,7 +5,8 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from dreplica.state.fingerprint.fingerprint import ABSENT, digest_tensor
+from dreplica.state.fingerprint.fingerprint import digest_tensor
+from dreplica.state.fingerprint.stage import ABSENT
 
 
 def digests_of(tensors: Iterable[Tensor]) -> bytes:

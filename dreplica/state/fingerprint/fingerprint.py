@@ -24,9 +24,6 @@ if TYPE_CHECKING:
 ALGORITHM = "xxh3-128/1"
 """Name of the hash function in every trace. Digests of different algorithms are never compared."""
 
-ABSENT = b"\0" * 16
-"""The digest of a missing value, such as a gradient that is None."""
-
 WITH_MEMORY = {Tensor, nn.Parameter}
 """Types whose bytes are at `data_ptr`. Those of other subclasses may be elsewhere."""
 

@@ -12,6 +12,9 @@ import xxhash
 STAGES = ("indices", "batch", "buffers", "output", "gradients", "optimizer", "weights", "rng", "predictions")
 """All stages, in causal order within a step. When several differ, the first is reported."""
 
+ABSENT = b"\0" * 16
+"""The digest of a missing value, such as a gradient that is None."""
+
 INDEPENDENT_STAGES = ("indices", "batch")
 """Stages that replicas with different seeds still share."""
 
