@@ -16,7 +16,7 @@ from dreplica.diagnosis.evidence.finding import Finding, Kind
 from dreplica.diagnosis.evidence.memory_corruption import FEW_BITS, MOST_FLIPPED_BITS
 from dreplica.diagnosis.evidence.tensor_diff import Difference, compare_elements
 from dreplica.diagnosis.tracing.op_tracer import OpRecord
-from dreplica.state.draws import MOST_DRAWS, draws_between, same_generator_state
+from dreplica.state.draws import MOST_DRAWS, draws_apart
 
 _MOST_TENSORS = 2
 """Number of tensors of a stage that one fault of memory reaches: one, or two that are adjacent."""
@@ -59,14 +59,9 @@ def find_draws(original: Aftermath, replayed: Aftermath, replica_id: int) -> lis
         (replayed.generators, original.generators),
         (replayed.own_generators, original.own_generators),
     ):
-        for name in sorted(one.keys() & other.keys()):
-            if same_generator_state(one[name], other[name]):
-                continue
-            count = draws_between(one[name], other[name], MOST_DRAWS)
-            if count is not None:
-                direction = "less far" if count < 0 else "further"
-                data = {"generator": name, "draws": abs(count), "direction": direction}
-                findings.append(_finding(Kind.DRAWN_FURTHER, "original-step-drew", replica_id, **data))
+        for name, count in draws_apart(one, other).items():
+            data = {"generator": name, "draws": abs(count), "direction": "less far" if count < 0 else "further"}
+            findings.append(_finding(Kind.DRAWN_FURTHER, "original-step-drew", replica_id, **data))
     return findings
 
 

@@ -82,14 +82,13 @@ class MemoryTracker:
         key = _key(tensor)
         return UNKNOWN if key is None else self._writers.get(key, OUTSIDE)
 
-    def allocate(self, tensor: Tensor, allocator: str, source: str, fill: bool = False) -> None:
+    def allocate(self, tensor: Tensor, allocator: str, source: str) -> None:
         """Note memory that was allocated without contents.
 
         Args:
             tensor: The allocated tensor.
             allocator: The operator.
             source: `file:line` of the code that called it.
-            fill: True to write zeros to the memory.
         """
         key = _key(tensor)
         if key is None:
@@ -104,10 +103,7 @@ class MemoryTracker:
         self._note(tensor, ALLOCATED)
         if not 0 < storage.nbytes() <= _MOST_BYTES or tensor.numel() == 0:
             return
-        whole = _whole(tensor)
-        if fill:
-            whole.view(torch.uint8).zero_()
-        self._allocations[key] = _Allocation(allocator, source, whole.clone())
+        self._allocations[key] = _Allocation(allocator, source, _whole(tensor).clone())
 
     def write(self, tensor: Tensor, number: int, packet: str) -> None:
         """Note that an operator wrote a tensor.

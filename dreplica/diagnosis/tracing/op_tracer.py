@@ -106,7 +106,6 @@ class OpTracer(TorchDispatchMode):
             model is compiled.
         generators: True to also record draws from the global generators of Python and NumPy between two operators.
         state: Tensors of the replica's state and batch, to tell them from tensors that enter from outside of both.
-        fill: True to fill memory that is allocated without contents with zeros.
 
     Attributes:
         records: The operators in order. Empty with `capture`.
@@ -122,7 +121,6 @@ class OpTracer(TorchDispatchMode):
         model: nn.Module | None = None,
         generators: bool = False,
         state: Iterable[Tensor] = (),
-        fill: bool = False,
     ) -> None:
         super().__init__()
         self.records: list[OpRecord] = []
@@ -130,7 +128,6 @@ class OpTracer(TorchDispatchMode):
         self.generator_changed = False
         self.memory = MemoryTracker(state)
         self._host_generators = HostGenerators() if generators else None
-        self._fill = fill
         self._generator = b""
         self._capture = capture
         self._count = 0
@@ -211,7 +208,7 @@ class OpTracer(TorchDispatchMode):
         """Call an operator whose result has no contents yet."""
         result = func(*args, **kwargs)
         if signature.allocates and isinstance(result, Tensor) and not self._modules.is_compiled:
-            self.memory.allocate(result, signature.name, user_source(), self._fill)
+            self.memory.allocate(result, signature.name, user_source())
         return result
 
     def _origins(self, read: Iterable[Tensor]) -> tuple[tuple[int, ...], tuple[Unwritten, ...]]:

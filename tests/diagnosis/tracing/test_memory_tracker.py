@@ -51,7 +51,9 @@ def test_unwritten_part_is_found(allocate: Callable[[], Tensor]) -> None:
         lambda memory: torch.mul(X, 2, out=memory),
         lambda memory: [row.copy_(X[0]) for row in memory],
         lambda memory: memory.view(12).fill_(3),
-        lambda memory: memory.numpy().__setitem__(slice(None), X.numpy() + 7),
+        lambda memory: memory.numpy().__setitem__(
+            slice(None), numpy.random.default_rng().random((3, 4))
+        ),  # new numbers
         lambda memory: torch._foreach_copy_([memory], [X]),
     ],
 )
