@@ -107,6 +107,7 @@ REPLAY_EVIDENCE: Mapping[str, str] = {
         "and agreed in every stage that this operator affects"
     ),
     "structure-diverges": "structure diverges at operator {index}: {one} {where_one}, {other} {where_other}",
+    "other-calls": "{operator} was called from other lines of code: {one} {where_one}, {other} {where_other}",
     "operator-scalars-differ": (
         "operator {index}, {operator}, was called with different numbers, which no operator produced: ({one}) "
         "{where_one}, ({other}) {where_other}"

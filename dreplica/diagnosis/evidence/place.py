@@ -4,6 +4,7 @@ All functions are pure. Nothing is reported that an earlier operator of the step
 step there.
 """
 
+import os
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -14,9 +15,6 @@ from dreplica.diagnosis.evidence.observation import OpDifference, Witness
 from dreplica.diagnosis.evidence.place_alignment import split
 from dreplica.diagnosis.tracing.memory_tracker import OUTSIDE, Unwritten
 from dreplica.diagnosis.tracing.op_tracer import OpRecord
-
-DRAW_OF_HOST = " was drawn from"
-"""End of the name under which a draw from a generator of Python or NumPy is recorded."""
 
 
 @dataclass(frozen=True)
@@ -62,7 +60,11 @@ def findings_between(place: OpDifference, one: Side, other: Side) -> list[Findin
     assert place.one is not None
     assert place.other is not None
     if place.one.scalars != place.other.scalars and place.one.inputs == place.other.inputs:
-        return [] if _made_by_operators(place, one, other) else [_host_value(place, one, other)]
+        if _made_by_operators(place, one, other):
+            return []
+        if _line_of(place.one) != _line_of(place.other):  # two calls, of which each is on one side only
+            return [_other_calls(place, one, other)]
+        return [_host_value(place, one, other)]
     if place.one.generator != place.other.generator and place.one.inputs == place.other.inputs:
         return [Finding(Kind.OTHER_DRAW, [_draw_line(place.one), *_first_draws(one, other)])]
     return _inputs(place, one, other) if place.one.inputs != place.other.inputs else []
@@ -92,6 +94,25 @@ def _made_by_operators(place: OpDifference, one: Side, other: Side) -> bool:
     """Return True if a number that Python read from a tensor before differs, from which others may be computed."""
     rows = zip(one.records[: place.position(False)], other.records[: place.position(True)], strict=False)
     return any(a.returned and (a.inputs, a.returned) != (b.inputs, b.returned) for a, b in rows)
+
+
+def _line_of(record: OpRecord) -> str:
+    """Return the file, without its folder, which may differ between hosts, and the line that called an operator."""
+    return os.path.basename(record.source)
+
+
+def _other_calls(place: OpDifference, one: Side, other: Side) -> Finding:
+    assert place.one is not None
+    assert place.other is not None
+    line = Evidence.of(
+        "other-calls",
+        operator=place.record,
+        one=place.one.source or "the training step",
+        other=place.other.source or "the training step",
+        where_one=one.where,
+        where_other=other.where,
+    )
+    return Finding(Kind.OTHER_OPERATORS, [line])
 
 
 def _host_value(place: OpDifference, one: Side, other: Side) -> Finding:

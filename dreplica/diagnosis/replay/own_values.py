@@ -32,7 +32,7 @@ _LONGEST_SEQUENCE = 100
 """Longest list or tuple of plain values that counts as one value."""
 _LONGEST_TEXT = 60
 """Longest text of a value, in characters."""
-_KINDS = (bool, int, float, complex, str, bytes, torch.dtype, numpy.generic, type(None))
+_PLAIN = bool | int | float | complex | str | bytes | torch.dtype | numpy.generic | None
 """Types of values that are compared by their `repr`."""
 _GLOBAL = {
     "python": "Python's random",
@@ -258,8 +258,7 @@ def _is_plain(value: Any) -> bool:
         return len(value) <= _LONGEST_SEQUENCE and all(
             _is_plain(item) and not isinstance(item, Tensor) for item in value
         )
-    kinds = (bool, int, float, complex, str, bytes, torch.dtype, numpy.generic)
-    return value is None or isinstance(value, kinds)
+    return isinstance(value, _PLAIN)
 
 
 def _digest(state: Any) -> bytes:

@@ -71,6 +71,20 @@ def test_host_value(step: Step) -> None:
     assert __file__ in line.text
 
 
+def test_calls_of_other_lines_are_other_operators() -> None:
+    """A branch multiplies once more: the calls that are compared are not the same one."""
+
+    def step(replica: int) -> None:
+        loss = X.sum()
+        if replica:
+            loss = loss * 1.05
+        loss * 1.0
+
+    _, findings = differences(step)
+    assert [finding.kind for finding in findings] == [Kind.OTHER_OPERATORS]
+    assert [line.code for line in findings[0].lines] == ["other-calls"]
+
+
 def test_host_value_in_other_order_says_so() -> None:
     def step(replica: int) -> None:
         for factor in (2.0, 3.0, 4.0)[:: 1 - 2 * replica]:
