@@ -2,31 +2,28 @@
 
 import logging
 import time
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from functools import partial
+from collections.abc import Callable, Collection, Iterable, Mapping
 
 from torch import Tensor
 
 from dreplica.agreement import protocol
 from dreplica.agreement.arguments import InternalArguments
-from dreplica.agreement.exchange import Compared, OwnEntries
+from dreplica.agreement.described import describe_compared
+from dreplica.agreement.exchange import Compared
 from dreplica.agreement.generators import GeneratorUse
 from dreplica.agreement.hasher import Observation
 from dreplica.agreement.kept_state import KeptStates, Original
 from dreplica.agreement.opening import open_parts
-from dreplica.agreement.owners import name_owners
 from dreplica.agreement.reference import ReferenceDifference, ReferenceDiffers
 from dreplica.agreement.result import count_warnings, describe_loss, describe_result
 from dreplica.agreement.settings import Settings
 from dreplica.agreement.subject import Batch, Subject
 from dreplica.agreement.trace.report_records import Coverage
-from dreplica.agreement.values import read_forms, read_unchanged, read_values
 from dreplica.agreement.verdict.evidence import Evidence
 from dreplica.agreement.verdict.verdict import Divergence, Verdict
 from dreplica.distributed.channel import Channel
 from dreplica.distributed.control import open_channel
 from dreplica.distributed.liveness.lost import ReplicaLost
-from dreplica.distributed.rank_names import name_ranks
 from dreplica.errors import SharedUsageError, UsageError
 from dreplica.state.stages import STAGES, Entry, Stage, make_stage
 
@@ -269,24 +266,8 @@ class Engine:
 
     def _describe(self, compared: Compared) -> tuple[Verdict, ReferenceDifference | None]:
         """Return the verdict on a difference, the same on all ranks."""
-
-        def read(stage: str, names: Sequence[str]) -> OwnEntries:
-            entries = self._read_entries()
-            if stage not in compared.stages or stage not in entries:
-                return OwnEntries()
-            own = list(entries[stage])
-            values = read_values(self.hasher, compared.stages[stage], own, names)
-            states = self.generators.states if stage == "rng" else {}
-            unchanged = read_unchanged(self.hasher, compared.stages[stage], own, states)
-            return OwnEntries(values, read_forms(own, names), {name: states[name] for name in unchanged})
-
-        model, optimizers = self.subject.model, self.subject.optimizers
-        owners = partial(name_owners, model, optimizers)
-        verdict, difference = self._exchange.describe(compared, read, owners)
-        ranks = self._channel.ranks_of_job
-        if ranks != list(range(len(ranks))):
-            line = Evidence.of("group-ranks", ranks=ranks, some=name_ranks(ranks))
-            verdict = verdict.with_(evidence=[*verdict.evidence, line])
+        parts = self._exchange, self.subject, self.generators, self.hasher, self._channel
+        verdict, difference = describe_compared(compared, self._read_entries, *parts)
         if difference is not None:
             before = self._settings.steps_done
             resumed = [Evidence.of("run-resumed", step=before)] if before else []
@@ -304,10 +285,7 @@ class Engine:
         settings, shards = self._settings, self._shards
         seen = self.steps_checked, self.stages_seen
         coverage = self._folders.coverage(settings.every, *seen, settings.compared, equal)
-        if shards is None:
-            return coverage
-        lines = [*coverage.not_compared, *shards.not_compared()]
-        return coverage.model_copy(update={"mesh": str(shards.axes), "not_compared": lines})
+        return coverage if shards is None else shards.cover(coverage)
 
     def fingerprints(self) -> list[dict[str, str]]:
         """Gather digests of the weights, buffers and optimizer of every replica, as 32 hex digits."""

@@ -84,7 +84,8 @@ def open_parts(
         recorded = internal.get("recorded") or folders.reference
         comparison = channel, hasher, trace, recorded, _signs(settings, subject), unseeded
         exchange = Exchange(*comparison, with_advice=not settings.quiet, shards=shards)
-        return Parts(hasher, folders, exchange, Notices(subject, channel, hasher, settings.expect == "ddp"), shards)
+        has_own_samples = settings.expect == "ddp" and shards is None  # tensor-parallel ranks have the same
+        return Parts(hasher, folders, exchange, Notices(subject, channel, hasher, has_own_samples), shards)
     except BaseException:
         folders.close()
         raise

@@ -10,7 +10,7 @@ from torch import Tensor
 from dreplica.agreement.arguments import invalid_argument
 from dreplica.agreement.mesh.axes import Copies, Split, Splits, axes_of, is_sharded, local, root_of
 from dreplica.agreement.subject import Subject
-from dreplica.agreement.trace.report_records import NotCompared
+from dreplica.agreement.trace.report_records import Coverage, NotCompared
 from dreplica.agreement.verdict.location import Place, first_difference
 from dreplica.agreement.verdict.names import list_names
 from dreplica.config.messages import nearest
@@ -110,6 +110,11 @@ class Shards:
             text = f"parts of sums (Partial), which differ by design: {list_names(sorted(self.partial))}"
             lines.append(NotCompared(code="partial", text=text))
         return lines
+
+    def cover(self, coverage: Coverage) -> Coverage:
+        """Return the coverage of a run with the mesh and what of it is not compared."""
+        lines = [*coverage.not_compared, *self.not_compared()]
+        return coverage.model_copy(update={"mesh": str(self.axes), "not_compared": lines})
 
     def has_copies(self, stage: str) -> bool:
         """Return True if any entry of a stage has a second copy."""

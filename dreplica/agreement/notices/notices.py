@@ -28,19 +28,19 @@ class Notices:
         subject: The models and optimizers that are compared.
         channel: The control channel between all ranks.
         hasher: What computes the fingerprints.
-        is_ddp: True if the ranks belong to one data-parallel model.
+        has_own_samples: True if each rank has its own samples, as those of one data-parallel model have.
 
     Attributes:
         warnings: The warnings so far, in their order. After `finish`, the same on all ranks.
     """
 
-    def __init__(self, subject: Subject, channel: Channel, hasher: Hasher, is_ddp: bool) -> None:
+    def __init__(self, subject: Subject, channel: Channel, hasher: Hasher, has_own_samples: bool) -> None:
         self.warnings: list[Evidence] = []
         self._subject, self._channel = subject, channel
         self._loss, self._rates = LossWatch(), RateWatch(subject.optimizers)
         self._parameters, self._averages = ParameterWatch(subject), AverageWatch(subject)
         self._leftover = LeftoverWatch(subject)
-        is_shared = is_ddp and channel.size > 1
+        is_shared = has_own_samples and channel.size > 1
         self._ranks = RankWatch(channel, hasher, subject.model) if is_shared else None
         self._keys: set[tuple[str, str]] = set()
 
